@@ -1,0 +1,98 @@
+"""Sharding is data: a mesh with axes `data fsdp tensor`, and (pattern, PartitionSpec) rules that cover every path.
+
+Models name logical axes (`constrain(x, "batch time embed")`), never meshes; without an ambient mesh that does nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor")
+Rules = Sequence[tuple[str, PartitionSpec]]
+
+# Where the logical axes of an activation live.
+ACTIVATIONS = {
+  "batch": ("data", "fsdp"),
+  "time": None,
+  "embed": None,
+  "heads": "tensor",
+  "mlp": "tensor",
+  "vocab": "tensor",
+  "head_dim": None,
+}
+
+
+def mesh(
+  *, data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Any = None
+) -> jax.sharding.Mesh:
+  """A mesh of data x fsdp x tensor devices; one axis may be -1: all the devices that are left.
+
+  Raises:
+    ValueError: when the product is not the number of devices.
+  """
+  devices = np.asarray(jax.devices() if devices is None else devices)
+  sizes = [data, fsdp, tensor]
+  if sizes.count(-1) == 1:
+    known = -math.prod(sizes)
+    if devices.size % known:
+      raise ValueError(f"mesh {dict(zip(AXES, sizes))} does not divide {devices.size} devices")
+    sizes[sizes.index(-1)] = devices.size // known
+  if math.prod(sizes) != devices.size:
+    raise ValueError(
+      f"mesh data={sizes[0]} x fsdp={sizes[1]} x tensor={sizes[2]} needs {math.prod(sizes)} devices, "
+      f"found {devices.size}; write -1 for one axis to take all that are left"
+    )
+  return jax.make_mesh(
+    tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=list(devices.ravel())
+  )
+
+
+def active() -> bool:
+  """True inside `jax.set_mesh` of a mesh with more than one device."""
+  ambient = jax.sharding.get_abstract_mesh()
+  return not ambient.empty and ambient.size > 1
+
+
+def constrain(x: jax.Array, axes: str) -> jax.Array:
+  """x with its logical axes pinned to the ambient mesh; x itself where there is none.
+
+  Without it eight-way fsdp was seen to all-reduce full activations.
+  """
+  if not active():
+    return x
+  names = axes.split()
+  spec = PartitionSpec(*[ACTIVATIONS[name] for name in names])
+  return jax.lax.with_sharding_constraint(x, spec)
+
+
+def spec_for(path: str, rules: Rules) -> PartitionSpec:
+  """The PartitionSpec of the first rule whose pattern matches the whole path.
+
+  Raises:
+    KeyError: when no rule covers the path.
+  """
+  for pattern, spec in rules:
+    if re.fullmatch(pattern, path):
+      return spec
+  raise KeyError(f"no sharding rule covers {path!r}; add a (pattern, PartitionSpec) pair for it")
+
+
+def fitted(spec: PartitionSpec, shape: Sequence[int], mesh: jax.sharding.Mesh) -> PartitionSpec:
+  """spec with the axes dropped that do not divide the dimension (a 9-head model on tensor=2, say)."""
+  sizes = dict(mesh.shape)
+  kept = []
+  for dim, axis in zip(shape, [*spec, *[None] * (len(shape) - len(spec))]):
+    names = axis if isinstance(axis, tuple) else () if axis is None else (axis,)
+    kept.append(axis if dim % math.prod([sizes[n] for n in names]) == 0 else None)
+  return PartitionSpec(*kept)
+
+
+def named(mesh: jax.sharding.Mesh, spec: PartitionSpec, shape: Sequence[int]) -> NamedSharding:
+  return NamedSharding(mesh, fitted(spec, shape, mesh))

@@ -1,0 +1,150 @@
+"""Parameter trees: nested dicts whose leaves are arrays or weights, addressed by paths (`layers/mlp/up_proj/weight`)."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from posttrain_jax.core import weight
+
+Tree = Any
+
+
+def items(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:
+  """(path, leaf) pairs in the tree's order; anything that is not a dict is a leaf."""
+  if not isinstance(tree, Mapping):
+    yield prefix, tree
+    return
+  for name, child in tree.items():
+    yield from items(child, f"{prefix}/{name}" if prefix else str(name))
+
+
+def flatten(tree: Tree) -> dict[str, Any]:
+  """{path: leaf}."""
+  return dict(items(tree))
+
+
+def unflatten(leaves: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> Tree:
+  """The nested dicts that `flatten` came from."""
+  tree: dict[str, Any] = {}
+  for path, leaf in leaves.items() if isinstance(leaves, Mapping) else leaves:
+    *parents, last = path.split("/")
+    node = tree
+    for name in parents:
+      node = node.setdefault(name, {})
+    node[last] = leaf
+  return tree
+
+
+def get(tree: Tree, path: str) -> Any:
+  """The leaf or branch at path.
+
+  Raises:
+    KeyError: names the path and the nearest that exists.
+  """
+  node = tree
+  for name in path.split("/"):
+    if not isinstance(node, Mapping) or name not in node:
+      raise KeyError(unknown(path, flatten(tree)))
+    node = node[name]
+  return node
+
+
+def put(tree: Tree, path: str, leaf: Any) -> Tree:
+  """A copy of tree with leaf at path; branches are made as needed, nothing else is copied."""
+  name, _, rest = path.partition("/")
+  return {**tree, name: put(tree.get(name, {}), rest, leaf) if rest else leaf}
+
+
+def unknown(name: str, known: Iterable[str], what: str = "parameter") -> str:
+  """The sentence for a name that matches nothing, with the real name nearest to it."""
+  known = list(known)
+  near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+  example = f"; names look like {near[0]!r}" if near else ""
+  return f"no {what} matches {name!r}{example}"
+
+
+def map_weights(tree: Tree, rules: Sequence[tuple[str, Callable[[Any], Any]]]) -> Tree:
+  """tree with each leaf changed by the first (pattern, function) rule that matches its whole path.
+
+  A leaf that no rule matches stays as it is.
+
+  Raises:
+    ValueError: when a pattern matches no path at all.
+  """
+  leaves = flatten(tree)
+  for pattern, _ in rules:
+    if not any(re.fullmatch(pattern, path) for path in leaves):
+      raise ValueError(unknown(pattern, leaves))
+  return unflatten((path, _first(rules, path)(leaf)) for path, leaf in leaves.items())
+
+
+def _first(rules, path):
+  return next((rule for pattern, rule in rules if re.fullmatch(pattern, path)), lambda leaf: leaf)
+
+
+def partition(tree: Tree) -> tuple[Tree, Tree]:
+  """(trained, fixed): two trees of the same structure; what one holds is None in the other.
+
+  An adapter node declares its trained fields in `TRAINED`; a plain array is trained; a weight without the
+  declaration (a quantised base, say) is fixed.
+  """
+  split = {path: _partition(leaf) for path, leaf in items(tree)}
+  return (
+    unflatten((path, pair[0]) for path, pair in split.items()),
+    unflatten((path, pair[1]) for path, pair in split.items()),
+  )
+
+
+def _partition(leaf):
+  if not dataclasses.is_dataclass(leaf):
+    return leaf, None
+  names = {f.name for f in dataclasses.fields(leaf) if f.metadata.get("pytree_node", True)}
+  trained = set(getattr(leaf, "TRAINED", ()))
+  without = lambda drop: dataclasses.replace(leaf, **dict.fromkeys(drop))
+  return (without(names - trained) if trained else None), without(trained)
+
+
+def combine(trained: Tree, fixed: Tree) -> Tree:
+  """The tree that `partition` split."""
+  fixed_leaves = flatten(fixed)
+  return unflatten((path, _combine(leaf, fixed_leaves.get(path))) for path, leaf in items(trained))
+
+
+def _combine(trained, fixed):
+  if trained is None or fixed is None:
+    return fixed if trained is None else trained
+  names = getattr(trained, "TRAINED", ())
+  return dataclasses.replace(fixed, **{name: getattr(trained, name) for name in names})
+
+
+def expand(path: str, layers: int) -> list[str]:
+  """The Hugging Face module names of a stacked path.
+
+  >>> expand("layers/mlp/up_proj/weight", 2)
+  ['layers.0.mlp.up_proj', 'layers.1.mlp.up_proj']
+  >>> expand("embed_tokens/weight", 2)
+  ['embed_tokens']
+  """
+  module = path.removesuffix("/weight")
+  if not module.startswith("layers/"):
+    return [module.replace("/", ".")]
+  rest = module.removeprefix("layers/").replace("/", ".")
+  return [f"layers.{i}.{rest}" for i in range(layers)]
+
+
+def size(tree: Tree) -> int:
+  """Logical parameters: what the tree would count if every weight were dense."""
+  return sum(int(np.prod(weight.shape(leaf), dtype=np.int64)) for _, leaf in items(tree))
+
+
+def nbytes(tree: Tree) -> int:
+  """Bytes that the tree's arrays take as stored."""
+  return sum(x.size * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
