@@ -1,4 +1,4 @@
-"""Parameter trees: nested dicts whose leaves are arrays or weights, addressed by paths (`layers/mlp/up_proj/weight`)."""
+"""Parameter trees: nested dicts of arrays or weights, addressed by paths (`layers/mlp/up_proj/weight`)."""
 
 from __future__ import annotations
 

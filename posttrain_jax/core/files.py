@@ -1,0 +1,102 @@
+"""Writing what others will read: whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+DTYPES = {
+  "float64": "F64",
+  "float32": "F32",
+  "float16": "F16",
+  "bfloat16": "BF16",
+  "int64": "I64",
+  "int32": "I32",
+  "uint8": "U8",
+  "int8": "I8",
+}
+
+
+@contextlib.contextmanager
+def publish(folder: str | Path) -> Iterator[Path]:
+  """A scratch folder that takes `folder`'s place when the block ends well, and vanishes when it does not.
+
+  A folder that was there is replaced at that moment and no earlier, so a killed or failed write loses nothing.
+  """
+  folder = Path(folder).absolute()
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
+  try:
+    new, old = (
+      scratch / "new",
+      scratch / "old",
+    )  # children, since mkdtemp's own folder is private (0700)
+    new.mkdir()
+    yield new
+    if folder.exists():
+      folder.rename(old)
+    new.rename(folder)
+  finally:
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+  """The file's new content, by rename: a reader sees the old or the new, never a part."""
+  path = Path(path)
+  scratch = path.with_name(f".{path.name}.partial-{os.getpid()}")
+  try:
+    with scratch.open("w", encoding="utf-8") as f:
+      f.write(text)
+      f.flush()
+      os.fsync(f.fileno())
+    scratch.replace(path)
+  finally:
+    scratch.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value: object) -> None:
+  write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_safetensors(
+  path: str | Path,
+  tensors: Mapping[str, tuple[tuple[int, ...], str, Callable[[], np.ndarray]]],
+  metadata: Mapping[str, str] | None = None,
+) -> None:
+  """A safetensors file written as it is computed: one tensor in memory at a time.
+
+  Args:
+    tensors: name -> (shape, dtype name, function that returns the array).
+    metadata: strings for the header; `{"format": "pt"}` is what other libraries look for.
+  """
+  header: dict[str, object] = {"__metadata__": dict(metadata or {"format": "pt"})}
+  end = 0
+  for name, (shape, dtype, _) in tensors.items():
+    start, end = (
+      end,
+      end + int(np.prod(shape, dtype=np.int64)) * np.dtype(numpy_dtype(dtype)).itemsize,
+    )
+    header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+  head = json.dumps(header, separators=(",", ":")).encode()
+  head += b" " * (-len(head) % 8)  # the data must start on a multiple of 8
+  with Path(path).open("wb") as f:
+    f.write(len(head).to_bytes(8, "little") + head)
+    for name, (shape, dtype, make) in tensors.items():
+      array = np.ascontiguousarray(make(), numpy_dtype(dtype))
+      if array.shape != tuple(shape):
+        raise ValueError(f"{name}: declared {tuple(shape)}, made {array.shape}")
+      f.write(array.reshape(-1).view(np.uint8).data)
+    f.flush()
+    os.fsync(f.fileno())
+
+
+def numpy_dtype(name: str) -> np.dtype:
+  return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)

@@ -1,0 +1,91 @@
+"""Attention that knows causality, packed segments, sliding windows and soft-caps.
+
+One function, `attend`; an accelerator kernel replaces its body, never its contract.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from posttrain_jax.core import sharding
+
+Array = jax.Array
+NEGATIVE = -2.0e38  # finite, so that a row that may see nothing stays free of NaN
+QUERY_BLOCK = 512  # queries scored at once, so that scores never grow as time squared
+
+
+def visible(
+  query_positions: Array,
+  key_positions: Array,
+  query_segments: Array,
+  key_segments: Array,
+  window: int | None = None,
+) -> Array:
+  """[batch, time, keys]: True where a query may look: same document, not later, not `window` or more before.
+
+  Segment 0 is padding: nothing sees it.  Positions: [batch, time] and [batch, keys], counted within a document.
+  """
+  distance = query_positions[:, :, None] - key_positions[:, None, :]
+  same = query_segments[:, :, None] == key_segments[:, None, :]
+  seen = same & (key_segments[:, None, :] > 0) & (distance >= 0)
+  return seen if window is None else seen & (distance < window)
+
+
+def attend(
+  q: Array, k: Array, v: Array, mask: Array, *, scale: float, softcap: float | None = None
+) -> Array:
+  """softmax(cap(scale q k^T) + mask) v, heads of queries sharing keys in groups.
+
+  Args:
+    q: [batch, time, heads, head_dim].
+    k, v: [batch, keys, kv_heads, head_dim]; heads is a multiple of kv_heads.
+    mask: [batch, time, keys], True where a query may look; a query that sees nothing gets the mean of v.
+    scale: multiplies the scores.
+    softcap: cap * tanh(score / cap) (Gemma 2), None for none.
+
+  Returns:
+    [batch, time, heads, head_dim] in q's dtype; scores and softmax in float32.
+  """
+  batch, time, heads, dim = q.shape
+  groups = heads // k.shape[2]
+  # [batch, kv_heads, groups, time, dim]: plain batched products, twice as fast as the grouped einsum on XLA:CPU
+  q = (q * scale).reshape(batch, time, -1, groups, dim).transpose(0, 2, 3, 1, 4)
+  k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+  if time <= 2 * QUERY_BLOCK or time % QUERY_BLOCK:
+    out = _attend(q, k, v, mask, softcap)
+  else:
+    out = _blockwise(q, k, v, mask, softcap)
+  return out.transpose(0, 3, 1, 2, 4).reshape(batch, time, heads, dim)
+
+
+def _attend(q, k, v, mask, softcap):
+  batch, kv_heads, groups, time, dim = q.shape
+  folded = q.reshape(batch, kv_heads, groups * time, dim)
+  scores = jnp.einsum("bkqd,bksd->bkqs", folded, k, preferred_element_type=jnp.float32)
+  scores = scores.reshape(batch, kv_heads, groups, time, -1)
+  if softcap is not None:
+    scores = softcap * jnp.tanh(scores / softcap)
+  scores = jnp.where(mask[:, None, None], scores, NEGATIVE)
+  weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+  out = jnp.einsum("bkqs,bksd->bkqd", weights.reshape(batch, kv_heads, groups * time, -1), v)
+  return out.reshape(batch, kv_heads, groups, time, dim)
+
+
+def _blockwise(q, k, v, mask, softcap):
+  """The same, QUERY_BLOCK queries at a time, scores recomputed in the backward pass: memory grows as time."""
+  blocks = q.shape[3] // QUERY_BLOCK
+  q = jnp.moveaxis(q.reshape(*q.shape[:3], blocks, QUERY_BLOCK, q.shape[-1]), 3, 0)
+  mask = jnp.moveaxis(mask.reshape(mask.shape[0], blocks, QUERY_BLOCK, -1), 1, 0)
+  block = jax.checkpoint(lambda q, mask: _attend(q, k, v, mask, softcap))
+  _, out = jax.lax.scan(lambda _, one: (None, block(*one)), None, (q, mask))
+  out = jnp.moveaxis(out, 0, 3)
+  return out.reshape(*out.shape[:3], -1, out.shape[-1])
+
+
+def rotate(x: Array, cos: Array, sin: Array) -> Array:
+  """Rotary embedding of x: [batch, time, heads, head_dim] by cos, sin: [batch, time, head_dim / 2] (halves layout)."""
+  first, second = jnp.split(x, 2, axis=-1)
+  cos, sin = cos[:, :, None].astype(x.dtype), sin[:, :, None].astype(x.dtype)
+  x = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+  return sharding.constrain(x, "batch time heads head_dim")

@@ -1,0 +1,405 @@
+"""The decoder: embeddings, one scan over stacked layers, a norm; then the head.
+
+Families (Llama, Mistral, Qwen 2/3, Gemma 2/3) differ by `ModelConfig` alone.  Parameters are nested dicts named as in
+Hugging Face files, matrices stored `[in, out]`, every per-layer leaf with a leading `layers` axis.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
+
+from posttrain_jax.core import tree
+from posttrain_jax.core.sharding import constrain
+from posttrain_jax.core.weight import Transposed, embed, linear, unadapted
+from posttrain_jax.models import attention
+from posttrain_jax.models.config import SLIDING, ModelConfig, Rope
+
+Array = jax.Array
+Params = Any
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Declaration: shape, axes and initialiser of every leaf, once
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+  """One parameter: its shape, the name of each axis, and how a fresh one is drawn."""
+
+  shape: tuple[int, ...]
+  axes: str
+  init: str  # normal | zeros | ones
+
+
+def specs(config: ModelConfig) -> Params:
+  """The tree of `Spec`s: what a checkpoint must hold, no more and no less."""
+  c, layer = config, {}
+  heads, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+  norm = lambda size, axes="embed": Spec((size,), axes, "zeros" if c.norm_plus_one else "ones")
+
+  def dense(path: str, rows: int, columns: int, axes: str, bias: bool):
+    layer[f"{path}/weight"] = Spec((rows, columns), axes, "normal")
+    if bias:
+      layer[f"{path}/bias"] = Spec((columns,), axes.split()[1], "zeros")
+
+  layer["input_layernorm/weight"] = norm(c.hidden_size)
+  dense("self_attn/q_proj", c.hidden_size, heads, "embed heads", c.qkv_bias)
+  dense("self_attn/k_proj", c.hidden_size, kv, "embed heads", c.qkv_bias)
+  dense("self_attn/v_proj", c.hidden_size, kv, "embed heads", c.qkv_bias)
+  dense("self_attn/o_proj", heads, c.hidden_size, "heads embed", c.out_bias)
+  if c.qk_norm:
+    layer["self_attn/q_norm/weight"] = norm(c.head_dim, "head_dim")
+    layer["self_attn/k_norm/weight"] = norm(c.head_dim, "head_dim")
+  layer["post_attention_layernorm/weight"] = norm(c.hidden_size)
+  if c.sandwich_norms:
+    layer["pre_feedforward_layernorm/weight"] = norm(c.hidden_size)
+    layer["post_feedforward_layernorm/weight"] = norm(c.hidden_size)
+  dense("mlp/gate_proj", c.hidden_size, c.intermediate_size, "embed mlp", c.mlp_bias)
+  dense("mlp/up_proj", c.hidden_size, c.intermediate_size, "embed mlp", c.mlp_bias)
+  dense("mlp/down_proj", c.intermediate_size, c.hidden_size, "mlp embed", c.mlp_bias)
+
+  leaves = {"embed_tokens/weight": Spec((c.vocab_size, c.hidden_size), "vocab embed", "normal")}
+  for path, spec in layer.items():
+    leaves[f"layers/{path}"] = Spec((c.num_layers, *spec.shape), f"layers {spec.axes}", spec.init)
+  leaves["norm/weight"] = norm(c.hidden_size)
+  if not c.tied:
+    leaves["lm_head/weight"] = Spec((c.hidden_size, c.vocab_size), "embed vocab", "normal")
+  return tree.unflatten(leaves)
+
+
+# Where each logical axis of a parameter lives on the mesh; (pattern, PartitionSpec) over every path.
+RULES = (
+  (r"embed_tokens/weight", P("tensor", "fsdp")),
+  (r"lm_head/weight", P("fsdp", "tensor")),
+  (r"layers/self_attn/[qkv]_proj/weight", P(None, "fsdp", "tensor")),
+  (r"layers/self_attn/o_proj/weight", P(None, "tensor", "fsdp")),
+  (r"layers/mlp/(gate|up)_proj/weight", P(None, "fsdp", "tensor")),
+  (r"layers/mlp/down_proj/weight", P(None, "tensor", "fsdp")),
+  (r"layers/self_attn/[qkv]_proj/bias", P(None, "tensor")),
+  (r"layers/mlp/(gate|up)_proj/bias", P(None, "tensor")),
+  (r"layers/.*(bias|norm/weight)", P()),
+  (r"norm/weight", P()),
+)
+
+
+def abstract(config: ModelConfig, dtype: Any = jnp.float32) -> Params:
+  """The parameter tree as `jax.ShapeDtypeStruct`s, for compiling without weights."""
+  return tree.unflatten(
+    (path, jax.ShapeDtypeStruct(spec.shape, dtype)) for path, spec in tree.items(specs(config))
+  )
+
+
+def init(key: Array, config: ModelConfig, dtype: Any = jnp.float32, std: float = 0.02) -> Params:
+  """Fresh parameters: normal(0, std) matrices, neutral norms, zero biases.  For tests and benchmarks."""
+  leaves = tree.flatten(specs(config))
+  draw: dict[str, Callable[..., Array]] = {
+    "normal": lambda key, shape: (std * jax.random.normal(key, shape)).astype(dtype),
+    "ones": lambda key, shape: jnp.ones(shape, dtype),
+    "zeros": lambda key, shape: jnp.zeros(shape, dtype),
+  }
+  keys = jax.random.split(key, len(leaves))
+  return tree.unflatten(
+    (path, draw[spec.init](key, spec.shape)) for key, (path, spec) in zip(keys, leaves.items())
+  )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Computation
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@struct.dataclass
+class Cache:
+  """Keys and values of what was read so far: every row writes the same slot, ragged prompts are padded on the left.
+
+  k, v: [layers, batch, slots, kv_heads, head_dim]; positions, segments: [batch, slots], segment 0 an empty slot;
+  length: slots in use.
+  """
+
+  k: Array
+  v: Array
+  positions: Array
+  segments: Array
+  length: Array
+
+
+def empty_cache(config: ModelConfig, batch: int, slots: int, dtype: Any) -> Cache:
+  """A cache of `slots` tokens for each of `batch` rows.  Zeros, not `empty`: 0 * NaN would reach the output."""
+  shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
+  none = jnp.zeros((batch, slots), jnp.int32)
+  return Cache(
+    jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), none, none, jnp.zeros((), jnp.int32)
+  )
+
+
+def forward(
+  params: Params,
+  tokens: Array | None,
+  config: ModelConfig,
+  *,
+  positions: Array | None = None,
+  segment_ids: Array | None = None,
+  **options: Any,
+) -> Array:
+  """Logits [batch, time, vocab] in float32; arguments as `hidden`'s."""
+  x = hidden(params, tokens, config, positions=positions, segment_ids=segment_ids, **options)
+  return logits(params, x, config)
+
+
+def hidden(
+  params: Params,
+  tokens: Array | None,
+  config: ModelConfig,
+  *,
+  positions: Array | None = None,
+  segment_ids: Array | None = None,
+  embeddings: Array | None = None,
+  dtype: Any = None,
+  remat: str = "none",
+) -> Array:
+  """What the head reads: [batch, time, embed].
+
+  Args:
+    params: the tree of `specs`, its matrices plain or any `Weight`.
+    tokens: [batch, time] ids; None where `embeddings` [batch, time, embed] (scaled already) stand in for them.
+    positions: [batch, time], counted within each document; default 0, 1, 2, ...
+    segment_ids: [batch, time], equal within a packed document, 0 for padding; default one document a row.
+    dtype: of the computation; default the embedding's.
+    remat: what the backward pass recomputes, a key of `REMAT`.
+  """
+  x = _inputs(params, tokens, embeddings, config, dtype)
+  batch, time = x.shape[:2]
+  if positions is None:
+    positions = jnp.broadcast_to(jnp.arange(time, dtype=jnp.int32), (batch, time))
+  if segment_ids is None:
+    segment_ids = jnp.ones((batch, time), jnp.int32)
+  shared = _by_kind(config, positions, positions, segment_ids, segment_ids)
+
+  def layer(x, p, kind):
+    return _layer(x, p, _pick(shared, kind), config, lambda k, v: (k, v))
+
+  x = _over_layers(REMAT[remat](layer), x, params["layers"], config)
+  return _norm(x, params["norm"]["weight"], config)
+
+
+def step(
+  params: Params,
+  tokens: Array,
+  config: ModelConfig,
+  cache: Cache,
+  *,
+  segment_ids: Array | None = None,
+  dtype: Any = None,
+) -> tuple[Array, Cache]:
+  """(hidden [batch, time, embed], cache) after reading `tokens` [batch, time] into the next `time` slots.
+
+  Positions go on from each row's own count of tokens.  segment_ids: 0 where a token is left padding; default none.
+  """
+  batch, time = tokens.shape
+  if segment_ids is None:
+    segment_ids = jnp.ones((batch, time), jnp.int32)
+  seen = jnp.sum(cache.segments, axis=1, keepdims=True)
+  positions = jnp.maximum(seen + jnp.cumsum(segment_ids, axis=1) - 1, 0).astype(jnp.int32)
+  start = cache.length
+  write = jax.lax.dynamic_update_slice
+  all_positions = write(cache.positions, positions, (0, start))
+  all_segments = write(cache.segments, segment_ids.astype(jnp.int32), (0, start))
+  shared = _by_kind(config, positions, all_positions, segment_ids, all_segments)
+
+  def layer(carry, p, kind, index):
+    x, keys, values = carry
+
+    def extend(k, v):
+      nonlocal keys, values
+      keys = write(keys, k.astype(keys.dtype)[None], (index, 0, start, 0, 0))
+      values = write(values, v.astype(values.dtype)[None], (index, 0, start, 0, 0))
+      return keys[index].astype(k.dtype), values[index].astype(v.dtype)
+
+    x = _layer(x, p, _pick(shared, kind), config, extend)
+    return x, keys, values
+
+  x = _inputs(params, tokens, None, config, dtype)
+  carry = (x, cache.k, cache.v)
+  x, keys, values = _over_layers(layer, carry, params["layers"], config, indexed=True)
+  cache = Cache(keys, values, all_positions, all_segments, start + time)
+  return _norm(x, params["norm"]["weight"], config), cache
+
+
+def head(params: Params) -> Any:
+  """The weight that turns hidden states into logits; a tied one is the transposed unadapted embedding."""
+  if "lm_head" in params:
+    return params["lm_head"]["weight"]
+  return Transposed(unadapted(params["embed_tokens"]["weight"]))
+
+
+def logits(params: Params, x: Array, config: ModelConfig) -> Array:
+  """[..., embed] -> [..., vocab] in float32, soft-capped where the family does."""
+  out = linear(x, head(params)).astype(jnp.float32)
+  return (
+    out
+    if config.final_softcap is None
+    else config.final_softcap * jnp.tanh(out / config.final_softcap)
+  )
+
+
+def unstack(params: Params, config: ModelConfig) -> Params:
+  """params with its layers apart, each a tree of its own.
+
+  The decode loop on a CPU wants them so: a scan copies each layer's weights out of the stack at every step.
+  """
+  slices = tuple(
+    jax.tree.map(operator.itemgetter(i), params["layers"]) for i in range(config.num_layers)
+  )
+  return {**params, "layers": slices}
+
+
+# What the backward pass keeps of a layer.  `names` is the measured best on one accelerator with a frozen base: products
+# whose recomputation is dear are kept, norms and activations are not.
+KEPT = ("query", "key", "value", "context", "middle", "gate", "up")
+
+
+def _checkpoint(policy):
+  return lambda layer: jax.checkpoint(layer, policy=policy, prevent_cse=False)
+
+
+REMAT: dict[str, Callable] = {
+  "none": lambda layer: layer,
+  "names": _checkpoint(jax.checkpoint_policies.save_only_these_names(*KEPT)),
+  "dots": _checkpoint(jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+  "full": _checkpoint(None),
+}
+
+
+def _over_layers(layer, carry, layers, config, indexed=False):
+  """carry after every layer: one scan over the stack, or a loop over layers that are apart (`unstack`)."""
+  kinds = np.asarray([config.sliding(i) for i in range(config.num_layers)], np.int32)
+  if isinstance(layers, tuple):
+    for index, (p, kind) in enumerate(zip(layers, kinds)):
+      carry = layer(carry, p, kind, index) if indexed else layer(carry, p, kind)
+    return carry
+
+  def body(carry, xs):
+    p, kind, index = xs
+    return (layer(carry, p, kind, index) if indexed else layer(carry, p, kind)), None
+
+  carry, _ = jax.lax.scan(body, carry, (layers, kinds, np.arange(config.num_layers)))
+  return carry
+
+
+def _inputs(params, tokens, embeddings, config, dtype):
+  if embeddings is None:
+    embeddings = embed(tokens, params["embed_tokens"]["weight"])
+    embeddings = embeddings if dtype is None else embeddings.astype(dtype)
+    if config.scale_embeddings:
+      embeddings *= jnp.asarray(config.hidden_size**0.5, embeddings.dtype)
+  return constrain(embeddings, "batch time embed")
+
+
+def _by_kind(config, query_positions, key_positions, query_segments, key_segments):
+  """(mask, cos, sin) for full layers and, where the model has such, for sliding ones: a list of one or two."""
+  kinds = [(None, config.rope)]
+  if SLIDING in config.kinds:
+    kinds.append((config.window, config.local_rope or config.rope))
+  return [
+    (
+      attention.visible(query_positions, key_positions, query_segments, key_segments, window),
+      *_angles(query_positions, rope, config.head_dim),
+    )
+    for window, rope in kinds
+  ]
+
+
+def _pick(by_kind, kind):
+  if len(by_kind) == 1:
+    return by_kind[0]
+  return jax.tree.map(lambda full, sliding: jnp.where(kind, sliding, full), *by_kind)
+
+
+def _angles(positions: Array, rope: Rope, head_dim: int) -> tuple[Array, Array]:
+  angles = positions[..., None].astype(jnp.float32) * jnp.asarray(
+    inverse_frequencies(rope, head_dim)
+  )
+  return jnp.cos(angles), jnp.sin(angles)
+
+
+def inverse_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
+  """theta^(-2i / head_dim) for i < head_dim / 2, rescaled by `rope.kind`; float32."""
+  frequencies = 1.0 / rope.theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+  if rope.kind == "linear":
+    frequencies = frequencies / rope.factor
+  if rope.kind == "llama3":
+    wavelengths = 2 * np.pi / frequencies
+    low = rope.original_length / rope.low_freq_factor
+    high = rope.original_length / rope.high_freq_factor
+    blend = (rope.original_length / wavelengths - rope.low_freq_factor) / (
+      rope.high_freq_factor - rope.low_freq_factor
+    )
+    smooth = (1 - blend) * frequencies / rope.factor + blend * frequencies
+    slowed = np.where(wavelengths > low, frequencies / rope.factor, smooth)
+    frequencies = np.where(wavelengths < high, frequencies, slowed)
+  return frequencies.astype(np.float32)
+
+
+def _layer(x, p, shared, config, extend):
+  """One block; `extend(k, v)` returns all keys and values there are to look at."""
+  mask, cos, sin = shared
+  h = _norm(x, p["input_layernorm"]["weight"], config)
+  h = _attention(h, p["self_attn"], mask, cos, sin, config, extend)
+  after = p["post_attention_layernorm"]["weight"]
+  if config.sandwich_norms:
+    x = x + _norm(h, after, config)
+    before = p["pre_feedforward_layernorm"]["weight"]
+  else:
+    x, before = x + h, after
+  x = checkpoint_name(constrain(x, "batch time embed"), "middle")
+  h = _mlp(_norm(x, before, config), p["mlp"], config)
+  if config.sandwich_norms:
+    h = _norm(h, p["post_feedforward_layernorm"]["weight"], config)
+  return constrain(x + h, "batch time embed")
+
+
+def _attention(h, p, mask, cos, sin, config, extend):
+  heads = lambda name: _project(h, p[name]).reshape(*h.shape[:2], -1, config.head_dim)
+  q, k, v = heads("q_proj"), heads("k_proj"), heads("v_proj")
+  if config.qk_norm:
+    q = _norm(q, p["q_norm"]["weight"], config)
+    k = _norm(k, p["k_norm"]["weight"], config)
+  q = checkpoint_name(attention.rotate(q, cos, sin), "query")
+  k = checkpoint_name(attention.rotate(k, cos, sin), "key")
+  v = checkpoint_name(constrain(v, "batch time heads head_dim"), "value")
+  out = attention.attend(
+    q, *extend(k, v), mask, scale=config.softmax_scale, softcap=config.attention_softcap
+  )
+  out = checkpoint_name(out.reshape(*h.shape[:2], -1), "context")
+  return _project(out, p["o_proj"])
+
+
+def _mlp(h, p, config):
+  gate = constrain(checkpoint_name(_project(h, p["gate_proj"]), "gate"), "batch time mlp")
+  up = constrain(checkpoint_name(_project(h, p["up_proj"]), "up"), "batch time mlp")
+  act = jax.nn.silu(gate) if config.activation == "silu" else jax.nn.gelu(gate, approximate=True)
+  return _project(act * up, p["down_proj"])
+
+
+def _project(x, p):
+  y = linear(x, p["weight"])
+  return y + p["bias"].astype(y.dtype) if "bias" in p else y
+
+
+def _norm(x, w, config):
+  """x / rms(x) * w (Gemma: * (1 + w)), in float32."""
+  wide = x.astype(jnp.float32)
+  wide *= jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + config.norm_eps)
+  w = w.astype(jnp.float32)
+  return (wide * (1.0 + w if config.norm_plus_one else w)).astype(x.dtype)

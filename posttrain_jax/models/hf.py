@@ -1,0 +1,322 @@
+"""Hugging Face folders, both ways: single or sharded safetensors, tied heads, one tensor at a time.
+
+A missing, unknown or misshapen tensor is an error that names it; what may stay unread is `UNREAD`.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import logging
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+
+from posttrain_jax.core import files, tree
+from posttrain_jax.models import decoder, fetch
+from posttrain_jax.models.config import ModelConfig, from_hf, to_hf
+
+log = logging.getLogger(__name__)
+
+# Tensors that a decoder has no use for: pattern over the file's names -> why it may stay unread.
+UNREAD = {
+  r".*rotary_emb\.inv_freq": "computed from rope_theta",
+  r"(.*\.)?vision_tower\..*": "this is the text model",
+  r"(.*\.)?multi_modal_projector\..*": "this is the text model",
+}
+TIED_HEAD = r"(.*\.)?lm_head\.weight"
+TOKENIZER_FILES = (
+  "tokenizer.json",
+  "tokenizer_config.json",
+  "special_tokens_map.json",
+  "added_tokens.json",
+  "chat_template.jinja",
+  "tokenizer.model",
+  "vocab.json",
+  "merges.txt",
+  "generation_config.json",
+)
+SHARD_BYTES = 5_000_000_000
+
+Place = Callable[[str, np.ndarray], Any]
+
+
+def load(
+  name_or_dir: str | Path, *, dtype: Any = None, place: Place | None = None
+) -> tuple[Any, ModelConfig]:
+  """(params, config) of a folder, a hub name, or `"smollm2"`: the user's cache, fetched if absent.
+
+  Args:
+    name_or_dir: what to load.
+    dtype: of the parameters; None keeps what the files hold.
+    place: called with (path, stacked numpy array) as soon as a leaf is read; what it returns (a sharded array, a
+      quantised weight) goes into the tree.  Default: an array on the default device.
+
+  Raises:
+    FileNotFoundError: no such folder, or a shard that the index names is missing.
+    ValueError: a tensor missing, unknown or misshapen, or a file cut short; the message names it.
+  """
+  folder = fetch.resolve(name_or_dir)
+  config = read_config(folder)
+  place = place or (lambda _, array: jnp.asarray(array))
+  names = dict(tree.items(decoder.specs(config)))
+  with _Reader(folder) as reader:
+    located = _match(names, reader, config, folder)
+    leaves = {
+      path: place(path, _stack(reader, path, parts, names[path], dtype))
+      for path, parts in located.items()
+    }
+  return tree.unflatten(leaves), config
+
+
+def read_config(folder: str | Path) -> ModelConfig:
+  """The ModelConfig of a folder's `config.json`.
+
+  Raises:
+    FileNotFoundError: the folder has none.
+    ValueError: it is not JSON, or describes a model that the decoder does not compute.
+  """
+  path = Path(folder) / "config.json"
+  if not path.exists():
+    raise FileNotFoundError(f"{path} does not exist: {folder} is not a Hugging Face model folder")
+  try:
+    return from_hf(json.loads(path.read_text()))
+  except ValueError as error:
+    raise ValueError(f"{path}: {error}") from error
+
+
+def save(
+  folder: str | Path, params: Any, config: ModelConfig, *, tokenizer_from: str | Path | None = None
+) -> None:
+  """A folder that any server loads: safetensors, `config.json` with every key it came with, tokenizer files.
+
+  Written beside `folder` and renamed at the end: a killed save leaves nothing that looks whole.
+
+  Args:
+    params: plain weights; adapters merged, quantised weights made dense first.
+    tokenizer_from: the folder whose tokenizer, chat template and generation config are copied.
+  """
+  leaves = dict(tree.items(params))
+  stored = {
+    path: leaf for path, leaf in leaves.items() if not isinstance(leaf, jax.Array | np.ndarray)
+  }
+  if stored:
+    path, leaf = next(iter(stored.items()))
+    raise ValueError(
+      f"{path} is a {type(leaf).__name__}, not a plain array; call adapters.merge(params, adapter) first, "
+      "which also turns quantised weights into dense ones"
+    )
+  tied = "lm_head/weight" not in leaves
+  with files.publish(folder) as new:
+    _write_shards(new, _tensors(leaves, config))
+    dtype = str(leaves["embed_tokens/weight"].dtype)
+    files.write_json(new / "config.json", to_hf(config, tied=tied, dtype=dtype))
+    for name in TOKENIZER_FILES if tokenizer_from else ():
+      if (Path(tokenizer_from) / name).exists():
+        shutil.copy(Path(tokenizer_from) / name, new / name)
+
+
+def hf_name(path: str, layer: int | None = None) -> str:
+  """The Hugging Face tensor name of a parameter path.
+
+  >>> hf_name("layers/self_attn/q_proj/weight", 3)
+  'model.layers.3.self_attn.q_proj.weight'
+  >>> hf_name("lm_head/weight")
+  'lm_head.weight'
+  """
+  name = path.replace("/", ".")
+  if layer is not None:
+    name = name.replace("layers.", f"layers.{layer}.", 1)
+  return name if path.startswith("lm_head") else f"model.{name}"
+
+
+def _turned(path: str) -> bool:
+  """True for what Hugging Face stores [out, in]; the embedding is [vocab, embed] there as here."""
+  return path.endswith("_proj/weight") or path == "lm_head/weight"
+
+
+class _Reader:
+  """Every tensor of a folder's safetensors files by name; the files are memory-mapped."""
+
+  def __init__(self, folder: Path):
+    self.where: dict[str, Path] = {}
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+      weight_map = json.loads(index.read_text())["weight_map"]
+      for name, file in weight_map.items():
+        self.where[name] = _inside(folder, file)
+    paths = sorted(set(self.where.values())) or sorted(folder.glob("*.safetensors"))
+    if not paths:
+      raise FileNotFoundError(
+        f"{folder} holds no *.safetensors; pickled weights (*.bin) are not read"
+      )
+    self.open: dict[Path, Any] = {}
+    for path in paths:
+      if not path.exists():
+        raise FileNotFoundError(f"{path} is named by {index.name} and does not exist")
+      try:
+        self.open[path] = safetensors.safe_open(path, "np").__enter__()
+      except safetensors.SafetensorError as error:
+        raise ValueError(
+          f"{path} cannot be read: {error}; it may be cut short, fetch it again"
+        ) from error
+      self._check_names(path, bool(index.exists()))
+
+  def _check_names(self, path: Path, indexed: bool) -> None:
+    held = set(self.open[path].keys())
+    if not indexed:
+      self.where.update(dict.fromkeys(held, path))
+    for name in {n for n, p in self.where.items() if p == path} - held:
+      raise ValueError(f"{path} lacks the tensor {name!r} that the index says it holds")
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    for handle in self.open.values():
+      handle.__exit__(None, None, None)
+
+  def shape(self, name: str) -> tuple[int, ...]:
+    return tuple(self.open[self.where[name]].get_slice(name).get_shape())
+
+  def get(self, name: str) -> np.ndarray:
+    return self.open[self.where[name]].get_tensor(name)
+
+
+def _inside(folder: Path, file: str) -> Path:
+  """folder / file, refused where an index points outside its folder."""
+  path = folder / file
+  if Path(file).is_absolute() or ".." in Path(file).parts:
+    raise ValueError(f"the index of {folder} names {file!r}, which is outside the folder")
+  return path
+
+
+def _match(
+  names: Mapping[str, decoder.Spec], reader: _Reader, config: ModelConfig, folder: Path
+) -> dict[str, list[str]]:
+  """path -> the file's tensor names, one or one a layer; everything wanted is there and nothing else."""
+  prefix = _prefix(reader.where)
+  located: dict[str, list[str]] = {}
+  for path in names:
+    stacked = path.startswith("layers/")
+    parts = [hf_name(path, i) for i in range(config.num_layers)] if stacked else [hf_name(path)]
+    located[path] = [_rename(name, prefix, reader.where) for name in parts]
+  wanted = {name for parts in located.values() for name in parts}
+  missing = sorted(wanted - set(reader.where))
+  extra = sorted(set(reader.where) - wanted)
+  unread = {name: why for name in extra if (why := _why_unread(name, config)) is not None}
+  unknown = [name for name in extra if name not in unread]
+  if missing or unknown:
+    raise ValueError(
+      f"{folder} does not hold what its config.json describes: "
+      + _listed("missing", missing)
+      + _listed("unknown", unknown)
+    )
+  for why, count in collections.Counter(unread.values()).items():
+    log.info("%s: %d tensors left unread (%s)", folder, count, why)
+  return located
+
+
+def _listed(what: str, names: list[str]) -> str:
+  if not names:
+    return ""
+  more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+  return f"{what} {', '.join(names[:5])}{more}. "
+
+
+def _why_unread(name: str, config: ModelConfig) -> str | None:
+  if config.tied and re.fullmatch(TIED_HEAD, name):
+    return "the head is tied to the embedding"
+  return next((why for pattern, why in UNREAD.items() if re.fullmatch(pattern, name)), None)
+
+
+def _prefix(names: Iterable[str]) -> str:
+  """What stands before `embed_tokens.weight`: `model.`, nothing, or the path of a text model inside a larger one."""
+  for name in names:
+    if name.endswith("embed_tokens.weight"):
+      return name.removesuffix("embed_tokens.weight")
+  return "model."
+
+
+def _rename(name: str, prefix: str, held: Mapping[str, Any]) -> str:
+  if name.startswith("lm_head"):
+    inner = prefix.removesuffix("model.") + name  # language_model.lm_head.weight
+    return inner if inner in held else name
+  return prefix + name.removeprefix("model.")
+
+
+def _stack(
+  reader: _Reader, path: str, names: list[str], spec: decoder.Spec, dtype: Any
+) -> np.ndarray:
+  """The leaf that the tensors make, matrices turned to [in, out]; filled layer by layer."""
+  stacked = path.startswith("layers/")
+  shape = spec.shape[1:] if stacked else spec.shape
+  turned = shape[::-1] if _turned(path) else shape
+  result = None
+  for i, name in enumerate(names):
+    if reader.shape(name) != turned:
+      raise ValueError(
+        f"tensor {name!r} has shape {reader.shape(name)}, config.json asks for {turned}"
+      )
+    tensor = reader.get(name)
+    tensor = tensor.T if _turned(path) else tensor
+    if not np.issubdtype(tensor.dtype, np.floating) and tensor.dtype.name != "bfloat16":
+      raise ValueError(
+        f"tensor {name!r} is {tensor.dtype}, not floating point; is the folder quantised?"
+      )
+    if result is None:
+      result = np.empty(spec.shape, jnp.dtype(dtype or tensor.dtype))
+    result[i if stacked else ...] = tensor
+  return result
+
+
+def _tensors(leaves: Mapping[str, Any], config: ModelConfig):
+  """name -> (shape, dtype, function that makes the array), in the order of the tree."""
+  for path, leaf in leaves.items():
+    dtype = str(leaf.dtype)
+    turn = _turned(path)
+    if not path.startswith("layers/"):
+      shape = leaf.shape[::-1] if turn else leaf.shape
+      yield hf_name(path), (shape, dtype, lambda leaf=leaf, turn=turn: _host(leaf, turn))
+      continue
+    shape = leaf.shape[:0:-1] if turn else leaf.shape[1:]
+    for i in range(config.num_layers):
+      make = lambda leaf=leaf, turn=turn, i=i: _host(leaf[i], turn)
+      yield hf_name(path, i), (shape, dtype, make)
+
+
+def _host(leaf, turn):
+  array = np.asarray(leaf)
+  return array.T if turn else array
+
+
+def _write_shards(folder: Path, tensors) -> None:
+  shards: list[dict] = [{}]
+  room = SHARD_BYTES
+  total = 0
+  for name, entry in tensors:
+    shape, dtype, _ = entry
+    size = int(np.prod(shape, dtype=np.int64)) * files.numpy_dtype(dtype).itemsize
+    if size > room and shards[-1]:
+      shards.append({})
+      room = SHARD_BYTES
+    shards[-1][name] = entry
+    room -= size
+    total += size
+  if len(shards) == 1:
+    files.write_safetensors(folder / "model.safetensors", shards[0])
+    return
+  weight_map = {}
+  for i, shard in enumerate(shards, 1):
+    file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+    files.write_safetensors(folder / file, shard)
+    weight_map.update(dict.fromkeys(shard, file))
+  index = dict(metadata=dict(total_size=total), weight_map=weight_map)
+  files.write_json(folder / "model.safetensors.index.json", index)
