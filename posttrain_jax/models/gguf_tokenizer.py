@@ -94,13 +94,16 @@ def _build(fields: dict) -> tuple[tokenizers.Tokenizer, bool]:
     )
   splitting = _SPLITTINGS[pre]
   tokens = _required(fields, "tokenizer.ggml.tokens")
+  vocab = {token: i for i, token in enumerate(tokens)}
+  for i, token in enumerate(tokens):
+    if vocab[token] != i:
+      raise ValueError(f"the GGUF vocabulary holds {token!r} twice, as {i} and {vocab[token]}")
   merges = [tuple(merge.split(" ")) for merge in _required(fields, "tokenizer.ggml.merges")]
+  for merge in merges:
+    if len(merge) != 2 or not {*merge, "".join(merge)} <= vocab.keys():
+      raise ValueError(f"the GGUF merge {' '.join(merge)!r} is not of two tokens that make a third")
   tokenizer = tokenizers.Tokenizer(
-    models.BPE(
-      vocab={token: i for i, token in enumerate(tokens)},
-      merges=merges,
-      ignore_merges=splitting.ignore_merges,
-    )
+    models.BPE(vocab=vocab, merges=merges, ignore_merges=splitting.ignore_merges)
   )
   if splitting.nfc:
     tokenizer.normalizer = tokenizers.normalizers.NFC()
@@ -123,11 +126,6 @@ def _build(fields: dict) -> tuple[tokenizers.Tokenizer, bool]:
       if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED)
     ]
   )
-  for i, token in enumerate(tokens):
-    if tokenizer.token_to_id(token) != i:
-      raise ValueError(
-        f"the GGUF vocabulary holds {token!r} twice, as {tokenizer.token_to_id(token)} and {i}"
-      )
 
   add_bos = fields.get("tokenizer.ggml.add_bos_token", splitting.add_bos)
   if add_bos:
