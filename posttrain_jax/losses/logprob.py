@@ -1,0 +1,221 @@
+"""Log-probabilities of given tokens, without a `[tokens, vocab]` array.
+
+The one place where hidden states meet the head in training: SFT, preference, RL and evaluation all come here.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from posttrain_jax.core import sharding
+from posttrain_jax.core.weight import linear
+
+Array = jax.Array
+CHUNK = 512  # tokens whose logits exist at once
+
+
+@struct.dataclass
+class Scores:
+  """What one pass over the vocabulary tells of each token; all [...] as labels, float32, 0 where the mask is False."""
+
+  logp: Array  # natural log-probability of the label; differentiable
+  correct: Array  # 1 where the label is the most likely token; not differentiable
+  entropy: Array  # of the distribution, in nats; not differentiable; 0 unless asked for
+
+
+def token_logps(
+  hidden: Array,
+  head: Any,
+  labels: Array,
+  *,
+  mask: Array | None = None,
+  softcap: float | None = None,
+  temperature: float = 1.0,
+) -> Array:
+  """log softmax(softcap(hidden @ head) / temperature)[label], [...] float32; arguments as `score`'s."""
+  return score(hidden, head, labels, mask=mask, softcap=softcap, temperature=temperature).logp
+
+
+def score(
+  hidden: Array,
+  head: Any,
+  labels: Array,
+  *,
+  mask: Array | None = None,
+  softcap: float | None = None,
+  temperature: float = 1.0,
+  entropy: bool = False,
+) -> Scores:
+  """`Scores` of labels under softmax(softcap * tanh(hidden @ head / softcap) / temperature).
+
+  Products accumulate in float32 and the softmax is float32.  Without a mesh only tokens whose mask is True are computed
+  at all.  While the head is not differentiated, the forward pass keeps d logp / d hidden (one row a token: it does not
+  depend on what comes after), so a training step makes two products with the head, not the three of a recomputation,
+  and no gradient of the head exists.
+
+  Args:
+    hidden: [..., embed].
+    head: [embed, vocab], any weight.
+    labels: [...] token ids.
+    mask: [...] bool, True where the score is wanted; default everywhere.
+    softcap: final-logit soft-cap (Gemma 2); None for none.
+    temperature: divides the logits, after the soft-cap.
+    entropy: whether to compute it: one more pass over the logits.
+  """
+  mask = jnp.ones(labels.shape, bool) if mask is None else mask.astype(bool)
+  options = (softcap, temperature, entropy)
+  if sharding.active():
+    return _score(hidden, head, labels, mask, options)
+  rows = hidden.reshape(-1, hidden.shape[-1])
+  flat = _score(rows[None], head, labels.reshape(1, -1), mask.reshape(1, -1), options)
+  return jax.tree.map(lambda x: x.reshape(labels.shape), flat)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _score(hidden, head, labels, mask, options):
+  return _forward(hidden, head, labels, mask, options, with_gradient=False)[0]
+
+
+def _score_fwd(hidden, head, labels, mask, options):
+  value = lambda primals: jax.tree.map(
+    lambda p: p.value, primals, is_leaf=lambda p: hasattr(p, "value")
+  )
+  trained = any(
+    p.perturbed for p in jax.tree.leaves(head, is_leaf=lambda p: hasattr(p, "perturbed"))
+  )
+  hidden, head, labels, mask = (value(x) for x in (hidden, head, labels, mask))
+  if trained:
+    scores, _ = _forward(hidden, head, labels, mask, options, with_gradient=False)
+    return scores, (None, (hidden, head, labels, mask))
+  scores, slope = _forward(hidden, head, labels, mask, options, with_gradient=True)
+  return scores, (slope, None)
+
+
+def _score_bwd(options, residuals, cotangents):
+  slope, inputs = residuals
+  g = cotangents.logp
+  if isinstance(g, jax.custom_derivatives.SymbolicZero):
+    return None, None, None, None
+  if inputs is None:
+    return (slope * g[..., None].astype(slope.dtype)), None, None, None
+  hidden, head, labels, mask = inputs
+  floats, rebuild = _floating(head)
+  logps = lambda hidden, floats: _recomputed(hidden, rebuild(floats), labels, mask, options)
+  d_hidden, d_floats = jax.vjp(logps, hidden, floats)[1](g)
+  d_head = rebuild(d_floats, others=None)
+  return d_hidden, d_head, None, None
+
+
+_score.defvjp(_score_fwd, _score_bwd, symbolic_zeros=True)
+
+
+def _floating(head):
+  """The differentiable leaves of head, and a function that puts others in their place."""
+  leaves, structure = jax.tree.flatten(head)
+  where = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+
+  def rebuild(floats, others=leaves):
+    new = [None] * len(leaves) if others is None else list(others)
+    for i, leaf in zip(where, floats):
+      new[i] = leaf
+    return jax.tree.unflatten(structure, new)
+
+  return [leaves[i] for i in where], rebuild
+
+
+def _forward(hidden, head, labels, mask, options, with_gradient):
+  """(Scores, d logp / d hidden or None) over [batch, tokens], a chunk of tokens at a time."""
+  batch, tokens, _ = hidden.shape
+  chunk = min(CHUNK, tokens)
+  compact = not sharding.active() and batch == 1
+  if compact:  # wanted tokens first, so that the loop can end with the last of them
+    order = jnp.argsort(~mask[0], stable=True)
+    hidden, labels, mask = hidden[:, order], labels[:, order], mask[:, order]
+  padding = -tokens % chunk
+  pad = lambda x: jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
+  hidden, labels, mask = pad(hidden), pad(labels), pad(mask)
+  chunks = (tokens + padding) // chunk
+  if compact:
+    chunks = (jnp.sum(mask) + chunk - 1) // chunk
+  zero = jnp.zeros(labels.shape, jnp.float32)
+  slope = jnp.zeros(hidden.shape, hidden.dtype) if with_gradient else None
+
+  def body(i, carry):
+    scores, slope = carry
+    part = lambda x: jax.lax.dynamic_slice_in_dim(x, i * chunk, chunk, 1)
+    update = lambda x, new: jax.lax.dynamic_update_slice_in_dim(
+      x, new.astype(x.dtype), i * chunk, 1
+    )
+    new, d = _chunk(part(hidden), head, part(labels), part(mask), options, with_gradient)
+    return jax.tree.map(update, scores, new), update(slope, d) if with_gradient else None
+
+  scores, slope = jax.lax.fori_loop(0, chunks, body, (Scores(zero, zero, zero), slope))
+  scores, slope = jax.tree.map(lambda x: x[:, :tokens], (scores, slope))
+  if compact:
+    back = lambda x: jnp.zeros_like(x).at[:, order].set(x, unique_indices=True)
+    scores, slope = jax.tree.map(back, (scores, slope))
+  return scores, slope
+
+
+def _chunk(hidden, head, labels, mask, options, with_gradient):
+  softcap, temperature, entropy = options
+  logits, chain = _logits(hidden, head, softcap, temperature)
+  top = jnp.max(logits, axis=-1)
+  normaliser = top + jnp.log(jnp.sum(jnp.exp(logits - top[..., None]), axis=-1))
+  target = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+  wanted = mask.astype(jnp.float32)
+  entropies = jnp.zeros_like(target)
+  if entropy:
+    p = jnp.exp(logits - normaliser[..., None])
+    entropies = normaliser - jnp.sum(p * logits, axis=-1)
+  scores = Scores((target - normaliser) * wanted, (target >= top) * wanted, entropies * wanted)
+  if not with_gradient:
+    return scores, None
+  p = jnp.exp(logits - normaliser[..., None])
+  is_label = jnp.arange(logits.shape[-1]) == labels[..., None]
+  d_logits = (is_label - p) * chain * wanted[..., None]
+  return scores, _times_transposed(d_logits.astype(hidden.dtype), head, hidden)
+
+
+def _logits(hidden, head, softcap, temperature):
+  """(logits, d logits / d products), both float32."""
+  z = linear(hidden, head).astype(jnp.float32)
+  chain = jnp.float32(1.0 / temperature)
+  if softcap is not None:
+    squashed = jnp.tanh(z / softcap)
+    z, chain = softcap * squashed, chain * (1.0 - squashed**2)
+  return sharding.constrain(z / temperature, "batch time vocab"), chain
+
+
+def _times_transposed(d_logits, head, hidden):
+  """d_logits @ head.T, as the transpose of the product that made the logits, whatever the head is."""
+  transpose = jax.linear_transpose(
+    lambda x: linear(x, head), jax.ShapeDtypeStruct(hidden.shape, hidden.dtype)
+  )
+  return transpose(d_logits)[0]
+
+
+def _recomputed(hidden, head, labels, mask, options):
+  """logp alone, by a scan whose backward pass computes each chunk's logits again: for a head that is trained."""
+  softcap, temperature, _ = options
+  batch, tokens, _ = hidden.shape
+  chunk = min(CHUNK, tokens)
+  padding = -tokens % chunk
+  pad = lambda x: jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
+  split = lambda x: jnp.moveaxis(pad(x).reshape(batch, -1, chunk, *x.shape[2:]), 1, 0)
+
+  @jax.checkpoint
+  def one(_, parts):
+    hidden, labels, mask = parts
+    logits, _ = _logits(hidden, head, softcap, temperature)
+    logps = jax.nn.log_softmax(logits, axis=-1)
+    target = jnp.take_along_axis(logps, labels[..., None], axis=-1)[..., 0]
+    return None, target * mask
+
+  _, logps = jax.lax.scan(one, None, (split(hidden), split(labels), split(mask)))
+  return jnp.moveaxis(logps, 0, 1).reshape(batch, -1)[:, :tokens]
