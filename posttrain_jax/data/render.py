@@ -1,0 +1,178 @@
+"""Chat templates rendered in a process of their own, because a template is a stranger's program.
+
+A template comes with a downloaded tokenizer, and a sandboxed Jinja environment stops it from
+reaching Python but not from looping for hours or from building a string that fills the memory.  So
+this file is also the program that renders: it gets no secrets (an empty environment), a limit on
+its memory, and a limit on the CPU time of each rendering, held by the kernel.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import weakref
+from datetime import datetime
+
+CPU_SECONDS = 5.0  # for one conversation; they take well under a millisecond
+MEMORY_BYTES = 1 << 30
+MAX_CHARACTERS = 4_000_000  # of one rendered conversation, about a million tokens
+
+
+class TemplateError(ValueError):
+  """A chat template that is wrong, refuses a conversation, or uses more than it may."""
+
+
+class Renderer:
+  """A chat template, ready to render; the process behind it starts with the first use."""
+
+  def __init__(self, text: str, variables: dict, *, cpu_seconds: float = CPU_SECONDS):
+    self._opening = {"template": text, "variables": variables, "cpu_seconds": cpu_seconds}
+    self._cpu_seconds = cpu_seconds
+    self._lock = threading.Lock()
+    self._process = None
+
+  def render(self, jobs: list[dict]) -> list["str | TemplateError"]:
+    """The text of each job (the template's variables), or the error it ran into, in order."""
+    with self._lock:
+      results: list[str | TemplateError] = []
+      while len(results) < len(jobs):
+        if self._process is None:
+          self._start()
+        results += self._exchange(jobs[len(results) :])
+      return results
+
+  def _start(self):
+    # Run by path and with -P: only jinja2 is imported, which takes a tenth of a second.
+    process = subprocess.Popen(
+      [sys.executable, "-P", __file__],
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      env={"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONIOENCODING": "utf-8"},
+    )
+    stop = weakref.finalize(self, _stop, process)
+    process.stdin.write(_line(self._opening))
+    process.stdin.flush()
+    reply = process.stdout.readline()
+    error = json.loads(reply).get("error") if reply else f"the renderer ended ({process.wait()})"
+    if error:
+      stop()
+      raise TemplateError(f"the chat template cannot be used: {error}")
+    self._process, self._stop = process, stop
+
+  def _exchange(self, jobs):
+    """Results until the last job, or until one that ended the process."""
+    process = self._process
+    process.stdin.write(_line(jobs))
+    process.stdin.flush()
+    results = []
+    for _ in jobs:
+      reply = process.stdout.readline()
+      if not reply:
+        return [*results, self._ended()]
+      reply = json.loads(reply)
+      results.append(reply["text"] if "text" in reply else TemplateError(reply["error"]))
+    return results
+
+  def _ended(self):
+    code = self._process.wait()
+    self._process = None
+    self._stop()
+    if code == -signal.SIGPROF:
+      return TemplateError(f"the chat template ran for more than {self._cpu_seconds:g} s, stopped")
+    return TemplateError(f"the chat template's process ended with status {code}")
+
+
+def _line(value):
+  return json.dumps(value).encode() + b"\n"
+
+
+def _stop(process):
+  process.kill()
+  process.wait()
+  process.stdin.close()
+  process.stdout.close()
+
+
+def _environment():
+  import jinja2
+  from jinja2.ext import Extension, loopcontrols
+  from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+  class Generation(Extension):
+    """`{% generation %}` marks the assistant's words; masks come from prefixes, so it only nests."""
+
+    tags = {"generation"}  # noqa: RUF012  (Jinja's own way to declare a tag)
+
+    def parse(self, parser):
+      next(parser.stream)
+      return parser.parse_statements(["name:endgeneration"], drop_needle=True)
+
+  class Namespace(jinja2.utils.Namespace):
+    """Refuses names like `__class__`, which the sandbox guards elsewhere."""
+
+    def __setitem__(self, name, value):
+      if name.startswith("_"):
+        raise jinja2.exceptions.SecurityError(f"a namespace may not hold {name!r}")
+      super().__setitem__(name, value)
+
+  def raise_exception(message):
+    raise jinja2.exceptions.TemplateError(message)
+
+  def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+    return json.dumps(
+      value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+  now = datetime.now()  # one moment for the whole run: midnight must not part prefix and text
+  environment = ImmutableSandboxedEnvironment(
+    trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+  )
+  environment.filters["tojson"] = tojson
+  environment.globals["raise_exception"] = raise_exception
+  environment.globals["strftime_now"] = now.strftime
+  environment.globals["namespace"] = Namespace
+  return environment
+
+
+def _render(template, variables, job):
+  try:
+    text = template.render(**variables, **job)
+    if len(text) > MAX_CHARACTERS:
+      raise ValueError(f"rendered {len(text):,} characters, more than {MAX_CHARACTERS:,}")
+    return {"text": text}
+  except MemoryError:
+    return {"error": f"the chat template used more than {MEMORY_BYTES >> 20} MiB"}
+  except Exception as error:  # whatever a stranger's program does wrong belongs to its row
+    return {"error": f"{type(error).__name__}: {error}"}
+
+
+def _serve():
+  opening = json.loads(sys.stdin.readline())
+  if sys.platform == "linux":  # elsewhere the address space cannot be limited
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+  seconds = opening["cpu_seconds"]
+  signal.setitimer(
+    signal.ITIMER_PROF, seconds
+  )  # SIGPROF unhandled ends the process, whatever it does
+  try:
+    template = _environment().from_string(opening["template"])
+  except Exception as error:
+    print(json.dumps({"error": f"{type(error).__name__}: {error}"}), flush=True)
+    return
+  print("{}", flush=True)
+  for line in sys.stdin:
+    for job in json.loads(line):
+      signal.setitimer(signal.ITIMER_PROF, seconds)
+      result = _render(template, opening["variables"], job)
+      signal.setitimer(signal.ITIMER_PROF, 0)
+      # A reply is a whole line or none: the row that ends the process must not take others with it.
+      sys.stdout.write(json.dumps(result) + "\n")
+      sys.stdout.flush()
+
+
+if __name__ == "__main__":
+  _serve()
