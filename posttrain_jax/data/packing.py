@@ -1,0 +1,121 @@
+"""Rows without waste: best-fit packing, and length buckets where examples keep a row each.
+
+A batch is a dict of arrays [batch, time], the same keys whether packed or not:
+
+  tokens       int32  0 where there is padding
+  loss_mask    bool   True where the token is a trained target, predicted from the one before it
+  segment_ids  int32  1, 2, ... for the examples of a row, 0 for padding
+  positions    int32  from 0 in each segment
+  channel      int32  index into the table of channel names, -1 for none
+"""
+
+import bisect
+from collections.abc import Sequence
+
+import numpy as np
+
+from posttrain_jax.data.chat import Example
+
+Batch = dict[str, np.ndarray]
+
+
+def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+  """Indices of `lengths` grouped into rows of at most `capacity`, by best-fit decreasing.
+
+  Each length, longest first, goes to the fullest row that still has room; equal lengths keep their
+  order, so the result depends on nothing but the arguments.
+  """
+  lengths = np.asarray(lengths)
+  if len(lengths) and lengths.max() > capacity:
+    at = int(lengths.argmax())
+    raise ValueError(f"item {at} has length {lengths[at]}, more than a row's {capacity}")
+  rows: list[list[int]] = []
+  with_room: dict[int, list[int]] = {}  # room -> the rows that have exactly it
+  rooms: list[int] = []  # the keys of with_room, sorted
+  for index in np.argsort(-lengths, kind="stable").tolist():
+    length = int(lengths[index])
+    found = bisect.bisect_left(rooms, length)
+    if found == len(rooms):
+      row, room = len(rows), capacity
+      rows.append([])
+    else:
+      room = rooms[found]
+      row = with_room[room].pop()
+      if not with_room[room]:
+        del with_room[room], rooms[found]
+    rows[row].append(index)
+    left = room - length
+    if left:
+      if left not in with_room:
+        with_room[left] = []
+        bisect.insort(rooms, left)
+      with_room[left].append(row)
+  return rows
+
+
+def pack(
+  examples: Sequence[Example],
+  rows: Sequence[Sequence[int]],
+  length: int,
+  channels: Sequence[str] = (),
+) -> Batch:
+  """The batch whose row r holds `examples[i] for i in rows[r]`, one segment each, padded at the end.
+
+  An empty row is all padding: it fills a batch up without adding to any loss.
+  """
+  batch = {
+    "tokens": np.zeros((len(rows), length), np.int32),
+    "loss_mask": np.zeros((len(rows), length), bool),
+    "segment_ids": np.zeros((len(rows), length), np.int32),
+    "positions": np.zeros((len(rows), length), np.int32),
+    "channel": np.full((len(rows), length), -1, np.int32),
+  }
+  table = {name: at for at, name in enumerate(channels)}
+  for r, row in enumerate(rows):
+    start = 0
+    for segment, index in enumerate(row, 1):
+      example = examples[index]
+      here = np.s_[r, start : start + len(example)]
+      start += len(example)
+      if start > length:
+        raise ValueError(f"row {r} holds {start} tokens and more, but its length is {length}")
+      batch["tokens"][here] = example.tokens
+      batch["loss_mask"][here] = example.mask
+      batch["loss_mask"][r, start - len(example)] = False  # its predecessor is another example's
+      batch["segment_ids"][here] = segment
+      batch["positions"][here] = np.arange(len(example))
+      if example.channel is not None:
+        batch["channel"][here] = table[example.channel]
+  return batch
+
+
+def bucket_edges(
+  lengths: Sequence[int], *, count: int = 4, multiple: int = 64, longest: int | None = None
+) -> tuple[int, ...]:
+  """At most `count` row lengths, multiples of `multiple`, with the least padding for these lengths.
+
+  Exact, by dynamic programming over the multiples in use.  `longest` caps the last edge, where a
+  sequence length that is no multiple would otherwise be exceeded.
+  """
+  lengths = np.asarray(lengths)
+  if not len(lengths):
+    raise ValueError("bucket_edges needs at least one length")
+  steps, counts = np.unique(-(-lengths // multiple), return_counts=True)
+  below = np.concatenate([[0], np.cumsum(counts)])
+  # Padded tokens of candidates i..j in one bucket that ends at j; cost[j] is the best so far up to j.
+  alone = np.where(
+    np.tri(len(steps), dtype=bool), (below[1:, None] - below[None, :-1]) * steps[:, None], np.inf
+  )
+  cost, choices = alone[:, 0], []
+  for _ in range(min(count, len(steps)) - 1):
+    options = alone + np.concatenate([[0], cost[:-1]])
+    choices.append(options.argmin(1))
+    cost = options.min(1)
+  edges, j = [int(steps[-1])], len(steps) - 1
+  for choice in reversed(choices):
+    j = int(choice[j]) - 1
+    if j < 0:
+      break
+    edges.append(int(steps[j]))
+  limit = longest or edges[0] * multiple
+  return tuple(sorted({min(edge * multiple, limit) for edge in edges}))
