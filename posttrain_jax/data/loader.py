@@ -1,0 +1,259 @@
+"""Batches in an order that follows from (seed, epoch) alone, so that a run resumes anywhere.
+
+The state is two numbers.  Process i of n takes its own rows of each global batch, so the data seen
+in a step does not depend on how many processes there are.
+"""
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from posttrain_jax.data.chat import Example
+from posttrain_jax.data.mixture import Mixture
+from posttrain_jax.data.packing import Batch, best_fit, bucket_edges, pack
+
+
+@dataclasses.dataclass(frozen=True)
+class Stats:
+  """What one epoch holds, over all processes."""
+
+  examples: int
+  tokens: int
+  trained: int
+  batches: int
+  slots: int  # token positions computed, padding included
+  shapes: dict[tuple[int, int], int]  # global [batch, time] -> how many batches
+
+  @property
+  def padding(self) -> float:
+    """Share of the computed positions that hold no token."""
+    return 1 - self.tokens / self.slots
+
+  def __str__(self):
+    shapes = ", ".join(f"{b} x {t} ({n})" for (b, t), n in sorted(self.shapes.items()))
+    return (
+      f"{self.examples:,} examples, {self.tokens:,} tokens, {self.trained:,} trained,"
+      f" {self.batches:,} batches, {self.padding:.1%} padding, shapes {shapes}"
+    )
+
+
+class Loader:
+  """An endless, resumable iterator over optimizer batches; each epoch is shuffled anew.
+
+  `batch_size` is the rows of a global optimizer batch and `length` the longest row.  With packing a
+  row holds several examples; without, rows are padded to one of `edges` (at most four, found from
+  the data).  `channels` is the table of names behind the batches' `channel`, by default those that
+  occur.  Every example occurs exactly once per epoch (in a mixture, as often as it is drawn):
+  the last batch is filled with empty rows rather than dropped.
+
+  `shard=(i, n)` gives process i of n its rows.  With `accumulate=a` a batch reshaped to
+  [a, rows / a, time] is its micro-batches, each of them this process's share of the global one.
+  """
+
+  def __init__(
+    self,
+    examples: Sequence[Example] | Mixture,
+    *,
+    batch_size: int,
+    length: int,
+    packing: bool = True,
+    seed: int = 0,
+    shard: tuple[int, int] = (0, 1),
+    accumulate: int = 1,
+    window: int = 4096,
+    edges: Sequence[int] | None = None,
+    shuffle: bool = True,
+    channels: Sequence[str] | None = None,
+  ):
+    self._mixture = examples if isinstance(examples, Mixture) else None
+    self.examples = tuple(self._mixture.examples if self._mixture else examples)
+    self.batch_size, self.length, self.packing = batch_size, length, packing
+    self.seed, self.shard, self.accumulate = seed, shard, accumulate
+    self.window, self.shuffle = window, shuffle
+    self._lengths = np.array([len(example) for example in self.examples])
+    self._check(edges)
+    if packing:
+      self.edges = (length,)
+    else:
+      self.edges = tuple(edges or bucket_edges(self._lengths, longest=length))
+    self.channels = channel_names(self.examples) if channels is None else tuple(channels)
+    unnamed = sorted({*channel_names(self.examples)} - {*self.channels})
+    if unnamed:
+      raise ValueError(f"channel {unnamed[0]!r} is not in the table {list(self.channels)}")
+    self._plan = functools.lru_cache(maxsize=2)(self._planned)
+    self._epoch, self._batch = 0, 0
+
+  def __iter__(self) -> Iterator[Batch]:
+    return self
+
+  def __next__(self) -> Batch:
+    while self._batch >= len(self._plan(self._epoch)):
+      self._epoch, self._batch = self._epoch + 1, 0
+    edge, rows = self._plan(self._epoch)[self._batch]
+    self._batch += 1
+    return pack(self.examples, self._own(rows), edge, self.channels)
+
+  @property
+  def epoch(self) -> float:
+    """Epochs gone through, the current one in part."""
+    return self._epoch + self._batch / len(self._plan(self._epoch))
+
+  def batches(self, epoch: int = 0) -> int:
+    """How many batches an epoch has; with packing this differs a little between epochs."""
+    return len(self._plan(epoch))
+
+  def stats(self, epoch: int = 0) -> Stats:
+    """What an epoch holds: tokens, trained tokens, padding and shapes."""
+    shapes: dict[tuple[int, int], int] = {}
+    for edge, _ in self._plan(epoch):
+      shape = (self.batch_size, edge)
+      shapes[shape] = shapes.get(shape, 0) + 1
+    indices = self._indices(epoch)
+    trained = np.array([int(example.mask[1:].sum()) for example in self.examples])
+    return Stats(
+      examples=len(indices),
+      tokens=int(self._lengths[indices].sum()),
+      trained=int(trained[indices].sum()),
+      batches=len(self._plan(epoch)),
+      slots=sum(b * t * n for (b, t), n in shapes.items()),
+      shapes=shapes,
+    )
+
+  def get_state(self) -> dict:
+    """Where the stream stands: plain data for a checkpoint, the same on every process."""
+    return {"epoch": self._epoch, "batch": self._batch, "stream": self._stream}
+
+  def set_state(self, state: dict):
+    """Goes on from `get_state()`; refused where this loader's stream would be another one."""
+    was, now = state["stream"], self._stream
+    if was != now:
+      keys = sorted(key for key in {*was, *now} if was.get(key) != now.get(key))
+      changes = ", ".join(f"{key} was {was.get(key)}, is {now.get(key)}" for key in keys)
+      raise ValueError(
+        f"the data cannot go on where it stopped, since its order has changed: {changes};"
+        " restore these, or start over in another folder"
+      )
+    self._epoch, self._batch = state["epoch"], state["batch"]
+
+  @functools.cached_property
+  def _stream(self):
+    """All that the order of the stream follows from.  The number of processes is not part of it."""
+    digest = hashlib.blake2b(digest_size=8)
+    for example in self.examples:
+      digest.update(len(example).to_bytes(8, "little"))
+      digest.update(np.ascontiguousarray(example.tokens))
+      digest.update(np.ascontiguousarray(example.mask))
+    mixture = self._mixture
+    return {
+      "data": digest.hexdigest(),
+      "examples": len(self.examples),
+      "mixture": None if mixture is None else mixture.state(),
+      "seed": self.seed,
+      "batch_size": self.batch_size,
+      "packing": self.packing,
+      "window": self.window if self.packing else None,
+      "edges": list(self.edges),
+      "shuffle": self.shuffle,
+    }
+
+  def _check(self, edges):
+    index, count = self.shard
+    if not self.examples:
+      raise ValueError("a loader needs at least one example")
+    if not 0 <= index < count:
+      raise ValueError(f"shard {self.shard}: write (index, count) with 0 <= index < count")
+    if self.batch_size < 1 or self.batch_size % (count * self.accumulate):
+      raise ValueError(
+        f"batch_size {self.batch_size} cannot be split evenly into {self.accumulate} micro-batches"
+        f" for {count} processes; use a multiple of {count * self.accumulate}"
+      )
+    longest = int(self._lengths.argmax())
+    limit = min(self.length, max(edges)) if edges and not self.packing else self.length
+    if self._lengths[longest] > limit:
+      raise ValueError(
+        f"{self.examples[longest].origin or f'example {longest}'} has {self._lengths[longest]} tokens,"
+        f" more than a row's {limit}; encode it with max_length={limit}"
+      )
+
+  def _own(self, rows):
+    """This process's rows: its slice of each micro-batch, in turn."""
+    index, count = self.shard
+    share = self.batch_size // (self.accumulate * count)
+    starts = range(index * share, self.batch_size, count * share)
+    return [row for start in starts for row in rows[start : start + share]]
+
+  def _indices(self, epoch):
+    if self._mixture is not None:
+      return self._mixture.indices(epoch)
+    return np.arange(len(self.examples))
+
+  def _planned(self, epoch: int) -> list[tuple[int, list[list[int]]]]:
+    """The epoch's batches: (row length, rows of example indices)."""
+    rng = np.random.default_rng((self.seed, epoch))
+    order = self._indices(epoch)
+    if self.shuffle:
+      order = rng.permutation(order)
+    rows = self._packed(order) if self.packing else self._bucketed(order)
+    batches = []
+    for edge in self.edges:
+      some = rows.get(edge, [])
+      if self.shuffle:
+        some = [some[i] for i in rng.permutation(len(some))]
+      for start in range(0, len(some), self.batch_size):
+        batch = some[start : start + self.batch_size]
+        batches.append((edge, batch + [[]] * (self.batch_size - len(batch))))
+    if self.shuffle and not self.packing:
+      batches = [batches[i] for i in rng.permutation(len(batches))]
+    return batches
+
+  def _packed(self, order):
+    """Windows of the shuffled examples are packed, so that rows differ from epoch to epoch."""
+    rows = []
+    for start in range(0, len(order), self.window):
+      some = order[start : start + self.window]
+      rows += [some[row].tolist() for row in best_fit(self._lengths[some], self.length)]
+    return {self.length: rows}
+
+  def _bucketed(self, order):
+    """One row per example; what does not fill a batch of its bucket moves up to the next."""
+    bucket = np.searchsorted(self.edges, self._lengths[order])
+    rows, left = {}, []
+    for at, edge in enumerate(self.edges):
+      some = left + [[int(i)] for i in order[bucket == at]]
+      full = len(some) if at == len(self.edges) - 1 else len(some) - len(some) % self.batch_size
+      rows[edge], left = some[:full], some[full:]
+    return rows
+
+
+def eval_batches(
+  examples: Sequence[Example],
+  *,
+  batch_size: int,
+  length: int,
+  packing: bool = True,
+  shard: tuple[int, int] = (0, 1),
+  edges: Sequence[int] | None = None,
+  channels: Sequence[str] | None = None,
+) -> Iterator[Batch]:
+  """One pass in a fixed order, every example once; `channels` is the training loader's table."""
+  loader = Loader(
+    examples,
+    batch_size=batch_size,
+    length=length,
+    packing=packing,
+    shard=shard,
+    edges=edges,
+    shuffle=False,
+    channels=channels,
+  )
+  for _ in range(loader.batches()):
+    yield next(loader)
+
+
+def channel_names(*data_sets: Sequence[Example]) -> tuple[str, ...]:
+  """The channels that occur in the data, sorted: one table for training and evaluation."""
+  names = {example.channel for examples in data_sets for example in examples}
+  return tuple(sorted(name for name in names if name is not None))
