@@ -84,12 +84,57 @@ FAMILIES: dict[str, dict[str, Any]] = {
   "mistral": {},
   "qwen2": dict(qkv_bias=True),
   "qwen3": dict(qk_norm=True),
-  "gemma2": dict(norm_plus_one=True, sandwich_norms=True, scale_embeddings=True, tied=True),
-  "gemma3_text": dict(
-    norm_plus_one=True, sandwich_norms=True, scale_embeddings=True, tied=True, qk_norm=True
+  "gemma2": dict(norm_plus_one=True, sandwich_norms=True, scale_embeddings=True),
+  "gemma3_text": dict(norm_plus_one=True, sandwich_norms=True, scale_embeddings=True, qk_norm=True),
+}
+
+# family -> what a key means that its config.json leaves out (null is a value).  Gemma 3's own files leave out most.
+_ANY = dict(
+  hidden_act="silu", num_key_value_heads=None, rms_norm_eps=1e-6, rope_theta=10_000.0, head_dim=None
+)
+_QWEN = dict(
+  num_key_value_heads=32, max_position_embeddings=32_768, sliding_window=4096, max_window_layers=28
+)
+_GEMMA = dict(
+  num_key_value_heads=4,
+  head_dim=256,
+  query_pre_attn_scalar=256,
+  hidden_activation="gelu_pytorch_tanh",
+  tie_word_embeddings=True,
+  sliding_window=4096,
+  bos_token_id=2,
+  eos_token_id=1,
+  pad_token_id=0,
+)
+DEFAULTS: dict[str, dict[str, Any]] = {
+  "llama": _ANY | dict(max_position_embeddings=2048),
+  "mistral": _ANY
+  | dict(num_key_value_heads=8, max_position_embeddings=131_072, sliding_window=4096),
+  "qwen2": _ANY | _QWEN,
+  "qwen3": _ANY | _QWEN | dict(head_dim=128),
+  "gemma2": _ANY
+  | _GEMMA
+  | dict(max_position_embeddings=8192, attn_logit_softcapping=50.0, final_logit_softcapping=30.0),
+  "gemma3_text": _ANY
+  | _GEMMA
+  | dict(
+    vocab_size=262_208,
+    num_attention_heads=8,
+    max_position_embeddings=131_072,
+    rope_theta=1_000_000.0,
+    rope_local_base_freq=10_000.0,
+    sliding_window_pattern=6,
   ),
 }
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+ARCHITECTURES = {
+  "llama": "LlamaForCausalLM",
+  "mistral": "MistralForCausalLM",
+  "qwen2": "Qwen2ForCausalLM",
+  "qwen3": "Qwen3ForCausalLM",
+  "gemma2": "Gemma2ForCausalLM",
+  "gemma3_text": "Gemma3ForCausalLM",
+}
 
 
 def from_hf(config: Mapping[str, Any]) -> ModelConfig:
@@ -98,64 +143,80 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
   Raises:
     ValueError: for a family or a setting that the decoder does not compute, by name.
   """
-  if config.get("model_type") == "gemma3" and "text_config" in config:
-    return dataclasses.replace(
-      from_hf({"model_type": "gemma3_text", **config["text_config"]}),
-      source=json.dumps(dict(config)),
-    )
   family = config.get("model_type")
+  if family == "gemma3" and "text_config" in config:
+    return from_hf(_text_model(config))
   if family not in FAMILIES:
     raise ValueError(f"model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}")
+  said = {**DEFAULTS[family], **config}
+  fixed = FAMILIES[family]
+  if said.get("use_bidirectional_attention"):
+    raise ValueError("use_bidirectional_attention is not supported: this decoder is causal")
   try:
-    heads = config["num_attention_heads"]
-    layers = config["num_hidden_layers"]
-    fixed = FAMILIES[family]
-    rope, local_rope = _ropes(family, config)
+    heads = said["num_attention_heads"]
+    layers = said["num_hidden_layers"]
+    rope, local_rope = _ropes(family, said)
+    window = _window(family, said)
     return ModelConfig(
       family=family,
-      vocab_size=config["vocab_size"],
-      hidden_size=config["hidden_size"],
-      intermediate_size=config["intermediate_size"],
+      vocab_size=said["vocab_size"],
+      hidden_size=said["hidden_size"],
+      intermediate_size=said["intermediate_size"],
       num_layers=layers,
       num_heads=heads,
-      num_kv_heads=config.get("num_key_value_heads") or heads,
-      head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-      max_length=config.get("max_position_embeddings", 2048),
-      norm_eps=config.get("rms_norm_eps", 1e-6),
+      num_kv_heads=said["num_key_value_heads"] or heads,
+      head_dim=said["head_dim"] or said["hidden_size"] // heads,
+      max_length=said["max_position_embeddings"],
+      norm_eps=said["rms_norm_eps"],
       rope=rope,
       local_rope=local_rope,
-      layer_types=_layer_types(family, config, layers),
-      window=_window(family, config),
-      tied=_first(config.get("tie_word_embeddings"), fixed.get("tied", False)),
-      qkv_bias=fixed.get("qkv_bias", bool(config.get("attention_bias", False))),
-      out_bias=bool(config.get("attention_bias", False)) and family != "qwen2",
-      mlp_bias=bool(config.get("mlp_bias", False)),
+      layer_types=_layer_types(family, said, layers, window),
+      window=window,
+      tied=bool(said.get("tie_word_embeddings", False)),
+      qkv_bias=fixed.get("qkv_bias", bool(said.get("attention_bias", False))),
+      out_bias=bool(said.get("attention_bias", False)) and family != "qwen2",
+      mlp_bias=bool(said.get("mlp_bias", False)),
       qk_norm=fixed.get("qk_norm", False),
       norm_plus_one=fixed.get("norm_plus_one", False),
       sandwich_norms=fixed.get("sandwich_norms", False),
-      activation=_activation(config),
+      activation=_activation(family, said),
       scale_embeddings=fixed.get("scale_embeddings", False),
-      attention_scale=_attention_scale(config),
-      attention_softcap=config.get("attn_logit_softcapping"),
-      final_softcap=config.get("final_logit_softcapping"),
-      bos_token_id=config.get("bos_token_id"),
-      eos_token_ids=as_ids(config.get("eos_token_id")),
-      pad_token_id=config.get("pad_token_id"),
+      attention_scale=_attention_scale(said),
+      attention_softcap=said.get("attn_logit_softcapping"),
+      final_softcap=said.get("final_logit_softcapping"),
+      bos_token_id=said.get("bos_token_id"),
+      eos_token_ids=as_ids(said.get("eos_token_id")),
+      pad_token_id=said.get("pad_token_id"),
       source=json.dumps(dict(config)),
     )
   except KeyError as error:
     raise ValueError(f"config.json of a {family} model lacks the key {error}") from None
 
 
+def _text_model(config: Mapping[str, Any]) -> dict[str, Any]:
+  """The `config.json` that the text model inside a multimodal one would have alone."""
+  shared = (
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "tie_word_embeddings",
+    "dtype",
+    "torch_dtype",
+  )
+  return {
+    **{key: config[key] for key in shared if key in config},
+    **config["text_config"],
+    "model_type": "gemma3_text",
+    "architectures": [ARCHITECTURES["gemma3_text"]],
+  }
+
+
 def to_hf(config: ModelConfig, *, tied: bool, dtype: str) -> dict[str, Any]:
   """The `config.json` to write: every key it came with, and what may have changed since."""
   source = json.loads(config.source) or _described(config)
-  text = source.get("text_config", source)
-  text["tie_word_embeddings"] = tied
   source["tie_word_embeddings"] = tied
-  text.pop("torch_dtype", None)
-  text["dtype"] = dtype
-  text["vocab_size"] = config.vocab_size
+  source["torch_dtype" if "torch_dtype" in source else "dtype"] = dtype
+  source["vocab_size"] = config.vocab_size
   source.pop("quantization_config", None)
   return source
 
@@ -165,71 +226,74 @@ def as_ids(value: Any) -> tuple[int, ...]:
   return () if value is None else (value,) if isinstance(value, int) else tuple(value)
 
 
-def _first(*values):
-  return next(value for value in values if value is not None)
-
-
-def _ropes(family: str, config: Mapping[str, Any]) -> tuple[Rope, Rope | None]:
+def _ropes(family: str, said: Mapping[str, Any]) -> tuple[Rope, Rope | None]:
   """(of full layers, of sliding layers or None): `rope_parameters` in new files, `rope_theta` and others in old."""
-  theta = config.get("rope_theta", 1_000_000.0 if family == "gemma3_text" else 10_000.0)
-  parameters = config.get("rope_parameters") or {}
+  theta = said["rope_theta"]
+  parameters = said.get("rope_parameters") or {}
   if FULL in parameters or SLIDING in parameters:
-    return _rope(theta, parameters.get(FULL), config), _rope(
-      config.get("rope_local_base_freq", 10_000.0), parameters.get(SLIDING), config
-    )
-  rope = _rope(theta, parameters or config.get("rope_scaling"), config)
-  local = family == "gemma3_text"
-  return rope, Rope(theta=config.get("rope_local_base_freq", 10_000.0)) if local else None
+    local_theta = said.get("rope_local_base_freq", theta)
+    local = _rope(local_theta, parameters.get(SLIDING), said)
+    return _rope(theta, parameters.get(FULL), said), local
+  rope = _rope(theta, parameters or said.get("rope_scaling"), said)
+  return rope, Rope(theta=said["rope_local_base_freq"]) if family == "gemma3_text" else None
 
 
-def _rope(theta: float, scaling: Mapping[str, Any] | None, config: Mapping[str, Any]) -> Rope:
+def _rope(theta: float, scaling: Mapping[str, Any] | None, said: Mapping[str, Any]) -> Rope:
   scaling = dict(scaling or {})
   kind = scaling.get("rope_type", scaling.get("type", "default"))
   theta = float(scaling.get("rope_theta", theta))
   if kind not in ("default", "linear", "llama3"):
     raise ValueError(f"rope_type {kind!r} is not supported; supported: default, linear, llama3")
-  if scaling.get("partial_rotary_factor", config.get("partial_rotary_factor") or 1.0) != 1.0:
+  if scaling.get("partial_rotary_factor", said.get("partial_rotary_factor") or 1.0) != 1.0:
     raise ValueError("partial_rotary_factor other than 1.0 is not supported")
+  if kind == "default":
+    return Rope(theta=theta)
+  if kind == "linear":
+    return Rope(theta=theta, kind=kind, factor=float(scaling["factor"]))
+  original = scaling.get("original_max_position_embeddings", said["max_position_embeddings"])
   return Rope(
     theta=theta,
     kind=kind,
-    factor=float(scaling.get("factor", 1.0)),
-    low_freq_factor=float(scaling.get("low_freq_factor", 1.0)),
-    high_freq_factor=float(scaling.get("high_freq_factor", 4.0)),
-    original_length=int(scaling.get("original_max_position_embeddings", 8192)),
+    factor=float(scaling["factor"]),
+    low_freq_factor=float(scaling["low_freq_factor"]),
+    high_freq_factor=float(scaling["high_freq_factor"]),
+    original_length=int(original),
   )
 
 
-def _layer_types(family: str, config: Mapping[str, Any], layers: int) -> tuple[str, ...]:
+def _layer_types(
+  family: str, said: Mapping[str, Any], layers: int, window: int | None
+) -> tuple[str, ...]:
   """One kind per layer: as listed, or by the family's rule where an older file does not list them."""
-  if config.get("layer_types"):
-    kinds = tuple(config["layer_types"])
+  if said.get("layer_types"):
+    kinds = tuple(said["layer_types"])
     if len(kinds) != layers or set(kinds) - {FULL, SLIDING}:
       raise ValueError(f"layer_types must be {layers} of {FULL!r} and {SLIDING!r}, found {kinds}")
+    if SLIDING in kinds and window is None:
+      raise ValueError(f"layer_types names {SLIDING!r}, but no sliding_window is set")
     return kinds
+  if window is None:
+    return ()
   if family == "gemma2":
     return tuple(SLIDING if i % 2 == 0 else FULL for i in range(layers))
   if family == "gemma3_text":
-    period = config.get("sliding_window_pattern", 6)
+    period = said["sliding_window_pattern"]
     return tuple(FULL if (i + 1) % period == 0 else SLIDING for i in range(layers))
-  if family == "mistral" and config.get("sliding_window"):
+  if family == "mistral":
     return (SLIDING,) * layers
-  if family in ("qwen2", "qwen3") and config.get("use_sliding_window"):
-    full = config.get("max_window_layers", 28)
-    return tuple(FULL if i < full else SLIDING for i in range(layers))
-  return ()
+  full = said["max_window_layers"]  # Qwen
+  return tuple(FULL if i < full else SLIDING for i in range(layers))
 
 
-def _window(family: str, config: Mapping[str, Any]) -> int | None:
-  if family in ("qwen2", "qwen3") and not config.get("use_sliding_window"):
+def _window(family: str, said: Mapping[str, Any]) -> int | None:
+  if family == "llama" or (family in ("qwen2", "qwen3") and not said.get("use_sliding_window")):
     return None
-  return config.get("sliding_window") if family != "llama" else None
+  return said["sliding_window"]
 
 
-def _activation(config: Mapping[str, Any]) -> str:
-  name = config.get("hidden_activation") or config.get("hidden_act") or "silu"
-  if name == "gelu" and config.get("model_type", "").startswith("gemma"):
-    name = "gelu_pytorch_tanh"  # Gemma files said `gelu` and meant the tanh form
+def _activation(family: str, said: Mapping[str, Any]) -> str:
+  # Gemma files carry a `hidden_act` of `gelu` too, which nothing reads.
+  name = said["hidden_activation" if family.startswith("gemma") else "hidden_act"]
   if name not in ACTIVATIONS:
     raise ValueError(f"activation {name!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
   return ACTIVATIONS[name]
@@ -242,17 +306,9 @@ def _attention_scale(config: Mapping[str, Any]) -> float | None:
 
 def _described(config: ModelConfig) -> dict[str, Any]:
   """A `config.json` for a model that came from none (random weights in tests and benchmarks)."""
-  names = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "gemma2": "Gemma2ForCausalLM",
-    "gemma3_text": "Gemma3ForCausalLM",
-  }
   described = dict(
     model_type=config.family,
-    architectures=[names[config.family]],
+    architectures=[ARCHITECTURES[config.family]],
     vocab_size=config.vocab_size,
     hidden_size=config.hidden_size,
     intermediate_size=config.intermediate_size,
@@ -262,33 +318,36 @@ def _described(config: ModelConfig) -> dict[str, Any]:
     head_dim=config.head_dim,
     max_position_embeddings=config.max_length,
     rms_norm_eps=config.norm_eps,
-    rope_theta=config.rope.theta,
-    sliding_window=config.window,
+    rope_parameters=_rope_keys(config.rope),
+    attention_bias=config.out_bias,
+    mlp_bias=config.mlp_bias,
     hidden_act={"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}[config.activation],
     bos_token_id=config.bos_token_id,
     eos_token_id=list(config.eos_token_ids) or None,
     pad_token_id=config.pad_token_id,
   )
-  if config.layer_types:
-    described["layer_types"] = list(config.layer_types)
-  if config.rope.kind != "default":
-    described["rope_scaling"] = dict(
-      rope_type=config.rope.kind,
-      factor=config.rope.factor,
-      low_freq_factor=config.rope.low_freq_factor,
-      high_freq_factor=config.rope.high_freq_factor,
-      original_max_position_embeddings=config.rope.original_length,
-    )
+  if config.local_rope is not None:
+    full, local = _rope_keys(config.rope), _rope_keys(config.local_rope)
+    described["rope_parameters"] = {FULL: full, SLIDING: local}
+  if config.family != "llama":
+    described["layer_types"] = list(config.kinds)
+    described["sliding_window"] = config.window
+  if config.family in ("qwen2", "qwen3"):
+    described["use_sliding_window"] = config.window is not None
   if config.family.startswith("gemma"):
     described["hidden_activation"] = described.pop("hidden_act")
     described["attn_logit_softcapping"] = config.attention_softcap
     described["final_logit_softcapping"] = config.final_softcap
-    if config.attention_scale is not None:
-      described["query_pre_attn_scalar"] = config.attention_scale**-2
-  if config.local_rope is not None:
-    described["rope_local_base_freq"] = config.local_rope.theta
-  if config.qkv_bias and config.family not in ("qwen2",):
-    described["attention_bias"] = True
-  if config.mlp_bias:
-    described["mlp_bias"] = True
+    described["query_pre_attn_scalar"] = round(config.softmax_scale**-2)
   return described
+
+
+def _rope_keys(rope: Rope) -> dict[str, Any]:
+  keys: dict[str, Any] = dict(rope_type=rope.kind, rope_theta=rope.theta)
+  if rope.kind != "default":
+    keys["factor"] = rope.factor
+  if rope.kind == "llama3":
+    keys["low_freq_factor"] = rope.low_freq_factor
+    keys["high_freq_factor"] = rope.high_freq_factor
+    keys["original_max_position_embeddings"] = rope.original_length
+  return keys
