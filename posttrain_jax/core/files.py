@@ -35,15 +35,18 @@ def publish(folder: str | Path) -> Iterator[Path]:
   folder.parent.mkdir(parents=True, exist_ok=True)
   scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
   try:
-    new, old = (
-      scratch / "new",
-      scratch / "old",
-    )  # children, since mkdtemp's own folder is private (0700)
+    # Children, since mkdtemp's own folder is private (0700).
+    new, old = scratch / "new", scratch / "old"
     new.mkdir()
     yield new
-    if folder.exists():
-      folder.rename(old)
-    new.rename(folder)
+    try:
+      if folder.exists():
+        folder.rename(old)
+      new.rename(folder)
+    except BaseException:
+      if old.exists() and not folder.exists():
+        old.rename(folder)
+      raise
   finally:
     shutil.rmtree(scratch, ignore_errors=True)
 
@@ -90,7 +93,7 @@ def write_safetensors(
   with Path(path).open("wb") as f:
     f.write(len(head).to_bytes(8, "little") + head)
     for name, (shape, dtype, make) in tensors.items():
-      array = np.ascontiguousarray(make(), numpy_dtype(dtype))
+      array = np.asarray(make(), numpy_dtype(dtype), order="C")
       if array.shape != tuple(shape):
         raise ValueError(f"{name}: declared {tuple(shape)}, made {array.shape}")
       f.write(array.reshape(-1).view(np.uint8).data)

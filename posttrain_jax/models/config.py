@@ -190,7 +190,7 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
       source=json.dumps(dict(config)),
     )
   except KeyError as error:
-    raise ValueError(f"config.json of a {family} model lacks the key {error}") from None
+    raise ValueError(f"the config of a {family} model lacks the key {error}") from None
 
 
 def _text_model(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,8 @@ A missing, unknown or misshapen tensor is an error that names it; what may stay 
 from __future__ import annotations
 
 import collections
+import dataclasses
+import functools
 import json
 import logging
 import re
@@ -43,6 +45,7 @@ TOKENIZER_FILES = (
   "merges.txt",
   "generation_config.json",
 )
+FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 SHARD_BYTES = 5_000_000_000
 
 Place = Callable[[str, np.ndarray], Any]
@@ -87,9 +90,16 @@ def read_config(folder: str | Path) -> ModelConfig:
   if not path.exists():
     raise FileNotFoundError(f"{path} does not exist: {folder} is not a Hugging Face model folder")
   try:
-    return from_hf(json.loads(path.read_text()))
+    return from_hf(_read_object(path))
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from error
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+  value = json.loads(path.read_text(encoding="utf-8"))
+  if not isinstance(value, dict):
+    raise ValueError(f"expected a JSON object, found a {type(value).__name__}")
+  return value
 
 
 def save(
@@ -102,6 +112,9 @@ def save(
   Args:
     params: plain weights; adapters merged, quantised weights made dense first.
     tokenizer_from: the folder whose tokenizer, chat template and generation config are copied.
+
+  Raises:
+    ValueError: a parameter is no plain array, or is missing, unknown or misshapen for the config.
   """
   leaves = dict(tree.items(params))
   stored = {
@@ -114,6 +127,9 @@ def save(
       "which also turns quantised weights into dense ones"
     )
   tied = "lm_head/weight" not in leaves
+  _check(leaves, dataclasses.replace(config, tied=tied and config.tied))
+  if tokenizer_from is not None and not Path(tokenizer_from).is_dir():
+    raise FileNotFoundError(f"tokenizer_from={str(tokenizer_from)!r} is not a folder")
   with files.publish(folder) as new:
     _write_shards(new, _tensors(leaves, config))
     dtype = str(leaves["embed_tokens/weight"].dtype)
@@ -121,6 +137,20 @@ def save(
     for name in TOKENIZER_FILES if tokenizer_from else ():
       if (Path(tokenizer_from) / name).exists():
         shutil.copy(Path(tokenizer_from) / name, new / name)
+
+
+def _check(leaves: Mapping[str, Any], config: ModelConfig) -> None:
+  """Raises unless the leaves are those that the config declares."""
+  wanted = {path: spec.shape for path, spec in tree.items(decoder.specs(config))}
+  if leaves.keys() != wanted.keys():
+    raise ValueError(
+      "params are not what the config describes: "
+      + _listed("missing", sorted(wanted.keys() - leaves.keys()))
+      + _listed("unknown", sorted(leaves.keys() - wanted.keys()))
+    )
+  for path, leaf in leaves.items():
+    if tuple(leaf.shape) != wanted[path]:
+      raise ValueError(f"{path} has shape {leaf.shape}, the config asks for {wanted[path]}")
 
 
 def hf_name(path: str, layer: int | None = None) -> str:
@@ -147,34 +177,35 @@ class _Reader:
 
   def __init__(self, folder: Path):
     self.where: dict[str, Path] = {}
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-      weight_map = json.loads(index.read_text())["weight_map"]
-      for name, file in weight_map.items():
-        self.where[name] = _inside(folder, file)
-    paths = sorted(set(self.where.values())) or sorted(folder.glob("*.safetensors"))
-    if not paths:
-      raise FileNotFoundError(
-        f"{folder} holds no *.safetensors; pickled weights (*.bin) are not read"
-      )
     self.open: dict[Path, Any] = {}
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists():
+      paths = [single]
+    elif index.exists():
+      self.where = _read_index(index)
+      paths = sorted(set(self.where.values()))
+    else:
+      raise FileNotFoundError(
+        f"{folder} holds neither {single.name} nor {index.name}; pickled weights (*.bin) are not read"
+      )
     for path in paths:
-      if not path.exists():
-        raise FileNotFoundError(f"{path} is named by {index.name} and does not exist")
-      try:
-        self.open[path] = safetensors.safe_open(path, "np").__enter__()
-      except safetensors.SafetensorError as error:
-        raise ValueError(
-          f"{path} cannot be read: {error}; it may be cut short, fetch it again"
-        ) from error
-      self._check_names(path, bool(index.exists()))
+      self._open(path, index)
 
-  def _check_names(self, path: Path, indexed: bool) -> None:
+  def _open(self, path: Path, index: Path) -> None:
+    if not path.exists():
+      raise FileNotFoundError(f"{path} is named by {index.name} and does not exist")
+    try:
+      self.open[path] = safetensors.safe_open(path, "np").__enter__()
+    except safetensors.SafetensorError as error:
+      raise ValueError(
+        f"{path} cannot be read: {error}; it may be cut short, fetch it again"
+      ) from error
     held = set(self.open[path].keys())
-    if not indexed:
-      self.where.update(dict.fromkeys(held, path))
-    for name in {n for n, p in self.where.items() if p == path} - held:
-      raise ValueError(f"{path} lacks the tensor {name!r} that the index says it holds")
+    lacking = sorted({name for name, at in self.where.items() if at == path} - held)
+    if lacking:
+      raise ValueError(f"{path} lacks the tensor {lacking[0]!r} that {index.name} says it holds")
+    for name in held:  # of which an index may name fewer
+      self.where.setdefault(name, path)
 
   def __enter__(self):
     return self
@@ -183,19 +214,40 @@ class _Reader:
     for handle in self.open.values():
       handle.__exit__(None, None, None)
 
-  def shape(self, name: str) -> tuple[int, ...]:
-    return tuple(self.open[self.where[name]].get_slice(name).get_shape())
+  def check(self, name: str, wanted: tuple[int, ...]) -> None:
+    """Raises unless the tensor has that shape and holds floating-point numbers."""
+    tensor = self.open[self.where[name]].get_slice(name)
+    found, dtype = tuple(tensor.get_shape()), tensor.get_dtype()
+    if found != wanted:
+      raise ValueError(
+        f"{self.where[name]}: tensor {name!r} has shape {found}, config.json asks for {wanted}"
+      )
+    if dtype not in FLOATS:
+      raise ValueError(
+        f"{self.where[name]}: tensor {name!r} is {dtype}, not one of {', '.join(FLOATS)}; "
+        "quantised folders are not read"
+      )
+
+  def dtype(self, name: str) -> str:
+    return FLOATS[self.open[self.where[name]].get_slice(name).get_dtype()]
 
   def get(self, name: str) -> np.ndarray:
     return self.open[self.where[name]].get_tensor(name)
 
 
-def _inside(folder: Path, file: str) -> Path:
-  """folder / file, refused where an index points outside its folder."""
-  path = folder / file
-  if Path(file).is_absolute() or ".." in Path(file).parts:
-    raise ValueError(f"the index of {folder} names {file!r}, which is outside the folder")
-  return path
+def _read_index(index: Path) -> dict[str, Path]:
+  """{tensor name: file}; an index that points outside its own folder is refused."""
+  try:
+    weight_map = _read_object(index)["weight_map"]
+    where = {name: index.parent / file for name, file in weight_map.items()}
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise ValueError(
+      f"{index} is no index of safetensors files ({error!r}); fetch it again"
+    ) from error
+  for path in where.values():
+    if path.parent != index.parent or path.name == "..":
+      raise ValueError(f"{index} names {str(path)!r}, which is outside the folder")
+  return where
 
 
 def _match(
@@ -219,6 +271,9 @@ def _match(
       + _listed("missing", missing)
       + _listed("unknown", unknown)
     )
+  for path, spec in names.items():
+    for name in located[path]:
+      reader.check(name, _stored_shape(path, spec))
   for why, count in collections.Counter(unread.values()).items():
     log.info("%s: %d tensors left unread (%s)", folder, count, why)
   return located
@@ -252,28 +307,21 @@ def _rename(name: str, prefix: str, held: Mapping[str, Any]) -> str:
   return prefix + name.removeprefix("model.")
 
 
+def _stored_shape(path: str, spec: decoder.Spec) -> tuple[int, ...]:
+  """The shape that each of the file's tensors of a leaf must have."""
+  shape = spec.shape[1:] if path.startswith("layers/") else spec.shape
+  return shape[::-1] if _turned(path) else shape
+
+
 def _stack(
   reader: _Reader, path: str, names: list[str], spec: decoder.Spec, dtype: Any
 ) -> np.ndarray:
   """The leaf that the tensors make, matrices turned to [in, out]; filled layer by layer."""
-  stacked = path.startswith("layers/")
-  shape = spec.shape[1:] if stacked else spec.shape
-  turned = shape[::-1] if _turned(path) else shape
-  result = None
+  widest = functools.reduce(jnp.promote_types, {reader.dtype(name) for name in names})
+  result = np.empty(spec.shape, jnp.dtype(dtype or widest))
   for i, name in enumerate(names):
-    if reader.shape(name) != turned:
-      raise ValueError(
-        f"tensor {name!r} has shape {reader.shape(name)}, config.json asks for {turned}"
-      )
     tensor = reader.get(name)
-    tensor = tensor.T if _turned(path) else tensor
-    if not np.issubdtype(tensor.dtype, np.floating) and tensor.dtype.name != "bfloat16":
-      raise ValueError(
-        f"tensor {name!r} is {tensor.dtype}, not floating point; is the folder quantised?"
-      )
-    if result is None:
-      result = np.empty(spec.shape, jnp.dtype(dtype or tensor.dtype))
-    result[i if stacked else ...] = tensor
+    result[i if path.startswith("layers/") else ...] = tensor.T if _turned(path) else tensor
   return result
 
 
