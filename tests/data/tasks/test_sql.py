@@ -115,7 +115,7 @@ def test_no_gold_result_hangs_on_a_tie(split, facts, twin):
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_every_gold_scores_as_right_and_no_constant_does(split, facts):
-  for q in questions(split)[:60]:
+  for q in questions(split)[:40]:
     assert sql.score(f"```sql\n{q.gold};\n```", q.gold) == sql.Score(True, "ok")
     rows = facts.execute(q.gold).fetchall()
     said = " UNION ALL ".join("SELECT " + ", ".join(repr(v) for v in row) for row in rows[:20])
@@ -375,9 +375,9 @@ HOSTILE = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_no_answer_harms_or_delays_the_verifier(name):
   answer, reason = HOSTILE[name]
-  started = time.process_time()
+  started = time.thread_time()
   result = sql.score(answer, FRANCE)
-  assert time.process_time() - started < 0.5
+  assert time.thread_time() - started < 0.5
   assert not result.correct
   assert result.reason.startswith(reason)
 
@@ -392,6 +392,13 @@ def test_a_given_connection_is_left_as_it_was(tmp_path):
     assert connection.execute("SELECT COUNT(*) FROM country").fetchone()[0] > 100
     connection.execute("DELETE FROM country")  # the owner may still write
   assert sorted(p.name for p in tmp_path.iterdir()) == ["facts.db"]
+
+
+def test_many_steps_are_too_slow_on_any_machine(monkeypatch):
+  monkeypatch.setattr(sql, "MAX_SECONDS", 20)
+  started = time.thread_time()
+  assert sql.score(NUMBERED + "SELECT COUNT(*) FROM t", FRANCE).reason == "too slow"
+  assert time.thread_time() - started < 2
 
 
 def test_slow_steps_meet_the_clock(monkeypatch):
