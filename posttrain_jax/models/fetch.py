@@ -67,7 +67,8 @@ def fetch(name: str = "smollm2", *, cache_dir: str | Path | None = None) -> Path
   if out_dir.is_dir():
     return out_dir
   out_dir.parent.mkdir(parents=True, exist_ok=True)
-  # The rename in `publish` keeps the result whole; the lock spares the second download.
+  # The rename in `publish` keeps the result whole; the lock spares the second download, and
+  # without it the leftovers removed below could be another process's work in progress.
   with filelock.FileLock(out_dir.parent / f".{name}.lock"):
     if out_dir.is_dir():
       return out_dir
