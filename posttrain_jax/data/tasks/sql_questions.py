@@ -183,7 +183,7 @@ def draw(
   """n fair questions of a split, no two of the same text, in random order."""
   rng, pools = random.Random(f"{split} {seed}"), _pools(facts, split)
   # No result may be common, or a query that says one constant would often be right.
-  at_most = max(3, n // 50)
+  at_most = max(2, n // 100)
   texts, results, found = set(), Counter(), []
   for channel, quota in channel_quotas(n).items():
     combinations = cycle(rng, split, channel)
