@@ -6,7 +6,6 @@ import zlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from posttrain_jax.adapters import lora
 from posttrain_jax.adapters.config import AdapterConfig
@@ -37,14 +36,14 @@ def init(key: Array, params: Any, config: AdapterConfig) -> tuple[Any, Any]:
   """
   if config.method not in METHODS:
     raise ValueError(f"unknown adapter method {config.method!r}; known: {', '.join(METHODS)}")
-  modules = _modules(params)
-  _check(config, [name for names in modules.values() for name in names])
+  names_at = modules(params)
+  _check(config, [name for names in names_at.values() for name in names])
   adapter = {}
-  for path, names in modules.items():
+  for path, names in names_at.items():
     if any(config.targets(name) for name in names):
-      base, node = METHODS[config.method](key, _base(params, path), names, config)
+      changed, node = METHODS[config.method](key, base(params, path), names, config)
       if path in tree.flatten(params):
-        params = tree.put(params, path, base)
+        params = tree.put(params, path, changed)
       adapter[path] = node
   return params, tree.unflatten(adapter)
 
@@ -56,21 +55,20 @@ def bind(params: Any, adapter: Any, *, key: Array | None = None) -> Any:
     key: for adapter dropout, in training only; each path and layer folds its own.
   """
   for path, node in tree.items(adapter):
-    base = _base(params, path)
-    params = tree.put(params, path, Adapted(base, node, _keys(key, path, node, base)))
+    frozen = base(params, path)
+    params = tree.put(params, path, Adapted(frozen, node, _keys(key, path, node, frozen)))
   return params
 
 
 def merge(params: Any, adapter: Any | None = None) -> Any:
   """Plain weights that compute what the bound tree computes; quantised bases become dense.
 
-  A tied head stays what it was: where the embedding or the head is adapted, the merged tree has a head of its own.
+  A head tied to an adapted embedding does not see the update: the merged tree has a head of its own.  (PEFT merges in
+  place there, which changes the head with the embedding and with it the outputs.)
   """
-  adapter = adapter or {}
-  adapted = tree.flatten(adapter)
-  if EMBEDDING in adapted and HEAD not in adapted and "lm_head" not in params:
-    params = tree.put(params, HEAD, jnp.array(weight.dense(decoder.head(params))))
-  bound = bind(params, adapter)
+  bound = bind(params, adapter or {})
+  if "lm_head" not in bound and isinstance(tree.get(bound, EMBEDDING), Adapted):
+    bound = tree.put(bound, HEAD, decoder.head(bound))
   dense = jax.jit(weight.dense)
   plain = lambda leaf: dense(leaf) if hasattr(leaf, "dense") else leaf
   return tree.unflatten((path, plain(leaf)) for path, leaf in tree.items(bound))
@@ -88,14 +86,14 @@ def summary(params: Any, adapter: Any) -> str:
   return f"trainable params: {trained:,} || all params: {total:,} || trainable%: {100 * trained / total:.4f}"
 
 
-def _base(params, path):
-  """The weight at path; a tied head is a view of the embedding."""
+def base(params: Any, path: str) -> Any:
+  """The weight that an adapter at path would change; a tied head is a view of the embedding."""
   if path == HEAD and "lm_head" not in params:
     return decoder.head(params)
   return tree.get(params, path)
 
 
-def _modules(params) -> dict[str, list[str]]:
+def modules(params: Any) -> dict[str, list[str]]:
   """path -> expanded module names, for every matrix; the tied head among them."""
   leaves = tree.flatten(params)
   layers = next(
@@ -108,16 +106,15 @@ def _modules(params) -> dict[str, list[str]]:
 
 def _check(config: AdapterConfig, names: list[str]) -> None:
   """Every name that the config gives matches some module."""
-  wanted = (
-    config.target_modules if isinstance(config.target_modules, tuple) else (config.target_modules,)
-  )
   everywhere = config.replace(layers_to_transform=None, exclude_modules=())
-  for target in wanted:
-    single = everywhere.replace(
-      target_modules=(target,) if wanted is config.target_modules else target
-    )
-    if not any(single.targets(name) for name in names):
-      raise ValueError(f"target_modules: {tree.unknown(target, names, 'module')}")
+  for option, wanted in (
+    ("target_modules", config.target_modules),
+    ("exclude_modules", config.exclude_modules or ()),
+  ):
+    for target in wanted if isinstance(wanted, tuple) else (wanted,):
+      alone = everywhere.replace(target_modules=(target,) if isinstance(wanted, tuple) else target)
+      if not any(alone.targets(name) for name in names):
+        raise ValueError(f"{option}: {tree.unknown(target, names, 'module')}")
   adapted = [name for name in names if config.targets(name)]
   if not adapted:
     raise ValueError(

@@ -47,11 +47,7 @@ class LoRA:
   def dense(self, base: Any, dtype: Any = None) -> Array:
     """W + scale a b, summed in float32 and rounded once."""
     w = weight.dense(base)
-    update = (
-      (self.a * self._scales()[..., None, :]) @ self.b
-      if self.a.ndim == 3
-      else (self.a * self._scales()) @ self.b
-    )
+    update = (self.a * self._scales()[..., None, :]) @ self.b
     return (w.astype(jnp.float32) + update).astype(dtype or w.dtype)
 
   def _scales(self) -> Array:
@@ -69,6 +65,15 @@ class LoRA:
   def size(self) -> int:
     """Trained parameters in effect."""
     return int(self.ranks().sum()) * (self.a.shape[-2] + self.b.shape[-1])
+
+  def split(self) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(a, b) of each module at its effective rank, on the host; the inverse of `join`."""
+    a, b = np.asarray(self.a), np.asarray(self.b)
+    if a.ndim == 2:
+      a, b = a[None], b[None]
+    mask = np.ones((a.shape[0], a.shape[-1])) if self.mask is None else np.asarray(self.mask)
+    used = mask.reshape(a.shape[0], -1) > 0
+    return [(a[i][:, used[i]], b[i][used[i]]) for i in range(len(a))]
 
   def partition_specs(self, spec: PartitionSpec) -> LoRA:
     """Specs of the fields, from the base's: its axes are inherited, the rank stays unsharded."""
@@ -88,36 +93,43 @@ def init(key: Array, base: Any, modules: Sequence[str], config: AdapterConfig) -
   A module that the config does not target gets rank 0.  a ~ U(-1/sqrt(in), 1/sqrt(in)) or, as "gaussian",
   normal(0, 1/rank); b zero.  An embedding has a zero and b ~ normal(0, 1), as in PEFT.
   """
-  stacked = len(weight.shape(base)) == 3
   rows, columns = weight.shape(base)[-2:]
-  ranks = np.asarray([config.rank(m) if config.targets(m) else 0 for m in modules])
-  scales = np.asarray([config.scale(m) for m in modules], np.float32)
+  pairs, scales = [], []
+  for module in modules:
+    own = jax.random.fold_in(key, zlib.crc32(module.encode()))
+    rank = config.rank(module) if config.targets(module) else 0
+    pairs.append(_draw(own, module, rows, columns, rank, config.init_lora_weights))
+    scales.append(config.scale(module) if rank else 0.0)
+  stacked = len(weight.shape(base)) == 3
+  return base, join(pairs, scales, stacked=stacked, dropout=config.lora_dropout)
+
+
+def join(
+  pairs: Sequence[tuple[Any, Any]], scales: Sequence[float], *, stacked: bool, dropout: float = 0.0
+) -> LoRA:
+  """The LoRA of one (a: [in, rank], b: [rank, out]) and scale per module; ranks may differ, 0 is not adapted.
+
+  Factors are zero beyond their module's rank: what the mask hides neither acts nor moves.
+  """
+  ranks = np.asarray([a.shape[1] for a, _ in pairs])
   largest = int(ranks.max())
   mask = (np.arange(largest) < ranks[:, None]).astype(np.float32)
-  draws = []
-  for module, rank in zip(modules, ranks):
-    own = jax.random.fold_in(key, zlib.crc32(module.encode()))
-    draws.append(_draw(own, module, rows, columns, int(rank), largest, config.init_lora_weights))
-  a, b = (jnp.stack(part) for part in zip(*draws))
+  a = jnp.stack([jnp.pad(a, ((0, 0), (0, largest - a.shape[1]))) for a, _ in pairs])
+  b = jnp.stack([jnp.pad(b, ((0, largest - b.shape[0]), (0, 0))) for _, b in pairs])
   uneven = None if (ranks == largest).all() else jnp.asarray(mask)
-  node = LoRA(a, b, jnp.asarray(scales), uneven, dropout=config.lora_dropout)
-  return base, node if stacked else jax.tree.map(lambda leaf: leaf[0], node)
+  node = LoRA(a, b, jnp.asarray(scales, jnp.float32), uneven, dropout=dropout)
+  return node if stacked else jax.tree.map(lambda leaf: leaf[0], node)
 
 
-def _draw(key, module, rows, columns, rank, largest, how):
-  """(a, b) of one module at its own rank, zero beyond: what the mask hides neither acts nor moves."""
+def _draw(key, module, rows, columns, rank, how):
+  """(a, b) of one module."""
   if module == "embed_tokens":
-    a = jnp.zeros((rows, rank))
-    b = jax.random.normal(key, (rank, columns))
-  elif how == "gaussian":
-    a, b = jax.random.normal(key, (rows, rank)) / max(rank, 1), jnp.zeros((rank, columns))
-  else:
-    bound = rows**-0.5
-    a, b = (
-      jax.random.uniform(key, (rows, rank), minval=-bound, maxval=bound),
-      jnp.zeros((rank, columns)),
-    )
-  return jnp.pad(a, ((0, 0), (0, largest - rank))), jnp.pad(b, ((0, largest - rank), (0, 0)))
+    return jnp.zeros((rows, rank)), jax.random.normal(key, (rank, columns))
+  if how == "gaussian":
+    return jax.random.normal(key, (rows, rank)) / max(rank, 1), jnp.zeros((rank, columns))
+  bound = rows**-0.5
+  a = jax.random.uniform(key, (rows, rank), minval=-bound, maxval=bound)
+  return a, jnp.zeros((rank, columns))
 
 
 def _dropout(x, rate, key):
