@@ -1,0 +1,84 @@
+"""Being asked to stop: SIGTERM and Ctrl-C set a flag that the loop reads between steps."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+from types import FrameType, TracebackType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+PREEMPTED = 75  # exit code: stopped when asked, state saved, safe to run again (EX_TEMPFAIL)
+
+
+class Stop:
+  """Turns SIGTERM and the first SIGINT into `requested`; the second SIGINT is a KeyboardInterrupt.
+
+  A signal that arrives while something compiles or runs is kept until it is read.
+
+    with Stop() as stop:
+      for step in ...:
+        ...
+        if stop.agreed():
+          save(); sys.exit(PREEMPTED)
+  """
+
+  requested = False
+
+  def __init__(self) -> None:
+    self._pending: jax.Array | None = None
+    self._previous: dict[signal.Signals, Any] = {}
+    self._interrupts = 0
+
+  def __enter__(self) -> Stop:
+    for number in (signal.SIGTERM, signal.SIGINT):
+      self._previous[number] = signal.signal(number, self._receive)
+    return self
+
+  def __exit__(
+    self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+  ) -> None:
+    for number, handler in self._previous.items():
+      signal.signal(number, handler)
+
+  def agreed(self) -> bool:
+    """Whether to stop here: the same answer in every process.
+
+    With one process that is `requested`.  With several, each call starts a tiny reduction of their flags and returns
+    the one that the call before started, so that no step waits for the devices and a stop comes one call late.
+    Every process must call it equally often.
+    """
+    if jax.process_count() == 1:
+      return self.requested
+    before, self._pending = self._pending, _any(self.requested)
+    return before is not None and bool(before)
+
+  def _receive(self, number: int, frame: FrameType | None) -> None:
+    if number == signal.SIGINT:
+      self._interrupts += 1
+      if self._interrupts > 1:
+        raise KeyboardInterrupt
+    if not self.requested:
+      hint = "; Ctrl-C again to stop at once" if number == signal.SIGINT else ""
+      # not print: a handler may run inside another write to the same stream
+      os.write(2, f"{signal.Signals(number).name}: stopping after this step{hint}\n".encode())
+    self.requested = True
+
+
+@functools.cache
+def _reduction() -> tuple[NamedSharding, Any]:
+  """One flag for each device, and the jitted function that says whether any is set."""
+  mesh = Mesh(np.asarray(jax.devices()), "all", axis_types=(AxisType.Auto,))
+  everywhere = NamedSharding(mesh, PartitionSpec())
+  return NamedSharding(mesh, PartitionSpec("all")), jax.jit(jnp.any, out_shardings=everywhere)
+
+
+def _any(flag: bool) -> jax.Array:
+  split, reduce = _reduction()
+  local = np.full(jax.local_device_count(), flag)
+  return reduce(jax.make_array_from_process_local_data(split, local))
