@@ -34,7 +34,7 @@ def load_tokenizer(folder: str | Path):
     found = ", ".join(sorted(p.name for p in path.iterdir())[:12]) or "nothing"
     raise FileNotFoundError(f"{folder} holds no tokenizer.json; found {found}")
   tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-  if not tokenizer.is_fast:
+  if tokenizer is None or not tokenizer.is_fast:
     raise ValueError(
       f"{folder} has only a slow tokenizer; write its tokenizer.json with transformers'"
       " `convert_slow_tokenizer` and load that"
@@ -364,7 +364,11 @@ def assert_end_of_turn_trained(examples: Iterable[Example], tokenizer, template=
   ending = None if template is None else templates.end_of_turn(tokenizer, template)
   for example in examples:
     wanted = ending if example.is_chat else tokenizer.eos_token_id
-    if wanted is None:
+    if example.is_chat and template is None:
+      raise ValueError(
+        f"{example.origin} is a conversation: pass the chat template it was made with"
+      )
+    if wanted is None and template is not None:
       raise ValueError(
         f"template {template.name!r} ends an assistant's turn with {template.turn_ending!r}, which starts with no"
         " special token; a model trained on it would not learn to stop"

@@ -136,11 +136,12 @@ def _json(path):
     raise RowError("not JSON", origin, "not JSON (something follows the array's ']')")
 
 
-_BLANK = re.compile(r"[ \t\r\n]*")
+_NOT_BLANK = re.compile(r"[^ \t\r\n]")
 
 
 def _skip_blank(text, at):
-  return _BLANK.match(text, at).end()
+  found = _NOT_BLANK.search(text, at)
+  return found.start() if found else len(text)
 
 
 def _seen(text, at):

@@ -69,7 +69,7 @@ class Loader:
     channels: Sequence[str] | None = None,
   ):
     self._mixture = examples if isinstance(examples, Mixture) else None
-    self.examples = tuple(self._mixture.examples if self._mixture else examples)
+    self.examples = tuple(examples.examples if isinstance(examples, Mixture) else examples)
     self.batch_size, self.length, self.packing = batch_size, length, packing
     self.seed, self.shard, self.accumulate = seed, shard, accumulate
     self.window, self.shuffle = window, shuffle
@@ -144,8 +144,8 @@ class Loader:
     digest = hashlib.blake2b(digest_size=8)
     for example in self.examples:
       digest.update(len(example).to_bytes(8, "little"))
-      digest.update(np.ascontiguousarray(example.tokens))
-      digest.update(np.ascontiguousarray(example.mask))
+      digest.update(example.tokens.tobytes())
+      digest.update(example.mask.tobytes())
     mixture = self._mixture
     return {
       "data": digest.hexdigest(),

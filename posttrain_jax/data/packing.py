@@ -13,13 +13,14 @@ import bisect
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from posttrain_jax.data.chat import Example
 
 Batch = dict[str, np.ndarray]
 
 
-def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+def best_fit(lengths: ArrayLike, capacity: int) -> list[list[int]]:
   """Indices of `lengths` grouped into rows of at most `capacity`, by best-fit decreasing.
 
   Each length, longest first, goes to the fullest row that still has room; equal lengths keep their
@@ -90,7 +91,7 @@ def pack(
 
 
 def bucket_edges(
-  lengths: Sequence[int], *, count: int = 4, multiple: int = 64, longest: int | None = None
+  lengths: ArrayLike, *, count: int = 4, multiple: int = 64, longest: int | None = None
 ) -> tuple[int, ...]:
   """At most `count` row lengths, multiples of `multiple`, with the least padding for these lengths.
 

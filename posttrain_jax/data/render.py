@@ -38,9 +38,8 @@ class Renderer:
     with self._lock:
       results: list[str | TemplateError] = []
       while len(results) < len(jobs):
-        if self._process is None:
-          self._start()
-        results += self._exchange(jobs[len(results) :])
+        process = self._process or self._start()
+        results += self._exchange(process, jobs[len(results) :])
       return results
 
   def _start(self):
@@ -52,40 +51,43 @@ class Renderer:
       env={"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONIOENCODING": "utf-8"},
     )
     stop = weakref.finalize(self, _stop, process)
-    process.stdin.write(_line(self._opening))
-    process.stdin.flush()
-    reply = process.stdout.readline()
-    error = json.loads(reply).get("error") if reply else f"the renderer ended ({process.wait()})"
+    _send(process, self._opening)
+    reply = _receive(process)
+    error = f"the renderer ended ({process.wait()})" if reply is None else reply.get("error")
     if error:
       stop()
       raise TemplateError(f"the chat template cannot be used: {error}")
     self._process, self._stop = process, stop
+    return process
 
-  def _exchange(self, jobs):
+  def _exchange(self, process, jobs):
     """Results until the last job, or until one that ended the process."""
-    process = self._process
-    process.stdin.write(_line(jobs))
-    process.stdin.flush()
+    _send(process, jobs)
     results = []
     for _ in jobs:
-      reply = process.stdout.readline()
-      if not reply:
-        return [*results, self._ended()]
-      reply = json.loads(reply)
+      reply = _receive(process)
+      if reply is None:
+        return [*results, self._ended(process.wait())]
       results.append(reply["text"] if "text" in reply else TemplateError(reply["error"]))
     return results
 
-  def _ended(self):
-    code = self._process.wait()
+  def _ended(self, status):
     self._process = None
     self._stop()
-    if code == -signal.SIGPROF:
+    if status == -signal.SIGPROF:
       return TemplateError(f"the chat template ran for more than {self._cpu_seconds:g} s, stopped")
-    return TemplateError(f"the chat template's process ended with status {code}")
+    return TemplateError(f"the chat template's process ended with status {status}")
 
 
-def _line(value):
-  return json.dumps(value).encode() + b"\n"
+def _send(process, value):
+  process.stdin.write(json.dumps(value).encode() + b"\n")
+  process.stdin.flush()
+
+
+def _receive(process):
+  """The next reply, or None if the process has ended."""
+  line = process.stdout.readline()
+  return json.loads(line) if line.endswith(b"\n") else None
 
 
 def _stop(process):
@@ -95,7 +97,7 @@ def _stop(process):
   process.stdout.close()
 
 
-def _environment():
+def _compiled(text):
   import jinja2
   from jinja2.ext import Extension, loopcontrols
   from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -130,10 +132,8 @@ def _environment():
     trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
   )
   environment.filters["tojson"] = tojson
-  environment.globals["raise_exception"] = raise_exception
-  environment.globals["strftime_now"] = now.strftime
-  environment.globals["namespace"] = Namespace
-  return environment
+  own = {"raise_exception": raise_exception, "strftime_now": now.strftime, "namespace": Namespace}
+  return environment.from_string(text, globals=own)
 
 
 def _render(template, variables, job):
@@ -159,7 +159,7 @@ def _serve():
     signal.ITIMER_PROF, seconds
   )  # SIGPROF unhandled ends the process, whatever it does
   try:
-    template = _environment().from_string(opening["template"])
+    template = _compiled(opening["template"])
   except Exception as error:
     print(json.dumps({"error": f"{type(error).__name__}: {error}"}), flush=True)
     return

@@ -298,3 +298,9 @@ def test_gsm8k_with_the_embedded_models_tokenizer():
   for source, example in zip(rows, encoded):
     answer = source.fields["completion"][0]["content"]
     assert trained_texts(example, tokenizer) == [f"{answer}<|im_end|>"]
+
+
+def test_a_conversation_is_checked_with_its_template():
+  example = chat.encode(row(messages=talk("a", "b")), CHATML, TEMPLATE, max_length=99)
+  with pytest.raises(ValueError, match=r"talk.jsonl:7 is a conversation: pass the chat template"):
+    chat.assert_end_of_turn_trained([example], CHATML)

@@ -61,6 +61,13 @@ def test_epochs_differ_and_follow_from_the_seed():
   assert drawn(0, 3) != drawn(0, 2)
 
 
+def test_each_pass_over_a_source_is_shuffled_anew():
+  mixture = Mixture({"a": examples(20)}, {"a": 1.0}, size=60)
+  passes = mixture.indices(0).reshape(3, 20)
+  assert len({tuple(one) for one in passes}) == 3
+  assert (np.sort(passes) == np.arange(20)).all()
+
+
 def test_a_repeated_source_says_so():
   mixture = Mixture({"a": examples(30), "b": examples(4)}, {"a": 0.75, "b": 0.25})
   text = str(mixture.report()[1])

@@ -107,7 +107,7 @@ HOSTILE = {
     "s,",
   ),
   "huge": ("{{ 'a' * 10000000 }}", "more than 4,000,000"),
-  "memory": ("{{ 'a' * 99999999999 }}", "MiB"),
+  "memory": ("{{ 'a' * 2000000000 }}", "MiB"),
   "python": ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "SecurityError"),
   "namespace": ("{% set n = namespace() %}{% set n.__class__ = 1 %}", "Error"),
   "mutating": ("{{ messages.append(1) }}", "SecurityError"),
