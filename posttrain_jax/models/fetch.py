@@ -63,7 +63,7 @@ def fetch(name: str = "smollm2", *, cache_dir: str | Path | None = None) -> Path
   if name not in BUILT_IN:
     raise ValueError(f"no built-in model {name!r}; built in: {', '.join(BUILT_IN)}")
   model = BUILT_IN[name]
-  out_dir = (Path(cache_dir) if cache_dir else _cache()) / "models" / name
+  out_dir = (Path(cache_dir) if cache_dir else cache()) / "models" / name
   if out_dir.is_dir():
     return out_dir
   out_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -123,7 +123,7 @@ def resolve(name_or_dir: str | Path, *, cache_dir: str | Path | None = None) -> 
     ) from e
 
 
-def _cache() -> Path:
+def cache() -> Path:
   if cache := os.environ.get("POSTTRAIN_CACHE"):
     return Path(cache).expanduser()
   return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "posttrain_jax"

@@ -1,0 +1,312 @@
+"""From a resolved config to the pieces of a run: model, data, adapter, objective, optimizer."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+
+from posttrain_jax import adapters, quant
+from posttrain_jax.core import sharding, tree
+from posttrain_jax.data import chat, loader, mixture, schema
+from posttrain_jax.models import decoder, fetch, hf
+from posttrain_jax.models.config import ModelConfig
+from posttrain_jax.optim import build
+from posttrain_jax.quant import nf4
+from posttrain_jax.train import distributed, objectives
+from posttrain_jax.train.objectives import Frozen
+from posttrain_jax.train.settings import ConfigError
+
+TASKS = ("sql",)  # built-in data sets that come with splits of their own
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """A base on its devices, and what belongs to it."""
+
+  folder: Path
+  params: Any
+  config: ModelConfig
+  tokenizer: Any
+  template: Any  # None for a base model that has no chat template
+  dtype: Any  # of the computation
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+  """Encoded examples; `skipped` says in words what was left out, "" for nothing."""
+
+  train: Any  # a sequence of examples, or a mixture
+  eval: Sequence[chat.Example]
+  channels: tuple[str, ...]
+  skipped: str
+
+  @property
+  def first(self) -> chat.Example:
+    return (self.train.examples if isinstance(self.train, mixture.Mixture) else self.train)[0]
+
+
+def mesh(config: ml_collections.ConfigDict) -> jax.sharding.Mesh | None:
+  """The mesh of config.mesh over every device; None on a single one."""
+  if jax.device_count() == 1:
+    return None
+  return sharding.mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
+
+
+def compute_dtype(name: str) -> Any:
+  """bfloat16 on accelerators and float32 on CPU for "auto", else the dtype named."""
+  if name == "auto":
+    return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+  return jnp.dtype(name)
+
+
+def model(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh | None = None) -> Model:
+  """The base of config.model: loaded tensor by tensor, quantised and placed on its devices leaf by leaf."""
+  folder = fetch.resolve(config.model.name)
+  dtype = compute_dtype(config.model.dtype)
+  trained = config.adapter.method == "none"
+  if trained and config.model.base != "dense":
+    raise ConfigError(
+      f"base={config.model.base} is frozen: train an adapter on it (adapter=lora), or write base=dense"
+    )
+  place = functools.partial(_place, base=config.model.base, mesh=mesh)
+  # what the optimizer updates is float32; a frozen base is stored as it is computed with
+  params, model_config = hf.load(folder, dtype=jnp.float32 if trained else dtype, place=place)
+  tokenizer = chat.load_tokenizer(folder)
+  if len(tokenizer) > model_config.vocab_size:
+    raise ConfigError(
+      f"the tokenizer of {folder} has {len(tokenizer)} tokens, the model's embedding {model_config.vocab_size} rows"
+    )
+  name = config.model.template
+  own = name == "tokenizer"
+  template = (
+    None if own and not tokenizer.chat_template else chat.template(tokenizer, None if own else name)
+  )
+  return Model(folder, params, model_config, tokenizer, template, dtype)
+
+
+def _place(path: str, array: np.ndarray, *, base: str, mesh: jax.sharding.Mesh | None) -> Any:
+  leaf = jnp.asarray(array) if mesh is None or base == "nf4" else array
+  if base == "nf4" and quant.is_linear(path, leaf):
+    leaf = nf4.quantize(leaf)
+  return leaf if mesh is None else placed(path, leaf, mesh)
+
+
+def placed(path: str, leaf: Any, mesh: jax.sharding.Mesh) -> Any:
+  """A parameter, plain or any weight, laid out as `decoder.RULES` say for its path."""
+  spec = sharding.spec_for(path, decoder.RULES)
+  return _laid_out(leaf, spec, mesh)
+
+
+def placed_adapter(adapter: Any, mesh: jax.sharding.Mesh | None) -> Any:
+  """An adapter laid out by its base's axes."""
+  if mesh is None:
+    return adapter
+  rules = [*decoder.RULES, (r"lm_head/weight", jax.sharding.PartitionSpec("fsdp", "tensor"))]
+  return tree.unflatten(
+    (path, _laid_out(node, sharding.spec_for(path, rules), mesh))
+    for path, node in tree.items(adapter)
+  )
+
+
+def _laid_out(leaf, spec, mesh):
+  specs = leaf.partition_specs(spec) if hasattr(leaf, "partition_specs") else spec
+
+  def put(x, spec):
+    host = np.asarray(x)
+    where = sharding.named(mesh, spec, host.shape)
+    # each process holds the whole array on its host and gives the shards that are its own
+    return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
+
+  return jax.tree.map(put, leaf, specs)
+
+
+def data(config: ml_collections.ConfigDict, model: Model) -> Data:
+  """config.data read, checked and encoded.
+
+  Raises:
+    RowError: a row that cannot be used, with its file and line.
+    ConfigError: settings that do not fit one another.
+  """
+  d = config.data
+  train, skipped = _sources(d, d.train, "train", model)
+  if d.limit:
+    train = _limited(train, d.limit)
+  held_out: Sequence[chat.Example]
+  if d.eval or d.train in TASKS:
+    held_out, more = _encoded(d, d.eval or d.train, "eval", model, d.columns)
+    skipped += more
+    held_out = held_out[: d.eval_rows] if d.eval_rows else held_out
+  elif d.eval_rows:
+    if isinstance(train, mixture.Mixture):
+      raise ConfigError(
+        "data.train is a mixture: name held-out rows with data.eval, or set data.eval_rows to 0"
+      )
+    if len(train) <= d.eval_rows:
+      raise ConfigError(
+        f"data.eval_rows={d.eval_rows} would leave nothing of the {len(train)} rows to train on; "
+        "lower it or name data.eval"
+      )
+    train, held_out = train[: -d.eval_rows], train[-d.eval_rows :]
+  else:
+    held_out = ()
+  if d.replay:
+    general, more = _encoded(d, d.replay, "train", model, d.replay_columns)
+    skipped += more
+    train = mixture.replay(train, general, d.replay_fraction, by=d.replay_by, seed=config.seed)
+  examples = train.examples if isinstance(train, mixture.Mixture) else train
+  if model.template is not None:
+    chat.assert_end_of_turn_trained(examples, model.tokenizer, model.template)
+  channels = loader.channel_names(examples, held_out)
+  return Data(train, held_out, channels, "; ".join(map(str, skipped)))
+
+
+def _sources(d, text, split, model):
+  """One source, or a mixture of several: `a.jsonl*0.7+b.jsonl*0.3`, fractions of the tokens."""
+  if "*" not in text:
+    return _encoded(d, text, split, model, d.columns)
+  sources, fractions, skipped = {}, {}, []
+  for part in text.split("+"):
+    name, _, fraction = part.rpartition("*")
+    try:
+      fractions[name] = float(fraction)
+    except ValueError:
+      raise ConfigError(f"data.train={text!r}: write a mixture as FIRST*0.7+SECOND*0.3") from None
+    sources[name], more = _encoded(d, name, split, model, d.columns)
+    skipped += more
+  return mixture.Mixture(sources, fractions, by="tokens"), skipped
+
+
+def _encoded(d, source, split, model, columns):
+  """(examples, [what was skipped])."""
+  rows = schema.read(
+    source,
+    split=split,
+    on_error=d.on_error,
+    columns=_columns(columns),
+    chat=bool(d.chat and model.template is not None),
+    system=d.system if d.chat and model.template is not None else None,
+  )
+  examples = chat.encode_all(
+    rows,
+    model.tokenizer,
+    model.template,
+    max_length=d.length,
+    truncate=d.truncate,
+    on_error=d.on_error,
+  )
+  skipped = [f"{source}: {part}" for part in (rows.skipped, examples.skipped) if len(part)]
+  return examples.examples, skipped
+
+
+def _columns(columns):
+  plain = columns.to_dict()
+  return {name: list(v) if isinstance(v, tuple) else v for name, v in plain.items()} or None
+
+
+def _limited(train, limit):
+  if isinstance(train, mixture.Mixture):
+    raise ConfigError("data.limit cuts one source; a mixture is cut by its fractions")
+  return train[:limit]
+
+
+def adapter_config(config: ml_collections.ConfigDict) -> adapters.AdapterConfig | None:
+  """The AdapterConfig of config.adapter; None for full fine-tuning."""
+  a = config.adapter
+  if a.method == "none":
+    return None
+  return adapters.AdapterConfig(
+    method=a.method,
+    r=a.r,
+    lora_alpha=a.lora_alpha,
+    lora_dropout=a.lora_dropout,
+    target_modules=a.target_modules,
+    exclude_modules=a.exclude_modules,
+    layers_to_transform=tuple(a.layers_to_transform) or None,
+    rank_pattern=a.rank_pattern.to_dict(),
+    alpha_pattern=a.alpha_pattern.to_dict(),
+    use_rslora=a.use_rslora,
+    init_lora_weights=True if a.init_lora_weights == "uniform" else a.init_lora_weights,
+  )
+
+
+def split(
+  config: ml_collections.ConfigDict, model: Model, mesh: jax.sharding.Mesh | None
+) -> tuple[Any, Frozen, adapters.AdapterConfig | None]:
+  """(trainable, frozen, adapter config) at the start of a run."""
+  chosen = adapter_config(config)
+  if chosen is None:
+    return model.params, Frozen(), None
+  params, adapter = adapters.init(jax.random.key(config.seed), model.params, chosen)
+  trainable, fixed = tree.partition(placed_adapter(adapter, mesh))
+  return trainable, Frozen(params, fixed), chosen
+
+
+def objective(
+  config: ml_collections.ConfigDict, model: Model, channels: Sequence[str]
+) -> objectives.Objective:
+  """The objective that config.objective names."""
+  name = config.objective.name
+  made = {
+    "sft": lambda: objectives.Sft(
+      model.config,
+      channels=tuple(channels),
+      special_tokens=tuple(sorted(set(model.tokenizer.all_special_ids))),
+      dtype=model.dtype,
+      remat=remat(config),
+    )
+  }
+  if name not in made:
+    raise ConfigError(f"objective.name={name!r}: known are {', '.join(made)}")
+  return made[name]()
+
+
+def remat(config: ml_collections.ConfigDict) -> str:
+  """What the backward pass recomputes; "auto" is what measured fastest on the backend."""
+  name = config.model.remat
+  if name == "auto":
+    return "dots" if jax.default_backend() == "cpu" else "names"
+  if name not in decoder.REMAT:
+    raise ConfigError(f"model.remat={name!r}: known are auto, {', '.join(decoder.REMAT)}")
+  return name
+
+
+def optimizer(
+  config: ml_collections.ConfigDict,
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+  o = config.optimizer
+  return build.build(
+    o.name,
+    lr=o.lr,
+    steps=config.steps,
+    warmup=o.warmup,
+    schedule=o.schedule,
+    weight_decay=o.weight_decay,
+    clip=o.clip or None,
+    b1=o.b1,
+    b2=o.b2,
+  )
+
+
+def batches(
+  config: ml_collections.ConfigDict, data: Data, mesh: jax.sharding.Mesh | None
+) -> loader.Loader:
+  """The resumable stream of this process's share of the optimizer batches."""
+  return loader.Loader(
+    data.train,
+    batch_size=config.batch.rows,
+    length=config.data.length,
+    packing=config.data.packing,
+    seed=config.seed,
+    shard=distributed.shard(mesh),
+    accumulate=config.batch.accumulate,
+    channels=data.channels,
+  )

@@ -1,0 +1,185 @@
+"""The loop: input and output only.  Batches go in, metrics come out one step late, checkpoints are kept."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from posttrain_jax.core.checkpoint import Checkpoints
+from posttrain_jax.data.loader import Loader
+from posttrain_jax.train import distributed
+from posttrain_jax.train import metrics as metrics_lib
+from posttrain_jax.train.objectives import Frozen
+from posttrain_jax.train.progress import Bar
+from posttrain_jax.train.signals import Stop
+from posttrain_jax.train.step import State
+from posttrain_jax.train.workdir import Journal
+
+
+class Diverged(RuntimeError):
+  """Too many updates in a row had a gradient that was not finite."""
+
+
+@dataclasses.dataclass
+class Progress:
+  """What a run remembers besides its state; saved with it."""
+
+  step: int = 0
+  seconds: float = 0.0  # of training, over all starts
+  tokens: int = 0
+  best_step: int = 0
+  best_loss: float = math.inf
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """The pieces of a run; `assemble` makes them, `loop` turns the handle."""
+
+  folder: Path
+  steps: int
+  step: Callable[[State, Frozen, Any], tuple[State, dict[str, Any]]]  # jitted, state donated
+  evaluate: Callable[[Any, Frozen, Any], dict[str, Any]]  # jitted
+  frozen: Frozen
+  batches: Loader
+  eval_batches: Callable[[], Iterable[Any]]
+  learning_rate: Callable[[int], Any]
+  export: Callable[[Any, str], None]  # (trainable, folder name): the adapter in PEFT's format
+  mesh: jax.sharding.Mesh | None
+  eval_every: int
+  save_every: int
+  log_every: int
+  max_skipped: int
+
+
+def loop(
+  run: Run, state: State, progress: Progress, checkpoints: Checkpoints
+) -> tuple[State, Progress, bool]:
+  """(state, progress, whether the run is complete); False after SIGTERM or Ctrl-C, with the state saved.
+
+  Raises:
+    Diverged: `max_skipped` updates in a row had gradients that were not finite; nothing of theirs was kept.
+  """
+  main = distributed.is_main()
+  journal = Journal(run.folder, progress.step) if main else None
+  bar = Bar(run.steps, progress.step, silent=not main)
+  reader = _Reader(run, journal, bar)
+  saved = progress.step
+  clock = time.monotonic()
+
+  def tick():
+    nonlocal clock
+    now = time.monotonic()
+    progress.seconds += now - clock
+    clock = now
+
+  def save():
+    nonlocal saved
+    reader.flush(progress)
+    tick()
+    data = {"batches": run.batches.get_state(), "progress": dataclasses.asdict(progress)}
+    checkpoints.save(progress.step, state, data)
+    saved = progress.step
+
+  with Stop() as stop, contextlib.ExitStack() as closing:
+    closing.callback(bar.close)
+    if journal:
+      closing.callback(journal.close)
+    while progress.step < run.steps:
+      state, metrics = run.step(state, run.frozen, _placed(run, next(run.batches)))
+      progress.step += 1
+      reader.put(progress, metrics)
+      last = progress.step == run.steps
+      if last or (run.eval_every and progress.step % run.eval_every == 0):
+        reader.flush(progress)
+        _evaluate(run, state, progress, journal, bar)
+        reader.restart()
+      if last or (run.save_every and progress.step % run.save_every == 0):
+        save()
+      if stop.agreed() and not last:
+        if saved != progress.step:
+          save()
+        checkpoints.wait()
+        bar.say(
+          f"stopped at step {progress.step} of {run.steps}, saved; run the same command again to go on"
+        )
+        return state, progress, False
+    tick()
+  checkpoints.wait()
+  return state, progress, True
+
+
+class _Reader:
+  """Reads a step's metrics when the next one has been started, so that the device never waits for the host."""
+
+  def __init__(self, run: Run, journal: Journal | None, bar: Bar):
+    self.run, self.journal, self.bar = run, journal, bar
+    self.pending: tuple[int, dict[str, Any]] | None = None
+    self.restart()
+
+  def restart(self) -> None:
+    """The clock of tokens per second starts anew (after a compilation, an evaluation, a save)."""
+    self.since = time.monotonic()
+
+  def put(self, progress: Progress, metrics: Mapping[str, Any]) -> None:
+    self.flush(progress)
+    self.pending = (progress.step, dict(metrics))
+
+  def flush(self, progress: Progress) -> None:
+    if self.pending is None:
+      return
+    (step, metrics), self.pending = self.pending, None
+    values = metrics_lib.read(metrics)
+    now = time.monotonic()
+    values["tokens_per_second"] = values["tokens"] / (now - self.since)
+    values["learning_rate"] = float(self.run.learning_rate(step - 1))
+    values["epoch"] = self.run.batches.epoch
+    self.since = now
+    progress.tokens += int(values["tokens"])
+    values["num_tokens"] = progress.tokens
+    self.bar.update(step, values)
+    if self.journal and (step % self.run.log_every == 0 or step == self.run.steps):
+      self.journal.write(step, values)
+    if values["skipped_in_a_row"] >= self.run.max_skipped:
+      raise Diverged(
+        f"{int(values['skipped_in_a_row'])} updates in a row, up to step {step}, had a gradient that was not finite; "
+        f"parameters are those of the last good update and nothing was exported. Lower optimizer.lr "
+        f"(now {values['learning_rate']:.3g}), raise optimizer.warmup, or look at the data near step {step}."
+      )
+
+
+def _placed(run: Run, batch: Any) -> Any:
+  return batch if run.mesh is None else distributed.global_batch(run.mesh, batch)
+
+
+def evaluation(run: Run, trainable: Any) -> dict[str, float]:
+  """Metrics over every held-out example, `eval_` before each name; empty without held-out data."""
+  total: dict[str, Any] | None = None
+  for batch in run.eval_batches():
+    metrics = run.evaluate(trainable, run.frozen, _placed(run, batch))
+    total = metrics if total is None else jax.tree.map(lambda a, b: a + b, total, metrics)
+  return (
+    {}
+    if total is None
+    else {f"eval_{name}": value for name, value in metrics_lib.read(total).items()}
+  )
+
+
+def _evaluate(
+  run: Run, state: State, progress: Progress, journal: Journal | None, bar: Bar
+) -> None:
+  values = evaluation(run, state.trainable)
+  if not values:
+    return
+  if journal:
+    journal.write(progress.step, values)
+  bar.say(f"step {progress.step}: eval_loss {values['eval_loss']:.4f}")
+  if values["eval_loss"] < progress.best_loss:
+    progress.best_step, progress.best_loss = progress.step, values["eval_loss"]
+    run.export(state.trainable, "adapter")

@@ -1,0 +1,120 @@
+"""A run is a folder: its config, its metrics, what it produced.  The same command again continues it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import tensorboardX
+
+from posttrain_jax.core import files
+from posttrain_jax.train import settings
+from posttrain_jax.train.settings import ConfigError
+
+PACKAGES = (
+  "posttrain-jax",
+  "jax",
+  "jaxlib",
+  "flax",
+  "optax",
+  "orbax-checkpoint",
+  "transformers",
+  "numpy",
+)
+DONE = "done.json"
+
+
+def claim(workdir: str | Path, config: ml_collections.ConfigDict) -> Path:
+  """The folder of this run, made or found again; every process may call it, the main one writes.
+
+  Raises:
+    ConfigError: the folder holds a run of another config (the differences are shown) or something else.
+  """
+  folder = Path(workdir).absolute()
+  record = folder / "config.json"
+  mine = json.loads(json.dumps(settings.plain(config)))
+  if record.exists():
+    changed = settings.differences(json.loads(record.read_text())["config"], mine)
+    if changed:
+      listed = "\n  ".join(changed)
+      raise ConfigError(
+        f"{folder} holds a run of another config:\n  {listed}\nName another --workdir, or restore these fields."
+      )
+    return folder
+  if folder.exists() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
+    raise ConfigError(
+      f"{folder} is not empty and holds no run (no config.json); name another --workdir"
+    )
+  folder.mkdir(parents=True, exist_ok=True)
+  if jax.process_index() == 0:
+    files.write_json(record, {"config": mine, **origin()})
+  return folder
+
+
+def origin() -> dict[str, Any]:
+  """Command, versions, commit and devices: what a figure needs beside it to be believed."""
+  return {
+    "command": shlex.join(sys.argv),
+    "versions": {
+      "python": sys.version.split()[0],
+      **{p: importlib.metadata.version(p) for p in PACKAGES},
+    },
+    "commit": _commit(),
+    "devices": [
+      f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+      f"{os.cpu_count()} host cores",
+    ],
+  }
+
+
+def _commit() -> str | None:
+  """The project's commit, marked where the tree differs from it; None outside a checkout."""
+  root = Path(__file__).parents[2]
+  git = lambda *args: subprocess.run(
+    ["git", "-C", str(root), *args], capture_output=True, text=True
+  )
+  try:
+    head = git("rev-parse", "HEAD")
+    changed = git("status", "--porcelain", "--untracked-files=no").stdout.strip()
+  except FileNotFoundError:
+    return None
+  return head.stdout.strip() + (" (modified)" if changed else "") if head.returncode == 0 else None
+
+
+class Journal:
+  """`metrics.jsonl` and TensorBoard; a resumed run goes on after `step` with nothing written twice."""
+
+  def __init__(self, folder: Path, step: int):
+    self.path = folder / "metrics.jsonl"
+    if self.path.exists():
+      kept = [line for line in self.path.read_text().splitlines() if _step(line) <= step]
+      files.write_text(self.path, "".join(f"{line}\n" for line in kept))
+    self.lines = self.path.open("a", encoding="utf-8")
+    self.board = tensorboardX.SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+  def write(self, step: int, values: Mapping[str, float]) -> None:
+    self.lines.write(json.dumps({"step": step, **values}) + "\n")
+    self.lines.flush()
+    for name, value in values.items():
+      self.board.add_scalar(name, value, step)
+
+  def close(self) -> None:
+    self.lines.close()
+    self.board.close()
+
+
+def _step(line: str) -> float:
+  """The step of a line; a line cut short by a kill counts as later than any."""
+  try:
+    return json.loads(line)["step"]
+  except (ValueError, KeyError):
+    return float("inf")
