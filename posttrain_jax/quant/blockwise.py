@@ -1,0 +1,105 @@
+"""8-bit blockwise storage: value = map[code] * absmax[block], blocks along the last axis.
+
+The map is bitsandbytes' dynamic one (Dettmers 2015, arXiv 1511.04561): 7 decades, finer towards +-1.
+NF4 stores its scales this way (double quantisation).
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Array = jax.Array
+
+
+@functools.cache
+def dynamic_map(signed: bool = True) -> np.ndarray:
+  """The 256 sorted values of bitsandbytes' `create_dynamic_map`, float32, bit for bit.
+
+  +1 is a value and -1 is not.
+
+  >>> dynamic_map().size, float(dynamic_map()[0]), float(dynamic_map()[-1])
+  (256, -0.992968738079071, 1.0)
+  """
+  values = [np.float32(0), np.float32(1)]
+  for decade in range(7):
+    edges = _tenth_to_one(2 ** (decade if signed else decade + 1) + 1)
+    positive = np.float32(10.0 ** (decade - 6)) * ((edges[1:] + edges[:-1]) / np.float32(2))
+    values += [*positive, *(-positive if signed else ())]
+  table = np.sort(np.array(values, np.float32))
+  table.setflags(write=False)
+  return table
+
+
+def _tenth_to_one(n: int) -> np.ndarray:
+  """torch.linspace(0.1, 1, n) in float32: counted from the nearer end, one rounding per value.
+
+  numpy.linspace rounds 24 of 129 values differently.
+  """
+  start, stop = np.float32(0.1), np.float32(1)
+  step = np.float64((stop - start) / np.float32(n - 1))
+  i = np.arange(n)
+  return np.where(i < n // 2, start + step * i, stop - step * (n - 1 - i)).astype(np.float32)
+
+
+@functools.partial(jax.jit, static_argnames=("block_size", "signed"))
+def quantize(x: Array, *, block_size: int = 256, signed: bool = True) -> tuple[Array, Array]:
+  """(codes, absmax): the nearest value of the map to x / absmax of its block, ties to the lower.
+
+  x: [..., n] -> codes uint8 [..., n], absmax float32 [..., ceil(n / block_size)]; the last block may be short.
+  """
+  x = x.astype(jnp.float32)
+  n = x.shape[-1]
+  pad = [(0, 0)] * (x.ndim - 1) + [(0, -n % block_size)]
+  blocks = jnp.pad(x, pad).reshape(*x.shape[:-1], -1, block_size)
+  absmax = jnp.max(jnp.abs(blocks), axis=-1)
+  table = dynamic_map(signed)
+  midpoints = jnp.asarray((table[1:] + table[:-1]) / np.float32(2))
+  scaled = jnp.clip(x * spread(reciprocal(absmax), n, block_size), -1, 1)
+  return jnp.searchsorted(midpoints, scaled).astype(jnp.uint8), absmax
+
+
+@functools.partial(jax.jit, static_argnames=("block_size", "signed"))
+def dequantize(codes: Array, absmax: Array, *, block_size: int = 256, signed: bool = True) -> Array:
+  """map[codes] * absmax, float32 [..., n]."""
+  return decode(codes, signed) * spread(absmax, codes.shape[-1], block_size)
+
+
+@functools.partial(jax.jit, static_argnames="signed")
+def decode(codes: Array, signed: bool = True) -> Array:
+  """map[codes], float32."""
+  table = dynamic_map(signed)
+  # A TPU v5p gathers 3.7 million bytes in 6.5 ms and selects them in 0.1; a CPU is the other way round.
+  return jax.lax.platform_dependent(
+    codes,
+    tpu=lambda codes: select(codes, table),
+    default=lambda codes: jnp.asarray(table).at[codes].get(mode="promise_in_bounds"),
+  )
+
+
+def select(codes: Array, table: np.ndarray) -> Array:
+  """table[codes] as a binary tree of selects on the bits of the codes, for tables of 2^n entries."""
+  values = list(table)
+  bit = 1
+  while len(values) > 1:
+    is_set = (codes & np.uint8(bit)) != 0
+    values = [jnp.where(is_set, high, low) for low, high in zip(values[::2], values[1::2])]
+    bit *= 2
+  return values[0]
+
+
+def spread(per_block: Array, n: int, block_size: int) -> Array:
+  """[..., blocks] -> [..., n]: each element's own block value."""
+  return jnp.repeat(per_block, block_size, axis=-1)[..., :n]
+
+
+def reciprocal(absmax: Array) -> Array:
+  """1 / max(absmax, 1e-38), as bitsandbytes scales: a block of zeros divides by nothing.
+
+  The bound 1e-38 itself is subnormal, and XLA:CPU flushes it to zero; hence the smallest normal number.
+  """
+  tiny = np.finfo(np.float32).tiny
+  return jnp.where(absmax < tiny, np.float32(1e38), 1 / jnp.maximum(absmax, tiny))
