@@ -112,7 +112,8 @@ def read(
 
   Files end in .jsonl, .json (one array) or .parquet, the first two also with .gz.  `columns` maps a
   schema's names to the file's.  `chat` turns a prompt and a completion given as strings into a
-  user's and an assistant's message (after `system`, if given), so that the chat template applies.
+  user's and an assistant's message (after `system`, if given), so that the chat template applies; rows that hold
+  messages or plain text stay as they are.
   `channel` names the rows that carry no channel of their own.  `on_error="skip"` counts the
   rows it cannot use instead of stopping at the first.
   """
@@ -186,13 +187,15 @@ def validate(fields: dict[str, Any], origin: str) -> dict[str, Any]:
 
 
 def as_chat(fields: dict[str, Any], origin: str, system: str | None) -> dict[str, Any]:
-  """A prompt and a completion in strings, as a user's and an assistant's message."""
+  """A prompt and a completion in strings, as a user's and an assistant's message; other rows stay as they are."""
   if not (isinstance(fields.get("prompt"), str) and isinstance(fields.get("completion"), str)):
+    if system is None:
+      return fields
     raise RowError(
-      "not prompt and completion",
+      "no place for the system message",
       origin,
-      f"chat=True turns a prompt and a completion in strings into messages, found {sorted(fields)}"
-      " (of which those two are not both strings); rows that hold messages need no chat=True",
+      f"system= goes before a prompt and a completion in strings, found {sorted(fields)} (of which those two are"
+      " not both strings); put the message into the rows, or leave system= out",
     )
   if not fields["prompt"].strip():
     raise RowError("empty prompt", origin, "an empty prompt cannot be a user's message")

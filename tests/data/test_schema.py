@@ -116,7 +116,15 @@ def test_chat_makes_messages_of_two_strings(tmp_path):
     "channel": "talk",
   }
   with pytest.raises(RowError, match="not both strings"):
-    schema.read(write(tmp_path / "b.jsonl", {"messages": [USER, ASSISTANT]}), chat=True)
+    schema.read(
+      write(tmp_path / "b.jsonl", {"messages": [USER, ASSISTANT]}), chat=True, system="Be brief."
+    )
+
+
+def test_chat_leaves_messages_and_text_as_they_are(tmp_path):
+  for fields in ({"messages": [USER, ASSISTANT]}, {"text": "once"}):
+    (row,) = schema.read(write(tmp_path / "a.jsonl", fields), chat=True)
+    assert row.fields == fields
 
 
 def test_messages_come_in_one_form(tmp_path):
