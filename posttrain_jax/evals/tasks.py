@@ -1,0 +1,199 @@
+"""What a checkpoint is worth on a built-in task: generate an answer to every held-out question, and verify it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from posttrain_jax.data import chat, templates
+from posttrain_jax.data.tasks import sql
+from posttrain_jax.data.templates import Template
+from posttrain_jax.models.config import ModelConfig
+from posttrain_jax.rollout import engine
+
+Params = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """Questions with an answer that can be checked.
+
+  examples: (split, n=None) -> rows with `prompt` (messages), `question`, `gold` and `channel`.
+  score: (answer, gold) -> (correct, reason).
+  max_new_tokens: enough for every gold answer, and for the model to end its turn.
+  """
+
+  examples: Callable[..., list[dict]]
+  score: Callable[[str, str], tuple[bool, str]]
+  max_new_tokens: int
+
+
+def _score_sql(answer: str, gold: str) -> tuple[bool, str]:
+  score = sql.score(answer, gold)
+  return score.correct, score.reason
+
+
+# The longest gold query takes 38 tokens of SmolLM2's.
+TASKS = {"sql": Task(sql.examples, _score_sql, max_new_tokens=64)}
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskResult:
+  """How many of a split's questions were answered correctly, and every answer.
+
+  by_channel: {channel: (correct, total)}.
+  reasons: {verdict: count}, "ok" among them.
+  answers: one dict a question, in the order of the task: question, answer, gold, correct, reason, channel, and
+    `finished`, False where max_new_tokens cut the answer.
+  seconds: of generating and scoring, compilation included.
+  """
+
+  task: str
+  split: str
+  correct: int
+  total: int
+  by_channel: Mapping[str, tuple[int, int]]
+  reasons: Mapping[str, int]
+  answers: Sequence[Mapping[str, Any]]
+  seconds: float
+  new_tokens: int
+
+  @property
+  def accuracy(self) -> float:
+    """Correct / total, in [0, 1]."""
+    return self.correct / self.total if self.total else math.nan
+
+  def to_json(self) -> dict[str, Any]:
+    return dict(dataclasses.asdict(self), accuracy=self.accuracy)
+
+  @classmethod
+  def from_json(cls, value: Mapping[str, Any]) -> TaskResult:
+    """The result that `to_json` gave, before or after a round trip through a file."""
+    fields = {field.name: value[field.name] for field in dataclasses.fields(cls)}
+    channels = {name: tuple(counts) for name, counts in value["by_channel"].items()}
+    return cls(**{**fields, "by_channel": channels})
+
+
+def evaluate(
+  params: Params,
+  config: ModelConfig,
+  tokenizer: Any,
+  *,
+  task: str = "sql",
+  limit: int | None = None,
+  split: str = "test",
+  template: Template | str | None = None,
+  max_new_tokens: int | None = None,
+  batch_size: int = 16,
+  dtype: Any = None,
+  progress: Callable[[int, int], None] | None = None,
+) -> TaskResult:
+  """Greedy answers to the questions of a split, each verified.
+
+  Args:
+    params: as for `rollout.engine.generate`, which is fastest with adapters merged.
+    limit: that many questions, drawn over the channels as the whole split is; None for the split.
+    template: a bound chat template, or the name of one; None for the tokenizer's own.
+    max_new_tokens: of an answer; None for what the task needs.
+    batch_size: the most answers generated at once.
+    dtype: of the computation; None for the parameters' own.
+    progress: called with (answers done, answers wanted).
+
+  Raises:
+    ValueError: no such task or split, or a question that with its answer does not fit the model.
+  """
+  if task not in TASKS:
+    raise ValueError(f"unknown task {task!r}; there are: {', '.join(TASKS)}")
+  if limit is not None and limit < 1:
+    raise ValueError(f"limit={limit}: ask for at least one question, or None for the whole split")
+  if batch_size < 1:
+    raise ValueError(f"batch_size must be at least 1, found {batch_size}")
+  started, chosen = time.monotonic(), TASKS[task]
+  if not isinstance(template, Template):
+    template = chat.template(tokenizer, template)
+  rows = chosen.examples(split, n=limit)
+  jobs = [templates.job(row["prompt"], True) for row in rows]
+  prompts = [_tokens(text, tokenizer) for text in template.render_all(jobs)]
+  ends = templates.end_of_turn(tokenizer, template)
+  stops = {*engine.stop_tokens(config, tokenizer), *(() if ends is None else (ends,))}
+  drawn = _generate(
+    engine.prepare(params, config),
+    config,
+    prompts,
+    batch_size,
+    progress,
+    max_new_tokens=chosen.max_new_tokens if max_new_tokens is None else max_new_tokens,
+    stop_tokens=tuple(sorted(stops)),
+    dtype=dtype,
+  )
+  answers = [
+    _answer(row, ids, finished, tokenizer, chosen) for row, (ids, finished) in zip(rows, drawn)
+  ]
+  return TaskResult(
+    task=task,
+    split=split,
+    correct=sum(answer["correct"] for answer in answers),
+    total=len(answers),
+    by_channel=_by_channel(answers),
+    reasons=dict(Counter(a["reason"].partition(":")[0] for a in answers).most_common()),
+    answers=answers,
+    seconds=time.monotonic() - started,
+    new_tokens=sum(len(ids) for ids, _ in drawn),
+  )
+
+
+def _tokens(text, tokenizer):
+  if isinstance(text, Exception):
+    raise text
+  # A rendered template has its BOS already.
+  return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _generate(params, config, prompts, batch_size, progress, **options):
+  """(new tokens, finished) of each prompt, in batches of like length so that progress can be told."""
+  drawn: dict[int, tuple[list[int], bool]] = {}
+  for batch in _batches([len(prompt) for prompt in prompts], batch_size):
+    some = [prompts[i] for i in batch]
+    made = engine.generate(params, config, some, batch_size=len(some), **options)
+    drawn.update(zip(batch, zip(made.tokens, made.finished)))
+    if progress is not None:
+      progress(len(drawn), len(prompts))
+  return [drawn[i] for i in range(len(prompts))]
+
+
+def _batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+  """Indices by rising length in batches of one size, since each size is a compilation; the last ones overlap."""
+  order = np.argsort(lengths, kind="stable").tolist()
+  count = -(-len(order) // batch_size)
+  size = -(-len(order) // count)
+  for start in range(0, len(order), size):
+    start = min(start, len(order) - size)
+    yield order[start : start + size]
+
+
+def _answer(row, ids, finished, tokenizer, task):
+  text = tokenizer.decode(ids, skip_special_tokens=True)
+  correct, reason = task.score(text, row["gold"])
+  return dict(
+    question=row["question"],
+    answer=text,
+    gold=row["gold"],
+    correct=correct,
+    reason=reason,
+    channel=row["channel"],
+    finished=finished,
+  )
+
+
+def _by_channel(answers):
+  counts = {channel: (0, 0) for channel in sorted({answer["channel"] for answer in answers})}
+  for answer in answers:
+    correct, total = counts[answer["channel"]]
+    counts[answer["channel"]] = (correct + answer["correct"], total + 1)
+  return counts
