@@ -192,7 +192,7 @@ def _answer(row, ids, finished, tokenizer, task):
 
 
 def _by_channel(answers):
-  counts = {channel: (0, 0) for channel in sorted({answer["channel"] for answer in answers})}
+  counts = dict.fromkeys(sorted({answer["channel"] for answer in answers}), (0, 0))
   for answer in answers:
     correct, total = counts[answer["channel"]]
     counts[answer["channel"]] = (correct + answer["correct"], total + 1)

@@ -21,7 +21,11 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def config(tokenizer):
   return families.config(
-    "llama", vocab_size=len(tokenizer), max_position_embeddings=1024, num_hidden_layers=1
+    "llama",
+    vocab_size=len(tokenizer),
+    max_position_embeddings=1024,
+    num_hidden_layers=1,
+    eos_token_id=tokenizer.eos_token_id,
   )
 
 
