@@ -1,0 +1,70 @@
+# Every command a newcomer types.  Environments are made on first use and remade when pyproject.toml or
+# constraints.txt changes; nothing outside this folder and the user's cache is touched.
+PYTHON ?= python3
+PIP_FLAGS = -q --disable-pip-version-check
+BIN = .venv/bin
+WORKDIR ?= runs/quickstart
+
+.PHONY: help quickstart test test-all test-newest check format oracle bench compile-70b clean
+help:
+	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 16
+
+.venv/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"Python 3.11 or newer is needed, $(PYTHON) is {v.major}.{v.minor}; write make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# The reference libraries, apart from our own: torch pins what we do not want pinned.
+.venv-oracle/ready: pyproject.toml constraints.txt oracle-constraints.txt
+	$(PYTHON) -m venv .venv-oracle
+	.venv-oracle/bin/python -m pip install $(PIP_FLAGS) torch==2.13.0
+	.venv-oracle/bin/python -m pip install $(PIP_FLAGS) -c constraints.txt -c oracle-constraints.txt \
+	  transformers peft trl bitsandbytes accelerate -e '.[dev]'
+	@touch $@
+
+.venv-tpu/ready: .venv/ready
+	mkdir -p .venv-tpu
+	$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps --target .venv-tpu/site libtpu
+	@touch $@
+
+quickstart: .venv/ready ## environment, embedded model, LoRA fine-tune on text-to-SQL, report
+	$(BIN)/posttrain fetch smollm2
+	$(BIN)/posttrain train --config=configs/quickstart.py --workdir=$(WORKDIR)
+
+test: .venv/ready ## the fast suite
+	$(BIN)/python -m pytest -m "not slow and not oracle"
+
+test-all: .venv/ready ## the fast suite and the slow tests
+	$(BIN)/python -m pytest -m "not oracle"
+
+test-newest: ## the fast suite on the newest jax, where a Python >= 3.12 is found
+	@newest=$$(for v in 3.14 3.13 3.12; do command -v python$$v >/dev/null && python$$v -c '' 2>/dev/null && echo python$$v && break; done); \
+	if [ -z "$$newest" ]; then echo "test-newest: no working Python >= 3.12 found; nothing was tested"; exit 1; fi; \
+	$$newest -m venv .venv-newest && .venv-newest/bin/python -m pip install $(PIP_FLAGS) -U jax -e '.[dev]' && \
+	.venv-newest/bin/python -c 'import jax; print("jax", jax.__version__)' && \
+	.venv-newest/bin/python -m pytest -m "not slow and not oracle"
+
+check: .venv/ready ## format, lint, types, examples in docstrings
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/ty check posttrain_jax
+	$(BIN)/python -m pytest --doctest-modules posttrain_jax
+
+format: .venv/ready
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+oracle: .venv-oracle/ready ## live comparison with transformers, peft, trl and bitsandbytes
+	.venv-oracle/bin/python -m posttrain_jax fetch smollm2
+	.venv-oracle/bin/python -m pytest tests/oracle -m oracle
+
+bench: .venv-oracle/ready ## speed and memory beside PyTorch + PEFT, on the same cores in one run
+	.venv-oracle/bin/python -m posttrain_jax fetch smollm2
+	.venv-oracle/bin/python experiments/bench.py
+
+compile-70b: .venv-tpu/ready ## Llama-3-70B QLoRA compiled for TPUs that are not here
+	PYTHONPATH=.venv-tpu/site $(BIN)/python experiments/compile_70b.py
+
+clean:
+	rm -rf .venv .venv-oracle .venv-tpu .venv-newest .cache runs
