@@ -1,0 +1,119 @@
+"""Which modules, ranks and scales the options mean; the same table runs against PEFT in tests/oracle/test_peft.py."""
+
+import math
+
+import pytest
+
+from posttrain_jax.adapters import AdapterConfig
+from posttrain_jax.adapters.config import full_name
+from posttrain_jax.core import tree
+from tests.models import families
+
+NAMES = [name for path in tree.flatten(families.make("llama")[1]) for name in tree.expand(path, 3)]
+MATRICES = [name for name in NAMES if "norm" not in name]
+QV = {f"layers.{i}.self_attn.{p}_proj" for i in range(3) for p in "qv"}
+
+
+def targeted(**options):
+  config = AdapterConfig(**options)
+  return {name for name in MATRICES if config.targets(name)}
+
+
+def test_all_linear_is_every_matrix_of_the_layers():
+  found = targeted()
+  assert len(found) == 3 * 7
+  assert not found & {"embed_tokens", "lm_head"}
+
+
+def test_names_match_whole_endings():
+  assert targeted(target_modules=["q_proj", "v_proj"]) == QV
+  assert targeted(target_modules=["1.mlp.up_proj"]) == {"layers.1.mlp.up_proj"}
+  assert targeted(target_modules=["proj", "_proj", "attn"]) == set()
+  assert targeted(target_modules=["embed_tokens", "lm_head"]) == {"embed_tokens", "lm_head"}
+
+
+def test_a_string_is_an_expression_over_the_whole_name():
+  assert targeted(target_modules=r".*self_attn\.[qv]_proj") == QV
+  assert targeted(target_modules=r"self_attn\.q_proj") == set()
+  assert targeted(target_modules=r"lm_head|.*layers\.0\.mlp\.up_proj") == {
+    "lm_head",
+    "layers.0.mlp.up_proj",
+  }
+  assert "lm_head" not in targeted(target_modules=r"model\..*")  # the head is outside
+
+
+def test_excluded_modules_win():
+  options = dict(target_modules=["q_proj", "v_proj"])
+  assert targeted(**options, exclude_modules=["v_proj"]) == {n for n in QV if "q_proj" in n}
+  assert targeted(**options, exclude_modules=r".*layers\.[01]\..*") == {
+    n for n in QV if n.startswith("layers.2")
+  }
+  assert targeted(**options, exclude_modules=["layers.1.self_attn.q_proj"]) == QV - {
+    "layers.1.self_attn.q_proj"
+  }
+
+
+def test_layers_to_transform_restricts_names_but_no_full_ones():
+  layer = {n for n in QV if n.startswith("layers.1")}
+  assert targeted(target_modules=["q_proj", "v_proj"], layers_to_transform=1) == layer
+  assert targeted(target_modules=["q_proj", "v_proj"], layers_to_transform=[]) == QV
+  assert len(targeted(layers_to_transform=(0, 2))) == 14
+  assert targeted(target_modules=["embed_tokens", "q_proj"], layers_to_transform=[1]) == {
+    "layers.1.self_attn.q_proj"
+  }
+  full = ["lm_head", "model.embed_tokens", "model.layers.0.mlp.up_proj", "q_proj", "v_proj"]
+  assert targeted(target_modules=full, layers_to_transform=[1]) == layer | {
+    "lm_head",
+    "embed_tokens",
+    "layers.0.mlp.up_proj",
+  }
+
+
+def test_the_first_pattern_that_matches_gives_the_rank():
+  config = AdapterConfig(
+    r=8, rank_pattern={r"layers\.1\..*": 3, "q_proj": 5, r"^model\.embed_tokens": 7, "^lm_head": 9}
+  )
+  ranks = {name: config.rank(name) for name in MATRICES}
+  assert ranks["layers.1.self_attn.q_proj"] == 3
+  assert ranks["layers.0.self_attn.q_proj"] == 5
+  assert ranks["layers.0.mlp.up_proj"] == 8
+  assert ranks["embed_tokens"] == 7
+  assert ranks["lm_head"] == 9
+  assert AdapterConfig(r=8, rank_pattern={"proj": 3}).rank("layers.0.mlp.up_proj") == 8
+
+
+def test_scale_is_alpha_over_the_modules_own_rank():
+  options = dict(r=8, lora_alpha=16, rank_pattern={"q_proj": 4}, alpha_pattern={"k_proj": 2})
+  config = AdapterConfig(**options)
+  assert config.scale("layers.0.mlp.up_proj") == 2
+  assert config.scale("layers.0.self_attn.q_proj") == 4
+  assert config.scale("layers.0.self_attn.k_proj") == 0.25
+  rank_stabilised = AdapterConfig(**options, use_rslora=True)
+  assert rank_stabilised.scale("layers.0.mlp.up_proj") == 16 / math.sqrt(8)
+  assert rank_stabilised.scale("layers.0.self_attn.q_proj") == 8
+
+
+def test_full_names_are_those_of_transformers():
+  assert full_name("layers.0.mlp.up_proj") == "model.layers.0.mlp.up_proj"
+  assert full_name("lm_head") == "lm_head"
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    (dict(r=0), "r=0: the rank must be at least 1"),
+    (dict(rank_pattern={"q_proj": 0}), "q_proj.*=0.*exclude_modules"),
+    (dict(lora_dropout=1.0), r"lora_dropout=1.0 must be in \[0, 1\)"),
+    (dict(lora_dropout=float("nan")), "lora_dropout=nan"),
+    (dict(lora_alpha=float("inf")), "lora_alpha.*finite, found inf"),
+    (dict(alpha_pattern={"q_proj": float("nan")}), "alpha_pattern must be finite, found nan"),
+    (dict(init_lora_weights="zeros"), "init_lora_weights='zeros': write True or 'gaussian'"),
+    (dict(target_modules="(q_proj"), r"target_modules: '\(q_proj' is no regular expression"),
+    (dict(exclude_modules="[q"), "exclude_modules: .* is no regular expression"),
+    (dict(rank_pattern={"*": 2}), "rank_pattern: .* is no regular expression"),
+    (dict(alpha_pattern={"*": 2}), "alpha_pattern: .* is no regular expression"),
+  ],
+)
+def test_what_cannot_be_meant_is_refused(options, message):
+  with pytest.raises(ValueError, match=message):
+    AdapterConfig(**options)

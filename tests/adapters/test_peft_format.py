@@ -1,0 +1,465 @@
+"""PEFT's folders: what is written, what is read, and what is refused by name."""
+
+import json
+import os
+import pickle
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from posttrain_jax import adapters, quant
+from posttrain_jax.adapters import AdapterConfig, peft_format
+from posttrain_jax.core import tree
+from tests.adapters.cases import lora_on_nf4, trained
+from tests.models import families
+
+KEY = jax.random.key(0)
+SEVEN = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+PREFIX = "base_model.model.model.layers"
+
+CONFIGS = {
+  "all_linear": AdapterConfig(r=3, lora_alpha=6, lora_dropout=0.1),
+  "patterns": AdapterConfig(
+    r=2, lora_alpha=5, rank_pattern={r"layers\.1\..*": 4}, alpha_pattern={"up_proj": 1.5}
+  ),
+  "some_layers": AdapterConfig(r=4, use_rslora=True, layers_to_transform=(0, 2)),
+  "some_modules": AdapterConfig(r=4, target_modules=["1.mlp.up_proj", "0.self_attn.q_proj"]),
+  "embedding_and_head": AdapterConfig(r=3, target_modules=["lm_head", "embed_tokens", "q_proj"]),
+  "head_and_layer": AdapterConfig(
+    r=3, target_modules=["lm_head", "model.embed_tokens", "q_proj"], layers_to_transform=[1]
+  ),
+  "gaussian": AdapterConfig(r=3, init_lora_weights="gaussian", exclude_modules=["k_proj"]),
+}
+
+
+def make(config, family="llama"):
+  model, params = families.make(family)
+  return model, params, trained(adapters.init(KEY, params, config)[1])
+
+
+def equal(one, other):
+  assert jax.tree.structure(one) == jax.tree.structure(other)
+  jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+@pytest.mark.parametrize(
+  ("family", "name"), [("llama", name) for name in CONFIGS] + [("llama3", "embedding_and_head")]
+)
+def test_what_was_saved_is_loaded_bit_for_bit(name, family, tmp_path):
+  model, params, adapter = make(CONFIGS[name], family)
+  peft_format.save(tmp_path / "a", adapter, CONFIGS[name], model)
+  again, config = peft_format.load(tmp_path / "a", params, model)
+  equal(again, adapter)
+  peft_format.save(tmp_path / "b", again, config, model)
+  for file in ("adapter_config.json", "adapter_model.safetensors", "posttrain.json"):
+    assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
+  if not CONFIGS[name].rank_pattern:
+    assert (config.r, config.lora_alpha) == (CONFIGS[name].r, CONFIGS[name].lora_alpha)
+
+
+@pytest.fixture
+def saved(tmp_path):
+  """(folder, model config, params, adapter): every layer and kind of module."""
+  config = AdapterConfig(r=3, target_modules=[*SEVEN, "embed_tokens", "lm_head"])
+  model, params, adapter = make(config)
+  peft_format.save(tmp_path / "a", adapter, config, model, base_name="some/base")
+  return tmp_path / "a", model, params, adapter
+
+
+def described(folder):
+  return json.loads((folder / "adapter_config.json").read_text())
+
+
+def test_tensors_have_pefts_names_and_shapes(saved):
+  tensors = load_file(saved[0] / "adapter_model.safetensors")
+  shapes = {name: array.shape for name, array in tensors.items()}
+  assert len(shapes) == 2 * (3 * 7 + 2)
+  assert shapes[f"{PREFIX}.2.mlp.down_proj.lora_A.weight"] == (3, 48)
+  assert shapes[f"{PREFIX}.2.mlp.down_proj.lora_B.weight"] == (32, 3)
+  assert shapes["base_model.model.model.embed_tokens.lora_embedding_A"] == (3, 96)
+  assert shapes["base_model.model.model.embed_tokens.lora_embedding_B"] == (32, 3)
+  assert shapes["base_model.model.lm_head.lora_A.weight"] == (3, 32)
+  assert shapes["base_model.model.lm_head.lora_B.weight"] == (96, 3)
+  b = saved[3]["layers"]["mlp"]["down_proj"]["weight"].b
+  np.testing.assert_array_equal(tensors[f"{PREFIX}.2.mlp.down_proj.lora_B.weight"], b[2].T)
+
+
+def test_the_config_is_one_that_any_peft_reads(saved):
+  config = described(saved[0])
+  assert config["target_modules"] == sorted([*SEVEN, "embed_tokens", "lm_head"])
+  assert config["peft_type"] == "LORA"
+  assert config["base_model_name_or_path"] == "some/base"
+  assert config["layers_to_transform"] is None
+  assert (config["r"], config["rank_pattern"], config["alpha_pattern"]) == (3, {}, {})
+  assert {"lora_alpha", "lora_dropout", "bias", "fan_in_fan_out", "modules_to_save"} < set(config)
+  assert "posttrain" not in str(config)
+
+
+@pytest.mark.parametrize(
+  ("name", "targets", "layers"),
+  [
+    ("all_linear", SEVEN, None),
+    ("some_layers", SEVEN, [0, 2]),
+    ("some_modules", ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"], None),
+    ("embedding_and_head", ["embed_tokens", "lm_head", "q_proj"], None),
+    ("head_and_layer", ["lm_head", "model.embed_tokens", "q_proj"], [1]),
+    ("gaussian", [name for name in SEVEN if name != "k_proj"], None),
+  ],
+)
+def test_targets_are_written_as_short_as_they_are_exact(name, targets, layers, tmp_path):
+  model, _, adapter = make(CONFIGS[name])
+  peft_format.save(tmp_path / "a", adapter, CONFIGS[name], model)
+  config = described(tmp_path / "a")
+  assert sorted(config["target_modules"]) == sorted(targets)
+  assert config["layers_to_transform"] == layers
+  assert config["layers_pattern"] == (layers and "layers")
+
+
+def test_patterns_that_depend_on_their_order_are_written_out(tmp_path):
+  """PEFT sorts the patterns when it saves; `.*_proj` would then come before `q_proj`."""
+  config = AdapterConfig(
+    r=4, target_modules=["q_proj", "v_proj"], rank_pattern={"q_proj": 2, ".*_proj": 3}
+  )
+  model, params, adapter = make(config)
+  peft_format.save(tmp_path / "a", adapter, config, model)
+  patterns = described(tmp_path / "a")["rank_pattern"]
+  assert all(pattern.startswith(r"^model\.layers\.") for pattern in patterns)
+  equal(peft_format.load(tmp_path / "a", params, model)[0], adapter)
+
+
+def test_ranks_and_scales_of_the_adapter_are_written_not_those_of_the_config(tmp_path):
+  config = AdapterConfig(r=3, target_modules=["q_proj"], use_rslora=True)
+  model, params, adapter = make(config)
+  node = adapter["layers"]["self_attn"]["q_proj"]["weight"]
+  mask = jnp.asarray([[1, 0, 1], [0, 0, 0], [1, 1, 1]], jnp.float32)
+  node = node.replace(mask=mask, scale=jnp.asarray([1 / 3, 2.0, 0.7], jnp.float32))
+  pruned = {"layers": {"self_attn": {"q_proj": {"weight": node}}}}
+  peft_format.save(tmp_path / "a", pruned, config, model)
+  assert described(tmp_path / "a")["layers_to_transform"] == [0, 2]
+  again, _ = peft_format.load(tmp_path / "a", params, model)
+  found = again["layers"]["self_attn"]["q_proj"]["weight"]
+  assert found.ranks().tolist() == [2, 0, 3]
+  np.testing.assert_array_equal(found.scale, jnp.asarray([1 / 3, 0, 0.7], jnp.float32))
+  for (a, b), (c, d) in zip(found.split(), node.split()):
+    np.testing.assert_array_equal(a, c)
+    np.testing.assert_array_equal(b, d)
+
+
+def test_a_quantised_base_takes_the_same_file(tmp_path):
+  model = families.config("llama", hidden_size=64, intermediate_size=64, head_dim=16)
+  params = families.params(model)
+  config = AdapterConfig(r=2)
+  adapter = trained(adapters.init(KEY, params, config)[1])
+  peft_format.save(tmp_path / "a", adapter, config, model)
+  equal(peft_format.load(tmp_path / "a", quant.quantize_params(params), model)[0], adapter)
+
+
+def test_a_failed_save_leaves_what_was_there(saved, monkeypatch):
+  folder, model, _, adapter = saved
+  before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+  def full(*_):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(os, "fsync", full)
+  with pytest.raises(OSError, match="No space left"):
+    peft_format.save(folder, adapter, AdapterConfig(r=3), model)
+  assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+  assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_only_lora_that_fits_the_model_is_written(saved, tmp_path):
+  _, model, _, adapter = saved
+  config = AdapterConfig(r=3)
+  wider = families.config("llama", intermediate_size=64)
+  with pytest.raises(
+    ValueError, match=r"fits a base of \(3, 32, 48\), model_config says \(3, 32, 64\)"
+  ):
+    peft_format.save(tmp_path / "x", adapter, config, wider)
+  with pytest.raises(ValueError, match="written for LoRA, found NF4"):
+    peft_format.save(tmp_path / "x", {"lm_head": {"weight": lora_on_nf4(KEY)[0]}}, config, model)
+  node = adapter["lm_head"]["weight"]
+  with pytest.raises(ValueError, match="no matrix of the model matches 'lm_tail/weight'"):
+    peft_format.save(tmp_path / "x", {"lm_tail": {"weight": node}}, config, model)
+  empty = node.replace(mask=jnp.zeros(3))
+  with pytest.raises(ValueError, match="rank 0 everywhere"):
+    peft_format.save(tmp_path / "x", {"lm_head": {"weight": empty}}, config, model)
+  assert not (tmp_path / "x").exists()
+
+
+# --- What PEFT and others write ---------------------------------------------------------------------------------------
+
+
+def rewrite(folder, change):
+  """The tensors changed in place: change(dict) -> dict."""
+  path = folder / "adapter_model.safetensors"
+  save_file(change(load_file(path)), path)
+
+
+def reconfigure(folder, **changes):
+  (folder / "adapter_config.json").write_text(json.dumps({**described(folder), **changes}))
+
+
+@pytest.mark.parametrize(
+  ("old", "new"),
+  [
+    ("base_model.model.", ""),
+    ("base_model.model.", "base_model.model._orig_mod."),
+    ("base_model.model.model.", "base_model.model."),
+    ("base_model.model.model.", "base_model.model.model.language_model."),
+    ("base_model.model.model.", "base_model.model.language_model.model."),
+  ],
+)
+def test_module_names_are_found_behind_what_model_classes_prepend(saved, old, new):
+  folder, model, params, adapter = saved
+  rewrite(folder, lambda tensors: {name.replace(old, new, 1): t for name, t in tensors.items()})
+  equal(peft_format.load(folder, params, model)[0], adapter)
+
+
+def test_every_default_that_peft_writes_is_accepted(saved):
+  folder, model, params, adapter = saved
+  off = {key: values[0] for key, values in peft_format.OFF.items()}
+  unread = dict(
+    auto_mapping={"base_model_class": "os", "parent_library": "subprocess"},  # is not looked at
+    peft_version="0.99",
+    loftq_config={},
+    megatron_core="megatron.core",
+    qalora_group_size=16,
+  )
+  newer = dict(an_option_of_tomorrow=None, another=False, more={}, still_more=[])
+  reconfigure(folder, **off, **unread, **newer)
+  equal(peft_format.load(folder, params, model)[0], adapter)
+
+
+def test_targets_are_taken_from_the_tensors_where_the_config_names_none(saved):
+  folder, model, params, adapter = saved
+  reconfigure(folder, target_modules=None)
+  again, config = peft_format.load(folder, params, model)
+  equal(again, adapter)
+  assert len(config.target_modules) == 23
+
+
+def test_half_precision_factors_become_float32(saved):
+  folder, model, params, adapter = saved
+  rewrite(folder, lambda tensors: {name: t.astype(jnp.bfloat16) for name, t in tensors.items()})
+  again, _ = peft_format.load(folder, params, model)
+  rounded = tree.get(adapter, "lm_head/weight").a.astype(jnp.bfloat16).astype(jnp.float32)
+  np.testing.assert_array_equal(tree.get(again, "lm_head/weight").a, rounded)
+
+
+def test_the_bases_own_embedding_may_lie_in_the_file(saved):
+  """PEFT stores it with an adapted embedding."""
+  folder, model, params, adapter = saved
+  embedding = np.asarray(params["embed_tokens"]["weight"])
+  head = np.ascontiguousarray(params["lm_head"]["weight"].T)
+  add = lambda embedding: (
+    lambda tensors: {
+      **tensors,
+      "base_model.model.model.embed_tokens.base_layer.weight": embedding,
+      "base_model.model.lm_head.base_layer.weight": head.astype(jnp.bfloat16),
+    }
+  )
+  rewrite(folder, add(embedding))
+  equal(peft_format.load(folder, params, model)[0], adapter)
+  rewrite(folder, add(embedding * 1.02))
+  with pytest.raises(ValueError, match=r"embed_tokens of its own that differs .* by 2.0%"):
+    peft_format.load(folder, params, model)
+  rewrite(folder, add(np.concatenate([embedding, embedding[:8]])))
+  with pytest.raises(
+    ValueError, match=r"resized embed_tokens of \(104, 32\), the base has \(96, 32\)"
+  ):
+    peft_format.load(folder, params, model)
+
+
+def test_a_named_adapter_is_found_by_its_parent(saved):
+  folder, model, params, adapter = saved
+  equal(peft_format.load(folder.parent, params, model)[0], adapter)
+  (folder.parent / "b").mkdir()
+  (folder.parent / "b" / "adapter_config.json").write_text("{}")
+  with pytest.raises(ValueError, match=r"several adapters \(a, b\)"):
+    peft_format.load(folder.parent, params, model)
+
+
+# --- What is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    (dict(peft_type="VERA"), "peft_type='VERA' is not supported; supported: LORA"),
+    (dict(peft_type=["LORA"]), "peft_type=.* is not supported"),
+    (dict(use_dora=True), "use_dora=True is not supported; PEFT's default is False"),
+    (dict(bias="all"), "bias='all' is not supported; PEFT's default is 'none'"),
+    (dict(lora_bias=True), "lora_bias=True is not supported"),
+    (dict(modules_to_save=["lm_head"]), "modules_to_save=.'lm_head'. is not supported"),
+    (dict(ensure_weight_tying=True), "ensure_weight_tying=True is not supported"),
+    (dict(trainable_token_indices=[1]), "trainable_token_indices=.1. is not supported"),
+    (dict(layer_replication=[[0, 2]]), "layer_replication=.* is not supported"),
+    (dict(layers_pattern="blocks"), "layers_pattern='blocks' is not supported"),
+    (dict(task_type="SEQ_CLS"), "task_type='SEQ_CLS' is not supported"),
+    (dict(init_lora_weights="pissa"), "init_lora_weights='pissa' is not supported: it moves"),
+    (dict(use_hyperbolic=True), "unknown key use_hyperbolic=True"),
+    (dict(r="3"), "r='3' is a str, expected int"),
+    (dict(lora_alpha=None), "lora_alpha=None is a NoneType, expected int or float"),
+    (dict(rank_pattern={"q_proj": "3"}), "adapter_config.json: "),
+    (dict(alpha_pattern={"q_proj": "3"}), "adapter_config.json: "),
+    (dict(lora_alpha=float("nan")), "must be finite"),
+    (dict(target_modules="(("), "no regular expression"),
+    (
+      dict(r=5),
+      r"'embed_tokens' has shape \(3, 96\), expected \(5, 96\): rank 5 by adapter_config",
+    ),
+    (dict(rank_pattern={"q_proj": 2}), r"q_proj' has shape \(3, 32\), expected \(2, 32\)"),
+    (
+      dict(target_modules=[*SEVEN, "embed_tokens"]),
+      "safetensors adapts 1 modules that adapter_config.json does not: lm_head",
+    ),
+    (
+      dict(layers_to_transform=[1]),
+      "safetensors adapts 15 modules that adapter_config.json does not: embed_tokens",
+    ),
+  ],
+)
+def test_what_the_config_must_not_say(saved, changes, message):
+  folder, model, params, _ = saved
+  reconfigure(folder, **changes)
+  with pytest.raises(ValueError, match=message) as error:
+    peft_format.load(folder, params, model)
+  assert str(folder) in str(error.value)
+
+
+Q = f"{PREFIX}.1.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    (lambda t: drop(t, f"{Q}.lora_B.weight"), "'layers.1.self_attn.q_proj' has no lora_B.weight"),
+    (lambda t: drop(t, f"{Q}.lora_A.weight"), "'layers.1.self_attn.q_proj' has no lora_A.weight"),
+    (
+      lambda t: drop(t, f"{Q}.lora_A.weight", f"{Q}.lora_B.weight"),
+      "adapter_config.json adapts 1 modules that .*safetensors does not: layers.1.self_attn.q_proj",
+    ),
+    (
+      lambda t: {**t, f"{Q}.lora_B.weight": np.zeros((40, 3), np.float32)},
+      r"lora_B.weight of 'layers.1.self_attn.q_proj' has shape \(40, 3\), expected \(32, 3\).*32 x 32",
+    ),
+    (lambda t: {**t, f"{Q}.lora_A.weight": np.zeros(3, np.float32)}, r"has shape \(3,\), expected"),
+    (
+      lambda t: {**t, f"{PREFIX}.3.self_attn.q_proj.lora_A.weight": np.zeros((3, 32), np.float32)},
+      "no module matches 'layers.3.self_attn.q_proj'; names look like",
+    ),
+    (
+      lambda t: {**t, f"{Q}.lora_magnitude_vector": np.zeros(32, np.float32)},
+      "unknown tensor .*q_proj.lora_magnitude_vector'; an adapted module has lora_A.weight",
+    ),
+    (
+      lambda t: {**t, "base_model.model.model.embed_tokens.lora_A.weight": np.zeros((3, 96), "f4")},
+      "unknown tensor .*embed_tokens.lora_A.weight'",
+    ),
+    (
+      lambda t: {
+        **t,
+        Q.removeprefix("base_model.model.") + ".lora_A.weight": t[f"{Q}.lora_A.weight"],
+      },
+      "two tensors .*lora_A.weight.* for the module 'layers.1.self_attn.q_proj'",
+    ),
+  ],
+)
+def test_what_the_tensors_must_not_be(saved, change, message):
+  folder, model, params, _ = saved
+  rewrite(folder, change)
+  with pytest.raises(ValueError, match=message) as error:
+    peft_format.load(folder, params, model)
+  assert str(folder) in str(error.value)
+
+
+def drop(tensors, *names):
+  return {name: tensor for name, tensor in tensors.items() if name not in names}
+
+
+@pytest.mark.parametrize("size", [0, 5, 100, -1])
+def test_a_file_cut_short_is_named(saved, size):
+  folder, model, params, _ = saved
+  path = folder / "adapter_model.safetensors"
+  path.write_bytes(path.read_bytes()[:size])
+  with pytest.raises(ValueError, match=r"adapter_model.safetensors cannot be read.*cut short"):
+    peft_format.load(folder, params, model)
+
+
+def test_a_header_that_claims_gigabytes_is_not_read(saved):
+  folder, model, params, _ = saved
+  path = folder / "adapter_model.safetensors"
+  path.write_bytes((2**40).to_bytes(8, "little") + path.read_bytes()[8:])
+  with pytest.raises(ValueError, match=r"claims a header of 1,099,511,627,776 bytes"):
+    peft_format.load(folder, params, model)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "\xff"])
+def test_a_config_that_is_no_object_is_named(saved, text):
+  folder, model, params, _ = saved
+  (folder / "adapter_config.json").write_bytes(text.encode("latin-1"))
+  with pytest.raises(ValueError, match=r"adapter_config.json (is not JSON|holds a list)"):
+    peft_format.load(folder, params, model)
+
+
+def test_a_huge_config_is_not_read(saved):
+  folder, model, params, _ = saved
+  (folder / "adapter_config.json").write_bytes(b" " * (peft_format.CONFIG_BYTES + 1))
+  with pytest.raises(ValueError, match="larger than 4194304 bytes"):
+    peft_format.load(folder, params, model)
+
+
+class Trap:
+  """Unpickling it leaves a file behind."""
+
+  def __init__(self, path):
+    self.path = path
+
+  def __reduce__(self):
+    return (open, (str(self.path), "w"))
+
+
+def test_pickled_weights_are_refused_unread(saved, tmp_path):
+  folder, model, params, _ = saved
+  (folder / "adapter_model.safetensors").unlink()
+  with pytest.raises(FileNotFoundError, match=r"adapter_model.safetensors does not exist"):
+    peft_format.load(folder, params, model)
+  (folder / "adapter_model.bin").write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
+  with pytest.raises(ValueError, match=r"adapter_model.bin is pickled.*safe_serialization=True"):
+    peft_format.load(folder, params, model)
+  assert not (tmp_path / "sprung").exists()
+
+
+def test_a_folder_without_an_adapter_is_named(tmp_path):
+  model, params = families.make("llama")
+  with pytest.raises(FileNotFoundError, match=r"nothing.adapter_config.json does not exist"):
+    peft_format.load(tmp_path / "nothing", params, model)
+
+
+# --- Which base an adapter fits ---------------------------------------------------------------------------------------
+
+
+def test_the_fingerprint_tells_bases_apart_by_shape(saved):
+  folder, model, _, _ = saved
+  deeper = families.config("llama", num_hidden_layers=4)
+  with pytest.raises(
+    ValueError, match=r"made for a base of .*'num_layers': 3.*this base is .*'num_layers': 4"
+  ):
+    peft_format.load(folder, families.params(deeper), deeper)
+  assert peft_format.fingerprint(model) == peft_format.fingerprint(families.config("llama"))
+  tied = families.config("llama", tie_word_embeddings=True)
+  assert peft_format.fingerprint(tied) == peft_format.fingerprint(model)  # merging may untie
+
+
+def test_without_a_record_shapes_decide(saved):
+  folder, _, _, _ = saved
+  (folder / "posttrain.json").unlink()
+  wider = families.config("llama", vocab_size=100)
+  with pytest.raises(ValueError, match=r"'embed_tokens' has shape \(3, 96\), expected \(3, 100\)"):
+    peft_format.load(folder, families.params(wider), wider)
+  renamed = families.config("llama", model_type="mistral")  # another name, the same shapes
+  peft_format.load(folder, families.params(renamed), renamed)
