@@ -35,11 +35,15 @@ def mesh(
   """A mesh of data x fsdp x tensor devices; one axis may be -1: all the devices that are left.
 
   Raises:
-    ValueError: when the product is not the number of devices.
+    ValueError: for sizes below 1, and when the product is not the number of devices.
   """
   devices = np.asarray(jax.devices() if devices is None else devices)
   sizes = [data, fsdp, tensor]
-  if sizes.count(-1) == 1:
+  if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+    raise ValueError(
+      f"mesh {dict(zip(AXES, sizes))}: sizes must be 1 or more, and one axis may be -1"
+    )
+  if -1 in sizes:
     known = -math.prod(sizes)
     if devices.size % known:
       raise ValueError(f"mesh {dict(zip(AXES, sizes))} does not divide {devices.size} devices")

@@ -1,0 +1,167 @@
+"""Whole or not at all."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors import numpy as safetensors_numpy
+
+from posttrain_jax.core import files
+
+
+def names(folder):
+  return sorted(path.name for path in folder.iterdir())
+
+
+def test_publish_makes_the_folder_at_the_end(tmp_path):
+  with files.publish(tmp_path / "deep" / "out") as new:
+    (new / "a").write_text("1")
+    assert not (tmp_path / "deep/out").exists()
+  assert (tmp_path / "deep/out/a").read_text() == "1"
+  assert names(tmp_path / "deep") == ["out"]
+  assert (tmp_path / "deep/out").stat().st_mode & 0o055  # not as private as a scratch folder
+
+
+def test_publish_replaces_the_old_folder_whole(tmp_path):
+  out = tmp_path / "out"
+  out.mkdir()
+  (out / "old").write_text("old")
+  with files.publish(out) as new:
+    (new / "a").write_text("1")
+    assert names(out) == ["old"]
+  assert names(out) == ["a"]
+  assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_failed_write_leaves_the_old_folder_and_nothing_else(tmp_path, error):
+  out = tmp_path / "out"
+  out.mkdir()
+  (out / "old").write_text("old")
+
+  def write():
+    with files.publish(out) as new:
+      (new / "a").write_text("half")
+      raise error
+
+  with pytest.raises(type(error)):
+    write()
+  assert (out / "old").read_text() == "old"
+  assert names(tmp_path) == ["out"]
+
+
+def test_a_failed_rename_puts_the_old_folder_back(tmp_path, monkeypatch):
+  out = tmp_path / "out"
+  out.mkdir()
+  (out / "old").write_text("old")
+  rename = Path.rename
+
+  def failing(self, target):
+    if self.name == "new":
+      raise OSError("no rename")
+    return rename(self, target)
+
+  monkeypatch.setattr(Path, "rename", failing)
+  with pytest.raises(OSError, match="no rename"), files.publish(out) as new:
+    (new / "a").write_text("1")
+  assert (out / "old").read_text() == "old"
+  assert names(tmp_path) == ["out"]
+
+
+def test_a_killed_write_leaves_the_old_folder(tmp_path):
+  out = tmp_path / "out"
+  out.mkdir()
+  (out / "old").write_text("old")
+  code = f"""
+from posttrain_jax.core import files
+with files.publish({str(out)!r}) as new:
+  (new / "a").write_text("half")
+  print("writing", flush=True)
+  time.sleep(60)
+"""
+  writer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+  try:
+    assert writer.stdout.readline() == "writing\n"
+  finally:
+    writer.send_signal(signal.SIGKILL)
+    writer.wait()
+  assert names(out) == ["old"]
+  leftover = [name for name in names(tmp_path) if name != "out"]
+  assert all(name.startswith(".out.partial-") for name in leftover)  # hidden, and clearly partial
+  with files.publish(out) as new:  # and no obstacle to the next
+    (new / "b").write_text("2")
+  assert names(out) == ["b"]
+
+
+def test_text_replaces_or_stays(tmp_path, monkeypatch):
+  path = tmp_path / "a.json"
+  files.write_json(path, {"é": [1, None]})
+  assert json.loads(path.read_text(encoding="utf-8")) == {"é": [1, None]}
+  assert path.read_bytes().endswith(b"\n")
+
+  def full(_):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(files.os, "fsync", full)
+  with pytest.raises(OSError, match="No space left"):
+    files.write_json(path, {})
+  assert json.loads(path.read_text(encoding="utf-8")) == {"é": [1, None]}
+  assert names(tmp_path) == ["a.json"]
+
+
+def entry(array, dtype=None):
+  return tuple(array.shape), dtype or array.dtype.name, lambda: array
+
+
+def test_safetensors_are_read_by_the_library(tmp_path):
+  draw = np.random.default_rng(0)
+  arrays = {
+    "matrix": draw.standard_normal((3, 5)).astype(np.float32),
+    "turned": draw.standard_normal((3, 5)).astype(np.float32).T,
+    "half": draw.standard_normal((2, 2)).astype(ml_dtypes.bfloat16),
+    "odd": np.arange(3, dtype=np.uint8),
+    "scalar": np.float32(2.5).reshape(()),
+    "empty": np.zeros((0, 4), np.float16),
+    "long": np.arange(4, dtype=np.int64),
+  }
+  path = tmp_path / "x.safetensors"
+  files.write_safetensors(path, {k: entry(v) for k, v in arrays.items()}, {"format": "pt"})
+  found = safetensors_numpy.load_file(path)
+  assert found.keys() == arrays.keys()
+  for name, array in arrays.items():
+    assert found[name].dtype == array.dtype, name
+    assert found[name].shape == array.shape, name
+    np.testing.assert_array_equal(found[name], array, err_msg=name)
+  size = int.from_bytes(path.read_bytes()[:8], "little")
+  assert size % 8 == 0
+  assert json.loads(path.read_bytes()[8 : 8 + size])["__metadata__"] == {"format": "pt"}
+
+
+def test_safetensors_convert_to_the_declared_type_and_refuse_another_shape(tmp_path):
+  array = np.array([1.0, 1.01], np.float32)
+  files.write_safetensors(tmp_path / "a", {"x": entry(array, "bfloat16")})
+  found = safetensors_numpy.load_file(tmp_path / "a")["x"]
+  np.testing.assert_array_equal(found, array.astype(ml_dtypes.bfloat16))
+  with pytest.raises(ValueError, match=r"x: declared \(3,\), made \(2,\)"):
+    files.write_safetensors(tmp_path / "b", {"x": ((3,), "float32", lambda: array)})
+
+
+def test_safetensors_are_made_one_at_a_time(tmp_path):
+  alive = []
+
+  class Array(np.ndarray):
+    def __del__(self):
+      alive.remove(1)
+
+  def make():
+    alive.append(1)
+    assert len(alive) <= 2  # the one before is dropped when the next stands
+    return np.ones(4, np.float32).view(Array)
+
+  files.write_safetensors(tmp_path / "a", {str(i): ((4,), "float32", make) for i in range(5)})
+  assert len(safetensors_numpy.load_file(tmp_path / "a")) == 5

@@ -1,0 +1,77 @@
+"""Meshes, rules and what they do to a shape; eight virtual devices come from conftest."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from posttrain_jax.core import sharding
+
+RULES = ((r"a/.*", P("fsdp")), (r"a/b", P("tensor")), (r"c", P()))
+
+
+def test_a_mesh_has_the_three_axes_and_takes_what_is_left():
+  assert dict(sharding.mesh(data=2, fsdp=2, tensor=2).shape) == dict(data=2, fsdp=2, tensor=2)
+  assert dict(sharding.mesh(fsdp=-1, tensor=2).shape) == dict(data=1, fsdp=4, tensor=2)
+  one = sharding.mesh(devices=jax.devices()[3:4])
+  assert dict(one.shape) == dict(data=1, fsdp=1, tensor=1)
+  assert list(one.devices.flat) == jax.devices()[3:4]
+
+
+@pytest.mark.parametrize(
+  ("sizes", "says"),
+  [
+    (dict(fsdp=3), "data=1 x fsdp=3 x tensor=1 needs 3 devices, found 8; write -1"),
+    (dict(), "needs 1 devices, found 8"),
+    (dict(data=-1, tensor=3), "does not divide 8 devices"),
+    (dict(data=-1, fsdp=-1), "one axis may be -1"),
+    (dict(data=-1, fsdp=0), "must be 1 or more"),
+    (dict(data=-2, fsdp=-4), "must be 1 or more"),
+  ],
+)
+def test_a_mesh_that_does_not_fit_is_refused(sizes, says):
+  with pytest.raises(ValueError, match=says):
+    sharding.mesh(**sizes)
+
+
+def test_the_first_rule_that_matches_the_whole_path_decides():
+  assert sharding.spec_for("a/b", RULES) == P("fsdp")
+  assert sharding.spec_for("c", RULES) == P()
+  with pytest.raises(KeyError, match="no sharding rule covers 'c/d'"):
+    sharding.spec_for("c/d", RULES)
+
+
+def test_axes_that_do_not_divide_a_dimension_are_dropped():
+  mesh = sharding.mesh(data=2, fsdp=2, tensor=2)
+  fitted = lambda spec, *shape: sharding.fitted(spec, shape, mesh)
+  assert fitted(P("fsdp", "tensor"), 4, 9) == P("fsdp", None)
+  assert fitted(P(("data", "fsdp")), 8, 3) == P(("data", "fsdp"), None)
+  assert fitted(P(("data", "fsdp")), 6, 3) == P(None, None)
+  assert fitted(P(None, "tensor"), 3, 4) == P(None, "tensor")
+
+
+def test_named_places_an_array():
+  mesh = sharding.mesh(fsdp=4, tensor=2)
+  x = jax.device_put(np.ones((8, 6)), sharding.named(mesh, P("fsdp", "tensor"), (8, 6)))
+  assert {shard.data.shape for shard in x.addressable_shards} == {(2, 3)}
+
+
+def test_constrain_does_nothing_without_a_mesh_and_places_with_one():
+  x = jnp.ones((8, 3, 4))
+  assert not sharding.active()
+  assert sharding.constrain(x, "batch time embed") is x
+  with jax.set_mesh(sharding.mesh(fsdp=4, tensor=2)):
+    assert sharding.active()
+    y = jax.jit(lambda x: sharding.constrain(x, "batch time mlp"))(x)
+  assert {shard.data.shape for shard in y.addressable_shards} == {(2, 3, 2)}
+  with jax.set_mesh(sharding.mesh(devices=jax.devices()[:1])):
+    assert not sharding.active()
+
+
+def test_an_unknown_axis_is_named():
+  with (
+    jax.set_mesh(sharding.mesh(fsdp=8)),
+    pytest.raises(KeyError, match="heds"),
+  ):
+    sharding.constrain(jnp.ones((8, 2)), "batch heds")
