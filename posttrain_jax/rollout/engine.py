@@ -1,0 +1,270 @@
+"""Text generation: one jitted prefill, one jitted decode loop, the cache updated in place."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from posttrain_jax.models import decoder
+from posttrain_jax.models.config import ModelConfig, as_ids
+from posttrain_jax.rollout import sampling as samplers
+from posttrain_jax.rollout.sampling import GREEDY, Sampling
+
+Array = jax.Array
+Params = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+  """What was generated, one entry a prompt, in the order of the prompts.
+
+  tokens: the new ids, the stop token included where one was drawn.
+  logps: their log-probabilities as `sampling.sample` defines them, float32.
+  finished: True where the last token is a stop token, False where max_new_tokens cut the text.
+  """
+
+  tokens: list[list[int]]
+  logps: list[np.ndarray]
+  finished: list[bool]
+
+
+@struct.dataclass
+class State:
+  """A batch under way: `count` tokens of each row are drawn, the last of them not yet read into the cache."""
+
+  cache: decoder.Cache
+  tokens: Array  # [batch, slots], so that the cache alone decides which program runs
+  logps: Array  # [batch, slots]
+  lengths: Array  # [batch], tokens up to the stop token
+  stopped: Array  # [batch]
+  count: Array
+  keys: Array  # [batch]
+  stop_tokens: Array
+
+
+@struct.dataclass
+class Ready:
+  """Parameters as generation wants them, made by `prepare`: once, where they are used for several calls."""
+
+  stacked: (
+    Params  # reads the prompt: a scan compiles in a tenth of the time that separate layers take
+  )
+  layers_apart: Params  # decodes
+
+
+def generate(
+  params: Params | Ready,
+  config: ModelConfig,
+  prompts: Sequence[Sequence[int]],
+  *,
+  max_new_tokens: int,
+  sampling: Sampling = GREEDY,
+  stop_tokens: Sequence[int] = (),
+  key: Array | None = None,
+  batch_size: int = 16,
+  dtype: Any = None,
+) -> Generation:
+  """Continuations of ragged prompts; a row's does not depend on what shares its batch (up to rounding).
+
+  Args:
+    params: as for `decoder`, adapters bound or (faster) merged; or `prepare(params, config)` where calls repeat.
+    prompts: token ids, at least one each.
+    stop_tokens: ids that end a text, see `stop_tokens`; () for none.
+    key: token t of row i is drawn with fold_in(fold_in(key, i), t); needed unless greedy.
+    batch_size: the most rows at once; prompts are sorted by length first, so that a batch holds little padding.
+    dtype: of the computation and the cache; default the embedding's.
+  """
+  _check(prompts, max_new_tokens, config)
+  if batch_size < 1:
+    raise ValueError(f"batch_size must be at least 1, found {batch_size}")
+  keys = _row_keys(key, sampling, len(prompts))
+  ready = prepare(params, config)
+  tokens: list[list[int]] = [[]] * len(prompts)
+  logps: list[np.ndarray] = [np.zeros(0, np.float32)] * len(prompts)
+  finished = [False] * len(prompts)
+  for rows in _batches([len(prompt) for prompt in prompts], batch_size):
+    filled = np.maximum(rows, 0)  # -1 marks a row that only fills the batch
+    some = [prompts[i] for i in filled]
+    shared = (max_new_tokens, stop_tokens, config, sampling, dtype)
+    state = _start(ready.stacked, some, keys[filled], rows < 0, *shared)
+    state = _decode(ready.layers_apart, state, max_new_tokens, config, sampling, dtype)
+    drawn = jax.device_get((state.tokens, state.logps, state.lengths, state.stopped))
+    for row, ids, lps, length, stopped in zip(rows, *drawn):
+      if row >= 0:
+        tokens[row], logps[row] = ids[:length].tolist(), lps[:length]
+        finished[row] = bool(stopped)
+  return Generation(tokens, logps, finished)
+
+
+def stream(
+  params: Params | Ready,
+  config: ModelConfig,
+  prompt: Sequence[int],
+  *,
+  max_new_tokens: int,
+  sampling: Sampling = GREEDY,
+  stop_tokens: Sequence[int] = (),
+  key: Array | None = None,
+  dtype: Any = None,
+) -> Iterator[int]:
+  """The tokens of `generate` for one prompt, each as soon as it is drawn, the stop token included."""
+  _check([prompt], max_new_tokens, config)
+  keys = _row_keys(key, sampling, 1)
+  ready = prepare(params, config)
+  shared = (max_new_tokens, stop_tokens, config, sampling, dtype)
+  state = _start(ready.stacked, [prompt], keys, np.zeros(1, bool), *shared)
+  for count in range(1, max_new_tokens + 1):
+    if count > 1:  # the first came with the prompt
+      state = _decode(ready.layers_apart, state, count, config, sampling, dtype)
+    yield int(state.tokens[0, count - 1])
+    if state.stopped[0]:
+      return
+
+
+def prepare(params: Params | Ready, config: ModelConfig) -> Ready:
+  """params in the two forms that generation wants; on a CPU the second is a copy.
+
+  There a scan copies each layer's weights out of the stack at every step: with the layers apart a step of SmolLM2-135M
+  takes 45 ms of processor time instead of 87 (batch 1), 190 instead of 270 (batch 16).
+  """
+  if isinstance(params, Ready):
+    return params
+  if jax.default_backend() == "cpu" and not isinstance(params["layers"], tuple):
+    return Ready(params, decoder.unstack(params, config))
+  return Ready(params, params)
+
+
+def stop_tokens(
+  config: ModelConfig, tokenizer: Any = None, folder: str | Path | None = None
+) -> tuple[int, ...]:
+  """Every id that ends a text: of config.json, generation_config.json and the tokenizer, in rising order."""
+  ids = set(config.eos_token_ids)
+  if tokenizer is not None and tokenizer.eos_token_id is not None:
+    ids.add(tokenizer.eos_token_id)
+  if folder is not None and (path := Path(folder) / "generation_config.json").exists():
+    ids.update(as_ids(json.loads(path.read_text()).get("eos_token_id")))
+  return tuple(sorted(ids))
+
+
+def bucket(length: int) -> int:
+  """The least of 32, 48, 64, 96, 128, 192, ... that is no less than length: few shapes, each compiled once.
+
+  >>> [bucket(n) for n in (1, 33, 64, 65, 100)]
+  [32, 48, 64, 96, 128]
+  """
+  size = 32
+  while size < length:
+    size = size * 3 // 2 if size & (size - 1) == 0 else size // 3 * 4
+  return size
+
+
+def _start(
+  params, prompts, keys, stopped, max_new_tokens, stop_tokens, config, sampling, dtype
+) -> State:
+  """The prompts read, one token of each row drawn."""
+  width = bucket(max(map(len, prompts)))
+  tokens = np.zeros((len(prompts), width), np.int32)
+  segments = np.zeros_like(tokens)
+  for row, prompt in enumerate(prompts):
+    tokens[row, width - len(prompt) :] = prompt
+    segments[row, width - len(prompt) :] = 1
+  stops = np.asarray(stop_tokens, np.int32)
+  slots = bucket(width + max_new_tokens)
+  return _prefill(params, tokens, segments, keys, stopped, stops, slots, config, sampling, dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("slots", "config", "sampling", "dtype"))
+def _prefill(params, tokens, segments, keys, stopped, stop_tokens, slots, config, sampling, dtype):
+  batch = tokens.shape[0]
+  cache_dtype = dtype or params["embed_tokens"]["weight"].dtype
+  cache = decoder.empty_cache(config, batch, slots, cache_dtype)
+  x, cache = decoder.step(params, tokens, config, cache, segment_ids=segments, dtype=dtype)
+  state = State(
+    cache=cache,
+    tokens=jnp.zeros((batch, slots), jnp.int32),
+    logps=jnp.zeros((batch, slots), jnp.float32),
+    lengths=jnp.zeros(batch, jnp.int32),
+    stopped=stopped,
+    count=jnp.zeros((), jnp.int32),
+    keys=keys,
+    stop_tokens=stop_tokens,
+  )
+  return _draw(params, state, x, config, sampling)
+
+
+@functools.partial(
+  jax.jit, static_argnames=("config", "sampling", "dtype"), donate_argnames=("state",)
+)
+def _decode(params, state, count, config, sampling, dtype):
+  """state with `count` tokens drawn, or fewer where every row has stopped."""
+
+  def going(state):
+    return (state.count < count) & ~jnp.all(state.stopped)
+
+  def body(state):
+    last = jax.lax.dynamic_slice_in_dim(state.tokens, state.count - 1, 1, axis=1)
+    x, cache = decoder.step(params, last, config, state.cache, dtype=dtype)
+    return _draw(params, state.replace(cache=cache), x, config, sampling)
+
+  return jax.lax.while_loop(going, body, state)
+
+
+def _draw(params, state, x, config, sampling):
+  """state with the token that follows the last hidden state of x: [batch, time, embed]."""
+  keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.count)
+  logits = decoder.logits(params, x[:, -1], config)
+  token, logp = samplers.sample(keys, logits, sampling)
+  write = lambda buffer, new: jax.lax.dynamic_update_slice(buffer, new[:, None], (0, state.count))
+  ends = jnp.any(token[:, None] == state.stop_tokens, axis=1)
+  return state.replace(
+    tokens=write(state.tokens, token),
+    logps=write(state.logps, logp),
+    lengths=state.lengths + ~state.stopped,
+    stopped=state.stopped | ends,
+    count=state.count + 1,
+  )
+
+
+def _batches(lengths, batch_size):
+  """Row indices by rising length, in batches of one size (one compilation); -1 fills the first up."""
+  if not lengths:
+    return []
+  count = -(-len(lengths) // batch_size)
+  size = -(-len(lengths) // count)
+  order = np.argsort(lengths, kind="stable")
+  order = np.concatenate([np.full(count * size - len(order), -1), order]).astype(np.int64)
+  return order.reshape(count, size)
+
+
+def _row_keys(key, sampling, rows):
+  if key is None:
+    if sampling.temperature > 0:
+      raise ValueError("sampling at a temperature above 0 needs a key, such as jax.random.key(0)")
+    key = jax.random.key(0)
+  return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
+
+
+def _check(prompts, max_new_tokens, config):
+  if max_new_tokens < 1:
+    raise ValueError(f"max_new_tokens must be at least 1, found {max_new_tokens}")
+  for i, prompt in enumerate(prompts):
+    if len(prompt) == 0:
+      raise ValueError(f"prompt {i} is empty; give it at least the token that starts a text")
+    if min(prompt) < 0 or max(prompt) >= config.vocab_size:
+      raise ValueError(
+        f"prompt {i} holds ids outside 0..{config.vocab_size - 1}: {min(prompt)}..{max(prompt)}"
+      )
+    if len(prompt) + max_new_tokens > config.max_length:
+      raise ValueError(
+        f"prompt {i} has {len(prompt)} tokens; with max_new_tokens={max_new_tokens} that is more than the "
+        f"{config.max_length} positions of the model"
+      )
