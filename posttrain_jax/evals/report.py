@@ -1,0 +1,326 @@
+"""What a run came to: `report.html` in its folder, and the table for the terminal."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import rich.box
+import rich.table
+import rich.text
+import safetensors
+
+from posttrain_jax.core import files
+from posttrain_jax.evals import figures, page, run
+from posttrain_jax.evals.run import Run
+from posttrain_jax.evals.tasks import TaskResult
+
+NAME = "report.html"
+ALL = "all"
+SHOWN = 4  # answers of each kind
+LONGEST = 600  # characters of an answer
+NONE = "–"
+
+FIGURES = {
+  "Loss of training and evaluation over steps": figures.loss,
+  "Loss by channel over steps": figures.channels,
+  "Learning rate, gradient norm, token accuracy and tokens per second over steps": figures.course,
+}
+# (right before, right after) -> what became of the answer, in the order of the page.
+KINDS = {
+  (False, True): "Wrong before, right after",
+  (True, False): "Right before, wrong after",
+  (False, False): "Wrong before and after",
+  (True, True): "Right before and after",
+}
+
+
+def write(workdir: str | Path) -> Path:
+  """`report.html` of a run: what there is of facts, accuracy, curves, answers, and the command to chat with it.
+
+  Raises:
+    FileNotFoundError: the folder holds no run.
+  """
+  found = run.read(workdir)
+  drawn = [(name, draw(found)) for name, draw in FIGURES.items()]
+  html = page.render(
+    title=found.folder.absolute().name,
+    state=_state(found),
+    facts=_facts(found),
+    accuracy=_accuracy(found),
+    figures=[(name, figures.data_uri(figure)) for name, figure in drawn if figure is not None],
+    final=[(name, _number(value)) for name, value in sorted(found.final().items())],
+    groups=_groups(found),
+    chat=chat_command(found),
+    command=found.record.get("command"),
+    config=_json(found.record.get("config")),
+  )
+  path = found.folder / NAME
+  files.write_text(path, html)
+  return path
+
+
+def summary_table(workdir: str | Path) -> rich.table.Table:
+  """Accuracy before and after with counts, by channel and overall; without an evaluation, the last metrics."""
+  found = run.read(workdir)
+  if found.before is None and found.after is None:
+    return _table(
+      ["metric", "last value"], [(k, _number(v)) for k, v in sorted(found.final().items())]
+    )
+  accuracy = _accuracy(found)
+  return _table(["channel", *accuracy["heads"]], accuracy["rows"], last="bold")
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, last: str | None = None):
+  table = rich.table.Table(box=rich.box.SIMPLE_HEAD)
+  for i, head in enumerate(heads):
+    table.add_column(head, justify="right" if i else "left")
+  for i, row in enumerate(rows, 1):
+    if i == len(rows) and last:
+      table.add_section()
+    # Text: a channel called [red] is a name, not markup.
+    table.add_row(*map(rich.text.Text, row), style=last if i == len(rows) else None)
+  return table
+
+
+def chat_command(found: Run) -> str | None:
+  """The command that talks to what the run made; None before there is something."""
+  name = found.field("model.name")
+  if (found.folder / "adapter").is_dir() and name is not None:
+    options = [f"--model={name}", f"--adapter={found.folder / 'adapter'}"]
+  elif (found.folder / "model").is_dir():
+    options = [f"--model={found.folder / 'model'}"]
+  else:
+    return None
+  return shlex.join(["posttrain", "chat", *options])
+
+
+# Facts
+
+
+def _state(found: Run) -> str:
+  wanted = found.field("steps")
+  if found.done is not None:
+    return f"Finished after {found.steps:,} steps."
+  return f"Not finished: {found.steps:,} steps done" + (f" of {wanted:,}." if wanted else ".")
+
+
+def _facts(found: Run) -> list[tuple[str, str]]:
+  seconds = (found.done or {}).get("seconds")
+  speed = found.series("tokens_per_second")[1]
+  facts = {
+    "Model": _model(found),
+    "Adapter": _adapter(found),
+    "Trained": found.record.get("trainable"),
+    "Data": _data(found),
+    "Objective": found.field("objective.name"),
+    "Optimizer": _optimizer(found),
+    "Time": None if seconds is None else _duration(seconds),
+    "Speed": f"{sorted(speed)[len(speed) // 2]:,.0f} tokens per second (median)" if speed else None,
+    "Commit": found.record.get("commit"),
+    "Versions": ", ".join(f"{k} {v}" for k, v in (found.record.get("versions") or {}).items()),
+  }
+  return [(name, str(value)) for name, value in facts.items() if value]
+
+
+def _model(found: Run) -> str | None:
+  name, base = found.field("model.name"), found.field("model.base")
+  return f"{name}, frozen matrices in {base.upper()}" if name and base == "nf4" else name
+
+
+def _adapter(found: Run) -> str | None:
+  method = found.field("adapter.method")
+  if method in (None, "none"):
+    return method and "none: every parameter is trained"
+  options = [f"{key} {found.field(f'adapter.{key}')}" for key in ("r", "lora_alpha")]
+  count = parameters(found.folder / "adapter" / "adapter_model.safetensors")
+  stored = [f"{count:,} parameters"] if count else []
+  targets = found.field("adapter.target_modules")
+  return ", ".join([method, *options, f"on {_words(targets)}", *stored])
+
+
+def _words(value: Any) -> str:
+  return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def parameters(path: Path) -> int:
+  """Numbers in a safetensors file, of which only the header is read; 0 where there is no file."""
+  if not path.exists():
+    return 0
+  with safetensors.safe_open(path, "np") as f:
+    return sum(math.prod(f.get_slice(name).get_shape()) for name in f.keys())  # noqa: SIM118
+
+
+def _data(found: Run) -> str | None:
+  train, replay = found.field("data.train"), found.field("data.replay")
+  if train and replay:
+    share, unit = found.field("data.replay_fraction"), found.field("data.replay_by")
+    return f"{train}, with {share:.0%} of the {unit} from {replay}"
+  return train
+
+
+def _optimizer(found: Run) -> str | None:
+  name, rows = found.field("optimizer.name"), found.field("batch.rows")
+  if name is None:
+    return None
+  rate = f", peak learning rate {found.field('optimizer.lr')}"
+  return f"{name}{rate}" + (f", {rows} rows a batch" if rows else "")
+
+
+def _duration(seconds: float) -> str:
+  """
+  >>> _duration(59.6), _duration(725), _duration(7325)
+  ('1 min 00 s', '12 min 05 s', '2 h 02 min')
+  """
+  minutes, rest = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  if hours:
+    return f"{hours} h {minutes:02} min"
+  return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
+
+
+def _number(value: Any) -> str:
+  if not isinstance(value, float):
+    return str(value)
+  return f"{value:,.0f}" if abs(value) >= 1e5 else f"{value:.4g}"
+
+
+def _json(value: Any) -> str | None:
+  return None if value is None else json.dumps(value, indent=2, ensure_ascii=False)
+
+
+# Accuracy
+
+
+def _accuracy(found: Run) -> dict[str, Any] | None:
+  results = {"before": found.before, "after": found.after}
+  known = {when: result for when, result in results.items() if result is not None}
+  if not known:
+    return None
+  some = next(iter(known.values()))
+  compared = len(known) == 2
+  names = sorted({name for result in known.values() for name in result.by_channel})
+  return dict(
+    where=f": {some.task}, {some.split} split",
+    heads=[*known, *(["change"] if compared else [])],
+    rows=[_row(name, list(known.values())) for name in [*names, ALL]],
+    note=_note(known),
+    verdict=_sentence(found.before, found.after) if compared else None,
+    verdict_heads=list(known),
+    verdicts=[
+      (reason, *(str(result.reasons.get(reason, 0)) for result in known.values()))
+      for reason in dict.fromkeys(r for result in known.values() for r in result.reasons)
+    ],
+  )
+
+
+def _row(name: str, results: Sequence[TaskResult]) -> list[str]:
+  counts = [
+    (result.correct, result.total) if name == ALL else result.by_channel.get(name, (0, 0))
+    for result in results
+  ]
+  cells = [name, *(_share(*pair) for pair in counts)]
+  if len(results) == 1:
+    return cells
+  (a, n), (b, m) = counts
+  return [*cells, f"{100 * (b / m - a / n):+.1f}" if n and m else NONE]
+
+
+def _share(correct: int, total: int) -> str:
+  return f"{100 * correct / total:.1f} % ({correct}/{total})" if total else NONE
+
+
+def _sentence(before: TaskResult, after: TaskResult) -> str:
+  points = 100 * (after.accuracy - before.accuracy)
+  return (
+    f"{_share(before.correct, before.total)} before, {_share(after.correct, after.total)} after: "
+    f"{points:+.1f} points."
+  )
+
+
+def _note(results: Mapping[str, TaskResult]) -> str:
+  ranges = {when: interval(result.correct, result.total) for when, result in results.items()}
+  shown = ", ".join(
+    f"{100 * low:.1f} to {100 * high:.1f} % {when}" for when, (low, high) in ranges.items()
+  )
+  return f"95 % intervals of the whole (Wilson): {shown}."
+
+
+def interval(correct: int, total: int, z: float = 1.959964) -> tuple[float, float]:
+  """Wilson's interval of a share, 95 % for the default z.  Wilson 1927.
+
+  >>> [round(x, 4) for x in interval(8, 10)]
+  [0.4902, 0.9433]
+  """
+  if total == 0:
+    return 0.0, 1.0
+  share = correct / total
+  centre = share + z * z / (2 * total)
+  half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+  scale = 1 + z * z / total
+  return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+
+
+# Answers
+
+
+def _groups(found: Run) -> list[dict[str, Any]]:
+  if found.before is None or found.after is None:
+    one = found.after or found.before
+    when = "after" if found.after else "before"
+    return [] if one is None else _one_sided(one, when)
+  asked = {(a["question"], a["gold"]): a for a in found.before.answers}
+  kinds: dict[tuple[bool, bool], list] = {kind: [] for kind in KINDS}
+  for after in found.after.answers:
+    before = asked.get((after["question"], after["gold"]))
+    if before is not None:
+      kinds[before["correct"], after["correct"]].append({"before": before, "after": after})
+  return [_group(KINDS[kind], pairs) for kind, pairs in kinds.items() if pairs]
+
+
+def _one_sided(result: TaskResult, when: str) -> list[dict[str, Any]]:
+  groups = []
+  for correct, title in ((True, f"Right {when}"), (False, f"Wrong {when}")):
+    some = [{when: answer} for answer in result.answers if answer["correct"] is correct]
+    groups += [_group(title, some)] if some else []
+  return groups
+
+
+def _group(title: str, pairs: list[dict[str, Mapping[str, Any]]]) -> dict[str, Any]:
+  shown = _varied(pairs)
+  return dict(
+    title=f"{title}: {len(pairs):,}" + (f", {len(shown)} of them" if shown != pairs else ""),
+    pairs=[_pair(pair) for pair in shown],
+  )
+
+
+def _varied(pairs: list[dict[str, Mapping[str, Any]]]) -> list[dict[str, Mapping[str, Any]]]:
+  """The first few, of as many channels as there are."""
+  nth: dict[str, int] = {}
+  order = []
+  for place, pair in enumerate(pairs):
+    channel = next(iter(pair.values()))["channel"]
+    nth[channel] = nth.get(channel, 0) + 1
+    order.append((nth[channel], place))
+  return [pairs[place] for _, place in sorted(order)[:SHOWN]]
+
+
+def _pair(pair: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+  some = next(iter(pair.values()))
+  return dict(
+    question=some["question"],
+    channel=some["channel"],
+    gold=some["gold"],
+    answers=[
+      dict(when=when, correct=a["correct"], reason=a["reason"], text=_cut(a["answer"]))
+      for when, a in pair.items()
+    ],
+  )
+
+
+def _cut(text: str) -> str:
+  return text if len(text) <= LONGEST else text[:LONGEST] + " …"

@@ -1,0 +1,201 @@
+"""The report holds what there is, whole and escaped; the table counts what was counted."""
+
+import base64
+import html
+import html.parser
+import io
+import re
+import xml.etree.ElementTree
+
+import numpy as np
+import pytest
+import rich.console
+
+from posttrain_jax.core import files
+from posttrain_jax.evals import report
+from tests.evals import runs
+
+VOID = {"meta", "img", "br", "link", "input", "hr"}
+
+
+class Page(html.parser.HTMLParser):
+  """The text of a page and its images; fails on tags that do not match."""
+
+  def __init__(self, text):
+    super().__init__()
+    self.open, self.texts, self.images, self.tags = [], [], [], set()
+    self.feed(text)
+    assert not self.open
+
+  def handle_starttag(self, tag, attributes):
+    self.tags.add(tag)
+    if tag == "img":
+      self.images.append(dict(attributes)["src"])
+    if tag not in VOID:
+      self.open.append(tag)
+
+  def handle_endtag(self, tag):
+    assert self.open.pop() == tag
+
+  def handle_data(self, data):
+    self.texts.append(data)
+
+  @property
+  def text(self):
+    return re.sub(r"\s+", " ", " ".join(self.texts))
+
+
+def page(folder):
+  path = report.write(folder)
+  assert path == folder / "report.html"
+  return Page(path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def folder(tmp_path):
+  """A finished run: of 6 questions 1 right before, 4 after (4 fixed, 1 broken, 1 still wrong)."""
+  channels = ["join", "join", "join", "lookup", "lookup", "lookup"]
+  before = [runs.answer(f"Q{i}", c, i == 5, f"before {i}") for i, c in enumerate(channels)]
+  after = [runs.answer(f"Q{i}", c, i < 4, f"after {i}") for i, c in enumerate(channels)]
+  done = dict(steps=40, final={"loss": 0.25, "eval_loss": 0.5}, seconds=725)
+  parts = dict(before=runs.result(before), after=runs.result(after), done=done)
+  folder = runs.write(tmp_path / "sft run", commit="abc123", versions={"jax": "0.10.2"}, **parts)
+  (folder / "adapter").mkdir()
+  tensors = {"a": ((4, 8), "float32", lambda: np.zeros((4, 8)))}
+  files.write_safetensors(folder / "adapter" / "adapter_model.safetensors", tensors)
+  return folder
+
+
+def test_facts_and_commands(folder):
+  runs.write_rows(folder, [{"step": i, "tokens_per_second": 10.0 * i} for i in (1, 40, 17)])
+  text = page(folder).text
+  for fact in (
+    "sft run",
+    "Finished after 40 steps.",
+    "Model smollm2",
+    "lora, r 16, lora_alpha 32.0, on all-linear, 32 parameters",
+    "Data sql",
+    "adamw, peak learning rate 0.0002, 8 rows a batch",
+    "12 min 05 s",
+    "170 tokens per second",
+    "abc123",
+    "jax 0.10.2",
+    "eval_loss 0.5",
+    "posttrain train --config=c.py",
+  ):
+    assert fact in text, fact
+  adapter = folder / "adapter"
+  assert f"posttrain chat --model=smollm2 '--adapter={adapter}'" in text
+
+
+def test_accuracy_before_and_after(folder):
+  text = page(folder).text
+  assert "Execution accuracy: sql, test split" in text
+  assert "16.7 % (1/6) before, 66.7 % (4/6) after: +50.0 points." in text
+  assert "join 0.0 % (0/3) 100.0 % (3/3) +100.0" in text
+  assert "lookup 33.3 % (1/3) 33.3 % (1/3) +0.0" in text
+  assert "all 16.7 % (1/6) 66.7 % (4/6) +50.0" in text
+  assert "wrong result 5 2" in text
+
+
+def test_answers_side_by_side_in_kinds(folder):
+  text = page(folder).text
+  fixed, broken, wrong = (text.index(kind) for kind in list(report.KINDS.values())[:3])
+  assert fixed < broken < wrong
+  assert "Wrong before, right after: 4" in text
+  assert "before 0" in text[fixed:broken]
+  assert "after 0" in text[fixed:broken]
+  assert "before 5" in text[broken:wrong]
+  assert "after 5" in text[broken:wrong]
+  assert "before 4" in text[wrong:]
+  assert "Right before and after" not in text
+
+
+def test_figures_are_in_the_page_and_nothing_comes_from_outside(folder):
+  runs.write_rows(folder, runs.rows())
+  found = page(folder)
+  assert len(found.images) == 3
+  for uri in found.images:
+    svg = base64.b64decode(uri.removeprefix("data:image/svg+xml;base64,"))
+    assert xml.etree.ElementTree.fromstring(svg).tag.endswith("svg")
+  assert not found.tags & {"script", "link", "iframe"}
+  text = (folder / "report.html").read_text(encoding="utf-8")
+  assert not re.search(r"""(?:src|href)\s*=\s*["'](?!data:)|url\(|@import""", text)
+
+
+def test_what_a_model_writes_is_text(tmp_path):
+  evil = "</pre><script>alert('x')</script><img src=http://example.org/>"
+  answers = [runs.answer(evil, f"<b>{evil}", False, evil, f"not valid: {evil}")]
+  lines = [{"step": i, "loss": 1.0, "loss/$x_{$": 1.0, f"loss/{evil}": 2.0} for i in (1, 2)]
+  folder = runs.write(tmp_path / "a", lines=lines, after=runs.result(answers), trainable=evil)
+  found = page(folder)
+  assert "script" not in found.tags
+  assert all(uri.startswith("data:") for uri in found.images)
+  assert found.text.count(evil) >= 4
+
+
+def test_long_answers_are_cut(tmp_path):
+  answers = [runs.answer("Q", text="x" * 5000)]
+  text = page(runs.write(tmp_path / "a", after=runs.result(answers))).text
+  assert "x" * report.LONGEST + " …" in text
+  assert "x" * (report.LONGEST + 1) not in text
+
+
+def test_many_answers_are_shown_over_the_channels(tmp_path):
+  answers = [runs.answer(f"J{i}.", "join", False) for i in range(50)]
+  answers += [runs.answer(f"L{i}.", "lookup", False) for i in range(50)]
+  text = page(runs.write(tmp_path / "a", after=runs.result(answers))).text
+  assert "Wrong after: 100, 4 of them" in text
+  assert list(re.findall(r"\b[JL]\d+\.", text)) == ["J0.", "L0.", "J1.", "L1."]
+
+
+@pytest.mark.parametrize(
+  "parts",
+  [
+    dict(),
+    dict(lines=[{"step": 1, "eval_loss": 2.0}]),
+    dict(lines=[{"step": 1, "loss": float("nan"), "loss/a": float("nan"), "grad_norm": 1.0}]),
+    dict(lines=[{"step": 1, "loss": float("inf")}, {"step": 2, "loss": 2.0}]),
+    dict(before=runs.result([runs.answer("only before")])),
+    dict(before=runs.result([])),
+    dict(config={"steps": 3}),
+  ],
+  ids=str,
+)
+def test_parts_may_be_missing(tmp_path, parts):
+  found = page(runs.write(tmp_path / "a", **parts))
+  assert "Not finished: " in found.text
+  assert "posttrain chat" not in found.text
+  report.summary_table(tmp_path / "a")
+
+
+def test_a_full_fine_tune_is_chatted_with_by_itself(tmp_path):
+  config = dict(runs.CONFIG, adapter=dict(method="none"))
+  folder = runs.write(tmp_path / "a", config=config)
+  (folder / "model").mkdir()
+  text = page(folder).text
+  assert f"posttrain chat --model={folder / 'model'}" in text
+  assert "every parameter is trained" in text
+
+
+def printed(table):
+  console = rich.console.Console(file=io.StringIO(), width=100)
+  console.print(table)
+  return re.sub(r"[^\S\n]+", " ", console.file.getvalue())
+
+
+def test_the_table_for_the_terminal(folder):
+  text = printed(report.summary_table(folder))
+  assert "channel before after change" in text
+  assert "join 0.0 % (0/3) 100.0 % (3/3) +100.0" in text
+  assert "all 16.7 % (1/6) 66.7 % (4/6) +50.0" in text
+
+
+def test_the_table_without_an_evaluation_or_with_one(tmp_path):
+  folder = runs.write(tmp_path / "a", lines=runs.rows(steps=2))
+  assert "grad_norm" in printed(report.summary_table(folder))
+  runs.write(tmp_path / "a", after=runs.result([runs.answer("Q", "[red]")]))
+  text = printed(report.summary_table(folder))
+  assert "channel after" in text
+  assert "change" not in text
+  assert "[red] 100.0 % (1/1)" in text
