@@ -185,13 +185,13 @@ def _sources(d, text, split, model):
   return mixture.Mixture(sources, fractions, by="tokens"), skipped
 
 
-def _encoded(d, source, split, model, columns):
+def _encoded(d, source, split, model, mapping):
   """(examples, [what was skipped])."""
   rows = schema.read(
     source,
     split=split,
     on_error=d.on_error,
-    columns=_columns(columns),
+    columns=columns(mapping),
     chat=bool(d.chat and model.template is not None),
     system=d.system if d.chat and model.template is not None else None,
   )
@@ -207,8 +207,9 @@ def _encoded(d, source, split, model, columns):
   return examples.examples, skipped
 
 
-def _columns(columns):
-  plain = columns.to_dict()
+def columns(mapping: ml_collections.ConfigDict) -> dict[str, str | list[str]] | None:
+  """config.data.columns as `schema.read` takes it; None where it is empty."""
+  plain = mapping.to_dict()
   return {name: list(v) if isinstance(v, tuple) else v for name, v in plain.items()} or None
 
 
@@ -253,13 +254,14 @@ def split(
 def objective(
   config: ml_collections.ConfigDict, model: Model, channels: Sequence[str]
 ) -> objectives.Objective:
-  """The objective that config.objective names."""
+  """The objective that config.objective names; a model planned without files has no tokenizer."""
   name = config.objective.name
+  special = () if model.tokenizer is None else model.tokenizer.all_special_ids
   made = {
     "sft": lambda: objectives.Sft(
       model.config,
       channels=tuple(channels),
-      special_tokens=tuple(sorted(set(model.tokenizer.all_special_ids))),
+      special_tokens=tuple(sorted(set(special))),
       dtype=model.dtype,
       remat=remat(config),
     )

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
+import rich
 
 from posttrain_jax import adapters
 from posttrain_jax.adapters import peft_format
@@ -24,6 +25,7 @@ from posttrain_jax.core import files, tree
 from posttrain_jax.core.checkpoint import Checkpoints
 from posttrain_jax.data import chat, loader
 from posttrain_jax.evals import report, tasks
+from posttrain_jax.evals import run as run_files
 from posttrain_jax.models import decoder, hf
 from posttrain_jax.train import assemble, distributed, loop, objectives, settings, step, workdir
 from posttrain_jax.train.assemble import Data, Model
@@ -178,18 +180,9 @@ def _started(pieces: _Pieces) -> step.State:
   shapes = jax.eval_shape(
     functools.partial(step.start, optimizer=pieces.optimizer), pieces.trainable
   )
-  where = jax.tree.map(lambda _: replicated, shapes)
-  own = jax.tree.map(lambda x: x.sharding, pieces.trainable)
-  moments = optax.tree_utils.tree_map_params(
-    pieces.optimizer,
-    lambda _, sharding: sharding,
-    shapes.optimizer,
-    own,
-    transform_non_params=lambda _: replicated,
-  )
   make = jax.jit(
     functools.partial(step.start, optimizer=pieces.optimizer),
-    out_shardings=where.replace(trainable=own, optimizer=moments),
+    out_shardings=step.layout(shapes, pieces.trainable, pieces.optimizer, replicated),
   )
   return make(pieces.trainable)
 
@@ -302,8 +295,6 @@ def _finish(
   final["final"] = {name: value for name, value in last.items() if name != "step"}
   page = report.write(folder)
   files.write_json(folder / workdir.DONE, final)
-  if (table := report.summary_table(folder)) is not None:
-    report.show(table)
+  rich.print(report.summary_table(folder))
   say(f"{exported.name}: {exported}\nreport: {page}")
-  flag = "--model" if pieces.chosen is None else f"--model={config.model.name} --adapter"
-  say(f"talk to it: posttrain chat {flag}={exported}")
+  say(f"talk to it: {report.chat_command(run_files.read(folder))}")

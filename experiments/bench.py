@@ -1,0 +1,312 @@
+"""LoRA training steps here and in PyTorch + PEFT, in turn on the same cores; on a GPU, an 8B model too.
+
+  make bench                 (POSTTRAIN_DATA names the folder that holds gsm8k/, for the second comparison)
+
+Two worker processes hold the two libraries; one works while the other waits, step by step, so that both see the same
+machine.  The ratio is the median over pairs of neighbours.  Compilation is timed apart and left out of the steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+RANK, ALPHA, LR = 16, 32, 1e-4
+ROWS, LENGTH = 4, 256  # the fixed shape: rows of tokens, every one real and trained
+GSM8K_EXAMPLES, GSM8K_BATCH, GSM8K_LENGTH = 32, 8, 512
+RESULTS = Path(__file__).parent / "results"
+Jobs = dict[str, Callable[[], int]]
+
+
+# --- the two workers -------------------------------------------------------------------------------------------------
+
+
+def jax_jobs() -> Jobs:
+  """name -> function that trains once over the job's data and returns the real tokens it saw."""
+  import jax
+  import numpy as np
+
+  from posttrain_jax import adapters
+  from posttrain_jax.core import tree
+  from posttrain_jax.data import loader
+  from posttrain_jax.models import hf
+  from posttrain_jax.optim import build
+  from posttrain_jax.train import objectives, step
+
+  params, config = hf.load("smollm2", dtype=np.float32)
+  params, adapter = adapters.init(
+    jax.random.key(0), params, adapters.AdapterConfig(r=RANK, lora_alpha=ALPHA)
+  )
+  trainable, fixed = tree.partition(adapter)
+  optimizer, _ = build.build("adamw", lr=LR, steps=1000, schedule="constant", clip=None)
+  update = jax.jit(step.make(objectives.Sft(config, remat="dots"), optimizer), donate_argnums=0)
+  state = step.start(trainable, optimizer)
+  frozen = objectives.Frozen(params, fixed)
+
+  def train(batches) -> int:
+    nonlocal state
+    tokens = 0
+    for batch in batches:
+      state, _ = update(state, frozen, batch)
+      tokens += int((batch["segment_ids"] > 0).sum())
+    jax.block_until_ready(state)
+    return tokens
+
+  rows = np.random.default_rng(0).integers(0, config.vocab_size, (ROWS, LENGTH)).astype(np.int32)
+  everywhere = np.ones_like(rows)
+  fixed_batch = dict(
+    tokens=rows,
+    loss_mask=(np.arange(LENGTH) > 0) & (everywhere > 0),
+    segment_ids=everywhere,
+    positions=np.tile(np.arange(LENGTH, dtype=np.int32), (ROWS, 1)),
+    channel=-everywhere,
+  )
+  jobs: Jobs = {"fixed": lambda: train([fixed_batch])}
+  if examples := gsm8k_examples():
+    packed = list(loader.eval_batches(examples, batch_size=ROWS, length=GSM8K_LENGTH))
+    jobs["gsm8k"] = lambda: train(packed)
+  return jobs
+
+
+def torch_jobs() -> Jobs:
+  """The same in PyTorch + PEFT: eager float32, SDPA attention, batches padded to their longest row."""
+  import peft
+  import torch
+  import transformers
+
+  from posttrain_jax.models import fetch
+
+  torch.set_num_threads(os.cpu_count() or 1)
+  model = transformers.AutoModelForCausalLM.from_pretrained(fetch.fetch(), dtype=torch.float32)
+  model = peft.get_peft_model(
+    model,
+    peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"),
+  )
+  trained = [p for p in model.parameters() if p.requires_grad]
+  optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=0.0)
+  model.train()
+
+  def train(batches) -> int:
+    tokens = 0
+    for ids, labels, attention in batches:
+      model(input_ids=ids, labels=labels, attention_mask=attention, use_cache=False).loss.backward()
+      optimizer.step()
+      optimizer.zero_grad()
+      tokens += int(attention.sum())
+    return tokens
+
+  rows = torch.randint(
+    0, model.config.vocab_size, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0)
+  )
+  jobs: Jobs = {"fixed": lambda: train([(rows, rows, torch.ones_like(rows))])}
+  if examples := gsm8k_examples():
+    padded = []
+    for start in range(0, len(examples), GSM8K_BATCH):
+      batch = examples[start : start + GSM8K_BATCH]
+      longest = max(map(len, batch))
+      ids, labels, attention = (torch.full((len(batch), longest), fill) for fill in (0, -100, 0))
+      for i, example in enumerate(batch):
+        here = torch.as_tensor(example.tokens, dtype=torch.long)
+        ids[i, : len(here)], attention[i, : len(here)] = here, 1
+        labels[i, : len(here)] = torch.where(torch.as_tensor(example.mask), here, -100)
+      padded.append((ids, labels, attention))
+    jobs["gsm8k"] = lambda: train(padded)
+  return jobs
+
+
+def gsm8k_examples():
+  """A fixed random draw of GSM8K's training questions as chats, answers trained; [] without the data."""
+  folder = os.environ.get("POSTTRAIN_DATA")
+  if not folder:
+    return []
+  import random
+
+  from posttrain_jax.data import chat, schema
+  from posttrain_jax.models import fetch
+
+  tokenizer = chat.load_tokenizer(fetch.fetch())
+  columns = {"prompt": "question", "completion": "answer"}
+  rows = list(schema.read(Path(folder) / "gsm8k" / "train.jsonl", columns=columns, chat=True))
+  drawn = random.Random(0).sample(rows, GSM8K_EXAMPLES)
+  return chat.encode_all(
+    drawn, tokenizer, chat.template(tokenizer), max_length=GSM8K_LENGTH
+  ).examples
+
+
+def work(library: str) -> None:
+  """Answers each job name on standard input with its tokens and seconds on standard output."""
+  jobs = {"jax": jax_jobs, "torch": torch_jobs}[library]()
+  out = os.fdopen(os.dup(1), "w")
+  print(json.dumps(list(jobs)), file=out, flush=True)
+  for line in sys.stdin:
+    began = time.perf_counter()
+    tokens = jobs[line.strip()]()
+    seconds = time.perf_counter() - began
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps({"tokens": tokens, "seconds": seconds, "peak": peak}), file=out, flush=True)
+
+
+class Worker:
+  def __init__(self, library: str):
+    command = [sys.executable, __file__, f"--worker={library}"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu"}
+    self.process = subprocess.Popen(
+      command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    )
+    self.jobs = json.loads(self.process.stdout.readline() or "null")
+    if self.jobs is None:
+      raise RuntimeError(f"the {library} worker ended before it began")
+
+  def run(self, job: str) -> dict:
+    self.process.stdin.write(f"{job}\n")
+    self.process.stdin.flush()
+    return json.loads(self.process.stdout.readline())
+
+  def close(self) -> None:
+    self.process.stdin.close()
+    self.process.wait()
+
+
+# --- the comparison --------------------------------------------------------------------------------------------------
+
+
+def compare(repeats: int) -> dict:
+  """{job: {library: tokens/s, ...}}: first runs (compilation) apart, then `repeats` pairs in turn."""
+  workers = {library: Worker(library) for library in ("jax", "torch")}
+  results = {}
+  for job in workers["jax"].jobs:
+    first = {library: worker.run(job) for library, worker in workers.items()}
+    pairs = []
+    for _ in range(repeats):
+      pairs.append({library: worker.run(job) for library, worker in workers.items()})
+    rate = {lib: [p[lib]["tokens"] / p[lib]["seconds"] for p in pairs] for lib in workers}
+    ratios = [ours / theirs for ours, theirs in zip(rate["jax"], rate["torch"])]
+    median = {lib: statistics.median(values) for lib, values in rate.items()}
+    results[job] = {
+      "tokens": {lib: pairs[0][lib]["tokens"] for lib in workers},
+      "tokens_per_second": {lib: round(value, 1) for lib, value in median.items()},
+      "ratio": round(statistics.median(ratios), 3),
+      "ratio_range": [round(min(ratios), 3), round(max(ratios), 3)],
+      "first_seconds": {lib: round(first[lib]["seconds"], 1) for lib in workers},
+      "peak_gb": {lib: round(pairs[-1][lib]["peak"] / 1e9, 2) for lib in workers},
+      "repeats": repeats,
+    }
+    show(job, results[job])
+  for worker in workers.values():
+    worker.close()
+  return results
+
+
+def show(job: str, r: dict) -> None:
+  rate, first, peak = r["tokens_per_second"], r["first_seconds"], r["peak_gb"]
+  print(
+    f"{job}: {rate['jax']} tokens/s here, {rate['torch']} in PyTorch + PEFT: ratio {r['ratio']} "
+    f"(range {r['ratio_range'][0]} to {r['ratio_range'][1]} over {r['repeats']} pairs); first run with compilation "
+    f"{first['jax']} s and {first['torch']} s; peak memory {peak['jax']} and {peak['torch']} GB",
+    flush=True,
+  )
+
+
+def gpu() -> dict:
+  """Llama-3-8B shapes, random bf16 weights, LoRA and QLoRA: tokens/s, MFU at 4N FLOPs a token, peak bytes."""
+  import jax
+  import jax.numpy as jnp
+  import numpy as np
+
+  from posttrain_jax import adapters, quant
+  from posttrain_jax.core import tree
+  from posttrain_jax.models import decoder, shapes
+  from posttrain_jax.optim import build
+  from posttrain_jax.train import objectives, step
+
+  peak_flops = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+  device = jax.devices()[0]
+  known = next((flops for name, flops in peak_flops.items() if name in device.device_kind), None)
+  config = shapes.SHAPES["llama3-8b"]
+  rows, length, results = 4, 2048, {}
+  for base in ("dense", "nf4"):
+    params = decoder.init(jax.random.key(0), config, jnp.bfloat16)
+    if base == "nf4":
+      params = quant.quantize_params(params)
+    params, adapter = adapters.init(
+      jax.random.key(1), params, adapters.AdapterConfig(r=RANK, lora_alpha=ALPHA)
+    )
+    trainable, fixed = tree.partition(adapter)
+    optimizer, _ = build.build("adamw", lr=LR, steps=1000, schedule="constant")
+    objective = objectives.Sft(config, dtype=jnp.bfloat16, remat="names")
+    state, frozen = step.start(trainable, optimizer), objectives.Frozen(params, fixed)
+    tokens = (
+      np.random.default_rng(0).integers(0, config.vocab_size, (rows, length)).astype(np.int32)
+    )
+    ones = np.ones_like(tokens)
+    batch = dict(
+      tokens=tokens,
+      loss_mask=ones.astype(bool),
+      segment_ids=ones,
+      positions=np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
+      channel=-ones,
+    )
+    began = time.perf_counter()
+    update = (
+      jax.jit(step.make(objective, optimizer), donate_argnums=0)
+      .lower(state, frozen, batch)
+      .compile()
+    )
+    compiled, seconds = time.perf_counter() - began, []
+    for _ in range(8):
+      began = time.perf_counter()
+      state, _ = update(state, frozen, batch)
+      jax.block_until_ready(state)
+      seconds.append(time.perf_counter() - began)
+    rate = tokens.size / statistics.median(seconds[2:])
+    used = 4 * (tree.size(params) - tree.size(params["embed_tokens"])) * rate
+    results[base] = {
+      "tokens_per_second": round(rate),
+      "mfu_at_4N": round(used / known, 3) if known else None,
+      "compile_seconds": round(compiled, 1),
+      "peak_gb": round(device.memory_stats()["peak_bytes_in_use"] / 1e9, 2),
+    }
+    print(f"llama3-8b {base}: {results[base]}", flush=True)
+  return results
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument("--worker", choices=("jax", "torch"))
+  parser.add_argument("--repeats", type=int, default=5)
+  args = parser.parse_args()
+  if args.worker:
+    work(args.worker)
+    return
+  import importlib.metadata
+
+  import jax
+
+  if not os.environ.get("POSTTRAIN_DATA"):
+    print("POSTTRAIN_DATA is not set: the comparison on GSM8K is left out")
+  record = {
+    "hardware": f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}, {jax.devices()[0].device_kind}",
+    "versions": {
+      p: importlib.metadata.version(p) for p in ("jax", "jaxlib", "torch", "peft", "transformers")
+    },
+    "cpu": compare(args.repeats),
+  }
+  if jax.default_backend() == "gpu":
+    record["gpu"] = gpu()
+  RESULTS.mkdir(exist_ok=True)
+  name = f"bench-{jax.devices()[0].device_kind.replace(' ', '-').lower()}.json"
+  (RESULTS / name).write_text(json.dumps(record, indent=2) + "\n")
+  print(f"written: {RESULTS / name}")
+
+
+if __name__ == "__main__":
+  main()

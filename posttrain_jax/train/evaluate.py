@@ -1,0 +1,125 @@
+"""`posttrain eval`: what a model, an adapter or a run is worth on held-out data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import rich
+
+from posttrain_jax import adapters
+from posttrain_jax.adapters import peft_format
+from posttrain_jax.core import files
+from posttrain_jax.data import chat, loader, schema
+from posttrain_jax.evals import tasks
+from posttrain_jax.models import fetch, hf
+from posttrain_jax.train import assemble, objectives, settings, step
+from posttrain_jax.train import metrics as metrics_lib
+from posttrain_jax.train.settings import ConfigError
+
+ROWS = 8  # examples in an evaluation batch
+
+
+def evaluate(
+  *,
+  config: str | None = None,
+  overrides: Sequence[str] = (),
+  workdir: str | None = None,
+  model: str | None = None,
+  adapter: str | None = None,
+  data: str | None = None,
+  limit: int = 0,
+) -> int:
+  """Prints loss and token accuracy on `data`, and for a built-in task how many answers were right.
+
+  A run folder brings its own model, adapter and data; `eval.json` is left in it.  Without one, `model` and `data` say
+  what to evaluate on what.
+
+  Raises:
+    ConfigError: too little was said, or the run has produced nothing yet.
+  """
+  run = _settings(config, overrides, workdir)
+  if run is None and not (model and data):
+    raise ConfigError("write --workdir=DIR (a run), or --model=NAME_OR_DIR and --data=SOURCE")
+  if workdir and not model and not adapter:
+    model, adapter = _produced(Path(workdir), run)
+  folder = fetch.resolve(model or run.model.name)
+  params, model_config = hf.load(folder, dtype=assemble.compute_dtype("auto"))
+  if adapter:
+    params = adapters.merge(params, peft_format.load(adapter, params, model_config)[0])
+  tokenizer = chat.load_tokenizer(folder)
+  name = run.model.template if run is not None else "tokenizer"
+  own = name == "tokenizer"
+  template = (
+    None if own and not tokenizer.chat_template else chat.template(tokenizer, None if own else name)
+  )
+  source = data or run.data.eval or run.data.train
+  results: dict[str, Any] = {"model": str(folder), "adapter": adapter, "data": source}
+  results.update(_loss(params, model_config, tokenizer, template, source, run, data is None, limit))
+  if source in tasks.TASKS:
+    answered = tasks.evaluate(
+      params,
+      model_config,
+      tokenizer,
+      task=source,
+      split="test",
+      limit=limit or None,
+      template=template,
+    )
+    results["accuracy"] = answered.accuracy
+    results["correct"], results["total"] = answered.correct, answered.total
+    results["by_channel"] = {
+      name: f"{right}/{n}" for name, (right, n) in answered.by_channel.items()
+    }
+  rich.print_json(json.dumps(results))
+  if workdir:
+    files.write_json(Path(workdir) / "eval.json", results)
+  return 0
+
+
+def _settings(config, overrides, workdir) -> ml_collections.ConfigDict | None:
+  if config:
+    return settings.load(config, overrides)
+  if not workdir:
+    return None
+  record = Path(workdir) / "config.json"
+  if not record.exists():
+    raise ConfigError(f"{workdir} holds no run: there is no config.json")
+  return ml_collections.ConfigDict(json.loads(record.read_text())["config"])
+
+
+def _produced(workdir: Path, run) -> tuple[str, str | None]:
+  """(model, adapter) that the run has exported."""
+  if (workdir / "adapter").exists():
+    return run.model.name, str(workdir / "adapter")
+  if (workdir / "model").exists():
+    return str(workdir / "model"), None
+  raise ConfigError(
+    f"{workdir} holds neither adapter/ nor model/: the run has exported nothing yet; run its train command again"
+  )
+
+
+def _loss(params, config, tokenizer, template, source, run, own_data, limit) -> dict[str, float]:
+  """Loss and token accuracy over the source's evaluation rows."""
+  d = run.data if run is not None else None
+  mapped = assemble.columns(d.columns) if d is not None and own_data else None
+  split = "eval" if source in tasks.TASKS else "train"
+  rows = schema.read(source, split=split, columns=mapped, chat=template is not None)
+  examples = chat.encode_all(
+    list(rows)[: limit or None], tokenizer, template, max_length=config.max_length
+  ).examples
+  channels = loader.channel_names(examples)
+  objective = objectives.Sft(config, channels=channels)
+  measure = jax.jit(step.evaluate(objective))
+  length = max(map(len, examples))
+  total = None
+  for batch in loader.eval_batches(
+    examples, batch_size=ROWS, length=length, packing=False, channels=channels
+  ):
+    found = measure(params, objectives.Frozen(), batch)
+    total = found if total is None else jax.tree.map(lambda a, b: a + b, total, found)
+  return {"examples": len(examples), **metrics_lib.read(total)}
