@@ -115,6 +115,7 @@ def channels(run: Run) -> Figure | None:
   )
   with style():
     figure = Figure(figsize=(7.2 if len(panels) > 1 else 5.2, 2.9), layout="constrained")
+    handles = {}
     for axes, (prefix, title, names) in zip(
       figure.subplots(1, len(panels), squeeze=False)[0], panels
     ):
@@ -125,11 +126,11 @@ def channels(run: Run) -> Figure | None:
         short = name.removeprefix(prefix)
         line = dict(color=colors[short], linewidth=1.2, label=_label(short))
         line |= dict(linestyle="--", color="black") if name.endswith(SPECIAL) else {}
-        axes.plot(steps, values, marker="" if len(steps) > 20 else ".", **line)
+        handles[short] = axes.plot(steps, values, marker="" if len(steps) > 20 else ".", **line)[0]
         drawn.append(values)
       axes.set(xlabel="step", title=title)
       _limit(axes, drawn)
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.legend(handles=list(handles.values()), loc="outside right center")
   return figure
 
 
