@@ -330,8 +330,12 @@ def _described(config: ModelConfig) -> dict[str, Any]:
     full, local = _rope_keys(config.rope), _rope_keys(config.local_rope)
     described["rope_parameters"] = {FULL: full, SLIDING: local}
   if config.family != "llama":
-    described["layer_types"] = list(config.kinds)
     described["sliding_window"] = config.window
+  if config.family not in (
+    "llama",
+    "mistral",
+  ):  # a Mistral that lists them is a Ministral to transformers
+    described["layer_types"] = list(config.kinds)
   if config.family in ("qwen2", "qwen3"):
     described["use_sliding_window"] = config.window is not None
   if config.family.startswith("gemma"):

@@ -1,5 +1,6 @@
 """Every decoder family against transformers: same files, same logits, both ways."""
 
+import dataclasses
 import json
 import logging
 from pathlib import Path
@@ -94,8 +95,12 @@ def test_prefill_and_cached_decode_of_ragged_prompts_equal_transformers(
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_saved_folder_loads_in_transformers_with_equal_logits(tmp_path, torch_logits, name):
+@pytest.mark.parametrize("described", [False, True], ids=["keys kept", "keys from nothing"])
+def test_saved_folder_loads_in_transformers_with_equal_logits(
+  tmp_path, torch_logits, name, described
+):
   config, params = families.make(name)
+  config = dataclasses.replace(config, source="{}") if described else config
   hf.save(tmp_path / "out", params, config)
   model, report = transformers.AutoModelForCausalLM.from_pretrained(
     tmp_path / "out", attn_implementation="eager", output_loading_info=True
@@ -205,4 +210,13 @@ def test_a_multimodal_gemma3_folder_gives_its_text_model(tmp_path, torch_logits,
   tokens = np.where(tokens == VOCAB - 1, 5, tokens)
   np.testing.assert_allclose(
     forward(params, tokens, config), torch_logits(model, tokens), **TOLERANCE
+  )
+  # Saved again it is a text model, which transformers reads as one.
+  hf.save(tmp_path / "text", params, config)
+  alone = transformers.AutoModelForCausalLM.from_pretrained(
+    tmp_path / "text", attn_implementation="eager"
+  )
+  assert isinstance(alone, transformers.Gemma3ForCausalLM)
+  np.testing.assert_allclose(
+    torch_logits(alone.eval(), tokens), torch_logits(model, tokens), **TOLERANCE
   )
