@@ -6,6 +6,7 @@ The one place where hidden states meet the head in training: SFT, preference, RL
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from posttrain_jax.core import sharding
 from posttrain_jax.core.weight import linear
 
 Array = jax.Array
-CHUNK = 512  # tokens whose logits exist at once
+CHUNK = 512  # tokens whose logits exist at once, on each device
 
 
 @struct.dataclass
@@ -67,7 +68,8 @@ def score(
     temperature: divides the logits, after the soft-cap.
     entropy: whether to compute it: one more pass over the logits.
   """
-  mask = jnp.ones(labels.shape, bool) if mask is None else mask.astype(bool)
+  hidden, labels = jnp.asarray(hidden), jnp.asarray(labels)
+  mask = jnp.ones(labels.shape, bool) if mask is None else jnp.asarray(mask, bool)
   options = (softcap, temperature, entropy)
   if sharding.active():
     return _score(hidden, head, labels, mask, options)
@@ -131,7 +133,7 @@ def _floating(head):
 def _forward(hidden, head, labels, mask, options, with_gradient):
   """(Scores, d logp / d hidden or None) over [batch, tokens], a chunk of tokens at a time."""
   batch, tokens, _ = hidden.shape
-  chunk = min(CHUNK, tokens)
+  chunk = _chunk_length(batch, tokens)
   compact = not sharding.active() and batch == 1
   if compact:  # wanted tokens first, so that the loop can end with the last of them
     order = jnp.argsort(~mask[0], stable=True)
@@ -162,9 +164,20 @@ def _forward(hidden, head, labels, mask, options, with_gradient):
   return scores, slope
 
 
+def _chunk_length(batch, tokens):
+  """How much of the token axis makes CHUNK tokens on a device, and at least one."""
+  shards = 1
+  if sharding.active():
+    sizes = jax.sharding.get_abstract_mesh().shape
+    shards = math.prod(sizes[axis] for axis in sharding.ACTIVATIONS["batch"])
+  return max(1, min(CHUNK * shards // batch, tokens))
+
+
 def _chunk(hidden, head, labels, mask, options, with_gradient):
   softcap, temperature, entropy = options
-  logits, chain = _logits(hidden, head, softcap, temperature)
+  # the transpose of the product that makes the logits, whatever the head is
+  products, transposed = jax.vjp(lambda x: linear(x, head), hidden)
+  logits, chain = _logits(products, softcap, temperature)
   top = jnp.max(logits, axis=-1)
   normaliser = top + jnp.log(jnp.sum(jnp.exp(logits - top[..., None]), axis=-1))
   target = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
@@ -172,19 +185,20 @@ def _chunk(hidden, head, labels, mask, options, with_gradient):
   entropies = jnp.zeros_like(target)
   if entropy:
     p = jnp.exp(logits - normaliser[..., None])
-    entropies = normaliser - jnp.sum(p * logits, axis=-1)
+    # not normaliser - sum(p * logits), where large logits cancel
+    entropies = jnp.sum(p * (normaliser[..., None] - logits), axis=-1)
   scores = Scores((target - normaliser) * wanted, (target >= top) * wanted, entropies * wanted)
   if not with_gradient:
     return scores, None
   p = jnp.exp(logits - normaliser[..., None])
   is_label = jnp.arange(logits.shape[-1]) == labels[..., None]
   d_logits = (is_label - p) * chain * wanted[..., None]
-  return scores, _times_transposed(d_logits.astype(hidden.dtype), head, hidden)
+  return scores, transposed(d_logits.astype(products.dtype))[0]
 
 
-def _logits(hidden, head, softcap, temperature):
+def _logits(products, softcap, temperature):
   """(logits, d logits / d products), both float32."""
-  z = linear(hidden, head).astype(jnp.float32)
+  z = products.astype(jnp.float32)
   chain = jnp.float32(1.0 / temperature)
   if softcap is not None:
     squashed = jnp.tanh(z / softcap)
@@ -192,19 +206,11 @@ def _logits(hidden, head, softcap, temperature):
   return sharding.constrain(z / temperature, "batch time vocab"), chain
 
 
-def _times_transposed(d_logits, head, hidden):
-  """d_logits @ head.T, as the transpose of the product that made the logits, whatever the head is."""
-  transpose = jax.linear_transpose(
-    lambda x: linear(x, head), jax.ShapeDtypeStruct(hidden.shape, hidden.dtype)
-  )
-  return transpose(d_logits)[0]
-
-
 def _recomputed(hidden, head, labels, mask, options):
   """logp alone, by a scan whose backward pass computes each chunk's logits again: for a head that is trained."""
   softcap, temperature, _ = options
   batch, tokens, _ = hidden.shape
-  chunk = min(CHUNK, tokens)
+  chunk = _chunk_length(batch, tokens)
   padding = -tokens % chunk
   pad = lambda x: jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
   split = lambda x: jnp.moveaxis(pad(x).reshape(batch, -1, chunk, *x.shape[2:]), 1, 0)
@@ -212,7 +218,7 @@ def _recomputed(hidden, head, labels, mask, options):
   @jax.checkpoint
   def one(_, parts):
     hidden, labels, mask = parts
-    logits, _ = _logits(hidden, head, softcap, temperature)
+    logits, _ = _logits(linear(hidden, head), softcap, temperature)
     logps = jax.nn.log_softmax(logits, axis=-1)
     target = jnp.take_along_axis(logps, labels[..., None], axis=-1)[..., 0]
     return None, target * mask
