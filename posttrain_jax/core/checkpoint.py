@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,22 +12,24 @@ from types import TracebackType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
-from orbax.checkpoint import checkpoint_managers as policies
 
 from posttrain_jax.core import tree
 
 Tree = Any
 SHOWN = 8  # leaves that an error lists
+UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a step being written, or deleted
 
 
 class Checkpoints:
   """The checkpoints under one directory.
 
   A step is written under a temporary name and renamed when complete; what a killed save leaves behind is ignored, and
-  removed when the directory is next opened.  With several processes, each calls every method and writes its own shards.
+  removed by the next run's first save.  Opening and restoring change nothing, so a run under way can be read.
+  With several processes, each calls every method and writes its own shards.
 
   Args:
     directory: seen by every process; made if it is not there.
@@ -39,18 +43,21 @@ class Checkpoints:
     if keep < 1:
       raise ValueError(f"keep={keep}: at least the newest checkpoint must stay")
     self.directory = Path(directory).absolute()
-    # zarr3 is the layout with a checksum for each chunk: a flipped bit is found, not trained on
-    arrays = ocp.PyTreeCheckpointHandler(use_zarr3=True)
-    items = ocp.handlers.DefaultCheckpointHandlerRegistry()
-    items.add("state", ocp.args.PyTreeSave, arrays)
-    items.add("state", ocp.args.PyTreeRestore, arrays)
+    self._keep, self._keep_steps = keep, frozenset(keep_steps)
+    self._writing = False
     options = ocp.CheckpointManagerOptions(
-      preservation_policy=policies.AnyPreservationPolicy(
-        [policies.LatestN(keep), policies.CustomSteps(list(keep_steps))]
-      ),
-      cleanup_tmp_directories=True,
+      # made in the background, a folder that cannot be made leaves threads that hang the exit for 20 minutes
+      async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
     )
+    # named here, or a fresh process could not tell what an item in the files is
+    items = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    arrays, text = ocp.PyTreeCheckpointHandler(), ocp.JsonCheckpointHandler()
+    for kind in (ocp.args.PyTreeSave, ocp.args.PyTreeRestore):
+      items.add("state", kind, arrays)
+    for kind in (ocp.args.JsonSave, ocp.args.JsonRestore):
+      items.add("data", kind, text)
     with self._explained("open"):
+      self.directory.mkdir(parents=True, exist_ok=True)
       self._orbax = ocp.CheckpointManager(self.directory, options=options, handler_registry=items)
 
   def __enter__(self) -> Checkpoints:
@@ -84,11 +91,16 @@ class Checkpoints:
       raise ValueError("data would not come back from JSON as it is; use lists and string keys")
     leaves = _leaves(state)
     _check_global(leaves)
+    sums = {"data": _text_sum(data), "state": _sums(leaves)}
     with self._explained(f"save step {step} to"):
+      if not self._writing and jax.process_index() == 0:
+        self._clean()
+      self._writing = True
       self._orbax.save(
         step,
         args=ocp.args.Composite(
-          state=ocp.args.PyTreeSave(tree.unflatten(leaves)), data=ocp.args.JsonSave(dict(data))
+          state=ocp.args.PyTreeSave(tree.unflatten(leaves)),
+          data=ocp.args.JsonSave({"data": dict(data), "sums": sums}),
         ),
         force=True,  # orbax's own schedule would skip steps silently
       )
@@ -97,10 +109,14 @@ class Checkpoints:
     if any(_on_host(leaf) for leaf in leaves.values()):
       self.wait()
 
+  def steps(self) -> list[int]:
+    """The complete steps on disk, oldest first; waits for a save under way."""
+    self.wait()
+    return self._complete()
+
   def latest(self) -> int | None:
     """The newest complete step, or None; waits for a save under way."""
-    self.wait()
-    return self._orbax.latest_step()
+    return max(self.steps(), default=None)
 
   def restore(
     self, abstract_state: Tree, *, step: int | None = None
@@ -115,15 +131,18 @@ class Checkpoints:
       ValueError: when the state saved has other leaves, shapes or dtypes; names them.
       OSError: when files are missing or damaged; nothing older is used in their place.
     """
-    newest, steps = self.latest(), self.steps()
-    step = newest if step is None else step
-    if step is None:
+    steps = self.steps()
+    if not steps:
       raise FileNotFoundError(f"no checkpoint in {self.directory}")
+    step = steps[-1] if step is None else step
     if step not in steps:
       raise FileNotFoundError(f"no checkpoint of step {step} in {self.directory}; found {steps}")
     wanted = _leaves(abstract_state)
     with self._readable(step):
-      saved = dict(tree.items(self._orbax.item_metadata(step)["state"].tree))
+      metadata = self._orbax.item_metadata(step)["state"]
+      if metadata is None:
+        raise ValueError("there is no state/_METADATA in it")
+      saved = tree.flatten(metadata.tree)
     _check_same(saved, wanted, self.directory / str(step))
     abstract = tree.unflatten({path: _abstract(path, leaf) for path, leaf in wanted.items()})
     with self._readable(step):
@@ -136,13 +155,12 @@ class Checkpoints:
           data=ocp.args.JsonRestore(),
         ),
       )
-    arrays = tree.flatten(restored["state"])
+      arrays = tree.flatten(restored["state"])
+      data, sums = restored["data"]["data"], restored["data"]["sums"]
+      found = {"data": _text_sum(data), "state": _sums({path: arrays[path] for path in wanted})}
+      _check_sums(sums, found)
     structure = jax.tree.structure(abstract_state)
-    return structure.unflatten([arrays[path] for path in wanted]), restored["data"], step
-
-  def steps(self) -> list[int]:
-    """The complete steps, oldest first."""
-    return sorted(self._orbax.all_steps())
+    return structure.unflatten([arrays[path] for path in wanted]), data, step
 
   def wait(self) -> None:
     """Returns when nothing is being written.
@@ -151,11 +169,10 @@ class Checkpoints:
       OSError: when what was being written could not be.
     """
     with self._explained("finish a save to"):
-      try:
-        self._orbax.wait_until_finished()
-      except BaseException:
-        self._orbax.reload()  # it has struck off what this save would have replaced
-        raise
+      self._orbax.wait_until_finished()
+    if self._writing and jax.process_index() == 0:
+      with self._explained("remove an old step from"):
+        self._prune()
 
   def close(self) -> None:
     """Waits, and ends the background threads."""
@@ -164,16 +181,31 @@ class Checkpoints:
     finally:
       self._orbax.close()
 
+  def _complete(self) -> list[int]:
+    found = self.directory.iterdir() if self.directory.is_dir() else ()
+    return sorted(int(folder.name) for folder in found if folder.name.isdecimal())
+
+  def _prune(self) -> None:
+    """Renames before it deletes (orbax does not): a kill half-way must not leave half a step that looks complete."""
+    for step in self._complete()[: -self._keep]:
+      if step not in self._keep_steps:
+        leftover = self.directory / f"{step}.deleted{UNFINISHED}"
+        (self.directory / str(step)).rename(leftover)
+        shutil.rmtree(leftover)
+
+  def _clean(self) -> None:
+    for folder in self.directory.iterdir():
+      if UNFINISHED in folder.name:
+        shutil.rmtree(folder)
+
   @contextmanager
   def _explained(self, what: str) -> Iterator[None]:
     try:
       yield
     except Exception as error:
-      found = self.directory.glob("*") if self.directory.is_dir() else ()
-      whole = sorted(int(folder.name) for folder in found if folder.name.isdecimal())
       raise OSError(
-        f"could not {what} {self.directory}: {error}\n"
-        f"complete checkpoints there: {whole or 'none'}; with the cause gone, run the same command again"
+        f"could not {what} {self.directory}: {_first(error)}\n"
+        f"complete checkpoints there: {self._complete() or 'none'}; with the cause gone, run the same command again"
       ) from error
 
   @contextmanager
@@ -181,13 +213,20 @@ class Checkpoints:
     folder = self.directory / str(step)
     try:
       yield
+    except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
+      raise  # not the files' fault
     except Exception as error:
-      older = [s for s in self.steps() if s < step]
+      older = [s for s in self._complete() if s < step]
       then = f"go on from step {older[-1]}" if older else "start anew, there being no older one"
       raise OSError(
-        f"checkpoint {folder} could not be read: {error}\n"
+        f"checkpoint {folder} could not be read: {_first(error)}\n"
         f"if its files are damaged or missing, delete this folder to {then}"
       ) from error
+
+
+def _first(error: Exception) -> str:
+  """What happened, without the page of JSON that tensorstore adds."""
+  return str(error).partition("[tensorstore_spec=")[0].strip() or type(error).__name__
 
 
 def _leaves(state: Tree) -> dict[str, Any]:
@@ -197,8 +236,41 @@ def _leaves(state: Tree) -> dict[str, Any]:
     path = jax.tree_util.keystr(keys, simple=True, separator="/")
     if not hasattr(leaf, "shape"):
       raise TypeError(f"{path}: {leaf!r} is no array; a checkpoint's state holds arrays only")
+    if jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype:
+      raise TypeError(f"{path}: {leaf.dtype} would not come back whole; JAX holds 32 bits here")
     leaves[path] = np.asarray(leaf) if isinstance(leaf, np.generic) else leaf
   return leaves
+
+
+@jax.jit
+def _sum(x: jax.Array) -> jax.Array:
+  """Changes when any one element does, and does not depend on the sharding: integer addition is associative."""
+  if x.dtype.itemsize < 8 and not jnp.issubdtype(x.dtype, jnp.floating):
+    words = x.astype(jnp.uint32)
+  else:
+    words = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * min(x.dtype.itemsize, 4)}"))
+  index = jnp.zeros((), jnp.uint32)
+  for axis, size in enumerate(words.shape):
+    index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+  # an odd factor loses nothing modulo 2^32, and one for each position sees elements that change places
+  return jnp.sum((words.astype(jnp.uint32) + 1) * (index * jnp.uint32(0x9E3779B2) | 1))
+
+
+def _sums(leaves: Mapping[str, Any]) -> dict[str, int]:
+  started = {path: _sum(leaf) for path, leaf in leaves.items()}
+  return {path: int(value) for path, value in started.items()}
+
+
+def _text_sum(data: Mapping[str, Any]) -> int:
+  return zlib.crc32(json.dumps(data, sort_keys=True).encode())
+
+
+def _check_sums(saved: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+  wrong = [path for path, value in found["state"].items() if saved["state"].get(path) != value]
+  wrong += ["data"] if saved["data"] != found["data"] else []
+  if wrong:
+    more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
+    raise ValueError(f"the content of {', '.join(wrong[:SHOWN])}{more} is not what was written")
 
 
 def _check_global(leaves: Mapping[str, Any]) -> None:
