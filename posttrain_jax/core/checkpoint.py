@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -199,7 +199,7 @@ class Checkpoints:
         shutil.rmtree(folder)
 
   @contextmanager
-  def _explained(self, what: str) -> Iterator[None]:
+  def _explained(self, what: str) -> Generator[None]:
     try:
       yield
     except Exception as error:
@@ -209,7 +209,7 @@ class Checkpoints:
       ) from error
 
   @contextmanager
-  def _readable(self, step: int) -> Iterator[None]:
+  def _readable(self, step: int) -> Generator[None]:
     folder = self.directory / str(step)
     try:
       yield
