@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shlex
@@ -39,13 +40,17 @@ KINDS = {
 }
 
 
-def write(workdir: str | Path) -> Path:
+def write(workdir: str | Path, *, done: Mapping[str, Any] | None = None) -> Path:
   """`report.html` of a run: what there is of facts, accuracy, curves, answers, and the command to chat with it.
+
+  Args:
+    done: what done.json will hold, for a run that writes its report first and that file last.
 
   Raises:
     FileNotFoundError: the folder holds no run.
   """
   found = run.read(workdir)
+  found = found if done is None else dataclasses.replace(found, done=done)
   drawn = [(name, draw(found)) for name, draw in FIGURES.items()]
   html = page.render(
     title=found.folder.absolute().name,
@@ -110,7 +115,7 @@ def _state(found: Run) -> str:
 
 
 def _facts(found: Run) -> list[tuple[str, str]]:
-  seconds = (found.done or {}).get("seconds")
+  seconds, tokens = ((found.done or {}).get(name) for name in ("seconds", "tokens"))
   speed = found.series("tokens_per_second")[1]
   facts = {
     "Model": _model(found),
@@ -120,6 +125,7 @@ def _facts(found: Run) -> list[tuple[str, str]]:
     "Objective": found.field("objective.name"),
     "Optimizer": _optimizer(found),
     "Time": None if seconds is None else _duration(seconds),
+    "Tokens": f"{tokens:,}" if tokens else None,
     "Speed": f"{sorted(speed)[len(speed) // 2]:,.0f} tokens per second (median)" if speed else None,
     "Commit": found.record.get("commit"),
     "Versions": ", ".join(f"{k} {v}" for k, v in (found.record.get("versions") or {}).items()),

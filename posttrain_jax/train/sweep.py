@@ -34,10 +34,10 @@ from posttrain_jax.evals import figures
 from posttrain_jax.evals import run as runs
 from posttrain_jax.train import settings
 from posttrain_jax.train.settings import ConfigError
+from posttrain_jax.train.signals import PREEMPTED
 
 TRAIN = (sys.executable, "-m", "posttrain_jax", "train")
 LOG, LOCK = "log.txt", ".sweep.lock"
-PREEMPTED = 75  # exit code of a run that was stopped and is safe to run again
 LONGEST_NAME = 150  # bytes; file systems take 255
 TAIL = 12  # lines of a failed point's log
 POLL = 0.2  # seconds

@@ -88,6 +88,15 @@ def test_facts_and_commands(folder):
   assert f"posttrain chat --model=smollm2 '--adapter={adapter}'" in text
 
 
+def test_a_run_may_write_its_report_before_it_says_that_it_is_done(tmp_path):
+  folder = runs.write(tmp_path / "a", lines=runs.rows(steps=3))
+  report.write(folder, done=dict(steps=40, final={"loss": 0.125}, seconds=61, tokens=12345))
+  text = Page((folder / "report.html").read_text(encoding="utf-8")).text
+  for fact in ("Finished after 40 steps.", "loss 0.125", "Time 1 min 01 s", "Tokens 12,345"):
+    assert fact in text, fact
+  assert not (folder / "done.json").exists()
+
+
 def test_accuracy_before_and_after(folder):
   text = page(folder).text
   assert "Execution accuracy: sql, test split" in text

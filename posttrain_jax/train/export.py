@@ -1,0 +1,156 @@
+"""A run's result as others load it: the adapter in PEFT's format, or a whole model in Hugging Face's."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+
+from posttrain_jax import adapters, quant
+from posttrain_jax.adapters import peft_format
+from posttrain_jax.core import files, tree
+from posttrain_jax.data import chat, templates
+from posttrain_jax.evals import run as runs
+from posttrain_jax.models import fetch, hf
+
+log = logging.getLogger(__name__)
+
+ADAPTER, MODEL = "adapter", "model"
+MERGE_BASES = ("original", "dequantised")
+
+
+def export(
+  workdir: str | Path, out: str | Path, *, merge: bool = False, merge_base: str = "original"
+) -> Path:
+  """The folder `out` that a run's result was written to, whole or not at all.
+
+  A run with an adapter gives a PEFT folder, or with `merge` the base and the adapter as one model; full fine-tuning
+  gives its model either way.  A run that is not finished gives what it has saved so far, and says so.
+
+  Args:
+    merge_base: what an adapter of an NF4 base is added to: the "original" weights (what PEFT users do: closer to the
+      base, not quite what was trained), or the "dequantised" ones that it was trained on.
+
+  Raises:
+    FileNotFoundError: workdir holds no run, or one that has saved nothing yet.
+    FileExistsError: out is there already.
+    ValueError: a file of the result is damaged; the message names it.
+  """
+  if merge_base not in MERGE_BASES:
+    raise ValueError(f"merge_base={merge_base!r}: write one of {', '.join(MERGE_BASES)}")
+  workdir, out = Path(workdir), Path(out)
+  if not (workdir / runs.CONFIG).exists():
+    raise FileNotFoundError(
+      f"{workdir} has no {runs.CONFIG}: it is no run's folder; give the --workdir of a `posttrain train`"
+    )
+  found = runs.read(workdir)
+  if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    raise FileExistsError(f"{out} exists; name a new folder, or remove it first")
+  is_full = found.field("adapter.method") == "none"
+  source = workdir / (MODEL if is_full else ADAPTER)
+  if not source.is_dir():
+    raise FileNotFoundError(f"{source} does not exist: {_how_far(found)}")
+  if found.done is None:
+    log.warning("%s holds what was saved so far: %s", source, _how_far(found))
+  if is_full:
+    _check_model(source)
+  else:
+    _check_adapter(source)
+  with files.publish(out) as new:
+    if merge and not is_full:
+      _merge(found, source, new, merge_base)
+    else:
+      shutil.copytree(source, new, dirs_exist_ok=True)
+    template = found.field("model.template")
+    if (merge or is_full) and template not in (None, "tokenizer"):
+      _write_template(new, template)
+  return out
+
+
+def _how_far(found: runs.Run) -> str:
+  if found.done is not None:
+    return f"the run is finished after {found.steps} steps, and the folder was removed since"
+  wanted = found.field("steps")
+  command = found.record.get("command")
+  finish = f"; to finish it: {command}" if command else "; run its command again to finish it"
+  return f"the run is at step {found.steps}{f' of {wanted}' if wanted else ''}{finish}"
+
+
+# Checks
+
+
+def _check_adapter(folder: Path) -> None:
+  """Both of PEFT's files are there and can be read, and every number is finite."""
+  path = folder / peft_format.CONFIG
+  if not path.exists():
+    raise FileNotFoundError(f"{path} does not exist; {folder} is not a whole adapter")
+  runs.read_json(path)
+  path = folder / peft_format.TENSORS
+  if not path.exists():
+    raise FileNotFoundError(f"{path} does not exist; {folder} is not a whole adapter")
+  try:
+    with safetensors.safe_open(path, "np") as f:
+      names = list(f.keys())
+      for name in names:
+        _check_finite(path, name, f.get_tensor(name))
+  except safetensors.SafetensorError as error:
+    raise ValueError(f"{path} cannot be read: {error}; it may be cut short") from error
+  if not names:
+    raise ValueError(f"{path} holds no tensor: nothing was adapted")
+
+
+def _check_model(folder: Path) -> None:
+  """The folder holds what its config describes, and every number is finite; a leaf is read at a time."""
+  hf.load(folder, place=lambda path, array: _check_finite(folder, path, array))
+
+
+def _check_finite(where: Path, name: str, array: np.ndarray) -> None:
+  if not np.isfinite(np.asarray(array, np.float32)).all():
+    raise ValueError(f"{where}: {name} holds numbers that are not finite; nothing was exported")
+
+
+# Merging
+
+
+def _merge(found: runs.Run, source: Path, out: Path, merge_base: str) -> None:
+  base_folder = fetch.resolve(found.field("model.name"))
+  params, config = hf.load(base_folder)
+  if found.field("model.base") == "nf4":
+    if merge_base == "dequantised":
+      params = adapters.merge(quant.quantize_params(params))
+    log.warning("trained on an NF4 base, merged onto the %s weights", merge_base)
+  adapter, _ = peft_format.load(source, params, config)
+  merged = adapters.merge(params, adapter)
+  for path, leaf in tree.items(merged):
+    _check_finite(source, path, leaf)
+  hf.save(out, merged, config, tokenizer_from=base_folder)
+
+
+def _write_template(folder: Path, name: str) -> None:
+  """The chat template that the model was trained with, and its end of a turn among the ends of a text."""
+  tokenizer = chat.load_tokenizer(folder)
+  template = chat.template(tokenizer, name)
+  files.write_text(folder / "chat_template.jinja", template.text)
+  _edit(folder / "tokenizer_config.json", lambda old: {**old, "chat_template": template.text})
+  end = templates.end_of_turn(tokenizer, template)
+  if end is not None:
+    _edit(
+      folder / "generation_config.json", lambda old: _with_end(old, end, tokenizer.eos_token_id)
+    )
+
+
+def _with_end(old: Mapping[str, Any], end: int, eos: int | None) -> dict[str, Any]:
+  ids = old.get("eos_token_id", eos)
+  known = [ids] if isinstance(ids, int) else list(ids or [])
+  return {**old, "eos_token_id": known if end in known else [*known, end]}
+
+
+def _edit(path: Path, change) -> None:
+  old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+  files.write_json(path, change(old))
