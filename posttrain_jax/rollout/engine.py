@@ -177,7 +177,9 @@ def _start(
   for row, prompt in enumerate(prompts):
     tokens[row, width - len(prompt) :] = prompt
     segments[row, width - len(prompt) :] = 1
-  stops = np.asarray(stop_tokens, np.int32)
+  # No token is -1: filled up so that one program serves any few stop tokens.
+  stops = np.full(bucket(len(stop_tokens)), -1, np.int32)
+  stops[: len(stop_tokens)] = stop_tokens
   slots = bucket(width + max_new_tokens)
   return _prefill(params, tokens, segments, keys, stopped, stops, slots, config, sampling, dtype)
 

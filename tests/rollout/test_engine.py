@@ -15,13 +15,24 @@ from tests.models import families
 LENGTHS = (11, 3, 17, 8, 5)
 PROMPTS = [families.tokens(n, seed=n).tolist() for n in LENGTHS]
 NEW = 20
+BATCH = 3  # five prompts in two batches, one row of them filling up
 CHOICES = Sampling(temperature=1.5, top_k=30, top_p=0.95)
+FAMILIES = ["llama3", "mistral", "qwen2", "qwen3", "gemma2", "gemma3"]
 
 
 @pytest.fixture(scope="module")
 def llama():
-  config, params = families.make("llama")
+  config, params = families.make("llama3")
   return engine.prepare(params, config), config
+
+
+def generate(llama, prompts=PROMPTS, **options):
+  """The texts of one prompt after another; the same shapes in every test, so few programs compile."""
+  return engine.generate(*llama, prompts, **dict(max_new_tokens=NEW, batch_size=BATCH) | options)
+
+
+def sampled(seed, **options):
+  return dict(sampling=CHOICES, key=jax.random.key(seed)) | options
 
 
 def full_logps(config, params, prompt, tokens, temperature=1.0):
@@ -33,12 +44,14 @@ def full_logps(config, params, prompt, tokens, temperature=1.0):
   return jax.nn.log_softmax(logits / temperature)[len(prompt) - 1 : len(text) - 1]
 
 
-@pytest.mark.parametrize("name", families.FAMILIES)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_greedy_is_the_argmax_of_the_full_forward_pass(name):
   config, params = families.make(name)
-  prompts = PROMPTS[:3]
-  found = engine.generate(params, config, prompts, max_new_tokens=NEW)
-  for prompt, tokens, logps in zip(prompts, found.tokens, found.logps):
+  stacked = engine.Ready(
+    params, params
+  )  # compiles sooner; all other tests decode with layers apart
+  found = generate((stacked, config), PROMPTS[:3])
+  for prompt, tokens, logps in zip(PROMPTS, found.tokens, found.logps):
     assert len(tokens) == NEW
     expected = full_logps(config, params, prompt, tokens)
     np.testing.assert_array_equal(tokens, expected.argmax(axis=1))
@@ -46,29 +59,23 @@ def test_greedy_is_the_argmax_of_the_full_forward_pass(name):
   assert found.finished == [False] * 3
 
 
-@pytest.mark.parametrize("how", [GREEDY, CHOICES], ids=["greedy", "sampled"])
-def test_a_text_depends_neither_on_its_batch_nor_on_the_order_of_reading(llama, how):
+def test_layers_apart_and_stacked_say_the_same(llama):
   params, config = llama
-  run = lambda size: engine.generate(
-    params,
-    config,
-    PROMPTS,
-    max_new_tokens=NEW,
-    sampling=how,
-    key=jax.random.key(3),
-    batch_size=size,
-  )
-  together, pairs, alone = run(5), run(2), run(1)
-  assert together.tokens == pairs.tokens == alone.tokens
-  for a, b in zip(together.logps, pairs.logps):
+  stacked = engine.Ready(params.stacked, params.stacked)
+  assert isinstance(params.layers_apart["layers"], tuple)
+  assert generate(llama).tokens == generate((stacked, config)).tokens
+
+
+def test_a_text_does_not_depend_on_its_batch(llama):
+  together, alone = generate(llama, **sampled(3)), generate(llama, **sampled(3, batch_size=1))
+  assert together.tokens == alone.tokens
+  for a, b in zip(together.logps, alone.logps):
     np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
 
 
 def test_sampled_logps_are_those_training_would_compute(llama):
   params, config = llama
-  found = engine.generate(
-    params, config, PROMPTS, max_new_tokens=NEW, sampling=CHOICES, key=jax.random.key(1)
-  )
+  found = generate(llama, **sampled(1))
   for prompt, tokens, logps in zip(PROMPTS, found.tokens, found.logps):
     reference = full_logps(config, params.stacked, prompt, tokens, CHOICES.temperature)
     expected = reference[np.arange(NEW), tokens]
@@ -76,34 +83,16 @@ def test_sampled_logps_are_those_training_would_compute(llama):
 
 
 def test_equal_keys_draw_equal_texts_and_rows_differ(llama):
-  params, config = llama
-  run = lambda seed: engine.generate(
-    params,
-    config,
-    [PROMPTS[0]] * 4,
-    max_new_tokens=NEW,
-    sampling=Sampling(1.5),
-    key=jax.random.key(seed),
-  )
-  first, again, other = run(0), run(0), run(1)
-  assert first.tokens == again.tokens
-  assert first.tokens != other.tokens
-  assert len(set(map(tuple, first.tokens))) == 4
-
-
-def test_layers_apart_and_stacked_say_the_same(llama):
-  params, config = llama
-  stacked = engine.Ready(params.stacked, params.stacked)
-  a = engine.generate(params, config, PROMPTS, max_new_tokens=NEW)
-  b = engine.generate(stacked, config, PROMPTS, max_new_tokens=NEW)
-  assert a.tokens == b.tokens
+  run = lambda seed: generate(llama, [PROMPTS[0]] * 3, **sampled(seed)).tokens
+  first = run(0)
+  assert first == run(0) != run(1)
+  assert len(set(map(tuple, first))) == 3
 
 
 def test_a_text_ends_with_its_first_stop_token(llama):
-  params, config = llama
-  free = engine.generate(params, config, PROMPTS, max_new_tokens=NEW).tokens
+  free = generate(llama).tokens
   stops = (free[0][4], free[2][9])
-  found = engine.generate(params, config, PROMPTS, max_new_tokens=NEW, stop_tokens=stops)
+  found = generate(llama, stop_tokens=stops)
   for tokens, logps, finished, unstopped in zip(found.tokens, found.logps, found.finished, free):
     ends = [i for i, token in enumerate(unstopped) if token in stops]
     assert finished == bool(ends)
@@ -115,33 +104,29 @@ def test_a_text_ends_with_its_first_stop_token(llama):
 
 def test_decoding_ends_when_every_row_has(llama):
   params, config = llama
-  (free,) = engine.generate(params, config, PROMPTS[:1], max_new_tokens=NEW).tokens
-  stops = np.asarray([free[3]], np.int32)
-  keys = engine._row_keys(None, GREEDY, 1)
+  free = generate(llama, PROMPTS[:3]).tokens
+  stops = {tokens[3] for tokens in free}
+  keys = engine._row_keys(None, GREEDY, 3)
   state = engine._start(
-    params.stacked, PROMPTS[:1], keys, np.zeros(1, bool), NEW, stops, config, GREEDY, None
+    params.stacked, PROMPTS[:3], keys, np.zeros(3, bool), NEW, list(stops), config, GREEDY, None
   )
   state = engine._decode(params.layers_apart, state, NEW, config, GREEDY, None)
-  assert int(state.count) == 1 + free.index(free[3])
+  first = [next(i for i, token in enumerate(tokens) if token in stops) for tokens in free]
+  assert int(state.count) == 1 + max(first) < NEW
 
 
-@pytest.mark.parametrize("how", [GREEDY, CHOICES], ids=["greedy", "sampled"])
-def test_streaming_gives_the_tokens_of_generate(llama, how):
-  params, config = llama
-  options = dict(max_new_tokens=NEW, sampling=how, key=jax.random.key(5))
-  free = engine.generate(params, config, PROMPTS[:1], **options).tokens[0]
-  options["stop_tokens"] = (free[7],)
-  (expected,) = engine.generate(params, config, PROMPTS[:1], **options).tokens
-  assert list(engine.stream(params, config, PROMPTS[0], **options)) == expected
-  assert len(expected) <= 8
+def test_streaming_gives_the_tokens_of_generate(llama):
+  free = generate(llama, **sampled(5)).tokens[0]
+  options = sampled(5, max_new_tokens=NEW, stop_tokens=(free[7],))
+  expected = free[: 1 + free.index(free[7])]
+  assert list(engine.stream(*llama, PROMPTS[0], **options)) == expected
+  assert list(engine.stream(*llama, PROMPTS[0], **sampled(5), max_new_tokens=NEW)) == free
 
 
-def test_one_new_token_and_no_prompt_at_all(llama):
-  params, config = llama
-  one = engine.generate(params, config, PROMPTS, max_new_tokens=1)
-  more = engine.generate(params, config, PROMPTS, max_new_tokens=NEW)
-  assert one.tokens == [tokens[:1] for tokens in more.tokens]
-  assert engine.generate(params, config, [], max_new_tokens=1).tokens == []
+def test_a_lower_limit_cuts_the_same_text(llama):
+  longer, shorter = generate(llama).tokens, generate(llama, max_new_tokens=NEW - 3).tokens
+  assert shorter == [tokens[:-3] for tokens in longer]
+  assert generate(llama, []).tokens == []
 
 
 def test_the_cache_is_updated_in_place(llama):
@@ -168,12 +153,17 @@ def test_the_cache_is_updated_in_place(llama):
   assert memory.temp_size_in_bytes < cache
 
 
-def test_the_cache_takes_the_dtype_asked_for(llama):
+def test_the_cache_takes_the_dtype_asked_for_and_logps_stay_float32(llama):
   params, config = llama
-  found = engine.generate(params, config, PROMPTS[:1], max_new_tokens=4, dtype=jnp.bfloat16)
-  exact = engine.generate(params, config, PROMPTS[:1], max_new_tokens=4)
-  assert found.logps[0].dtype == np.float32
-  assert not np.array_equal(found.logps[0], exact.logps[0])
+  start = lambda dtype: jax.eval_shape(
+    lambda keys: engine._start(
+      params.stacked, PROMPTS[:1], keys, np.zeros(1, bool), NEW, (), config, GREEDY, dtype
+    ),
+    engine._row_keys(None, GREEDY, 1),
+  )
+  assert (start(None).cache.k.dtype, start(None).logps.dtype) == (jnp.float32, jnp.float32)
+  half = start(jnp.bfloat16)
+  assert (half.cache.k.dtype, half.logps.dtype) == (jnp.bfloat16, jnp.float32)
 
 
 def test_few_shapes_compile():
@@ -216,6 +206,5 @@ def test_stop_tokens_come_from_all_three_places(tmp_path):
   ],
 )
 def test_what_cannot_be_generated_is_refused(llama, prompts, options, message):
-  params, config = llama
   with pytest.raises(ValueError, match=message):
-    engine.generate(params, config, prompts, **{"max_new_tokens": NEW, **options})
+    generate(llama, prompts, **options)

@@ -44,7 +44,7 @@ def test_filter_keeps_the_most_likely_whatever_the_mass_and_all_of_a_tie():
 
 @pytest.mark.parametrize(("temperature", "top_k", "top_p"), SETTINGS)
 def test_draws_follow_the_filtered_distribution(temperature, top_k, top_p):
-  draws = 20_000
+  draws = 8_000
   row = LOGITS[0]
   token, _ = jax.jit(sampling.sample, static_argnums=2)(
     keys(draws), jnp.tile(row, (draws, 1)), Sampling(temperature, top_k, top_p)

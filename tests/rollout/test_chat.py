@@ -1,0 +1,165 @@
+"""Conversations with a tiny model in a folder: from a pipe, from a terminal, with an adapter."""
+
+import io
+
+import jax
+import pytest
+
+from posttrain_jax import adapters
+from posttrain_jax.adapters import AdapterConfig, peft_format
+from posttrain_jax.data import templates
+from posttrain_jax.models import hf
+from posttrain_jax.rollout import chat, engine
+from tests.adapters.cases import trained
+from tests.data.conftest import make_tokenizer
+from tests.models import families
+
+NEW = 12
+
+
+class Terminal(io.StringIO):
+  def isatty(self):
+    return True
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+  """(folder, params, config, tokenizer) of a model without a chat template."""
+  folder = tmp_path_factory.mktemp("model") / "base"
+  tokenizer = make_tokenizer("chatml")
+  config = families.config("llama", vocab_size=len(tokenizer), max_position_embeddings=160)
+  params = families.params(config)
+  hf.save(folder, params, config)
+  tokenizer.save_pretrained(folder)
+  return folder, params, config, tokenizer
+
+
+@pytest.fixture(scope="module")
+def adapter(base, tmp_path_factory):
+  """(folder, params with it merged)"""
+  _, params, config, _ = base
+  settings = AdapterConfig(method="lora", r=2, lora_alpha=8, target_modules=["q_proj", "up_proj"])
+  _, fresh = adapters.init(jax.random.key(0), params, settings)
+  node = trained(fresh)
+  folder = tmp_path_factory.mktemp("adapter") / "lora"
+  peft_format.save(folder, node, settings, config)
+  return folder, adapters.merge(params, node)
+
+
+def talk(*args, terminal=None, lines=None, **options):
+  """(stdout, stderr) of a conversation."""
+  stdin = io.StringIO(lines) if terminal is None else Terminal(terminal)
+  out, err = io.StringIO(), io.StringIO()
+  options = dict(max_new_tokens=NEW) | options
+  chat.chat(*args, **options, stdin=stdin, stdout=out, stderr=err)
+  return out.getvalue(), err.getvalue()
+
+
+def expected(base, *conversations, params=None):
+  """What the engine answers, text of each conversation."""
+  folder, own, config, tokenizer = base
+  template = templates.bind(tokenizer, "chatml")
+  prompts = [
+    tokenizer(template.render(messages, add_generation_prompt=True))["input_ids"]
+    for messages in conversations
+  ]
+  stops = {*engine.stop_tokens(config, tokenizer, folder)}
+  stops.add(tokenizer.convert_tokens_to_ids("<|im_end|>"))
+  found = engine.generate(
+    own if params is None else params,
+    config,
+    prompts,
+    max_new_tokens=NEW,
+    stop_tokens=tuple(stops),
+  )
+  return [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in found.tokens]
+
+
+def user(content):
+  return dict(role="user", content=content)
+
+
+def assistant(content):
+  return dict(role="assistant", content=content)
+
+
+def test_each_line_of_a_pipe_is_a_conversation_of_its_own(base):
+  out, err = talk(base[0], lines="Hello there\n\nWhat is two?\r\n", template="chatml")
+  first, second = expected(base, [user("Hello there")], [user("What is two?")])
+  assert first != second
+  assert (out, err) == (f"{first}\n{second}\n", "")
+
+
+def test_a_terminal_remembers_until_it_is_told_not_to(base):
+  lines = "Hello there\nWhat is two?\n/reset\nWhat is two?\n/exit\nnever read\n"
+  out, err = talk(base[0], terminal=lines, template="chatml", system="Four")
+  opening = [dict(role="system", content="Four"), user("Hello there")]
+  (first,) = expected(base, opening)
+  second, anew = expected(
+    base, [*opening, assistant(first), user("What is two?")], [opening[0], user("What is two?")]
+  )
+  assert second != anew
+  assert out == f"> {first}\n> {second}\n> > {anew}\n> "
+  assert err == chat.HELP + "\n"
+
+
+def test_an_adapter_and_the_merged_model_say_the_same_and_the_base_does_not(
+  base, adapter, tmp_path
+):
+  folder, _, config, tokenizer = base
+  hf.save(tmp_path / "merged", adapter[1], config)
+  tokenizer.save_pretrained(tmp_path / "merged")
+  options = dict(lines="Hello there\n", template="chatml")
+  with_adapter, _ = talk(folder, adapter[0], **options)
+  assert with_adapter == talk(tmp_path / "merged", **options)[0]
+  assert with_adapter == expected(base, [user("Hello there")], params=adapter[1])[0] + "\n"
+  assert with_adapter != talk(folder, **options)[0]
+
+
+def test_the_template_in_an_adapters_folder_comes_first(base, adapter):
+  folder, written = adapter[0], adapter[0] / "chat_template.jinja"
+  written.write_text(templates.CHATML)
+  try:
+    own, err = talk(base[0], folder, lines="Hello there\n")
+  finally:
+    written.unlink()
+  assert own == talk(base[0], folder, lines="Hello there\n", template="chatml")[0]
+  assert err == ""
+
+
+def test_a_base_model_continues_text_and_says_so(base):
+  folder, params, config, tokenizer = base
+  out, err = talk(folder, lines="Hello there\n")
+  prompt = tokenizer("Hello there")["input_ids"]
+  (tokens,) = engine.generate(
+    params,
+    config,
+    [prompt],
+    max_new_tokens=NEW,
+    stop_tokens=engine.stop_tokens(config, tokenizer),
+  ).tokens
+  assert out == tokenizer.decode(tokens, skip_special_tokens=True) + "\n"
+  assert "has no chat template: it continues each line as text" in err
+  with pytest.raises(ValueError, match=r"a system message has no place; give a template: chatml"):
+    talk(folder, lines="", system="Be brief")
+
+
+def test_a_conversation_that_fills_the_model_says_so_and_goes_on(base):
+  out, err = talk(base[0], terminal="Hello " * 200 + "\nHello there\n", template="chatml")
+  assert "positions; /reset starts anew" in err
+  assert out == f"> > {expected(base, [user('Hello there')])[0]}\n> "
+
+
+def test_streamed_pieces_are_whole_characters(base):
+  speaker = chat.load(base[0], template="chatml", sampling=engine.GREEDY, max_new_tokens=40)
+  pieces = list(speaker.stream([user("Hello there")], None))
+  (whole,) = speaker.answer([[user("Hello there")]], None)
+  assert "".join(pieces) == whole
+  assert len(pieces) > 5
+
+
+def test_a_model_or_adapter_that_is_not_there(base, tmp_path):
+  with pytest.raises(FileNotFoundError, match="no such folder"):
+    talk(tmp_path / "nothing", lines="")
+  with pytest.raises(FileNotFoundError):
+    talk(base[0], tmp_path, lines="")
