@@ -48,7 +48,7 @@ def jax_jobs() -> Jobs:
   )
   trainable, fixed = tree.partition(adapter)
   optimizer, _ = build.build("adamw", lr=LR, steps=1000, schedule="constant", clip=None)
-  update = jax.jit(step.make(objectives.Sft(config, remat="dots"), optimizer), donate_argnums=0)
+  update = jax.jit(step.make(objectives.Sft(config, remat="names"), optimizer), donate_argnums=0)
   state = step.start(trainable, optimizer)
   frozen = objectives.Frozen(params, fixed)
 

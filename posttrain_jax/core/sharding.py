@@ -76,6 +76,20 @@ def constrain(x: jax.Array, axes: str) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, spec)
 
 
+def gather(tree: Any, spec: PartitionSpec) -> Any:
+  """The arrays of a parameter pinned to spec without its fsdp axes: whole on every device that computes with them.
+
+  A quantised weight travels as it is stored: left to itself the compiler gathers the matrix that it decodes to.
+  """
+  if not active():
+    return tree
+  spec = PartitionSpec(*[None if axis == "fsdp" else axis for axis in spec])
+  specs = tree.partition_specs(spec) if hasattr(tree, "partition_specs") else spec
+  ambient = jax.sharding.get_abstract_mesh()
+  pin = lambda x, spec: jax.lax.with_sharding_constraint(x, fitted(spec, x.shape, ambient))
+  return jax.tree.map(pin, tree, specs)
+
+
 def spec_for(path: str, rules: Rules) -> PartitionSpec:
   """The PartitionSpec of the first rule whose pattern matches the whole path.
 

@@ -159,8 +159,8 @@ def _forward(hidden, head, labels, mask, options, with_gradient):
   scores, slope = jax.lax.fori_loop(0, chunks, body, (Scores(zero, zero, zero), slope))
   scores, slope = jax.tree.map(lambda x: x[:, :tokens], (scores, slope))
   if compact:
-    back = lambda x: jnp.zeros_like(x).at[:, order].set(x, unique_indices=True)
-    scores, slope = jax.tree.map(back, (scores, slope))
+    places = jnp.argsort(order)  # a gather: XLA:CPU scatters row by row
+    scores, slope = jax.tree.map(lambda x: x[:, places], (scores, slope))
   return scores, slope
 
 

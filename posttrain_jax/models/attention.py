@@ -52,7 +52,7 @@ def attend(
   # [batch, kv_heads, groups, time, dim]: plain batched products, twice as fast as the grouped einsum on XLA:CPU
   q = (q * scale).reshape(batch, time, -1, groups, dim).transpose(0, 2, 3, 1, 4)
   k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-  if time <= 2 * QUERY_BLOCK or time % QUERY_BLOCK:
+  if time <= 2 * QUERY_BLOCK:
     out = _attend(q, k, v, mask, softcap)
   else:
     out = _blockwise(q, k, v, mask, softcap)
@@ -74,13 +74,16 @@ def _attend(q, k, v, mask, softcap):
 
 def _blockwise(q, k, v, mask, softcap):
   """The same, QUERY_BLOCK queries at a time, scores recomputed in the backward pass: memory grows as time."""
-  blocks = q.shape[3] // QUERY_BLOCK
-  q = jnp.moveaxis(q.reshape(*q.shape[:3], blocks, QUERY_BLOCK, q.shape[-1]), 3, 0)
-  mask = jnp.moveaxis(mask.reshape(mask.shape[0], blocks, QUERY_BLOCK, -1), 1, 0)
+  time = q.shape[3]
+  padding = -time % QUERY_BLOCK
+  q = jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, padding), (0, 0)))
+  mask = jnp.pad(mask, ((0, 0), (0, padding), (0, 0)))
+  q = jnp.moveaxis(q.reshape(*q.shape[:3], -1, QUERY_BLOCK, q.shape[-1]), 3, 0)
+  mask = jnp.moveaxis(mask.reshape(mask.shape[0], -1, QUERY_BLOCK, mask.shape[-1]), 1, 0)
   block = jax.checkpoint(lambda q, mask: _attend(q, k, v, mask, softcap))
   _, out = jax.lax.scan(lambda _, one: (None, block(*one)), None, (q, mask))
   out = jnp.moveaxis(out, 0, 3)
-  return out.reshape(*out.shape[:3], -1, out.shape[-1])
+  return out.reshape(*out.shape[:3], -1, out.shape[-1])[:, :, :, :time]
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:

@@ -18,9 +18,9 @@ from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from posttrain_jax.core import tree
+from posttrain_jax.core import sharding, tree
 from posttrain_jax.core.sharding import constrain
-from posttrain_jax.core.weight import Transposed, embed, linear, unadapted
+from posttrain_jax.core.weight import Adapted, Transposed, embed, linear, unadapted
 from posttrain_jax.models import attention
 from posttrain_jax.models.config import SLIDING, ModelConfig, Rope
 
@@ -354,6 +354,7 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
 def _layer(x, p, shared, config, extend):
   """One block; `extend(k, v)` returns all keys and values there are to look at."""
   mask, cos, sin = shared
+  p = _gathered(p)
   h = _norm(x, p["input_layernorm"]["weight"], config)
   h = _attention(h, p["self_attn"], mask, cos, sin, config, extend)
   after = p["post_attention_layernorm"]["weight"]
@@ -367,6 +368,20 @@ def _layer(x, p, shared, config, extend):
   if config.sandwich_norms:
     h = _norm(h, p["post_feedforward_layernorm"]["weight"], config)
   return constrain(x + h, "batch time embed")
+
+
+def _gathered(p):
+  """One layer's parameters whole along fsdp; inside the layer, so that the backward pass gathers them again."""
+  if not sharding.active():
+    return p
+  specs = {path: sharding.spec_for(f"layers/{path}", RULES) for path, _ in tree.items(p)}
+  return tree.unflatten((path, _whole(leaf, P(*specs[path][1:]))) for path, leaf in tree.items(p))
+
+
+def _whole(leaf, spec):
+  if isinstance(leaf, Adapted):
+    return leaf.replace(base=_whole(leaf.base, spec), node=_whole(leaf.node, spec))
+  return sharding.gather(leaf, spec)
 
 
 def _attention(h, p, mask, cos, sin, config, extend):

@@ -272,10 +272,10 @@ def objective(
 
 
 def remat(config: ml_collections.ConfigDict) -> str:
-  """What the backward pass recomputes; "auto" is what measured fastest on the backend."""
+  """What the backward pass recomputes; "auto" is what measured fastest."""
   name = config.model.remat
   if name == "auto":
-    return "dots" if jax.default_backend() == "cpu" else "names"
+    return "names"
   if name not in decoder.REMAT:
     raise ConfigError(f"model.remat={name!r}: known are auto, {', '.join(decoder.REMAT)}")
   return name
