@@ -135,7 +135,7 @@ def _cache_compilations() -> None:
 
   from posttrain_jax.models import fetch
 
-  if jax.config.jax_compilation_cache_dir is None:
+  if os.environ.get("JAX_COMPILATION_CACHE_DIR") is None:
     jax.config.update("jax_compilation_cache_dir", str(fetch.cache() / "compiled"))
 
 

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 
 import ml_dtypes
@@ -26,7 +26,7 @@ DTYPES = {
 
 
 @contextlib.contextmanager
-def publish(folder: str | Path) -> Iterator[Path]:
+def publish(folder: str | Path) -> Generator[Path]:
   """A scratch folder that takes `folder`'s place when the block ends well, and vanishes when it does not.
 
   A folder that was there is replaced at that moment and no earlier, so a killed or failed write loses nothing.

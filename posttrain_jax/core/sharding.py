@@ -102,7 +102,9 @@ def spec_for(path: str, rules: Rules) -> PartitionSpec:
   raise KeyError(f"no sharding rule covers {path!r}; add a (pattern, PartitionSpec) pair for it")
 
 
-def fitted(spec: PartitionSpec, shape: Sequence[int], mesh: jax.sharding.Mesh) -> PartitionSpec:
+def fitted(
+  spec: PartitionSpec, shape: Sequence[int], mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
+) -> PartitionSpec:
   """spec with the axes dropped that do not divide the dimension (a 9-head model on tensor=2, say)."""
   sizes = dict(mesh.shape)
   kept = []

@@ -34,7 +34,7 @@ def flatten(tree: Tree) -> dict[str, Any]:
 def unflatten(leaves: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> Tree:
   """The nested dicts that `flatten` came from."""
   tree: dict[str, Any] = {}
-  for path, leaf in leaves.items() if isinstance(leaves, Mapping) else leaves:
+  for path, leaf in dict(leaves).items():
     *parents, last = path.split("/")
     node = tree
     for name in parents:
