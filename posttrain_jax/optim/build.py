@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -57,6 +58,10 @@ def learning_rate(lr: float, *, steps: int, warmup: float, schedule: str) -> opt
   """update -> learning rate: linear over the first `warmup` share of steps, then as `schedule` says."""
   if schedule not in SCHEDULES:
     raise ValueError(f"optimizer.schedule={schedule!r}: known are {', '.join(SCHEDULES)}")
+  if not 0 <= lr < math.inf:
+    raise ValueError(f"optimizer.lr={lr}: write a finite number of at least 0")
+  if not 0 <= warmup <= 1:
+    raise ValueError(f"optimizer.warmup={warmup}: a share of the steps, from 0 to 1")
   rising = round(warmup * steps)
   falling = max(steps - rising, 1)
   after = {

@@ -58,7 +58,18 @@ def mesh(config: ml_collections.ConfigDict) -> jax.sharding.Mesh | None:
   """The mesh of config.mesh over every device; None on a single one."""
   if jax.device_count() == 1:
     return None
-  return sharding.mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
+  made = sharding.mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
+  shares = made.shape["data"] * made.shape["fsdp"]
+  for field, rows, unit in (
+    ("batch.rows", config.batch.rows, shares * config.batch.accumulate),
+    ("eval.rows", config.eval.rows, shares),
+  ):
+    if rows % unit:
+      raise ConfigError(
+        f"{field}={rows}: the mesh {dict(made.shape)} splits the rows of each micro-batch over data x fsdp; "
+        f"write a multiple of {unit}, or a larger mesh.tensor"
+      )
+  return made
 
 
 def compute_dtype(name: str) -> Any:

@@ -27,10 +27,18 @@ from posttrain_jax.data import chat, loader
 from posttrain_jax.evals import report, tasks
 from posttrain_jax.evals import run as run_files
 from posttrain_jax.models import decoder, hf
-from posttrain_jax.train import assemble, distributed, loop, objectives, settings, step, workdir
+from posttrain_jax.train import (
+  assemble,
+  distributed,
+  loop,
+  objectives,
+  settings,
+  signals,
+  step,
+  workdir,
+)
 from posttrain_jax.train.assemble import Data, Model
 from posttrain_jax.train.objectives import Frozen
-from posttrain_jax.train.signals import PREEMPTED
 
 log = logging.getLogger(__name__)
 TOLERANCE = 1e-5  # of a fresh adapter's logits against the base's, relative to their size
@@ -47,14 +55,15 @@ def train(config: ml_collections.ConfigDict, folder: str | Path, *, dry_run: boo
   """
   say = print if distributed.is_main() else lambda *_: None
   if not dry_run:
-    folder = workdir.claim(folder, config)
+    folder = workdir.check(folder, config)
     if (folder / workdir.DONE).exists():
       say(f"{folder} is complete: {(folder / workdir.DONE).read_text().strip()}")
       return 0
   mesh = assemble.mesh(config)
   if mesh is not None:
     say(f"mesh: {dict(mesh.shape)}")
-  with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+  ambient = contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+  with ambient, signals.exiting():
     model = assemble.model(config, mesh)
     data = assemble.data(config, model)
     pieces = _pieces(config, model, data, mesh)
@@ -62,6 +71,7 @@ def train(config: ml_collections.ConfigDict, folder: str | Path, *, dry_run: boo
     if dry_run:
       _explain_memory(pieces, say)
       return 0
+    workdir.claim(Path(folder), config)
     return _train(config, Path(folder), model, data, pieces, say)
 
 
@@ -167,7 +177,7 @@ def _train(config, folder: Path, model: Model, data: Data, pieces: _Pieces, say)
   state, progress, complete = loop.loop(run, state, progress, checkpoints)
   checkpoints.close()
   if not complete:
-    return PREEMPTED
+    return signals.PREEMPTED
   _finish(config, folder, model, pieces, run, state, progress, say)
   return 0
 
@@ -233,7 +243,8 @@ def _export(config, folder: Path, model: Model, pieces: _Pieces, trainable: Any,
   if not distributed.is_main():
     return
   if pieces.chosen is None:
-    dtype = json.loads(model.config.source).get("torch_dtype") or "float32"
+    source = json.loads(model.config.source)
+    dtype = source.get("dtype") or source.get("torch_dtype") or "float32"
     params = jax.tree.map(lambda x: np.asarray(x).astype(files.numpy_dtype(dtype)), whole)
     hf.save(
       folder / name.replace("adapter", "model"), params, model.config, tokenizer_from=model.folder

@@ -48,12 +48,19 @@ def _set(config: ml_collections.ConfigDict, name: str, text: str, opened: set[st
   if not isinstance(node, ml_collections.ConfigDict) or (last not in node and not free):
     raise ConfigError(_unknown(name, config))
   old = node.get(last)
+  if isinstance(old, ml_collections.ConfigDict) and name not in opened:
+    raise ConfigError(
+      f"--config.{name}={text}: {name} holds {', '.join(old)}; set them one by one, "
+      f"like --config.{name}.{next(iter(old))}=value"
+    )
   try:
     value = _literal(text) if old is None or free else _typed(text, old)
   except (ValueError, SyntaxError):
     raise ConfigError(f"--config.{name}={text}: expected {_expected(old)}, like {old!r}") from None
   with node.unlocked(), node.ignore_type():
-    node[last] = ml_collections.ConfigDict(value) if isinstance(value, dict) else value
+    # patterns over module names (rank_pattern) have dots in them
+    made = lambda keys: ml_collections.ConfigDict(keys, allow_dotted_keys=True)
+    node[last] = made(value) if isinstance(value, dict) else value
 
 
 def _typed(text: str, old: Any) -> Any:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import signal
+import sys
+from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -14,6 +17,16 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 PREEMPTED = 75  # exit code: stopped when asked, state saved, safe to run again (EX_TEMPFAIL)
+
+
+@contextlib.contextmanager
+def exiting() -> Iterator[None]:
+  """SIGTERM ends the program with PREEMPTED at once: around a loop, where all there is can be had again."""
+  before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(PREEMPTED))
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGTERM, before)
 
 
 class Stop:

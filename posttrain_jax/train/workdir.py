@@ -30,34 +30,44 @@ PACKAGES = (
   "transformers",
   "numpy",
 )
-DONE = "done.json"
+RECORD, DONE = "config.json", "done.json"
 
 
-def claim(workdir: str | Path, config: ml_collections.ConfigDict) -> Path:
-  """The folder of this run, made or found again; every process may call it, the main one writes.
+def check(workdir: str | Path, config: ml_collections.ConfigDict) -> Path:
+  """The folder that this run may have: absent, empty, or one that holds a run of the same config.
 
   Raises:
     ConfigError: the folder holds a run of another config (the differences are shown) or something else.
   """
   folder = Path(workdir).absolute()
-  record = folder / "config.json"
-  mine = json.loads(json.dumps(settings.plain(config)))
+  if folder.exists() and not folder.is_dir():
+    raise ConfigError(f"{folder} is a file; name another --workdir")
+  # listed first: with several processes the main one may be writing the record
+  entries = list(folder.iterdir()) if folder.exists() else []
+  record = folder / RECORD
   if record.exists():
+    mine = json.loads(json.dumps(settings.plain(config)))
     changed = settings.differences(json.loads(record.read_text())["config"], mine)
     if changed:
       listed = "\n  ".join(changed)
       raise ConfigError(
         f"{folder} holds a run of another config:\n  {listed}\nName another --workdir, or restore these fields."
       )
-    return folder
-  if folder.exists() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
+  elif any(not entry.name.startswith(".") for entry in entries):
     raise ConfigError(
-      f"{folder} is not empty and holds no run (no config.json); name another --workdir"
+      f"{folder} is not empty and holds no run (no {RECORD}); name another --workdir"
     )
-  folder.mkdir(parents=True, exist_ok=True)
-  if jax.process_index() == 0:
-    files.write_json(record, {"config": mine, **origin()})
   return folder
+
+
+def claim(folder: Path, config: ml_collections.ConfigDict) -> None:
+  """Makes the folder this config's run; every process may call it, the main one writes.
+
+  Called once the run is known to start, so that a mistake leaves nothing behind that would have to be removed.
+  """
+  folder.mkdir(parents=True, exist_ok=True)
+  if jax.process_index() == 0 and not (folder / RECORD).exists():
+    files.write_json(folder / RECORD, {"config": settings.plain(config), **origin()})
 
 
 def origin() -> dict[str, Any]:
