@@ -171,11 +171,12 @@ def test_a_command_that_ends_well_without_a_result_has_failed(grid):
 
 
 def when(ready, *actions):
-  """Runs the actions in a thread as soon as the file exists, half a second apart."""
+  """Runs the actions in a thread as soon as the file (or all of them) exists, half a second apart."""
+  every = ready if isinstance(ready, list) else [ready]
 
   def wait():
     until = time.monotonic() + 30
-    while not ready.exists() and time.monotonic() < until:
+    while not all(path.exists() for path in every) and time.monotonic() < until:
       time.sleep(0.02)
     for action in actions:
       action()
@@ -222,7 +223,7 @@ def test_a_preempted_run_ends_the_sweep(grid):
 def test_several_at_once(grid):
   """Neither of two that wait for the stop ends by itself: both must have been started."""
   grid.points([("", {"behave": "hang"}), ("", {"behave": "hang", "steps": 2})])
-  both = grid.workdir / "behave=hang__steps=2" / "ready"
+  both = [grid.workdir / name / "ready" for name in ("behave=hang", "behave=hang__steps=2")]
   thread = when(both, lambda: os.kill(os.getpid(), signal.SIGTERM))
   code, _ = grid.run(jobs=2)
   thread.join()
