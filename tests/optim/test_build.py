@@ -1,0 +1,129 @@
+"""Optimizers by name: schedules in closed form, what decays, what is clipped."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from posttrain_jax.adapters.lora import LoRA
+from posttrain_jax.optim import build
+
+NAMES = ("adamw", "adafactor", "lion", "sgd")
+
+
+def rates(steps=10, lr=2.0, warmup=0.3, schedule="cosine"):
+  rate = build.learning_rate(lr, steps=steps, warmup=warmup, schedule=schedule)
+  return np.asarray([rate(step) for step in range(steps + 1)])
+
+
+def test_the_rate_rises_to_its_peak_and_falls_to_zero():
+  after = np.arange(8) / 7  # from the fourth update to the end of the run
+  rising = [2 / 3, 4 / 3, 2.0]  # the first update is not at a rate of 0
+  np.testing.assert_allclose(rates(), [*rising, *(1 + np.cos(np.pi * after))], rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(rates(schedule="linear"), [*rising, *(2 - 2 * after)], atol=1e-6)
+  np.testing.assert_allclose(rates(schedule="constant"), [*rising, *[2.0] * 8], rtol=1e-6)
+
+
+@pytest.mark.parametrize("warmup", [0.0, 0.04, 0.1])
+def test_short_warmups_start_at_the_peak(warmup):
+  """No update, or the only one of the warm-up."""
+  found = rates(warmup=warmup)
+  assert found[0] == 2.0
+  assert found[-1] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_run_that_only_warms_up_ends_at_its_peak():
+  np.testing.assert_allclose(rates(steps=4, warmup=1.0)[:4], [0.5, 1.0, 1.5, 2.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_optimizer_finds_a_minimum(name):
+  optimizer, _ = build.build(name, lr=0.05, steps=60, warmup=0.1)
+  params = {"layers": {"w": jnp.full((2, 3, 4), 1.5)}, "norm": jnp.full((4,), -1.0)}
+  loss = lambda p: sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(p))
+
+  @jax.jit
+  def update(params, state):
+    updates, state = optimizer.update(jax.grad(loss)(params), state, params)
+    return optax.apply_updates(params, updates), state
+
+  state, before = optimizer.init(params), loss(params)
+  for _ in range(60):
+    params, state = update(params, state)
+  assert loss(params) < 0.2 * before
+
+
+def test_adamw_is_the_published_update():
+  """Loshchilov & Hutter 2019, algorithm 2, with the gradient clipped before."""
+  lr, b1, b2, eps, decay, clip = 0.1, 0.8, 0.95, 1e-8, 0.3, 0.5
+  optimizer, _ = build.build(
+    "adamw", lr=lr, steps=3, schedule="constant", weight_decay=decay, clip=clip, b1=b1, b2=b2
+  )
+  w = np.asarray([[1.0, -2.0]])
+  params = {"w": jnp.asarray(w, jnp.float32)}
+  state, m, v = optimizer.init(params), 0.0, 0.0
+  for t, g in enumerate(np.asarray([[[3.0, 4.0]], [[0.1, -0.2]], [[-1.0, 0.0]]]), 1):
+    updates, state = optimizer.update({"w": jnp.asarray(g, jnp.float32)}, state, params)
+    params = optax.apply_updates(params, updates)
+    g = g * min(1.0, clip / np.linalg.norm(g))
+    m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
+    w = w - lr * (m / (1 - b1**t) / (np.sqrt(v / (1 - b2**t)) + eps) + decay * w)
+    np.testing.assert_allclose(params["w"], w, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ("clip", "gradient", "update"),
+  [
+    (1.0, [3.0, 4.0], [-0.6, -0.8]),
+    (1.0, [0.3, 0.4], [-0.3, -0.4]),
+    (None, [3.0, 4.0], [-3.0, -4.0]),
+  ],
+)
+def test_only_a_large_gradient_is_clipped(clip, gradient, update):
+  optimizer, _ = build.build("sgd", lr=1.0, steps=1, clip=clip, b1=0.0)
+  params = {"w": jnp.zeros(2)}
+  found, _ = optimizer.update({"w": jnp.asarray(gradient)}, optimizer.init(params), params)
+  np.testing.assert_allclose(found["w"], update, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_matrices_decay_and_nothing_else(name):
+  """Without a gradient all that moves a parameter is its decay: norms and biases, stacked or not, stay."""
+  node = lambda *lead: LoRA(jnp.ones((*lead, 4, 2)), jnp.ones((*lead, 2, 4)), jnp.ones(lead))
+  params = {
+    "embed_tokens": {"weight": jnp.ones((6, 4))},
+    "layers": {
+      "mlp": {"up_proj": {"weight": jnp.ones((2, 4, 4)), "bias": jnp.ones((2, 4))}},
+      "input_layernorm": {"weight": jnp.ones((2, 4))},
+      "self_attn": {"q_proj": {"weight": node(2).replace(scale=None)}},
+    },
+    "norm": {"weight": jnp.ones(4)},
+    "lm_head": {"weight": node().replace(scale=None)},
+  }
+  optimizer, _ = build.build(name, lr=0.1, steps=5, schedule="constant", weight_decay=0.5)
+  zero = jax.tree.map(jnp.zeros_like, params)
+  updates, _ = jax.jit(optimizer.update)(zero, optimizer.init(params), params)
+  moved = jax.tree.map(lambda u: bool(jnp.any(u != 0)), updates)
+  assert moved["embed_tokens"]["weight"]
+  assert moved["layers"]["mlp"]["up_proj"] == {"weight": True, "bias": False}
+  assert moved["layers"]["self_attn"]["q_proj"]["weight"] == LoRA(True, True, None)
+  assert moved["lm_head"]["weight"] == LoRA(True, True, None)
+  assert not moved["layers"]["input_layernorm"]["weight"]
+  assert not moved["norm"]["weight"]
+
+
+@pytest.mark.parametrize(
+  ("wrong", "message"),
+  [
+    (dict(name="adamv"), "adamv.*adamw"),
+    (dict(schedule="cosin"), "cosin.*cosine"),
+    (dict(lr=float("nan")), "optimizer.lr=nan"),
+    (dict(lr=float("inf")), "optimizer.lr=inf"),
+    (dict(lr=-1.0), "optimizer.lr=-1"),
+    (dict(warmup=100), "optimizer.warmup=100.*share"),
+  ],
+)
+def test_mistakes_are_explained(wrong, message):
+  with pytest.raises(ValueError, match=message):
+    build.build(**(dict(name="adamw", lr=1e-3, steps=10) | wrong))
