@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 from collections.abc import Sequence
 from typing import Any
@@ -79,7 +80,8 @@ class LoRA:
     """Specs of the fields, from the base's: its axes are inherited, the rank stays unsharded."""
     *lead, rows, columns = [*[None] * (self.a.ndim - len(spec)), *spec]
     none = PartitionSpec()
-    return self.replace(
+    return dataclasses.replace(
+      self,
       a=PartitionSpec(*lead, rows, None),
       b=PartitionSpec(*lead, None, columns),
       scale=none,

@@ -17,8 +17,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 AXES = ("data", "fsdp", "tensor")
 Rules = Sequence[tuple[str, PartitionSpec]]
 
-# Where the logical axes of an activation live.
-ACTIVATIONS = {
+# Where the logical axes of an activation live: entries of a PartitionSpec.
+ACTIVATIONS: dict[str, Any] = {
   "batch": ("data", "fsdp"),
   "time": None,
   "embed": None,

@@ -15,6 +15,8 @@ from flax import struct
 from posttrain_jax.core import sharding
 
 Array = jax.Array
+# A Weight or a plain array; not their union, since a type checker cannot follow `hasattr`.
+AnyWeight = Any
 
 
 @runtime_checkable
@@ -31,7 +33,7 @@ class Weight(Protocol):
     """The matrix itself, [in, out]."""
 
 
-def linear(x: Array, w: Weight | Array) -> Array:
+def linear(x: Array, w: AnyWeight) -> Array:
   """x @ w with x: [..., in], w: [in, out]; computed in x's dtype.
 
   Without a mesh the operand is flattened to two dimensions: on XLA:CPU the gradient of a low-rank factor from a
@@ -51,21 +53,21 @@ def _product(x: Array, w: Array, contract: int) -> Array:
   return y.reshape(*lead, y.shape[-1])
 
 
-def embed(ids: Array, w: Weight | Array) -> Array:
+def embed(ids: Array, w: AnyWeight) -> Array:
   """Rows of w: ids: [...] of integers, w: [vocab, out] -> [..., out]."""
   if hasattr(w, "rows"):
     return w.rows(ids)
   return jnp.take(w, ids, axis=0, mode="clip")
 
 
-def dense(w: Weight | Array, dtype: Any = None) -> Array:
+def dense(w: AnyWeight, dtype: Any = None) -> Array:
   """w as a plain [in, out] array, in `dtype` or (None) in the dtype it is stored in."""
   if hasattr(w, "dense"):
     return w.dense(dtype)
   return w if dtype is None else w.astype(dtype)
 
 
-def shape(w: Weight | Array) -> tuple[int, ...]:
+def shape(w: AnyWeight) -> tuple[int, ...]:
   """The logical shape, [..., in, out]: what the matrix would have if it were dense."""
   return tuple(w.shape)
 
@@ -121,7 +123,7 @@ class Transposed:
     return jnp.swapaxes(dense(self.base, dtype), -1, -2)
 
 
-def unadapted(w: Weight | Array) -> Weight | Array:
+def unadapted(w: AnyWeight) -> AnyWeight:
   """The base under any number of bound adapters."""
   while isinstance(w, Adapted):
     w = w.base

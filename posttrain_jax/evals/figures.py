@@ -14,10 +14,11 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
 
 from posttrain_jax.evals.run import Run
 
-STYLE = {
+STYLE: dict[Any, Any] = {
   "font.family": "sans-serif",
   "font.size": 9,
   "axes.titlesize": 9,
@@ -149,7 +150,7 @@ def course(run: Run) -> Figure | None:
   return figure
 
 
-def _limit(axes, drawn: Sequence[Sequence[float]]) -> None:
+def _limit(axes, drawn: Sequence[ArrayLike]) -> None:
   """Room for what matters: a first step that is far above the rest does not flatten them."""
   values = np.concatenate([np.asarray(some, np.float64) for some in drawn])
   values = values[np.isfinite(values)]
@@ -182,7 +183,7 @@ def sweep(points: Sequence[Mapping[str, Any]], swept: Sequence[str], metric: str
   lines: dict[tuple, list] = {}
   for point in points:
     lines.setdefault(tuple(point.get(name) for name in others), []).append(point)
-  x = [point.get(across) for point in points] if across else ["all"]
+  x: list[Any] = [point.get(across) for point in points] if across else ["all"]
   numeric = across is not None and all(map(_is_number, x))
   with style():
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")

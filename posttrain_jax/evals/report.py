@@ -72,11 +72,11 @@ def write(workdir: str | Path, *, done: Mapping[str, Any] | None = None) -> Path
 def summary_table(workdir: str | Path) -> rich.table.Table:
   """Accuracy before and after with counts, by channel and overall; without an evaluation, the last metrics."""
   found = run.read(workdir)
-  if found.before is None and found.after is None:
+  accuracy = _accuracy(found)
+  if accuracy is None:
     return _table(
       ["metric", "last value"], [(k, _number(v)) for k, v in sorted(found.final().items())]
     )
-  accuracy = _accuracy(found)
   return _table(["channel", *accuracy["heads"]], accuracy["rows"], last="bold")
 
 
@@ -101,6 +101,11 @@ def chat_command(found: Run) -> str | None:
     options = [f"--model={found.folder / 'model'}"]
   else:
     return None
+  template, task = found.field("model.template"), found.field("data.train")
+  if template not in (None, "tokenizer"):
+    options.append(f"--template={template}")
+  if task in tasks.TASKS:
+    options.append(f"--system={tasks.TASKS[task].system}")  # without it the prompts are not those of training
   return shlex.join(["posttrain", "chat", *options])
 
 
@@ -215,7 +220,7 @@ def _accuracy(found: Run) -> dict[str, Any] | None:
     heads=[*known, *(["change"] if compared else [])],
     rows=[_row(name, list(known.values())) for name in [*names, ALL]],
     note=_note(known),
-    verdict=_sentence(found.before, found.after) if compared else None,
+    verdict=_sentence(*known.values()) if compared else None,
     verdict_heads=list(known),
     verdicts=[
       (reason, *(str(result.reasons.get(reason, 0)) for result in known.values()))

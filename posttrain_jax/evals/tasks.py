@@ -27,11 +27,13 @@ class Task:
   examples: (split, n=None) -> rows with `prompt` (messages), `question`, `gold` and `channel`.
   score: (answer, gold) -> (correct, reason).
   max_new_tokens: enough for every gold answer, and for the model to end its turn.
+  system: the system message that every prompt begins with.
   """
 
   examples: Callable[..., list[dict]]
   score: Callable[[str, str], tuple[bool, str]]
   max_new_tokens: int
+  system: str
 
 
 def _score_sql(answer: str, gold: str) -> tuple[bool, str]:
@@ -40,7 +42,7 @@ def _score_sql(answer: str, gold: str) -> tuple[bool, str]:
 
 
 # The longest gold query takes 38 tokens of SmolLM2's.
-TASKS = {"sql": Task(sql.examples, _score_sql, max_new_tokens=64)}
+TASKS = {"sql": Task(sql.examples, _score_sql, max_new_tokens=48, system=sql.SYSTEM)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,9 +77,9 @@ class TaskResult:
   @classmethod
   def from_json(cls, value: Mapping[str, Any]) -> TaskResult:
     """The result that `to_json` gave, before or after a round trip through a file."""
-    fields = {field.name: value[field.name] for field in dataclasses.fields(cls)}
-    channels = {name: tuple(counts) for name, counts in value["by_channel"].items()}
-    return cls(**{**fields, "by_channel": channels})
+    fields: dict[str, Any] = {field.name: value[field.name] for field in dataclasses.fields(cls)}
+    fields["by_channel"] = {name: tuple(pair) for name, pair in value["by_channel"].items()}
+    return cls(**fields)
 
 
 def evaluate(

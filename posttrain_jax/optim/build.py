@@ -37,13 +37,13 @@ def build(
     clip: largest global norm of the gradient; None for no clipping.
   """
   rate = learning_rate(lr, steps=steps, warmup=warmup, schedule=schedule)
-  decay = {"weight_decay": weight_decay, "mask": matrices} if weight_decay else {}
+  mask = matrices if weight_decay else None
   optimizers = {
-    "adamw": lambda: optax.adamw(rate, b1=b1, b2=b2, eps=eps, **decay or {"weight_decay": 0.0}),
+    "adamw": lambda: optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=mask),
     "adafactor": lambda: optax.adafactor(
       rate, weight_decay_rate=weight_decay or None, weight_decay_mask=matrices
     ),
-    "lion": lambda: optax.lion(rate, b1=b1, b2=b2, **decay or {"weight_decay": 0.0}),
+    "lion": lambda: optax.lion(rate, b1=b1, b2=b2, weight_decay=weight_decay, mask=mask),
     "sgd": lambda: optax.chain(
       optax.add_decayed_weights(weight_decay, matrices), optax.sgd(rate, momentum=b1)
     ),

@@ -7,7 +7,7 @@ import functools
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -20,7 +20,7 @@ PREEMPTED = 75  # exit code: stopped when asked, state saved, safe to run again 
 
 
 @contextlib.contextmanager
-def exiting() -> Iterator[None]:
+def exiting() -> Generator[None]:
   """SIGTERM ends the program with PREEMPTED at once: around a loop, where all there is can be had again."""
   before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(PREEMPTED))
   try:

@@ -20,7 +20,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -292,7 +292,7 @@ class _Asked:
 
 
 @contextlib.contextmanager
-def _stopping() -> Iterator[_Asked]:
+def _stopping() -> Generator[_Asked]:
   """Inside, SIGINT, SIGTERM and SIGHUP are counted instead of ending the process."""
   asked = _Asked()
 
@@ -321,7 +321,7 @@ def _signal(running, asked) -> None:
 
 
 @contextlib.contextmanager
-def _locked(workdir: Path) -> Iterator[int]:
+def _locked(workdir: Path) -> Generator[int]:
   """A lock on the folder that the runs inherit."""
   with (workdir / LOCK).open("w") as lock:
     try:
@@ -343,7 +343,8 @@ def _swept(points: Sequence[Point]) -> list[str]:
 
 
 def _summary(point: Point, code: int, folder: Path) -> dict[str, Any]:
-  row = dict(point=point.name, status={0: "finished", PREEMPTED: "stopped"}.get(code, "failed"))
+  status = {0: "finished", PREEMPTED: "stopped"}.get(code, "failed")
+  row: dict[str, Any] = dict(point=point.name, status=status)
   row |= dict(values=dict(point.values), steps=0, metrics={})
   if code == 0:
     found = runs.read(folder)
@@ -366,7 +367,7 @@ def _write_summary(rows, swept, workdir, metric, console) -> bool:
     console.print(rich.text.Text(message), style="red")
     return False
   shown = [{**row["values"], **row["metrics"]} for row in rows if chosen in row["metrics"]]
-  if shown:
+  if chosen is not None and shown:
     figures.save_png(figures.sweep(shown, swept, chosen), workdir / "summary.png")
   return True
 
