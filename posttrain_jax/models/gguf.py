@@ -1,25 +1,17 @@
 """A GGUF file becomes a Hugging Face folder: dequantised weights, configs and tokenizer."""
 
-import contextlib
 import dataclasses
-import json
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
-import jax.numpy as jnp
 import numpy as np
 
+from posttrain_jax.core import files
 from posttrain_jax.models import gguf_tokenizer
 
-_DTYPES = {
-  "float32": (np.dtype(np.float32), "F32"),
-  "float16": (np.dtype(np.float16), "F16"),
-  "bfloat16": (np.dtype(jnp.bfloat16), "BF16"),
-}
+_DTYPES = ("float32", "float16", "bfloat16")
 
 _PROJECTIONS = {
   "attn_norm.weight": "input_layernorm.weight",
@@ -59,9 +51,12 @@ def convert(gguf_path: str | Path, out_dir: str | Path, *, dtype: str = "float32
 
   Tensors pass one at a time.  The folder appears whole or not at all.
   """
-  with publish(Path(out_dir)) as folder:
+  out_dir = Path(out_dir)
+  if out_dir.exists():
+    raise FileExistsError(f"{out_dir} exists already; remove it or name another folder")
+  with files.publish(out_dir) as folder:
     convert_into(gguf_path, folder, dtype=dtype)
-  return Path(out_dir)
+  return out_dir
 
 
 def convert_into(gguf_path: str | Path, folder: Path, *, dtype: str = "float32") -> None:
@@ -80,27 +75,19 @@ def convert_into(gguf_path: str | Path, folder: Path, *, dtype: str = "float32")
     config = _config(family, arch, fields, tensors, dtype)
     names = _names(family, config, tensors)
     gguf_tokenizer.write(fields, folder, max_length=config["max_position_embeddings"])
-    gguf_tokenizer.write_json(folder / "config.json", config)
-    gguf_tokenizer.write_json(folder / "generation_config.json", _generation(fields))
-    _write_weights(folder / "model.safetensors", family, config, tensors, names, dtype)
+    files.write_json(folder / "config.json", config)
+    files.write_json(folder / "generation_config.json", _generation(fields))
+    weights = {
+      ours: (
+        _shape(ours, config),
+        dtype,
+        functools.partial(_weight, ours, tensors[theirs], family, config),
+      )
+      for ours, theirs in sorted(names.items())
+    }
+    files.write_safetensors(folder / "model.safetensors", weights)
   except ValueError as e:
     raise ValueError(f"{gguf_path}: {e}") from e
-
-
-@contextlib.contextmanager
-def publish(out_dir: Path) -> Iterator[Path]:
-  """A scratch folder beside `out_dir` that becomes `out_dir` when the block ends well."""
-  if out_dir.exists():
-    raise FileExistsError(f"{out_dir} exists already; remove it or name another folder")
-  out_dir.parent.mkdir(parents=True, exist_ok=True)
-  scratch = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.partial-", dir=out_dir.parent))
-  try:
-    folder = scratch / out_dir.name  # a child, since mkdtemp's own folder is private (0700)
-    folder.mkdir()
-    yield folder
-    folder.rename(out_dir)
-  finally:
-    shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _read(path: Path) -> tuple[gguf.GGUFReader, dict]:
@@ -265,29 +252,14 @@ def _shape(name: str, config: dict) -> tuple[int, ...]:
   return matrix[:1] if kind == "bias" else matrix
 
 
-def _write_weights(path: Path, family, config, tensors, names, dtype: str) -> None:
-  """model.safetensors, written as it is dequantised: the layout is known beforehand."""
-  numpy_dtype, tag = _DTYPES[dtype]
-  header, end = {"__metadata__": {"format": "pt"}}, 0
-  for name in sorted(names):
-    shape = _shape(name, config)
-    start, end = end, end + int(np.prod(shape)) * numpy_dtype.itemsize
-    header[name] = {"dtype": tag, "shape": shape, "data_offsets": [start, end]}
-  head = json.dumps(header, separators=(",", ":")).encode()
-  head += b" " * (-len(head) % 8)  # the data must start on a multiple of 8
-  with path.open("wb") as f:
-    f.write(len(head).to_bytes(8, "little") + head)
-    for name in sorted(names):
-      tensor = tensors[names[name]]
-      array = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-      array = array.reshape(_shape(name, config))
-      if family.permuted and ".q_proj." in name:
-        array = _unpermute(array, config["num_attention_heads"])
-      elif family.permuted and ".k_proj." in name:
-        array = _unpermute(array, config["num_key_value_heads"])
-      f.write(np.ascontiguousarray(array, numpy_dtype).view(np.uint8).data)
-    f.flush()
-    os.fsync(f.fileno())
+def _weight(name: str, tensor, family: _Family, config: dict) -> np.ndarray:
+  """The tensor as Hugging Face stores it under `name`, in float32."""
+  array = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(_shape(name, config))
+  if family.permuted and ".q_proj." in name:
+    return _unpermute(array, config["num_attention_heads"])
+  if family.permuted and ".k_proj." in name:
+    return _unpermute(array, config["num_key_value_heads"])
+  return array
 
 
 def _unpermute(array: np.ndarray, heads: int) -> np.ndarray:

@@ -6,11 +6,12 @@ refused by name.
 """
 
 import dataclasses
-import json
 from pathlib import Path
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
+
+from posttrain_jax.core import files
 
 # Values of tokenizer.ggml.token_type.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
@@ -72,12 +73,8 @@ def write(fields: dict, out_dir: Path, *, max_length: int) -> None:
   }
   if "tokenizer.chat_template" in fields:
     config["chat_template"] = fields["tokenizer.chat_template"]
-  write_json(out_dir / "tokenizer_config.json", config)
-  write_json(out_dir / "special_tokens_map.json", special)
-
-
-def write_json(path: Path, value) -> None:
-  path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+  files.write_json(out_dir / "tokenizer_config.json", config)
+  files.write_json(out_dir / "special_tokens_map.json", special)
 
 
 def _build(fields: dict) -> tuple[tokenizers.Tokenizer, bool]:

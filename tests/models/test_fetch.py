@@ -94,7 +94,8 @@ def run(tiny, before="", **options):
   """`fetch` in a process of its own, with `before` run first."""
   program = f"""
     import os, signal
-    from posttrain_jax.models import fetch, gguf_tokenizer
+    from posttrain_jax.core import files
+    from posttrain_jax.models import fetch
     fetch.BUILT_IN["tiny"] = fetch.{tiny!r}
     {before}
     print(fetch.fetch("tiny"))
@@ -115,13 +116,13 @@ def test_two_processes_share_one_result(tiny, tmp_path):
 
 def test_killed_fetch_leaves_nothing_that_looks_whole(tiny, tmp_path):
   # Dies when the first JSON file is written, with the tokenizer already there.
-  kill = "gguf_tokenizer.write_json = lambda *_: os.kill(os.getpid(), signal.SIGKILL)"
+  kill = "files.write_json = lambda *_: os.kill(os.getpid(), signal.SIGKILL)"
   process = run(tiny, before=kill)
   process.communicate(timeout=100)
   assert process.returncode == -signal.SIGKILL
   models = tmp_path / "cache/models"
   assert not (models / "tiny").exists()
-  assert len(list(models.glob(".tiny.partial-*/tiny/tokenizer.json"))) == 1
+  assert len(list(models.glob(".tiny.partial-*/new/tokenizer.json"))) == 1
   fetch.fetch("tiny")
   assert content(models) == [".tiny.lock", "tiny"]  # the remains are gone too
   assert content(models / "tiny") == FILES
