@@ -1,0 +1,1 @@
+"""What everything else stands on: weights, trees of them, sharding, checkpoints, files."""

@@ -1,0 +1,1 @@
+"""From a source to batches: reading, columns, chat templates, tokens, packing, mixing."""

@@ -1,0 +1,1 @@
+"""Objectives on arrays, and the log-probabilities that they start from."""

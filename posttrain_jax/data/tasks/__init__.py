@@ -1,0 +1,1 @@
+"""Built-in tasks: questions with answers that a program can check."""
