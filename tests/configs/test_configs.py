@@ -1,0 +1,76 @@
+"""Every config file: it loads, its arguments are checked, each of its points differs from the others."""
+
+import json
+import pathlib
+
+import pytest
+
+from posttrain_jax.train import assemble, settings
+from posttrain_jax.train.settings import ConfigError
+
+ROOT = pathlib.Path(__file__).parents[2]
+HELPERS = ("common.py",)
+CONFIGS = sorted(p.name for p in (ROOT / "configs").glob("*.py") if p.name not in HELPERS)
+
+
+def load(name, arguments="", overrides=()):
+  return settings.load(f"{ROOT / 'configs' / name}:{arguments}", overrides)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_it_is_plain_data(name):
+  config = settings.plain(load(name))
+  assert json.loads(json.dumps(config)) == config
+  assert config["steps"] >= 1
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_its_docstring_holds_its_command(name):
+  text = settings.module(str(ROOT / "configs" / name)).__doc__
+  assert f"--config=configs/{name}" in text
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_its_smoke_run_is_small(name):
+  full, smoke = load(name), load(name, "smoke")
+  assert smoke.steps <= 4 < full.steps
+  assert smoke.batch.rows <= full.batch.rows
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_its_fields_make_an_adapter_and_an_optimizer(name):
+  config = load(name)
+  assemble.optimizer(config)
+  assert assemble.adapter_config(config).r == config.adapter.r
+  assert assemble.remat(config)
+  assert assemble.adapter_config(load(name, "adapter=none")) is None
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    ("adaptr=lora", "unknown config argument 'adaptr'.*did you mean 'adapter'"),
+    ("adapter=lorra", "adapter='lorra': known are none, lora"),
+    ("base=int3", "base='int3': known are dense, nf4"),
+    ("smoke=perhaps", "write true or false"),
+  ],
+)
+def test_a_wrong_argument_is_explained(name, arguments, message):
+  with pytest.raises(ConfigError, match=message):
+    load(name, arguments)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_points_of_its_sweep_differ(name):
+  file = str(ROOT / "configs" / name)
+  if "sweep" not in vars(settings.module(file)):
+    assert "def sweep" not in pathlib.Path(file).read_text()
+    return
+  resolved = [
+    json.dumps(
+      settings.plain(load(name, arguments, [settings.override(*f) for f in fields.items()]))
+    )
+    for arguments, fields in settings.points(file)
+  ]
+  assert len({*resolved}) == len(resolved) > 1
