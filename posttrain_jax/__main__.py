@@ -72,13 +72,15 @@ def _train(args, overrides):
 def _sweep(args, overrides):
   from posttrain_jax.train import sweep
 
-  return sweep.run(args.config, args.workdir, overrides=overrides)
+  return sweep.run(
+    args.config, args.workdir, overrides=overrides, jobs=args.jobs, metric=args.metric
+  )
 
 
 def _export(args, _):
   from posttrain_jax.train import export
 
-  print(export.export(args.workdir, args.out, merge=args.merge))
+  print(export.export(args.workdir, args.out, merge=args.merge, merge_base=args.merge_base))
 
 
 def _chat(args, _):
@@ -89,6 +91,7 @@ def _chat(args, _):
     args.model,
     args.adapter,
     system=args.system,
+    template=args.template,
     max_new_tokens=args.max_new_tokens,
     temperature=args.temperature,
     top_p=args.top_p,
@@ -177,7 +180,10 @@ def _parser() -> argparse.ArgumentParser:
   )
   chat.add_argument("--model", required=True, metavar="NAME_OR_DIR")
   chat.add_argument("--adapter", metavar="DIR")
-  chat.add_argument("--system")
+  chat.add_argument("--system", metavar="TEXT", help="the system message")
+  chat.add_argument(
+    "--template", metavar="NAME", help="a chat template; default the adapter's or tokenizer's own"
+  )
   chat.add_argument("--max_new_tokens", type=int, default=256)
   chat.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token")
   chat.add_argument("--top_p", type=float, default=1.0)
@@ -190,10 +196,20 @@ def _parser() -> argparse.ArgumentParser:
   export.add_argument(
     "--merge", action="store_true", help="a merged Hugging Face folder instead of the adapter"
   )
+  export.add_argument(
+    "--merge_base",
+    choices=("original", "dequantised"),
+    default="original",
+    help="what an adapter of an NF4 run is merged into",
+  )
 
   sweep = commands.add_parser("sweep", help="every point of a config's sweep()", allow_abbrev=False)
   _add_config(sweep)
   sweep.add_argument("--workdir", required=True, metavar="DIR")
+  sweep.add_argument("--jobs", type=int, default=1, help="points at the same time")
+  sweep.add_argument(
+    "--metric", metavar="NAME", help="what the summary compares; default accuracy or loss"
+  )
 
   plan = commands.add_parser(
     "plan", help="will it fit: compile without weights or device", allow_abbrev=False

@@ -16,7 +16,7 @@ import rich.text
 import safetensors
 
 from posttrain_jax.core import files
-from posttrain_jax.evals import figures, page, run
+from posttrain_jax.evals import figures, page, run, tasks
 from posttrain_jax.evals.run import Run
 from posttrain_jax.evals.tasks import TaskResult
 
@@ -105,7 +105,9 @@ def chat_command(found: Run) -> str | None:
   if template not in (None, "tokenizer"):
     options.append(f"--template={template}")
   if task in tasks.TASKS:
-    options.append(f"--system={tasks.TASKS[task].system}")  # without it the prompts are not those of training
+    options.append(
+      f"--system={tasks.TASKS[task].system}"
+    )  # without it the prompts are not those of training
   return shlex.join(["posttrain", "chat", *options])
 
 

@@ -56,8 +56,8 @@ def train(config: ml_collections.ConfigDict, folder: str | Path, *, dry_run: boo
   say = print if distributed.is_main() else lambda *_: None
   if not dry_run:
     folder = workdir.check(folder, config)
-    if (folder / workdir.DONE).exists():
-      say(f"{folder} is complete: {(folder / workdir.DONE).read_text().strip()}")
+    if (folder / run_files.DONE).exists():
+      say(f"{folder} is complete: {(folder / run_files.DONE).read_text().strip()}")
       return 0
   mesh = assemble.mesh(config)
   if mesh is not None:
@@ -299,13 +299,13 @@ def _finish(
   if not distributed.is_main():
     return
   final = {"steps": progress.step, "seconds": round(progress.seconds, 1), "tokens": progress.tokens}
-  lines: Sequence[str] = (folder / "metrics.jsonl").read_text().splitlines()
+  lines: Sequence[str] = (folder / run_files.METRICS).read_text().splitlines()
   last: dict[str, float] = {}
   for line in lines:
     last.update(json.loads(line))
   final["final"] = {name: value for name, value in last.items() if name != "step"}
-  page = report.write(folder)
-  files.write_json(folder / workdir.DONE, final)
+  page = report.write(folder, done=final)
+  files.write_json(folder / run_files.DONE, final)
   rich.print(report.summary_table(folder))
   say(f"{exported.name}: {exported}\nreport: {page}")
   say(f"talk to it: {report.chat_command(run_files.read(folder))}")
