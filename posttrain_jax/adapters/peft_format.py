@@ -306,13 +306,7 @@ def _locate(folder: Path) -> Path:
 def _read_json(path: Path) -> dict:
   if path.stat().st_size > CONFIG_BYTES:
     raise ValueError(f"{path} is larger than {CONFIG_BYTES} bytes: it is no adapter's config")
-  try:
-    value = json.loads(path.read_bytes())
-  except ValueError as error:
-    raise ValueError(f"{path} is not JSON: {error}") from error
-  if not isinstance(value, dict):
-    raise ValueError(f"{path} holds a {type(value).__name__}, expected an object")
-  return value
+  return files.read_json(path)
 
 
 def _check_record(path: Path, model_config: ModelConfig) -> None:

@@ -1,4 +1,4 @@
-"""Writing what others will read: whole or not at all."""
+"""Writing what others will read, whole or not at all; and reading JSON with errors that name the file."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -67,6 +68,22 @@ def write_text(path: str | Path, text: str) -> None:
 
 def write_json(path: str | Path, value: object) -> None:
   write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+  """The object in a file.
+
+  Raises:
+    FileNotFoundError: there is no file.
+    ValueError: it is not JSON, or no object; the message names it.
+  """
+  try:
+    value = json.loads(Path(path).read_bytes())
+  except ValueError as error:
+    raise ValueError(f"{path} is not JSON: {error}") from error
+  if not isinstance(value, dict):
+    raise ValueError(f"{path} holds a {type(value).__name__}, expected an object")
+  return value
 
 
 def write_safetensors(

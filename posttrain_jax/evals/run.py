@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from posttrain_jax.core import files
 from posttrain_jax.evals.tasks import TaskResult
 
 CONFIG, METRICS, DONE = "config.json", "metrics.jsonl", "done.json"
@@ -86,15 +87,7 @@ def read(folder: str | Path) -> Run:
 
 def read_json(path: Path) -> dict[str, Any] | None:
   """The object in a file, None where there is no file."""
-  try:
-    value = json.loads(path.read_text(encoding="utf-8"))
-  except FileNotFoundError:
-    return None
-  except ValueError as error:
-    raise ValueError(f"{path} is not JSON: {error}") from error
-  if not isinstance(value, dict):
-    raise ValueError(f"{path} holds a {type(value).__name__}, expected an object")
-  return value
+  return files.read_json(path) if path.exists() else None
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-import json
 import logging
 import re
 import shutil
@@ -89,17 +88,11 @@ def read_config(folder: str | Path) -> ModelConfig:
   path = Path(folder) / "config.json"
   if not path.exists():
     raise FileNotFoundError(f"{path} does not exist: {folder} is not a Hugging Face model folder")
+  described = files.read_json(path)
   try:
-    return from_hf(_read_object(path))
+    return from_hf(described)
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from error
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-  value = json.loads(path.read_text(encoding="utf-8"))
-  if not isinstance(value, dict):
-    raise ValueError(f"expected a JSON object, found a {type(value).__name__}")
-  return value
 
 
 def save(
@@ -134,9 +127,14 @@ def save(
     _write_shards(new, _tensors(leaves, config))
     dtype = str(leaves["embed_tokens/weight"].dtype)
     files.write_json(new / "config.json", to_hf(config, tied=tied, dtype=dtype))
-    for name in TOKENIZER_FILES if tokenizer_from else ():
-      if (Path(tokenizer_from) / name).exists():
-        shutil.copy(Path(tokenizer_from) / name, new / name)
+    if tokenizer_from is not None:
+      _copy_tokenizer(Path(tokenizer_from), new)
+
+
+def _copy_tokenizer(source: Path, folder: Path) -> None:
+  for name in TOKENIZER_FILES:
+    if (source / name).exists():
+      shutil.copy(source / name, folder / name)
 
 
 def _check(leaves: Mapping[str, Any], config: ModelConfig) -> None:
@@ -238,7 +236,7 @@ class _Reader:
 def _read_index(index: Path) -> dict[str, Path]:
   """{tensor name: file}; an index that points outside its own folder is refused."""
   try:
-    weight_map = _read_object(index)["weight_map"]
+    weight_map = files.read_json(index)["weight_map"]
     where = {name: index.parent / file for name, file in weight_map.items()}
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise ValueError(

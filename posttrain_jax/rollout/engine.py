@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from posttrain_jax.core import files
 from posttrain_jax.models import decoder
 from posttrain_jax.models.config import ModelConfig, as_ids
 from posttrain_jax.rollout import sampling as samplers
@@ -151,7 +151,7 @@ def stop_tokens(
   if tokenizer is not None and tokenizer.eos_token_id is not None:
     ids.add(tokenizer.eos_token_id)
   if folder is not None and (path := Path(folder) / "generation_config.json").exists():
-    ids.update(as_ids(json.loads(path.read_text()).get("eos_token_id")))
+    ids.update(as_ids(files.read_json(path).get("eos_token_id")))
   return tuple(sorted(ids))
 
 

@@ -15,6 +15,7 @@ from posttrain_jax import adapters
 from posttrain_jax.adapters import peft_format
 from posttrain_jax.core import files
 from posttrain_jax.data import chat, loader, schema
+from posttrain_jax.evals import run as runs
 from posttrain_jax.evals import tasks
 from posttrain_jax.models import fetch, hf
 from posttrain_jax.train import assemble, objectives, settings, step
@@ -43,11 +44,14 @@ def evaluate(
     ConfigError: too little was said, or the run has produced nothing yet.
   """
   run = _settings(config, overrides, workdir)
-  if run is None and not (model and data):
+  own_data = data is None
+  if run is not None:
+    if workdir and not model and not adapter:
+      model, adapter = _produced(Path(workdir), run)
+    model, data = model or run.model.name, data or run.data.eval or run.data.train
+  if not model or not data:
     raise ConfigError("write --workdir=DIR (a run), or --model=NAME_OR_DIR and --data=SOURCE")
-  if workdir and not model and not adapter:
-    model, adapter = _produced(Path(workdir), run)
-  folder = fetch.resolve(model or run.model.name)
+  folder = fetch.resolve(model)
   params, model_config = hf.load(folder, dtype=assemble.compute_dtype("auto"))
   if adapter:
     params = adapters.merge(params, peft_format.load(adapter, params, model_config)[0])
@@ -57,15 +61,14 @@ def evaluate(
   template = (
     None if own and not tokenizer.chat_template else chat.template(tokenizer, None if own else name)
   )
-  source = data or run.data.eval or run.data.train
-  results: dict[str, Any] = {"model": str(folder), "adapter": adapter, "data": source}
-  results.update(_loss(params, model_config, tokenizer, template, source, run, data is None, limit))
-  if source in tasks.TASKS:
+  results: dict[str, Any] = {"model": str(folder), "adapter": adapter, "data": data}
+  results.update(_loss(params, model_config, tokenizer, template, data, run, own_data, limit))
+  if data in tasks.TASKS:
     answered = tasks.evaluate(
       params,
       model_config,
       tokenizer,
-      task=source,
+      task=data,
       split="test",
       limit=limit or None,
       template=template,
@@ -86,10 +89,10 @@ def _settings(config, overrides, workdir) -> ml_collections.ConfigDict | None:
     return settings.load(config, overrides)
   if not workdir:
     return None
-  record = Path(workdir) / "config.json"
+  record = Path(workdir) / runs.CONFIG
   if not record.exists():
-    raise ConfigError(f"{workdir} holds no run: there is no config.json")
-  return ml_collections.ConfigDict(json.loads(record.read_text())["config"])
+    raise ConfigError(f"{workdir} holds no run: there is no {runs.CONFIG}")
+  return ml_collections.ConfigDict(files.read_json(record)["config"])
 
 
 def _produced(workdir: Path, run) -> tuple[str, str | None]:
@@ -116,7 +119,7 @@ def _loss(params, config, tokenizer, template, source, run, own_data, limit) -> 
   objective = objectives.Sft(config, channels=channels)
   measure = jax.jit(step.evaluate(objective))
   length = max(map(len, examples))
-  total = None
+  total: Any = None
   for batch in loader.eval_batches(
     examples, batch_size=ROWS, length=length, packing=False, channels=channels
   ):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Mapping
@@ -90,7 +89,7 @@ def _check_adapter(folder: Path) -> None:
   path = folder / peft_format.CONFIG
   if not path.exists():
     raise FileNotFoundError(f"{path} does not exist; {folder} is not a whole adapter")
-  runs.read_json(path)
+  files.read_json(path)
   path = folder / peft_format.TENSORS
   if not path.exists():
     raise FileNotFoundError(f"{path} does not exist; {folder} is not a whole adapter")
@@ -152,5 +151,5 @@ def _with_end(old: Mapping[str, Any], end: int, eos: int | None) -> dict[str, An
 
 
 def _edit(path: Path, change) -> None:
-  old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+  old = files.read_json(path) if path.exists() else {}
   files.write_json(path, change(old))

@@ -137,6 +137,8 @@ def module(path: str) -> Any:
   if folder not in sys.path:
     sys.path.insert(0, folder)
   spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
+  if spec is None or spec.loader is None:
+    raise ConfigError(f"config file {path} is not a Python file; its name must end in .py")
   loaded = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(loaded)
   if not callable(vars(loaded).get("get_config")):

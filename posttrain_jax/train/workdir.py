@@ -17,6 +17,7 @@ import ml_collections
 import tensorboardX
 
 from posttrain_jax.core import files
+from posttrain_jax.evals import run as runs
 from posttrain_jax.train import settings
 from posttrain_jax.train.settings import ConfigError
 
@@ -30,7 +31,6 @@ PACKAGES = (
   "transformers",
   "numpy",
 )
-RECORD, DONE = "config.json", "done.json"
 
 
 def check(workdir: str | Path, config: ml_collections.ConfigDict) -> Path:
@@ -44,10 +44,10 @@ def check(workdir: str | Path, config: ml_collections.ConfigDict) -> Path:
     raise ConfigError(f"{folder} is a file; name another --workdir")
   # listed first: with several processes the main one may be writing the record
   entries = list(folder.iterdir()) if folder.exists() else []
-  record = folder / RECORD
+  record = folder / runs.CONFIG
   if record.exists():
     mine = json.loads(json.dumps(settings.plain(config)))
-    changed = settings.differences(json.loads(record.read_text())["config"], mine)
+    changed = settings.differences(files.read_json(record)["config"], mine)
     if changed:
       listed = "\n  ".join(changed)
       raise ConfigError(
@@ -55,7 +55,7 @@ def check(workdir: str | Path, config: ml_collections.ConfigDict) -> Path:
       )
   elif any(not entry.name.startswith(".") for entry in entries):
     raise ConfigError(
-      f"{folder} is not empty and holds no run (no {RECORD}); name another --workdir"
+      f"{folder} is not empty and holds no run (no {runs.CONFIG}); name another --workdir"
     )
   return folder
 
@@ -66,8 +66,8 @@ def claim(folder: Path, config: ml_collections.ConfigDict) -> None:
   Called once the run is known to start, so that a mistake leaves nothing behind that would have to be removed.
   """
   folder.mkdir(parents=True, exist_ok=True)
-  if jax.process_index() == 0 and not (folder / RECORD).exists():
-    files.write_json(folder / RECORD, {"config": settings.plain(config), **origin()})
+  if jax.process_index() == 0 and not (folder / runs.CONFIG).exists():
+    files.write_json(folder / runs.CONFIG, {"config": settings.plain(config), **origin()})
 
 
 def origin() -> dict[str, Any]:
@@ -104,7 +104,7 @@ class Journal:
   """`metrics.jsonl` and TensorBoard; a resumed run goes on after `step` with nothing written twice."""
 
   def __init__(self, folder: Path, step: int):
-    self.path = folder / "metrics.jsonl"
+    self.path = folder / runs.METRICS
     if self.path.exists():
       kept = [line for line in self.path.read_text().splitlines() if _step(line) <= step]
       files.write_text(self.path, "".join(f"{line}\n" for line in kept))

@@ -102,6 +102,7 @@ def test_text_replaces_or_stays(tmp_path, monkeypatch):
   path = tmp_path / "a.json"
   files.write_json(path, {"é": [1, None]})
   assert json.loads(path.read_text(encoding="utf-8")) == {"é": [1, None]}
+  assert files.read_json(path) == {"é": [1, None]}
   assert path.read_bytes().endswith(b"\n")
 
   def full(_):
@@ -112,6 +113,20 @@ def test_text_replaces_or_stays(tmp_path, monkeypatch):
     files.write_json(path, {})
   assert json.loads(path.read_text(encoding="utf-8")) == {"é": [1, None]}
   assert names(tmp_path) == ["a.json"]
+
+
+@pytest.mark.parametrize(
+  ("content", "says"),
+  [
+    (b"{", "a.json is not JSON: Expecting property name"),
+    (b"\xff", "a.json is not JSON: 'utf-8' codec"),
+    (b"[1]", "a.json holds a list, expected an object"),
+  ],
+)
+def test_json_that_is_no_object_is_named(tmp_path, content, says):
+  (tmp_path / "a.json").write_bytes(content)
+  with pytest.raises(ValueError, match=says):
+    files.read_json(tmp_path / "a.json")
 
 
 def entry(array, dtype=None):

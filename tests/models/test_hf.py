@@ -314,16 +314,16 @@ def test_a_folder_without_config(folder):
 @pytest.mark.parametrize(
   ("text", "says"),
   [
-    ("{", "Expecting property name"),
-    ("[]", "expected a JSON object, found a list"),
-    ('{"model_type": "mamba"}', "model_type 'mamba' is not supported"),
-    ('{"model_type": "llama"}', "the config of a llama model lacks the key"),
+    ("{", " is not JSON: Expecting property name"),
+    ("[]", " holds a list, expected an object"),
+    ('{"model_type": "mamba"}', ": model_type 'mamba' is not supported"),
+    ('{"model_type": "llama"}', ": the config of a llama model lacks the key"),
   ],
 )
 def test_a_broken_config_is_named(folder, text, says):
   path = folder / "config.json"
   path.write_text(text)
-  with pytest.raises(ValueError, match=rf"{re.escape(str(path))}: {says}"):
+  with pytest.raises(ValueError, match=rf"{re.escape(str(path))}{says}"):
     hf.load(folder)
 
 
