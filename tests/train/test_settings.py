@@ -102,6 +102,9 @@ def test_a_file_that_is_not_there_or_no_config(file, tmp_path):
     settings.load(str(tmp_path / "rum.py"))
   with pytest.raises(ConfigError, match="no get_config"):
     settings.load(str(tmp_path / "helper.py"))
+  (tmp_path / "run.txt").write_text(FILE)
+  with pytest.raises(ConfigError, match=r"run\.txt is not a Python file"):
+    settings.load(str(tmp_path / "run.txt"))
 
 
 def test_points_of_a_sweep(file, tmp_path):
