@@ -179,21 +179,28 @@ def _chunk(hidden, head, labels, mask, options, with_gradient):
   products, transposed = jax.vjp(lambda x: linear(x, head), hidden)
   logits, chain = _logits(products, softcap, temperature)
   top = jnp.max(logits, axis=-1)
-  normaliser = top + jnp.log(jnp.sum(jnp.exp(logits - top[..., None]), axis=-1))
+  raised = _made(jnp.exp(logits - top[..., None]))
+  total = jnp.sum(raised, axis=-1)
+  normaliser = top + jnp.log(total)
   target = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
   wanted = mask.astype(jnp.float32)
   entropies = jnp.zeros_like(target)
   if entropy:
-    p = jnp.exp(logits - normaliser[..., None])
+    p = raised / total[..., None]
     # not normaliser - sum(p * logits), where large logits cancel
     entropies = jnp.sum(p * (normaliser[..., None] - logits), axis=-1)
   scores = Scores((target - normaliser) * wanted, (target >= top) * wanted, entropies * wanted)
   if not with_gradient:
     return scores, None
-  p = jnp.exp(logits - normaliser[..., None])
+  p = raised / total[..., None]
   is_label = jnp.arange(logits.shape[-1]) == labels[..., None]
   d_logits = (is_label - p) * chain * wanted[..., None]
   return scores, transposed(d_logits.astype(products.dtype))[0]
+
+
+def _made(x):
+  """x as an array of its own on CPU, where exp fused into a sum measured 3x slower than apart."""
+  return jax.lax.optimization_barrier(x) if jax.default_backend() == "cpu" else x
 
 
 def _logits(products, softcap, temperature):
