@@ -35,6 +35,24 @@ def start(trainable: Any, optimizer: optax.GradientTransformation) -> State:
   return State(zero(), trainable, optimizer.init(trainable), zero(), zero())
 
 
+def layout(
+  state: State,
+  trainable: Any,
+  optimizer: optax.GradientTransformation,
+  replicated: jax.sharding.Sharding,
+) -> State:
+  """The shardings of a state (shapes will do): moments lie as the parameters they belong to, the rest `replicated`."""
+  own = jax.tree.map(lambda x: x.sharding, trainable)
+  moments = optax.tree_utils.tree_map_params(
+    optimizer,
+    lambda _, sharding: sharding,
+    state.optimizer,
+    own,
+    transform_non_params=lambda _: replicated,
+  )
+  return jax.tree.map(lambda _: replicated, state).replace(trainable=own, optimizer=moments)
+
+
 def make(
   objective: Objective,
   optimizer: optax.GradientTransformation,
