@@ -170,29 +170,34 @@ def environment(devices=1):
   }
 
 
-def child(code, *argv):
-  return subprocess.run(
-    [sys.executable, "-c", code, *argv],
-    capture_output=True,
-    text=True,
-    timeout=240,
-    env=environment(),
-    check=False,
-  )
-
-
-TRAIN = "import sys; from posttrain_jax.__main__ import main; sys.exit(main(sys.argv[1:]))"
-# a save commits its two items and then the step: the sixth commit is that of the second save
-KILLED = """
-import os, signal
+# One child imports everything, which takes longer than the training, and forks for each command.  With `kill` it dies
+# as it commits its sixth folder: a save commits its two items and then the step, so that is the second save's last.
+COMMANDS = """
+import json, os, signal, sys
 from orbax.checkpoint._src.path import atomicity
+import posttrain_jax.train.run
+from posttrain_jax.__main__ import main
+
 commits, whole = [], atomicity.AtomicRenameTemporaryPath.finalize
+
 def finalize(*args, **kwargs):
   commits.append(1)
   if len(commits) == 6:
     os.kill(os.getpid(), signal.SIGKILL)
   return whole(*args, **kwargs)
-atomicity.AtomicRenameTemporaryPath.finalize = finalize
+
+for command, kill in json.loads(sys.argv[1]):
+  child = os.fork()
+  if not child:
+    code = 99
+    try:
+      if kill:
+        atomicity.AtomicRenameTemporaryPath.finalize = finalize
+      code = main(command)
+      sys.stdout.flush()
+    finally:
+      os._exit(code)
+  print("ended", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
@@ -205,17 +210,20 @@ def test_killed_in_the_middle_of_a_save_and_run_again_is_as_never_stopped(shared
     eval__every=0,
     data__eval_rows=0,
   )
-  undisturbed = child(TRAIN, *arguments(shared, tmp_path / "a", **fields))
-  assert undisturbed.returncode == 0, undisturbed.stderr
-  command = arguments(shared, tmp_path / "b", **fields)
-  killed = child(KILLED + TRAIN, *command)
-  assert killed.returncode == -signal.SIGKILL, killed.stderr
-  assert "5" in os.listdir(tmp_path / "b" / "checkpoints")
-  assert "10" not in os.listdir(tmp_path / "b" / "checkpoints")
-  assert not (tmp_path / "b" / "adapter").exists()
-  again = child(TRAIN, *command)
-  assert again.returncode == 0, again.stderr
-  assert "going on from step 5 of 20" in again.stdout
+  undisturbed, again = (arguments(shared, tmp_path / name, **fields) for name in "ab")
+  commands = [(undisturbed, False), (again, True), (again, False)]
+  child = subprocess.run(
+    [sys.executable, "-c", COMMANDS, json.dumps(commands)],
+    capture_output=True,
+    text=True,
+    timeout=240,
+    env=environment(),
+    check=False,
+  )
+  ended = [line for line in child.stdout.splitlines() if line.startswith("ended")]
+  assert ended == ["ended 0", f"ended {-signal.SIGKILL}", "ended 0"], child.stderr
+  resumed = [line for line in child.stdout.splitlines() if line.startswith("going on")]
+  assert resumed == ["going on from step 5 of 20"]  # 10 was being saved
   assert_equal(weights(tmp_path / "b"), weights(tmp_path / "a"))
   assert steps(tmp_path / "b") == list(range(1, 21))
   clock = ("tokens_per_second",)
