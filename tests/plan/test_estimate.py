@@ -1,0 +1,168 @@
+"""The plan's arithmetic against real trees, its program against training's, its words on mistakes."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from posttrain_jax import __main__, adapters, quant
+from posttrain_jax.core import tree
+from posttrain_jax.models import decoder, shapes
+from posttrain_jax.plan import estimate, program, topology
+from posttrain_jax.train import assemble, settings, step
+from posttrain_jax.train.objectives import Frozen
+
+TINY = dataclasses.replace(
+  shapes.SHAPES["llama3-8b"],
+  vocab_size=512,
+  hidden_size=128,
+  intermediate_size=256,
+  num_layers=3,
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=32,
+)
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+  monkeypatch.setitem(shapes.SHAPES, "tiny", TINY)
+
+
+def config(arguments="", **fields):
+  fields = {"data.length": 128, "batch.rows": 8, "adapter.r": 4, **fields}
+  overrides = [settings.override(name, value) for name, value in fields.items()]
+  return settings.load(f"configs/sft.py:model=tiny{arguments}", overrides)
+
+
+def one_cpu():
+  return topology.target(count=1)
+
+
+def real(c):
+  """(state, frozen) of arrays, made as a run makes them."""
+  params = decoder.init(jax.random.key(0), TINY)
+  chosen = assemble.adapter_config(c)
+  optimizer, _ = assemble.optimizer(c)
+  if chosen is None:
+    return step.start(params, optimizer), Frozen()
+  if c.model.base == "nf4":
+    params = quant.quantize_params(params)
+  params, adapter = adapters.init(jax.random.key(c.seed), params, chosen)
+  trainable, fixed = tree.partition(adapter)
+  return step.start(trainable, optimizer), Frozen(params, fixed)
+
+
+@pytest.mark.parametrize("arguments", ["", ",base=nf4", ",adapter=none"])
+def test_abstract_trees_are_those_of_a_run(arguments):
+  c = config(arguments)
+  built = program.build(c, one_cpu())
+  described = lambda tree: jax.tree.map(lambda x: (x.shape, jnp.dtype(x.dtype)), tree)
+  assert described((built.state, built.frozen)) == described(real(c))
+
+
+@pytest.mark.parametrize("arguments", ["", ",base=nf4", ",adapter=none"])
+def test_arithmetic_counts_the_bytes_of_real_arrays(arguments):
+  c = config(arguments)
+  state, frozen = real(c)
+  found = estimate.arithmetic(program.build(c, one_cpu()))
+  assert found["base"] == tree.nbytes((frozen.params, frozen.adapter))
+  assert found["trained"] == tree.nbytes(state.trainable)
+  assert found["optimizer"] == tree.nbytes(state.optimizer)
+
+
+def test_arguments_as_compiled_are_the_bytes_of_state_base_and_batch():
+  built = program.build(config(",base=nf4"), one_cpu())
+  compiled = program.compile(built)
+  given = sum(map(estimate.bytes_a_device, (built.state, built.frozen, built.batch)))
+  # the compiler leaves out what the step does not read, and rounds small buffers up
+  assert 0.98 * given < compiled.arguments < 1.02 * given
+  assert compiled.aliased > 0.95 * tree.nbytes(real(config(",base=nf4"))[0].trainable)
+  assert compiled.peak >= compiled.arguments
+
+
+def test_eight_devices_share_what_one_holds():
+  one = program.build(config(), one_cpu())
+  eight = program.build(config(), topology.target(count=8))
+  alone, shared = estimate.arithmetic(one), estimate.arithmetic(eight)
+  assert shared["activations"] * 8 == alone["activations"]
+  assert alone["base"] / 8 <= shared["base"] < alone["base"] / 6  # norms are whole everywhere
+  assert program.compile(eight).peak < program.compile(one).peak / 3
+
+
+def test_saved_activations_grow_with_depth_as_counted():
+  """With depth, temporaries grow by the saved layer inputs and the stacks of gradients, and by little else."""
+
+  def temporaries(layers, remat):
+    shapes.SHAPES["tiny"] = dataclasses.replace(TINY, num_layers=layers)
+    c = config(",base=nf4", **{"model.remat": remat, "data.length": 512})
+    built = program.build(c, one_cpu())
+    counted = estimate.arithmetic(built)
+    return program.compile(built).temporaries, counted["activations"] + counted["gradients"]
+
+  for remat in ("full", "names"):
+    (few, counted_few), (many, counted_many) = temporaries(4, remat), temporaries(24, remat)
+    assert (many - few) == pytest.approx(counted_many - counted_few, rel=0.35), remat
+
+
+def test_command_prints_and_writes_the_same_figures(tmp_path, capsys):
+  out = tmp_path / "plan.json"
+  arguments = ["plan", "--config=configs/sft.py:model=tiny,base=nf4", "--config.data.length=64"]
+  assert __main__.main([*arguments, "--devices=1", f"--json={out}"]) == 0
+  printed, written = capsys.readouterr().out, json.loads(out.read_text())
+  for name, size in written["arithmetic_gib"].items():
+    assert f"{name:<14}{size:>9.3f}" in printed
+  assert f"{'peak':<14}{written['compiled']['peak_gib']:>9.3f}" in printed
+  assert written["fits"] is None
+  assert written["compiled"]["peak_gib"] > 0
+
+
+def test_too_little_memory_is_a_failure(monkeypatch, capsys):
+  small = dataclasses.replace(one_cpu(), memory=1e-3)
+  monkeypatch.setattr(estimate, "target", lambda name, count: small)
+  assert estimate.plan("configs/sft.py:model=tiny", ["--config.data.length=64"], devices=1) == 1
+  assert "DOES NOT FIT" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"topology": "v5p"}, "write a generation and its shape"),
+    ({"topology": "v9:2x2"}, "generations: v4, v5e, v5p, v6e"),
+    ({"devices": 9}, "devices=9"),
+    ({"devices": 0}, "devices=0"),
+  ],
+)
+def test_mistakes_are_named(changes, message):
+  with pytest.raises(ValueError, match=message):
+    estimate.plan("configs/sft.py:model=tiny", **changes)
+
+
+def test_missing_libtpu_says_how_to_install_it(monkeypatch):
+  monkeypatch.setattr(topology, "has_libtpu", lambda: False)
+  with pytest.raises(ValueError, match=r"pip install .* libtpu"):
+    topology.target("v5p:2x2x1")
+
+
+def test_nf4_cannot_be_trained():
+  with pytest.raises(settings.ConfigError, match="frozen"):
+    program.build(config(",base=nf4,adapter=none"), one_cpu())
+
+
+def test_llama_shapes_have_the_published_sizes():
+  count = lambda name: tree.size(decoder.abstract(shapes.SHAPES[name]))
+  assert count("llama3-8b") == 8_030_261_248
+  assert count("llama3-70b") == 70_553_706_496
+
+
+@pytest.mark.skipif(
+  not topology.has_libtpu(), reason="libtpu is not installed: PYTHONPATH=.venv-tpu/site"
+)
+def test_compiles_for_a_tpu_that_is_not_here():
+  found = estimate.figures(config(",base=nf4"), topology="v5e:2x2")
+  assert found["devices"] == 4
+  assert found["device_gib"] == 16
+  assert found["fits"] is True
+  assert found["compiled"]["temporaries_gib"] > 0
