@@ -7,6 +7,7 @@ NF4 stores its scales this way (double quantisation).
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -75,20 +76,75 @@ def decode(codes: Array, signed: bool = True) -> Array:
   # A TPU v5p gathers 3.7 million bytes in 6.5 ms and selects them in 0.1; a CPU is the other way round.
   return jax.lax.platform_dependent(
     codes,
-    tpu=lambda codes: select(codes, table),
+    tpu=computed if signed else lambda codes: select(codes, table),
     default=lambda codes: jnp.asarray(table).at[codes].get(mode="promise_in_bounds"),
   )
 
 
+def computed(codes: Array) -> Array:
+  """dynamic_map()[codes] bit for bit, by arithmetic: a quarter of the operations of `select`.
+
+  With 255 selects for each matrix of a layer, forward and backward, a 70B step compiled for a TPU in over ten minutes.
+  k steps from zero, in decade d = floor(log2 k), lie at 0.1 + 0.9 u of the decade, u = (k - 2^d + 1/2) / 2^d.
+  """
+  start, high, low, corrections = _line()
+  k = jnp.abs(codes.astype(jnp.int32) - 127)
+  bits = jax.lax.bitcast_convert_type(jnp.maximum(k, 1).astype(jnp.float32), jnp.int32)
+  power = bits & np.int32(0xFF << 23)  # 2^d, as the bits of a float
+  as_float = lambda bits: jax.lax.bitcast_convert_type(bits, jnp.float32)
+  u = (as_float(bits) - as_float(power) + 0.5) * as_float(np.int32(254 << 23) - power)
+  decade = ((power >> 23) - 127).astype(jnp.uint8)
+  # both products are exact, so that fused multiply-adds change nothing
+  value = select(decade, start) + u * select(decade, high) + u * select(decade, low)
+  word = select((k >> 3).astype(jnp.uint8), corrections)
+  correction = ((word >> (4 * (k & 7))) & 15) - 8
+  value = as_float(jax.lax.bitcast_convert_type(value, jnp.int32) + correction)
+  value *= jnp.sign(codes.astype(jnp.int32) - 127).astype(jnp.float32)
+  return jnp.where(codes == 255, nothing(codes) + 1, value)
+
+
+@functools.cache
+def _line() -> tuple[np.ndarray, ...]:
+  """(start, high, low) of start + u (high + low) for each decade, and how many float32 steps the map is away.
+
+  high and low have 16 bits, u has 7.  The corrections, plus 8, are nibbles: eight k a word.
+  """
+  d = np.arange(8)  # the eighth is never chosen
+  start, slope = (0.1 * 10.0 ** (d - 6)).astype(np.float32), 0.9 * 10.0 ** (d - 6)
+  high = _rounded(slope, 16)
+  low = _rounded(slope - high, 16)
+  k = np.arange(1, 128)
+  decade = np.log2(k).astype(int)
+  u = ((k + 0.5) / 2.0**decade - 1).astype(np.float32)
+  line = start[decade] + u * high[decade] + u * low[decade]
+  away = np.zeros(128, np.int64)
+  away[1:] = dynamic_map()[128:255].view(np.int32).astype(np.int64) - line.view(np.int32)
+  nibbles = (away + 8).reshape(16, 8) << (4 * np.arange(8))
+  return start, high, low, nibbles.sum(1).astype(np.uint32).view(np.int32)
+
+
+def _rounded(x: np.ndarray, bits: int) -> np.ndarray:
+  fraction, exponent = np.frexp(x)
+  return np.ldexp(np.round(np.ldexp(fraction, bits)), exponent - bits).astype(np.float32)
+
+
 def select(codes: Array, table: np.ndarray) -> Array:
   """table[codes] as a binary tree of selects on the bits of the codes, for tables of 2^n entries."""
-  values = list(table)
+  # Each value is tied to the codes: what depends on nothing, differentiation moves out of a scan, where every value
+  # of the table is an array of the codes' shape.
+  zero = nothing(codes, table.dtype)
+  values = [zero + value for value in table]
   bit = 1
   while len(values) > 1:
     is_set = (codes & np.uint8(bit)) != 0
     values = [jnp.where(is_set, high, low) for low, high in zip(values[::2], values[1::2])]
     bit *= 2
   return values[0]
+
+
+def nothing(x: Array, dtype: Any = jnp.float32) -> Array:
+  """Zeros that depend on x, of integers; the compiler removes them."""
+  return (x & 0).astype(dtype)
 
 
 def spread(per_block: Array, n: int, block_size: int) -> Array:

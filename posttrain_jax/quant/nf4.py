@@ -5,6 +5,7 @@ Codes and block scales equal bitsandbytes' for the same matrix, and its files ca
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.core import Tracer
 from jax.sharding import PartitionSpec
 
 from posttrain_jax.core import sharding, weight
@@ -94,9 +96,12 @@ class NF4:
     """[..., 2, in / 2, out]: the even rows of w, then the odd ones; the order in which unpacking moves no data."""
     *lead, half, out = self.codes.shape
     pairs = self.codes.reshape(*lead, 1, -1, self.block_size // 2, out)
-    codes = (pairs >> np.array([4, 0], np.uint8).reshape(2, 1, 1, 1)) & np.uint8(15)
+    # Joined, not shifted by an array [4, 0]: as an operand that all matrices share, that made a TPU's compiler decode
+    # several of them in one pass.
+    codes = jnp.concatenate([pairs >> np.uint8(4), pairs & np.uint8(15)], axis=-4)
     w = _decode(codes) * self._all_scales()[..., None, :, None, :]
-    return w.astype(dtype).reshape(*lead, 2, half, out)
+    # Without the barrier the reshape moves up to the scales, and their float32 expansion takes as much again.
+    return jax.lax.optimization_barrier(w.astype(dtype)).reshape(*lead, 2, half, out)
 
   def _all_scales(self) -> Array:
     """float32 [..., in / block_size, out]."""
@@ -107,12 +112,13 @@ class NF4:
     # matrix's sharding, where expanding nested_absmax in its own order would gather and transpose.
     start = np.arange(out) * per_column
     first, reach = start // NESTED_BLOCK, (per_column - 1) // NESTED_BLOCK + 2
-    row = np.arange(per_column)[:, None]
     last = self.nested_absmax.shape[-1] - 1
     absmax = self.nested_absmax[..., None, first]
+    # tied to the codes, as in `blockwise.select`, so that no comparison leaves the layer scan as an array
+    row = np.arange(per_column)[:, None] + blockwise.nothing(self.scales, jnp.int32)
     for block in (first + k for k in range(1, reach)):
       following = self.nested_absmax[..., None, np.minimum(block, last)]
-      absmax = jnp.where(row + start >= NESTED_BLOCK * block, following, absmax)
+      absmax = jnp.where(row >= (NESTED_BLOCK * block - start), following, absmax)
     scales = self._unnest(self.scales, absmax, self.offset[..., None, None])
     # Materialised: fused into the product with the codes, each look-up would be redone block_size times.
     return jax.lax.optimization_barrier(scales)
@@ -130,7 +136,7 @@ class NF4:
     # Compilers contract product + offset into one fused multiply-add: 26 % of the scales then differ
     # in the last bit from bitsandbytes', and jit from eager.  XLA and LLVM leave a select in between
     # alone; they remove an optimization_barrier or a reduce_precision.
-    return jnp.where(jnp.isfinite(product), product, 0) + offset
+    return jnp.where(jnp.isfinite(product), product, blockwise.nothing(codes)) + offset
 
   def partition_specs(self, spec: PartitionSpec) -> NF4:
     """The PartitionSpecs of the leaves, given that of the dense [..., in, out] matrix.
@@ -139,7 +145,7 @@ class NF4:
     """
     lead = (*spec, None, None, None)[: len(self.shape) - 2]
     nested = None if self.nested_absmax is None else PartitionSpec(*lead)
-    return self.replace(codes=spec, scales=spec, nested_absmax=nested, offset=nested)
+    return dataclasses.replace(self, codes=spec, scales=spec, nested_absmax=nested, offset=nested)
 
 
 def _decode(codes: Array) -> Array:
@@ -155,6 +161,8 @@ def _decode(codes: Array) -> Array:
 
 @jax.custom_vjp
 def _apply(x: Array, w: NF4) -> Array:
+  # Tied to x, so that no matrix is dequantised before its turn.
+  x, w = jax.lax.optimization_barrier((x, w))
   # The columns of x move instead of the rows of w: x is the smaller, and the order of a sum is free.
   even, odd, halves = x[..., ::2], x[..., 1::2], w._halves(x.dtype)
   if not sharding.active():
@@ -199,7 +207,7 @@ def quantize(w: Any, *, block_size: int = 64, double_quant: bool = True) -> NF4:
     layers = [quantize(layer, block_size=block_size, double_quant=double_quant) for layer in w]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
   q, largest = _quantize(jnp.asarray(w), block_size, double_quant)
-  if not isinstance(largest, jax.core.Tracer) and not float(largest) < LARGEST:
+  if not isinstance(largest, Tracer) and not float(largest) < LARGEST:
     raise ValueError(
       f"cannot quantise {tuple(w.shape)} to NF4: its largest absolute value is {float(largest)}, "
       f"expected one below {LARGEST:.3g}; look for NaN or infinity in the checkpoint"
@@ -252,14 +260,15 @@ def _quantize_matrix(w: Array, *, block_size: int, double_quant: bool) -> tuple[
     flat = jnp.swapaxes(absmax - offset, 0, 1).reshape(-1)
     nested, nested_absmax = blockwise.quantize(flat, block_size=NESTED_BLOCK)
     nested = nested.reshape(out, rows // block_size).T
-    q = q.replace(scales=nested, nested_absmax=nested_absmax, offset=offset)
+    q = dataclasses.replace(q, scales=nested, nested_absmax=nested_absmax, offset=offset)
   return q, jnp.max(absmax)
 
 
 def _encode(scaled: Array) -> Array:
   """The nearest entry of CODEBOOK, ties to the lower."""
   midpoints = (CODEBOOK[1:] + CODEBOOK[:-1]) / np.float32(2)
-  return sum((scaled > midpoint).astype(jnp.uint8) for midpoint in midpoints)
+  above = [(scaled > midpoint).astype(jnp.uint8) for midpoint in midpoints]
+  return functools.reduce(jnp.add, above)
 
 
 def abstract(

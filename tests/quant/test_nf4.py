@@ -120,6 +120,23 @@ def test_scanned_layers_are_dequantised_one_at_a_time():
 
 
 @DOUBLE
+def test_nothing_of_the_size_of_scales_is_moved_out_of_the_layer_scan(double_quant):
+  """Differentiation moves out of a scan what no layer decides: the codebook, expanded, would be 16 matrices."""
+  q = nf4.abstract((2, 1024, 512), double_quant=double_quant)
+  x = jax.ShapeDtypeStruct((8, 1024), jnp.float32)
+
+  def loss(x, q):
+    return jnp.sum(jax.lax.scan(lambda x, w: (x + jnp.sum(w.apply(x)), None), x, q)[0])
+
+  scans = [
+    eqn for eqn in jax.make_jaxpr(jax.grad(loss))(x, q).eqns if eqn.primitive is jax.lax.scan_p
+  ]
+  constants = [v.aval.size for eqn in scans for v in eqn.invars[: eqn.params["num_consts"]]]
+  assert scans
+  assert max(constants, default=0) < 1024 * 512 // q.block_size
+
+
+@DOUBLE
 def test_stack_is_its_layers(double_quant):
   w = normal(3, 128, 20)
   stacked = nf4.quantize(w, double_quant=double_quant)
