@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 
 import pytest
 
@@ -26,7 +27,10 @@ def test_it_is_plain_data(name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_its_docstring_holds_its_command(name):
+  """Its own, or that of a target of the Makefile which runs it."""
   text = settings.module(str(ROOT / "configs" / name)).__doc__
+  for target in re.findall(r"make (\w+)", text):
+    text += re.search(rf"^{target}:.*\n(\t.*\n)+", (ROOT / "Makefile").read_text(), re.MULTILINE)[0]
   assert f"--config=configs/{name}" in text
 
 
