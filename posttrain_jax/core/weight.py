@@ -44,12 +44,23 @@ def linear(x: Array, w: AnyWeight) -> Array:
   return _product(x, w.astype(x.dtype), 0)
 
 
-def _product(x: Array, w: Array, contract: int) -> Array:
-  """x @ w (contract=0) or x @ w.T (contract=1)."""
+def linear32(x: Array, w: AnyWeight) -> Array:
+  """x @ w in float32, not rounded to x's dtype in between: for logits, where a bfloat16 step is 2^-8 of the value."""
+  if isinstance(w, Transposed) and not hasattr(w.base, "dense"):
+    return _product(x, w.base.astype(x.dtype), 1, jnp.float32)
+  if hasattr(w, "apply"):
+    return w.apply(x).astype(jnp.float32)
+  return _product(x, w.astype(x.dtype), 0, jnp.float32)
+
+
+def _product(x: Array, w: Array, contract: int, dtype: Any = None) -> Array:
+  """x @ w (contract=0) or x @ w.T (contract=1), accumulated and returned in dtype; None for the operands' own."""
   lead = x.shape[:-1]
   if x.ndim > 2 and not sharding.active():
     x = x.reshape(-1, x.shape[-1])
-  y = jax.lax.dot_general(x, w, (((x.ndim - 1,), (contract,)), ((), ())))
+  y = jax.lax.dot_general(
+    x, w, (((x.ndim - 1,), (contract,)), ((), ())), preferred_element_type=dtype
+  )
   return y.reshape(*lead, y.shape[-1])
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from posttrain_jax.core import sharding
-from posttrain_jax.core.weight import linear
+from posttrain_jax.core.weight import linear32
 
 Array = jax.Array
 CHUNK = 512  # tokens whose logits exist at once, on each device
@@ -176,7 +176,7 @@ def _chunk_length(batch, tokens):
 def _chunk(hidden, head, labels, mask, options, with_gradient):
   softcap, temperature, entropy = options
   # the transpose of the product that makes the logits, whatever the head is
-  products, transposed = jax.vjp(lambda x: linear(x, head), hidden)
+  products, transposed = jax.vjp(lambda x: linear32(x, head), hidden)
   logits, chain = _logits(products, softcap, temperature)
   top = jnp.max(logits, axis=-1)
   raised = _made(jnp.exp(logits - top[..., None]))
@@ -225,7 +225,7 @@ def _recomputed(hidden, head, labels, mask, options):
   @jax.checkpoint
   def one(_, parts):
     hidden, labels, mask = parts
-    logits, _ = _logits(linear(hidden, head), softcap, temperature)
+    logits, _ = _logits(linear32(hidden, head), softcap, temperature)
     logps = jax.nn.log_softmax(logits, axis=-1)
     target = jnp.take_along_axis(logps, labels[..., None], axis=-1)[..., 0]
     return None, target * mask

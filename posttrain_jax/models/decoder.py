@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from posttrain_jax.core import sharding, tree
 from posttrain_jax.core.sharding import constrain
-from posttrain_jax.core.weight import Adapted, Transposed, embed, linear, unadapted
+from posttrain_jax.core.weight import Adapted, Transposed, embed, linear, linear32, unadapted
 from posttrain_jax.models import attention
 from posttrain_jax.models.config import SLIDING, ModelConfig, Rope
 
@@ -245,7 +245,7 @@ def head(params: Params) -> Any:
 
 def logits(params: Params, x: Array, config: ModelConfig) -> Array:
   """[..., embed] -> [..., vocab] in float32, soft-capped where the family does."""
-  out = linear(x, head(params)).astype(jnp.float32)
+  out = linear32(x, head(params))
   return (
     out
     if config.final_softcap is None

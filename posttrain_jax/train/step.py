@@ -77,7 +77,7 @@ def make(
     gradient, metrics = _gradient(
       objective, state.trainable, frozen, batch, totals, key, accumulate, dropout
     )
-    norm = optax.global_norm(gradient)
+    norm = optax.tree.norm(gradient)
     finite = jnp.isfinite(norm)
     updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.trainable)
     keep = lambda new, old: jnp.where(finite, new, old)

@@ -315,3 +315,15 @@ def test_logits_of_a_few_tokens_exist_at_once(shape, trained, time):
   most = max(int(np.prod([d for d in dims if d not in widths])) for dims in logits)
   # at least one token of each row that a device holds
   assert most <= max(7, batch // rows)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_logits_of_bfloat16_operands_are_not_rounded_to_bfloat16(tied):
+  keys = jax.random.split(jax.random.key(0), 3)
+  hidden = jax.random.normal(keys[0], (8, 64), jnp.bfloat16)
+  head = jax.random.normal(keys[1], (64, 96), jnp.bfloat16)
+  labels = jax.random.randint(keys[2], (8,), 0, 96)
+  logps = logprob.token_logps(hidden, Transposed(head.T) if tied else head, labels)
+  exact = np.asarray(hidden, np.float64) @ np.asarray(head, np.float64)
+  expected = exact[np.arange(8), labels] - np.log(np.exp(exact).sum(-1))
+  np.testing.assert_allclose(logps, expected, rtol=1e-5, atol=1e-5)
