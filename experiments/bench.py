@@ -22,7 +22,7 @@ from pathlib import Path
 
 RANK, ALPHA, LR = 16, 32, 1e-4
 ROWS, LENGTH = 4, 256  # the fixed shape: rows of tokens, every one real and trained
-GSM8K_EXAMPLES, GSM8K_BATCH, GSM8K_LENGTH = 32, 8, 512
+GSM8K_EXAMPLES, GSM8K_BATCH, GSM8K_LENGTH = 16, 8, 512
 RESULTS = Path(__file__).parent / "results"
 Jobs = dict[str, Callable[[], int]]
 
