@@ -1,6 +1,7 @@
 import os
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -98,13 +99,16 @@ TEMPLATE = chat.template(CHATML, "chatml")
 
 @settings(max_examples=60, deadline=None)
 @given(words, words)
+@hypothesis.example(
+  "h", "e"
+)  # one token, "he": the first token of a row is no target, whatever it holds
 def test_strings_are_tokenised_whole_and_the_completion_is_trained(prompt, completion):
   example = chat.encode(row(prompt=prompt, completion=completion), CHATML, max_length=4096)
   ids = CHATML(prompt + completion, add_special_tokens=False)["input_ids"]
   assert example.tokens.tolist() == [*ids, CHATML.eos_token_id]
   start = int(np.argmax(example.mask))
   assert example.mask[start:].all()
-  assert CHATML.decode(ids[:start]) in (prompt, prompt[: len(CHATML.decode(ids[:start]))])
+  assert start == 1 or prompt.startswith(CHATML.decode(ids[:start]))
 
 
 def test_a_merge_across_the_boundary_is_trained(tokenizers):
