@@ -264,8 +264,8 @@ def unstack(params: Params, config: ModelConfig) -> Params:
   return {**params, "layers": slices}
 
 
-# What the backward pass keeps of a layer.  `names` is the measured best on one accelerator with a frozen base: products
-# whose recomputation is dear are kept, norms and activations are not.
+# What `names` keeps of a layer for the backward pass: products whose recomputation is dear, not norms and activations.
+# On two CPU cores a LoRA step took 12.1 CPU-seconds with it and 13.4 with `dots`; accelerators are not measured.
 KEPT = ("query", "key", "value", "context", "middle", "gate", "up")
 
 

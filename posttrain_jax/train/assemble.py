@@ -283,7 +283,7 @@ def objective(
 
 
 def remat(config: ml_collections.ConfigDict) -> str:
-  """What the backward pass recomputes; "auto" is what measured fastest."""
+  """What the backward pass recomputes; "auto" is what measured fastest on CPU, and not yet elsewhere."""
   name = config.model.remat
   if name == "auto":
     return "names"
