@@ -45,7 +45,7 @@ class Objective(Protocol):
   ) -> tuple[Array, dict[str, Mean]]:
     """(contribution to the loss, metrics) of one micro-batch; both sum over micro-batches.
 
-    key: for dropout; None in evaluation.
+    key: of the randomness of training (dropout); None in evaluation, and nowhere else.
     """
 
 
@@ -61,7 +61,8 @@ class Sft:
   """Token mean of -log p over the trained tokens of the whole optimizer batch.
 
   Continued pretraining is the same with every token trained.  Metrics carry TRL's names, and `loss/<channel>` for each
-  task type, `loss/special` for end-of-turn and other special tokens.
+  task type, `loss/special` for end-of-turn and other special tokens; `entropy` in evaluation only, where one more pass
+  over the logits does not cost a fifth of the step.
   """
 
   model: ModelConfig

@@ -99,7 +99,6 @@ def _pieces(config, model: Model, data: Data, mesh) -> _Pieces:
     optimizer,
     accumulate=config.batch.accumulate,
     seed=config.seed,
-    dropout=chosen is not None and chosen.lora_dropout > 0,
   )
   return _Pieces(
     trainable,

@@ -59,7 +59,6 @@ def make(
   *,
   accumulate: int = 1,
   seed: int = 0,
-  dropout: bool = False,
 ) -> Callable[[State, Frozen, Batch], tuple[State, dict[str, Any]]]:
   """The training step; jit it with the state donated.
 
@@ -68,14 +67,13 @@ def make(
 
   Args:
     accumulate: micro-batches in an optimizer batch; divides its rows.
-    dropout: whether the objective gets a key: without one, nothing random is traced.
   """
 
   def step(state: State, frozen: Frozen, batch: Batch) -> tuple[State, dict[str, Any]]:
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     totals = objective.totals(state.trainable, frozen, batch, key)
     gradient, metrics = _gradient(
-      objective, state.trainable, frozen, batch, totals, key, accumulate, dropout
+      objective, state.trainable, frozen, batch, totals, key, accumulate
     )
     norm = optax.tree.norm(gradient)
     finite = jnp.isfinite(norm)
@@ -107,12 +105,12 @@ def gradient(
 ) -> tuple[Any, dict[str, Any]]:
   """(gradient, metrics) of one optimizer batch, as the step computes it."""
   totals = objective.totals(trainable, frozen, batch, key)
-  return _gradient(objective, trainable, frozen, batch, totals, key, accumulate, dropout=False)
+  return _gradient(objective, trainable, frozen, batch, totals, key, accumulate)
 
 
-def _gradient(objective, trainable, frozen, batch, totals, key, accumulate, dropout):
+def _gradient(objective, trainable, frozen, batch, totals, key, accumulate):
   def one(microbatch, index):
-    own = jax.random.fold_in(key, index) if dropout else None
+    own = jax.random.fold_in(key, index)
     loss = lambda trainable: objective.loss(trainable, frozen, microbatch, totals, own)
     grads, metrics = jax.grad(loss, has_aux=True)(trainable)
     return jax.tree.map(lambda g: g.astype(jnp.float32), grads), metrics

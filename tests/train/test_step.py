@@ -80,7 +80,7 @@ def test_no_two_leaves_of_a_state_share_a_buffer():
 
 def test_randomness_follows_from_seed_and_step_alone():
   def after(count, **options):
-    run, state = quadratic(dropout=True, **options)
+    run, state = quadratic(**options)
     for _ in range(count):
       state, metrics = run(state, Frozen(), targets(0.0, 0.0))
     return state, float(metrics_lib.read(metrics)["loss"])
@@ -90,7 +90,7 @@ def test_randomness_follows_from_seed_and_step_alone():
   assert loss == again
   assert after(3, seed=6)[1] != loss
   # a later step, from the same parameters, draws anew
-  run, state = quadratic("sgd", dropout=True)
+  run, state = quadratic("sgd")
   losses = []
   for number in (0, 0, 1):
     given = jax.tree.map(jnp.copy, state).replace(step=jnp.int32(number))
@@ -100,7 +100,7 @@ def test_randomness_follows_from_seed_and_step_alone():
 
 def test_micro_batches_draw_apart():
   """With one noise for all, two equal micro-batches would give the loss of one."""
-  run, state = quadratic(dropout=True, accumulate=2, seed=3)
+  run, state = quadratic(accumulate=2, seed=3)
   _, metrics = run(state, Frozen(), targets(0.0, 0.0))
   key = jax.random.fold_in(jax.random.key(3), 0)
   noise = [jax.random.normal(jax.random.fold_in(key, i), ()) for i in range(2)]
