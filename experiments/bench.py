@@ -22,7 +22,8 @@ from pathlib import Path
 
 RANK, ALPHA, LR = 16, 32, 1e-4
 ROWS, LENGTH = 4, 256  # the fixed shape: rows of tokens, every one real and trained
-GSM8K_EXAMPLES, GSM8K_BATCH, GSM8K_LENGTH = 16, 8, 512
+GSM8K_BATCH, GSM8K_LENGTH = 8, 512  # padded examples a batch there; tokens of a packed row here
+GSM8K_ROWS = 4 * ROWS  # as many examples as these rows hold, so that no batch here is part empty
 RESULTS = Path(__file__).parent / "results"
 Jobs = dict[str, Callable[[], int]]
 
@@ -130,16 +131,17 @@ def gsm8k_examples():
     return []
   import random
 
-  from posttrain_jax.data import chat, schema
+  from posttrain_jax.data import chat, packing, schema
   from posttrain_jax.models import fetch
 
   tokenizer = chat.load_tokenizer(fetch.fetch())
   columns = {"prompt": "question", "completion": "answer"}
   rows = list(schema.read(Path(folder) / "gsm8k" / "train.jsonl", columns=columns, chat=True))
-  drawn = random.Random(0).sample(rows, GSM8K_EXAMPLES)
-  return chat.encode_all(
-    drawn, tokenizer, chat.template(tokenizer), max_length=GSM8K_LENGTH
-  ).examples
+  drawn = random.Random(0).sample(rows, 4 * GSM8K_ROWS)
+  template = chat.template(tokenizer)
+  examples = chat.encode_all(drawn, tokenizer, template, max_length=GSM8K_LENGTH).examples
+  fits = lambda n: len(packing.best_fit([*map(len, examples[:n])], GSM8K_LENGTH)) <= GSM8K_ROWS
+  return examples[: max(filter(fits, range(len(examples))))]
 
 
 def work(library: str) -> None:
