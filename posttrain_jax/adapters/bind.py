@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,10 +16,24 @@ from posttrain_jax.core.weight import Adapted
 from posttrain_jax.models import decoder
 
 Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Hooks:
+  """What a method adds to the training step."""
+
+  penalty: Callable[[Any], Array]  # (adapter) -> what is added to the loss, once an optimizer batch
+  after_update: Callable[[Any, Any, Array], Any]  # (adapter, gradient, step) -> adapter
+
+
 HEAD, EMBEDDING = "lm_head/weight", "embed_tokens/weight"
 
-# method -> init(key, base, modules, config) -> (base, node)
-METHODS = {"lora": lora.init}
+# method -> init(key, base, modules, config) -> (base, node), for each adapted matrix
+METHODS: dict[str, Callable[..., tuple[Any, Any]]] = {"lora": lora.init}
+# method -> init(key, params, config) -> {path: node}: nodes without `apply`, which stand alone (soft prompts, prefixes)
+STANDING: dict[str, Callable[..., dict[str, Any]]] = {}
+# method -> (config, steps) -> Hooks
+HOOKS: dict[str, Callable[[AdapterConfig, int], Hooks]] = {}
 
 
 def init(key: Array, params: Any, config: AdapterConfig) -> tuple[Any, Any]:
@@ -34,8 +50,11 @@ def init(key: Array, params: Any, config: AdapterConfig) -> tuple[Any, Any]:
   Raises:
     ValueError: a method that does not exist, or a target, pattern or layer that matches nothing.
   """
+  if config.method in STANDING:
+    return params, tree.unflatten(STANDING[config.method](key, params, config))
   if config.method not in METHODS:
-    raise ValueError(f"unknown adapter method {config.method!r}; known: {', '.join(METHODS)}")
+    known = ", ".join([*METHODS, *STANDING])
+    raise ValueError(f"unknown adapter method {config.method!r}; known: {known}")
   names_at = modules(params)
   _check(config, [name for names in names_at.values() for name in names])
   adapter = {}
@@ -55,9 +74,17 @@ def bind(params: Any, adapter: Any, *, key: Array | None = None) -> Any:
     key: for adapter dropout, in training only; each path and layer folds its own.
   """
   for path, node in tree.items(adapter):
-    frozen = base(params, path)
-    params = tree.put(params, path, Adapted(frozen, node, _keys(key, path, node, frozen)))
+    if hasattr(node, "apply"):
+      frozen = base(params, path)
+      node = Adapted(frozen, node, _keys(key, path, node, frozen))
+    params = tree.put(params, path, node)
   return params
+
+
+def hooks(config: AdapterConfig | None, steps: int) -> Hooks | None:
+  """What the config's method adds to a training step of `steps` updates; None for most, and for no adapter."""
+  made = None if config is None else HOOKS.get(config.method)
+  return None if made is None or config is None else made(config, steps)
 
 
 def merge(params: Any, adapter: Any | None = None) -> Any:
@@ -134,7 +161,7 @@ def _check(config: AdapterConfig, names: list[str]) -> None:
 
 
 def _keys(key, path, node, base):
-  if key is None or node.dropout == 0.0:
+  if key is None or not getattr(node, "dropout", 0.0):
     return None
   own = jax.random.fold_in(key, zlib.crc32(path.encode()))
   lead = weight.shape(base)[:-2]

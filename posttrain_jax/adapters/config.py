@@ -9,6 +9,36 @@ from collections.abc import Mapping
 from typing import Any
 
 ALL_LINEAR = "all-linear"
+WHERE = ("method", "target_modules", "exclude_modules", "layers_to_transform")
+RANKED = (*WHERE, "r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora")
+LORA = (*RANKED, "init_lora_weights", "use_dora", "loftq_iter", "modules_to_save")
+# method -> the options that it reads; another one away from its default is an error
+OPTIONS: dict[str, tuple[str, ...]] = {
+  "lora": LORA,
+  "dora": LORA,
+  "pissa": LORA,
+  "olora": LORA,
+  "loftq": LORA,
+  "longlora": (*LORA, "attention_group"),
+  "vera": (*WHERE, "r", "lora_dropout", "d_initial", "projection_prng_key"),
+  "adalora": (
+    *(*WHERE, "lora_alpha", "lora_dropout", "init_r", "target_r", "tinit", "tfinal", "deltaT"),
+    *("beta1", "beta2", "orth_reg_weight", "total_step"),
+  ),
+  "ia3": (*WHERE, "feedforward_modules"),
+  "prompt": ("method", "num_virtual_tokens", "prompt_tuning_init", "prompt_tuning_init_text"),
+  "prefix": ("method", "num_virtual_tokens"),
+}
+# Methods that are LoRA with one option set: what the name means.
+MEANINGS: dict[str, dict[str, Any]] = {
+  "dora": {"use_dora": True},
+  "pissa": {"init_lora_weights": "pissa"},
+  "olora": {"init_lora_weights": "olora"},
+  "loftq": {"init_lora_weights": "loftq"},
+}
+# True: a uniform, b zero; "gaussian": a normal(0, 1/r), b zero; "zero_a": a zero, b uniform;
+# the others start from the base's own matrix and take what they hold out of it
+INITS = (True, "gaussian", "zero_a", "pissa", "olora", "loftq")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,16 +62,39 @@ class AdapterConfig:
   alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
   use_rslora: bool = False  # scale by lora_alpha / sqrt(r)
   init_lora_weights: bool | str = (
-    True  # True: a uniform, b zero; "gaussian": a normal(0, 1/r), b zero
+    True  # one of INITS, or "pissa_niter_N": PiSSA by N subspace iterations
   )
+  use_dora: bool = False  # LoRA of the direction, with a trained magnitude of each output (DoRA)
+  loftq_iter: int = 1  # rounds of quantisation and SVD
+  modules_to_save: tuple[str, ...] = ()  # name endings of what trains whole beside the adapter
+  attention_group: int = 0  # LongLoRA: tokens of a group of the shifted attention in training
+  d_initial: float = 0.1  # VeRA: the start of its lambda_d
+  projection_prng_key: int = 0  # VeRA: the seed of its frozen projections
+  init_r: int = 12  # AdaLoRA: rank at the start, and on average at the end
+  target_r: int = 8
+  tinit: int = 0  # AdaLoRA: steps before pruning, steps after it, steps from one to the next
+  tfinal: int = 0
+  deltaT: int = 1
+  beta1: float = 0.85  # AdaLoRA: of the moving averages of importance and of its uncertainty
+  beta2: float = 0.85
+  orth_reg_weight: float = 0.5  # AdaLoRA: of the orthogonality of its factors in the loss
+  total_step: int | None = None  # AdaLoRA: of the budget's schedule; None: the run's
+  feedforward_modules: str | tuple[str, ...] = ("down_proj",)  # (IA)3: scaled at their input
+  num_virtual_tokens: int = 20  # of a soft prompt or prefix
+  prompt_tuning_init: str = "RANDOM"  # RANDOM, SAMPLE_VOCAB, TEXT
+  prompt_tuning_init_text: str | None = None
 
   def __post_init__(self):
+    self._check_options()
     if self.r < 1:
       raise ValueError(f"r={self.r}: the rank must be at least 1")
     if not 0.0 <= self.lora_dropout < 1.0:
       raise ValueError(f"lora_dropout={self.lora_dropout} must be in [0, 1)")
-    if self.init_lora_weights not in (True, "gaussian"):
-      raise ValueError(f"init_lora_weights={self.init_lora_weights!r}: write True or 'gaussian'")
+    if self.init_lora_weights not in INITS and not self.pissa_iterations:
+      known = ", ".join(map(repr, INITS))
+      raise ValueError(
+        f"init_lora_weights={self.init_lora_weights!r}: write one of {known}, or 'pissa_niter_16'"
+      )
     for pattern, rank in self.rank_pattern.items():
       if rank < 1:
         raise ValueError(
@@ -53,13 +106,46 @@ class AdapterConfig:
         raise ValueError(
           f"lora_alpha and the values of alpha_pattern must be finite, found {alpha}"
         )
-    for name in ("target_modules", "exclude_modules"):
+    for name in ("target_modules", "exclude_modules", "feedforward_modules", "modules_to_save"):
       if isinstance(getattr(self, name), list | set):
         object.__setattr__(self, name, tuple(sorted(getattr(self, name))))
     layers = self.layers_to_transform
     layers = (layers,) if isinstance(layers, int) else tuple(layers or ()) or None
     object.__setattr__(self, "layers_to_transform", layers)
     self._check_expressions()
+
+  def _check_options(self):
+    """The method exists, its name means what the options say, and every option that is set is one it reads."""
+    if self.method not in OPTIONS:
+      raise ValueError(f"unknown adapter method {self.method!r}; known: {', '.join(OPTIONS)}")
+    for option, meant in MEANINGS.get(self.method, {}).items():
+      default = AdapterConfig.__dataclass_fields__[option].default
+      given = getattr(self, option)
+      if given not in (default, meant) and not str(given).startswith(f"{meant}_niter_"):
+        raise ValueError(f"method={self.method!r} means {option}={meant!r}, found {given!r}")
+      if given == default:
+        object.__setattr__(self, option, meant)
+    for field in dataclasses.fields(self):
+      if field.name in OPTIONS[self.method]:
+        continue
+      made = field.default_factory
+      default = field.default if made is dataclasses.MISSING else made()
+      if getattr(self, field.name) != default:
+        raise ValueError(
+          f"{field.name}={getattr(self, field.name)!r}: the method {self.method!r} has no such option; "
+          f"it reads {', '.join(OPTIONS[self.method][1:])}"
+        )
+
+  @property
+  def pissa_iterations(self) -> int:
+    """Subspace iterations of PiSSA's fast SVD; 0: exact, or no PiSSA."""
+    found = re.fullmatch(r"pissa_niter_([1-9]\d*)", str(self.init_lora_weights))
+    return int(found[1]) if found else 0
+
+  @property
+  def changes_base(self) -> bool:
+    """True where the adapter starts with a part of the base, which is taken out of it."""
+    return self.init_lora_weights not in (True, "gaussian", "zero_a")
 
   def _check_expressions(self):
     expressions = [

@@ -83,6 +83,22 @@ def shape(w: AnyWeight) -> tuple[int, ...]:
   return tuple(w.shape)
 
 
+def like(w: Array, base: AnyWeight) -> AnyWeight:
+  """The matrix w stored as base is: quantised where base is quantised, rounded to its dtype where it is dense."""
+  return base.like(w) if hasattr(base, "like") else w.astype(base.dtype)
+
+
+@struct.dataclass
+class Shared:
+  """An array that every layer of a stack reads whole: VeRA's projections, a row's adapter.  The scan closes over it."""
+
+  value: Any
+
+
+def is_shared(x: Any) -> bool:
+  return isinstance(x, Shared)
+
+
 @struct.dataclass
 class Adapted:
   """A frozen base and the adapter node that changes it; made by `adapters.bind`."""

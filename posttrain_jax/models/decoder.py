@@ -7,7 +7,6 @@ Hugging Face files, matrices stored `[in, out]`, every per-layer leaf with a lea
 from __future__ import annotations
 
 import dataclasses
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -18,9 +17,18 @@ from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from posttrain_jax.core import sharding, tree
+from posttrain_jax.core import memory, sharding, tree
 from posttrain_jax.core.sharding import constrain
-from posttrain_jax.core.weight import Adapted, Transposed, embed, linear, linear32, unadapted
+from posttrain_jax.core.weight import (
+  Adapted,
+  Transposed,
+  dense,
+  embed,
+  is_shared,
+  linear,
+  linear32,
+  unadapted,
+)
 from posttrain_jax.models import attention
 from posttrain_jax.models.config import SLIDING, ModelConfig, Rope
 
@@ -35,7 +43,11 @@ Params = Any
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-  """One parameter: its shape, the name of each axis, and how a fresh one is drawn."""
+  """One parameter: its shape, the name of each axis, and how a fresh one is drawn.
+
+  Axes: vocab, embed (the residual stream), heads (whole heads of queries or keys), values (of the heads), mlp, norm
+  (the scales of a norm), layers.
+  """
 
   shape: tuple[int, ...]
   axes: str
@@ -46,7 +58,7 @@ def specs(config: ModelConfig) -> Params:
   """The tree of `Spec`s: what a checkpoint must hold, no more and no less."""
   c, layer = config, {}
   heads, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-  norm = lambda size, axes="embed": Spec((size,), axes, "zeros" if c.norm_plus_one else "ones")
+  norm = lambda size: Spec((size,), "norm", "zeros" if c.norm_plus_one else "ones")
 
   def dense(path: str, rows: int, columns: int, axes: str, bias: bool):
     layer[f"{path}/weight"] = Spec((rows, columns), axes, "normal")
@@ -56,11 +68,11 @@ def specs(config: ModelConfig) -> Params:
   layer["input_layernorm/weight"] = norm(c.hidden_size)
   dense("self_attn/q_proj", c.hidden_size, heads, "embed heads", c.qkv_bias)
   dense("self_attn/k_proj", c.hidden_size, kv, "embed heads", c.qkv_bias)
-  dense("self_attn/v_proj", c.hidden_size, kv, "embed heads", c.qkv_bias)
-  dense("self_attn/o_proj", heads, c.hidden_size, "heads embed", c.out_bias)
+  dense("self_attn/v_proj", c.hidden_size, kv, "embed values", c.qkv_bias)
+  dense("self_attn/o_proj", heads, c.hidden_size, "values embed", c.out_bias)
   if c.qk_norm:
-    layer["self_attn/q_norm/weight"] = norm(c.head_dim, "head_dim")
-    layer["self_attn/k_norm/weight"] = norm(c.head_dim, "head_dim")
+    layer["self_attn/q_norm/weight"] = norm(c.head_dim)
+    layer["self_attn/k_norm/weight"] = norm(c.head_dim)
   layer["post_attention_layernorm/weight"] = norm(c.hidden_size)
   if c.sandwich_norms:
     layer["pre_feedforward_layernorm/weight"] = norm(c.hidden_size)
@@ -258,8 +270,9 @@ def unstack(params: Params, config: ModelConfig) -> Params:
 
   The decode loop on a CPU wants them so: a scan copies each layer's weights out of the stack at every step.
   """
+  own = lambda i: lambda leaf: leaf if is_shared(leaf) else leaf[i]
   slices = tuple(
-    jax.tree.map(operator.itemgetter(i), params["layers"]) for i in range(config.num_layers)
+    jax.tree.map(own(i), params["layers"], is_leaf=is_shared) for i in range(config.num_layers)
   )
   return {**params, "layers": slices}
 
@@ -289,11 +302,15 @@ def _over_layers(layer, carry, layers, config, indexed=False):
       carry = layer(carry, p, kind, index) if indexed else layer(carry, p, kind)
     return carry
 
+  leaves, structure = jax.tree.flatten(layers, is_leaf=is_shared)
+  stacked = [None if is_shared(leaf) else leaf for leaf in leaves]
+
   def body(carry, xs):
-    p, kind, index = xs
+    own, kind, index = xs
+    p = structure.unflatten(leaf if mine is None else mine for mine, leaf in zip(own, leaves))
     return (layer(carry, p, kind, index) if indexed else layer(carry, p, kind)), None
 
-  carry, _ = jax.lax.scan(body, carry, (layers, kinds, np.arange(config.num_layers)))
+  carry, _ = jax.lax.scan(body, carry, (stacked, kinds, np.arange(config.num_layers)))
   return carry
 
 
@@ -354,7 +371,7 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
 def _layer(x, p, shared, config, extend):
   """One block; `extend(k, v)` returns all keys and values there are to look at."""
   mask, cos, sin = shared
-  p = _gathered(p)
+  p = _gathered(memory.fetch(p))
   h = _norm(x, p["input_layernorm"]["weight"], config)
   h = _attention(h, p["self_attn"], mask, cos, sin, config, extend)
   after = p["post_attention_layernorm"]["weight"]
@@ -416,5 +433,5 @@ def _norm(x, w, config):
   """x / rms(x) * w (Gemma: * (1 + w)), in float32."""
   wide = x.astype(jnp.float32)
   wide *= jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + config.norm_eps)
-  w = w.astype(jnp.float32)
+  w = dense(w, jnp.float32)  # a norm that is trained beside an adapter is a bound weight too
   return (wide * (1.0 + w if config.norm_plus_one else w)).astype(x.dtype)

@@ -71,7 +71,7 @@ def figures(
 
 def arithmetic(built: Program) -> dict[str, int]:
   """{component: bytes a device}: stored arrays exactly, by their shardings; activations by the remat mode."""
-  frozen = [built.frozen.params, built.frozen.adapter]
+  frozen = [built.frozen.params, built.state.carried]
   dtype = assemble.compute_dtype(built.config.model.dtype)
   rows = math.ceil(built.config.batch.rows / built.config.batch.accumulate / _row_shards(built))
   tokens = rows * built.config.data.length

@@ -17,12 +17,11 @@ from jax.sharding import PartitionSpec as P
 from jax.sharding import SingleDeviceSharding
 
 from posttrain_jax import adapters, quant
-from posttrain_jax.core import sharding, tree
+from posttrain_jax.core import memory, sharding, tree
 from posttrain_jax.models import decoder, fetch, hf
 from posttrain_jax.models.config import ModelConfig
 from posttrain_jax.models.shapes import SHAPES
 from posttrain_jax.plan.topology import GIB, Target
-from posttrain_jax.quant import nf4
 from posttrain_jax.train import assemble, step
 from posttrain_jax.train.objectives import Frozen
 from posttrain_jax.train.settings import ConfigError
@@ -97,47 +96,50 @@ def build(config: ml_collections.ConfigDict, target: Target) -> Program:
     m = config.mesh
     mesh = sharding.mesh(data=m.data, fsdp=m.fsdp, tensor=m.tensor, devices=target.devices)
   where = functools.partial(_where, mesh, target.devices[0])
-  trainable, frozen = parameters(config, model_config, where)
+  trainable, carried, frozen = parameters(config, model_config, where)
   dtype = assemble.compute_dtype(config.model.dtype)
   model = assemble.Model(Path(), frozen.params, model_config, None, None, dtype)
-  optimizer, _ = assemble.optimizer(config)
+  optimizer, _ = assemble.optimizer(config, model_config)
   made = step.make(
     assemble.objective(config, model, ()),
     optimizer,
     accumulate=config.batch.accumulate,
     seed=config.seed,
-    dropout=config.adapter.method != "none" and config.adapter.lora_dropout > 0,
+    hooks=adapters.hooks(assemble.adapter_config(config), config.steps),
   )
-  state = jax.eval_shape(functools.partial(step.start, optimizer=optimizer), trainable)
-  state = _with(state, step.layout(state, trainable, optimizer, where(P(), ())))
+  first = lambda trainable, carried: step.start(trainable, optimizer, carried)
+  state = jax.eval_shape(first, trainable, carried)
+  state = _with(state, step.layout(state, trainable, where(P(), ()), carried))
   return Program(config, model_config, made, state, frozen, _batch(config, where), mesh)
 
 
 def parameters(
   config: ml_collections.ConfigDict, model: ModelConfig, where: Where
-) -> tuple[Any, Frozen]:
-  """(trainable, frozen) of abstract arrays, as `assemble.model` and `assemble.split` make them of real ones."""
+) -> tuple[Any, Any, Frozen]:
+  """(trainable, carried, frozen) of abstract arrays, as `assemble` makes them of real ones."""
   chosen = assemble.adapter_config(config)
   if chosen is None:
     if config.model.base != "dense":
       raise ConfigError(f"base={config.model.base} is frozen: write base=dense, or adapter=lora")
-    return _placed(decoder.abstract(model, jnp.float32), where), Frozen()
+    params = _placed(decoder.abstract(model, jnp.float32), where)
+    if assemble.offload_mode(config) == "params":
+      params["layers"] = jax.tree.map(
+        lambda x: x.update(sharding=memory.host(x.sharding)), params["layers"]
+      )
+    return params, None, Frozen()
   params = base(model, assemble.compute_dtype(config.model.dtype), config.model.base)
   params, adapter = jax.eval_shape(
     lambda params: adapters.init(jax.random.key(0), params, chosen), params
   )
-  trainable, fixed = tree.partition(_placed(adapter, where))
-  return trainable, Frozen(_placed(params, where), fixed)
+  trainable, carried = tree.partition(_placed(adapter, where))
+  return trainable, carried, Frozen(_placed(params, where))
 
 
 def base(model: ModelConfig, dtype: Any, kind: str) -> Any:
-  """The abstract parameters of a frozen base: dense, or with its linear weights as NF4."""
+  """The abstract parameters of a frozen base: dense, or with its linear weights in a type of `quant.STORAGES`."""
   params = decoder.abstract(model, dtype)
-  if kind == "dense":
-    return params
   return tree.unflatten(
-    (path, nf4.abstract(leaf.shape, dtype=leaf.dtype) if quant.is_linear(path, leaf) else leaf)
-    for path, leaf in tree.items(params)
+    (path, quant.abstract(path, leaf, kind)) for path, leaf in tree.items(params)
   )
 
 

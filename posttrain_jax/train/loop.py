@@ -50,7 +50,7 @@ class Run:
   batches: Loader
   eval_batches: Callable[[], Iterable[Any]]
   learning_rate: Callable[[int], Any]
-  export: Callable[[Any, str], None]  # (trainable, folder name): the adapter in PEFT's format
+  export: Callable[[State, str], None]  # (state, folder name): the adapter in PEFT's format
   mesh: jax.sharding.Mesh | None
   eval_every: int
   save_every: int
@@ -158,11 +158,12 @@ def _placed(run: Run, batch: Any) -> Any:
   return batch if run.mesh is None else distributed.global_batch(run.mesh, batch)
 
 
-def evaluation(run: Run, trainable: Any) -> dict[str, float]:
+def evaluation(run: Run, state: State) -> dict[str, float]:
   """Metrics over every held-out example, `eval_` before each name; empty without held-out data."""
   total: dict[str, Any] | None = None
+  frozen = run.frozen.replace(adapter=state.carried)
   for batch in run.eval_batches():
-    metrics = run.evaluate(trainable, run.frozen, _placed(run, batch))
+    metrics = run.evaluate(state.trainable, frozen, _placed(run, batch))
     total = metrics if total is None else jax.tree.map(lambda a, b: a + b, total, metrics)
   return (
     {}
@@ -174,7 +175,7 @@ def evaluation(run: Run, trainable: Any) -> dict[str, float]:
 def _evaluate(
   run: Run, state: State, progress: Progress, journal: Journal | None, bar: Bar
 ) -> None:
-  values = evaluation(run, state.trainable)
+  values = evaluation(run, state)
   if not values:
     return
   if journal:
@@ -182,4 +183,4 @@ def _evaluate(
   bar.say(f"step {progress.step}: eval_loss {values['eval_loss']:.4f}")
   if values["eval_loss"] < progress.best_loss:
     progress.best_step, progress.best_loss = progress.step, values["eval_loss"]
-    run.export(state.trainable, "adapter")
+    run.export(state, "adapter")

@@ -21,7 +21,7 @@ import rich
 
 from posttrain_jax import adapters
 from posttrain_jax.adapters import peft_format
-from posttrain_jax.core import files, tree
+from posttrain_jax.core import files, memory, tree
 from posttrain_jax.core.checkpoint import Checkpoints
 from posttrain_jax.data import chat, loader
 from posttrain_jax.evals import report, tasks
@@ -80,6 +80,7 @@ class _Pieces:
   """What `_train` and `--dry_run` share."""
 
   trainable: Any
+  carried: Any  # what else a state starts with: the fixed part of the adapter
   frozen: Frozen
   chosen: adapters.AdapterConfig | None
   objective: objectives.Objective
@@ -91,17 +92,19 @@ class _Pieces:
 
 
 def _pieces(config, model: Model, data: Data, mesh) -> _Pieces:
-  trainable, frozen, chosen = assemble.split(config, model, mesh)
+  trainable, carried, frozen, chosen = assemble.split(config, model, mesh)
   objective = assemble.objective(config, model, data.channels)
-  optimizer, schedule = assemble.optimizer(config)
+  optimizer, schedule = assemble.optimizer(config, model.config)
   made = step.make(
     objective,
     optimizer,
     accumulate=config.batch.accumulate,
     seed=config.seed,
+    hooks=adapters.hooks(chosen, config.steps),
   )
   return _Pieces(
     trainable,
+    carried,
     frozen,
     chosen,
     objective,
@@ -119,7 +122,7 @@ def _introduce(config, model: Model, data: Data, pieces: _Pieces, say) -> None:
     total = tree.size(pieces.trainable)
     say(f"trainable params: {total:,} || all params: {total:,} || trainable%: 100.0000")
   else:
-    adapter = tree.combine(pieces.trainable, pieces.frozen.adapter)
+    adapter = tree.combine(pieces.trainable, pieces.carried)
     say(adapters.summary(pieces.frozen.params, adapter))
     say(f"base: {config.model.base}, {tree.nbytes(pieces.frozen.params) / 1e6:,.0f} MB")
   say(f"data: {pieces.batches.stats()}")
@@ -131,9 +134,7 @@ def _introduce(config, model: Model, data: Data, pieces: _Pieces, say) -> None:
 
 def _explain_memory(pieces: _Pieces, say) -> None:
   """Compiles the step and says what it needs; nothing is run."""
-  state = jax.eval_shape(
-    functools.partial(step.start, optimizer=pieces.optimizer), pieces.trainable
-  )
+  state = _shapes(pieces)
   batch = next(pieces.batches)
   began = time.monotonic()
   memory = pieces.step.lower(state, pieces.frozen, batch).compile().memory_analysis()
@@ -156,7 +157,7 @@ def _train(config, folder: Path, model: Model, data: Data, pieces: _Pieces, say)
     say(f"going on from step {at} of {config.steps}")
   else:
     _check_start(pieces, model)
-    _evaluate_task(config, folder, "before", model, pieces, state.trainable, say)
+    _evaluate_task(config, folder, "before", model, pieces, state, say)
   run = loop.Run(
     folder=folder,
     steps=config.steps,
@@ -183,17 +184,24 @@ def _train(config, folder: Path, model: Model, data: Data, pieces: _Pieces, say)
 
 def _started(pieces: _Pieces) -> step.State:
   """The first state, optimizer moments laid out as the parameters they belong to."""
+  first = functools.partial(_first, pieces)
+  where = jax.tree.map(lambda x: x.sharding, _shapes(pieces))
+  return jax.jit(first, out_shardings=where)(pieces.trainable, pieces.carried)
+
+
+def _shapes(pieces: _Pieces) -> step.State:
+  """The state that `_started` makes, as shapes on their devices."""
+  shapes = jax.eval_shape(functools.partial(_first, pieces), pieces.trainable, pieces.carried)
   if pieces.mesh is None:
-    return step.start(pieces.trainable, pieces.optimizer)
-  replicated = jax.sharding.NamedSharding(pieces.mesh, jax.sharding.PartitionSpec())
-  shapes = jax.eval_shape(
-    functools.partial(step.start, optimizer=pieces.optimizer), pieces.trainable
-  )
-  make = jax.jit(
-    functools.partial(step.start, optimizer=pieces.optimizer),
-    out_shardings=step.layout(shapes, pieces.trainable, pieces.optimizer, replicated),
-  )
-  return make(pieces.trainable)
+    replicated = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  else:
+    replicated = jax.sharding.NamedSharding(pieces.mesh, jax.sharding.PartitionSpec())
+  layout = step.layout(shapes, pieces.trainable, replicated, pieces.carried)
+  return jax.tree.map(lambda x, where: x.update(sharding=where), shapes, layout)
+
+
+def _first(pieces: _Pieces, trainable: Any, carried: Any) -> step.State:
+  return step.start(trainable, pieces.optimizer, carried)
 
 
 def _abstract(state: step.State) -> Any:
@@ -206,7 +214,7 @@ def _check_start(pieces: _Pieces, model: Model) -> None:
     return
   tokens = jnp.asarray(np.arange(16, dtype=np.int32)[None] % model.config.vocab_size)
   logits = jax.jit(lambda params: decoder.forward(params, tokens, model.config, dtype=model.dtype))
-  bound = logits(objectives.policy(pieces.trainable, pieces.frozen))
+  bound = logits(objectives.policy(pieces.trainable, pieces.frozen.replace(adapter=pieces.carried)))
   base = logits(pieces.frozen.params)
   change = float(jnp.max(jnp.abs(bound - base)) / jnp.max(jnp.abs(base)))
   if not change <= TOLERANCE:
@@ -233,12 +241,14 @@ def _whole(tree_: Any, mesh) -> Any:
   if jax.process_count() == 1:
     return tree_
   replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-  return jax.device_get(jax.jit(lambda x: x, out_shardings=replicated)(tree_))
+  return jax.device_get(jax.jit(memory.fetch, out_shardings=replicated)(tree_))
 
 
-def _export(config, folder: Path, model: Model, pieces: _Pieces, trainable: Any, name: str) -> None:
+def _export(
+  config, folder: Path, model: Model, pieces: _Pieces, state: step.State, name: str
+) -> None:
   """The adapter as a PEFT folder, or (full fine-tuning) the model as a Hugging Face folder."""
-  whole = _whole(trainable, pieces.mesh)
+  whole = _whole(state.trainable, pieces.mesh)
   if not distributed.is_main():
     return
   if pieces.chosen is None:
@@ -249,12 +259,12 @@ def _export(config, folder: Path, model: Model, pieces: _Pieces, trainable: Any,
       folder / name.replace("adapter", "model"), params, model.config, tokenizer_from=model.folder
     )
     return
-  adapter = tree.combine(whole, _whole(pieces.frozen.adapter, pieces.mesh))
+  adapter = tree.combine(whole, _whole(state.carried, pieces.mesh))
   peft_format.save(folder / name, adapter, pieces.chosen, model.config, base_name=config.model.name)
 
 
 def _evaluate_task(
-  config, folder: Path, when: str, model: Model, pieces: _Pieces, trainable: Any, say
+  config, folder: Path, when: str, model: Model, pieces: _Pieces, state: step.State, say
 ) -> None:
   """Answers the built-in task's held-out questions and keeps the result beside the metrics."""
   if not config.eval.task:
@@ -263,7 +273,7 @@ def _evaluate_task(
     raise settings.ConfigError(
       "eval.task generates text in one process; run `posttrain eval` afterwards instead"
     )
-  params = trainable if pieces.chosen is None else _merged(pieces, trainable)
+  params = memory.fetch(state.trainable) if pieces.chosen is None else _merged(pieces, state)
   result = tasks.evaluate(
     params,
     model.config,
@@ -279,8 +289,8 @@ def _evaluate_task(
   )
 
 
-def _merged(pieces: _Pieces, trainable: Any) -> Any:
-  return adapters.merge(pieces.frozen.params, tree.combine(trainable, pieces.frozen.adapter))
+def _merged(pieces: _Pieces, state: step.State) -> Any:
+  return adapters.merge(pieces.frozen.params, tree.combine(state.trainable, state.carried))
 
 
 def _finish(
@@ -293,8 +303,8 @@ def _finish(
     if not best.exists():
       exported.rename(best)
     say(f"lowest eval_loss {progress.best_loss:.4f} at step {progress.best_step}: kept as {best}")
-  run.export(state.trainable, "adapter")
-  _evaluate_task(config, folder, "after", model, pieces, state.trainable, say)
+  run.export(state, "adapter")
+  _evaluate_task(config, folder, "after", model, pieces, state, say)
   if not distributed.is_main():
     return
   final = {"steps": progress.step, "seconds": round(progress.seconds, 1), "tokens": progress.tokens}

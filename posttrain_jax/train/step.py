@@ -11,7 +11,10 @@ import optax
 from flax import struct
 from jax.sharding import PartitionSpec as P
 
-from posttrain_jax.core import sharding
+from posttrain_jax import adapters
+from posttrain_jax.core import memory, sharding, tree
+from posttrain_jax.optim import layout as optimizer_layout
+from posttrain_jax.optim import offload
 from posttrain_jax.train import metrics as metrics_lib
 from posttrain_jax.train.objectives import Batch, Frozen, Objective
 
@@ -25,32 +28,31 @@ class State:
   step: Array  # optimizer updates tried, skipped ones included
   trainable: Any
   optimizer: Any
+  # the part of the adapter that the optimizer does not see (scales, masks, what a method remembers); None without one
+  carried: Any
   skipped: Array  # updates left out because a gradient was not finite
   skipped_in_a_row: Array
 
 
-def start(trainable: Any, optimizer: optax.GradientTransformation) -> State:
+def start(trainable: Any, optimizer: optax.GradientTransformation, carried: Any = None) -> State:
   # one buffer each: a donated state must not hold the same array twice
   zero = lambda: jnp.zeros((), jnp.int32)
-  return State(zero(), trainable, optimizer.init(trainable), zero(), zero())
+  return State(zero(), trainable, optimizer.init(trainable), carried, zero(), zero())
 
 
 def layout(
   state: State,
   trainable: Any,
-  optimizer: optax.GradientTransformation,
   replicated: jax.sharding.Sharding,
+  carried: Any = None,
 ) -> State:
   """The shardings of a state (shapes will do): moments lie as the parameters they belong to, the rest `replicated`."""
-  own = jax.tree.map(lambda x: x.sharding, trainable)
-  moments = optax.tree_utils.tree_map_params(
-    optimizer,
-    lambda _, sharding: sharding,
-    state.optimizer,
-    own,
-    transform_non_params=lambda _: replicated,
+  where = lambda tree: jax.tree.map(lambda x: x.sharding, tree)
+  own = where(trainable)
+  moments = optimizer_layout.shardings(state.optimizer, trainable, replicated)
+  return jax.tree.map(lambda _: replicated, state).replace(
+    trainable=own, optimizer=moments, carried=where(carried)
   )
-  return jax.tree.map(lambda _: replicated, state).replace(trainable=own, optimizer=moments)
 
 
 def make(
@@ -59,6 +61,7 @@ def make(
   *,
   accumulate: int = 1,
   seed: int = 0,
+  hooks: adapters.Hooks | None = None,
 ) -> Callable[[State, Frozen, Batch], tuple[State, dict[str, Any]]]:
   """The training step; jit it with the state donated.
 
@@ -67,22 +70,39 @@ def make(
 
   Args:
     accumulate: micro-batches in an optimizer batch; divides its rows.
+    hooks: what the adapter's method adds: a penalty on its parameters, once a batch, and a change after each update.
   """
+  update = optax.with_extra_args_support(optimizer).update
 
   def step(state: State, frozen: Frozen, batch: Batch) -> tuple[State, dict[str, Any]]:
+    if state.carried is not None:
+      frozen = frozen.replace(adapter=state.carried)
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     totals = objective.totals(state.trainable, frozen, batch, key)
     gradient, metrics = _gradient(
       objective, state.trainable, frozen, batch, totals, key, accumulate
     )
-    norm = optax.tree.norm(gradient)
+    if hooks is not None:
+      adapter = lambda trainable: tree.combine(trainable, state.carried)
+      penalty, more = jax.value_and_grad(lambda t: hooks.penalty(adapter(t)))(state.trainable)
+      gradient = jax.tree.map(jnp.add, gradient, more)
+      metrics = dict(metrics, penalty=penalty)
+    norm = offload.global_norm(gradient)
     finite = jnp.isfinite(norm)
-    updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.trainable)
+    updates, optimizer_state = update(
+      gradient, state.optimizer, state.trainable, norm=norm, finite=finite
+    )
+    trainable, carried = offload.apply(state.trainable, updates, finite), state.carried
+    if hooks is not None:
+      trainable, carried = tree.partition(
+        hooks.after_update(adapter(trainable), gradient, state.step)
+      )
     keep = lambda new, old: jnp.where(finite, new, old)
     new = State(
       step=state.step + 1,
-      trainable=jax.tree.map(keep, optax.apply_updates(state.trainable, updates), state.trainable),
-      optimizer=jax.tree.map(keep, optimizer_state, state.optimizer),
+      trainable=offload.keep(finite, trainable, state.trainable),
+      optimizer=offload.keep(finite, optimizer_state, state.optimizer),
+      carried=jax.tree.map(keep, carried, state.carried),
       skipped=state.skipped + ~finite,
       skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
     )
@@ -120,11 +140,13 @@ def _gradient(objective, trainable, frozen, batch, totals, key, accumulate):
   microbatches = jax.tree.map(lambda x: _split(x, accumulate), batch)
   first = jax.tree.map(lambda x: x[0], microbatches)
   zeros = metrics_lib.zeros_like(jax.eval_shape(one, first, 0))
+  start = (jax.tree.map(memory.back, zeros[0], trainable), zeros[1])
 
   def body(carry, xs):
-    return jax.tree.map(jnp.add, carry, one(*xs)), None
+    grads, metrics = one(*xs)
+    return (offload.add(carry[0], grads), jax.tree.map(jnp.add, carry[1], metrics)), None
 
-  (grads, metrics), _ = jax.lax.scan(body, zeros, (microbatches, jnp.arange(accumulate)))
+  (grads, metrics), _ = jax.lax.scan(body, start, (microbatches, jnp.arange(accumulate)))
   return grads, metrics
 
 

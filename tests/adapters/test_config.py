@@ -107,7 +107,7 @@ def test_full_names_are_those_of_transformers():
     (dict(lora_dropout=float("nan")), "lora_dropout=nan"),
     (dict(lora_alpha=float("inf")), "lora_alpha.*finite, found inf"),
     (dict(alpha_pattern={"q_proj": float("nan")}), "alpha_pattern must be finite, found nan"),
-    (dict(init_lora_weights="zeros"), "init_lora_weights='zeros': write True or 'gaussian'"),
+    (dict(init_lora_weights="zeros"), "init_lora_weights='zeros': write one of True, 'gaussian'"),
     (dict(target_modules="(q_proj"), r"target_modules: '\(q_proj' is no regular expression"),
     (dict(exclude_modules="[q"), "exclude_modules: .* is no regular expression"),
     (dict(rank_pattern={"*": 2}), "rank_pattern: .* is no regular expression"),

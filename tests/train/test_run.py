@@ -45,7 +45,9 @@ def shared(tmp_path_factory):
 
 
 def arguments(shared, folder, *, model="model", data="rows.jsonl", more="", **fields):
-  fields = FIELDS | {name.replace("__", "."): value for name, value in fields.items()}
+  whole = "adapter=none" in more  # which has no adapter options
+  start = {k: v for k, v in FIELDS.items() if not (whole and k.startswith("adapter."))}
+  fields = start | {name.replace("__", "."): value for name, value in fields.items()}
   return [
     "train",
     f"--config={CONFIG}:model={shared / model},data={shared / data}{more}",
@@ -407,7 +409,7 @@ LONG = json.dumps({"prompt": "a" * 100, "completion": "b"}) + "\n"
 MISTAKES = {  # name: (fields and files, what the message says)
   "unknown key": (dict(optimizer__lrr=1), ["optimizer.lrr", "optimizer.lr"]),
   "unknown argument": (dict(more=",adaptr=lora"), ["adaptr", "adapter"]),
-  "unknown value": (dict(more=",adapter=lorra"), ["lorra", "none, lora"]),
+  "unknown value": (dict(more=",adapter=lorra"), ["lorra", "none, lora, dora"]),
   "rate not finite": (dict(optimizer__lr="nan"), ["optimizer.lr=nan"]),
   "target": (dict(adapter__target_modules="('q_prj',)"), ["q_prj", "q_proj"]),
   "rows": (dict(batch__rows=12), ["batch.rows=12", "multiple of 8"]),
