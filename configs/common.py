@@ -5,8 +5,22 @@ import difflib
 import ml_collections
 from ml_collections import config_dict
 
-ADAPTERS = ("none", "lora")
-BASES = ("dense", "nf4")
+# what `adapter=` may be; "none" is full fine-tuning
+ADAPTERS = (
+  "none",
+  "lora",
+  "dora",
+  "pissa",
+  "olora",
+  "loftq",
+  "longlora",
+  "vera",
+  "adalora",
+  "ia3",
+  "prompt",
+  "prefix",
+)
+BASES = ("dense", "nf4", "fp4", "int8")
 
 
 def parse(arg, **defaults):
@@ -44,6 +58,57 @@ def chosen(name, value, known):
   return value
 
 
+def adapter(method):
+  """The options of an adapter method, under PEFT's names: a method has those that it reads and no other."""
+  a = ml_collections.ConfigDict()
+  a.method = chosen("adapter", method, ADAPTERS)
+  if method == "none":
+    return a
+  if method in ("prompt", "prefix"):
+    a.num_virtual_tokens = 20
+    if method == "prompt":
+      a.prompt_tuning_init = "RANDOM"  # RANDOM, SAMPLE_VOCAB, TEXT
+      a.prompt_tuning_init_text = ""
+    return a
+  # "all-linear", a regular expression over names such as layers.3.self_attn.q_proj, or name endings
+  a.target_modules = ("k_proj", "v_proj", "down_proj") if method == "ia3" else "all-linear"
+  a.exclude_modules = ""
+  a.layers_to_transform = ()  # (): every layer
+  if method == "ia3":
+    a.feedforward_modules = ("down_proj",)  # scaled at their input
+    return a
+  a.lora_dropout = 0.0
+  if method == "vera":
+    a.r = 256
+    a.d_initial = 0.1  # start of the trained scale between the frozen projections
+    a.projection_prng_key = 0  # seed of the frozen projections
+    return a
+  a.lora_alpha = 32.0
+  if method == "adalora":
+    a.init_r = 24  # rank at the start
+    a.target_r = 16  # average rank at the end
+    a.tinit = 0  # steps before pruning
+    a.tfinal = 0  # steps after it
+    a.deltaT = 1  # steps from one pruning to the next
+    a.beta1 = 0.85  # of the moving average of importance
+    a.beta2 = 0.85  # of that of its uncertainty
+    a.orth_reg_weight = 0.5
+    return a
+  a.r = 16
+  a.rank_pattern = ml_collections.ConfigDict()
+  a.alpha_pattern = ml_collections.ConfigDict()
+  a.use_rslora = False
+  # how a and b start: uniform, gaussian, zero_a, pissa, pissa_niter_16, olora, loftq
+  a.init_lora_weights = method if method in ("pissa", "olora", "loftq") else "uniform"
+  a.use_dora = method == "dora"
+  a.loftq_iter = 1  # rounds of quantisation and SVD
+  a.modules_to_save = ()  # name endings of what trains whole
+  if method == "longlora":
+    a.modules_to_save = ("embed_tokens", "norm", "layernorm")
+    a.attention_group = 64  # tokens of a group of the shifted attention
+  return a
+
+
 def run(arg):
   """The parts that every training run has: model, adapter, batch, optimizer, mesh, evaluation, checkpoints."""
   c = ml_collections.ConfigDict()
@@ -59,26 +124,14 @@ def run(arg):
   )
   c.model.remat = "auto"  # what the backward pass recomputes: none, names, dots, full
 
-  c.adapter = ml_collections.ConfigDict()
-  c.adapter.method = chosen("adapter", arg.adapter, ADAPTERS)  # "none": full fine-tuning
-  c.adapter.r = 16
-  c.adapter.lora_alpha = 32.0
-  c.adapter.lora_dropout = 0.0
-  c.adapter.target_modules = (
-    "all-linear"  # or a regular expression over names such as layers.3.self_attn.q_proj
-  )
-  c.adapter.exclude_modules = ""
-  c.adapter.layers_to_transform = ()  # (): every layer
-  c.adapter.rank_pattern = ml_collections.ConfigDict()
-  c.adapter.alpha_pattern = ml_collections.ConfigDict()
-  c.adapter.use_rslora = False
-  c.adapter.init_lora_weights = "uniform"  # or "gaussian"
+  c.adapter = adapter(arg.adapter)
 
   c.batch = ml_collections.ConfigDict()
   c.batch.rows = 8  # in an optimizer batch, over all devices
   c.batch.accumulate = 1  # micro-batches in it
 
   c.optimizer = ml_collections.ConfigDict()
+  # adamw, adafactor, lion, sgd, adamw8bit (moments in 8 bits), adam_mini, galore, galore8bit
   c.optimizer.name = "adamw"
   c.optimizer.lr = 2e-4  # peak
   c.optimizer.warmup = 0.05  # share of steps
@@ -87,6 +140,16 @@ def run(arg):
   c.optimizer.clip = 1.0  # largest global gradient norm; 0 for none
   c.optimizer.b1 = 0.9
   c.optimizer.b2 = 0.999
+  c.optimizer.eps = config_dict.placeholder(float)  # none: the optimizer's own
+  c.optimizer.offload = "none"  # what lives in host memory: none, state, params (and state)
+  c.optimizer.embeddings_in_float32 = True  # their moments, in the 8-bit optimizers
+  c.optimizer.rank = 128  # of GaLore's subspace
+  c.optimizer.update_gap = 200  # updates from one subspace to the next
+  c.optimizer.scale = 0.25  # of the projected update
+  c.optimizer.projection = "std"  # std, reverse_std, right, left, full
+  c.optimizer.target = "layers/.*"  # paths of the matrices that are projected
+  c.optimizer.loraplus_lr_ratio = 0.0  # rate of the factors b over that of a; 0 for one rate
+  c.optimizer.loraplus_lr_embedding = 1e-6  # then that of adapters on embeddings
 
   c.mesh = ml_collections.ConfigDict()
   c.mesh.data = 1

@@ -14,13 +14,12 @@ import ml_collections
 import numpy as np
 import optax
 
-from posttrain_jax import adapters, quant
-from posttrain_jax.core import sharding, tree
+from posttrain_jax import adapters
+from posttrain_jax.core import memory, sharding, tree
 from posttrain_jax.data import chat, loader, mixture, schema
 from posttrain_jax.models import decoder, fetch, hf
 from posttrain_jax.models.config import ModelConfig
-from posttrain_jax.optim import build
-from posttrain_jax.quant import nf4
+from posttrain_jax.optim import build, offload
 from posttrain_jax.train import distributed, objectives
 from posttrain_jax.train.objectives import Frozen
 from posttrain_jax.train.settings import ConfigError
@@ -80,7 +79,7 @@ def compute_dtype(name: str) -> Any:
 
 
 def model(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh | None = None) -> Model:
-  """The base of config.model: loaded tensor by tensor, quantised and placed on its devices leaf by leaf."""
+  """The base of config.model: read and quantised matrix by matrix, placed on its devices leaf by leaf."""
   folder = fetch.resolve(config.model.name)
   dtype = compute_dtype(config.model.dtype)
   trained = config.adapter.method == "none"
@@ -88,9 +87,13 @@ def model(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh | None = No
     raise ConfigError(
       f"base={config.model.base} is frozen: train an adapter on it (adapter=lora), or write base=dense"
     )
-  place = functools.partial(_place, base=config.model.base, mesh=mesh)
   # what the optimizer updates is float32; a frozen base is stored as it is computed with
-  params, model_config = hf.load(folder, dtype=jnp.float32 if trained else dtype, place=place)
+  params, model_config = hf.load(
+    folder,
+    dtype=jnp.float32 if trained else dtype,
+    storage=config.model.base,
+    place=functools.partial(_place, mesh=mesh, on_host=offload_mode(config) == "params"),
+  )
   tokenizer = chat.load_tokenizer(folder)
   if len(tokenizer) > model_config.vocab_size:
     raise ConfigError(
@@ -104,11 +107,16 @@ def model(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh | None = No
   return Model(folder, params, model_config, tokenizer, template, dtype)
 
 
-def _place(path: str, array: np.ndarray, *, base: str, mesh: jax.sharding.Mesh | None) -> Any:
-  leaf = jnp.asarray(array) if mesh is None or base == "nf4" else array
-  if base == "nf4" and quant.is_linear(path, leaf):
-    leaf = nf4.quantize(leaf)
-  return leaf if mesh is None else placed(path, leaf, mesh)
+def _place(path: str, leaf: Any, *, mesh: jax.sharding.Mesh | None, on_host: bool = False) -> Any:
+  if on_host and path.startswith("layers/"):
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    where = device if mesh is None else sharding.named(mesh, *_spec(path, leaf))
+    return jax.make_array_from_callback(leaf.shape, memory.host(where), lambda at: leaf[at])
+  return jax.tree.map(jnp.asarray, leaf) if mesh is None else placed(path, leaf, mesh)
+
+
+def _spec(path, leaf):
+  return sharding.spec_for(path, decoder.RULES), leaf.shape
 
 
 def placed(path: str, leaf: Any, mesh: jax.sharding.Mesh) -> Any:
@@ -232,34 +240,29 @@ def _limited(train, limit):
 
 def adapter_config(config: ml_collections.ConfigDict) -> adapters.AdapterConfig | None:
   """The AdapterConfig of config.adapter; None for full fine-tuning."""
-  a = config.adapter
-  if a.method == "none":
-    return None
-  return adapters.AdapterConfig(
-    method=a.method,
-    r=a.r,
-    lora_alpha=a.lora_alpha,
-    lora_dropout=a.lora_dropout,
-    target_modules=a.target_modules,
-    exclude_modules=a.exclude_modules,
-    layers_to_transform=tuple(a.layers_to_transform) or None,
-    rank_pattern=a.rank_pattern.to_dict(),
-    alpha_pattern=a.alpha_pattern.to_dict(),
-    use_rslora=a.use_rslora,
-    init_lora_weights=True if a.init_lora_weights == "uniform" else a.init_lora_weights,
-  )
+  fields = {name: _option(name, value) for name, value in config.adapter.items()}
+  return None if fields["method"] == "none" else adapters.AdapterConfig(**fields)
+
+
+def _option(name: str, value: Any) -> Any:
+  """A config field as AdapterConfig takes it."""
+  if isinstance(value, ml_collections.ConfigDict):
+    return value.to_dict()
+  if name == "init_lora_weights":
+    return True if value == "uniform" else value
+  return None if name in ("layers_to_transform", "prompt_tuning_init_text") and not value else value
 
 
 def split(
   config: ml_collections.ConfigDict, model: Model, mesh: jax.sharding.Mesh | None
-) -> tuple[Any, Frozen, adapters.AdapterConfig | None]:
-  """(trainable, frozen, adapter config) at the start of a run."""
+) -> tuple[Any, Any, Frozen, adapters.AdapterConfig | None]:
+  """(trainable, carried, frozen, adapter config) at the start of a run."""
   chosen = adapter_config(config)
   if chosen is None:
-    return model.params, Frozen(), None
+    return model.params, None, Frozen(), None
   params, adapter = adapters.init(jax.random.key(config.seed), model.params, chosen)
-  trainable, fixed = tree.partition(placed_adapter(adapter, mesh))
-  return trainable, Frozen(params, fixed), chosen
+  trainable, carried = tree.partition(placed_adapter(adapter, mesh))
+  return trainable, carried, Frozen(params), chosen
 
 
 def objective(
@@ -293,7 +296,7 @@ def remat(config: ml_collections.ConfigDict) -> str:
 
 
 def optimizer(
-  config: ml_collections.ConfigDict,
+  config: ml_collections.ConfigDict, model: ModelConfig
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
   o = config.optimizer
   return build.build(
@@ -306,7 +309,36 @@ def optimizer(
     clip=o.clip or None,
     b1=o.b1,
     b2=o.b2,
+    eps=o.eps,
+    rank=o.rank,
+    update_gap=o.update_gap,
+    scale=o.scale,
+    projection=o.projection,
+    target=o.target,
+    embeddings_in_float32=o.embeddings_in_float32,
+    loraplus_lr_ratio=o.loraplus_lr_ratio or None,
+    loraplus_lr_embedding=o.loraplus_lr_embedding,
+    offloaded=offload_mode(config) != "none",
+    axes={path: spec.axes for path, spec in tree.items(decoder.specs(model))},
+    head_dim=model.head_dim,
   )
+
+
+def offload_mode(config: ml_collections.ConfigDict) -> str:
+  """config.optimizer.offload, checked against the rest of the config."""
+  mode = config.optimizer.offload
+  if mode not in offload.MODES:
+    raise ConfigError(f"optimizer.offload={mode!r}: known are {', '.join(offload.MODES)}")
+  if mode == "params" and config.adapter.method != "none":
+    raise ConfigError(
+      "optimizer.offload=params is for full fine-tuning, where parameters are what is updated; write state"
+    )
+  if mode == "params" and remat(config) == "none":
+    raise ConfigError(
+      "optimizer.offload=params with model.remat=none would keep every layer on the device for the backward pass; "
+      "write another remat"
+    )
+  return mode
 
 
 def batches(
