@@ -38,11 +38,12 @@ test: .venv/ready ## the fast suite
 test-all: .venv/ready ## the fast suite and the slow tests
 	$(BIN)/python -m pytest -m "not oracle"
 
-test-newest: ## the fast suite on the newest jax, where a Python >= 3.12 is found
-	@newest=$$(for v in 3.14 3.13 3.12; do command -v python$$v >/dev/null && python$$v -c '' 2>/dev/null && echo python$$v && break; done); \
+test-newest: ## the fast suite on the newest jax, where a Python >= 3.12 is found (also among pyenv's)
+	@for v in 3.14 3.13 3.12; do for p in python$$v $$HOME/.pyenv/versions/$$v.*/bin/python$$v; do \
+	  [ -z "$$newest" ] && $$p -c 'import venv, ssl' 2>/dev/null && newest=$$p; done; done; \
 	if [ -z "$$newest" ]; then echo "test-newest: no working Python >= 3.12 found; nothing was tested"; exit 1; fi; \
 	$$newest -m venv .venv-newest && .venv-newest/bin/python -m pip install $(PIP_FLAGS) -U jax -e '.[dev]' && \
-	.venv-newest/bin/python -c 'import jax; print("jax", jax.__version__)' && \
+	.venv-newest/bin/python -c 'import jax, sys; print("jax", jax.__version__, "on Python", sys.version.split()[0])' && \
 	.venv-newest/bin/python -m pytest -m "not slow and not oracle"
 
 check: .venv/ready ## format, lint, types, examples in docstrings
