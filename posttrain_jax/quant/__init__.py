@@ -1,65 +1,87 @@
-"""How frozen weights are stored: 4-bit NF4 matrices and the 8-bit blockwise map.
+"""How frozen weights are stored: 4-bit NF4 and FP4 matrices, int8 by channel, and the 8-bit blockwise map.
 
-`quantize_params(params, exclude=...)` turns the linear weights of a model's layers into NF4.
+`quantize_params(params, exclude=...)` turns the linear weights of a model's layers into one of them; `models.hf.load`
+does so while it reads.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from posttrain_jax.core import tree, weight
-from posttrain_jax.quant import nf4
+from posttrain_jax.quant import fp4, int8, nf4
+
+# What `base=` and `storage=` call a type -> the module with its `quantize` and `abstract`.
+STORAGES: dict[str, Any] = {"nf4": nf4, "fp4": fp4, "int8": int8}
 
 
 def quantize_params(
-  params: Any,
-  *,
-  exclude: Sequence[str] = (),
-  double_quant: bool = True,
-  block_size: int = 64,
+  params: Any, *, exclude: Sequence[str] = (), storage: str = "nf4", **options: Any
 ) -> Any:
-  """params with every stacked linear weight of the layers as NF4; embeddings, head, norms and biases stay.
+  """params with every stacked linear weight of the layers quantised; embeddings, head, norms and biases stay.
 
   Args:
     exclude: patterns of weights to keep dense, matched against the path (`layers/mlp/down_proj/weight`), the
       per-layer names (`layers.3.mlp.down_proj`) and their endings (`down_proj`).
+    storage: a key of `STORAGES`.
+    options: of that type's `quantize`: block_size and double_quant of nf4 and fp4.
 
   Raises:
     ValueError: for a pattern that matches nothing or only some layers of a stack, a weight that is quantised or
-      adapted already, or one that NF4 cannot hold (the message names it).
+      adapted already, or one that the type cannot hold (the message names it).
   """
   leaves = tree.flatten(params)
+  linear = chosen(leaves, exclude)
+  quantised = lambda path, leaf: quantize(path, leaf, storage, **options)
+  return tree.unflatten(
+    (path, quantised(path, leaf) if path in linear else leaf) for path, leaf in leaves.items()
+  )
+
+
+def chosen(leaves: Mapping[str, Any], exclude: Sequence[str] = ()) -> set[str]:
+  """The paths that `quantize_params` would quantise; leaves need no more than a shape."""
   kept = {path for pattern in exclude for path in _matches(pattern, leaves)}
-  linear = [path for path, leaf in leaves.items() if is_linear(path, leaf) and path not in kept]
+  linear = {path for path, leaf in leaves.items() if is_linear(path, leaf)} - kept
   if not linear and not kept:
     raise ValueError(
       f"nothing to quantise: no stacked linear weight under layers/; the paths are {', '.join(leaves)}"
     )
-  return tree.unflatten(
-    (path, _quantized(path, leaf, block_size, double_quant) if path in linear else leaf)
-    for path, leaf in leaves.items()
-  )
+  return linear
+
+
+def abstract(path: str, leaf: Any, storage: str) -> Any:
+  """The abstract leaf at path as a base stored so holds it: for programs compiled without weights."""
+  if storage == "dense" or not is_linear(path, leaf):
+    return leaf
+  return _storage(storage).abstract(leaf.shape, dtype=leaf.dtype)
 
 
 def is_linear(path: str, leaf: Any) -> bool:
   return path.startswith("layers/") and path.endswith("/weight") and len(weight.shape(leaf)) == 3
 
 
-def _quantized(path: str, leaf: Any, block_size: int, double_quant: bool) -> Any:
+def quantize(path: str, leaf: Any, storage: str, **options: Any) -> Any:
+  """The weight at path, [in, out] or [layers, in, out], in a type of `STORAGES`; errors name the path."""
   if hasattr(leaf, "apply"):
     raise ValueError(
       f"cannot quantise {path}: it is a {type(leaf).__name__} already; quantise the plain base, once, "
       f"before adapters are bound, or exclude it"
     )
   try:
-    return nf4.quantize(leaf, block_size=block_size, double_quant=double_quant)
+    return _storage(storage).quantize(leaf, **options)
   except ValueError as problem:
     raise ValueError(f"{path}: {problem}; exclude={[path]} does that") from None
 
 
-def _matches(pattern: str, leaves: dict[str, Any]) -> list[str]:
+def _storage(name: str) -> Any:
+  if name not in STORAGES:
+    raise ValueError(f"unknown storage {name!r}: known are {', '.join(STORAGES)}")
+  return STORAGES[name]
+
+
+def _matches(pattern: str, leaves: Mapping[str, Any]) -> list[str]:
   """The paths that a pattern keeps dense."""
   ending = re.compile(rf"(?:.*[./])?(?:{pattern})")
   paths = []

@@ -1,25 +1,15 @@
-"""NF4: frozen matrices in 4 bits a weight plus one scale per block (Dettmers et al. 2023, QLoRA, section 3).
-
-Codes and block scales equal bitsandbytes' for the same matrix, and its files can be read into this layout bit for bit.
-"""
+"""NF4: the 4-bit type whose values are quantiles of a normal distribution (Dettmers et al. 2023, QLoRA, section 3)."""
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jax.core import Tracer
-from jax.sharding import PartitionSpec
 
-from posttrain_jax.core import sharding, weight
-from posttrain_jax.quant import blockwise
-
-Array = jax.Array
+from posttrain_jax.quant import fourbit
+from posttrain_jax.quant.fourbit import FourBit
 
 # The quantiles of a standard normal that bitsandbytes uses (`create_normal_map(offset=0.9677083)`).
 CODEBOOK = np.array(
@@ -43,153 +33,14 @@ CODEBOOK = np.array(
   ],
   np.float32,
 )
-BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-NESTED_BLOCK = 256  # scales per block of the second quantisation
-DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
-LARGEST = np.float32(2.0**126)  # the reciprocal of a larger scale is subnormal, which XLA flushes
 
 
 @struct.dataclass
-class NF4:
-  """w[i, o] = CODEBOOK[code[i, o]] * scale[i // block_size, o], with an optional leading [layers] axis.
+class NF4(FourBit):
+  """w = scale * CODEBOOK[code], sixteen quantiles of a normal distribution; layout and verbs are `FourBit`'s."""
 
-  Two codes share a byte, the even row in the high half.  With double quantisation a scale is
-  map[scales] * nested_absmax[block] + offset (`blockwise`, signed map), where blocks of 256 run over the scales of one
-  matrix in bitsandbytes' order: along `in` first, then along `out`.
-  """
-
-  codes: Any  # uint8 [..., in / 2, out]
-  scales: Any  # float32 [..., in / block_size, out]; uint8 under double quantisation
-  nested_absmax: Any = (
-    None  # float32 [..., ceil(scales of one matrix / 256)]; None without double quantisation
-  )
-  offset: Any = None  # float32 [...]: the mean of the scales; None without double quantisation
-  block_size: int = struct.field(pytree_node=False, default=64)
-  dtype: Any = struct.field(
-    pytree_node=False, default=jnp.dtype(jnp.float32)
-  )  # before quantisation
-
-  @property
-  def shape(self) -> tuple[int, ...]:
-    *lead, half, out = self.codes.shape
-    return (*lead, 2 * half, out)
-
-  def apply(self, x: Array) -> Array:
-    """x @ w; what is kept for the backward pass is the codes, never the matrix."""
-    return _apply(x, self)
-
-  @jax.jit  # op by op, the integers in between would each take a matrix
-  def rows(self, ids: Array) -> Array:
-    """w[ids]: dequantises those rows alone."""
-    ids = jnp.clip(ids, 0, self.shape[-2] - 1)
-    shift = (4 * (1 - ids % 2)).astype(jnp.uint8)
-    codes = (self.codes[ids // 2] >> shift[..., None]) & np.uint8(15)
-    return (_decode(codes) * self._scale_rows(ids // self.block_size)).astype(self.dtype)
-
-  def dense(self, dtype: Any = None) -> Array:
-    """w, [..., in, out], in `dtype` or (None) in the dtype it had before quantisation."""
-    halves = self._halves(jnp.dtype(self.dtype if dtype is None else dtype))
-    return jnp.swapaxes(halves, -3, -2).reshape(self.shape)
-
-  @functools.partial(jax.jit, static_argnames="dtype")
-  def _halves(self, dtype: Any) -> Array:
-    """[..., 2, in / 2, out]: the even rows of w, then the odd ones; the order in which unpacking moves no data."""
-    *lead, half, out = self.codes.shape
-    pairs = self.codes.reshape(*lead, 1, -1, self.block_size // 2, out)
-    # Joined, not shifted by an array [4, 0]: as an operand that all matrices share, that made a TPU's compiler decode
-    # several of them in one pass.
-    codes = jnp.concatenate([pairs >> np.uint8(4), pairs & np.uint8(15)], axis=-4)
-    w = _decode(codes) * self._all_scales()[..., None, :, None, :]
-    # Without the barrier the reshape moves up to the scales, and their float32 expansion takes as much again.
-    return jax.lax.optimization_barrier(w.astype(dtype)).reshape(*lead, 2, half, out)
-
-  def _all_scales(self) -> Array:
-    """float32 [..., in / block_size, out]."""
-    if self.nested_absmax is None:
-      return self.scales
-    per_column, out = self.scales.shape[-2:]
-    # A column's scales lie in at most `reach` nested blocks.  Choosing among those is elementwise: it follows the
-    # matrix's sharding, where expanding nested_absmax in its own order would gather and transpose.
-    start = np.arange(out) * per_column
-    first, reach = start // NESTED_BLOCK, (per_column - 1) // NESTED_BLOCK + 2
-    last = self.nested_absmax.shape[-1] - 1
-    absmax = self.nested_absmax[..., None, first]
-    # tied to the codes, as in `blockwise.select`, so that no comparison leaves the layer scan as an array
-    row = np.arange(per_column)[:, None] + blockwise.nothing(self.scales, jnp.int32)
-    for block in (first + k for k in range(1, reach)):
-      following = self.nested_absmax[..., None, np.minimum(block, last)]
-      absmax = jnp.where(row >= (NESTED_BLOCK * block - start), following, absmax)
-    scales = self._unnest(self.scales, absmax, self.offset[..., None, None])
-    # Materialised: fused into the product with the codes, each look-up would be redone block_size times.
-    return jax.lax.optimization_barrier(scales)
-
-  def _scale_rows(self, blocks: Array) -> Array:
-    """The scales of some blocks: [...] -> float32 [..., out]."""
-    if self.nested_absmax is None:
-      return self.scales[blocks]
-    per_column, out = self.scales.shape
-    nested = (jnp.arange(out) * per_column + blocks[..., None]) // NESTED_BLOCK
-    return self._unnest(self.scales[blocks], self.nested_absmax[nested], self.offset)
-
-  def _unnest(self, codes: Array, absmax: Array, offset: Array) -> Array:
-    product = blockwise.decode(codes) * absmax
-    # Compilers contract product + offset into one fused multiply-add: 26 % of the scales then differ
-    # in the last bit from bitsandbytes', and jit from eager.  XLA and LLVM leave a select in between
-    # alone; they remove an optimization_barrier or a reduce_precision.
-    return jnp.where(jnp.isfinite(product), product, blockwise.nothing(codes)) + offset
-
-  def partition_specs(self, spec: PartitionSpec) -> NF4:
-    """The PartitionSpecs of the leaves, given that of the dense [..., in, out] matrix.
-
-    Codes and scales follow the matrix; the nested statistics, some 0.001 byte a weight, are whole on each device.
-    """
-    lead = (*spec, None, None, None)[: len(self.shape) - 2]
-    nested = None if self.nested_absmax is None else PartitionSpec(*lead)
-    return dataclasses.replace(self, codes=spec, scales=spec, nested_absmax=nested, offset=nested)
-
-
-def _decode(codes: Array) -> Array:
-  """CODEBOOK[codes] as a tree of selects on the four bits.
-
-  Estimates of the compiler for a TPU v5p, 2,048 tokens x [8192, 28672] in bf16: 2.8 ms and 144 MiB of
-  temporaries, of which 2.5 ms are the product with a dense matrix.  With a gather from the table it is
-  416 ms in this order of rows; in the natural order 9 ms and 1 GiB, and with selects 11 ms and 1.8 GiB.
-  On XLA:CPU select and gather tie: 0.5 ms for [576, 1536], 45 ms for [2048, 8192].
-  """
-  return blockwise.select(codes, CODEBOOK)
-
-
-@jax.custom_vjp
-def _apply(x: Array, w: NF4) -> Array:
-  # Tied to x, so that no matrix is dequantised before its turn.
-  x, w = jax.lax.optimization_barrier((x, w))
-  # The columns of x move instead of the rows of w: x is the smaller, and the order of a sum is free.
-  even, odd, halves = x[..., ::2], x[..., 1::2], w._halves(x.dtype)
-  if not sharding.active():
-    return weight.linear(jnp.concatenate([even, odd], axis=-1), halves.reshape(w.shape))
-  # Merging (2, in / 2) into one axis would exchange the codes of a sharded `in` between devices.
-  pairs = jnp.stack([even, odd], axis=-2)
-  contract = ((pairs.ndim - 2, pairs.ndim - 1), (0, 1))
-  return jax.lax.dot_general(pairs, halves, (contract, ((), ())))
-
-
-def _apply_forward(x, w):
-  return _apply(x, w), w
-
-
-def _apply_backward(w, g):
-  # The barrier ties the second dequantisation to the gradient's arrival; without it the compiler may
-  # merge it with the forward pass's and keep the matrix in between.
-  g, w = jax.lax.optimization_barrier((g, w))
-  halves, lead = w._halves(g.dtype), g.shape[:-1]
-  if sharding.active():
-    pairs = jax.lax.dot_general(g, halves, (((g.ndim - 1,), (2,)), ((), ())))
-  else:
-    pairs = weight.linear(g, halves.reshape(w.shape).T).reshape(*lead, 2, -1)
-  return jnp.swapaxes(pairs, -1, -2).reshape(*lead, w.shape[0]), None
-
-
-_apply.defvjp(_apply_forward, _apply_backward)
+  CODEBOOK = CODEBOOK
+  name: str = struct.field(pytree_node=False, default="nf4")
 
 
 def quantize(w: Any, *, block_size: int = 64, double_quant: bool = True) -> NF4:
@@ -200,75 +51,7 @@ def quantize(w: Any, *, block_size: int = 64, double_quant: bool = True) -> NF4:
   Raises:
     ValueError: for a shape, block size, dtype or value that NF4 cannot hold.
   """
-  check(w.shape, w.dtype, block_size)
-  if (
-    isinstance(w, np.ndarray) and w.ndim == 3
-  ):  # one layer at a time on the device, not the whole stack
-    layers = [quantize(layer, block_size=block_size, double_quant=double_quant) for layer in w]
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
-  q, largest = _quantize(jnp.asarray(w), block_size, double_quant)
-  if not isinstance(largest, Tracer) and not float(largest) < LARGEST:
-    raise ValueError(
-      f"cannot quantise {tuple(w.shape)} to NF4: its largest absolute value is {float(largest)}, "
-      f"expected one below {LARGEST:.3g}; look for NaN or infinity in the checkpoint"
-    )
-  return q
-
-
-def check(shape: tuple[int, ...], dtype: Any, block_size: int) -> None:
-  """Raises ValueError where a matrix of this shape and dtype has no NF4 form."""
-  shape = tuple(shape)
-  if block_size not in BLOCK_SIZES:
-    raise ValueError(
-      f"NF4 block_size={block_size}; write one of {', '.join(map(str, BLOCK_SIZES))}"
-    )
-  if len(shape) not in (2, 3):
-    raise ValueError(
-      f"cannot quantise shape {shape} to NF4; expected [in, out] or stacked [layers, in, out]"
-    )
-  if jnp.dtype(dtype) not in DTYPES:
-    raise ValueError(
-      f"cannot quantise {jnp.dtype(dtype)} values to NF4; cast to float32, bfloat16 or float16 first"
-    )
-  if shape[-2] % block_size:
-    fits = [size for size in BLOCK_SIZES if shape[-2] % size == 0]
-    hint = f"write block_size={fits[-1]} or keep" if fits else "keep"
-    raise ValueError(
-      f"cannot quantise shape {shape} to NF4: in = {shape[-2]} is no multiple of block_size={block_size}; "
-      f"{hint} this matrix dense"
-    )
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _quantize(w: Array, block_size: int, double_quant: bool) -> tuple[NF4, Array]:
-  """(NF4, largest absolute value; NaN if any value is)."""
-  one = functools.partial(_quantize_matrix, block_size=block_size, double_quant=double_quant)
-  q, largest = one(w) if w.ndim == 2 else jax.lax.map(one, w)
-  return q, jnp.max(largest)
-
-
-def _quantize_matrix(w: Array, *, block_size: int, double_quant: bool) -> tuple[NF4, Array]:
-  rows, out = w.shape
-  blocks = w.astype(jnp.float32).reshape(rows // block_size, block_size, out)
-  absmax = jnp.max(jnp.abs(blocks), axis=1)
-  scaled = jnp.clip(blocks * blockwise.reciprocal(absmax)[:, None], -1, 1)
-  codes = _encode(scaled).reshape(rows // 2, 2, out)
-  packed = (codes[:, 0] << 4) | codes[:, 1]
-  q = NF4(packed, absmax, block_size=block_size, dtype=jnp.dtype(w.dtype))
-  if double_quant:
-    offset = jnp.mean(absmax)
-    flat = jnp.swapaxes(absmax - offset, 0, 1).reshape(-1)
-    nested, nested_absmax = blockwise.quantize(flat, block_size=NESTED_BLOCK)
-    nested = nested.reshape(out, rows // block_size).T
-    q = dataclasses.replace(q, scales=nested, nested_absmax=nested_absmax, offset=offset)
-  return q, jnp.max(absmax)
-
-
-def _encode(scaled: Array) -> Array:
-  """The nearest entry of CODEBOOK, ties to the lower."""
-  midpoints = (CODEBOOK[1:] + CODEBOOK[:-1]) / np.float32(2)
-  above = [(scaled > midpoint).astype(jnp.uint8) for midpoint in midpoints]
-  return functools.reduce(jnp.add, above)
+  return fourbit.quantize(NF4, w, block_size, double_quant)
 
 
 def abstract(
@@ -279,20 +62,4 @@ def abstract(
   double_quant: bool = True,
 ) -> NF4:
   """The NF4 of `jax.ShapeDtypeStruct`s that `quantize` would give, for programs compiled without weights."""
-  check(shape, dtype, block_size)
-  w = jax.ShapeDtypeStruct(tuple(shape), dtype)
-  return jax.eval_shape(lambda w: _quantize(w, block_size, double_quant)[0], w)
-
-
-def error(w: Array, q: NF4) -> dict[str, float]:
-  """How far q is from w: mean and largest absolute error, and the mean of |error| / |w| ("relative").
-
-  The same statistics as bitsandbytes' tests; for standard normal values in blocks of 64 they are 0.0728 and 0.203.
-  """
-  w = jnp.asarray(w, jnp.float32)
-  distance = jnp.abs(w - q.dense(jnp.float32))
-  return {
-    "mean_abs": float(distance.mean()),
-    "relative": float((distance / (jnp.abs(w) + 1e-8)).mean()),
-    "max_abs": float(distance.max()),
-  }
+  return fourbit.abstract(NF4, shape, dtype, block_size, double_quant)

@@ -1,4 +1,4 @@
-"""NF4 against bitsandbytes itself, on its CPU kernels."""
+"""NF4 and FP4 against bitsandbytes itself, on its CPU kernels."""
 
 from pathlib import Path
 
@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from posttrain_jax.quant import blockwise, nf4
+from posttrain_jax.quant import blockwise, fourbit, fp4, nf4
 
 torch = pytest.importorskip("torch", reason="needs .venv-oracle (make oracle)")
 bnb = pytest.importorskip("bitsandbytes.functional", reason="needs .venv-oracle (make oracle)")
 
 pytestmark = pytest.mark.oracle
+FOUR = {"nf4": nf4, "fp4": fp4}
 SMOLLM2 = Path.home() / ".cache/posttrain_jax/models/smollm2/model.safetensors"
 
 
@@ -32,12 +33,18 @@ def constants(rng):
 
 
 def on_thresholds(rng):
-  """Values at and one float beside each midpoint, in blocks whose scale is 1."""
-  middle = (nf4.CODEBOOK[1:] + nf4.CODEBOOK[:-1]) / np.float32(2)
+  """Values at and one float beside each midpoint of either codebook, in blocks whose scale is 1."""
+  ascending = [np.sort(module.CODEBOOK) for module in FOUR.values()]
+  middle = np.concatenate([(x[1:] + x[:-1]) / np.float32(2) for x in ascending])
   one = np.concatenate(
     [[1], middle, np.nextafter(middle, 2, dtype=np.float32), np.nextafter(middle, -2)]
   )
-  return np.resize(one.astype(np.float32), (64, 32))
+  tiny = np.finfo(
+    np.float32
+  ).tiny  # what is subnormal counts as zero with us, and both zeros of FP4 read as 0
+  one = np.where((one != 0) & (np.abs(one) < tiny), np.copysign(tiny, one), one)
+  rest = np.resize(one.astype(np.float32)[1:], (63, 64))
+  return np.concatenate([np.ones((1, 64), np.float32), rest])
 
 
 INPUTS = {
@@ -51,6 +58,7 @@ INPUTS = {
   "tiny": lambda rng: 1e-30 * rng.normal(size=(128, 64)).astype(np.float32),
   "huge": lambda rng: 1e30 * rng.normal(size=(128, 64)).astype(np.float32),
 }
+KIND = pytest.mark.parametrize("kind", FOUR)
 EACH = pytest.mark.parametrize("name", INPUTS)
 EACH_IN_EACH_DTYPE = pytest.mark.parametrize(
   ("name", "dtype"),
@@ -70,9 +78,9 @@ def matrix(name, dtype):
   return w, back.contiguous()
 
 
-def theirs(t, *, double_quant, block_size=64):
+def theirs(t, kind, *, double_quant, block_size=64):
   return bnb.quantize_4bit(
-    t, blocksize=block_size, quant_type="nf4", compress_statistics=double_quant
+    t, blocksize=block_size, quant_type=kind, compress_statistics=double_quant
   )
 
 
@@ -86,7 +94,8 @@ def as_ours(codes, state):
       "nested_absmax": jnp.asarray(state.state2.absmax.numpy()),
       "offset": jnp.asarray(state.offset.numpy()),
     }
-  return nf4.NF4(
+  made = {"nf4": nf4.NF4, "fp4": fp4.FP4}[state.quant_type]
+  return made(
     turn(codes, rows // 2),
     turn(state.absmax, rows // state.blocksize),
     block_size=state.blocksize,
@@ -101,30 +110,33 @@ def test_dynamic_maps_are_equal():
     np.testing.assert_array_equal(blockwise.dynamic_map(signed), expected)
 
 
+@KIND
 @EACH_IN_EACH_DTYPE
-def test_codes_scales_and_values_are_equal(name, dtype):
+def test_codes_scales_and_values_are_equal(name, dtype, kind):
   w, t = matrix(name, dtype)
-  codes, state = theirs(t, double_quant=False)
-  ours, expected = nf4.quantize(w, double_quant=False), as_ours(codes, state)
+  codes, state = theirs(t, kind, double_quant=False)
+  ours, expected = FOUR[kind].quantize(w, double_quant=False), as_ours(codes, state)
   np.testing.assert_array_equal(ours.codes, expected.codes)
   np.testing.assert_array_equal(ours.scales, expected.scales)
   np.testing.assert_array_equal(dense(ours), dequantised(codes, state))
 
 
-@pytest.mark.parametrize("block_size", nf4.BLOCK_SIZES)
-def test_every_block_size(block_size):
+@KIND
+@pytest.mark.parametrize("block_size", fourbit.BLOCK_SIZES)
+def test_every_block_size(block_size, kind):
   w = np.random.default_rng(1).normal(size=(4096, 6)).astype(np.float32)
   t = torch.from_numpy(w.T.copy())
-  codes, state = theirs(t, double_quant=False, block_size=block_size)
-  ours = nf4.quantize(w, double_quant=False, block_size=block_size)
+  codes, state = theirs(t, kind, double_quant=False, block_size=block_size)
+  ours = FOUR[kind].quantize(w, double_quant=False, block_size=block_size)
   np.testing.assert_array_equal(ours.codes, as_ours(codes, state).codes)
   np.testing.assert_array_equal(dense(ours), dequantised(codes, state))
 
 
+@KIND
 @EACH_IN_EACH_DTYPE
-def test_reading_double_quantised_weights_is_exact(name, dtype):
+def test_reading_double_quantised_weights_is_exact(name, dtype, kind):
   _, t = matrix(name, dtype)
-  codes, state = theirs(t, double_quant=True)
+  codes, state = theirs(t, kind, double_quant=True)
   read = as_ours(codes, state)
   expected = dequantised(codes, state)
   np.testing.assert_array_equal(dense(read), expected)
@@ -132,12 +144,13 @@ def test_reading_double_quantised_weights_is_exact(name, dtype):
   np.testing.assert_array_equal(rows.astype(jnp.float32), expected)
 
 
+@KIND
 @EACH
-def test_double_quantisation_is_no_worse(name):
+def test_double_quantisation_is_no_worse(name, kind):
   w, t = matrix(name, "float32")
-  ours = nf4.quantize(w)
-  expected = as_ours(*theirs(t, double_quant=True))
-  plain = nf4.quantize(w, double_quant=False).scales
+  ours = FOUR[kind].quantize(w)
+  expected = as_ours(*theirs(t, kind, double_quant=True))
+  plain = FOUR[kind].quantize(w, double_quant=False).scales
   np.testing.assert_array_equal(ours.codes, expected.codes)
   np.testing.assert_allclose(ours.offset, expected.offset, rtol=1e-6)
   # The mean is summed in another order: an ulp of the offset moves what is left of each scale, and where nothing
@@ -154,7 +167,8 @@ def test_double_quantisation_is_no_worse(name):
     assert name in ("zeros", "on_thresholds")
 
 
-def test_real_weights():
+@KIND
+def test_real_weights(kind):
   if not SMOLLM2.exists():
     pytest.skip("needs the embedded model: posttrain fetch smollm2")
   from safetensors import safe_open
@@ -162,8 +176,8 @@ def test_real_weights():
   with safe_open(SMOLLM2, framework="pt") as file:
     t = file.get_tensor("model.layers.7.mlp.down_proj.weight").contiguous()
   w = np.ascontiguousarray(t.float().numpy().T)
-  codes, state = theirs(t.float(), double_quant=True)
-  ours, expected = nf4.quantize(w), as_ours(codes, state)
+  codes, state = theirs(t.float(), kind, double_quant=True)
+  ours, expected = FOUR[kind].quantize(w), as_ours(codes, state)
   np.testing.assert_array_equal(ours.codes, expected.codes)
   np.testing.assert_array_equal(dense(expected), dequantised(codes, state))
   assert (np.asarray(ours.scales) == np.asarray(expected.scales)).mean() >= 0.995
@@ -175,3 +189,9 @@ def dense(q):
 
 def dequantised(codes, state):
   return bnb.dequantize_4bit(codes, state).float().numpy().T
+
+
+@KIND
+def test_codebook_is_theirs(kind):
+  expected = bnb.get_4bit_type(kind, device="cpu").numpy()
+  np.testing.assert_array_equal(FOUR[kind].CODEBOOK.view(np.int32), expected.view(np.int32))

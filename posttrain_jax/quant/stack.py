@@ -1,0 +1,78 @@
+"""Stacks of quantised matrices: [layers, in, out] handled one matrix at a time, whatever the type that stores it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+Array = jax.Array
+Quantizer = Callable[
+  [Array], tuple[Any, Array]
+]  # [..., in, out] -> (weight, largest absolute value)
+
+DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
+LARGEST = np.float32(2.0**126)  # the reciprocal of a larger scale is subnormal, which XLA flushes
+
+
+class Unlike(ValueError):
+  """Layers that cannot be stacked."""
+
+
+def quantize(name: str, w: Any, one: Quantizer) -> Any:
+  """`one` of w, [in, out] or [layers, in, out]; a stack on the host goes to the device layer by layer.
+
+  Raises:
+    ValueError: a value is not finite, or too large.
+  """
+  if isinstance(w, np.ndarray) and w.ndim == 3:
+    stacked = fill((quantize(name, layer, one) for layer in w), len(w))
+    return jax.tree.map(jnp.asarray, stacked)
+  q, largest = one(jnp.asarray(w))
+  if not isinstance(largest, Tracer) and not float(largest) < LARGEST:
+    raise ValueError(
+      f"cannot quantise {tuple(w.shape)} to {name}: its largest absolute value is {float(largest)}, "
+      f"expected one below {LARGEST:.3g}; look for NaN or infinity in the checkpoint"
+    )
+  return q
+
+
+def fill(matrices: Iterable[Any], layers: int) -> Any:
+  """The [layers, ...] weight of matrices that are made one after the other, in host memory that is taken once.
+
+  Raises:
+    Unlike: the matrices are not stored alike.
+  """
+  stacked = structure = None
+  for i, matrix in enumerate(matrices):
+    if stacked is None:
+      structure = jax.tree.structure(matrix)
+      stacked = jax.tree.map(lambda x: np.empty((layers, *x.shape), x.dtype), matrix)
+    if (found := jax.tree.structure(matrix)) != structure:
+      raise Unlike(f"layer {i} is stored as {found}, layer 0 as {structure}")
+    jax.tree.map(lambda whole, x, i=i: _set(whole, i, x), stacked, matrix)
+  return stacked
+
+
+def _set(whole: np.ndarray, i: int, x: Any) -> None:
+  if whole.shape[1:] != x.shape or whole.dtype != x.dtype:
+    raise Unlike(
+      f"layer {i} holds {x.dtype} {tuple(x.shape)}, layer 0 {whole.dtype} {whole.shape[1:]}"
+    )
+  whole[i] = x
+
+
+def check(name: str, shape: tuple[int, ...], dtype: Any) -> None:
+  """Raises ValueError for what is no matrix, or no stack of them, of floating-point numbers."""
+  if len(shape) not in (2, 3):
+    raise ValueError(
+      f"cannot quantise shape {tuple(shape)} to {name}; expected [in, out] or stacked [layers, in, out]"
+    )
+  if jnp.dtype(dtype) not in DTYPES:
+    raise ValueError(
+      f"cannot quantise {jnp.dtype(dtype)} values to {name}; cast to float32, bfloat16 or float16 first"
+    )
