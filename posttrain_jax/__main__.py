@@ -200,7 +200,7 @@ def _parser() -> argparse.ArgumentParser:
     "--merge_base",
     choices=("original", "dequantised"),
     default="original",
-    help="what an adapter of an NF4 run is merged into",
+    help="what an adapter of a quantised run is merged into; the logit error of both is printed",
   )
 
   sweep = commands.add_parser("sweep", help="every point of a config's sweep()", allow_abbrev=False)

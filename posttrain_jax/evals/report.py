@@ -142,7 +142,9 @@ def _facts(found: Run) -> list[tuple[str, str]]:
 
 def _model(found: Run) -> str | None:
   name, base = found.field("model.name"), found.field("model.base")
-  return f"{name}, frozen matrices in {base.upper()}" if name and base == "nf4" else name
+  return (
+    f"{name}, frozen matrices in {base.upper()}" if name and base not in (None, "dense") else name
+  )
 
 
 def _adapter(found: Run) -> str | None:

@@ -1,5 +1,7 @@
 """Hugging Face folders, both ways: single or sharded safetensors, tied heads, one tensor at a time.
 
+Quantised weights are read and written in bitsandbytes' format (`models.quantised`, `quant.bnb`).
+
 A missing, unknown or misshapen tensor is an error that names it; what may stay unread is `UNREAD`.
 """
 
@@ -11,7 +13,7 @@ import functools
 import logging
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,9 @@ import numpy as np
 import safetensors
 
 from posttrain_jax.core import files, tree
-from posttrain_jax.models import decoder, fetch
+from posttrain_jax.models import decoder, fetch, quantised
 from posttrain_jax.models.config import ModelConfig, from_hf, to_hf
+from posttrain_jax.quant import bnb
 
 log = logging.getLogger(__name__)
 
@@ -47,33 +50,44 @@ TOKENIZER_FILES = (
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 SHARD_BYTES = 5_000_000_000
 
-Place = Callable[[str, np.ndarray], Any]
+Place = Callable[[str, Any], Any]
 
 
 def load(
-  name_or_dir: str | Path, *, dtype: Any = None, place: Place | None = None
+  name_or_dir: str | Path,
+  *,
+  dtype: Any = None,
+  storage: str | None = None,
+  exclude: Sequence[str] = (),
+  place: Place | None = None,
 ) -> tuple[Any, ModelConfig]:
   """(params, config) of a folder, a hub name, or `"smollm2"`: the user's cache, fetched if absent.
 
   Args:
     name_or_dir: what to load.
     dtype: of the parameters; None keeps what the files hold.
-    place: called with (path, stacked numpy array) as soon as a leaf is read; what it returns (a sharded array, a
-      quantised weight) goes into the tree.  Default: an array on the default device.
+    storage: how the linear weights of the layers are kept: "dense", or a type of `quant.STORAGES`, which they are
+      turned into matrix by matrix as they are read, so that a model fits that would not in its own dtype.  None: as
+      the files have them, which may be quantised by bitsandbytes or by `save`.
+    exclude: patterns of weights that `storage` leaves dense, as `quant.quantize_params` takes them.
+    place: called with (path, stacked leaf in host memory) as soon as a leaf is read, a numpy array or a weight of
+      numpy arrays; what it returns (a sharded array, say) goes into the tree.  Default: the default device.
 
   Raises:
     FileNotFoundError: no such folder, or a shard that the index names is missing.
-    ValueError: a tensor missing, unknown or misshapen, or a file cut short; the message names it.
+    ValueError: a tensor missing, unknown or misshapen, a file cut short, or weights quantised in a way that is not
+      read or cannot become `storage`; the message names it.
   """
   folder = fetch.resolve(name_or_dir)
   config = read_config(folder)
-  place = place or (lambda _, array: jnp.asarray(array))
-  names = dict(tree.items(decoder.specs(config)))
+  place = place or (lambda _, leaf: jax.tree.map(jnp.asarray, leaf))
+  specs = dict(tree.items(decoder.specs(config)))
   with _Reader(folder) as reader:
-    located = _match(names, reader, config, folder)
+    located = _match(specs, reader, config, folder)
+    kept = quantised.storages(folder, specs, located, reader.where, storage, exclude)
     leaves = {
-      path: place(path, _stack(reader, path, parts, names[path], dtype))
-      for path, parts in located.items()
+      path: place(path, _leaf(reader, path, names, specs[path], dtype, kept[path]))
+      for path, names in located.items()
     }
   return tree.unflatten(leaves), config
 
@@ -90,6 +104,7 @@ def read_config(folder: str | Path) -> ModelConfig:
     raise FileNotFoundError(f"{path} does not exist: {folder} is not a Hugging Face model folder")
   described = files.read_json(path)
   try:
+    bnb.check_config(described)
     return from_hf(described)
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from error
@@ -103,30 +118,32 @@ def save(
   Written beside `folder` and renamed at the end: a killed save leaves nothing that looks whole.
 
   Args:
-    params: plain weights; adapters merged, quantised weights made dense first.
+    params: adapters merged; plain weights, or those of a type that bitsandbytes has too (NF4, FP4, Int8), which
+      are written in its format: transformers loads them, and `load` the same bits.
     tokenizer_from: the folder whose tokenizer, chat template and generation config are copied.
 
   Raises:
     ValueError: a parameter is no plain array, or is missing, unknown or misshapen for the config.
   """
   leaves = dict(tree.items(params))
-  stored = {
-    path: leaf for path, leaf in leaves.items() if not isinstance(leaf, jax.Array | np.ndarray)
-  }
-  if stored:
-    path, leaf = next(iter(stored.items()))
+  writable = (jax.Array, np.ndarray, *quantised.TYPES)
+  others = {path: leaf for path, leaf in leaves.items() if not isinstance(leaf, writable)}
+  if others:
+    path, leaf = next(iter(others.items()))
     raise ValueError(
       f"{path} is a {type(leaf).__name__}, not a plain array; call adapters.merge(params, adapter) first, "
       "which also turns quantised weights into dense ones"
     )
   tied = "lm_head/weight" not in leaves
   _check(leaves, dataclasses.replace(config, tied=tied and config.tied))
+  storage = quantised.config(leaves, tied)
   if tokenizer_from is not None and not Path(tokenizer_from).is_dir():
     raise FileNotFoundError(f"tokenizer_from={str(tokenizer_from)!r} is not a folder")
   with files.publish(folder) as new:
     _write_shards(new, _tensors(leaves, config))
     dtype = str(leaves["embed_tokens/weight"].dtype)
-    files.write_json(new / "config.json", to_hf(config, tied=tied, dtype=dtype))
+    described = to_hf(config, tied=tied, dtype=dtype) | storage
+    files.write_json(new / "config.json", described)
     if tokenizer_from is not None:
       _copy_tokenizer(Path(tokenizer_from), new)
 
@@ -222,8 +239,8 @@ class _Reader:
       )
     if dtype not in FLOATS:
       raise ValueError(
-        f"{self.where[name]}: tensor {name!r} is {dtype}, not one of {', '.join(FLOATS)}; "
-        "quantised folders are not read"
+        f"{self.where[name]}: tensor {name!r} is {dtype}, not one of {', '.join(FLOATS)}; of quantised tensors those "
+        f"are read that have bitsandbytes' {name}.absmax or {bnb.tensor(name, bnb.SCALES)} beside them"
       )
 
   def dtype(self, name: str) -> str:
@@ -249,16 +266,17 @@ def _read_index(index: Path) -> dict[str, Path]:
 
 
 def _match(
-  names: Mapping[str, decoder.Spec], reader: _Reader, config: ModelConfig, folder: Path
+  specs: Mapping[str, decoder.Spec], reader: _Reader, config: ModelConfig, folder: Path
 ) -> dict[str, list[str]]:
   """path -> the file's tensor names, one or one a layer; everything wanted is there and nothing else."""
   prefix = _prefix(reader.where)
   located: dict[str, list[str]] = {}
-  for path in names:
+  for path in specs:
     stacked = path.startswith("layers/")
     parts = [hf_name(path, i) for i in range(config.num_layers)] if stacked else [hf_name(path)]
     located[path] = [_rename(name, prefix, reader.where) for name in parts]
-  wanted = {name for parts in located.values() for name in parts}
+  weights = {name for names in located.values() for name in names}
+  wanted = {part for name in weights for part in bnb.parts(name, reader.where).values()}
   missing = sorted(wanted - set(reader.where))
   extra = sorted(set(reader.where) - wanted)
   unread = {name: why for name in extra if (why := _why_unread(name, config)) is not None}
@@ -269,9 +287,10 @@ def _match(
       + _listed("missing", missing)
       + _listed("unknown", unknown)
     )
-  for path, spec in names.items():
+  for path, spec in specs.items():
     for name in located[path]:
-      reader.check(name, _stored_shape(path, spec))
+      if bnb.storage(bnb.parts(name, reader.where)) == quantised.DENSE:
+        reader.check(name, _stored_shape(path, spec))
   for why, count in collections.Counter(unread.values()).items():
     log.info("%s: %d tensors left unread (%s)", folder, count, why)
   return located
@@ -311,21 +330,52 @@ def _stored_shape(path: str, spec: decoder.Spec) -> tuple[int, ...]:
   return shape[::-1] if _turned(path) else shape
 
 
+def _leaf(
+  reader: _Reader,
+  path: str,
+  names: Sequence[str],
+  spec: decoder.Spec,
+  dtype: Any,
+  storage: str,
+) -> Any:
+  """The leaf at path in host memory, stored as asked."""
+  held = {bnb.storage(bnb.parts(name, reader.where)) for name in names}
+  if storage == quantised.DENSE and held == {quantised.DENSE}:
+    return _stack(reader, path, names, spec, dtype)
+  if held == {quantised.DENSE}:
+    dtype = dtype or _widest(reader, names)
+  return quantised.load(
+    reader,
+    path,
+    names,
+    spec.shape,
+    turn=_turned(path),
+    dtype=dtype,
+    storage=storage,
+  )
+
+
 def _stack(
-  reader: _Reader, path: str, names: list[str], spec: decoder.Spec, dtype: Any
+  reader: _Reader, path: str, names: Sequence[str], spec: decoder.Spec, dtype: Any
 ) -> np.ndarray:
   """The leaf that the tensors make, matrices turned to [in, out]; filled layer by layer."""
-  widest = functools.reduce(jnp.promote_types, {reader.dtype(name) for name in names})
-  result = np.empty(spec.shape, jnp.dtype(dtype or widest))
+  result = np.empty(spec.shape, jnp.dtype(dtype or _widest(reader, names)))
   for i, name in enumerate(names):
     tensor = reader.get(name)
     result[i if path.startswith("layers/") else ...] = tensor.T if _turned(path) else tensor
   return result
 
 
+def _widest(reader: _Reader, names: Sequence[str]) -> Any:
+  return functools.reduce(jnp.promote_types, {reader.dtype(name) for name in names})
+
+
 def _tensors(leaves: Mapping[str, Any], config: ModelConfig):
   """name -> (shape, dtype, function that makes the array), in the order of the tree."""
   for path, leaf in leaves.items():
+    if isinstance(leaf, quantised.TYPES):
+      yield from _quantised_tensors(path, leaf, config)
+      continue
     dtype = str(leaf.dtype)
     turn = _turned(path)
     if not path.startswith("layers/"):
@@ -336,6 +386,13 @@ def _tensors(leaves: Mapping[str, Any], config: ModelConfig):
     for i in range(config.num_layers):
       make = lambda leaf=leaf, turn=turn, i=i: _host(leaf[i], turn)
       yield hf_name(path, i), (shape, dtype, make)
+
+
+def _quantised_tensors(path: str, leaf: Any, config: ModelConfig):
+  stacked = path.startswith("layers/")
+  for i in range(config.num_layers) if stacked else (None,):
+    for part, entry in bnb.write(leaf, i).items():
+      yield bnb.tensor(hf_name(path, i), part), entry
 
 
 def _host(leaf, turn):

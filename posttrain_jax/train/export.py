@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 
-from posttrain_jax import adapters, quant
+from posttrain_jax import adapters
 from posttrain_jax.adapters import peft_format
 from posttrain_jax.core import files, tree
 from posttrain_jax.data import chat, templates
 from posttrain_jax.evals import run as runs
-from posttrain_jax.models import fetch, hf
+from posttrain_jax.models import decoder, fetch, hf
+from posttrain_jax.quant import report
 
 log = logging.getLogger(__name__)
 
 ADAPTER, MODEL = "adapter", "model"
 MERGE_BASES = ("original", "dequantised")
+# What the logits of a merged model are compared on; some hundred tokens of a conversation's kind.
+PROBE = """\
+How do bees find their way home? A bee that leaves the hive flies a few wide circles first, and learns how the place
+looks from each side. On the way out it keeps count of its turns by the position of the sun, and of the distance by
+how fast the ground moves past its eyes. To come back it takes the straight line, and near the hive trusts what it has
+learned to see: a tree, the edge of a field, the colour of the box. In 1973 Karl von Frisch shared a Nobel prize for
+showing that bees tell each other such directions in a dance."""
+START_FROM_BASE = ("pissa", "olora", "loftq")  # the quantised base of such a run is not the model's
 
 
 def export(
@@ -33,8 +45,9 @@ def export(
   gives its model either way.  A run that is not finished gives what it has saved so far, and says so.
 
   Args:
-    merge_base: what an adapter of an NF4 base is added to: the "original" weights (what PEFT users do: closer to the
-      base, not quite what was trained), or the "dequantised" ones that it was trained on.
+    merge_base: what an adapter of a quantised base is added to: the "original" weights (what PEFT users do: closer
+      to the base, not quite what was trained), or the "dequantised" ones that it was trained on.  How far the logits
+      of each are from what was trained is logged, on a text of a hundred tokens.
 
   Raises:
     FileNotFoundError: workdir holds no run, or one that has saved nothing yet.
@@ -118,17 +131,55 @@ def _check_finite(where: Path, name: str, array: np.ndarray) -> None:
 
 
 def _merge(found: runs.Run, source: Path, out: Path, merge_base: str) -> None:
-  base_folder = fetch.resolve(found.field("model.name"))
-  params, config = hf.load(base_folder)
-  if found.field("model.base") == "nf4":
-    if merge_base == "dequantised":
-      params = adapters.merge(quant.quantize_params(params))
-    log.warning("trained on an NF4 base, merged onto the %s weights", merge_base)
+  folder = fetch.resolve(found.field("model.name"))
+  params, config = hf.load(folder, storage="dense")
   adapter, _ = peft_format.load(source, params, config)
-  merged = adapters.merge(params, adapter)
+  base = found.field("model.base")
+  if base in (None, "dense"):
+    merged = adapters.merge(params, adapter)
+  elif _starts_from_base(found):
+    merged = _merged_onto_original(found, params, adapter, merge_base)
+  else:
+    stored, _ = hf.load(folder, storage=base)
+    text = chat.load_tokenizer(folder)(PROBE)["input_ids"][: config.max_length]
+    merged = _merged_onto(merge_base, base, params, stored, adapter, config, text)
   for path, leaf in tree.items(merged):
     _check_finite(source, path, leaf)
-  hf.save(out, merged, config, tokenizer_from=base_folder)
+  hf.save(out, merged, config, tokenizer_from=folder)
+
+
+def _merged_onto(merge_base, base, params, stored, adapter, config, text) -> Any:
+  """The adapter in what is asked for, of the dense params and the stored ones; the error of either is logged."""
+  logits = jax.jit(functools.partial(decoder.forward, config=config, dtype=jnp.float32))
+  tokens = jnp.asarray(text, jnp.int32)[None]
+  trained = logits(adapters.bind(stored, adapter), tokens)
+  makers = {"original": lambda: params, "dequantised": lambda: adapters.merge(stored)}
+  log.warning("trained on a base in %s, merged onto the %s weights", base, merge_base)
+  merged = None
+  for name in sorted(
+    MERGE_BASES, key=lambda name: name == merge_base
+  ):  # the one to keep is the last
+    merged = None  # of the two no more than one is in memory
+    merged = adapters.merge(makers[name](), adapter)
+    off = report.logit_error(trained, logits(merged, tokens))
+    log.info("logits off from what was trained, merged onto %s: %s", name, off)
+  return merged
+
+
+def _merged_onto_original(found, params, adapter, merge_base) -> Any:
+  method = found.field("adapter.method")
+  if merge_base != "original":
+    raise ValueError(
+      f"merge_base={merge_base!r}: {method} took its start out of the base before that was quantised, and what was "
+      "left is not in the run's folder; write merge_base=original, for which its adapter is exported"
+    )
+  log.warning("trained on a quantised base, merged onto the original weights")
+  return adapters.merge(params, adapter)
+
+
+def _starts_from_base(found: runs.Run) -> bool:
+  said = f"{found.field('adapter.method')} {found.field('adapter.init_lora_weights')}"
+  return any(name in said for name in START_FROM_BASE)
 
 
 def _write_template(folder: Path, name: str) -> None:

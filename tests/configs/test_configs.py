@@ -56,7 +56,7 @@ def test_its_fields_make_an_adapter_and_an_optimizer(name):
   [
     ("adaptr=lora", "unknown config argument 'adaptr'.*did you mean 'adapter'"),
     ("adapter=lorra", "adapter='lorra': known are none, lora"),
-    ("base=int3", "base='int3': known are dense, nf4"),
+    ("base=int3", "base='int3': known are dense, nf4, fp4, int8"),
     ("smoke=perhaps", "write true or false"),
   ],
 )
