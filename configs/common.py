@@ -161,6 +161,7 @@ def run(arg):
   c.eval.rows = 8  # rows a batch
   c.eval.task = ""  # a built-in task to answer before and after training, such as "sql"
   c.eval.task_limit = 0  # questions; 0 for all
+  c.eval.before = True  # answer it before training too
   c.checkpoint = ml_collections.ConfigDict()
   c.checkpoint.every = 100  # steps; the last step is always kept
   c.checkpoint.keep = 2  # newest ones

@@ -157,7 +157,8 @@ def _train(config, folder: Path, model: Model, data: Data, pieces: _Pieces, say)
     say(f"going on from step {at} of {config.steps}")
   else:
     _check_start(pieces, model)
-    _evaluate_task(config, folder, "before", model, pieces, state, say)
+    if config.eval.before:
+      _evaluate_task(config, folder, "before", model, pieces, state, say)
   run = loop.Run(
     folder=folder,
     steps=config.steps,
