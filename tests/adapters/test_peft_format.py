@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from posttrain_jax import adapters, quant
 from posttrain_jax.adapters import AdapterConfig, peft_format
+from posttrain_jax.adapters.codecs import lora as codec
 from posttrain_jax.core import tree
 from tests.adapters.cases import lora_on_nf4, trained
 from tests.models import families
@@ -221,7 +222,7 @@ def test_module_names_are_found_behind_what_model_classes_prepend(saved, old, ne
 
 def test_every_default_that_peft_writes_is_accepted(saved):
   folder, model, params, adapter = saved
-  off = {key: values[0] for key, values in peft_format.OFF.items()}
+  off = {key: values[0] for key, values in codec.KEYS.off.items()}
   unread = dict(
     auto_mapping={"base_model_class": "os", "parent_library": "subprocess"},  # is not looked at
     peft_version="0.99",

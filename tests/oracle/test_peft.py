@@ -13,6 +13,9 @@ import pytest
 
 from posttrain_jax import adapters
 from posttrain_jax.adapters import AdapterConfig, peft_format
+from posttrain_jax.adapters.codecs import lora as codec
+from posttrain_jax.adapters.codecs import modules
+from posttrain_jax.adapters.config import full_name
 from posttrain_jax.core import tree
 from posttrain_jax.models import decoder, fetch, hf
 from tests.adapters.cases import trained
@@ -224,9 +227,9 @@ def test_gradients_equal_peft(base, name, tmp_path):
     for module, pair in zip(names_at[path], node.split()):
       if not pair[0].shape[1]:
         continue
-      prefix = f"base_model.model.{peft_format.full_name(module)}"
+      prefix = f"base_model.model.{full_name(module)}"
       for field, ours in zip("ab", pair):
-        tensor = peft_format.NAMES[field][module == "embed_tokens"]
+        tensor = codec.NAMES[field][module == "embed_tokens"]
         close(ours.T, theirs[f"{prefix}.{tensor}"])
         seen += 1
   assert seen == len(theirs)
@@ -303,9 +306,8 @@ def test_peft_targets_the_same_modules(shell, name):
   model = quiet(peft.get_peft_model, shell(), peft.LoraConfig(r=2, **TARGETS[name]))
   theirs = set(model.base_model.targeted_module_names)
   config = AdapterConfig(r=2, **TARGETS[name])
-  known = peft_format.modules(families.make("llama")[1])
-  names = [name for stacked in known.values() for name in stacked]
-  ours = {peft_format.full_name(name) for name in names if config.targets(name)}
+  names = modules.all_names(families.make("llama")[1])
+  ours = {full_name(name) for name in names if config.targets(name)}
   assert ours == theirs
 
 

@@ -1,0 +1,108 @@
+"""What a PEFT type is to `peft_format`: its config keys, and the way from a tree of nodes to named tensors and back."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from posttrain_jax.adapters.config import AdapterConfig, full_name
+from posttrain_jax.models.config import ModelConfig
+
+# Keys of any type that change nothing in what a finished adapter computes.
+UNREAD = (
+  "auto_mapping",  # names a class to import: never
+  "base_model_name_or_path",  # an adapter fits by shapes and fingerprint, not by name
+  "inference_mode",
+  "peft_type",
+  "peft_version",
+  "revision",
+)
+TASK = {"task_type": (None, "CAUSAL_LM")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys:
+  """The keys of `adapter_config.json` that a PEFT type has; any other with a value is refused."""
+
+  fields: Mapping[str, tuple[type, ...]]  # those that are fields of AdapterConfig: their JSON types
+  off: Mapping[
+    str, tuple[Any, ...]
+  ]  # what we do not compute: values that switch it off, default first
+  unread: tuple[str, ...] = UNREAD
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder:
+  """What the files of an adapter's folder hold, nothing of it checked."""
+
+  path: Path
+  tensors: Mapping[str, np.ndarray]  # as stored, float32
+  described: Mapping[str, Any]  # adapter_config.json
+  record: Mapping[str, Any]  # posttrain.json; {} where PEFT wrote the folder
+
+  @property
+  def config_file(self) -> Path:
+    return self.path / "adapter_config.json"
+
+  @property
+  def tensor_file(self) -> Path:
+    return self.path / "adapter_model.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+  """What the files of an adapter's folder are to hold."""
+
+  tensors: Mapping[str, np.ndarray]  # by full name, as stored
+  described: Mapping[str, Any]  # keys of adapter_config.json beside those that every type has
+  record: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of posttrain.json, ours
+
+
+@dataclasses.dataclass(frozen=True)
+class Codec:
+  """One PEFT type; `modules` has the parts that types with tensors for each module share."""
+
+  peft_type: str
+  methods: tuple[str, ...]  # of AdapterConfig that are written as this type
+  # (adapter, config, model_config) -> Written
+  write: Callable[[Any, AdapterConfig, ModelConfig], Written]
+  # (folder, params, model_config) -> ({path: node}, config)
+  read: Callable[[Folder, Any, ModelConfig], tuple[dict[str, Any], AdapterConfig]]
+
+
+def config(
+  folder: Folder, keys: Keys, method: str, adapted: Sequence[str], **fields: Any
+) -> AdapterConfig:
+  """The AdapterConfig that the folder describes; `fields` are those that JSON says otherwise.
+
+  Raises:
+    ValueError: a key that is unknown, not supported or of another type; the message names it.
+  """
+  for key, value in folder.described.items():
+    check_key(key, value, keys, folder.config_file)
+  found = {key: value for key, value in folder.described.items() if key in keys.fields}
+  found = {key: value for key, value in found.items() if value is not None}
+  if adapted:
+    found.setdefault("target_modules", [full_name(name) for name in adapted])
+  try:
+    return AdapterConfig(method=method, **{**found, **fields})
+  except (TypeError, ValueError) as error:
+    raise ValueError(f"{folder.config_file}: {error}") from error
+
+
+def check_key(key: str, value: Any, keys: Keys, path: Path) -> None:
+  if key in keys.fields:
+    if not isinstance(value, keys.fields[key]):
+      wanted = " or ".join(kind.__name__ for kind in keys.fields[key])
+      raise ValueError(f"{path}: {key}={value!r} is a {type(value).__name__}, expected {wanted}")
+  elif key in keys.off:
+    if value not in keys.off[key]:
+      raise ValueError(
+        f"{path}: {key}={value!r} is not supported; PEFT's default is {keys.off[key][0]!r}"
+      )
+  elif key not in keys.unread and value not in (None, False, [], {}):
+    raise ValueError(f"{path}: unknown key {key}={value!r}; what it does is not supported")

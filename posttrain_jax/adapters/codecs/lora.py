@@ -1,0 +1,198 @@
+"""PEFT's LORA: two factors for each module, at its own rank."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from posttrain_jax.adapters import lora
+from posttrain_jax.adapters.codecs import codec, modules
+from posttrain_jax.adapters.codecs.codec import Codec, Folder, Keys, Written
+from posttrain_jax.adapters.config import AdapterConfig
+from posttrain_jax.core import weight
+from posttrain_jax.models.config import ModelConfig
+
+NAMES = {
+  "a": ("lora_A.weight", "lora_embedding_A"),
+  "b": ("lora_B.weight", "lora_embedding_B"),
+}
+KEYS = Keys(
+  fields={
+    "r": (int,),
+    "lora_alpha": (int, float),
+    "lora_dropout": (int, float),
+    "target_modules": (str, list, type(None)),
+    "exclude_modules": (str, list, type(None)),
+    "layers_to_transform": (int, list, type(None)),
+    "rank_pattern": (dict, type(None)),
+    "alpha_pattern": (dict, type(None)),
+    "use_rslora": (bool,),
+    "init_lora_weights": (bool, str),
+  },
+  off={
+    **codec.TASK,
+    "alora_invocation_tokens": (None,),
+    "arrow_config": (None,),
+    "bias": ("none",),
+    "corda_config": (None,),
+    "ensure_weight_tying": (False,),
+    "fan_in_fan_out": (False,),
+    "kasa_config": (None,),
+    "layer_replication": (None, []),
+    "layers_pattern": (None, "", [], "layers", ["layers"]),  # our families' only list of layers
+    "lora_bias": (False,),
+    "lora_ga_config": (None,),
+    "megatron_config": (None,),
+    "modules_to_save": (None, []),
+    "monteclora_config": (None,),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None, [], {}),
+    "use_bdlora": (None,),
+    "use_dora": (False,),
+    "use_qalora": (False,),
+    "velora_config": (None,),
+  },
+  unread=(
+    *codec.UNREAD,
+    "eva_config",
+    "loftq_config",
+    "megatron_core",
+    "qalora_group_size",
+    "runtime_config",
+  ),
+)
+# PEFT's initialisations that leave the base as it is, and what they are called here.
+INITS = {True: True, False: True, "gaussian": "gaussian", "eva": True}
+
+
+def write(adapter: Any, config: AdapterConfig, model_config: ModelConfig) -> Written:
+  """Each module at its effective rank, and where that is 0 not at all."""
+  parts, nodes = modules.collect(adapter, model_config, (lora.LoRA,), _split, _shape)
+  ranks = {name: fields["a"].shape[1] for name, fields in parts.items()}
+  scales = {name: np.atleast_1d(node.scale)[layer] for name, (node, layer) in nodes.items()}
+  described = dict(
+    lora_dropout=config.lora_dropout,
+    bias="none",
+    fan_in_fan_out=False,
+    modules_to_save=None,
+    init_lora_weights=config.init_lora_weights,
+    use_rslora=config.use_rslora,
+    **modules.targets(list(parts), model_config),
+    **_patterns(config, ranks, scales),
+  )
+  return Written(modules.tensors(parts, NAMES), described)
+
+
+def read(
+  folder: Folder, params: Any, model_config: ModelConfig
+) -> tuple[dict[str, Any], AdapterConfig]:
+  found = modules.parse(folder, NAMES, params)
+  config = codec.config(folder, KEYS, "lora", list(found), **_start(folder))
+  make = lambda base, names: _node(base, names, found, config, folder.tensor_file)
+  nodes = modules.nodes(found, params, make)
+  modules.check_targets(folder, config, found, params)
+  return nodes, config
+
+
+CODEC = Codec("LORA", ("lora",), write, read)
+
+
+# Writing
+
+
+def _split(node: lora.LoRA) -> list[dict[str, np.ndarray]]:
+  return [dict(a=a, b=b) if a.shape[1] else {} for a, b in node.split()]
+
+
+def _shape(node: lora.LoRA) -> tuple[int, ...]:
+  return (*node.a.shape[:-1], node.b.shape[-1])
+
+
+def _patterns(config: AdapterConfig, ranks: Mapping[str, int], scales: Mapping[str, Any]) -> dict:
+  """r, lora_alpha and the patterns that give PEFT these ranks and scales: the user's own where they do.
+
+  The first pattern that matches wins, and PEFT sorts them when it saves: what depends on their order is written out.
+  """
+  config = config.replace(
+    rank_pattern=dict(sorted(config.rank_pattern.items())),
+    alpha_pattern=dict(sorted(config.alpha_pattern.items())),
+  )
+  if all(
+    config.rank(name) == rank and np.float32(config.scale(name)) == scales[name]
+    for name, rank in ranks.items()
+  ):
+    return dict(
+      r=config.r,
+      lora_alpha=config.lora_alpha,
+      rank_pattern=dict(config.rank_pattern),
+      alpha_pattern=dict(config.alpha_pattern),
+    )
+  power = 0.5 if config.use_rslora else 1
+  alphas = {name: _alpha(scales[name], rank**power) for name, rank in ranks.items()}
+  r, alpha = _commonest(ranks), _commonest(alphas)
+  named = lambda values, usual: {
+    modules.anchored(name): value for name, value in values.items() if value != usual
+  }
+  return dict(
+    r=r, lora_alpha=alpha, rank_pattern=named(ranks, r), alpha_pattern=named(alphas, alpha)
+  )
+
+
+def _alpha(scale: np.float32, divisor: float) -> float:
+  """The shortest alpha with alpha / divisor == scale in float32."""
+  exact = float(scale) * divisor
+  rounded = (round(exact, digits) for digits in range(9))
+  return next((alpha for alpha in rounded if np.float32(alpha / divisor) == scale), exact)
+
+
+def _commonest(values: Mapping[str, Any]) -> Any:
+  return collections.Counter(values.values()).most_common(1)[0][0]
+
+
+# Reading
+
+
+def _start(folder: Folder) -> dict[str, Any]:
+  """init_lora_weights as AdapterConfig says it."""
+  said = folder.described.get("init_lora_weights")
+  if said is None:
+    return {}
+  codec.check_key("init_lora_weights", said, KEYS, folder.config_file)
+  if said not in INITS:
+    raise ValueError(
+      f"{folder.config_file}: init_lora_weights={said!r} is not supported: it moves a part of the base into the "
+      "adapter; export it from peft as plain LoRA (path_initial_model_for_weight_conversion)"
+    )
+  return dict(init_lora_weights=INITS[said])
+
+
+def _node(matrix, names, found, config, path) -> lora.LoRA:
+  """The LoRA of one weight's modules, absent ones at rank 0."""
+  rows, columns = weight.shape(matrix)[-2:]
+  pairs, scales = [], []
+  for name in names:
+    if name not in found:
+      pairs.append((np.zeros((rows, 0), np.float32), np.zeros((0, columns), np.float32)))
+      scales.append(0.0)
+      continue
+    pairs.append(_pair(name, found[name], rows, columns, config.rank(name), path))
+    scales.append(config.scale(name))
+  stacked = len(weight.shape(matrix)) == 3
+  return lora.join(pairs, scales, stacked=stacked, dropout=config.lora_dropout)
+
+
+def _pair(name, tensors, rows, columns, rank, path):
+  is_embedding = name == "embed_tokens"
+  for field, shape in (("a", (rows, rank)), ("b", (rank, columns))):
+    tensor = NAMES[field][is_embedding]
+    if field not in tensors:
+      raise ValueError(f"{path}: the module {name!r} has no {tensor}")
+    if tensors[field].shape != shape:
+      raise ValueError(
+        f"{path}: {tensor} of {name!r} has shape {tensors[field].shape[::-1]}, expected {shape[::-1]}: "
+        f"rank {rank} by adapter_config.json, on a base of {columns} x {rows}"
+      )
+  return tensors["a"], tensors["b"]

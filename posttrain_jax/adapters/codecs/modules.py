@@ -1,0 +1,201 @@
+"""Types with tensors for each adapted module: names, collecting, parsing, targets.
+
+A module's tensors are `{field: array}` under the names of the node's fields, matrices [in, out] as everywhere here; the
+file holds each transposed, under a name that differs between a linear layer and an embedding.
+"""
+
+from __future__ import annotations
+
+import collections
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from posttrain_jax.adapters.bind import base as base_at
+from posttrain_jax.adapters.bind import modules as modules_of
+from posttrain_jax.adapters.codecs.codec import Folder
+from posttrain_jax.adapters.config import AdapterConfig, full_name
+from posttrain_jax.core import tree, weight
+from posttrain_jax.models import decoder
+from posttrain_jax.models.config import ModelConfig
+
+Names = Mapping[
+  str, tuple[str, str]
+]  # field -> what a linear layer and an embedding call its tensor
+Parts = dict[str, dict[str, np.ndarray]]  # module -> field -> array
+PREFIX = "base_model.model."
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def collect(
+  adapter: Any,
+  model_config: ModelConfig,
+  kinds: tuple[type, ...],
+  split: Callable[[Any], Sequence[dict[str, np.ndarray]]],
+  shape: Callable[[Any], tuple[int | None, ...]],
+) -> tuple[Parts, dict[str, tuple[Any, int]]]:
+  """({module: its tensors}, {module: (its node, its layer)}) of every module that is adapted.
+
+  Args:
+    kinds: the types of node that can be written.
+    split: node -> the tensors of each of its modules, {} for one that is not adapted.
+    shape: node -> the shape of the base that it fits, [layers,] in, out; None where the node does not say.
+  """
+  params = decoder.abstract(model_config)
+  names_at = modules_of(params)
+  parts: Parts = {}
+  nodes: dict[str, tuple[Any, int]] = {}
+  for path, node in tree.items(adapter):
+    if not isinstance(node, kinds):
+      written = " or ".join(kind.__name__ for kind in kinds)
+      raise ValueError(
+        f"{path}: PEFT's format is written for {written}, found {type(node).__name__}"
+      )
+    if path not in names_at:
+      raise ValueError(f"adapter: {tree.unknown(path, names_at, 'matrix of the model')}")
+    wanted, found = weight.shape(base_at(params, path)), tuple(shape(node))
+    if len(found) != len(wanted) or any(f not in (None, w) for f, w in zip(found, wanted)):
+      raise ValueError(f"adapter at {path} fits a base of {found}, model_config says {wanted}")
+    for layer, (name, tensors) in enumerate(zip(names_at[path], split(node))):
+      if tensors:
+        parts[name], nodes[name] = tensors, (node, layer)
+  if not parts:
+    raise ValueError("the adapter has rank 0 everywhere: there is nothing to write")
+  return parts, nodes
+
+
+def tensors(parts: Parts, names: Names) -> dict[str, np.ndarray]:
+  """{full name: array as stored}."""
+  return {
+    f"{PREFIX}{full_name(module)}.{names[field][module == 'embed_tokens']}": array.T
+    for module, fields in parts.items()
+    for field, array in fields.items()
+  }
+
+
+def targets(adapted: Sequence[str], model_config: ModelConfig) -> dict[str, Any]:
+  """target_modules, and layers where it takes them, that make PEFT adapt these modules and no other."""
+  known = all_names(decoder.abstract(model_config))
+  kinds = {_short(name) for name in adapted}
+  everywhere = dict(layers_to_transform=None, layers_pattern=None)
+  if {name for name in known if _short(name) in kinds} == set(adapted):
+    return dict(everywhere, target_modules=sorted(kinds))
+  layered = [name for name in adapted if name.startswith("layers.")]
+  layers = sorted({int(name.split(".")[1]) for name in layered})
+  apart = [full_name(name) for name in adapted if name not in layered]
+  kinds = {_short(name) for name in layered}
+  if len(layered) == len(kinds) * len(layers):
+    targets = sorted(kinds) + apart  # to PEFT a full name counts in spite of layers_to_transform
+    return dict(layers_to_transform=layers, layers_pattern="layers", target_modules=targets)
+  return dict(everywhere, target_modules=[full_name(name) for name in adapted])
+
+
+def _short(name: str) -> str:
+  return name.rpartition(".")[2]
+
+
+def anchored(name: str) -> str:
+  """A pattern that is this module's name and no other."""
+  return f"^{re.escape(full_name(name))}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def all_names(params: Any) -> list[str]:
+  """Every module that could be adapted."""
+  return [name for names in modules_of(params).values() for name in names]
+
+
+def parse(folder: Folder, names: Names, params: Any) -> Parts:
+  """The tensors of each module; a matrix of the base that PEFT stored along is checked and left out.
+
+  Raises:
+    ValueError: a tensor of an unknown name or module, two of one name, or another base's matrix.
+  """
+  known, path = all_names(params), folder.tensor_file
+  found: Parts = collections.defaultdict(dict)
+  for key, array in folder.tensors.items():
+    name, field = _parse(key, known, names, path)
+    if field == "base":
+      _check_stored_base(name, array, params, path)
+    elif field in found[name]:
+      raise ValueError(f"{path}: two tensors {names[field][0]} for the module {name!r}")
+    else:
+      found[name][field] = array.T
+  return found
+
+
+def nodes(found: Parts, params: Any, make: Callable[[Any, Sequence[str]], Any]) -> dict[str, Any]:
+  """{path: make(base, names of its modules)} of every path with a module among those found."""
+  return {
+    path: make(base_at(params, path), names)
+    for path, names in modules_of(params).items()
+    if any(name in found for name in names)
+  }
+
+
+def check_targets(folder: Folder, config: AdapterConfig, found: Parts, params: Any) -> None:
+  """The config targets what the tensors adapt."""
+  targeted = {name for name in all_names(params) if config.targets(name)}
+  config_file, tensor_file = folder.config_file.name, folder.tensor_file.name
+  for missing, holds, lacks in (
+    (targeted - set(found), config_file, tensor_file),
+    (set(found) - targeted, tensor_file, config_file),
+  ):
+    if missing:
+      names = ", ".join(sorted(missing)[:5])
+      raise ValueError(
+        f"{folder.path}: {holds} adapts {len(missing)} modules that {lacks} does not: {names}"
+      )
+
+
+def bare(key: str) -> str:
+  """A tensor's name without what differs with the model class that was trained and with torch.compile."""
+  return re.sub(r"^(base_model\.model\.)?((_orig_mod|model|language_model)\.)*", "", key)
+
+
+def _parse(key: str, known: Sequence[str], names: Names, path: Path) -> tuple[str, str]:
+  """(module, field of the node) of a tensor's name; field "base" for a matrix of the base that PEFT stored along."""
+  module = bare(key)
+  for field, pair in names.items():
+    for is_embedding, tensor in enumerate(pair):
+      name = module.removesuffix(f".{tensor}")
+      if name != module and is_embedding == (name == "embed_tokens"):
+        if name not in known:
+          raise ValueError(f"{path}: tensor {key!r}: {tree.unknown(name, known, 'module')}")
+        return name, field
+  stored = re.fullmatch(r"(embed_tokens|lm_head)\.(base_layer\.)?weight", module)
+  if stored:
+    return stored[1], "base"
+  expected = ", ".join(dict.fromkeys(name for pair in names.values() for name in pair))
+  raise ValueError(f"{path}: unknown tensor {key!r}; an adapted module has {expected}")
+
+
+def _check_stored_base(name: str, array: np.ndarray, params: Any, path: Path) -> None:
+  """PEFT stores the embedding and the head beside an adapter of the embedding: they must be the base's own."""
+  matrix = base_at(params, f"{name}/weight")
+  own = np.asarray(weight.dense(matrix), np.float32)
+  own = own.T if name == "lm_head" else own
+  if array.shape != own.shape:
+    raise ValueError(
+      f"{path} holds a resized {name} of {array.shape}, the base has {own.shape}; "
+      "merge the adapter with peft and load the merged model"
+    )
+  # Rounding to bfloat16 moves a matrix by 0.2 % of its norm, 4 bits by 10 %; another model's is further away.
+  limit = 0.01 if tree.nbytes(matrix) > tree.size(matrix) else 0.15
+  distance = np.linalg.norm(array - own) / max(np.linalg.norm(own), 1e-30)
+  if not distance < limit:
+    raise ValueError(
+      f"{path} holds a {name} of its own that differs from the base's by {distance:.1%} of its norm: "
+      "the adapter belongs to another base, or was saved with trained embeddings"
+    )
