@@ -38,6 +38,11 @@ def config(arguments="", **fields):
   return settings.load(f"configs/sft.py:model=tiny{arguments}", overrides)
 
 
+RUNS = pytest.mark.parametrize(
+  "arguments", ["", ",base=nf4", ",base=fp4", ",base=int8", ",adapter=none"]
+)
+
+
 def one_cpu():
   return topology.target(count=1)
 
@@ -49,14 +54,14 @@ def real(c):
   optimizer, _ = assemble.optimizer(c, TINY)
   if chosen is None:
     return step.start(params, optimizer), Frozen()
-  if c.model.base == "nf4":
-    params = quant.quantize_params(params)
+  if c.model.base != "dense":
+    params = quant.quantize_params(params, storage=c.model.base)
   params, adapter = adapters.init(jax.random.key(c.seed), params, chosen)
   trainable, fixed = tree.partition(adapter)
   return step.start(trainable, optimizer, fixed), Frozen(params)
 
 
-@pytest.mark.parametrize("arguments", ["", ",base=nf4", ",adapter=none"])
+@RUNS
 def test_abstract_trees_are_those_of_a_run(arguments):
   c = config(arguments)
   built = program.build(c, one_cpu())
@@ -64,7 +69,7 @@ def test_abstract_trees_are_those_of_a_run(arguments):
   assert described((built.state, built.frozen)) == described(real(c))
 
 
-@pytest.mark.parametrize("arguments", ["", ",base=nf4", ",adapter=none"])
+@RUNS
 def test_arithmetic_counts_the_bytes_of_real_arrays(arguments):
   c = config(arguments)
   state, frozen = real(c)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 
 import jax
@@ -14,6 +15,7 @@ from posttrain_jax.adapters import peft_format
 from posttrain_jax.core import tree
 from posttrain_jax.data import chat
 from posttrain_jax.models import decoder, hf
+from posttrain_jax.quant import report
 from posttrain_jax.train import export
 from tests.adapters import cases
 from tests.data.conftest import make_tokenizer
@@ -86,18 +88,62 @@ def test_a_merged_model_computes_what_was_trained(tmp_path, base, adapter, caplo
   assert not caplog.records
 
 
-@pytest.mark.parametrize("merge_base", export.MERGE_BASES)
-def test_an_nf4_base_is_merged_onto_what_is_asked_for(tmp_path, base, adapter, caplog, merge_base):
-  run = make_run(tmp_path / "run", base, adapter, base="nf4")
-  with caplog.at_level(logging.WARNING):
+@pytest.mark.parametrize(
+  ("merge_base", "storage"),
+  [("original", "nf4"), ("dequantised", "nf4"), ("dequantised", "int8"), ("original", "fp4")],
+)
+def test_a_quantised_base_is_merged_onto_what_is_asked_for(
+  tmp_path, base, adapter, caplog, merge_base, storage
+):
+  run = make_run(tmp_path / "run", base, adapter, base=storage)
+  with caplog.at_level(logging.INFO):
     export.export(run, tmp_path / "out", merge=True, merge_base=merge_base)
-  assert f"merged onto the {merge_base} weights" in caplog.text
+  assert f"trained on a base in {storage}, merged onto the {merge_base} weights" in caplog.text
   params, config = hf.load(base)
-  wanted = {"original": params, "dequantised": quant.quantize_params(params)}
+  stored = quant.quantize_params(params, storage=storage)
+  wanted = {"original": params, "dequantised": stored}
+  tokens = jnp.asarray(chat.load_tokenizer(base)(export.PROBE)["input_ids"][: config.max_length])
+  assert tokens.size > 60
+  of = lambda params: decoder.forward(params, tokens[None], config)
+  trained = of(adapters.bind(stored, adapter[0]))
+  for name, frozen in wanted.items():
+    off = report.logit_error(trained, of(adapters.merge(frozen, adapter[0])))
+    (line,) = [r.getMessage() for r in caplog.records if f"merged onto {name}:" in r.getMessage()]
+    said = float(re.search("max ([0-9.e-]+)", line)[1])
+    assert said == pytest.approx(off.max_abs, rel=0.02, abs=1e-4)
+    assert (said > 1e-3) == (name == "original")
   found = logits(*hf.load(tmp_path / "out"))
   for name, frozen in wanted.items():
     far = distance(found, logits(adapters.bind(frozen, adapter[0]), config))
-    assert far < 1e-4 if name == merge_base else far > 1e-2, name
+    assert far < 1e-4 if name == merge_base else far > 1e-3, name
+
+
+def test_a_start_taken_from_the_base_is_merged_onto_the_original_alone(
+  tmp_path, base, adapter, caplog
+):
+  run = make_run(tmp_path / "run", base, adapter, base="nf4")
+  record = json.loads((run / "config.json").read_text())
+  record["config"]["adapter"]["init_lora_weights"] = "pissa_niter_4"
+  (run / "config.json").write_text(json.dumps(record))
+  with pytest.raises(ValueError, match=r"merge_base='dequantised': .*write merge_base=original"):
+    export.export(run, tmp_path / "out", merge=True, merge_base="dequantised")
+  out = export.export(run, tmp_path / "out", merge=True)
+  params, config = hf.load(base)
+  bound = logits(adapters.bind(params, adapter[0]), config)
+  assert distance(logits(*hf.load(out)), bound) < 1e-4
+
+
+def test_the_base_may_be_a_quantised_folder(tmp_path, base, adapter):
+  params, config = hf.load(base, storage="nf4")
+  hf.save(tmp_path / "four", params, config, tokenizer_from=base)
+  out = export.export(
+    make_run(tmp_path / "run", tmp_path / "four", adapter, base="nf4"), tmp_path / "out", merge=True
+  )
+  merged, merged_config = hf.load(out)
+  assert not [leaf for _, leaf in tree.items(merged) if hasattr(leaf, "apply")]
+  assert "quantization_config" not in json.loads((out / "config.json").read_text())
+  trained = logits(adapters.bind(params, adapter[0]), config)
+  assert distance(logits(merged, merged_config), trained) < 1e-4
 
 
 def test_the_template_that_was_trained_goes_with_the_model(tmp_path, base, adapter):
