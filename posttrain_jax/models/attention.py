@@ -15,20 +15,32 @@ NEGATIVE = -2.0e38  # finite, so that a row that may see nothing stays free of N
 QUERY_BLOCK = 512  # queries scored at once, so that scores never grow as time squared
 
 
+EVERYONE = -1  # the segment of keys that every document of the row sees: a soft prompt
+
+
 def visible(
   query_positions: Array,
   key_positions: Array,
   query_segments: Array,
   key_segments: Array,
   window: int | None = None,
+  prefixes: Array | None = None,
 ) -> Array:
   """[batch, time, keys]: True where a query may look: same document, not later, not `window` or more before.
 
-  Segment 0 is padding: nothing sees it.  Positions: [batch, time] and [batch, keys], counted within a document.
+  Segment 0 is padding: nothing sees it.  Segment `EVERYONE` is seen by all.  Positions: [batch, time] and
+  [batch, keys], counted within a document and what stands before it.
+
+  Args:
+    prefixes: [batch, time], one more segment that a query sees, 0 for none: documents that begin alike (the two answers
+      of a pair) share that beginning, which is a segment of its own and is computed once.
   """
   distance = query_positions[:, :, None] - key_positions[:, None, :]
-  same = query_segments[:, :, None] == key_segments[:, None, :]
-  seen = same & (key_segments[:, None, :] > 0) & (distance >= 0)
+  keys = key_segments[:, None, :]
+  same = (query_segments[:, :, None] == keys) | (keys == EVERYONE)
+  if prefixes is not None:
+    same |= prefixes[:, :, None] == keys
+  seen = same & (keys != 0) & (distance >= 0)
   return seen if window is None else seen & (distance < window)
 
 
@@ -57,6 +69,65 @@ def attend(
   else:
     out = _blockwise(q, k, v, mask, softcap)
   return out.transpose(0, 3, 1, 2, 4).reshape(batch, time, heads, dim)
+
+
+def attend_shifted(
+  q: Array,
+  k: Array,
+  v: Array,
+  masks: tuple[Array, Array],
+  *,
+  group: int,
+  scale: float,
+  softcap: float | None = None,
+) -> Array:
+  """`attend` within groups of `group` tokens, the second half of the heads with groups that start half a group later.
+
+  Shifted sparse attention, in training only.  Chen et al. 2023 (LongLoRA), section 3.2.  The half groups left over at
+  the two ends of the row are groups of their own, as in the authors' code: one wrapped group would let the first tokens
+  see the last.
+
+  Args:
+    q, k, v: as for `attend`, keys being the same tokens as queries.
+    masks: of `shifted_masks`.
+  """
+  heads = q.shape[2]
+  if k.shape[2] % 2:
+    k, v = (jnp.repeat(x, heads // x.shape[2], axis=2) for x in (k, v))
+  out = []
+  for late, mask in enumerate(masks):
+    halves = [jnp.split(x, [x.shape[2] // 2], axis=2) for x in (q, k, v)]
+    grouped = [_groups(half[late], group, late) for half in halves]
+    found = attend(*grouped, mask, scale=scale, softcap=softcap)
+    out.append(_ungrouped(found, q.shape[:2], group, late))
+  return jnp.concatenate(out, axis=2)
+
+
+def shifted_masks(
+  positions: Array, segments: Array, group: int, window: int | None = None
+) -> tuple[Array, Array]:
+  """What `attend_shifted` lets a query see, for either half of the heads: [batch * groups, group, group] each."""
+  made = []
+  for late in (False, True):
+    own = jnp.arange(positions.shape[1]) + (group - group // 2 if late else 0)
+    number = _groups(jnp.broadcast_to(own // group, positions.shape), group, late)
+    where, which = (_groups(x, group, late) for x in (positions, segments))
+    mask = visible(where, where, which, which, window)
+    made.append(mask & (number[:, :, None] == number[:, None, :]))
+  return made[0], made[1]
+
+
+def _groups(x, group, late):
+  """[batch, time, ...] -> [batch * groups, group, ...]: filled up with zeros; late groups begin half a group later."""
+  x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % group), *[(0, 0)] * (x.ndim - 2)])
+  x = jnp.roll(x, -(group // 2), axis=1) if late else x
+  return x.reshape(-1, group, *x.shape[2:])
+
+
+def _ungrouped(x, lead, group, late):
+  batch, time = lead
+  x = x.reshape(batch, -1, *x.shape[2:])
+  return (jnp.roll(x, group // 2, axis=1) if late else x)[:, :time]
 
 
 def _attend(q, k, v, mask, softcap):

@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
@@ -29,8 +28,9 @@ from posttrain_jax.core.weight import (
   linear32,
   unadapted,
 )
-from posttrain_jax.models import attention
-from posttrain_jax.models.config import SLIDING, ModelConfig, Rope
+from posttrain_jax.models import attention, before, rotary
+from posttrain_jax.models.cache import Cache, empty_cache
+from posttrain_jax.models.config import SLIDING, ModelConfig
 
 Array = jax.Array
 Params = Any
@@ -131,30 +131,6 @@ def init(key: Array, config: ModelConfig, dtype: Any = jnp.float32, std: float =
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@struct.dataclass
-class Cache:
-  """Keys and values of what was read so far: every row writes the same slot, ragged prompts are padded on the left.
-
-  k, v: [layers, batch, slots, kv_heads, head_dim]; positions, segments: [batch, slots], segment 0 an empty slot;
-  length: slots in use.
-  """
-
-  k: Array
-  v: Array
-  positions: Array
-  segments: Array
-  length: Array
-
-
-def empty_cache(config: ModelConfig, batch: int, slots: int, dtype: Any) -> Cache:
-  """A cache of `slots` tokens for each of `batch` rows.  Zeros, not `empty`: 0 * NaN would reach the output."""
-  shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
-  none = jnp.zeros((batch, slots), jnp.int32)
-  return Cache(
-    jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), none, none, jnp.zeros((), jnp.int32)
-  )
-
-
 def forward(
   params: Params,
   tokens: Array | None,
@@ -176,19 +152,26 @@ def hidden(
   *,
   positions: Array | None = None,
   segment_ids: Array | None = None,
+  prefix_ids: Array | None = None,
   embeddings: Array | None = None,
   dtype: Any = None,
   remat: str = "none",
+  attention_group: int = 0,
 ) -> Array:
-  """What the head reads: [batch, time, embed].
+  """What the head reads: [batch, time, embed], for the given tokens alone.
+
+  What is bound to stand before them, a soft prompt or a prefix of keys and values, is seen by every document of a row
+  and computed once a row; positions go on behind it.
 
   Args:
     params: the tree of `specs`, its matrices plain or any `Weight`.
     tokens: [batch, time] ids; None where `embeddings` [batch, time, embed] (scaled already) stand in for them.
     positions: [batch, time], counted within each document; default 0, 1, 2, ...
     segment_ids: [batch, time], equal within a packed document, 0 for padding; default one document a row.
+    prefix_ids: [batch, time], one more segment that a token sees, 0 for none (`attention.visible`).
     dtype: of the computation; default the embedding's.
     remat: what the backward pass recomputes, a key of `REMAT`.
+    attention_group: tokens of a group of shifted sparse attention (LongLoRA, in training); 0 for full attention.
   """
   x = _inputs(params, tokens, embeddings, config, dtype)
   batch, time = x.shape[:2]
@@ -196,13 +179,49 @@ def hidden(
     positions = jnp.broadcast_to(jnp.arange(time, dtype=jnp.int32), (batch, time))
   if segment_ids is None:
     segment_ids = jnp.ones((batch, time), jnp.int32)
-  shared = _by_kind(config, positions, positions, segment_ids, segment_ids)
+  x, keys, queries = before.put(params, x, positions, segment_ids)
+  if attention_group:
+    if x.shape[1] > time or keys is not queries or prefix_ids is not None:
+      raise ValueError(
+        f"attention_group={attention_group}: shifted groups have no room for a soft prompt, a prefix or prefix_ids"
+      )
+    mask = lambda window: attention.shifted_masks(*queries, attention_group, window)
+  else:
+    if prefix_ids is not None:
+      prefix_ids = jnp.pad(prefix_ids, ((0, 0), (x.shape[1] - time, 0)))
+    mask = lambda window: attention.visible(
+      queries[0], keys[0], queries[1], keys[1], window, prefix_ids
+    )
+  shared = _by_kind(config, queries[0], mask)
 
   def layer(x, p, kind):
-    return _layer(x, p, _pick(shared, kind), config, lambda k, v: (k, v))
+    return _layer(x, p, _pick(shared, kind), config, before.extend(p, batch), attention_group)
 
   x = _over_layers(REMAT[remat](layer), x, params["layers"], config)
-  return _norm(x, params["norm"]["weight"], config)
+  return _norm(x[:, x.shape[1] - time :], params["norm"]["weight"], config)
+
+
+def start(params: Params, config: ModelConfig, batch: int, slots: int, dtype: Any) -> Cache:
+  """A cache of `slots` a row that holds what is bound to stand before the tokens, the first `before.slots` of them."""
+  cache = empty_cache(config, batch, slots, dtype)
+  prefix, prompt = before.bound(params)
+  if prefix is not None:
+    k, v = (x.reshape(*x.shape[:3], -1, config.head_dim) for x in prefix.read(batch))
+    put = lambda whole, part: jax.lax.dynamic_update_slice(
+      whole, part.astype(whole.dtype), (0,) * whole.ndim
+    )
+    segments = prefix.segments(batch)
+    cache = Cache(
+      put(cache.k, k),
+      put(cache.v, v),
+      put(cache.positions, before.counted(segments)),
+      put(cache.segments, segments),
+      jnp.asarray(segments.shape[1], jnp.int32),
+    )
+  if prompt is not None:
+    x = constrain(prompt.read(batch).astype(dtype), "batch time embed")
+    _, cache = _read(params, x, prompt.segments(batch), config, cache)
+  return cache
 
 
 def step(
@@ -217,17 +236,27 @@ def step(
   """(hidden [batch, time, embed], cache) after reading `tokens` [batch, time] into the next `time` slots.
 
   Positions go on from each row's own count of tokens.  segment_ids: 0 where a token is left padding; default none.
+  What is bound to stand before the tokens is in the cache already: `start` made it.
   """
-  batch, time = tokens.shape
   if segment_ids is None:
-    segment_ids = jnp.ones((batch, time), jnp.int32)
-  seen = jnp.sum(cache.segments, axis=1, keepdims=True)
-  positions = jnp.maximum(seen + jnp.cumsum(segment_ids, axis=1) - 1, 0).astype(jnp.int32)
-  start = cache.length
+    segment_ids = jnp.ones(tokens.shape, jnp.int32)
+  x = _inputs(params, tokens, None, config, dtype)
+  return _read(params, x, segment_ids.astype(jnp.int32), config, cache)
+
+
+def _read(params, x, segments, config, cache):
+  """(hidden, cache) after reading x: [batch, time, embed] into the next slots."""
+  time, start = x.shape[1], cache.length
+  seen = jnp.sum(cache.segments != 0, axis=1, keepdims=True, dtype=jnp.int32)
+  positions = seen + before.counted(segments)
   write = jax.lax.dynamic_update_slice
   all_positions = write(cache.positions, positions, (0, start))
-  all_segments = write(cache.segments, segment_ids.astype(jnp.int32), (0, start))
-  shared = _by_kind(config, positions, all_positions, segment_ids, all_segments)
+  all_segments = write(cache.segments, segments, (0, start))
+  shared = _by_kind(
+    config,
+    positions,
+    lambda window: attention.visible(positions, all_positions, segments, all_segments, window),
+  )
 
   def layer(carry, p, kind, index):
     x, keys, values = carry
@@ -241,7 +270,6 @@ def step(
     x = _layer(x, p, _pick(shared, kind), config, extend)
     return x, keys, values
 
-  x = _inputs(params, tokens, None, config, dtype)
   carry = (x, cache.k, cache.v)
   x, keys, values = _over_layers(layer, carry, params["layers"], config, indexed=True)
   cache = Cache(keys, values, all_positions, all_segments, start + time)
@@ -279,7 +307,7 @@ def unstack(params: Params, config: ModelConfig) -> Params:
 
 # What `names` keeps of a layer for the backward pass: products whose recomputation is dear, not norms and activations.
 # On two CPU cores a LoRA step took 12.1 CPU-seconds with it and 13.4 with `dots`; accelerators are not measured.
-KEPT = ("query", "key", "value", "context", "middle", "gate", "up")
+KEPT = ("query", "key", "value", "context", "middle", "gate", "up", "direction", "column_norm")
 
 
 def _checkpoint(policy):
@@ -323,17 +351,16 @@ def _inputs(params, tokens, embeddings, config, dtype):
   return constrain(embeddings, "batch time embed")
 
 
-def _by_kind(config, query_positions, key_positions, query_segments, key_segments):
-  """(mask, cos, sin) for full layers and, where the model has such, for sliding ones: a list of one or two."""
+def _by_kind(config, positions, mask):
+  """(mask, cos, sin) for full layers and, where the model has such, for sliding ones: a list of one or two.
+
+  mask: window -> what queries may see.
+  """
   kinds = [(None, config.rope)]
   if SLIDING in config.kinds:
     kinds.append((config.window, config.local_rope or config.rope))
   return [
-    (
-      attention.visible(query_positions, key_positions, query_segments, key_segments, window),
-      *_angles(query_positions, rope, config.head_dim),
-    )
-    for window, rope in kinds
+    (mask(window), *rotary.angles(positions, rope, config.head_dim)) for window, rope in kinds
   ]
 
 
@@ -343,37 +370,12 @@ def _pick(by_kind, kind):
   return jax.tree.map(lambda full, sliding: jnp.where(kind, sliding, full), *by_kind)
 
 
-def _angles(positions: Array, rope: Rope, head_dim: int) -> tuple[Array, Array]:
-  angles = positions[..., None].astype(jnp.float32) * jnp.asarray(
-    inverse_frequencies(rope, head_dim)
-  )
-  return jnp.cos(angles), jnp.sin(angles)
-
-
-def inverse_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
-  """theta^(-2i / head_dim) for i < head_dim / 2, rescaled by `rope.kind`; float32."""
-  frequencies = 1.0 / rope.theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-  if rope.kind == "linear":
-    frequencies = frequencies / rope.factor
-  if rope.kind == "llama3":
-    wavelengths = 2 * np.pi / frequencies
-    low = rope.original_length / rope.low_freq_factor
-    high = rope.original_length / rope.high_freq_factor
-    blend = (rope.original_length / wavelengths - rope.low_freq_factor) / (
-      rope.high_freq_factor - rope.low_freq_factor
-    )
-    smooth = (1 - blend) * frequencies / rope.factor + blend * frequencies
-    slowed = np.where(wavelengths > low, frequencies / rope.factor, smooth)
-    frequencies = np.where(wavelengths < high, frequencies, slowed)
-  return frequencies.astype(np.float32)
-
-
-def _layer(x, p, shared, config, extend):
+def _layer(x, p, shared, config, extend, group=0):
   """One block; `extend(k, v)` returns all keys and values there are to look at."""
   mask, cos, sin = shared
   p = _gathered(memory.fetch(p))
   h = _norm(x, p["input_layernorm"]["weight"], config)
-  h = _attention(h, p["self_attn"], mask, cos, sin, config, extend)
+  h = _attention(h, p["self_attn"], mask, cos, sin, config, extend, group)
   after = p["post_attention_layernorm"]["weight"]
   if config.sandwich_norms:
     x = x + _norm(h, after, config)
@@ -391,7 +393,8 @@ def _gathered(p):
   """One layer's parameters whole along fsdp; inside the layer, so that the backward pass gathers them again."""
   if not sharding.active():
     return p
-  specs = {path: sharding.spec_for(f"layers/{path}", RULES) for path, _ in tree.items(p)}
+  rules = [*RULES, *before.RULES]
+  specs = {path: sharding.spec_for(f"layers/{path}", rules) for path, _ in tree.items(p)}
   return tree.unflatten((path, _whole(leaf, P(*specs[path][1:]))) for path, leaf in tree.items(p))
 
 
@@ -401,7 +404,7 @@ def _whole(leaf, spec):
   return sharding.gather(leaf, spec)
 
 
-def _attention(h, p, mask, cos, sin, config, extend):
+def _attention(h, p, mask, cos, sin, config, extend, group):
   heads = lambda name: _project(h, p[name]).reshape(*h.shape[:2], -1, config.head_dim)
   q, k, v = heads("q_proj"), heads("k_proj"), heads("v_proj")
   if config.qk_norm:
@@ -410,9 +413,11 @@ def _attention(h, p, mask, cos, sin, config, extend):
   q = checkpoint_name(attention.rotate(q, cos, sin), "query")
   k = checkpoint_name(attention.rotate(k, cos, sin), "key")
   v = checkpoint_name(constrain(v, "batch time heads head_dim"), "value")
-  out = attention.attend(
-    q, *extend(k, v), mask, scale=config.softmax_scale, softcap=config.attention_softcap
-  )
+  how = dict(scale=config.softmax_scale, softcap=config.attention_softcap)
+  if group:
+    out = attention.attend_shifted(q, k, v, mask, group=group, **how)
+  else:
+    out = attention.attend(q, *extend(k, v), mask, **how)
   out = checkpoint_name(out.reshape(*h.shape[:2], -1), "context")
   return _project(out, p["o_proj"])
 
@@ -426,7 +431,7 @@ def _mlp(h, p, config):
 
 def _project(x, p):
   y = linear(x, p["weight"])
-  return y + p["bias"].astype(y.dtype) if "bias" in p else y
+  return y + dense(p["bias"], y.dtype) if "bias" in p else y
 
 
 def _norm(x, w, config):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from posttrain_jax.core import sharding, tree
-from posttrain_jax.models import decoder
+from posttrain_jax.models import decoder, rotary
 from posttrain_jax.models.config import Rope
 from tests.models import families, golden
 from tests.models.families import FAMILIES, LONGEST, WINDOW
@@ -159,16 +159,16 @@ def test_the_head_is_the_transposed_embedding_where_tied_and_capped_where_asked(
 
 
 def test_rope_frequencies():
-  found = decoder.inverse_frequencies(Rope(theta=10_000.0), 8)
+  found = rotary.inverse_frequencies(Rope(theta=10_000.0), 8)
   np.testing.assert_allclose(found, [1, 0.1, 0.01, 0.001], rtol=1e-6)
-  slowed = decoder.inverse_frequencies(Rope(theta=10_000.0, kind="linear", factor=4.0), 8)
+  slowed = rotary.inverse_frequencies(Rope(theta=10_000.0, kind="linear", factor=4.0), 8)
   np.testing.assert_allclose(slowed, [0.25, 0.025, 0.0025, 0.00025], rtol=1e-6)
 
 
 def test_llama3_rope_keeps_short_waves_slows_long_ones_and_blends_between():
   """Llama 3.1: theta 500,000, factor 8, 1 and 4 turns in 8,192 tokens."""
   rope = Rope(5e5, "llama3", 8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_length=8192)
-  found = decoder.inverse_frequencies(rope, 128).astype(np.float64)
+  found = rotary.inverse_frequencies(rope, 128).astype(np.float64)
   plain = 5e5 ** (-np.arange(64) / 64)
   turns = 8192 * plain / (2 * np.pi)
   np.testing.assert_allclose(found[turns > 4], plain[turns > 4], rtol=1e-6)

@@ -1,0 +1,86 @@
+"""What is bound to stand before the tokens of every text: a soft prompt, a prefix of keys and values.
+
+Both are nodes in the tree of parameters, at `PROMPT` and `PREFIX`.  `segments(batch)` -> [batch, slots] is the segment
+of each slot: `attention.EVERYONE`, and 0 where a row's own is shorter.  `read(batch)` -> embeddings [batch, slots,
+embed], or keys and values [..., batch, slots, kv_heads * head_dim].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from posttrain_jax.core.sharding import constrain
+
+Array = jax.Array
+Params = Any
+PROMPT, PREFIX = "prompt/embeddings", "layers/self_attn/prefix"
+RULES = ((PROMPT, P()), (PREFIX, P(None, None, "tensor")))  # where they live on a mesh
+
+
+def slots(params: Params) -> int:
+  """Slots of a cache that they take before the first token."""
+  return sum(node.segments(1).shape[1] for node in bound(params) if node is not None)
+
+
+def bound(params: Params) -> tuple[Any, Any]:
+  """(prefix of keys and values, soft prompt), None for what is not bound; layers stacked or apart."""
+  layers = params["layers"]
+  layer = layers[0] if isinstance(layers, tuple) else layers
+  return layer["self_attn"].get("prefix"), params.get("prompt", {}).get("embeddings")
+
+
+def put(
+  params: Params, x: Array, positions: Array, segments: Array
+) -> tuple[Array, tuple[Array, Array], tuple[Array, Array]]:
+  """(x, (positions, segments) of keys, the same of queries) with what is bound put before the tokens.
+
+  A soft prompt is part of x, as queries and as keys; a prefix is of the keys alone.
+  """
+  prefix, prompt = bound(params)
+  if prompt is not None:
+    which = prompt.segments(x.shape[0])
+    x = jnp.concatenate([prompt.read(x.shape[0]).astype(x.dtype), x], axis=1)
+    x = constrain(x, "batch time embed")
+    positions, segments = _joined(which, positions, segments)
+  queries = positions, segments
+  if prefix is None:
+    return x, queries, queries
+  which = prefix.segments(x.shape[0])
+  keys = _joined(which, positions, segments)
+  return x, keys, (keys[0][:, which.shape[1] :], segments)
+
+
+def _joined(which, positions, segments):
+  """(positions, segments) of slots in front and of what stands behind them, which counts on."""
+  used = jnp.sum(which != 0, axis=1, keepdims=True, dtype=jnp.int32)
+  return (
+    jnp.concatenate([counted(which), positions + used], axis=1),
+    jnp.concatenate([which, segments], axis=1),
+  )
+
+
+def counted(segments: Array) -> Array:
+  """[batch, time]: how many tokens that are no padding stand before each."""
+  return jnp.maximum(jnp.cumsum(segments != 0, axis=1, dtype=jnp.int32) - 1, 0)
+
+
+def extend(layer: Params, batch: int) -> Callable[[Array, Array], tuple[Array, Array]]:
+  """(k, v) -> the keys and values that a text read whole sees in this layer: its own, and before them the prefix."""
+  prefix = layer["self_attn"].get("prefix")
+  if prefix is None:
+    return lambda k, v: (k, v)
+
+  def joined(own, x):
+    own = own.reshape(*own.shape[:2], *x.shape[2:]).astype(x.dtype)
+    return jnp.concatenate([own, x], axis=1)
+
+  def both(k, v):
+    keys, values = prefix.read(batch)
+    return joined(keys, k), joined(values, v)
+
+  return both

@@ -1,0 +1,37 @@
+"""Keys and values of what was read so far."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from posttrain_jax.models.config import ModelConfig
+
+Array = jax.Array
+
+
+@struct.dataclass
+class Cache:
+  """Keys and values of what was read so far: every row writes the same slot, ragged prompts are padded on the left.
+
+  k, v: [layers, batch, slots, kv_heads, head_dim]; positions, segments: [batch, slots], segment 0 an empty slot;
+  length: slots in use.
+  """
+
+  k: Array
+  v: Array
+  positions: Array
+  segments: Array
+  length: Array
+
+
+def empty_cache(config: ModelConfig, batch: int, slots: int, dtype: Any) -> Cache:
+  """A cache of `slots` tokens for each of `batch` rows.  Zeros, not `empty`: 0 * NaN would reach the output."""
+  shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
+  none = jnp.zeros((batch, slots), jnp.int32)
+  return Cache(
+    jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), none, none, jnp.zeros((), jnp.int32)
+  )
