@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import safetensors
 
-from posttrain_jax.adapters.codecs import lora
+from posttrain_jax.adapters.codecs import adalora, ia3, lora, standing, vera
 from posttrain_jax.adapters.codecs.codec import Codec, Folder
 from posttrain_jax.adapters.config import AdapterConfig
 from posttrain_jax.core import files, tree
@@ -34,7 +34,7 @@ RECORD = (
 )
 HEADER_BYTES, CONFIG_BYTES = 32 * 2**20, 4 * 2**20  # larger ones are not read
 
-CODECS: tuple[Codec, ...] = (lora.CODEC,)
+CODECS: tuple[Codec, ...] = (lora.CODEC, vera.CODEC, adalora.CODEC, ia3.CODEC, *standing.CODECS)
 
 
 def save(

@@ -152,11 +152,16 @@ def shared(
   Args:
     params: path -> the weight that the node at the same path of `nodes` changes.
   """
-  rows = max(weight.shape(params[path])[-2] for path in nodes)
-  columns = max(weight.shape(params[path])[-1] for path in nodes)
+  rows, columns = sizes({path: params[path] for path in nodes})
   first, second = jax.random.split(jax.random.key(config.projection_prng_key))
   draw = lambda key, fan_in, shape: jax.random.uniform(
     key, shape, minval=-((6 / fan_in) ** 0.5), maxval=(6 / fan_in) ** 0.5
   )
   a, b = draw(first, rows, (rows, config.r)), draw(second, config.r, (config.r, columns))
   return {PATH: Projections(a, b)}
+
+
+def sizes(weights: Mapping[str, Any]) -> tuple[int, int]:
+  """(in, out) of the pair: the largest of each among the adapted weights."""
+  rows, columns = zip(*[weight.shape(w)[-2:] for w in weights.values()])
+  return max(rows), max(columns)

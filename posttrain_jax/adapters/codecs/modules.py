@@ -199,3 +199,26 @@ def _check_stored_base(name: str, array: np.ndarray, params: Any, path: Path) ->
       f"{path} holds a {name} of its own that differs from the base's by {distance:.1%} of its norm: "
       "the adapter belongs to another base, or was saved with trained embeddings"
     )
+
+
+def check_shapes(
+  tensors: Mapping[str, np.ndarray],
+  shapes: Mapping[str, tuple[int, ...]],
+  names: Names,
+  module: str,
+  folder: Folder,
+) -> None:
+  """An adapted module has all its tensors, in these shapes; one without any is not adapted.
+
+  Raises:
+    ValueError: names the tensor and its module.
+  """
+  for field, shape in shapes.items() if tensors else ():
+    tensor = names[field][module == "embed_tokens"]
+    if field not in tensors:
+      raise ValueError(f"{folder.tensor_file}: the module {module!r} has no {tensor}")
+    if tensors[field].shape != shape:
+      raise ValueError(
+        f"{folder.tensor_file}: {tensor} of {module!r} has shape {tensors[field].shape[::-1]}, expected "
+        f"{shape[::-1]} by {folder.config_file.name} and the base"
+      )
