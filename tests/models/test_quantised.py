@@ -15,9 +15,10 @@ import pytest
 from safetensors import numpy as safetensors_numpy
 
 from posttrain_jax import quant
-from posttrain_jax.core import files, tree
+from posttrain_jax.core import files, sharding, tree
 from posttrain_jax.models import decoder, hf
 from posttrain_jax.quant import blockwise, bnb
+from posttrain_jax.train import assemble
 from tests.models import families
 
 SIZES = dict(hidden_size=64, intermediate_size=128)
@@ -143,6 +144,26 @@ def test_a_quantised_folder_computes(folder):
   np.testing.assert_array_equal(found, expected)
 
 
+@STORAGES
+def test_sharded_over_eight_devices_it_computes_the_same(tmp_path, storage):
+  config, params = make()
+  hf.save(tmp_path / "plain", params, config)
+  mesh = sharding.mesh(fsdp=4, tensor=2)
+
+  def place(path, leaf):
+    return assemble.placed(path, leaf, mesh)
+
+  placed, _ = hf.load(tmp_path / "plain", storage=storage, place=place)
+  codes = placed["layers"]["mlp"]["up_proj"]["weight"].codes
+  assert codes.sharding.shard_shape(codes.shape)[2] == 64
+  tokens = families.tokens(4, 9)
+  forward = jax.jit(decoder.forward, static_argnums=2)
+  with jax.set_mesh(mesh):
+    found = forward(placed, tokens, config)
+  expected = forward(stored(params, storage), tokens, config)
+  np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 LOAD = """
@@ -244,6 +265,21 @@ def test_a_matrix_that_does_not_fit_into_blocks_is_named(tmp_path):
   ):
     hf.load(tmp_path / "plain", storage="nf4")
   assert hf.load(tmp_path / "plain", storage="int8")
+
+
+def test_layers_stored_in_two_ways_are_named_and_can_be_made_plain(folder):
+  plain = np.asarray(make()[1]["layers"]["self_attn"]["q_proj"]["weight"][1].T)
+
+  def one_layer_plain(tensors):
+    for part in bnb.UNDER:
+      tensors.pop(bnb.tensor(Q, part), None)
+    tensors[Q] = plain
+
+  change(folder, one_layer_plain)
+  with pytest.raises(ValueError, match=r"q_proj/weight is nf4 in layer 0 and dense in layer 1"):
+    hf.load(folder)
+  loaded, _ = hf.load(folder, storage="dense")
+  np.testing.assert_array_equal(loaded["layers"]["self_attn"]["q_proj"]["weight"][1], plain.T)
 
 
 def test_two_types_in_one_folder_are_refused(tmp_path):
