@@ -14,10 +14,24 @@ from flax import struct
 from jax.sharding import PartitionSpec
 
 from posttrain_jax.adapters.config import AdapterConfig
+from posttrain_jax.adapters.dropout import dropout
 from posttrain_jax.core import weight
 from posttrain_jax.core.weight import embed, linear
 
 Array = jax.Array
+
+
+@struct.dataclass
+class Start:
+  """The factors that a LoRA began with, where it began with a part of its base.
+
+  The base in training is W - scale * taken, stored as bases are; the LoRA that does to W what training did is
+  scale * (a b - start.a start.b).
+  """
+
+  a: Any
+  b: Any
+  taken: Any = None  # None: (a, b)
 
 
 @struct.dataclass
@@ -32,11 +46,12 @@ class LoRA:
   b: Array
   scale: Array  # [layers] or []: alpha / rank (rsLoRA: alpha / sqrt(rank))
   mask: Array | None = None  # [layers, rank]; None: every rank is in use
+  start: Start | None = None  # None: the base is as it was
   dropout: float = struct.field(pytree_node=False, default=0.0)
   TRAINED = ("a", "b")  # the optimizer sees these fields and no other
 
   def apply(self, x: Array, base: Any, key: Array | None = None) -> Array:
-    down = linear(_dropout(x, self.dropout, key), self.a)
+    down = linear(dropout(x, self.dropout, key), self.a)
     return linear(x, base) + linear(down * self._scales().astype(x.dtype), self.b)
 
   def rows(self, ids: Array, base: Any, key: Array | None = None) -> Array:
@@ -80,12 +95,21 @@ class LoRA:
     """Specs of the fields, from the base's: its axes are inherited, the rank stays unsharded."""
     *lead, rows, columns = [*[None] * (self.a.ndim - len(spec)), *spec]
     none = PartitionSpec()
+    a, b = PartitionSpec(*lead, rows, None), PartitionSpec(*lead, None, columns)
+    start = self.start and Start(a, b, self.start.taken and (a, b))
+    mask = None if self.mask is None else none
+    return dataclasses.replace(self, a=a, b=b, scale=none, mask=mask, start=start)
+
+  def on_the_original(self) -> LoRA:
+    """The same change as a LoRA of the base before `start` was taken out of it: twice the rank, no start."""
+    if self.start is None:
+      return self
     return dataclasses.replace(
       self,
-      a=PartitionSpec(*lead, rows, None),
-      b=PartitionSpec(*lead, None, columns),
-      scale=none,
-      mask=None if self.mask is None else none,
+      a=jnp.concatenate([self.a, self.start.a], axis=-1),
+      b=jnp.concatenate([self.b, -self.start.b], axis=-2),
+      mask=None if self.mask is None else jnp.concatenate([self.mask, self.mask], axis=-1),
+      start=None,
     )
 
 
@@ -93,17 +117,37 @@ def init(key: Array, base: Any, modules: Sequence[str], config: AdapterConfig) -
   """(base, a LoRA that changes nothing yet) for the module or the stacked modules of one weight.
 
   A module that the config does not target gets rank 0.  a ~ U(-1/sqrt(in), 1/sqrt(in)) or, as "gaussian",
-  normal(0, 1/rank); b zero.  An embedding has a zero and b ~ normal(0, 1), as in PEFT.
+  normal(0, 1/rank); b zero.  As "zero_a" a is zero and b ~ U(-1/sqrt(rank), 1/sqrt(rank)), what a linear layer of
+  `rank` inputs starts with (Hayou et al. 2024 compare the two).  An embedding has a zero and b ~ normal(0, 1), as in
+  PEFT.
+
+  Raises:
+    ValueError: a rank above the matrix.
   """
   rows, columns = weight.shape(base)[-2:]
   pairs, scales = [], []
   for module in modules:
     own = jax.random.fold_in(key, zlib.crc32(module.encode()))
-    rank = config.rank(module) if config.targets(module) else 0
+    rank = rank_of(module, config, rows, columns)
     pairs.append(_draw(own, module, rows, columns, rank, config.init_lora_weights))
     scales.append(config.scale(module) if rank else 0.0)
   stacked = len(weight.shape(base)) == 3
   return base, join(pairs, scales, stacked=stacked, dropout=config.lora_dropout)
+
+
+def rank_of(module: str, config: AdapterConfig, rows: int, columns: int) -> int:
+  """The rank that the config gives a module of [rows, columns], 0 where it does not target it.
+
+  Raises:
+    ValueError: a rank above the matrix.
+  """
+  rank = config.rank(module) if config.targets(module) else 0
+  if rank > min(rows, columns):
+    raise ValueError(
+      f"rank {rank} of {module!r} is above the matrix, which is {rows} x {columns}: write at most "
+      f"{min(rows, columns)}, in r or for this module in rank_pattern, or leave it out with exclude_modules"
+    )
+  return rank
 
 
 def join(
@@ -129,14 +173,10 @@ def _draw(key, module, rows, columns, rank, how):
     return jnp.zeros((rows, rank)), jax.random.normal(key, (rank, columns))
   if how == "gaussian":
     return jax.random.normal(key, (rows, rank)) / max(rank, 1), jnp.zeros((rank, columns))
+  if how == "zero_a":
+    bound = max(rank, 1) ** -0.5
+    b = jax.random.uniform(key, (rank, columns), minval=-bound, maxval=bound)
+    return jnp.zeros((rows, rank)), b
   bound = rows**-0.5
   a = jax.random.uniform(key, (rows, rank), minval=-bound, maxval=bound)
   return a, jnp.zeros((rank, columns))
-
-
-def _dropout(x, rate, key):
-  if key is None or rate == 0.0:
-    return x
-  return jnp.where(jax.random.bernoulli(key, 1.0 - rate, x.shape), x / (1.0 - rate), 0).astype(
-    x.dtype
-  )

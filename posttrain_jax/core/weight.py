@@ -95,8 +95,31 @@ class Shared:
   value: Any
 
 
+@struct.dataclass
+class Rows(Shared):
+  """What belongs to the rows of a batch, one entry of the first axis each: the index of a row's adapter."""
+
+
 def is_shared(x: Any) -> bool:
   return isinstance(x, Shared)
+
+
+def batch_rows(tree: Any) -> int | None:
+  """Rows of the batch that the tree is bound for; None where it serves any."""
+  sizes = {
+    leaf.value.shape[0]
+    for leaf in jax.tree.leaves(tree, is_leaf=is_shared)
+    if isinstance(leaf, Rows)
+  }
+  if len(sizes) > 1:
+    raise ValueError(f"parameters are bound for batches of different sizes: {sorted(sizes)}")
+  return next(iter(sizes), None)
+
+
+def take_rows(tree: Any, rows: Any) -> Any:
+  """The tree bound for those rows of its batch, in their order."""
+  one = lambda leaf: Rows(leaf.value[rows]) if isinstance(leaf, Rows) else leaf
+  return jax.tree.map(one, tree, is_leaf=is_shared)
 
 
 @struct.dataclass
@@ -148,6 +171,12 @@ class Transposed:
 
   def dense(self, dtype: Any = None) -> Array:
     return jnp.swapaxes(dense(self.base, dtype), -1, -2)
+
+
+def layer(w: AnyWeight, index: int) -> AnyWeight:
+  """One layer's matrix of a stacked weight."""
+  own = lambda leaf: leaf if is_shared(leaf) else leaf[index]
+  return jax.tree.map(own, w, is_leaf=is_shared)
 
 
 def unadapted(w: AnyWeight) -> AnyWeight:

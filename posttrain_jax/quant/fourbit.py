@@ -130,6 +130,11 @@ class FourBit:
     # alone; they remove an optimization_barrier or a reduce_precision.
     return jnp.where(jnp.isfinite(product), product, blockwise.nothing(codes)) + offset
 
+  def like(self: Kind, w: Array) -> Kind:
+    """The matrix w, [in, out] or stacked, stored as this one is."""
+    double_quant = self.nested_absmax is not None
+    return quantize(type(self), w.astype(self.dtype), self.block_size, double_quant)
+
   def partition_specs(self: Kind, spec: PartitionSpec) -> Kind:
     """The PartitionSpecs of the leaves, given that of the dense [..., in, out] matrix.
 

@@ -54,6 +54,10 @@ class Int8:
     dtype = self.dtype if dtype is None else dtype
     return _values(self.codes, self.absmax[..., None, :]).astype(dtype)
 
+  def like(self, w: Array) -> Int8:
+    """The matrix w, [in, out] or stacked, stored as this one is."""
+    return quantize(w.astype(self.dtype))
+
   def partition_specs(self, spec: PartitionSpec) -> Int8:
     """The PartitionSpecs of the leaves, given that of the dense [..., in, out] matrix."""
     full = (*spec, *[None] * (len(self.shape) - len(spec)))
