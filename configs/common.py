@@ -68,7 +68,7 @@ def adapter(method):
     a.num_virtual_tokens = 20
     if method == "prompt":
       a.prompt_tuning_init = "RANDOM"  # RANDOM, SAMPLE_VOCAB, TEXT
-      a.prompt_tuning_init_text = ""
+      a.prompt_tuning_init_text = ""  # with TEXT
     return a
   # "all-linear", a regular expression over names such as layers.3.self_attn.q_proj, or name endings
   a.target_modules = ("k_proj", "v_proj", "down_proj") if method == "ia3" else "all-linear"
@@ -95,6 +95,7 @@ def adapter(method):
     a.orth_reg_weight = 0.5
     return a
   a.r = 16
+  a.depth_ranks = ()  # of the first and the last layer, linear between: (4, 64); (): r everywhere
   a.rank_pattern = ml_collections.ConfigDict()
   a.alpha_pattern = ml_collections.ConfigDict()
   a.use_rslora = False
@@ -105,7 +106,12 @@ def adapter(method):
   a.modules_to_save = ()  # name endings of what trains whole
   if method == "longlora":
     a.modules_to_save = ("embed_tokens", "norm", "layernorm")
-    a.attention_group = 64  # tokens of a group of the shifted attention
+    a.attention_group = (
+      64  # tokens of a group of the shifted attention in training; 0: full attention
+    )
+    a.context_length = (
+      0  # tokens of a context that positions are interpolated to; 0: the model's own
+    )
   return a
 
 

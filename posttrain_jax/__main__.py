@@ -171,7 +171,9 @@ def _parser() -> argparse.ArgumentParser:
     "--workdir", metavar="DIR", help="a run folder: its model, adapter and data"
   )
   evaluation.add_argument("--model", metavar="NAME_OR_DIR")
-  evaluation.add_argument("--adapter", metavar="DIR")
+  evaluation.add_argument(
+    "--adapter", metavar="DIR[,DIR...]", help="several answer a task together, by majority"
+  )
   evaluation.add_argument("--data", metavar="SOURCE", help="a built-in task or a data file")
   evaluation.add_argument("--limit", type=int, default=0, help="examples; 0 for all")
 

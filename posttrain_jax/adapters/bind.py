@@ -2,47 +2,64 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.sharding import PartitionSpec
 
-from posttrain_jax.adapters import lora
+from posttrain_jax.adapters import adalora, allocation, ia3, inits, prefix, prompt, replaced, vera
 from posttrain_jax.adapters.config import AdapterConfig
+from posttrain_jax.adapters.hooks import Hooks
 from posttrain_jax.core import tree, weight
 from posttrain_jax.core.weight import Adapted
-from posttrain_jax.models import decoder
+from posttrain_jax.models import before, decoder
+from posttrain_jax.models.config import ModelConfig
 
 Array = jax.Array
-
-
-@dataclasses.dataclass(frozen=True)
-class Hooks:
-  """What a method adds to the training step."""
-
-  penalty: Callable[[Any], Array]  # (adapter) -> what is added to the loss, once an optimizer batch
-  after_update: Callable[[Any, Any, Array], Any]  # (adapter, gradient, step) -> adapter
-
-
 HEAD, EMBEDDING = "lm_head/weight", "embed_tokens/weight"
 
 # method -> init(key, base, modules, config) -> (base, node), for each adapted matrix
-METHODS: dict[str, Callable[..., tuple[Any, Any]]] = {"lora": lora.init}
+METHODS: dict[str, Callable[..., tuple[Any, Any]]] = {
+  **dict.fromkeys(("lora", "dora", "pissa", "olora", "loftq", "longlora"), inits.init),
+  "vera": vera.init,
+  "adalora": adalora.init,
+  "ia3": ia3.init,
+}
+# method -> shared(weights, nodes, config) -> {path: value}: what the nodes of a tree read in common.  It stands in the
+# tree once, under SHARED_PATH; a node takes it by its verb `completed(adapter)`, and params have no such path.
+SHARED_PATH = "shared/"
+# Where what is no matrix of the base lies on a mesh; nodes at a base's path inherit its axes.
+RULES = ((rf"{SHARED_PATH}.*", PartitionSpec()), *before.RULES)
+SHARED: dict[str, Callable[..., dict[str, Any]]] = {"vera": vera.shared}
 # method -> init(key, params, config) -> {path: node}: nodes without `apply`, which stand alone (soft prompts, prefixes)
-STANDING: dict[str, Callable[..., dict[str, Any]]] = {}
+STANDING: dict[str, Callable[..., dict[str, Any]]] = {"prompt": prompt.init, "prefix": prefix.init}
 # method -> (config, steps) -> Hooks
-HOOKS: dict[str, Callable[[AdapterConfig, int], Hooks]] = {}
+HOOKS: dict[str, Callable[[AdapterConfig, int], Hooks]] = {"adalora": allocation.hooks}
 
 
-def init(key: Array, params: Any, config: AdapterConfig) -> tuple[Any, Any]:
-  """(params, adapter): a fresh adapter that leaves the outputs as they are.
+def init(
+  key: Array,
+  params: Any,
+  config: AdapterConfig,
+  *,
+  store: Callable[[str], Callable[[Array], Any] | None] | None = None,
+  started: Mapping[str, Any] | None = None,
+  text_tokens: Sequence[int] | None = None,
+  model: ModelConfig | None = None,
+) -> tuple[Any, Any]:
+  """(params, adapter): a fresh adapter that leaves the outputs as they are; soft prompts and prefixes alone do not.
 
   Args:
     key: each module draws from its own fold of it, by name: adding a module changes no other's start.
     params: the base; some methods return it changed (what they move into the adapter is taken out).
     config: which modules, which rank.
+    store: path -> how a base that the method changes is kept, a function of one layer's matrix; None: as it came.
+    started: nodes of methods that change the base, by path, where params are what they left of it.
+    text_tokens: what a soft prompt with prompt_tuning_init="TEXT" starts from: the ids of prompt_tuning_init_text.
+    model: for a soft prompt that starts from tokens, in a family that scales their embeddings (Gemma).
 
   Returns:
     The base and a tree with one node at each adapted path.
@@ -50,30 +67,56 @@ def init(key: Array, params: Any, config: AdapterConfig) -> tuple[Any, Any]:
   Raises:
     ValueError: a method that does not exist, or a target, pattern or layer that matches nothing.
   """
+  if config.method == "prompt":
+    made = prompt.init(key, params, config, text_tokens=text_tokens, model=model)
+    return params, tree.unflatten(made)
+  if text_tokens is not None:
+    raise ValueError(f"text_tokens are for method='prompt', found {config.method!r}")
   if config.method in STANDING:
     return params, tree.unflatten(STANDING[config.method](key, params, config))
   if config.method not in METHODS:
     known = ", ".join([*METHODS, *STANDING])
     raise ValueError(f"unknown adapter method {config.method!r}; known: {known}")
-  names_at = modules(params)
-  _check(config, [name for names in names_at.values() for name in names])
-  adapter = {}
-  for path, names in names_at.items():
-    if any(config.targets(name) for name in names):
-      changed, node = METHODS[config.method](key, base(params, path), names, config)
-      if path in tree.flatten(params):
-        params = tree.put(params, path, changed)
-      adapter[path] = node
+  bases, adapter, found = {}, {}, targeted(params, config)
+  config = config.for_layers(max(map(len, found.values())))
+  for path, names in found.items():
+    bases[path] = base(params, path)
+    if started is not None:
+      adapter[path] = started[path]
+      continue
+    keep = {"store": store(path)} if store and config.changes_base else {}
+    changed, adapter[path] = METHODS[config.method](key, bases[path], names, config, **keep)
+    if path in tree.flatten(params):
+      params = tree.put(params, path, changed)
+  if config.method in SHARED:
+    adapter |= SHARED[config.method](bases, adapter, config)
+  if config.modules_to_save:
+    at = functools.partial(base, params)
+    adapter |= replaced.init(params, at, config, adapter)
   return params, tree.unflatten(adapter)
 
 
-def bind(params: Any, adapter: Any, *, key: Array | None = None) -> Any:
+def bind(params: Any, adapter: Any, *, key: Array | None = None, rows: Any = None) -> Any:
   """params with `Adapted(base, node)` at every path of adapter; free inside `jit`, and binds nest.
 
   Args:
     key: for adapter dropout, in training only; each path and layer folds its own.
+    rows: [batch], for an adapter that `stack` made: which of them each row has, -1 for none.
   """
+  standing = [path for path in (before.PROMPT, before.PREFIX) if path in tree.flatten(params)]
   for path, node in tree.items(adapter):
+    if path.startswith(SHARED_PATH):
+      continue
+    if path in standing:
+      raise ValueError(f"params have a node at {path} already, and it does not nest")
+    if hasattr(node, "of_rows") != (rows is not None):
+      raise ValueError("rows go with what adapters.stack made, and what it made with rows")
+    if hasattr(node, "of_rows"):
+      node = node.of_rows(rows)
+    if hasattr(node, "completed"):
+      node = node.completed(adapter)
+    for other, leaf in node.beside(path, params).items() if hasattr(node, "beside") else ():
+      params = tree.put(params, other, leaf)
     if hasattr(node, "apply"):
       frozen = base(params, path)
       node = Adapted(frozen, node, _keys(key, path, node, frozen))
@@ -120,9 +163,23 @@ def base(params: Any, path: str) -> Any:
   return tree.get(params, path)
 
 
+def targeted(params: Any, config: AdapterConfig) -> dict[str, list[str]]:
+  """path -> expanded module names, of every matrix with a module that the config targets; params may be shapes.
+
+  Raises:
+    ValueError: a target, pattern or layer that matches nothing.
+  """
+  names_at = modules(params)
+  _check(config, [name for names in names_at.values() for name in names])
+  return {
+    path: names for path, names in names_at.items() if any(config.targets(name) for name in names)
+  }
+
+
 def modules(params: Any) -> dict[str, list[str]]:
   """path -> expanded module names, for every matrix; the tied head among them."""
-  leaves = tree.flatten(params)
+  standing = (before.PROMPT, before.PREFIX)
+  leaves = {path: leaf for path, leaf in tree.items(params) if path not in standing}
   layers = next(
     weight.shape(leaf)[0] for path, leaf in leaves.items() if path.startswith("layers/")
   )
@@ -148,6 +205,8 @@ def _check(config: AdapterConfig, names: list[str]) -> None:
       f"target_modules={config.target_modules!r}, exclude_modules={config.exclude_modules!r} and "
       f"layers_to_transform={config.layers_to_transform} together leave nothing to adapt"
     )
+  if config.method == "ia3":
+    ia3.check(adapted, config)
   layers = {int(name.split(".")[1]) for name in names if name.startswith("layers.")}
   if set(config.layers_to_transform or ()) - layers:
     raise ValueError(

@@ -11,7 +11,7 @@ from typing import Any
 ALL_LINEAR = "all-linear"
 WHERE = ("method", "target_modules", "exclude_modules", "layers_to_transform")
 RANKED = (*WHERE, "r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora")
-LORA = (*RANKED, "init_lora_weights", "use_dora", "loftq_iter", "modules_to_save")
+LORA = (*RANKED, "depth_ranks", "init_lora_weights", "use_dora", "loftq_iter", "modules_to_save")
 # method -> the options that it reads; another one away from its default is an error
 OPTIONS: dict[str, tuple[str, ...]] = {
   "lora": LORA,
@@ -19,7 +19,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
   "pissa": LORA,
   "olora": LORA,
   "loftq": LORA,
-  "longlora": (*LORA, "attention_group"),
+  "longlora": (*LORA, "attention_group", "context_length"),
   "vera": (*WHERE, "r", "lora_dropout", "d_initial", "projection_prng_key"),
   "adalora": (
     *(*WHERE, "lora_alpha", "lora_dropout", "init_r", "target_r", "tinit", "tfinal", "deltaT"),
@@ -40,6 +40,9 @@ MEANINGS: dict[str, dict[str, Any]] = {
 # the others start from the base's own matrix and take what they hold out of it
 INITS = (True, "gaussian", "zero_a", "pissa", "olora", "loftq")
 
+# normal(0, 1); the embeddings of tokens drawn from the vocabulary; those of prompt_tuning_init_text, over and over
+PROMPT_INITS = ("RANDOM", "SAMPLE_VOCAB", "TEXT")
+
 
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig:
@@ -59,6 +62,8 @@ class AdapterConfig:
   rank_pattern: Mapping[str, int] = dataclasses.field(
     default_factory=dict
   )  # name ending or regex -> rank
+  # ranks of the first and the last layer, linear between; what rank_pattern matches keeps to it; (): r everywhere
+  depth_ranks: tuple[int, ...] = ()
   alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
   use_rslora: bool = False  # scale by lora_alpha / sqrt(r)
   init_lora_weights: bool | str = (
@@ -67,7 +72,12 @@ class AdapterConfig:
   use_dora: bool = False  # LoRA of the direction, with a trained magnitude of each output (DoRA)
   loftq_iter: int = 1  # rounds of quantisation and SVD
   modules_to_save: tuple[str, ...] = ()  # name endings of what trains whole beside the adapter
-  attention_group: int = 0  # LongLoRA: tokens of a group of the shifted attention in training
+  attention_group: int = (
+    0  # LongLoRA: tokens of a group of the shifted attention in training; 0: full attention
+  )
+  context_length: int = (
+    0  # LongLoRA: tokens of a context that positions are interpolated to; 0: the model's own
+  )
   d_initial: float = 0.1  # VeRA: the start of its lambda_d
   projection_prng_key: int = 0  # VeRA: the seed of its frozen projections
   init_r: int = 12  # AdaLoRA: rank at the start, and on average at the end
@@ -81,7 +91,7 @@ class AdapterConfig:
   total_step: int | None = None  # AdaLoRA: of the budget's schedule; None: the run's
   feedforward_modules: str | tuple[str, ...] = ("down_proj",)  # (IA)3: scaled at their input
   num_virtual_tokens: int = 20  # of a soft prompt or prefix
-  prompt_tuning_init: str = "RANDOM"  # RANDOM, SAMPLE_VOCAB, TEXT
+  prompt_tuning_init: str = "RANDOM"  # one of PROMPT_INITS
   prompt_tuning_init_text: str | None = None
 
   def __post_init__(self):
@@ -94,6 +104,11 @@ class AdapterConfig:
       known = ", ".join(map(repr, INITS))
       raise ValueError(
         f"init_lora_weights={self.init_lora_weights!r}: write one of {known}, or 'pissa_niter_16'"
+      )
+    object.__setattr__(self, "depth_ranks", tuple(self.depth_ranks))
+    if self.depth_ranks and (len(self.depth_ranks) != 2 or min(self.depth_ranks) < 1):
+      raise ValueError(
+        f"depth_ranks={self.depth_ranks}: write the ranks of the first and the last layer, such as (4, 64)"
       )
     for pattern, rank in self.rank_pattern.items():
       if rank < 1:
@@ -113,6 +128,7 @@ class AdapterConfig:
     layers = (layers,) if isinstance(layers, int) else tuple(layers or ()) or None
     object.__setattr__(self, "layers_to_transform", layers)
     self._check_expressions()
+    self._check_standing()
 
   def _check_options(self):
     """The method exists, its name means what the options say, and every option that is set is one it reads."""
@@ -147,6 +163,26 @@ class AdapterConfig:
     """True where the adapter starts with a part of the base, which is taken out of it."""
     return self.init_lora_weights not in (True, "gaussian", "zero_a")
 
+  def _check_standing(self):
+    """Options of soft prompts, prefixes and LongLoRA."""
+    if self.num_virtual_tokens < 1:
+      raise ValueError(f"num_virtual_tokens={self.num_virtual_tokens} must be at least 1")
+    if self.prompt_tuning_init not in PROMPT_INITS:
+      raise ValueError(
+        f"prompt_tuning_init={self.prompt_tuning_init!r}: write one of {', '.join(PROMPT_INITS)}"
+      )
+    if (self.prompt_tuning_init == "TEXT") != (self.prompt_tuning_init_text is not None):
+      raise ValueError(
+        f"prompt_tuning_init={self.prompt_tuning_init!r}, prompt_tuning_init_text={self.prompt_tuning_init_text!r}: "
+        "TEXT goes with a text, and a text with TEXT"
+      )
+    if self.attention_group < 0 or self.attention_group == 1:
+      raise ValueError(
+        f"attention_group={self.attention_group}: write at least 2 tokens, or 0 for full attention"
+      )
+    if self.context_length < 0:
+      raise ValueError(f"context_length={self.context_length} must not be negative")
+
   def _check_expressions(self):
     expressions = [
       ("target_modules", self.target_modules),
@@ -160,7 +196,16 @@ class AdapterConfig:
       except re.error as error:
         raise ValueError(f"{option}: {expression!r} is no regular expression: {error}") from None
 
+  def for_layers(self, layers: int) -> AdapterConfig:
+    """This config for a model of so many layers: depth_ranks as a rank_pattern."""
+    if not self.depth_ranks:
+      return self
+    by_depth = depth_ranks(*self.depth_ranks, layers)
+    return self.replace(rank_pattern={**self.rank_pattern, **by_depth}, depth_ranks=())
+
   def rank(self, module: str) -> int:
+    if self.depth_ranks:
+      raise ValueError("depth_ranks are of a model of known depth: ask config.for_layers(layers)")
     return int(_by_pattern(self.rank_pattern, module, self.r))
 
   def scale(self, module: str) -> float:
@@ -185,6 +230,16 @@ class AdapterConfig:
 
   def replace(self, **changes: Any) -> AdapterConfig:
     return dataclasses.replace(self, **changes)
+
+
+def depth_ranks(first: int, last: int, layers: int) -> dict[str, int]:
+  """A rank_pattern from `first` at the first of so many layers to `last` at the last, linear and rounded.
+
+  >>> list(depth_ranks(4, 64, 3).values())
+  [4, 34, 64]
+  """
+  step = (last - first) / max(layers - 1, 1)
+  return {rf"layers\.{i}\..*": round(first + step * i) for i in range(layers)}
 
 
 def full_name(module: str) -> str:

@@ -11,9 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from posttrain_jax import adapters
+from posttrain_jax.core import weight
 from posttrain_jax.data import chat, templates
 from posttrain_jax.data.tasks import sql
 from posttrain_jax.data.templates import Template
+from posttrain_jax.evals import vote
 from posttrain_jax.models.config import ModelConfig
 from posttrain_jax.rollout import engine
 
@@ -54,6 +57,7 @@ class TaskResult:
   answers: one dict a question, in the order of the task: question, answer, gold, correct, reason, channel, and
     `finished`, False where max_new_tokens cut the answer.
   seconds: of generating and scoring, compilation included.
+  by_member: of an ensemble, how many each adapter alone answered correctly; () where there was none.
   """
 
   task: str
@@ -65,6 +69,7 @@ class TaskResult:
   answers: Sequence[Mapping[str, Any]]
   seconds: float
   new_tokens: int
+  by_member: Sequence[int] = ()
 
   @property
   def accuracy(self) -> float:
@@ -77,8 +82,10 @@ class TaskResult:
   @classmethod
   def from_json(cls, value: Mapping[str, Any]) -> TaskResult:
     """The result that `to_json` gave, before or after a round trip through a file."""
-    fields: dict[str, Any] = {field.name: value[field.name] for field in dataclasses.fields(cls)}
+    names = [field.name for field in dataclasses.fields(cls) if field.name in value]
+    fields: dict[str, Any] = {name: value[name] for name in names}
     fields["by_channel"] = {name: tuple(pair) for name, pair in value["by_channel"].items()}
+    fields["by_member"] = tuple(fields.get("by_member", ()))
     return cls(**fields)
 
 
@@ -91,6 +98,7 @@ def evaluate(
   limit: int | None = None,
   split: str = "test",
   template: Template | str | None = None,
+  ensemble: Sequence[Any] = (),
   max_new_tokens: int | None = None,
   batch_size: int = 16,
   dtype: Any = None,
@@ -98,10 +106,14 @@ def evaluate(
 ) -> TaskResult:
   """Greedy answers to the questions of a split, each verified.
 
+  An ensemble answers every question with each of its adapters, in one batch, and the commonest answer counts (prompt
+  ensembling, Lester et al. 2021, section 6).
+
   Args:
     params: as for `rollout.engine.generate`, which is fastest with adapters merged.
     limit: that many questions, drawn over the channels as the whole split is; None for the split.
     template: a bound chat template, or the name of one; None for the tokenizer's own.
+    ensemble: adapters of params, such as `adapters.stack` takes; () for params alone.
     max_new_tokens: of an answer; None for what the task needs.
     batch_size: the most answers generated at once.
     dtype: of the computation; None for the parameters' own.
@@ -124,19 +136,26 @@ def evaluate(
   prompts = [_tokens(text, tokenizer) for text in template.render_all(jobs)]
   ends = templates.end_of_turn(tokenizer, template)
   stops = {*engine.stop_tokens(config, tokenizer), *(() if ends is None else (ends,))}
+  members = len(ensemble) or 1
+  if ensemble:
+    index = np.tile(np.arange(members), len(prompts))
+    params = adapters.bind(params, adapters.stack(ensemble, params), rows=index)
   drawn = _generate(
     engine.prepare(params, config),
     config,
-    prompts,
+    [prompt for prompt in prompts for _ in range(members)],
     batch_size,
     progress,
     max_new_tokens=chosen.max_new_tokens if max_new_tokens is None else max_new_tokens,
     stop_tokens=tuple(sorted(stops)),
     dtype=dtype,
   )
-  answers = [
-    _answer(row, ids, finished, tokenizer, chosen) for row, (ids, finished) in zip(rows, drawn)
+  given = [
+    _answer(rows[i // members], ids, finished, tokenizer, chosen)
+    for i, (ids, finished) in enumerate(drawn)
   ]
+  ballots = [given[i : i + members] for i in range(0, len(given), members)]
+  answers = [ballot[vote.majority([a["answer"] for a in ballot])] for ballot in ballots]
   return TaskResult(
     task=task,
     split=split,
@@ -147,6 +166,7 @@ def evaluate(
     answers=answers,
     seconds=time.monotonic() - started,
     new_tokens=sum(len(ids) for ids, _ in drawn),
+    by_member=tuple(sum(a["correct"] for a in given[i::members]) for i in range(len(ensemble))),
   )
 
 
@@ -162,7 +182,8 @@ def _generate(params, config, prompts, batch_size, progress, **options):
   drawn: dict[int, tuple[list[int], bool]] = {}
   for batch in _batches([len(prompt) for prompt in prompts], batch_size):
     some = [prompts[i] for i in batch]
-    made = engine.generate(params, config, some, batch_size=len(some), **options)
+    own = weight.take_rows(params, np.asarray(batch))
+    made = engine.generate(own, config, some, batch_size=len(some), **options)
     drawn.update(zip(batch, zip(made.tokens, made.finished)))
     if progress is not None:
       progress(len(drawn), len(prompts))

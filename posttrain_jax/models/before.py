@@ -1,8 +1,8 @@
 """What is bound to stand before the tokens of every text: a soft prompt, a prefix of keys and values.
 
-Both are nodes in the tree of parameters, at `PROMPT` and `PREFIX`.  `segments(batch)` -> [batch, slots] is the segment
-of each slot: `attention.EVERYONE`, and 0 where a row's own is shorter.  `read(batch)` -> embeddings [batch, slots,
-embed], or keys and values [..., batch, slots, kv_heads * head_dim].
+Both are nodes in the tree of parameters, at `PROMPT` and `PREFIX`.  `slots` is how many they take, `segments(batch)` ->
+[batch, slots] the segment of each: `attention.EVERYONE`, and 0 where a row's own is shorter.  `read(batch)` ->
+embeddings [batch, slots, embed], or keys and values [..., batch, slots, kv_heads * head_dim].
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ RULES = ((PROMPT, P()), (PREFIX, P(None, None, "tensor")))  # where they live on
 
 def slots(params: Params) -> int:
   """Slots of a cache that they take before the first token."""
-  return sum(node.segments(1).shape[1] for node in bound(params) if node is not None)
+  return sum(node.slots for node in bound(params) if node is not None)
 
 
 def bound(params: Params) -> tuple[Any, Any]:

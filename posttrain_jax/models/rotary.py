@@ -41,7 +41,7 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
 
 
 def stretched(config: ModelConfig, length: int) -> ModelConfig:
-  """config with a context of `length` tokens, its positions interpolated: all angles divided by length / max_length.
+  """config with a context of `length` tokens (0: as it is), its angles divided by length / max_length.
 
   Position interpolation, Chen et al. 2023.  Sliding layers with a rotation of their own (Gemma 3) keep it: their
   windows do not grow.  `source` says the same, so that the saved model's `config.json` does.
@@ -49,6 +49,8 @@ def stretched(config: ModelConfig, length: int) -> ModelConfig:
   Raises:
     ValueError: a context that is no longer than the model's, or positions that are rescaled in another way already.
   """
+  if not length:
+    return config
   if length <= config.max_length:
     raise ValueError(
       f"context_length={length}: the model reads {config.max_length} tokens as it is; write a longer context, or 0"

@@ -18,11 +18,11 @@ from jax.sharding import SingleDeviceSharding
 
 from posttrain_jax import adapters, quant
 from posttrain_jax.core import memory, sharding, tree
-from posttrain_jax.models import decoder, fetch, hf
+from posttrain_jax.models import decoder, fetch, hf, rotary
 from posttrain_jax.models.config import ModelConfig
 from posttrain_jax.models.shapes import SHAPES
 from posttrain_jax.plan.topology import GIB, Target
-from posttrain_jax.train import assemble, step
+from posttrain_jax.train import assemble, start, step
 from posttrain_jax.train.objectives import Frozen
 from posttrain_jax.train.settings import ConfigError
 
@@ -90,7 +90,10 @@ def resolved(config: ml_collections.ConfigDict, platform: str) -> ml_collections
 def build(config: ml_collections.ConfigDict, target: Target) -> Program:
   """The step that `posttrain train` would run on target."""
   config = resolved(config, target.platform)
+  chosen = assemble.adapter_config(config)
   model_config = shape(config.model.name)
+  if chosen is not None:
+    model_config = rotary.stretched(model_config, chosen.context_length)
   mesh = None
   if len(target.devices) > 1:
     m = config.mesh
@@ -105,7 +108,7 @@ def build(config: ml_collections.ConfigDict, target: Target) -> Program:
     optimizer,
     accumulate=config.batch.accumulate,
     seed=config.seed,
-    hooks=adapters.hooks(assemble.adapter_config(config), config.steps),
+    hooks=adapters.hooks(chosen, config.steps),
   )
   first = lambda trainable, carried: step.start(trainable, optimizer, carried)
   state = jax.eval_shape(first, trainable, carried)
@@ -127,17 +130,32 @@ def parameters(
         lambda x: x.update(sharding=memory.host(x.sharding)), params["layers"]
       )
     return params, None, Frozen()
-  params = base(model, assemble.compute_dtype(config.model.dtype), config.model.base)
+  kind, dtype = config.model.base, assemble.compute_dtype(config.model.dtype)
+  # a start is taken out of the dense matrix, and the rest is stored
+  params = base(model, dtype, "dense" if chosen.changes_base else kind)
   params, adapter = jax.eval_shape(
-    lambda params: adapters.init(jax.random.key(0), params, chosen), params
+    lambda params: adapters.init(
+      jax.random.key(0),
+      params,
+      chosen,
+      store=start.store(kind),
+      # any token will do for the shapes
+      text_tokens=None if chosen.prompt_tuning_init_text is None else (0,),
+      model=model,
+    ),
+    params,
   )
+  params = _stored(params, kind)
   trainable, carried = tree.partition(_placed(adapter, where))
   return trainable, carried, Frozen(_placed(params, where))
 
 
 def base(model: ModelConfig, dtype: Any, kind: str) -> Any:
   """The abstract parameters of a frozen base: dense, or with its linear weights in a type of `quant.STORAGES`."""
-  params = decoder.abstract(model, dtype)
+  return _stored(decoder.abstract(model, dtype), kind)
+
+
+def _stored(params: Any, kind: str) -> Any:
   return tree.unflatten(
     (path, quant.abstract(path, leaf, kind)) for path, leaf in tree.items(params)
   )
@@ -181,7 +199,7 @@ def _placed(params, where):
   """params with the sharding that `decoder.RULES` give each path; an adapter has its base's."""
 
   def one(path, leaf):
-    spec = sharding.spec_for(path, decoder.RULES)
+    spec = sharding.spec_for(path, [*decoder.RULES, *adapters.RULES])
     specs = leaf.partition_specs(spec) if hasattr(leaf, "partition_specs") else spec
     return _with(leaf, jax.tree.map(lambda x, spec: where(spec, x.shape), leaf, specs))
 

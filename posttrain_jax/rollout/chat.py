@@ -16,7 +16,7 @@ from posttrain_jax import adapters
 from posttrain_jax.adapters import peft_format
 from posttrain_jax.data import chat as conversations
 from posttrain_jax.data import templates
-from posttrain_jax.models import fetch, hf
+from posttrain_jax.models import before, fetch, hf, rotary
 from posttrain_jax.models.config import ModelConfig
 from posttrain_jax.rollout import engine
 from posttrain_jax.rollout.sampling import Sampling
@@ -51,10 +51,11 @@ class Speaker:
   def stream(self, messages: list[dict], key: Any) -> Iterator[str]:
     """The next turn in pieces, each of whole characters."""
     prompt = self.tokens(messages)
-    room = self.config.max_length - len(prompt)
+    taken = before.slots(self.params.stacked)
+    room = self.config.max_length - taken - len(prompt)
     if room < 1:
       raise ValueError(
-        f"the conversation has {len(prompt)} tokens, the model {self.config.max_length} positions; "
+        f"the conversation has {len(prompt)} tokens, the model {self.config.max_length - taken} positions; "
         "/reset starts anew"
       )
     drawn: list[int] = []
@@ -143,8 +144,10 @@ def load(
   params, config = hf.load(folder)
   home = folder
   if adapter is not None:
-    node, _ = peft_format.load(adapter, params, config)
-    params = adapters.merge(params, node)  # once, here: fewer products at every step
+    node, found = peft_format.load(adapter, params, config)
+    config = rotary.stretched(config, found.context_length)
+    # once, here: fewer products at every step; a soft prompt or prefix has no weight and stays bound
+    params = adapters.merge(params, node)
     own = Path(adapter) / "chat_template.jinja"
     template = str(own) if template is None and own.exists() else template
     home = Path(adapter) if (Path(adapter) / "tokenizer.json").exists() else folder

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from posttrain_jax.core import files
-from posttrain_jax.models import decoder
+from posttrain_jax.core import files, weight
+from posttrain_jax.models import before, decoder
 from posttrain_jax.models.config import ModelConfig, as_ids
 from posttrain_jax.rollout import sampling as samplers
 from posttrain_jax.rollout.sampling import GREEDY, Sampling
@@ -77,17 +77,18 @@ def generate(
 
   Args:
     params: as for `decoder`, adapters bound or (faster) merged; or `prepare(params, config)` where calls repeat.
+      Bound with rows, there is one for each prompt.
     prompts: token ids, at least one each.
     stop_tokens: ids that end a text, see `stop_tokens`; () for none.
     key: token t of row i is drawn with fold_in(fold_in(key, i), t); needed unless greedy.
     batch_size: the most rows at once; prompts are sorted by length first, so that a batch holds little padding.
     dtype: of the computation and the cache; default the embedding's.
   """
-  _check(prompts, max_new_tokens, config)
+  ready = prepare(params, config)
+  _check(prompts, max_new_tokens, config, ready.stacked)
   if batch_size < 1:
     raise ValueError(f"batch_size must be at least 1, found {batch_size}")
   keys = _row_keys(key, sampling, len(prompts))
-  ready = prepare(params, config)
   tokens: list[list[int]] = [[]] * len(prompts)
   logps: list[np.ndarray] = [np.zeros(0, np.float32)] * len(prompts)
   finished = [False] * len(prompts)
@@ -95,8 +96,9 @@ def generate(
     filled = np.maximum(rows, 0)  # -1 marks a row that only fills the batch
     some = [prompts[i] for i in filled]
     shared = (max_new_tokens, stop_tokens, config, sampling, dtype)
-    state = _start(ready.stacked, some, keys[filled], rows < 0, *shared)
-    state = _decode(ready.layers_apart, state, max_new_tokens, config, sampling, dtype)
+    own = weight.take_rows(ready, filled)
+    state = _start(own.stacked, some, keys[filled], rows < 0, *shared)
+    state = _decode(own.layers_apart, state, max_new_tokens, config, sampling, dtype)
     drawn = jax.device_get((state.tokens, state.logps, state.lengths, state.stopped))
     for row, ids, lps, length, stopped in zip(rows, *drawn):
       if row >= 0:
@@ -117,9 +119,9 @@ def stream(
   dtype: Any = None,
 ) -> Iterator[int]:
   """The tokens of `generate` for one prompt, each as soon as it is drawn, the stop token included."""
-  _check([prompt], max_new_tokens, config)
-  keys = _row_keys(key, sampling, 1)
   ready = prepare(params, config)
+  _check([prompt], max_new_tokens, config, ready.stacked)
+  keys = _row_keys(key, sampling, 1)
   shared = (max_new_tokens, stop_tokens, config, sampling, dtype)
   state = _start(ready.stacked, [prompt], keys, np.zeros(1, bool), *shared)
   for count in range(1, max_new_tokens + 1):
@@ -180,7 +182,7 @@ def _start(
   # No token is -1: filled up so that one program serves any few stop tokens.
   stops = np.full(bucket(len(stop_tokens)), -1, np.int32)
   stops[: len(stop_tokens)] = stop_tokens
-  slots = bucket(width + max_new_tokens)
+  slots = bucket(before.slots(params) + width + max_new_tokens)
   return _prefill(params, tokens, segments, keys, stopped, stops, slots, config, sampling, dtype)
 
 
@@ -188,7 +190,7 @@ def _start(
 def _prefill(params, tokens, segments, keys, stopped, stop_tokens, slots, config, sampling, dtype):
   batch = tokens.shape[0]
   cache_dtype = dtype or params["embed_tokens"]["weight"].dtype
-  cache = decoder.empty_cache(config, batch, slots, cache_dtype)
+  cache = decoder.start(params, config, batch, slots, cache_dtype)
   x, cache = decoder.step(params, tokens, config, cache, segment_ids=segments, dtype=dtype)
   state = State(
     cache=cache,
@@ -255,7 +257,11 @@ def _row_keys(key, sampling, rows):
   return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
 
 
-def _check(prompts, max_new_tokens, config):
+def _check(prompts, max_new_tokens, config, params):
+  rows = weight.batch_rows(params)
+  if rows is not None and rows != len(prompts):
+    raise ValueError(f"{len(prompts)} prompts, but the parameters are bound for {rows} rows")
+  bound = before.slots(params)
   if max_new_tokens < 1:
     raise ValueError(f"max_new_tokens must be at least 1, found {max_new_tokens}")
   for i, prompt in enumerate(prompts):
@@ -265,8 +271,9 @@ def _check(prompts, max_new_tokens, config):
       raise ValueError(
         f"prompt {i} holds ids outside 0..{config.vocab_size - 1}: {min(prompt)}..{max(prompt)}"
       )
-    if len(prompt) + max_new_tokens > config.max_length:
+    if bound + len(prompt) + max_new_tokens > config.max_length:
+      soft = f" and {bound} of a soft prompt or prefix" if bound else ""
       raise ValueError(
-        f"prompt {i} has {len(prompt)} tokens; with max_new_tokens={max_new_tokens} that is more than the "
+        f"prompt {i} has {len(prompt)} tokens{soft}; with max_new_tokens={max_new_tokens} that is more than the "
         f"{config.max_length} positions of the model"
       )

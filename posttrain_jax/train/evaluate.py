@@ -17,7 +17,8 @@ from posttrain_jax.core import files
 from posttrain_jax.data import chat, loader, schema
 from posttrain_jax.evals import run as runs
 from posttrain_jax.evals import tasks
-from posttrain_jax.models import fetch, hf
+from posttrain_jax.models import before, fetch, hf, rotary
+from posttrain_jax.models.config import ModelConfig
 from posttrain_jax.train import assemble, objectives, settings, step
 from posttrain_jax.train import metrics as metrics_lib
 from posttrain_jax.train.settings import ConfigError
@@ -38,7 +39,8 @@ def evaluate(
   """Prints loss and token accuracy on `data`, and for a built-in task how many answers were right.
 
   A run folder brings its own model, adapter and data; `eval.json` is left in it.  Without one, `model` and `data` say
-  what to evaluate on what.
+  what to evaluate on what.  Several adapters, with commas between, are an ensemble: the loss is told of each, a task is
+  answered with all of them in one batch, and the commonest answer counts.
 
   Raises:
     ConfigError: too little was said, or the run has produced nothing yet.
@@ -53,8 +55,7 @@ def evaluate(
     raise ConfigError("write --workdir=DIR (a run), or --model=NAME_OR_DIR and --data=SOURCE")
   folder = fetch.resolve(model)
   params, model_config = hf.load(folder, dtype=assemble.compute_dtype("auto"))
-  if adapter:
-    params = adapters.merge(params, peft_format.load(adapter, params, model_config)[0])
+  params, model_config, ensemble = _adapted(params, model_config, adapter)
   tokenizer = chat.load_tokenizer(folder)
   name = run.model.template if run is not None else "tokenizer"
   own = name == "tokenizer"
@@ -62,7 +63,11 @@ def evaluate(
     None if own and not tokenizer.chat_template else chat.template(tokenizer, None if own else name)
   )
   results: dict[str, Any] = {"model": str(folder), "adapter": adapter, "data": data}
-  results.update(_loss(params, model_config, tokenizer, template, data, run, own_data, limit))
+  loss = lambda params: _loss(params, model_config, tokenizer, template, data, run, own_data, limit)
+  if ensemble:
+    results["members"] = [loss(adapters.bind(params, member)) for member in ensemble]
+  else:
+    results.update(loss(params))
   if data in tasks.TASKS:
     answered = tasks.evaluate(
       params,
@@ -72,7 +77,10 @@ def evaluate(
       split="test",
       limit=limit or None,
       template=template,
+      ensemble=ensemble,
     )
+    for member, right in zip(results.get("members", ()), answered.by_member):
+      member["accuracy"] = right / answered.total
     results["accuracy"] = answered.accuracy
     results["correct"], results["total"] = answered.correct, answered.total
     results["by_channel"] = {
@@ -82,6 +90,19 @@ def evaluate(
   if workdir:
     files.write_json(Path(workdir) / "eval.json", results)
   return 0
+
+
+def _adapted(params, config, adapter: str | None) -> tuple[Any, ModelConfig, list[Any]]:
+  """(params, config, ensemble): one adapter merged into params, or several, with commas between, to be bound as one."""
+  folders = adapter.split(",") if adapter else []
+  loaded = [peft_format.load(folder, params, config) for folder in folders]
+  lengths = {found.context_length for _, found in loaded}
+  if len(lengths) > 1:
+    raise ConfigError(f"{adapter}: the adapters are made for contexts of different lengths")
+  config = rotary.stretched(config, max(lengths, default=0))
+  if len(loaded) == 1:
+    return adapters.merge(params, loaded[0][0]), config, []
+  return params, config, [node for node, _ in loaded]
 
 
 def _settings(config, overrides, workdir) -> ml_collections.ConfigDict | None:
@@ -113,7 +134,10 @@ def _loss(params, config, tokenizer, template, source, run, own_data, limit) -> 
   split = "eval" if source in tasks.TASKS else "train"
   rows = schema.read(source, split=split, columns=mapped, chat=template is not None)
   examples = chat.encode_all(
-    list(rows)[: limit or None], tokenizer, template, max_length=config.max_length
+    list(rows)[: limit or None],
+    tokenizer,
+    template,
+    max_length=config.max_length - before.slots(params),
   ).examples
   channels = loader.channel_names(examples)
   objective = objectives.Sft(config, channels=channels)

@@ -19,7 +19,7 @@ from posttrain_jax.adapters import peft_format
 from posttrain_jax.core import files, tree
 from posttrain_jax.data import chat, templates
 from posttrain_jax.evals import run as runs
-from posttrain_jax.models import decoder, fetch, hf
+from posttrain_jax.models import decoder, fetch, hf, rotary
 from posttrain_jax.quant import report
 
 log = logging.getLogger(__name__)
@@ -133,7 +133,13 @@ def _check_finite(where: Path, name: str, array: np.ndarray) -> None:
 def _merge(found: runs.Run, source: Path, out: Path, merge_base: str) -> None:
   folder = fetch.resolve(found.field("model.name"))
   params, config = hf.load(folder, storage="dense")
-  adapter, _ = peft_format.load(source, params, config)
+  adapter, chosen = peft_format.load(source, params, config)
+  if chosen.method in ("prompt", "prefix"):
+    raise ValueError(
+      f"merge: a {chosen.method} stands before the text and is in no weight, so no merged model can hold it; export "
+      "without merge, and load the folder as an adapter: posttrain chat --adapter=DIR, or peft"
+    )
+  config = rotary.stretched(config, chosen.context_length)
   base = found.field("model.base")
   if base in (None, "dense"):
     merged = adapters.merge(params, adapter)

@@ -70,6 +70,7 @@ class Sft:
   special_tokens: tuple[int, ...] = ()
   dtype: Any = None  # of the computation; None: the embedding's
   remat: str = "none"
+  attention_group: int = 0  # of shifted attention, in training only; 0: full attention
 
   def totals(self, trainable, frozen, batch, key):
     del trainable, frozen, key
@@ -86,6 +87,7 @@ class Sft:
       segment_ids=batch["segment_ids"],
       dtype=self.dtype,
       remat=self.remat,
+      attention_group=0 if key is None else self.attention_group,
     )
     scores = logprob.score(
       hidden,

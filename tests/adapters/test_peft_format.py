@@ -290,12 +290,12 @@ def test_a_named_adapter_is_found_by_its_parent(saved):
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    (dict(peft_type="VERA"), "peft_type='VERA' is not supported; supported: LORA"),
+    (dict(peft_type="LOHA"), "peft_type='LOHA' is not supported; supported: LORA"),
     (dict(peft_type=["LORA"]), "peft_type=.* is not supported"),
-    (dict(use_dora=True), "use_dora=True is not supported; PEFT's default is False"),
+    (dict(use_dora=True), "the module 'embed_tokens' has no lora_magnitude_vector"),
     (dict(bias="all"), "bias='all' is not supported; PEFT's default is 'none'"),
     (dict(lora_bias=True), "lora_bias=True is not supported"),
-    (dict(modules_to_save=["lm_head"]), "modules_to_save=.'lm_head'. is not supported"),
+    (dict(modules_to_save=["norm"]), "modules_to_save=.* names .*norm., which has no weight"),
     (dict(ensure_weight_tying=True), "ensure_weight_tying=True is not supported"),
     (dict(trainable_token_indices=[1]), "trainable_token_indices=.1. is not supported"),
     (dict(layer_replication=[[0, 2]]), "layer_replication=.* is not supported"),

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
-from posttrain_jax.adapters import lora
-from posttrain_jax.adapters.codecs import codec, modules
+from posttrain_jax.adapters import dora, lora
+from posttrain_jax.adapters.codecs import codec, modules, saved
 from posttrain_jax.adapters.codecs.codec import Codec, Folder, Keys, Written
 from posttrain_jax.adapters.config import AdapterConfig
 from posttrain_jax.core import weight
@@ -19,6 +21,7 @@ NAMES = {
   "a": ("lora_A.weight", "lora_embedding_A"),
   "b": ("lora_B.weight", "lora_embedding_B"),
 }
+MAGNITUDE = {"magnitude": ("lora_magnitude_vector", "lora_magnitude_vector")}  # of DoRA
 KEYS = Keys(
   fields={
     "r": (int,),
@@ -31,6 +34,7 @@ KEYS = Keys(
     "alpha_pattern": (dict, type(None)),
     "use_rslora": (bool,),
     "init_lora_weights": (bool, str),
+    "use_dora": (bool,),
   },
   off={
     **codec.TASK,
@@ -51,7 +55,6 @@ KEYS = Keys(
     "target_parameters": (None, []),
     "trainable_token_indices": (None, [], {}),
     "use_bdlora": (None,),
-    "use_dora": (False,),
     "use_qalora": (False,),
     "velora_config": (None,),
   },
@@ -64,12 +67,18 @@ KEYS = Keys(
     "runtime_config",
   ),
 )
+LONG = ("attention_group", "context_length")  # of LongLoRA, in our record: PEFT has no such thing
 # PEFT's initialisations that leave the base as it is, and what they are called here.
 INITS = {True: True, False: True, "gaussian": "gaussian", "eva": True}
 
 
 def write(adapter: Any, config: AdapterConfig, model_config: ModelConfig) -> Written:
-  """Each module at its effective rank, and where that is 0 not at all."""
+  """Each module at its effective rank, and where that is 0 not at all.
+
+  What began with a part of its base is written as a LoRA of the original, at twice the rank; the record says so.
+  """
+  adapter, whole, to_save = saved.write(adapter, config, model_config)
+  config = config.for_layers(model_config.num_layers)
   parts, nodes = modules.collect(adapter, model_config, (lora.LoRA,), _split, _shape)
   ranks = {name: fields["a"].shape[1] for name, fields in parts.items()}
   scales = {name: np.atleast_1d(node.scale)[layer] for name, (node, layer) in nodes.items()}
@@ -77,34 +86,50 @@ def write(adapter: Any, config: AdapterConfig, model_config: ModelConfig) -> Wri
     lora_dropout=config.lora_dropout,
     bias="none",
     fan_in_fan_out=False,
-    modules_to_save=None,
-    init_lora_weights=config.init_lora_weights,
+    modules_to_save=to_save,
+    # PEFT takes any other start out of the base when it loads
+    init_lora_weights="gaussian" if config.init_lora_weights == "gaussian" else True,
+    use_dora=any(isinstance(node, dora.DoRA) for node, _ in nodes.values()),
     use_rslora=config.use_rslora,
     **modules.targets(list(parts), model_config),
     **_patterns(config, ranks, scales),
   )
-  return Written(modules.tensors(parts, NAMES), described)
+  record = dict(began_with=config.init_lora_weights) if config.changes_base else {}
+  if config.method == "longlora":
+    record |= {field: getattr(config, field) for field in LONG}
+  return Written({**modules.tensors(parts, {**NAMES, **MAGNITUDE}), **whole}, described, record)
 
 
 def read(
   folder: Folder, params: Any, model_config: ModelConfig
 ) -> tuple[dict[str, Any], AdapterConfig]:
-  found = modules.parse(folder, NAMES, params)
-  config = codec.config(folder, KEYS, "lora", list(found), **_start(folder))
+  endings = folder.described.get("modules_to_save") or ()
+  folder, whole = saved.read(folder, params)
+  with_magnitude = folder.described.get("use_dora") is True
+  found = modules.parse(folder, {**NAMES, **MAGNITUDE} if with_magnitude else NAMES, params)
+  method = "dora" if with_magnitude else "lora"
+  config = codec.config(folder, KEYS, method, list(found), **_start(folder))
   make = lambda base, names: _node(base, names, found, config, folder.tensor_file)
   nodes = modules.nodes(found, params, make)
   modules.check_targets(folder, config, found, params)
-  return nodes, config
+  long = {field: folder.record[field] for field in LONG if field in folder.record}
+  more = dict(method="longlora", **long) if long else {}
+  return nodes | whole, config.replace(modules_to_save=tuple(endings), **more)
 
 
-CODEC = Codec("LORA", ("lora",), write, read)
+CODEC = Codec("LORA", ("lora", "dora", "pissa", "olora", "loftq", "longlora"), write, read)
 
 
 # Writing
 
 
 def _split(node: lora.LoRA) -> list[dict[str, np.ndarray]]:
-  return [dict(a=a, b=b) if a.shape[1] else {} for a, b in node.split()]
+  original = node.on_the_original()
+  parts = [dict(a=a, b=b) if a.shape[1] else {} for a, b in original.split()]
+  if isinstance(node, dora.DoRA):
+    for part, magnitude in zip(parts, np.atleast_2d(node.magnitude)):
+      part.update(dict(magnitude=magnitude) if part else {})
+  return parts
 
 
 def _shape(node: lora.LoRA) -> tuple[int, ...]:
@@ -181,7 +206,24 @@ def _node(matrix, names, found, config, path) -> lora.LoRA:
     pairs.append(_pair(name, found[name], rows, columns, config.rank(name), path))
     scales.append(config.scale(name))
   stacked = len(weight.shape(matrix)) == 3
-  return lora.join(pairs, scales, stacked=stacked, dropout=config.lora_dropout)
+  node = lora.join(pairs, scales, stacked=stacked, dropout=config.lora_dropout)
+  return _with_magnitudes(node, matrix, names, found, path) if config.use_dora else node
+
+
+def _with_magnitudes(node, matrix, names, found, path) -> dora.DoRA:
+  """The DoRA of node; a module that is not adapted has the magnitude of its base."""
+  made = dora.over(node, matrix)
+  own = np.array(np.atleast_2d(made.magnitude))
+  tensor = MAGNITUDE["magnitude"][0]
+  for i, name in enumerate(names):
+    if name in found:
+      if "magnitude" not in found[name]:
+        raise ValueError(f"{path}: the module {name!r} has no {tensor}")
+      if found[name]["magnitude"].shape != own[i].shape:
+        shape = found[name]["magnitude"].shape
+        raise ValueError(f"{path}: {tensor} of {name!r} has shape {shape}, expected {own[i].shape}")
+      own[i] = found[name]["magnitude"]
+  return dataclasses.replace(made, magnitude=jnp.asarray(own.reshape(made.magnitude.shape)))
 
 
 def _pair(name, tensors, rows, columns, rank, path):

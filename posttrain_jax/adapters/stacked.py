@@ -1,0 +1,297 @@
+"""Several adapters in one tree, of which each row of a batch has its own: for inference.
+
+`bind(params, stack(adapters), rows=index)` gives row i the adapter index[i], and -1 none.  What an adapter lacks (a
+module, a rank, slots of a prompt) is zeros, so one program serves every index.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax.sharding import PartitionSpec
+
+from posttrain_jax.adapters.adalora import AdaLoRA
+from posttrain_jax.adapters.bind import base
+from posttrain_jax.adapters.dora import DoRA
+from posttrain_jax.adapters.lora import LoRA
+from posttrain_jax.adapters.prefix import Prefix
+from posttrain_jax.adapters.prompt import SoftPrompt
+from posttrain_jax.core import tree, weight
+from posttrain_jax.core.weight import Rows, embed, linear
+from posttrain_jax.models import attention, before
+
+Array = jax.Array
+
+
+@struct.dataclass
+class Stacked:
+  """y = x @ W + (x @ a[n]) @ b[n], then y * columns[n], where n is the adapter of x's row.
+
+  The last of the adapters is none.  On two CPU cores (batch 16, 8 adapters of rank 16, 576 x 576, 32 tokens a row) the
+  gathered factors took 4.2 ms beside 3.2 ms of the base, one product with the factors of all adapters 5.6 ms.
+  """
+
+  a: Array  # [layers, adapters + 1, in, rank], or without layers
+  b: Array  # [layers, adapters + 1, rank, out], scales and masks multiplied in
+  columns: Array | None = None  # [layers, adapters + 1, out]: DoRA's factors, 1 for other adapters
+  dora: DoRA | None = None  # those adapters' nodes where the factors are still to be computed
+  index: Rows | None = None  # [batch], once bound
+
+  def of_rows(self, index: Array) -> Stacked:
+    return dataclasses.replace(self, index=_indices(index, self.a.shape[-3] - 1))
+
+  def apply(self, x: Array, base: Any, key: Array | None = None) -> Array:
+    """x: [batch, ..., in]."""
+    index = _rows_of(self.index, x.shape[0])
+    a, b = (factor[index].astype(x.dtype) for factor in (self.a, self.b))
+    down = jnp.einsum("n...i,nir->n...r", x, a)
+    y = linear(x, base) + jnp.einsum("n...r,nro->n...o", down, b)
+    return self._scaled(y, index, base, x.dtype)
+
+  def rows(self, ids: Array, base: Any, key: Array | None = None) -> Array:
+    index = _rows_of(self.index, ids.shape[0])
+    found = embed(ids, base)
+    down = self.a[index.reshape(-1, *[1] * (ids.ndim - 1)), ids]
+    y = found + jnp.einsum("n...r,nro->n...o", down, self.b[index])
+    return self._scaled(y, index, base, found.dtype)
+
+  def _scaled(self, y, index, base, dtype):
+    columns = self.columns
+    if self.dora is not None:
+      columns = _factors(self.dora, base, jnp.float32)
+    if columns is None:
+      return y.astype(dtype)
+    own = columns[index].reshape(y.shape[0], *[1] * (y.ndim - 2), y.shape[-1])
+    return (y * own).astype(dtype)
+
+  def dense(self, base: Any, dtype: Any = None) -> Array:
+    raise ValueError("a stack of adapters is many matrices: merge its adapters one at a time")
+
+  def size(self) -> int:
+    """Numbers as stored; none of them trains."""
+    return sum(leaf.size for leaf in jax.tree.leaves((self.a, self.b, self.columns)))
+
+  def partition_specs(self, spec: PartitionSpec) -> Stacked:
+    *lead, rows, columns = [*[None] * (self.a.ndim - 1 - len(spec)), *spec]
+    none, wide = PartitionSpec(), PartitionSpec(*lead, None, columns)
+    a, b = PartitionSpec(*lead, None, rows, None), PartitionSpec(*lead, None, None, columns)
+    fields = dict(a=a, b=b, scale=none, mask=none, magnitude=wide, norm=wide)
+    return dataclasses.replace(
+      self,
+      a=a,
+      b=b,
+      columns=None if self.columns is None else wide,
+      dora=None if self.dora is None else dataclasses.replace(self.dora, **fields),
+      index=None if self.index is None else Rows(none),
+    )
+
+
+@struct.dataclass
+class StackedPrompts:
+  """embeddings: [prompts + 1, slots, embed], used: [prompts + 1, slots], 1 for its own slots; the last is none."""
+
+  embeddings: Array
+  used: Array
+  index: Rows | None = None
+
+  def of_rows(self, index: Array) -> StackedPrompts:
+    return dataclasses.replace(self, index=_indices(index, self.used.shape[0] - 1))
+
+  def segments(self, batch: int) -> Array:
+    return self.used[_rows_of(self.index, batch)] * attention.EVERYONE
+
+  def read(self, batch: int) -> Array:
+    return self.embeddings[_rows_of(self.index, batch)]
+
+  @property
+  def slots(self) -> int:
+    return self.used.shape[-1]
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self.embeddings.shape
+
+  def size(self) -> int:
+    return self.embeddings.size
+
+
+@struct.dataclass
+class StackedPrefixes:
+  """k, v: [layers, prefixes + 1, slots, kv_heads * head_dim], used: [layers, prefixes + 1, slots]; the last is none."""
+
+  k: Array
+  v: Array
+  used: Array
+  index: Rows | None = None
+
+  def of_rows(self, index: Array) -> StackedPrefixes:
+    return dataclasses.replace(self, index=_indices(index, self.k.shape[-3] - 1))
+
+  def segments(self, batch: int) -> Array:
+    used = self.used if self.used.ndim == 2 else self.used[0]  # every layer's is the same
+    return used[_rows_of(self.index, batch)] * attention.EVERYONE
+
+  def read(self, batch: int) -> tuple[Array, Array]:
+    index = _rows_of(self.index, batch)
+    return jnp.take(self.k, index, axis=-3), jnp.take(self.v, index, axis=-3)
+
+  @property
+  def slots(self) -> int:
+    return self.used.shape[-1]
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return (2, *self.k.shape)
+
+  def size(self) -> int:
+    return self.k.size + self.v.size
+
+
+def stack(adapters: Sequence[Any], params: Any = None) -> Any:
+  """One tree of several adapters, for `bind(params, stacked, rows=index)`.
+
+  LoRA (DoRA, AdaLoRA) of any ranks and modules, soft prompts and prefixes of any lengths, mixed.
+
+  Args:
+    adapters: trees as `init` or `peft_format.load` make them, all of one base.
+    params: the base; with it the column norms of DoRA are computed here, once, without it in every product.
+
+  Raises:
+    ValueError: an adapter of another kind, or one whose base is not the one that the others share.
+  """
+  if not adapters:
+    raise ValueError("adapters.stack: there is no adapter to stack")
+  flat = [tree.flatten(adapter) for adapter in adapters]
+  stacked = {}
+  for path in dict.fromkeys(path for nodes in flat for path in nodes):
+    nodes = [own.get(path) for own in flat]
+    if path == before.PROMPT:
+      stacked[path] = _prompts(nodes)
+    elif path == before.PREFIX:
+      stacked[path] = _prefixes(nodes)
+    else:
+      stacked[path] = _matrices(path, nodes, params)
+  return tree.unflatten(stacked)
+
+
+def _matrices(path: str, nodes: Sequence[Any], params: Any) -> Stacked:
+  for i, node in enumerate(nodes):
+    _check(path, i, node)
+  shapes = {(*n.a.shape[:-1], n.b.shape[-1]) for n in nodes if n is not None}
+  if len(shapes) > 1:
+    raise ValueError(f"{path}: adapters of different bases, {sorted(shapes)}")
+  *lead, rows, columns = shapes.pop()
+  empty = (jnp.zeros((*lead, rows, 0)), jnp.zeros((*lead, 0, columns)))
+  pairs = [*(empty if node is None else _pair(node) for node in nodes), empty]
+  rank = max(a.shape[-1] for a, _ in pairs)
+  widths = [(0, 0)] * len(lead)
+  padded_a = [jnp.pad(a, [*widths, (0, 0), (0, rank - a.shape[-1])]) for a, _ in pairs]
+  padded_b = [jnp.pad(b, [*widths, (0, rank - b.shape[-2]), (0, 0)]) for _, b in pairs]
+  made = Stacked(jnp.stack(padded_a, len(lead)), jnp.stack(padded_b, len(lead)))
+  if not any(isinstance(node, DoRA) for node in nodes):
+    return made
+  dora = _doras(made, nodes, lead, columns)
+  if params is None:
+    return dataclasses.replace(made, dora=dora)
+  matrix, of = base(params, path), jax.jit(_factors, static_argnums=2)
+  if not lead:
+    return dataclasses.replace(made, columns=of(dora, matrix, jnp.float32))
+  layers = [of(weight.layer(dora, i), weight.layer(matrix, i), jnp.float32) for i in range(lead[0])]
+  return dataclasses.replace(made, columns=jnp.stack(layers))
+
+
+def _check(path: str, i: int, node: Any) -> None:
+  if node is None:
+    return
+  if not isinstance(node, LoRA | AdaLoRA):
+    raise ValueError(
+      f"adapter {i} has a {type(node).__name__} at {path}: a batch can mix LoRA, DoRA, AdaLoRA, soft prompts and "
+      "prefixes; serve this one alone, bound or merged"
+    )
+  if getattr(node, "start", None) is not None:
+    raise ValueError(
+      f"adapter {i} began with a part of its base at {path}, so it has a base of its own: save it with "
+      "peft_format.save and load it again, as a plain LoRA of the original base"
+    )
+
+
+def _pair(node: Any) -> tuple[Array, Array]:
+  """(a, b) with x @ a @ b the update."""
+  scales = node._values() if isinstance(node, AdaLoRA) else node._scales()
+  scales = jnp.broadcast_to(scales, node.b.shape[:-1])
+  return jnp.asarray(node.a, jnp.float32), node.b * scales[..., None]
+
+
+def _doras(made: Stacked, nodes, lead, columns) -> DoRA:
+  """The adapters as DoRA nodes, adapters behind layers; masked where an adapter is none."""
+  one = jnp.ones((*lead, columns))
+  magnitudes, norms, masks = [], [], []
+  for node in [*nodes, None]:
+    is_dora = isinstance(node, DoRA)
+    magnitudes.append(node.magnitude if is_dora else one)
+    norms.append(node.norm if is_dora else one)
+    adapted = (node.ranks() > 0) if is_dora else np.zeros(lead, bool)
+    rank = made.a.shape[-1]
+    masks.append(jnp.asarray(np.broadcast_to(adapted[..., None], (*lead, rank)), jnp.float32))
+  axis = len(lead)
+  fields = dict(zip(("magnitude", "norm", "mask"), (magnitudes, norms, masks)))
+  stacked: Any = {name: jnp.stack(values, axis) for name, values in fields.items()}
+  return DoRA(made.a, made.b, jnp.ones(made.a.shape[: axis + 1]), **stacked)
+
+
+def _factors(dora: DoRA, base: Any, dtype: Any) -> Array:
+  """[adapters + 1, out] of one layer."""
+  return jax.vmap(lambda node: node.factor(base, dtype))(dora)
+
+
+def _prompts(nodes: Sequence[SoftPrompt | None]) -> StackedPrompts:
+  found = [None if node is None else (node.embeddings,) for node in nodes]
+  (embeddings,), used = _padded(found)
+  return StackedPrompts(embeddings, used)
+
+
+def _prefixes(nodes: Sequence[Prefix | None]) -> StackedPrefixes:
+  found = [None if node is None else (node.k, node.v) for node in nodes]
+  (k, v), used = _padded(found)
+  return StackedPrefixes(k, v, jnp.broadcast_to(used, (len(k), *used.shape)))
+
+
+def _padded(found):
+  """([each array stacked before its slots, padded to the most], used: [adapters + 1, slots])."""
+  some = next(arrays for arrays in found if arrays is not None)
+  lengths = [0 if arrays is None else arrays[0].shape[-2] for arrays in [*found, None]]
+  most = max(lengths)
+  stacked = []
+  for i, like in enumerate(some):
+    none = jnp.zeros((*like.shape[:-2], 0, like.shape[-1]))
+    own = [none if arrays is None else arrays[i] for arrays in [*found, None]]
+    pad = lambda x: jnp.pad(x, [*[(0, 0)] * (x.ndim - 2), (0, most - x.shape[-2]), (0, 0)])
+    stacked.append(jnp.stack([pad(x) for x in own], like.ndim - 2))
+  used = np.arange(most) < np.asarray(lengths)[:, None]
+  return stacked, jnp.asarray(used, jnp.int32)
+
+
+def _indices(index: Any, none: int) -> Rows:
+  """The rows' adapters, -1 being none; checked where the numbers are known."""
+  if not isinstance(index, jax.core.Tracer):
+    known = np.asarray(index)
+    if known.ndim != 1 or known.size == 0 or known.min() < -1 or known.max() > none:
+      raise ValueError(
+        f"rows={known.tolist()}: write one number a row, 0 to {none - 1} for the stacked adapters, -1 for none"
+      )
+  index = jnp.asarray(index, jnp.int32)
+  return Rows(jnp.where(index < 0, none, index))
+
+
+def _rows_of(index: Rows | None, batch: int) -> Array:
+  if index is None:
+    raise ValueError("a stack of adapters is bound with rows=index, one number a row")
+  if index.value.shape[0] != batch:
+    raise ValueError(f"parameters are bound for {index.value.shape[0]} rows, the batch has {batch}")
+  return index.value
