@@ -106,6 +106,8 @@ def make(
       skipped=state.skipped + ~finite,
       skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
     )
+    if hooks is not None:
+      metrics |= hooks.metrics(tree.combine(new.trainable, new.carried))
     metrics = dict(
       metrics, grad_norm=norm, skipped=new.skipped, skipped_in_a_row=new.skipped_in_a_row
     )
