@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from posttrain_jax.rollout.sampling import GREEDY, Sampling
 
 Array = jax.Array
 Params = Any
+SHARED = 16  # tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,24 +175,58 @@ def _start(
   params, prompts, keys, stopped, max_new_tokens, stop_tokens, config, sampling, dtype
 ) -> State:
   """The prompts read, one token of each row drawn."""
-  width = bucket(max(map(len, prompts)))
+  shared = _shared_length(params, prompts)
+  rests = [prompt[shared:] for prompt in prompts]
+  width = bucket(max(map(len, rests)))
   tokens = np.zeros((len(prompts), width), np.int32)
   segments = np.zeros_like(tokens)
-  for row, prompt in enumerate(prompts):
-    tokens[row, width - len(prompt) :] = prompt
-    segments[row, width - len(prompt) :] = 1
+  for row, rest in enumerate(rests):
+    tokens[row, width - len(rest) :] = rest
+    segments[row, width - len(rest) :] = 1
+  beginning = np.asarray([prompts[0][:shared]], np.int32)
   # No token is -1: filled up so that one program serves any few stop tokens.
   stops = np.full(bucket(len(stop_tokens)), -1, np.int32)
   stops[: len(stop_tokens)] = stop_tokens
-  slots = bucket(before.slots(params) + width + max_new_tokens)
-  return _prefill(params, tokens, segments, keys, stopped, stops, slots, config, sampling, dtype)
+  slots = bucket(before.slots(params) + shared + width + max_new_tokens)
+  read = (beginning, tokens, segments)
+  return _prefill(params, *read, keys, stopped, stops, slots, config, sampling, dtype)
+
+
+def _shared_length(params, prompts) -> int:
+  """How many tokens all prompts begin with, in steps of SHARED so that few shapes compile; at least one is left over.
+
+  Rows that share a system message read it once: 200 questions about one database in half the time.
+  """
+  if len(prompts) == 1 or weight.batch_rows(params) is not None:
+    return 0
+  ends = min(prompts), max(prompts)  # what the first and last in order share, all do
+  most = min(map(len, prompts)) - 1
+  same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*(end[:most] for end in ends)))
+  return sum(1 for _ in same) // SHARED * SHARED
 
 
 @functools.partial(jax.jit, static_argnames=("slots", "config", "sampling", "dtype"))
-def _prefill(params, tokens, segments, keys, stopped, stop_tokens, slots, config, sampling, dtype):
+def _prefill(
+  params,
+  beginning,
+  tokens,
+  segments,
+  keys,
+  stopped,
+  stop_tokens,
+  slots,
+  config,
+  sampling,
+  dtype,
+):
   batch = tokens.shape[0]
   cache_dtype = dtype or params["embed_tokens"]["weight"].dtype
-  cache = decoder.start(params, config, batch, slots, cache_dtype)
+  if beginning.shape[1]:
+    cache = decoder.start(params, config, 1, slots, cache_dtype)
+    _, cache = decoder.step(params, beginning, config, cache, dtype=dtype)
+    cache = cache.repeated(batch)
+  else:
+    cache = decoder.start(params, config, batch, slots, cache_dtype)
   x, cache = decoder.step(params, tokens, config, cache, segment_ids=segments, dtype=dtype)
   state = State(
     cache=cache,

@@ -102,6 +102,22 @@ def test_a_text_ends_with_its_first_stop_token(llama):
   assert not all(found.finished)
 
 
+def test_a_beginning_that_all_rows_share_is_read_once(llama):
+  params, _ = llama
+  begins = PROMPTS[0] * 20
+  prompts = [begins[:37] + prompt for prompt in PROMPTS[:4]]
+  assert engine._shared_length(params.stacked, prompts) == 32
+  # the last token of a prompt is never shared: its logits draw the first
+  assert engine._shared_length(params.stacked, [begins[:33], begins[:33]]) == 32
+  assert engine._shared_length(params.stacked, [begins[:32], begins[:33]]) == 16
+  assert engine._shared_length(params.stacked, [begins[:40]]) == 0
+  together = generate(llama, prompts)
+  alone = [generate(llama, [prompt]) for prompt in prompts]
+  assert together.tokens == [one.tokens[0] for one in alone]
+  for logps, one in zip(together.logps, alone):
+    np.testing.assert_allclose(logps, one.logps[0], rtol=2e-4, atol=2e-5)
+
+
 def test_decoding_ends_when_every_row_has(llama):
   params, config = llama
   free = generate(llama, PROMPTS[:3]).tokens
