@@ -1,6 +1,7 @@
 """VeRA, AdaLoRA and (IA)3 against PEFT: logits and gradients on the same tensors, files both ways, counts, merging."""
 
 import contextlib
+import copy
 import functools
 import io
 import json
@@ -48,7 +49,13 @@ CASES = {
     "adalora",
   ),
   "ia3": ("llama", peft.IA3Config(), "ia3"),
-  "ia3_biased": ("qwen2", peft.IA3Config(), "ia3"),
+  "ia3_biased": (
+    "qwen2",
+    peft.IA3Config(
+      target_modules=["q_proj", "k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]
+    ),
+    "ia3",
+  ),
   "ia3_all": (
     "llama_biased",
     peft.IA3Config(target_modules=SEVEN, feedforward_modules=["o_proj", "down_proj"]),
@@ -99,7 +106,8 @@ def base_model(folder):
 
 def reference(folder, config, seed=0):
   """A PEFT model with what it trains random, as after training."""
-  model = quiet(peft.get_peft_model, base_model(folder), config)
+  # PEFT writes into its config
+  model = quiet(peft.get_peft_model, base_model(folder), copy.deepcopy(config))
   torch.manual_seed(seed)
   with torch.no_grad():
     for parameter in model.parameters():
@@ -356,7 +364,7 @@ def test_the_rank_trajectory_is_pefts(name, schedule, folders):
     part, fixed = tree.partition(adapter)
     part = jax.tree.map(lambda p, g: p - rate * g, part, gradient)
     adapter = after(tree.combine(part, fixed), gradient, step - 1)
-    pattern = theirs.rank_pattern
+    pattern = model.peft_config["default"].rank_pattern
     for path, node in tree.items(adapter):
       for layer, module in enumerate(tree.expand(path, config.num_layers)):
         key = f"{full_name(module)}.lora_E.default"
