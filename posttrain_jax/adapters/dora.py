@@ -4,7 +4,7 @@ The norm of a column takes no gradient, and is found without the matrix a @ b:
 
   ||W + s a b||^2 = ||W||^2 + sum_r s b (2 (a.T W) + (a.T a) (s b)),   a column at a time
 
-where ||W||^2 is a field of the node and the rest are products of rank r, so that a quantised base serves as it is.
+where ||W|| is a field of the node and the rest are products of rank r, so that a quantised base serves as it is.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Array = jax.Array
 
 # Of ||W||^2 + ||s a b||^2, what is left of it where the two cancel: float32 sums resolve no less.
 FLOOR = 1e-6
-TINY = 1e-30  # the square of a column of zeros
+TINY = 1e-15  # the norm of a column of zeros
 
 
 @struct.dataclass
@@ -40,7 +40,7 @@ class DoRA(LoRA):
   """
 
   magnitude: Any = None  # [layers, out] or [out]
-  norm: Any = None  # ||W||^2 of each column of the base, likewise
+  norm: Any = None  # ||W|| of each column of the base, likewise
   TRAINED = ("a", "b", "magnitude")
 
   def apply(self, x: Array, base: Any, key: Array | None = None) -> Array:
@@ -70,12 +70,13 @@ class DoRA(LoRA):
     """
     a, b = self.a, self._scales()[:, None] * self.b
     across = linear32(a.T.astype(dtype), _still(base))
-    own = (a.T @ a) @ b
-    update = jnp.sum(b * own, axis=0)
-    square = self.norm + 2 * jnp.sum(b * across, axis=0) + update
-    square = jnp.maximum(square, FLOOR * (self.norm + update) + TINY)
-    norm = checkpoint_name(jax.lax.stop_gradient(jnp.sqrt(square)), "column_norm")
-    factor = self.magnitude / norm
+    unit = jnp.square(self.norm) + TINY**2
+    update = jnp.sum(b * ((a.T @ a) @ b), axis=0) / unit
+    # in units of ||W||: a fresh factor is 1 to the bit, whether root and quotient are rounded once or twice
+    square = 1 + 2 * jnp.sum(b * across, axis=0) / unit + update
+    square = jnp.maximum(square, FLOOR * (1 + update))
+    growth = checkpoint_name(jax.lax.stop_gradient(jnp.sqrt(square)), "column_norm")
+    factor = self.magnitude / (self.norm + TINY) / growth
     return factor if self.mask is None else jnp.where(jnp.any(self.mask > 0), factor, 1)
 
   def dense(self, base: Any, dtype: Any = None) -> Array:
@@ -84,7 +85,7 @@ class DoRA(LoRA):
     wide = w.astype(jnp.float32)
     direction = wide + (self.a * self._scales()[..., None, :]) @ self.b
     square = jnp.sum(jnp.square(direction), axis=-2, keepdims=True)
-    scaled = self.magnitude[..., None, :] / jnp.sqrt(square + TINY) * direction
+    scaled = self.magnitude[..., None, :] / jnp.sqrt(square + TINY**2) * direction
     if self.mask is not None:
       scaled = jnp.where(jnp.any(self.mask > 0, axis=-1)[..., None, None], scaled, wide)
     return scaled.astype(dtype or w.dtype)
@@ -101,24 +102,24 @@ class DoRA(LoRA):
 def over(node: LoRA, base: Any) -> DoRA:
   """The DoRA of node's factors on base, its magnitude that of W + scale a b."""
   if node.a.ndim == 2:
-    square, norm = _columns(base, node)
+    norm, magnitude = _columns(base, node)
   else:
     layers = [_columns(weight.layer(base, i), weight.layer(node, i)) for i in range(len(node.a))]
-    square, norm = (jnp.stack(columns) for columns in zip(*layers))
+    norm, magnitude = (jnp.stack(columns) for columns in zip(*layers))
   fields = {f.name: getattr(node, f.name) for f in dataclasses.fields(LoRA)}
-  return DoRA(**fields, magnitude=norm, norm=square)
+  return DoRA(**fields, magnitude=magnitude, norm=norm)
 
 
 @jax.jit
 def _columns(base, node):
-  """(||W||^2, ||W + scale a b||) of each column."""
+  """(||W||, ||W + scale a b||) of each column."""
   w = weight.dense(base, jnp.float32)
-  square = jnp.sum(jnp.square(w), axis=-2)
-  moved = jnp.sqrt(jnp.sum(jnp.square(node.dense(w)), axis=-2))
+  norm, moved = jnp.linalg.norm(w, axis=-2), jnp.linalg.norm(node.dense(w), axis=-2)
   if sharding.active():  # on every device: each process lays out its own share
     whole = PartitionSpec()
-    square, moved = jax.lax.with_sharding_constraint((square, moved), (whole, whole))
-  return square, moved
+    norm, moved = jax.lax.with_sharding_constraint((norm, moved), (whole, whole))
+  # a fresh one's are the same number, not two sums that a compiler may add up in two ways
+  return norm, jnp.where(jnp.any(node.a) & jnp.any(node.b), moved, norm)
 
 
 def _still(base: Any) -> Any:

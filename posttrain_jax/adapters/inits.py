@@ -62,7 +62,7 @@ def rebuild(base: Any, node: lora.LoRA, store: Store | None = None) -> Any:
 
 def _take_out(key, base, modules, config, store):
   """(the base without its start, a LoRA that holds it)."""
-  check(base, modules[0], config, store)
+  check_start(base, modules, config, store)
   rows, columns = weight.shape(base)[-2:]
   stacked = len(weight.shape(base)) == 3
   store = store or functools.partial(weight.like, base=base)
@@ -85,9 +85,13 @@ def _take_out(key, base, modules, config, store):
   return rebuild(base, node, store), node
 
 
-def check(base: Any, name: str, config: AdapterConfig, store: Store | None) -> None:
-  """Raises ValueError where the config would change the base of a module that it cannot change."""
-  how = config.init_lora_weights
+def check_start(
+  base: Any, modules: Sequence[str], config: AdapterConfig, store: Store | None
+) -> None:
+  """Raises ValueError where the base cannot give these modules the start that the config asks for."""
+  name, how = modules[0], config.init_lora_weights
+  for module in modules:
+    lora.rank_of(module, config, *weight.shape(base)[-2:])
   if name == "embed_tokens" or isinstance(base, weight.Transposed):
     why = "it would be a table's" if name == "embed_tokens" else "that is the embedding"
     raise ValueError(

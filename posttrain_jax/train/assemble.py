@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,10 @@ import optax
 from posttrain_jax import adapters
 from posttrain_jax.core import memory, sharding, tree
 from posttrain_jax.data import chat, loader, mixture, schema
-from posttrain_jax.models import decoder, fetch, hf
+from posttrain_jax.models import decoder, fetch, hf, rotary
 from posttrain_jax.models.config import ModelConfig
 from posttrain_jax.optim import build, offload
-from posttrain_jax.train import distributed, objectives
+from posttrain_jax.train import distributed, objectives, start
 from posttrain_jax.train.objectives import Frozen
 from posttrain_jax.train.settings import ConfigError
 
@@ -37,6 +37,7 @@ class Model:
   tokenizer: Any
   template: Any  # None for a base model that has no chat template
   dtype: Any  # of the computation
+  started: start.Start | None = None  # where the adapter starts with a part of the base
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,12 +88,18 @@ def model(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh | None = No
     raise ConfigError(
       f"base={config.model.base} is frozen: train an adapter on it (adapter=lora), or write base=dense"
     )
+  place = functools.partial(_place, mesh=mesh, on_host=offload_mode(config) == "params")
+  chosen = adapter_config(config)
+  started = None
+  if chosen is not None and chosen.changes_base:
+    key = jax.random.key(config.seed)
+    started = start.plan(key, chosen, hf.read_config(folder), config.model.base)
   # what the optimizer updates is float32; a frozen base is stored as it is computed with
   params, model_config = hf.load(
     folder,
     dtype=jnp.float32 if trained else dtype,
-    storage=config.model.base,
-    place=functools.partial(_place, mesh=mesh, on_host=offload_mode(config) == "params"),
+    storage=config.model.base if started is None else "dense",
+    place=place if started is None else started.begin(place),
   )
   tokenizer = chat.load_tokenizer(folder)
   if len(tokenizer) > model_config.vocab_size:
@@ -104,7 +111,9 @@ def model(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh | None = No
   template = (
     None if own and not tokenizer.chat_template else chat.template(tokenizer, None if own else name)
   )
-  return Model(folder, params, model_config, tokenizer, template, dtype)
+  if chosen is not None:
+    model_config = rotary.stretched(model_config, chosen.context_length)
+  return Model(folder, params, model_config, tokenizer, template, dtype, started)
 
 
 def _place(path: str, leaf: Any, *, mesh: jax.sharding.Mesh | None, on_host: bool = False) -> Any:
@@ -129,7 +138,7 @@ def placed_adapter(adapter: Any, mesh: jax.sharding.Mesh | None) -> Any:
   """An adapter laid out by its base's axes."""
   if mesh is None:
     return adapter
-  rules = [*decoder.RULES, (r"lm_head/weight", jax.sharding.PartitionSpec("fsdp", "tensor"))]
+  rules = [*decoder.RULES, *adapters.RULES]
   return tree.unflatten(
     (path, _laid_out(node, sharding.spec_for(path, rules), mesh))
     for path, node in tree.items(adapter)
@@ -241,6 +250,8 @@ def _limited(train, limit):
 def adapter_config(config: ml_collections.ConfigDict) -> adapters.AdapterConfig | None:
   """The AdapterConfig of config.adapter; None for full fine-tuning."""
   fields = {name: _option(name, value) for name, value in config.adapter.items()}
+  if fields["method"] == "adalora":  # its schedule ends with the run, and its file says when
+    fields.setdefault("total_step", config.steps)
   return None if fields["method"] == "none" else adapters.AdapterConfig(**fields)
 
 
@@ -260,9 +271,34 @@ def split(
   chosen = adapter_config(config)
   if chosen is None:
     return model.params, None, Frozen(), None
-  params, adapter = adapters.init(jax.random.key(config.seed), model.params, chosen)
+  text = chosen.prompt_tuning_init_text
+  params, adapter = adapters.init(
+    jax.random.key(config.seed),
+    model.params,
+    chosen,
+    started=None if model.started is None else model.started.nodes,
+    text_tokens=None if text is None else model.tokenizer(text)["input_ids"],
+    model=model.config,
+  )
   trainable, carried = tree.partition(placed_adapter(adapter, mesh))
-  return trainable, carried, Frozen(params), chosen
+  return trainable, carried, Frozen(params), chosen.for_layers(model.config.num_layers)
+
+
+def resumed(
+  config: ml_collections.ConfigDict,
+  model: Model,
+  frozen: Frozen,
+  nodes: Mapping[str, Any],
+  mesh: jax.sharding.Mesh | None,
+) -> Frozen:
+  """frozen with the base that a checkpoint's nodes, {path: node}, were made beside."""
+  if model.started is None or model.started.agrees(nodes):
+    return frozen
+  place = functools.partial(_place, mesh=mesh)
+  params, _ = hf.load(
+    model.folder, dtype=model.dtype, storage="dense", place=model.started.resume(nodes, place)
+  )
+  return dataclasses.replace(frozen, params=params)
 
 
 def objective(
@@ -271,6 +307,7 @@ def objective(
   """The objective that config.objective names; a model planned without files has no tokenizer."""
   name = config.objective.name
   special = () if model.tokenizer is None else model.tokenizer.all_special_ids
+  chosen = adapter_config(config)
   made = {
     "sft": lambda: objectives.Sft(
       model.config,
@@ -278,6 +315,7 @@ def objective(
       special_tokens=tuple(sorted(set(special))),
       dtype=model.dtype,
       remat=remat(config),
+      attention_group=0 if chosen is None else chosen.attention_group,
     )
   }
   if name not in made:

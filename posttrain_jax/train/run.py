@@ -125,6 +125,8 @@ def _introduce(config, model: Model, data: Data, pieces: _Pieces, say) -> None:
     adapter = tree.combine(pieces.trainable, pieces.carried)
     say(adapters.summary(pieces.frozen.params, adapter))
     say(f"base: {config.model.base}, {tree.nbytes(pieces.frozen.params) / 1e6:,.0f} MB")
+  if model.started is not None:
+    say(model.started.describe())
   say(f"data: {pieces.batches.stats()}")
   if data.skipped:
     say(f"left out: {data.skipped}")
@@ -152,11 +154,12 @@ def _train(config, folder: Path, model: Model, data: Data, pieces: _Pieces, say)
   resumed = checkpoints.latest() is not None
   if resumed:
     state, saved, at = checkpoints.restore(_abstract(state))
+    pieces = _on_its_base(config, model, pieces, state)
     pieces.batches.set_state(saved["batches"])
     progress = loop.Progress(**saved["progress"])
     say(f"going on from step {at} of {config.steps}")
   else:
-    _check_start(pieces, model)
+    _check_start(pieces, model, say)
     if config.eval.before:
       _evaluate_task(config, folder, "before", model, pieces, state, say)
   run = loop.Run(
@@ -181,6 +184,16 @@ def _train(config, folder: Path, model: Model, data: Data, pieces: _Pieces, say)
     return signals.PREEMPTED
   _finish(config, folder, model, pieces, run, state, progress, say)
   return 0
+
+
+def _on_its_base(config, model: Model, pieces: _Pieces, state: step.State) -> _Pieces:
+  """pieces with the base that the checkpoint's adapter belongs to, where a start was taken out of it."""
+  if model.started is None:
+    return pieces
+  adapter = tree.combine(_whole(state.trainable, pieces.mesh), _whole(state.carried, pieces.mesh))
+  nodes = tree.flatten(adapter)
+  frozen = assemble.resumed(config, model, pieces.frozen, nodes, pieces.mesh)
+  return dataclasses.replace(pieces, frozen=frozen)
 
 
 def _started(pieces: _Pieces) -> step.State:
@@ -209,15 +222,21 @@ def _abstract(state: step.State) -> Any:
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
 
 
-def _check_start(pieces: _Pieces, model: Model) -> None:
-  """Cheap and fatal: a fresh adapter leaves the logits unchanged."""
-  if pieces.chosen is None:
+def _check_start(pieces: _Pieces, model: Model, say) -> None:
+  """Cheap and fatal: a fresh adapter leaves the logits unchanged; what stands before the text may not, and says so.
+
+  What took its start out of the base was compared with the original as that was read (`train.start`).
+  """
+  if pieces.chosen is None or model.started is not None:
     return
   tokens = jnp.asarray(np.arange(16, dtype=np.int32)[None] % model.config.vocab_size)
   logits = jax.jit(lambda params: decoder.forward(params, tokens, model.config, dtype=model.dtype))
   bound = logits(objectives.policy(pieces.trainable, pieces.frozen.replace(adapter=pieces.carried)))
   base = logits(pieces.frozen.params)
   change = float(jnp.max(jnp.abs(bound - base)) / jnp.max(jnp.abs(base)))
+  if pieces.chosen.method in ("prompt", "prefix"):
+    say(f"the fresh {pieces.chosen.method} changes the logits by {change:.2f} of their size")
+    return
   if not change <= TOLERANCE:
     raise ValueError(
       f"the fresh adapter changes the logits by {change:.1e} of their size before any training"

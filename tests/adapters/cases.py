@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from posttrain_jax.adapters import lora
+from posttrain_jax.adapters import dora, lora
 from posttrain_jax.core import tree
 from posttrain_jax.core.weight import Adapted, Transposed
 from posttrain_jax.quant import nf4
@@ -48,13 +48,48 @@ def lora_on_a_tied_head(key):
   return Transposed(_matrix(key, OUT, IN)), _node(key, IN, OUT)
 
 
-ADAPTERS = [
+def _dora(key, base, lora_node):
+  """Its magnitudes away from the column norms."""
+  node = dora.over(lora_node, base)
+  factors = jax.random.uniform(jax.random.fold_in(key, 7), (OUT,), minval=0.5, maxval=2)
+  return base, node.replace(magnitude=node.magnitude * factors)
+
+
+def dora_case(key):
+  return _dora(key, *lora_case(key))
+
+
+def dora_with_masked_ranks(key):
+  return _dora(key, *lora_with_masked_ranks(key))
+
+
+def dora_on_nf4(key):
+  return _dora(key, *lora_on_nf4(key))
+
+
+def dora_over_lora(key):
+  return _dora(key, *lora_over_lora(key))
+
+
+def dora_on_a_tied_head(key):
+  return _dora(key, *lora_on_a_tied_head(key))
+
+
+LORAS = [
   lora_case,
   lora_with_masked_ranks,
   lora_on_nf4,
   lora_over_lora,
   lora_on_a_tied_head,
 ]
+DORAS = [
+  dora_case,
+  dora_with_masked_ranks,
+  dora_on_nf4,
+  dora_over_lora,
+  dora_on_a_tied_head,
+]
+ADAPTERS = [*LORAS, *DORAS]
 
 
 def trained(adapter: Any, seed: int = 0) -> Any:
@@ -67,6 +102,13 @@ def trained(adapter: Any, seed: int = 0) -> Any:
       mask + 0 * node.b[..., :1], -1, -2
     )
     b = node.b + 0.3 * draw.standard_normal(node.b.shape) * mask
-    return node.replace(a=jnp.asarray(a, jnp.float32), b=jnp.asarray(b, jnp.float32))
+    moved = node.replace(a=jnp.asarray(a, jnp.float32), b=jnp.asarray(b, jnp.float32))
+    if not isinstance(node, dora.DoRA):
+      return moved
+    used = (
+      mask if node.mask is None else np.max(mask, axis=-2)
+    )  # a layer without ranks has no magnitude to train
+    factors = 1 + 0.3 * used * draw.uniform(-1, 1, node.magnitude.shape)
+    return moved.replace(magnitude=jnp.asarray(node.magnitude * factors, jnp.float32))
 
   return tree.unflatten((path, move(node)) for path, node in tree.items(adapter))

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from posttrain_jax.adapters import AdapterConfig, lora
+from posttrain_jax.adapters import AdapterConfig, inits, lora
 from posttrain_jax.core import tree, weight
 from posttrain_jax.core.weight import Adapted
-from tests.adapters.cases import ADAPTERS, IN, OUT
+from tests.adapters.cases import ADAPTERS, IN, LORAS, OUT
 
 STACKED = ["layers.0.self_attn.q_proj", "layers.1.self_attn.q_proj", "layers.2.self_attn.q_proj"]
 
@@ -40,7 +40,9 @@ def test_rows_are_rows_of_dense(bound):
   close(bound.rows(ids), bound.dense()[ids])
 
 
-def test_dense_is_the_base_and_the_scaled_product(bound):
+@pytest.mark.parametrize("make", LORAS, ids=lambda make: make.__name__)
+def test_dense_is_the_base_and_the_scaled_product(make, key):
+  bound = Adapted(*make(key))
   node = bound.node
   mask = np.ones(node.a.shape[-1]) if node.mask is None else np.asarray(node.mask)
   update = np.asarray(node.a) @ np.diag(mask) @ np.asarray(node.b) * float(node.scale)
@@ -58,7 +60,9 @@ def test_only_what_trains_gets_a_gradient(bound, key):
   node = bound.node
   x = jax.random.normal(key, (6, IN))
   trained, fixed = tree.partition({"w": node})
-  kept = {name for name in ("a", "b", "scale", "mask") if jax.tree.leaves(vars(trained["w"])[name])}
+  kept = {name for name, field in vars(trained["w"]).items() if jax.tree.leaves(field)} - {
+    "dropout"
+  }
   assert kept == set(node.TRAINED)
   loss = lambda part: jnp.square(Adapted(bound.base, tree.combine(part, fixed)["w"]).apply(x)).sum()
   gradient = jax.grad(loss)(trained)["w"]
@@ -104,16 +108,27 @@ def test_a_fresh_one_changes_nothing(key):
 
 
 def test_factors_are_drawn_as_in_peft():
-  many = 400
-  uniform = make(AdapterConfig(r=many))
-  bound = IN**-0.5
+  many, wide = 400, dict(rows=500, columns=400)
+  uniform = make(AdapterConfig(r=many), **wide)
+  bound = 500**-0.5
   assert np.abs(uniform.a).max() == pytest.approx(bound, rel=1e-3)
   assert np.std(uniform.a) == pytest.approx(bound / 3**0.5, rel=0.02)
-  gaussian = make(AdapterConfig(r=many, init_lora_weights="gaussian"))
+  gaussian = make(AdapterConfig(r=many, init_lora_weights="gaussian"), **wide)
   assert np.std(gaussian.a) == pytest.approx(1 / many, rel=0.02)
-  embedding = make(AdapterConfig(r=many, target_modules=["embed_tokens"]), ["embed_tokens"])
+  embedding = make(AdapterConfig(r=many, target_modules=["embed_tokens"]), ["embed_tokens"], **wide)
   assert not embedding.a.any()
   assert np.std(embedding.b) == pytest.approx(1, rel=0.02)
+  other = make(AdapterConfig(r=many, init_lora_weights="zero_a"), **wide)
+  assert not other.a.any()
+  assert np.abs(other.b).max() == pytest.approx(many**-0.5, rel=1e-3)
+
+
+@pytest.mark.parametrize("options", [dict(), dict(use_dora=True), dict(init_lora_weights="pissa")])
+def test_a_rank_above_the_matrix_is_refused_by_name(options):
+  config = AdapterConfig(r=4, rank_pattern={r"layers\.1\..*": OUT + 1}, **options)
+  message = rf"rank 25 of 'layers.1.self_attn.q_proj' is above the matrix, which is {IN} x {OUT}"
+  with pytest.raises(ValueError, match=message):
+    inits.init(jax.random.key(0), jnp.zeros((3, IN, OUT)), STACKED, config)
 
 
 def test_layers_start_differently():
