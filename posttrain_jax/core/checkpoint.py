@@ -17,7 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
 
-from posttrain_jax.core import tree
+from posttrain_jax.core import memory, tree
 
 Tree = Any
 SHOWN = 8  # leaves that an error lists
@@ -245,6 +245,7 @@ def _leaves(state: Tree) -> dict[str, Any]:
 @jax.jit
 def _sum(x: jax.Array) -> jax.Array:
   """Changes when any one element does, and does not depend on the sharding: integer addition is associative."""
+  x = memory.fetch(x)
   if x.dtype.itemsize < 8 and not jnp.issubdtype(x.dtype, jnp.floating):
     words = x.astype(jnp.uint32)
   else:
@@ -257,8 +258,9 @@ def _sum(x: jax.Array) -> jax.Array:
 
 
 def _sums(leaves: Mapping[str, Any]) -> dict[str, int]:
-  started = {path: _sum(leaf) for path, leaf in leaves.items()}
-  return {path: int(value) for path, value in started.items()}
+  # one after the other: of dozens under way at once, eight virtual devices on two cores waited for each other until
+  # XLA gave up
+  return {path: int(_sum(leaf)) for path, leaf in leaves.items()}
 
 
 def _text_sum(data: Mapping[str, Any]) -> int:
@@ -291,6 +293,8 @@ def _on_host(leaf: Any) -> bool:
 
 def _abstract(path: str, leaf: Any) -> jax.ShapeDtypeStruct:
   place = getattr(leaf, "sharding", None) or SingleDeviceSharding(jax.local_devices()[0])
+  # Orbax makes arrays whose type names the host only under this kind of sharding
+  place = memory.host(place) if place.memory_kind == memory.KIND else place
   try:
     place.shard_shape(tuple(leaf.shape))
   except ValueError as error:

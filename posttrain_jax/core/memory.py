@@ -63,9 +63,7 @@ def over_layers(
 
   def body(i, state):
     changed, carried = state
-    layer = lambda tree: fetch(
-      jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i, 1), tree)
-    )
+    layer = lambda tree: fetch(jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i, 1), tree))
     new, carried = f(layer(changed), layer(read), carried)
     put = lambda stack, x: jax.lax.dynamic_update_slice_in_dim(stack, back(x, stack), i, 0)
     return jax.tree.map(put, changed, new), carried

@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from posttrain_jax.models.shapes import SHAPES
 from posttrain_jax.train import assemble, settings
 from posttrain_jax.train.settings import ConfigError
 
@@ -44,7 +45,7 @@ def test_its_smoke_run_is_small(name):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_its_fields_make_an_adapter_and_an_optimizer(name):
   config = load(name)
-  assemble.optimizer(config)
+  assemble.optimizer(config, SHAPES["llama3-8b"])
   assert assemble.adapter_config(config).r == config.adapter.r
   assert assemble.remat(config)
   assert assemble.adapter_config(load(name, "adapter=none")) is None

@@ -8,8 +8,13 @@ import pytest
 
 from posttrain_jax.adapters.lora import LoRA
 from posttrain_jax.optim import build
+from tests.optim import cases
 
-NAMES = ("adamw", "adafactor", "lion", "sgd")
+NAMES = ("adamw", "adafactor", "lion", "sgd", *cases.NEW)
+SQUARE = "layers in out"
+# the axes of the small trees below, and a rank that their matrices have
+AXES = {"layers/w": SQUARE, "norm": "norm", "layers/mlp/up_proj/bias": "layers mlp"}
+OPTIONS = dict(rank=2, axes=cases.AXES | AXES, head_dim=1)
 
 
 def rates(steps=10, lr=2.0, warmup=0.3, schedule="cosine"):
@@ -39,7 +44,7 @@ def test_a_run_that_only_warms_up_ends_at_its_peak():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_optimizer_finds_a_minimum(name):
-  optimizer, _ = build.build(name, lr=0.05, steps=60, warmup=0.1)
+  optimizer, _ = build.build(name, lr=0.05, steps=60, warmup=0.1, scale=1.0, **OPTIONS)
   params = {"layers": {"w": jnp.full((2, 3, 4), 1.5)}, "norm": jnp.full((4,), -1.0)}
   loss = lambda p: sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(p))
 
@@ -101,7 +106,9 @@ def test_matrices_decay_and_nothing_else(name):
     "norm": {"weight": jnp.ones(4)},
     "lm_head": {"weight": node().replace(scale=None)},
   }
-  optimizer, _ = build.build(name, lr=0.1, steps=5, schedule="constant", weight_decay=0.5)
+  optimizer, _ = build.build(
+    name, lr=0.1, steps=5, schedule="constant", weight_decay=0.5, **OPTIONS
+  )
   zero = jax.tree.map(jnp.zeros_like, params)
   updates, _ = jax.jit(optimizer.update)(zero, optimizer.init(params), params)
   moved = jax.tree.map(lambda u: bool(jnp.any(u != 0)), updates)
@@ -122,8 +129,83 @@ def test_matrices_decay_and_nothing_else(name):
     (dict(lr=float("inf")), "optimizer.lr=inf"),
     (dict(lr=-1.0), "optimizer.lr=-1"),
     (dict(warmup=100), "optimizer.warmup=100.*share"),
+    (dict(name="adafactor", offloaded=True), "state of adafactor is not kept by layer.*adamw8bit"),
   ],
 )
 def test_mistakes_are_explained(wrong, message):
   with pytest.raises(ValueError, match=message):
     build.build(**(dict(name="adamw", lr=1e-3, steps=10) | wrong))
+
+
+def adapter():
+  """LoRA on an embedding and in the layers, a DoRA-like vector beside it."""
+  node = lambda *lead: LoRA(jnp.ones((*lead, 6, 2)), jnp.ones((*lead, 2, 4)), None)
+  return {
+    "embed_tokens": {"weight": node()},
+    "layers": {"self_attn": {"q_proj": {"weight": node(3), "magnitude": jnp.ones((3, 4))}}},
+    "lm_head": {"weight": node()},
+  }
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "adamw8bit", "adam_mini"])
+@pytest.mark.parametrize("offloaded", [False, True])
+def test_lora_plus_multiplies_the_rate_of_b(name, offloaded):
+  """Hayou et al. 2024: the first step of each group is its rate times that of one rate for all."""
+  options = OPTIONS | dict(lr=0.01, steps=4, schedule="constant", clip=None, offloaded=offloaded)
+  if name == "adam_mini":
+    options["axes"] = {"embed_tokens/weight": "vocab embed"}
+  params = {**adapter()}
+  if name == "adam_mini":  # a plain array needs axes
+    options["axes"]["layers/self_attn/q_proj/magnitude"] = "layers norm"
+  gradient = cases.like(params, 3)
+
+  def first(**more):
+    optimizer, _ = build.build(name, **options, **more)
+    return jax.jit(optimizer.update)(gradient, optimizer.init(params), params)[0]
+
+  one, plus = first(), first(loraplus_lr_ratio=16.0, loraplus_lr_embedding=0.001)
+  ratio = jax.tree.map(lambda a, b: np.unique(np.round(np.float64(b / a), 3)).tolist(), one, plus)
+  assert ratio["layers"]["self_attn"]["q_proj"]["weight"] == LoRA([1.0], [16.0], None)
+  assert ratio["layers"]["self_attn"]["q_proj"]["magnitude"] == [16.0]
+  assert ratio["lm_head"]["weight"] == LoRA([1.0], [16.0], None)
+  assert ratio["embed_tokens"]["weight"] == LoRA([0.1], [0.1], None)
+
+
+def test_lora_plus_keeps_its_rates_to_the_end_and_clips_once():
+  """The norm that clips is that of all groups together; both rates follow the schedule."""
+  options = OPTIONS | dict(lr=1.0, steps=2, warmup=0.0, schedule="linear", clip=1.0, b1=0.0)
+  optimizer, _ = build.build("sgd", **options, loraplus_lr_ratio=4.0)
+  params = adapter()
+  state, norm = optimizer.init(params), np.sqrt(sum(x.size for x in jax.tree.leaves(params)))
+  for rate in (1.0, 0.5):
+    updates, state = optimizer.update(jax.tree.map(jnp.ones_like, params), state, params)
+    node = updates["layers"]["self_attn"]["q_proj"]["weight"]
+    np.testing.assert_allclose(node.a, -rate / norm, rtol=1e-5)
+    np.testing.assert_allclose(node.b, -4 * rate / norm, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ("ratio", "params", "message"),
+  [
+    (16.0, cases.params, "nothing that is trained has a factor b"),
+    (0.5, adapter, "loraplus_lr_ratio=0.5: write 1 or more"),
+  ],
+)
+def test_mistakes_with_lora_plus_are_explained(ratio, params, message):
+  optimizer, _ = build.build("adamw", lr=1.0, steps=1, loraplus_lr_ratio=ratio)
+  with pytest.raises(ValueError, match=message):
+    optimizer.init(params())
+
+
+def test_eight_optimizers_have_the_state_that_they_promise():
+  """Bytes a parameter of an 8-layer-like tree of matrices alone: 8 of Adam, 4 and a bit of Adam-mini, 2 of 8 bits."""
+  params = {"layers": {"w": jnp.zeros((2, 256, 512))}}
+  size = cases.nbytes(params) / 4
+  bytes_each = lambda name: (
+    cases.nbytes(build.build(name, lr=1.0, steps=1, **OPTIONS)[0].init(params)) / size
+  )
+  assert bytes_each("adamw") == pytest.approx(8, rel=1e-3)
+  assert bytes_each("adam_mini") == pytest.approx(4 + 4 / 256, rel=1e-3)
+  assert bytes_each("adamw8bit") == pytest.approx(2 + 8 / 256, rel=1e-3)
+  assert bytes_each("galore") == pytest.approx(4 * 2 * (2 * 512 + 256) / 256 / 512, rel=1e-2)
+  assert bytes_each("adafactor") < 0.1

@@ -1,0 +1,44 @@
+"""Parameters by their place in the tree: `layers/self_attn/q_proj/weight`, and the field of a node that lies there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+
+def module(path: tuple[Any, ...]) -> str:
+  """The path of the dicts alone: where a node lies, whichever of its fields is meant."""
+  return "/".join(str(key.key) for key in path if hasattr(key, "key"))
+
+
+def field(path: tuple[Any, ...]) -> str:
+  """The field of the node at `module(path)`; "" for a plain array."""
+  return ".".join(key.name for key in path if hasattr(key, "name"))
+
+
+def stacked(path: tuple[Any, ...]) -> bool:
+  """Whether the first axis counts layers."""
+  return getattr(path[0], "key", None) == "layers"
+
+
+def names(path: tuple[Any, ...]) -> tuple[str, ...]:
+  """Every key of the path as a word."""
+  return tuple(
+    str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", "")))) for key in path
+  )
+
+
+def unzip(f: Callable[..., tuple], width: int, tree: Any, *rest: Any) -> tuple[Any, ...]:
+  """f, which returns `width` values, over the leaves of tree: as many trees; `rest` may have nodes for leaves."""
+  leaves, structure = jax.tree.flatten(tree)
+  results = [f(*xs) for xs in zip(leaves, *map(structure.flatten_up_to, rest))]
+  return tuple(structure.unflatten([result[i] for result in results]) for i in range(width))
+
+
+def unzip_with_path(f: Callable[..., tuple], width: int, tree: Any, *rest: Any) -> tuple[Any, ...]:
+  """As `unzip`, f(path, leaf, ...)."""
+  found, structure = jax.tree_util.tree_flatten_with_path(tree)
+  at = structure.unflatten([path for path, _ in found])
+  return unzip(lambda leaf, path, *others: f(path, leaf, *others), width, tree, at, *rest)
