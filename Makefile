@@ -5,7 +5,7 @@ PIP_FLAGS = -q --disable-pip-version-check
 BIN = .venv/bin
 WORKDIR ?= runs/quickstart
 
-.PHONY: help quickstart test test-all test-newest check format oracle bench compile-70b clean
+.PHONY: help quickstart test test-all test-newest check format oracle bench compile-70b offload optimizers clean
 help:
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 16
 
@@ -66,6 +66,13 @@ bench: .venv-oracle/ready ## speed and memory beside PyTorch + PEFT, on the same
 
 compile-70b: .venv-tpu/ready ## Llama-3-70B QLoRA compiled for TPUs that are not here
 	PYTHONPATH=.venv-tpu/site $(BIN)/python experiments/compile_70b.py
+
+offload: .venv-tpu/ready ## full fine-tuning of 8B with state and parameters in host memory, compiled for TPUs that are not here
+	PYTHONPATH=.venv-tpu/site $(BIN)/python experiments/offload.py
+
+optimizers: .venv/ready ## full fine-tuning of the embedded model with every optimizer: bytes, loss, seconds
+	$(BIN)/posttrain fetch smollm2
+	$(BIN)/python experiments/optimizers.py
 
 clean:
 	rm -rf .venv .venv-oracle .venv-tpu .venv-newest .cache runs

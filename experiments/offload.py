@@ -1,0 +1,119 @@
+"""Full fine-tuning of Llama-3-8B with optimizer state, then parameters too, in host memory: bytes on a TPU chip.
+
+  make offload
+
+The step that `posttrain train` jits is lowered from shapes and compiled by libtpu, for one chip and for four; what it
+keeps on a chip and on its host goes to experiments/results/offload.{md,json}.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["JAX_PLATFORMS"] = (
+  "cpu"  # libtpu only compiles here; with it installed JAX would look for a TPU
+)
+
+import gc
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+
+from posttrain_jax.core import files
+from posttrain_jax.plan import program
+from posttrain_jax.plan.topology import GIB, target
+from posttrain_jax.train import settings
+
+ROOT = Path(__file__).resolve().parent.parent
+OUT = ROOT / "experiments" / "results" / "offload"
+CONFIG = f"{ROOT}/configs/sft.py:model=llama3-8b,adapter=none"
+ONE, FOUR = ("v5p:2x2x1", 1), ("v5p:2x2x1", 4)
+# ((topology, chips), optimizer, offload)
+CASES = (
+  (ONE, "adamw", "none"),
+  (ONE, "adamw", "state"),
+  (ONE, "adamw", "params"),
+  (ONE, "adamw8bit", "none"),
+  (ONE, "adamw8bit", "state"),
+  (FOUR, "adamw", "none"),
+  (FOUR, "adamw", "state"),
+  (FOUR, "adamw", "params"),
+)
+
+
+def main() -> int:
+  results = []
+  for (topology, chips), optimizer, mode in CASES:
+    results.append(measure(topology, chips, optimizer, mode))
+    print(results[-1], flush=True)
+    gc.collect()
+    OUT.parent.mkdir(exist_ok=True)
+    files.write_json(OUT.with_suffix(".json"), {"machine": machine(), "results": results})
+    files.write_text(OUT.with_suffix(".md"), table(results))
+  return 0
+
+
+def measure(topology: str, chips: int, optimizer: str, mode: str) -> dict:
+  """GiB a chip, on the chip and on its host; a row a chip."""
+  overrides = dict(name=optimizer, offload=mode)
+  fields = [f"optimizer.{name}={value}" for name, value in overrides.items()]
+  fields += [f"batch.rows={chips}", "data.length=2048", "model.remat=full"]
+  config = settings.load(CONFIG, [f"--config.{field}" for field in fields])
+  where = target(topology, chips)
+  found = dict(
+    chips=f"{chips} of {topology}", device_gib=where.memory, optimizer=optimizer, offload=mode
+  )
+  found |= dict(jax=jax.__version__, compiler=where.compiler)
+  try:
+    compiled = program.compile(program.build(config, where))
+  except program.OutOfMemory as problem:
+    return {**found, "needs": str(problem).splitlines()[0]}
+  memory = compiled.executable.memory_analysis()
+  host = (
+    memory.host_argument_size_in_bytes
+    + memory.host_temp_size_in_bytes
+    + memory.host_output_size_in_bytes
+    - memory.host_alias_size_in_bytes
+  )
+  return {**found, **compiled.figures(), "host_gib": round(host / GIB, 3)}
+
+
+def table(results: list[dict]) -> str:
+  first = results[0]
+  lines = [
+    "# Llama-3-8B, full fine-tuning in float32, 2,048 tokens a chip: what stays on the chip",
+    "",
+    "Written by `make offload`; compiled from shapes alone, nothing was run on a TPU.",
+    f"jax {first['jax']}, {first['compiler']}, {machine()}.",
+    "",
+    "GiB a chip; peak = arguments + temporaries + outputs - aliased; remat full.",
+    "",
+    "| chips | optimizer | offload | arguments | temporaries | peak | on the host | compiled in |",
+    "|---|---|---|---|---|---|---|---|",
+  ]
+  for r in results:
+    where = f"| {r['chips']} | {r['optimizer']} | {r['offload']} |"
+    if "needs" in r:
+      lines.append(f"{where} does not fit: {r['needs']} | | | | |")
+      continue
+    lines.append(
+      f"{where} {r['arguments_gib']:.2f} | {r['temporaries_gib']:.2f} | {r['peak_gib']:.2f} | "
+      f"{r['host_gib']:.2f} | {r['compile_seconds']:.0f} s |"
+    )
+  return "\n".join(lines) + "\n"
+
+
+def machine() -> str:
+  commit = subprocess.run(
+    ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+  )
+  return (
+    f"{os.cpu_count()} cores, Python {platform.python_version()}, commit {commit.stdout.strip()}"
+  )
+
+
+if __name__ == "__main__":
+  sys.exit(main())
