@@ -147,15 +147,21 @@ def _model(found: Run) -> str | None:
   )
 
 
+# Options that say how large an adapter is, of whichever method.
+SIZES = ("r", "init_r", "target_r", "lora_alpha", "num_virtual_tokens")
+
+
 def _adapter(found: Run) -> str | None:
   method = found.field("adapter.method")
   if method in (None, "none"):
     return method and "none: every parameter is trained"
-  options = [f"{key} {found.field(f'adapter.{key}')}" for key in ("r", "lora_alpha")]
+  values = {key: found.field(f"adapter.{key}") for key in SIZES}
+  options = [f"{key} {value}" for key, value in values.items() if value is not None]
   count = parameters(found.folder / "adapter" / "adapter_model.safetensors")
   stored = [f"{count:,} parameters"] if count else []
   targets = found.field("adapter.target_modules")
-  return ", ".join([method, *options, f"on {_words(targets)}", *stored])
+  where = [f"on {_words(targets)}"] if targets else []
+  return ", ".join([method, *options, *where, *stored])
 
 
 def _words(value: Any) -> str:
@@ -163,11 +169,15 @@ def _words(value: Any) -> str:
 
 
 def parameters(path: Path) -> int:
-  """Numbers in a safetensors file, of which only the header is read; 0 where there is no file."""
+  """Numbers in an adapter's file, of which only the header is read; 0 where there is no file.
+
+  VeRA's projections are not among them: they are frozen, and random.
+  """
   if not path.exists():
     return 0
   with safetensors.safe_open(path, "np") as f:
-    return sum(math.prod(f.get_slice(name).get_shape()) for name in f.keys())  # noqa: SIM118
+    names = [name for name in f.keys() if not name.startswith("base_model.vera_")]  # noqa: SIM118
+    return sum(math.prod(f.get_slice(name).get_shape()) for name in names)
 
 
 def _data(found: Run) -> str | None:

@@ -208,3 +208,26 @@ def test_the_table_without_an_evaluation_or_with_one(tmp_path):
   assert "channel after" in text
   assert "change" not in text
   assert "[red] 100.0 % (1/1)" in text
+
+
+@pytest.mark.parametrize(
+  ("adapter", "fact"),
+  [
+    (dict(method="vera", r=256, target_modules="all-linear"), "vera, r 256, on all-linear, 5"),
+    (
+      dict(method="adalora", init_r=24, target_r=16, lora_alpha=32.0, target_modules=["q_proj"]),
+      "adalora, init_r 24, target_r 16, lora_alpha 32.0, on q_proj, 5",
+    ),
+    (dict(method="ia3", target_modules=["k_proj", "v_proj"]), "ia3, on k_proj, v_proj, 5"),
+    (dict(method="prompt", num_virtual_tokens=20), "prompt, num_virtual_tokens 20, 5"),
+  ],
+)
+def test_an_adapter_is_told_by_the_options_that_it_has(adapter, fact, tmp_path):
+  folder = runs.write(tmp_path / "run", config={**runs.CONFIG, "adapter": adapter})
+  (folder / "adapter").mkdir()
+  tensors = {
+    "base_model.model.vera_lambda_b": ((5,), "float32", lambda: np.zeros(5)),
+    "base_model.vera_A": ((4, 8), "float32", lambda: np.zeros((4, 8))),  # drawn, not trained
+  }
+  files.write_safetensors(folder / "adapter" / "adapter_model.safetensors", tensors)
+  assert f"{fact} parameters" in page(folder).text
