@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax.sharding import PartitionSpec
 
 from posttrain_jax.adapters.adalora import AdaLoRA
@@ -22,7 +21,7 @@ from posttrain_jax.adapters.dora import DoRA
 from posttrain_jax.adapters.lora import LoRA
 from posttrain_jax.adapters.prefix import Prefix
 from posttrain_jax.adapters.prompt import SoftPrompt
-from posttrain_jax.core import tree, weight
+from posttrain_jax.core import struct, tree, weight
 from posttrain_jax.core.weight import Rows, embed, linear
 from posttrain_jax.models import attention, before
 
@@ -120,6 +119,10 @@ class StackedPrompts:
   def size(self) -> int:
     return self.embeddings.size
 
+  def partition_specs(self, spec: PartitionSpec) -> StackedPrompts:
+    index = None if self.index is None else Rows(PartitionSpec())
+    return dataclasses.replace(self, embeddings=spec, used=PartitionSpec(), index=index)
+
 
 @struct.dataclass
 class StackedPrefixes:
@@ -151,6 +154,13 @@ class StackedPrefixes:
 
   def size(self) -> int:
     return self.k.size + self.v.size
+
+  def partition_specs(self, spec: PartitionSpec) -> StackedPrefixes:
+    *lead, columns = [*[None] * (self.k.ndim - 1 - len(spec)), *spec]
+    none = PartitionSpec()
+    own = PartitionSpec(*lead[:-1], None, lead[-1], columns)
+    index = None if self.index is None else Rows(none)
+    return dataclasses.replace(self, k=own, v=own, used=none, index=index)
 
 
 def stack(adapters: Sequence[Any], params: Any = None) -> Any:
