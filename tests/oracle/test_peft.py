@@ -61,6 +61,18 @@ CONFIGS = {
   "without_some": dict(
     r=4, target_modules=SEVEN, exclude_modules=["layers.1.mlp.up_proj", "k_proj"]
   ),
+  "dora": dict(
+    r=4,
+    lora_alpha=8,
+    target_modules=SEVEN,
+    use_dora=True,
+    use_rslora=True,
+    exclude_modules=["layers.1.mlp.up_proj", "k_proj"],
+    rank_pattern={"down_proj": 2},
+  ),
+  "dora_of_both_ends": dict(
+    r=4, lora_alpha=6, target_modules=["q_proj", "embed_tokens", "lm_head"], use_dora=True
+  ),
 }
 
 
@@ -100,7 +112,12 @@ def tied(tmp_path_factory):
   return saved("llama3", tmp_path_factory)
 
 
-ENDS = ["embedding_and_head", "embedding_alone", "head_and_a_layer"]  # where a tied head matters
+ENDS = [
+  "embedding_and_head",
+  "embedding_alone",
+  "head_and_a_layer",
+  "dora_of_both_ends",
+]  # where a tied head matters
 
 
 @pytest.fixture
@@ -200,7 +217,7 @@ def summary_of(model):
   return out.getvalue().strip()
 
 
-@over_bases(["patterns", "embedding_and_head"])
+@over_bases(["patterns", "embedding_and_head", "dora", "dora_of_both_ends"])
 def test_gradients_equal_peft(base, name, tmp_path):
   folder, params, config = base
   model = reference(folder, **CONFIGS[name])
@@ -217,28 +234,28 @@ def test_gradients_equal_peft(base, name, tmp_path):
 
   gradients = jax.grad(loss)(*tree.partition(adapter))
   theirs = {
-    key.replace(".default", ""): parameter.grad.numpy()
+    key.replace(".default", "").replace("_vector.weight", "_vector"): parameter.grad.numpy()
     for key, parameter in model.named_parameters()
     if parameter.requires_grad
   }
   names_at = {path: tree.expand(path, config.num_layers) for path in tree.flatten(adapter)}
   seen = 0
   for path, node in tree.items(tree.combine(gradients, tree.partition(adapter)[1])):
-    for module, pair in zip(names_at[path], node.split()):
-      if not pair[0].shape[1]:
-        continue
+    for module, part in zip(names_at[path], codec._split(node)):
       prefix = f"base_model.model.{full_name(module)}"
-      for field, ours in zip("ab", pair):
-        tensor = codec.NAMES[field][module == "embed_tokens"]
+      for field, ours in part.items():
+        tensor = {**codec.NAMES, **codec.MAGNITUDE}[field][module == "embed_tokens"]
         close(ours.T, theirs[f"{prefix}.{tensor}"])
         seen += 1
   assert seen == len(theirs)
 
 
-@over_bases(["patterns", "rslora", "some_layers", "embedding_and_head"])
+@over_bases(
+  ["patterns", "rslora", "some_layers", "embedding_and_head", "dora", "dora_of_both_ends"]
+)
 def test_merge_equals_peft(base, name, tmp_path):
   folder, params, config = base
-  if config.tied and name == "embedding_and_head":
+  if config.tied:
     # PEFT adds both updates to the one shared tensor, so its merged model is not its bound one; ours is.
     folder = tmp_path / "untied"
     params = {**params, "lm_head": {"weight": params["embed_tokens"]["weight"].T}}
