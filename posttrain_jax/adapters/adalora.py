@@ -13,12 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax.sharding import PartitionSpec
 
 from posttrain_jax.adapters.config import AdapterConfig
 from posttrain_jax.adapters.dropout import dropout
-from posttrain_jax.core import weight
+from posttrain_jax.core import struct, weight
 from posttrain_jax.core.weight import embed, linear
 
 Array = jax.Array

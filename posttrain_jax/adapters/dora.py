@@ -15,13 +15,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from posttrain_jax.adapters.dropout import dropout
 from posttrain_jax.adapters.lora import LoRA
-from posttrain_jax.core import sharding, weight
+from posttrain_jax.core import sharding, struct, weight
 from posttrain_jax.core.weight import Adapted, embed, linear, linear32
 
 Array = jax.Array

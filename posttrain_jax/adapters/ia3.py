@@ -9,11 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax.sharding import PartitionSpec
 
 from posttrain_jax.adapters.config import AdapterConfig
-from posttrain_jax.core import tree, weight
+from posttrain_jax.core import struct, tree, weight
 from posttrain_jax.core.weight import embed, linear
 
 Array = jax.Array

@@ -7,11 +7,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax.sharding import PartitionSpec
 
 from posttrain_jax.adapters.config import AdapterConfig
-from posttrain_jax.core import weight
+from posttrain_jax.core import struct, weight
 from posttrain_jax.models import attention, before
 
 Array = jax.Array

@@ -10,9 +10,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
-from posttrain_jax.core import sharding
+from posttrain_jax.core import sharding, struct
 
 Array = jax.Array
 # A Weight or a plain array; not their union, since a type checker cannot follow `hasattr`.

@@ -11,9 +11,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
-from posttrain_jax.core import sharding
+from posttrain_jax.core import sharding, struct
 from posttrain_jax.core.weight import linear32
 
 Array = jax.Array

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from flax import struct
+
+from posttrain_jax.core import struct
 
 Array = jax.Array
 

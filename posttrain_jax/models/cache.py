@@ -6,8 +6,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
+from posttrain_jax.core import struct
 from posttrain_jax.models.config import ModelConfig
 
 Array = jax.Array

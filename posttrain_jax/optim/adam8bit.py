@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import struct
 from jax.sharding import PartitionSpec
 
+from posttrain_jax.core import struct
 from posttrain_jax.optim import paths
 from posttrain_jax.quant import blockwise
 

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from flax import struct
 
+from posttrain_jax.core import struct
 from posttrain_jax.optim import adam8bit, paths
 
 Array = jax.Array

@@ -11,9 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import struct
 
-from posttrain_jax.core import memory
+from posttrain_jax.core import memory, struct
 
 Array = jax.Array
 MODES = ("none", "state", "params")

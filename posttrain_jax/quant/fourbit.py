@@ -13,10 +13,9 @@ from typing import Any, ClassVar, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax.sharding import PartitionSpec
 
-from posttrain_jax.core import sharding, weight
+from posttrain_jax.core import sharding, struct, weight
 from posttrain_jax.quant import blockwise, stack
 
 Array = jax.Array

@@ -12,10 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax.sharding import PartitionSpec
 
-from posttrain_jax.core import weight
+from posttrain_jax.core import struct, weight
 from posttrain_jax.quant import stack
 
 Array = jax.Array

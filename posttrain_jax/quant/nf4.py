@@ -6,8 +6,8 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
+from posttrain_jax.core import struct
 from posttrain_jax.quant import fourbit
 from posttrain_jax.quant.fourbit import FourBit
 

@@ -12,9 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
-from posttrain_jax.core import files, weight
+from posttrain_jax.core import files, struct, weight
 from posttrain_jax.models import before, decoder
 from posttrain_jax.models.config import ModelConfig, as_ids
 from posttrain_jax.rollout import sampling as samplers

@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
+
+from posttrain_jax.core import struct
 
 Array = jax.Array
 

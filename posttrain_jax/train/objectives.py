@@ -12,10 +12,9 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from posttrain_jax import adapters
-from posttrain_jax.core import tree
+from posttrain_jax.core import struct, tree
 from posttrain_jax.losses import logprob, supervised
 from posttrain_jax.models import decoder
 from posttrain_jax.models.config import ModelConfig

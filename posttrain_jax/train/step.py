@@ -8,11 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import struct
 from jax.sharding import PartitionSpec as P
 
 from posttrain_jax import adapters
-from posttrain_jax.core import memory, sharding, tree
+from posttrain_jax.core import memory, sharding, struct, tree
 from posttrain_jax.optim import layout as optimizer_layout
 from posttrain_jax.optim import offload
 from posttrain_jax.train import metrics as metrics_lib
