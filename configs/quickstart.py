@@ -15,12 +15,12 @@ def get_config(arg=None):
   c = sft.get_config(f"model={arg.model},data={arg.data},adapter={arg.adapter},base={arg.base}")
   c.data.length = 256  # tokens in a row: three examples
   c.batch.rows = 4
-  c.steps = 48
+  c.steps = 64
   c.optimizer.lr = 2e-3
   c.optimizer.warmup = 0.1
-  c.eval.every = 24
+  c.eval.every = 32
   c.eval.task = "sql"
-  c.checkpoint.every = 24
+  c.checkpoint.every = 32
   if arg.smoke:
     c.steps, c.eval.task_limit, c.eval.every = 2, 4, 0
   return c
