@@ -95,6 +95,8 @@ def _pieces(config, model: Model, data: Data, mesh) -> _Pieces:
   trainable, carried, frozen, chosen = assemble.split(config, model, mesh)
   objective = assemble.objective(config, model, data.channels)
   optimizer, schedule = assemble.optimizer(config, model.config)
+  # an optimizer that these parameters do not suit says so before the folder is claimed
+  jax.eval_shape(optimizer.init, trainable)
   made = step.make(
     objective,
     optimizer,
@@ -191,15 +193,20 @@ def _on_its_base(config, model: Model, pieces: _Pieces, state: step.State) -> _P
   if model.started is None:
     return pieces
   adapter = tree.combine(_whole(state.trainable, pieces.mesh), _whole(state.carried, pieces.mesh))
-  nodes = tree.flatten(adapter)
+  nodes = tree.flatten(
+    jax.device_get(adapter)
+  )  # a product of sharded factors is added up otherwise
   frozen = assemble.resumed(config, model, pieces.frozen, nodes, pieces.mesh)
   return dataclasses.replace(pieces, frozen=frozen)
 
 
 def _started(pieces: _Pieces) -> step.State:
   """The first state, optimizer moments laid out as the parameters they belong to."""
-  first = functools.partial(_first, pieces)
   where = jax.tree.map(lambda x: x.sharding, _shapes(pieces))
+  if pieces.mesh is None:  # without a copy of the parameters
+    init = jax.jit(pieces.optimizer.init, out_shardings=where.optimizer)
+    return step.start(pieces.trainable, pieces.optimizer._replace(init=init), pieces.carried)
+  first = functools.partial(_first, pieces)
   return jax.jit(first, out_shardings=where)(pieces.trainable, pieces.carried)
 
 
