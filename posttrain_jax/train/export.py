@@ -148,17 +148,19 @@ def _merge(found: runs.Run, source: Path, out: Path, merge_base: str) -> None:
   else:
     stored, _ = hf.load(folder, storage=base)
     text = chat.load_tokenizer(folder)(PROBE)["input_ids"][: config.max_length]
-    merged = _merged_onto(merge_base, base, params, stored, adapter, config, text)
+    # DoRA's node holds norms of its base: that of the stored one is another
+    own, _ = peft_format.load(source, stored, config)
+    merged = _merged_onto(merge_base, base, params, stored, adapter, own, config, text)
   for path, leaf in tree.items(merged):
     _check_finite(source, path, leaf)
   hf.save(out, merged, config, tokenizer_from=folder)
 
 
-def _merged_onto(merge_base, base, params, stored, adapter, config, text) -> Any:
+def _merged_onto(merge_base, base, params, stored, adapter, own, config, text) -> Any:
   """The adapter in what is asked for, of the dense params and the stored ones; the error of either is logged."""
   logits = jax.jit(functools.partial(decoder.forward, config=config, dtype=jnp.float32))
   tokens = jnp.asarray(text, jnp.int32)[None]
-  trained = logits(adapters.bind(stored, adapter), tokens)
+  trained = logits(adapters.bind(stored, own), tokens)
   makers = {"original": lambda: params, "dequantised": lambda: adapters.merge(stored)}
   log.warning("trained on a base in %s, merged onto the %s weights", base, merge_base)
   merged = None

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from posttrain_jax.adapters import AdapterConfig
+from posttrain_jax.adapters import AdapterConfig, depth_ranks
 from posttrain_jax.adapters.config import full_name
 from posttrain_jax.core import tree
 from tests.models import families
@@ -117,3 +117,35 @@ def test_full_names_are_those_of_transformers():
 def test_what_cannot_be_meant_is_refused(options, message):
   with pytest.raises(ValueError, match=message):
     AdapterConfig(**options)
+
+
+# --- Ranks by depth ---------------------------------------------------------------------------------------------------
+
+
+def test_ranks_go_from_the_first_layer_to_the_last():
+  ranks = depth_ranks(4, 64, 30)
+  assert list(ranks.values())[:3] == [4, 6, 8]
+  assert list(ranks.values())[-1] == 64
+  assert list(depth_ranks(8, 2, 4).values()) == [8, 6, 4, 2]
+  assert list(depth_ranks(5, 9, 1).values()) == [5]
+  config = AdapterConfig(rank_pattern=ranks)
+  assert config.rank("layers.1.mlp.up_proj") == 6
+  assert config.rank("layers.11.mlp.up_proj") == ranks[r"layers\.11\..*"]
+  assert config.rank("lm_head") == config.r
+
+
+def test_ranks_by_depth_yield_to_a_pattern_and_are_of_a_known_depth():
+  config = AdapterConfig(depth_ranks=(4, 8), rank_pattern={"q_proj": 3}, r=2)
+  with pytest.raises(ValueError, match="of a model of known depth"):
+    config.rank("layers.1.mlp.up_proj")
+  known = config.for_layers(3)
+  found = [known.rank(f"layers.{i}.{name}") for i in range(3) for name in ("mlp.up_proj", "q_proj")]
+  assert found == [4, 3, 6, 3, 8, 3]
+  assert known.rank("lm_head") == 2
+  assert AdapterConfig(r=2).for_layers(3) == AdapterConfig(r=2)
+
+
+@pytest.mark.parametrize("ranks", [(4,), (4, 0), (4, 8, 16)])
+def test_ranks_by_depth_are_two(ranks):
+  with pytest.raises(ValueError, match="write the ranks of the first and the last layer"):
+    AdapterConfig(depth_ranks=ranks)
