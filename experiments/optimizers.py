@@ -25,10 +25,10 @@ OUT = ROOT / "experiments" / "results" / "optimizers"
 # name: (learning rate, other fields of config.optimizer)
 OPTIMIZERS: dict[str, tuple[float, dict]] = {
   "adamw": (2e-5, {}),
-  "adamw, state on the host": (2e-5, dict(name="adamw", offload="state")),
-  "adamw, params on the host": (2e-5, dict(name="adamw", offload="params")),
+  "adamw-host-state": (2e-5, dict(name="adamw", offload="state")),
+  "adamw-host-params": (2e-5, dict(name="adamw", offload="params")),
   "adamw8bit": (2e-5, {}),
-  "adamw8bit, all in 8 bits": (2e-5, dict(name="adamw8bit", embeddings_in_float32=False)),
+  "adamw8bit-all": (2e-5, dict(name="adamw8bit", embeddings_in_float32=False)),
   "adam_mini": (2e-5, {}),
   "galore": (1e-4, dict(rank=64, update_gap=5)),
   "galore8bit": (1e-4, dict(rank=64, update_gap=5)),
@@ -44,7 +44,8 @@ def one(name: str, steps: int) -> dict:
   import numpy as np
 
   from posttrain_jax.core import tree
-  from posttrain_jax.train import assemble, run, settings
+  from posttrain_jax.optim import layout
+  from posttrain_jax.train import assemble, settings, step
   from posttrain_jax.train import metrics as metrics_lib
 
   lr, options = OPTIMIZERS[name]
@@ -54,13 +55,20 @@ def one(name: str, steps: int) -> dict:
   config = settings.load(f"{ROOT}/configs/sft.py:model=smollm2,data=sql,adapter=none", overrides)
   model = assemble.model(config)
   data = assemble.data(config, model)
-  pieces = run._pieces(config, model, data, None)
-  state = run._started(pieces)
+  trainable, _, frozen, _ = assemble.split(config, model, None)
+  optimizer, _ = assemble.optimizer(config, model.config)
+  objective = assemble.objective(config, model, data.channels)
+  update = jax.jit(step.make(objective, optimizer), donate_argnums=0)
+  batches = assemble.batches(config, data, None)
+  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  where = layout.shardings(jax.eval_shape(optimizer.init, trainable), trainable, here)
+  init = jax.jit(optimizer.init, out_shardings=where)
+  state = step.start(trainable, optimizer._replace(init=init))
   sizes = dict(trained_bytes=tree.nbytes(state.trainable), state_bytes=tree.nbytes(state.optimizer))
   losses, seconds = [], []
   for _ in range(steps):
     began = time.perf_counter()
-    state, metrics = pieces.step(state, pieces.frozen, next(pieces.batches))
+    state, metrics = update(state, frozen, next(batches))
     losses.append(metrics_lib.read(metrics)["loss"])
     seconds.append(time.perf_counter() - began)
   jax.block_until_ready(state)
