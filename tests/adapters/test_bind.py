@@ -26,6 +26,12 @@ CONFIGS = {
   "embedding": AdapterConfig(r=3, target_modules=["embed_tokens", "v_proj"]),
   "head": AdapterConfig(r=3, target_modules=["lm_head"]),
   "embedding_and_head": AdapterConfig(r=3, target_modules=["lm_head", "embed_tokens"]),
+  "dora": AdapterConfig(
+    r=2, use_dora=True, rank_pattern={r"layers\.1\..*": 4}, exclude_modules=["layers.0.mlp.up_proj"]
+  ),
+  "dora_at_both_ends": AdapterConfig(
+    r=3, use_dora=True, target_modules=["lm_head", "embed_tokens"]
+  ),
 }
 
 
@@ -56,7 +62,7 @@ def test_a_fresh_adapter_leaves_the_logits_as_they_are():
   np.testing.assert_array_equal(logits(bound, tokens, model), logits(params, tokens, model))
 
 
-TIED = ["embedding", "head", "embedding_and_head"]  # where a tied head matters
+TIED = ["embedding", "head", "embedding_and_head", "dora_at_both_ends"]  # where a tied head matters
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,11 @@ CONFIGS = {
   "head_and_layer": AdapterConfig(
     r=3, target_modules=["lm_head", "model.embed_tokens", "q_proj"], layers_to_transform=[1]
   ),
+  "dora": AdapterConfig(r=3, method="dora", rank_pattern={r"layers\.1\..*": 4}, use_rslora=True),
+  "dora_in_places": AdapterConfig(
+    r=3, method="dora", target_modules=["embed_tokens", "0.mlp.up_proj", "lm_head"]
+  ),
+  "by_depth": AdapterConfig(r=3, depth_ranks=(2, 6)),
   "gaussian": AdapterConfig(r=3, init_lora_weights="gaussian", exclude_modules=["k_proj"]),
 }
 
@@ -59,6 +64,26 @@ def test_what_was_saved_is_loaded_bit_for_bit(name, family, tmp_path):
     assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
   if not CONFIGS[name].rank_pattern:
     assert (config.r, config.lora_alpha) == (CONFIGS[name].r, CONFIGS[name].lora_alpha)
+
+
+def test_a_magnitude_is_read_or_missed_by_name(tmp_path):
+  model, params, adapter = make(CONFIGS["dora"])
+  folder = tmp_path / "a"
+  peft_format.save(folder, adapter, CONFIGS["dora"], model)
+  name = f"{PREFIX}.1.self_attn.q_proj.lora_magnitude_vector"
+  node = adapter["layers"]["self_attn"]["q_proj"]["weight"]
+  tensors = load_file(folder / "adapter_model.safetensors")
+  np.testing.assert_array_equal(tensors[name], node.magnitude[1])
+  assert described(folder)["use_dora"] is True
+  rewrite(folder, lambda tensors: {**tensors, name: np.zeros(31, np.float32)})
+  with pytest.raises(ValueError, match=r"lora_magnitude_vector of 'layers.1.* has shape \(31,\)"):
+    peft_format.load(folder, params, model)
+  rewrite(folder, lambda tensors: drop(tensors, name))
+  with pytest.raises(ValueError, match=r"q_proj' has no lora_magnitude_vector"):
+    peft_format.load(folder, params, model)
+  reconfigure(folder, use_dora=False)
+  with pytest.raises(ValueError, match=r"unknown tensor .*lora_magnitude_vector"):
+    peft_format.load(folder, params, model)
 
 
 @pytest.fixture
