@@ -1,4 +1,6 @@
-"""LoRA training steps here and in PyTorch + PEFT, in turn on the same cores; on a GPU, an 8B model too.
+"""LoRA and DoRA training steps and a batch of mixed adapters, here and in PyTorch + PEFT, in turn on the same cores.
+
+On a GPU, LoRA and QLoRA steps of an 8B model too.
 
   make bench                 (POSTTRAIN_DATA names the folder that holds gsm8k/, for the second comparison)
 
@@ -9,6 +11,7 @@ machine.  The ratio is the median over pairs of neighbours.  Compilation is time
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -22,6 +25,8 @@ from pathlib import Path
 
 RANK, ALPHA, LR = 16, 32, 1e-4
 ROWS, LENGTH = 4, 256  # the fixed shape: rows of tokens, every one real and trained
+MIXED_RANKS = (4, 8, 16, 16, 32, 8, 4, 64)  # of the adapters that serve one batch
+MIXED_ROWS, MIXED_LENGTH = 16, 64  # every adapter has two rows
 GSM8K_BATCH, GSM8K_LENGTH = 8, 512  # padded examples a batch there; tokens of a packed row here
 GSM8K_ROWS = 4 * ROWS  # as many examples as these rows hold, so that no batch here is part empty
 RESULTS = Path(__file__).parent / "results"
@@ -32,35 +37,39 @@ Jobs = dict[str, Callable[[], int]]
 
 
 def jax_jobs() -> Jobs:
-  """name -> function that trains once over the job's data and returns the real tokens it saw."""
+  """name -> function that does the job once over its data and returns the real tokens it saw."""
   import jax
   import numpy as np
 
   from posttrain_jax import adapters
   from posttrain_jax.core import tree
   from posttrain_jax.data import loader
-  from posttrain_jax.models import hf
+  from posttrain_jax.models import decoder, hf
   from posttrain_jax.optim import build
   from posttrain_jax.train import objectives, step
 
   params, config = hf.load("smollm2", dtype=np.float32)
-  params, adapter = adapters.init(
-    jax.random.key(0), params, adapters.AdapterConfig(r=RANK, lora_alpha=ALPHA)
-  )
-  trainable, fixed = tree.partition(adapter)
+  fresh = lambda seed, **options: adapters.init(
+    jax.random.key(seed), params, adapters.AdapterConfig(lora_alpha=ALPHA, **options)
+  )[1]
   optimizer, _ = build.build("adamw", lr=LR, steps=1000, schedule="constant", clip=None)
   update = jax.jit(step.make(objectives.Sft(config, remat="names"), optimizer), donate_argnums=0)
-  state = step.start(trainable, optimizer)
-  frozen = objectives.Frozen(params, fixed)
 
-  def train(batches) -> int:
-    nonlocal state
-    tokens = 0
-    for batch in batches:
-      state, _ = update(state, frozen, batch)
-      tokens += int((batch["segment_ids"] > 0).sum())
-    jax.block_until_ready(state)
-    return tokens
+  @functools.cache  # made when its job first runs: the peak memory of the jobs before is their own
+  def trainer(**options):
+    trainable, fixed = tree.partition(fresh(0, r=RANK, **options))
+    state, frozen = step.start(trainable, optimizer, fixed), objectives.Frozen(params)
+
+    def train(batches) -> int:
+      nonlocal state
+      tokens = 0
+      for batch in batches:
+        state, _ = update(state, frozen, batch)
+        tokens += int((batch["segment_ids"] > 0).sum())
+      jax.block_until_ready(state)
+      return tokens
+
+    return train
 
   rows = np.random.default_rng(0).integers(0, config.vocab_size, (ROWS, LENGTH)).astype(np.int32)
   everywhere = np.ones_like(rows)
@@ -71,11 +80,26 @@ def jax_jobs() -> Jobs:
     positions=np.tile(np.arange(LENGTH, dtype=np.int32), (ROWS, 1)),
     channel=-everywhere,
   )
-  jobs: Jobs = {"fixed": lambda: train([fixed_batch])}
+
+  @functools.cache
+  def served():
+    return adapters.stack([fresh(i, r=rank) for i, rank in enumerate(MIXED_RANKS)], params)
+
+  @jax.jit
+  def serve(params, stacked, index, tokens):
+    return decoder.forward(adapters.bind(params, stacked, rows=index), tokens, config)
+
+  def mixed() -> int:
+    tokens = rows.reshape(MIXED_ROWS, MIXED_LENGTH)
+    index = np.arange(MIXED_ROWS) % len(MIXED_RANKS)
+    jax.block_until_ready(serve(params, served(), index, tokens))
+    return tokens.size
+
+  jobs: Jobs = {"fixed": lambda: trainer()([fixed_batch])}
   if examples := gsm8k_examples():
     packed = list(loader.eval_batches(examples, batch_size=ROWS, length=GSM8K_LENGTH))
-    jobs["gsm8k"] = lambda: train(packed)
-  return jobs
+    jobs["gsm8k"] = lambda: trainer()(packed)
+  return {**jobs, "dora": lambda: trainer(use_dora=True)([fixed_batch]), "mixed": mixed}
 
 
 def torch_jobs() -> Jobs:
@@ -87,28 +111,54 @@ def torch_jobs() -> Jobs:
   from posttrain_jax.models import fetch
 
   torch.set_num_threads(os.cpu_count() or 1)
-  model = transformers.AutoModelForCausalLM.from_pretrained(fetch.fetch(), dtype=torch.float32)
-  model = peft.get_peft_model(
-    model,
-    peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"),
+  base = lambda: transformers.AutoModelForCausalLM.from_pretrained(
+    fetch.fetch(), dtype=torch.float32
   )
-  trained = [p for p in model.parameters() if p.requires_grad]
-  optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=0.0)
-  model.train()
-
-  def train(batches) -> int:
-    tokens = 0
-    for ids, labels, attention in batches:
-      model(input_ids=ids, labels=labels, attention_mask=attention, use_cache=False).loss.backward()
-      optimizer.step()
-      optimizer.zero_grad()
-      tokens += int(attention.sum())
-    return tokens
-
-  rows = torch.randint(
-    0, model.config.vocab_size, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0)
+  lora = lambda **options: peft.LoraConfig(
+    lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM", **options
   )
-  jobs: Jobs = {"fixed": lambda: train([(rows, rows, torch.ones_like(rows))])}
+
+  @functools.cache
+  def trainer(**options):
+    model = peft.get_peft_model(base(), lora(r=RANK, **options)).train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=0.0)
+
+    def train(batches) -> int:
+      tokens = 0
+      for ids, labels, attention in batches:
+        out = model(input_ids=ids, labels=labels, attention_mask=attention, use_cache=False)
+        out.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        tokens += int(attention.sum())
+      return tokens
+
+    return train
+
+  names = [f"adapter_{i}" for i in range(len(MIXED_RANKS))]
+
+  @functools.cache
+  def served():
+    model = peft.get_peft_model(base(), lora(r=MIXED_RANKS[0]), adapter_name=names[0])
+    for name, rank in zip(names[1:], MIXED_RANKS[1:]):
+      model.add_adapter(name, lora(r=rank))
+    return model.eval()
+
+  vocabulary = transformers.AutoConfig.from_pretrained(fetch.fetch()).vocab_size
+  drawn = torch.Generator().manual_seed(0)
+  rows = torch.randint(0, vocabulary, (ROWS, LENGTH), generator=drawn)
+  fixed_batch = (rows, rows, torch.ones_like(rows))
+
+  def mixed() -> int:
+    """PEFT takes the rows of one adapter after another in every layer, and refuses DoRA among them."""
+    tokens = rows.reshape(MIXED_ROWS, MIXED_LENGTH)
+    of_rows = [names[i % len(names)] for i in range(MIXED_ROWS)]
+    with torch.no_grad():
+      served()(input_ids=tokens, adapter_names=of_rows, use_cache=False)
+    return tokens.numel()
+
+  jobs: Jobs = {"fixed": lambda: trainer()([fixed_batch])}
   if examples := gsm8k_examples():
     padded = []
     for start in range(0, len(examples), GSM8K_BATCH):
@@ -120,8 +170,8 @@ def torch_jobs() -> Jobs:
         ids[i, : len(here)], attention[i, : len(here)] = here, 1
         labels[i, : len(here)] = torch.where(torch.as_tensor(example.mask), here, -100)
       padded.append((ids, labels, attention))
-    jobs["gsm8k"] = lambda: train(padded)
-  return jobs
+    jobs["gsm8k"] = lambda: trainer()(padded)
+  return {**jobs, "dora": lambda: trainer(use_dora=True)([fixed_batch]), "mixed": mixed}
 
 
 def gsm8k_examples():
@@ -205,6 +255,12 @@ def compare(repeats: int) -> dict:
     show(job, results[job])
   for worker in workers.values():
     worker.close()
+  per_second = lambda job: results[job]["tokens_per_second"]
+  results["dora"]["step_over_lora"] = {
+    lib: round(per_second("fixed")[lib] / per_second("dora")[lib], 2) for lib in workers
+  }
+  ours, theirs = (results["dora"]["step_over_lora"][lib] for lib in ("jax", "torch"))
+  print(f"a DoRA step takes {ours} LoRA steps here, {theirs} in PyTorch + PEFT", flush=True)
   return results
 
 
