@@ -132,8 +132,8 @@ def pissa(w: Array, rank: int, scale: Any, *, iterations: int = 0, key: Any = No
   if iterations:
     size = min(rank + OVERSAMPLING, *w.shape)
     basis = jnp.linalg.qr(w @ jax.random.normal(key, (w.shape[1], size)))[0]
-    for _ in range(iterations):
-      basis = jnp.linalg.qr(w @ jnp.linalg.qr(w.T @ basis)[0])[0]
+    turn = lambda _, basis: jnp.linalg.qr(w @ jnp.linalg.qr(w.T @ basis)[0])[0]
+    basis = jax.lax.fori_loop(0, iterations, turn, basis)
     left, values, right = jnp.linalg.svd(basis.T @ w, full_matrices=False)
     left = basis @ left
   else:
