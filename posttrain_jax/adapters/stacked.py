@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import PartitionSpec
 
 from posttrain_jax.adapters.adalora import AdaLoRA
@@ -289,7 +290,7 @@ def _padded(found):
 
 def _indices(index: Any, none: int) -> Rows:
   """The rows' adapters, -1 being none; checked where the numbers are known."""
-  if not isinstance(index, jax.core.Tracer):
+  if not isinstance(index, Tracer):
     known = np.asarray(index)
     if known.ndim != 1 or known.size == 0 or known.min() < -1 or known.max() > none:
       raise ValueError(

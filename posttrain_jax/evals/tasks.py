@@ -82,7 +82,7 @@ class TaskResult:
   @classmethod
   def from_json(cls, value: Mapping[str, Any]) -> TaskResult:
     """The result that `to_json` gave, before or after a round trip through a file."""
-    value = {"by_member": (), **value}  # results of older runs have no ensemble
+    value = dict(value, by_member=value.get("by_member", ()))  # older results have no ensemble
     fields: dict[str, Any] = {field.name: value[field.name] for field in dataclasses.fields(cls)}
     fields["by_channel"] = {name: tuple(pair) for name, pair in value["by_channel"].items()}
     fields["by_member"] = tuple(value["by_member"])

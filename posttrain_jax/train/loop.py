@@ -161,7 +161,7 @@ def _placed(run: Run, batch: Any) -> Any:
 def evaluation(run: Run, state: State) -> dict[str, float]:
   """Metrics over every held-out example, `eval_` before each name; empty without held-out data."""
   total: dict[str, Any] | None = None
-  frozen = run.frozen.replace(adapter=state.carried)
+  frozen = dataclasses.replace(run.frozen, adapter=state.carried)
   for batch in run.eval_batches():
     metrics = run.evaluate(state.trainable, frozen, _placed(run, batch))
     total = metrics if total is None else jax.tree.map(lambda a, b: a + b, total, metrics)

@@ -238,7 +238,8 @@ def _check_start(pieces: _Pieces, model: Model, say) -> None:
     return
   tokens = jnp.asarray(np.arange(16, dtype=np.int32)[None] % model.config.vocab_size)
   logits = jax.jit(lambda params: decoder.forward(params, tokens, model.config, dtype=model.dtype))
-  bound = logits(objectives.policy(pieces.trainable, pieces.frozen.replace(adapter=pieces.carried)))
+  frozen = dataclasses.replace(pieces.frozen, adapter=pieces.carried)
+  bound = logits(objectives.policy(pieces.trainable, frozen))
   base = logits(pieces.frozen.params)
   change = float(jnp.max(jnp.abs(bound - base)) / jnp.max(jnp.abs(base)))
   if pieces.chosen.method in ("prompt", "prefix"):

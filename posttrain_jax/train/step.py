@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -75,7 +76,7 @@ def make(
 
   def step(state: State, frozen: Frozen, batch: Batch) -> tuple[State, dict[str, Any]]:
     if state.carried is not None:
-      frozen = frozen.replace(adapter=state.carried)
+      frozen = dataclasses.replace(frozen, adapter=state.carried)
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     totals = objective.totals(state.trainable, frozen, batch, key)
     gradient, metrics = _gradient(
