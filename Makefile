@@ -4,6 +4,7 @@ PYTHON ?= python3
 PIP_FLAGS = -q --disable-pip-version-check
 BIN = .venv/bin
 WORKDIR ?= runs/quickstart
+WORKERS ?= 2# test processes; a file of tests stays in one, for what its tests share
 
 .PHONY: help quickstart test test-all test-newest check format oracle bench compile-70b offload optimizers clean
 help:
@@ -33,7 +34,7 @@ quickstart: .venv/ready ## environment, embedded model, LoRA fine-tune on text-t
 	$(BIN)/posttrain train --config=configs/quickstart.py --workdir=$(WORKDIR)
 
 test: .venv/ready ## the fast suite
-	$(BIN)/python -m pytest -m "not slow and not oracle"
+	$(BIN)/python -m pytest -m "not slow and not oracle" -n $(WORKERS) --dist loadfile
 
 test-all: .venv/ready ## the fast suite and the slow tests
 	$(BIN)/python -m pytest -m "not oracle"
@@ -44,7 +45,7 @@ test-newest: ## the fast suite on the newest jax, where a Python >= 3.12 is foun
 	if [ -z "$$newest" ]; then echo "test-newest: no working Python >= 3.12 found; nothing was tested"; exit 1; fi; \
 	$$newest -m venv .venv-newest && .venv-newest/bin/python -m pip install $(PIP_FLAGS) -U jax -e '.[dev]' && \
 	.venv-newest/bin/python -c 'import jax, sys; print("jax", jax.__version__, "on Python", sys.version.split()[0])' && \
-	.venv-newest/bin/python -m pytest -m "not slow and not oracle"
+	.venv-newest/bin/python -m pytest -m "not slow and not oracle" -n $(WORKERS) --dist loadfile
 
 check: .venv/ready ## format, lint, types, examples in docstrings
 	$(BIN)/ruff format --check .
