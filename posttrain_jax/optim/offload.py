@@ -1,7 +1,8 @@
 """Optimizer state, parameters and their gradients in the host's memory, on the device one layer at a time.
 
 The analogue of bitsandbytes' paged optimizers, which move pages when memory runs out; here everything moves at every
-step, and the compiler knows the bytes in advance.
+step, and the compiler knows the bytes in advance.  Full fine-tuning of Llama-3-8B in float32 compiles for one TPU v5p
+to 131.8 GiB without, 82.2 with the state and 20.5 with all of it on the host (experiments/results/offload.md).
 """
 
 from __future__ import annotations
