@@ -83,7 +83,8 @@ def adapter(method):
     a.d_initial = 0.1  # start of the trained scale between the frozen projections
     a.projection_prng_key = 0  # seed of the frozen projections
     return a
-  a.lora_alpha = 32.0
+  # the update is scaled by lora_alpha / r; LoftQ's start makes up for what quantising lost at a scale of 1
+  a.lora_alpha = 16.0 if method == "loftq" else 32.0
   if method == "adalora":
     a.init_r = 24  # rank at the start
     a.target_r = 16  # average rank at the end

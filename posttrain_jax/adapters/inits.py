@@ -77,10 +77,9 @@ def _take_out(key, base, modules, config, store):
     taken.append(out)
     scales.append(scale)
   node = lora.join(pairs, scales, stacked=stacked, dropout=config.lora_dropout)
-  start = lora.Start(node.a, node.b)
-  if config.init_lora_weights == "loftq":
-    out = lora.join(taken, scales, stacked=stacked)
-    start = lora.Start(node.a, node.b, (out.a, out.b))
+  out = lora.join(taken, scales, stacked=stacked) if config.init_lora_weights == "loftq" else None
+  # copies: a step donates what trains and what is carried, and a buffer can be given away once
+  start = lora.Start(jnp.copy(node.a), jnp.copy(node.b), out and (out.a, out.b))
   node = dataclasses.replace(node, start=start)
   return rebuild(base, node, store), node
 

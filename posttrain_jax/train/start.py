@@ -94,6 +94,10 @@ class Start:
     lines = [
       f"  {path}: {error.stored:.5f} -> {error.started:.5f}" for path, error in self.errors.items()
     ]
+    if how == "loftq" and any(np.any(np.asarray(n.scale) > 1) for n in self.nodes.values()):
+      lines.append(
+        "  (lora_alpha is above r: LoftQ's factors act by that much more; lora_alpha = r is exact)"
+      )
     return "\n".join(
       [f"||W - W at the start|| / ||W||, base={self.storage} alone -> with {how}:"] + lines
     )

@@ -275,6 +275,15 @@ def test_the_export_from_a_quantised_base_adds_what_was_learned(how, kind, tmp_p
       assert norm(lost) < 1.02 * alone
 
 
+@pytest.mark.parametrize("options", [dict(init_lora_weights="pissa"), dict(use_dora=True)])
+def test_no_two_fields_share_a_buffer(options):
+  """A training step donates them all, each once."""
+  _, params = families.make("llama")
+  _, adapter = adapters.init(KEY, params, AdapterConfig(r=2, **options))
+  leaves = jax.tree.leaves(adapter)
+  assert len({leaf.unsafe_buffer_pointer() for leaf in leaves}) == len(leaves)
+
+
 def test_only_the_factors_train_and_the_start_is_carried():
   _, params = families.make("llama")
   _, adapter = adapters.init(KEY, params, AdapterConfig(r=2, init_lora_weights="pissa"))
