@@ -10,6 +10,8 @@ import pytest
 from posttrain_jax.models import attention, decoder
 from tests.models import families
 
+slow = lambda value: pytest.param(value, marks=pytest.mark.slow)
+
 
 def groups_of(time, group):
   """[2, time]: the group of each token, for the first half of the heads and for the second.
@@ -58,9 +60,10 @@ def packed(time):
   return positions, segments
 
 
-@pytest.mark.parametrize("softcap", [None, 1.5])
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (9, 3), (4, 1), (3, 3)])
-@pytest.mark.parametrize(("time", "group"), [(16, 4), (19, 6), (18, 5), (13, 40)])
+@pytest.mark.parametrize(
+  ("time", "group", "heads", "kv_heads", "softcap"),
+  [(16, 4, 4, 2, None), (19, 6, 9, 3, 1.5), (18, 5, 4, 1, None), (13, 40, 3, 3, 1.5)],
+)
 def test_shifted_attention_is_the_loop(time, group, heads, kv_heads, softcap):
   draw = np.random.default_rng(0)
   shapes = [(3, time, heads, 4), (3, time, kv_heads, 4), (3, time, kv_heads, 4)]
@@ -90,7 +93,7 @@ def test_no_token_sees_a_later_one_and_half_the_heads_cross_groups():
   assert reached(15, 1) == [14, 15]
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen2_sliding"])
+@pytest.mark.parametrize("family", ["llama", slow("gemma3"), slow("qwen2_sliding")])
 def test_the_decoder_with_one_group_for_all_is_full_attention_in_half_the_heads(family):
   """A group of twice the row: both halves see the whole row."""
   config, params = families.make(family)
@@ -136,7 +139,7 @@ def test_everyone_is_seen_by_every_document_and_not_from_before():
   assert near[3] == [0, 1, 0, 1, 0]  # a window ends inside it
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", slow("gemma3")])
 def test_two_answers_share_the_prompt_that_is_computed_once(family):
   """[prompt, answer, answer, prompt, answer] in one row: logits of every answer as in a row of its own."""
   config, params = families.make(family)

@@ -63,8 +63,9 @@ def kinds(arrays):
   return {x.sharding.memory_kind for x in jax.tree.leaves(arrays) if x.ndim}
 
 
-@pytest.mark.parametrize("mode", ["state", "params"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+  ("name", "mode"), [("adamw", "state"), ("galore", "state"), *((name, "params") for name in NAMES)]
+)
 def test_offloaded_is_the_same(name, mode):
   wanted, _ = updated(name, "none")
   found, state = updated(name, mode)
@@ -74,11 +75,16 @@ def test_offloaded_is_the_same(name, mode):
   assert kinds(found["embed_tokens"]) == {DEVICE}
 
 
-@pytest.mark.parametrize("mode", offload.MODES)
-@pytest.mark.parametrize("name", ["adafactor", *NAMES])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("name", "mode"),
+  [
+    *((name, "none") for name in ("adamw", "adafactor", *cases.NEW)),
+    *((name, "params") for name in ("adamw", "galore8bit")),
+    ("adam_mini", "state"),
+  ],
+)
 def test_a_mesh_changes_nothing(name, mode):
-  if name == "adafactor" and mode != "none":
-    pytest.skip("adafactor is refused: test_build")
   mesh = sharding.mesh(fsdp=4, tensor=2)
   found, state = updated(name, mode, mesh)
   wanted, _ = updated(name, "none")
@@ -158,6 +164,7 @@ def tiny_params():
   return decoder.init(jax.random.key(0), cases.MODEL, std=tiny.STD)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("mode", "accumulate"), [("state", 1), ("params", 1), ("params", 2), ("params", 8)]
 )

@@ -34,6 +34,7 @@ def weights(folder):
   return safetensors.numpy.load_file(folder / "model" / "model.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adamw", "adam_mini", "galore8bit"])
 def test_an_offloaded_run_ends_where_others_do(name, shared, tmp_path):
   for mode in ("none", "params"):
@@ -64,6 +65,7 @@ def test_an_offloaded_run_goes_on_as_if_never_stopped(shared, tmp_path):
     assert x.tobytes() == wanted[path].tobytes(), path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "more", [dict(optimizer__name="adamw8bit"), dict(optimizer__name="galore", optimizer__rank=2)]
 )

@@ -29,6 +29,9 @@ OPTIONS = {
 }
 
 
+slow = lambda value: pytest.param(value, marks=pytest.mark.slow)
+
+
 def setup(method):
   """(objective, trainable, frozen, config) over a base with biases, a part of it in NF4."""
   model = tiny.config("llama", attention_bias=True, mlp_bias=True)
@@ -126,7 +129,7 @@ def lines(folder):
   return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("method", OPTIONS)
+@pytest.mark.parametrize("method", [m if m == "adalora" else slow(m) for m in OPTIONS])
 def test_a_run_that_was_stopped_goes_on_as_never_stopped(
   method, shared, tmp_path, monkeypatch, capsys
 ):

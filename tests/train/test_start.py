@@ -30,6 +30,9 @@ OPTIONS = {
 }
 
 
+slow = lambda value: pytest.param(value, marks=pytest.mark.slow)
+
+
 def setup(name):
   """(objective, trainable, frozen) over a base of which a part is in NF4."""
   model = tiny.config()
@@ -118,7 +121,7 @@ def stop(self_write):
   return asked
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [n if n == "qpissa" else slow(n) for n in RUNS])
 def test_a_run_that_was_stopped_goes_on_as_never_stopped(
   name,
   shared,
