@@ -55,7 +55,9 @@ def updated(name, mode, mesh=None, count=3):
   with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
     state, run = start(optimizer, params, mesh), jax.jit(update, donate_argnums=(0, 1))
     for seed in range(count):
-      params, state = run(params, state, placed(cases.like(cases.params(), seed), mode, mesh))
+      gradient = placed(cases.like(cases.params(), seed), mode, mesh)
+      # one program at a time: on two cores, eight devices in two of them were seen to wait for each other
+      params, state = jax.block_until_ready(run(params, state, gradient))
   return params, state
 
 
@@ -79,7 +81,7 @@ def test_offloaded_is_the_same(name, mode):
 @pytest.mark.parametrize(
   ("name", "mode"),
   [
-    *((name, "none") for name in ("adamw", "adafactor", *cases.NEW)),
+    *((name, "none") for name in ("adamw", "adafactor", "adamw8bit", "adam_mini", "galore")),
     *((name, "params") for name in ("adamw", "galore8bit")),
     ("adam_mini", "state"),
   ],
