@@ -87,12 +87,12 @@ def full(name: str, lr: float, **more: Any) -> Method:
 METHODS = (
   Method("LoRA", "adapter=lora", low_rank(), seeds=3),
   Method("DoRA", "adapter=dora", low_rank(), seeds=3),
-  Method("PiSSA", "adapter=pissa", low_rank(), seeds=3),
+  Method("PiSSA", "adapter=pissa", low_rank(lr=3e-4), seeds=3),
   Method("QLoRA", "adapter=lora,base=nf4", low_rank(), seeds=3),
   Method("full, adamw", "adapter=none", {"optimizer.lr": 2e-4}, seeds=3),
   Method("rsLoRA", "adapter=lora", low_rank(lr=2e-3 / RANK**0.5, adapter__use_rslora=True)),
   Method("LoRA+", "adapter=lora", low_rank(lr=5e-4, optimizer__loraplus_lr_ratio=16.0)),
-  Method("OLoRA", "adapter=olora", low_rank()),
+  Method("OLoRA", "adapter=olora", low_rank(lr=3e-4)),
   Method("VeRA", "adapter=vera", {"optimizer.lr": 2e-2}),
   Method(
     "AdaLoRA",
@@ -107,8 +107,8 @@ METHODS = (
   ),
   Method("(IA)3", "adapter=ia3", {"optimizer.lr": 2e-2}),
   Method("QDoRA", "adapter=dora,base=nf4", low_rank()),
-  Method("QPiSSA", "adapter=pissa,base=nf4", low_rank()),
-  Method("LoftQ", "adapter=loftq,base=nf4", low_rank(adapter__loftq_iter=2)),
+  Method("QPiSSA", "adapter=pissa,base=nf4", low_rank(lr=3e-4)),
+  Method("LoftQ", "adapter=loftq,base=nf4", low_rank(adapter__loftq_iter=2, adapter__lora_alpha=float(RANK))),
   Method(
     "prompt tuning",
     "adapter=prompt",
