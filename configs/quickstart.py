@@ -2,8 +2,8 @@ r"""The quickstart: LoRA on SmolLM2-135M-Instruct, from questions in English to 
 
   make quickstart
 
-measured with 64 steps: 0 of 200 held-out questions right before, 175 after (87.5 %); two shared CPU cores, jax 0.10.2,
-7.7 minutes of training at 115 to 169 tokens/s and 13 minutes in all.  48 steps are what it does now.
+measured in a fresh clone: 0 of 200 held-out questions right before, 175 after (87.5 %); two CPU cores, jax 0.10.2,
+4.4 minutes in all after installation, training at 280 to 410 tokens/s.
 """
 
 import common
