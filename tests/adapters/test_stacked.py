@@ -97,6 +97,7 @@ def test_generation_serves_ragged_rows_of_mixed_adapters(mixed):
   assert list(streamed) == found.tokens[3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [dict(data=2, fsdp=4), dict(fsdp=4, tensor=2)])
 def test_eight_devices_compute_the_same(shape):
   model, params = families.make("llama")

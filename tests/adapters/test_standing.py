@@ -22,7 +22,10 @@ SLOTS = 5
 METHODS = ("prompt", "prefix")
 # windows that end inside the prompt, rotations of two kinds, scaled embeddings, normed keys
 CASES = [("llama", m) for m in METHODS] + [("gemma3", m) for m in METHODS] + [("mistral", "prompt")]
-every_case = pytest.mark.parametrize(("family", "method"), CASES)
+every_case = pytest.mark.parametrize(
+  ("family", "method"),
+  [case if case[0] == "llama" else pytest.param(*case, marks=pytest.mark.slow) for case in CASES],
+)
 
 
 def close(actual, expected, rtol=1e-5):
@@ -162,6 +165,7 @@ def test_a_computation_in_bfloat16_stays_one(method):
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("shape", [dict(data=2, fsdp=4), dict(fsdp=4, tensor=2)])
 def test_the_gradient_is_the_same_on_eight_devices_and_with_recomputation(method, shape):

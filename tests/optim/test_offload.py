@@ -65,6 +65,7 @@ def kinds(arrays):
   return {x.sharding.memory_kind for x in jax.tree.leaves(arrays) if x.ndim}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("name", "mode"), [("adamw", "state"), ("galore", "state"), *((name, "params") for name in NAMES)]
 )
