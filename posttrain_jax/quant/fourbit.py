@@ -46,8 +46,7 @@ class FourBit:
   dtype: Any = struct.field(
     pytree_node=False, default=jnp.dtype(jnp.float32)
   )  # before quantisation
-  # Of the subclass.  Tree structures of two dataclasses with as many fields and equal static ones compare equal in
-  # JAX 0.10.2, whatever their classes: `jit` was seen to run the program of one codebook on the codes of the other.
+  # what bitsandbytes' files call the type
   name: str = struct.field(pytree_node=False, default="")
 
   @property

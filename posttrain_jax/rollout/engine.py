@@ -194,7 +194,7 @@ def _start(
 def _shared_length(params, prompts) -> int:
   """How many tokens all prompts begin with, in steps of SHARED so that few shapes compile; at least one is left over.
 
-  Rows that share a system message read it once: 200 questions about one database in half the time.
+  Rows that share a system message read it once.
   """
   if len(prompts) == 1 or weight.batch_rows(params) is not None:
     return 0
