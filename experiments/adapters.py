@@ -108,7 +108,11 @@ METHODS = (
   Method("(IA)3", "adapter=ia3", {"optimizer.lr": 2e-2}),
   Method("QDoRA", "adapter=dora,base=nf4", low_rank()),
   Method("QPiSSA", "adapter=pissa,base=nf4", low_rank(lr=3e-4)),
-  Method("LoftQ", "adapter=loftq,base=nf4", low_rank(adapter__loftq_iter=2, adapter__lora_alpha=float(RANK))),
+  Method(
+    "LoftQ",
+    "adapter=loftq,base=nf4",
+    low_rank(adapter__loftq_iter=2, adapter__lora_alpha=float(RANK)),
+  ),
   Method(
     "prompt tuning",
     "adapter=prompt",

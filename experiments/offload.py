@@ -8,20 +8,13 @@ keeps on a chip and on its host goes to experiments/results/offload.{md,json}.
 
 from __future__ import annotations
 
-import os
-
-os.environ["JAX_PLATFORMS"] = (
-  "cpu"  # libtpu only compiles here; with it installed JAX would look for a TPU
-)
-
 import gc
 import json
-import platform
 import re
-import subprocess
 import sys
 from pathlib import Path
 
+import compile_70b  # before jax: it keeps jax from looking for a TPU
 import jax
 
 from posttrain_jax.core import files
@@ -55,7 +48,7 @@ def main() -> int:
     print(results[-1], flush=True)
     gc.collect()
     OUT.parent.mkdir(exist_ok=True)
-    files.write_json(path, {"machine": machine(), "results": results})
+    files.write_json(path, {"machine": compile_70b.machine(), "results": results})
     files.write_text(OUT.with_suffix(".md"), table(results))
   return 0
 
@@ -91,7 +84,7 @@ def table(results: list[dict]) -> str:
     "# Llama-3-8B, full fine-tuning in float32, 2,048 tokens a chip: what stays on the chip",
     "",
     "Written by `make offload`; compiled from shapes alone, nothing was run on a TPU.",
-    f"jax {first['jax']}, {first['compiler']}, {machine()}.",
+    f"jax {first['jax']}, {first['compiler']}, {compile_70b.machine()}.",
     "",
     "GiB a chip; peak = arguments + temporaries + outputs - aliased; remat full.",
     "",
@@ -110,15 +103,6 @@ def table(results: list[dict]) -> str:
       f"{r['host_gib']:.2f} |"
     )
   return "\n".join(lines) + "\n"
-
-
-def machine() -> str:
-  commit = subprocess.run(
-    ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-  )
-  return (
-    f"{os.cpu_count()} cores, Python {platform.python_version()}, commit {commit.stdout.strip()}"
-  )
 
 
 if __name__ == "__main__":

@@ -84,14 +84,6 @@ def test_ranks_are_spent_the_same_over_eight_devices():
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("shared")
-  tiny.tiny_model_folder(folder / "model")
-  tiny.write_jsonl(folder / "rows.jsonl", tiny.rows(40))
-  return folder
-
-
 FIELDS = {
   "vera": {"r": 6, "lora_dropout": 0.1},
   "adalora": {"init_r": 4, "target_r": 2, "tinit": 1, "tfinal": 2, "lora_dropout": 0.1},

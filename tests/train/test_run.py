@@ -35,15 +35,6 @@ FIELDS = {
 }
 
 
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory):
-  """A folder with a model and rows to train it on."""
-  folder = tmp_path_factory.mktemp("shared")
-  tiny.tiny_model_folder(folder / "model")
-  tiny.write_jsonl(folder / "rows.jsonl", tiny.rows(40))
-  return folder
-
-
 def arguments(shared, folder, *, model="model", data="rows.jsonl", more="", **fields):
   whole = "adapter=none" in more  # which has no adapter options
   start = {k: v for k, v in FIELDS.items() if not (whole and k.startswith("adapter."))}

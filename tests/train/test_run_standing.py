@@ -11,7 +11,6 @@ from posttrain_jax.__main__ import main
 from posttrain_jax.adapters import peft_format
 from posttrain_jax.models import decoder, hf, rotary
 from posttrain_jax.train import workdir
-from tests.train import tiny
 from tests.train.test_run import CONFIG, assert_equal, weights
 
 FIELDS = {
@@ -37,14 +36,6 @@ KINDS = {
     "adapter.context_length": 256,
   },
 }
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("shared")
-  tiny.tiny_model_folder(folder / "model")
-  tiny.write_jsonl(folder / "rows.jsonl", tiny.rows(40))
-  return folder
 
 
 def train(shared, kind, folder):

@@ -69,14 +69,6 @@ def test_what_is_kept_changes_no_gradient(remat):
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("shared")
-  tiny.tiny_model_folder(folder / "model")
-  tiny.write_jsonl(folder / "rows.jsonl", tiny.rows(40))
-  return folder
-
-
 RUNS = {
   "dora": ("dora", "dense", {"lora_dropout": 0.1}),
   "qdora": ("dora", "nf4", {"depth_ranks": "(2,6)"}),

@@ -8,17 +8,7 @@ import pytest
 import safetensors.numpy
 
 from posttrain_jax.__main__ import main
-from tests.train import tiny
 from tests.train.test_run import arguments, lines
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory):
-  """A folder with a model and rows to train it on."""
-  folder = tmp_path_factory.mktemp("shared")
-  tiny.tiny_model_folder(folder / "model")
-  tiny.write_jsonl(folder / "rows.jsonl", tiny.rows(40))
-  return folder
 
 
 def fields(**more):
