@@ -59,7 +59,7 @@ format: .venv/ready
 
 oracle: .venv-oracle/ready ## live comparison with transformers, peft, trl and bitsandbytes
 	.venv-oracle/bin/python -m posttrain_jax fetch smollm2
-	.venv-oracle/bin/python -m pytest tests/oracle -m oracle
+	.venv-oracle/bin/python -m pytest tests/oracle -m oracle -n $(WORKERS) --dist loadfile
 
 bench: .venv-oracle/ready ## speed and memory beside PyTorch + PEFT, on the same cores in one run
 	.venv-oracle/bin/python -m posttrain_jax fetch smollm2

@@ -1,10 +1,13 @@
 """Tiny transformers models of every family, and the helpers that compare them with ours."""
 
+import functools
+
 import pytest
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: run `make oracle`")
 transformers = pytest.importorskip("transformers")
 
+from posttrain_jax.models import hf  # noqa: E402
 from tests.models import families  # noqa: E402
 
 
@@ -43,3 +46,17 @@ def torch_logits():
       return model(input_ids=torch.tensor(tokens, dtype=torch.long)).logits.float().numpy()
 
   return run
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+  """family -> (folder, params, config) of a tiny model that transformers reads too."""
+
+  @functools.cache
+  def make(family):
+    folder = tmp_path_factory.mktemp(family) / "model"
+    config, params = families.make(family)
+    hf.save(folder, params, config)
+    return folder, *hf.load(folder)
+
+  return make

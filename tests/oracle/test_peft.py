@@ -1,7 +1,6 @@
 """PEFT and we: the same targets, files, logits, gradients, merges and counts."""
 
 import contextlib
-import functools
 import io
 import json
 import warnings
@@ -20,6 +19,7 @@ from posttrain_jax.core import tree
 from posttrain_jax.models import decoder, fetch, hf
 from tests.adapters.cases import trained
 from tests.models import families
+from tests.oracle.pefts import close, logits_of, quiet, torch_logits
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -85,13 +85,6 @@ ORDERED = dict(
 )
 
 
-def quiet(function, *args, **kwargs):
-  """PEFT warns of tied weights and missing configs; errors still surface."""
-  with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    return function(*args, **kwargs)
-
-
 def saved(family, tmp_path_factory):
   """(folder, params, config) of a tiny model."""
   folder = tmp_path_factory.mktemp("base") / "model"
@@ -141,21 +134,6 @@ def reference(folder, **kwargs):
       if parameter.requires_grad:
         parameter.copy_(0.2 * torch.randn(parameter.shape))
   return model.eval()
-
-
-@functools.partial(jax.jit, static_argnums=3)
-def logits_of(params, adapter, tokens, config):
-  return decoder.forward(adapters.bind(params, adapter), tokens, config)
-
-
-def torch_logits(model, tokens):
-  with torch.no_grad():
-    return model(torch.tensor(tokens)).logits.numpy()
-
-
-def close(ours, theirs, rtol=1e-4):
-  """Equal to rtol of the largest value."""
-  np.testing.assert_allclose(ours, theirs, rtol=rtol, atol=rtol * np.abs(theirs).max())
 
 
 @over_bases(CONFIGS)

@@ -16,7 +16,8 @@ from posttrain_jax.models import hf
 from posttrain_jax.quant import int8, nf4
 from tests.adapters.cases import trained
 from tests.models import families
-from tests.oracle.test_peft import SEVEN, close, logits_of, quiet, torch_logits
+from tests.oracle.pefts import close, logits_of, quiet, torch_logits
+from tests.oracle.test_peft import SEVEN
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

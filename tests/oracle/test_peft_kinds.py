@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import functools
 import io
 import json
 import warnings
@@ -22,6 +21,7 @@ from posttrain_jax.core import tree
 from posttrain_jax.models import decoder, hf
 from tests.adapters.kinds import moved
 from tests.models import families
+from tests.oracle.pefts import close, logits_of, quiet, torch_logits
 
 pytestmark = pytest.mark.oracle
 
@@ -80,26 +80,6 @@ CASES = {
 every_case = pytest.mark.parametrize("name", CASES)
 
 
-def quiet(function, *args, **kwargs):
-  with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    return function(*args, **kwargs)
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-  """family -> (folder, params, config)."""
-
-  @functools.cache
-  def make(family):
-    folder = tmp_path_factory.mktemp(family) / "model"
-    config, params = families.make(family)
-    hf.save(folder, params, config)
-    return folder, *hf.load(folder)
-
-  return make
-
-
 def base_model(folder):
   return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
@@ -114,20 +94,6 @@ def reference(folder, config, seed=0):
       if parameter.requires_grad:
         parameter.add_(0.3 * torch.randn(parameter.shape))
   return model.eval()
-
-
-@functools.partial(jax.jit, static_argnums=3)
-def logits_of(params, adapter, tokens, config):
-  return decoder.forward(adapters.bind(params, adapter), tokens, config)
-
-
-def torch_logits(model, tokens):
-  with torch.no_grad():
-    return model(torch.tensor(tokens)).logits.numpy()
-
-
-def close(ours, theirs, rtol=1e-4):
-  np.testing.assert_allclose(ours, theirs, rtol=rtol, atol=rtol * np.abs(theirs).max())
 
 
 def counted(model):

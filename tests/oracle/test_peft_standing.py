@@ -1,7 +1,6 @@
 """Soft prompts, prefixes, modules_to_save and mixed batches against PEFT: logits, gradients, files, texts."""
 
 import functools
-import warnings
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,7 @@ from posttrain_jax.models import decoder, hf, rotary
 from posttrain_jax.rollout import engine
 from tests.adapters.kinds import moved
 from tests.models import families
+from tests.oracle.pefts import close, quiet
 
 pytestmark = pytest.mark.oracle
 
@@ -27,26 +27,6 @@ KINDS = {"prompt": peft.PromptTuningConfig, "prefix": peft.PrefixTuningConfig}
 FAMILIES = ["llama", "llama3", "mistral", "qwen3", "gemma2", "gemma3"]
 over_families = pytest.mark.parametrize("family", FAMILIES)
 over_kinds = pytest.mark.parametrize("kind", KINDS)
-
-
-def quiet(function, *args, **kwargs):
-  with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    return function(*args, **kwargs)
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-  """family -> (folder, params, config)."""
-
-  @functools.cache
-  def make(family):
-    folder = tmp_path_factory.mktemp(family) / "model"
-    config, params = families.make(family)
-    hf.save(folder, params, config)
-    return folder, *hf.load(folder)
-
-  return make
 
 
 def base_model(folder):
@@ -84,10 +64,6 @@ def theirs_of(model, tokens, **options):
   """PEFT puts a prompt's own positions in front."""
   with torch.no_grad():
     return model(torch.tensor(tokens), **options).logits.numpy()[:, -tokens.shape[1] :]
-
-
-def close(ours, theirs, rtol=1e-4):
-  np.testing.assert_allclose(ours, theirs, rtol=rtol, atol=rtol * np.abs(theirs).max())
 
 
 # --- soft prompts and prefixes ----------------------------------------------------------------------------------------
