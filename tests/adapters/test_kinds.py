@@ -14,6 +14,7 @@ from posttrain_jax.core import tree, weight
 from posttrain_jax.core.weight import Adapted
 from posttrain_jax.models import decoder
 from tests.adapters.kinds import IN, KINDS, OUT, moved
+from tests.marks import slow
 from tests.models import families
 
 KEY = jax.random.key(0)
@@ -188,7 +189,7 @@ def test_a_quantised_base_and_binds_that_nest(name):
   )
 
 
-@pytest.mark.parametrize("name", ["vera_some", "adalora_some", "ia3_some"])
+@pytest.mark.parametrize("name", [slow("vera_some"), "adalora_some", slow("ia3_some")])
 def test_gradients_reach_the_adapted_layers_alone_and_remat_keeps_them(name):
   model, params, config, adapter = made("llama_biased", name)
   part, fixed = tree.partition(moved(adapter))

@@ -167,6 +167,7 @@ LONG = AdapterConfig(
 )
 
 
+@pytest.mark.slow
 def test_training_sees_groups_and_evaluation_the_whole_row():
   model, batch = tiny.config(), tiny.batch()
   params = decoder.init(KEY, model, std=tiny.STD)

@@ -11,6 +11,7 @@ from posttrain_jax.models import decoder
 from posttrain_jax.rollout import engine
 from posttrain_jax.train import assemble
 from tests.adapters.kinds import moved
+from tests.marks import slow
 from tests.models import families
 
 KEY = jax.random.key(0)
@@ -41,7 +42,7 @@ def several(params, configs=SEVERAL):
   return [moved(adapters.init(KEY, params, c)[1], i, 0.2) for i, c in enumerate(configs)]
 
 
-@pytest.fixture(scope="module", params=["llama", "gemma2"])
+@pytest.fixture(scope="module", params=["llama", slow("gemma2")])
 def mixed(request):
   """(model config, params, adapters)."""
   model, params = families.make(request.param)
@@ -76,6 +77,7 @@ def test_every_row_is_as_with_its_adapter_alone_whatever_the_index(mixed):
   assert different == [i != NONE for i in INDEX]
 
 
+@pytest.mark.slow
 def test_generation_serves_ragged_rows_of_mixed_adapters(mixed):
   model, params, made = mixed
   index = INDEX[:7]
@@ -113,6 +115,7 @@ def test_eight_devices_compute_the_same(shape):
   close(jax.device_get(found), expected, 2e-5)
 
 
+@pytest.mark.slow
 def test_a_stored_base_serves_them():
   model = families.config("llama", hidden_size=64, intermediate_size=64, head_dim=16)
   params = quant.quantize_params(families.params(model))

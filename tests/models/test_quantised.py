@@ -19,6 +19,7 @@ from posttrain_jax.core import files, sharding, tree
 from posttrain_jax.models import decoder, hf
 from posttrain_jax.quant import blockwise, bnb
 from posttrain_jax.train import assemble
+from tests.marks import slow
 from tests.models import families
 
 SIZES = dict(hidden_size=64, intermediate_size=128)
@@ -70,7 +71,7 @@ def change_state(folder, **changes):
 
 @pytest.mark.parametrize("options", [{}, dict(double_quant=False, block_size=32)], ids=str)
 @pytest.mark.parametrize("storage", ["nf4", "fp4"])
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", slow("gemma3")])
 def test_saved_weights_return_exactly(tmp_path, monkeypatch, name, storage, options):
   monkeypatch.setattr(hf, "SHARD_BYTES", 20_000)
   config, params = make(name)

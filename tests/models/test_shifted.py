@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from posttrain_jax.models import attention, decoder
+from tests.marks import slow
 from tests.models import families
-
-slow = lambda value: pytest.param(value, marks=pytest.mark.slow)
 
 
 def groups_of(time, group):

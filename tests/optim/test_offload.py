@@ -14,6 +14,7 @@ from posttrain_jax.models import decoder
 from posttrain_jax.optim import layout, offload
 from posttrain_jax.train import step
 from posttrain_jax.train.objectives import Frozen, Sft
+from tests.marks import slow
 from tests.optim import cases
 from tests.train import tiny
 
@@ -180,7 +181,7 @@ def test_a_step_trains_as_without(mode, accumulate):
   assert kinds(found.trainable["layers"]) == ({HOST} if mode == "params" else {DEVICE})
 
 
-@pytest.mark.parametrize("mode", offload.MODES)
+@pytest.mark.parametrize("mode", [m if m == "state" else slow(m) for m in offload.MODES])
 def test_a_gradient_that_is_not_finite_changes_no_bit(mode):
   state, before = trained(mode, bad=np.nan)
   after = jax.tree.map(lambda x: np.array(x).tobytes(), state)
@@ -199,6 +200,7 @@ def test_the_state_is_donated_and_stays_on_the_host():
   assert kinds(new) == {HOST}
 
 
+@pytest.mark.slow
 def test_it_comes_back_from_a_checkpoint_to_the_host(tmp_path):
   state, _ = trained("params")
   with contextlib.closing(Checkpoints(tmp_path, keep=1)) as checkpoints:

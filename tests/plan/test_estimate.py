@@ -13,6 +13,7 @@ from posttrain_jax.models import decoder, shapes
 from posttrain_jax.plan import estimate, program, topology
 from posttrain_jax.train import assemble, settings, step
 from posttrain_jax.train.objectives import Frozen
+from tests.marks import slow
 
 TINY = dataclasses.replace(
   shapes.SHAPES["llama3-8b"],
@@ -98,7 +99,7 @@ def test_eight_devices_share_what_one_holds():
   assert program.compile(eight).peak < program.compile(one).peak / 3
 
 
-@pytest.mark.parametrize("remat", ["full", "names"])
+@pytest.mark.parametrize("remat", ["full", slow("names")])
 def test_temporaries_grow_with_depth_by_what_is_counted(remat):
   """Saved activations and stacked gradients, and nothing else: no layer's weights stay dense."""
 

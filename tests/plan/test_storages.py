@@ -8,6 +8,7 @@ import pytest
 from posttrain_jax import quant
 from posttrain_jax.models import shapes
 from posttrain_jax.plan import program
+from tests.marks import slow
 from tests.plan.test_estimate import TINY, config, one_cpu
 
 WIDE = dataclasses.replace(TINY, hidden_size=256, head_dim=64, intermediate_size=1024)
@@ -35,7 +36,11 @@ def growth(storage, remat):
 
 
 @pytest.mark.parametrize(
-  ("storage", "remat"), [*((storage, "none") for storage in quant.STORAGES), ("nf4", "full")]
+  ("storage", "remat"),
+  [
+    case if case == ("nf4", "none") else slow(*case)
+    for case in (*((storage, "none") for storage in quant.STORAGES), ("nf4", "full"))
+  ],
 )
 def test_depth_adds_no_dequantised_matrix(storage, remat):
   """What a dense base takes for activations, and less than a tenth of one layer; kept matrices would take twelve."""

@@ -20,6 +20,7 @@ from posttrain_jax.train import export
 from tests.adapters import cases
 from tests.data.conftest import make_tokenizer
 from tests.evals import runs
+from tests.marks import slow
 from tests.models import families
 
 TOKENS = families.tokens(2, 9)
@@ -90,7 +91,12 @@ def test_a_merged_model_computes_what_was_trained(tmp_path, base, adapter, caplo
 
 @pytest.mark.parametrize(
   ("merge_base", "storage"),
-  [("original", "nf4"), ("dequantised", "nf4"), ("dequantised", "int8"), ("original", "fp4")],
+  [
+    ("original", "nf4"),
+    slow("dequantised", "nf4"),
+    ("dequantised", "int8"),
+    slow("original", "fp4"),
+  ],
 )
 def test_a_quantised_base_is_merged_onto_what_is_asked_for(
   tmp_path, base, adapter, caplog, merge_base, storage

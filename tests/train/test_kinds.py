@@ -29,9 +29,6 @@ OPTIONS = {
 }
 
 
-slow = lambda value: pytest.param(value, marks=pytest.mark.slow)
-
-
 def setup(method):
   """(objective, trainable, frozen, config) over a base with biases, a part of it in NF4."""
   model = tiny.config("llama", attention_bias=True, mlp_bias=True)
@@ -47,7 +44,8 @@ def setup(method):
   return Sft(model, remat="names"), part, Frozen(params, fixed), config
 
 
-@pytest.mark.parametrize("method", [m if m == "vera" else slow(m) for m in OPTIONS])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", OPTIONS)
 def test_eight_devices_are_one(method):
   objective, part, frozen, _ = setup(method)
   wanted, metrics = gradient(objective, part, frozen, tiny.batch())
@@ -62,6 +60,7 @@ def test_eight_devices_are_one(method):
   assert values == pytest.approx(metrics, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_ranks_are_spent_the_same_over_eight_devices():
   objective, part, frozen, config = setup("adalora")
   optimizer, _ = build.build("adamw", lr=0.02, steps=4)
@@ -121,7 +120,8 @@ def lines(folder):
   return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("method", [m if m == "adalora" else slow(m) for m in OPTIONS])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", OPTIONS)
 def test_a_run_that_was_stopped_goes_on_as_never_stopped(
   method, shared, tmp_path, monkeypatch, capsys
 ):
@@ -160,6 +160,7 @@ def check_pruned(folder):
   assert means[3:] == [2, 2, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", OPTIONS)
 def test_a_run_is_exported_merged(method, shared, tmp_path, capsys):
   assert (

@@ -295,6 +295,7 @@ def test_a_full_disk_ends_the_run_and_the_same_command_goes_on(
   assert_equal(weights(tmp_path), weights(finished))
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(shared, tmp_path):
   """With plain gradient descent: Adam would divide the rounding of small gradients by their size."""
   fields = dict(

@@ -43,6 +43,7 @@ def test_an_offloaded_run_ends_where_others_do(name, shared, tmp_path):
   assert losses[0][-1] < losses[0][0]
 
 
+@pytest.mark.slow
 def test_an_offloaded_run_goes_on_as_if_never_stopped(shared, tmp_path):
   folder, options = tmp_path / "run", dict(optimizer__offload="params")
   assert run(shared, folder, **options) == 0

@@ -11,6 +11,7 @@ from posttrain_jax.__main__ import main
 from posttrain_jax.adapters import peft_format
 from posttrain_jax.models import decoder, hf, rotary
 from posttrain_jax.train import workdir
+from tests.marks import slow
 from tests.train.test_run import CONFIG, assert_equal, weights
 
 FIELDS = {
@@ -50,7 +51,7 @@ def train(shared, kind, folder):
   )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [k if k == "prompt" else slow(k) for k in KINDS])
 def test_stopped_it_goes_on_as_if_it_had_not_and_its_files_are_of_use(
   kind, shared, tmp_path, monkeypatch, capsys
 ):

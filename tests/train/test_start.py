@@ -16,6 +16,7 @@ from posttrain_jax.models import decoder, hf
 from posttrain_jax.train import distributed, start, workdir
 from posttrain_jax.train.objectives import Frozen, Sft
 from tests.adapters.cases import trained
+from tests.marks import slow
 from tests.train import tiny
 from tests.train.test_kinds import lines, weights
 from tests.train.test_objectives import assert_same, gradient, placed
@@ -30,9 +31,6 @@ OPTIONS = {
 }
 
 
-slow = lambda value: pytest.param(value, marks=pytest.mark.slow)
-
-
 def setup(name):
   """(objective, trainable, frozen) over a base of which a part is in NF4."""
   model = tiny.config()
@@ -44,7 +42,8 @@ def setup(name):
   return Sft(model, remat="names"), part, Frozen(params, fixed)
 
 
-@pytest.mark.parametrize("name", [n if n == "dora_pissa" else slow(n) for n in OPTIONS])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OPTIONS)
 def test_eight_devices_are_one(name):
   objective, part, frozen = setup(name)
   wanted, metrics = gradient(objective, part, frozen, tiny.batch())
@@ -58,6 +57,7 @@ def test_eight_devices_are_one(name):
   assert values == pytest.approx(metrics, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
 def test_what_is_kept_changes_no_gradient(remat):
   objective, part, frozen = setup("dora")
@@ -113,7 +113,8 @@ def stop(self_write):
   return asked
 
 
-@pytest.mark.parametrize("name", [n if n == "qpissa" else slow(n) for n in RUNS])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
 def test_a_run_that_was_stopped_goes_on_as_never_stopped(
   name,
   shared,
@@ -146,7 +147,7 @@ def test_a_run_that_was_stopped_goes_on_as_never_stopped(
   assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("name", ["qdora", "qpissa", "loftq"])
+@pytest.mark.parametrize("name", [slow("qdora"), "qpissa", slow("loftq")])
 def test_a_run_is_exported_for_the_original(name, shared, tmp_path):
   assert train(shared, tmp_path / "run", name, steps=2) == 0
   for extra in ([], ["--merge"]):
