@@ -34,6 +34,7 @@ CASES = (
   (FOUR, "adamw", "none"),
   (FOUR, "adamw", "state"),
   (FOUR, "adamw", "params"),
+  (FOUR, "adamw8bit", "none"),
 )
 
 

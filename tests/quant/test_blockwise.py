@@ -69,18 +69,19 @@ def test_select_is_a_table_lookup():
   np.testing.assert_array_equal(blockwise.decode(codes, False), table)
 
 
-@pytest.mark.parametrize(
-  "how", [blockwise.computed, jax.jit(blockwise.computed)], ids=["op by op", "jit"]
-)
-def test_computed_map_is_the_table_bit_for_bit(how):
-  found = np.asarray(how(jnp.arange(256, dtype=jnp.uint8)))
-  np.testing.assert_array_equal(found.view(np.int32), blockwise.dynamic_map().view(np.int32))
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("wrap", [lambda f, **_: f, jax.jit], ids=["op by op", "jit"])
+def test_computed_map_is_the_table_bit_for_bit(wrap, signed):
+  computed = wrap(blockwise.computed, static_argnames="signed")
+  found = np.asarray(computed(jnp.arange(256, dtype=jnp.uint8), signed=signed))
+  np.testing.assert_array_equal(found.view(np.int32), blockwise.dynamic_map(signed).view(np.int32))
 
 
-def test_computed_map_stands_fused_multiply_adds():
+@pytest.mark.parametrize("signed", [True, False])
+def test_computed_map_stands_fused_multiply_adds(signed):
   """Its products are exact in float32, so contracting them with the sums changes no bit."""
-  _, high, low, _ = blockwise._line()
-  k = np.arange(1, 128)
+  _, high, low, _ = blockwise._line(signed)
+  k = np.arange(1, 128 if signed else 256)
   decade = np.log2(k).astype(int)
   u = (k + 0.5) / 2.0**decade - 1
   for slope in (high, low):
