@@ -1,0 +1,122 @@
+"""How much better an action was than expected: rewards in, advantages out; nothing here is differentiated."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+EPSILON = 1e-4  # added to a standard deviation, as TRL does
+
+
+def group_relative(rewards: Array, *, scale: str = "group", epsilon: float = EPSILON) -> Array:
+  """(R_i - mean R) / (std R + epsilon) over the answers to one prompt; exactly 0 where all of a group agree.
+
+  A NaN reward (an answer that could not be scored) takes no part and gets advantage 0.  Standard deviations divide by
+  n - 1.  Shao et al. 2024 (GRPO, arXiv 2402.03300), section 4.1.2; scale="none" is Liu et al. 2025 (Dr. GRPO, arXiv
+  2503.20783), which leaves the division out.
+
+  Args:
+    rewards: [..., group].
+    scale: "group", "batch" (one deviation over all rewards), or "none".
+
+  Raises:
+    ValueError: scale is none of these, or a group has one answer.
+
+  >>> group_relative(jnp.array([[1.0, 0.0], [1.0, 1.0]]), scale="none").tolist()
+  [[0.5, -0.5], [0.0, 0.0]]
+  """
+  if scale not in ("group", "batch", "none"):
+    raise ValueError(f"scale={scale!r}: write group, batch or none")
+  rewards = _groups(rewards)
+  scored = ~jnp.isnan(rewards)
+  centred, deviation = _centred(rewards, scored)
+  if scale == "group":
+    centred = centred / (deviation + epsilon)
+  elif scale == "batch":
+    centred = centred / (_std(rewards, scored, axis=None) + epsilon)
+  return centred
+
+
+def leave_one_out(rewards: Array) -> Array:
+  """R_i - mean of the other R_j; [..., group], NaN as in `group_relative`.
+
+  Ahmadian et al. 2024 (RLOO, arXiv 2402.14740), section 3.2.
+
+  >>> leave_one_out(jnp.array([3.0, 0.0, 0.0])).tolist()
+  [3.0, -1.5, -1.5]
+  """
+  rewards = _groups(rewards)
+  scored = ~jnp.isnan(rewards)
+  count = jnp.sum(scored, axis=-1, keepdims=True)
+  centred, _ = _centred(rewards, scored)
+  return centred * count / jnp.maximum(count - 1, 1)
+
+
+def gae(
+  rewards: Array, values: Array, mask: Array, *, gamma: float, lam: float
+) -> tuple[Array, Array]:
+  """(advantages, returns): A_t = sum_k (gamma lam)^k delta_{t+k}, delta_t = r_t + gamma V_{t+1} - V_t; returns A + V.
+
+  [batch, time] each.  Where the mask is False (padding, or a tool's text) nothing is an action: the next action
+  follows the last one, and both results are 0.  V after the last action is 0.  Schulman et al. 2016, eq. 16.
+  """
+  mask = jnp.asarray(mask, bool)
+
+  def back(carry, at):
+    next_value, next_advantage = carry
+    reward, value, is_action = at
+    delta = reward + gamma * next_value - value
+    advantage = delta + gamma * lam * next_advantage
+    keep = lambda new, old: jnp.where(is_action, new, old)
+    return (keep(value, next_value), keep(advantage, next_advantage)), keep(advantage, 0.0)
+
+  time_first = lambda x: jnp.moveaxis(jnp.asarray(x), -1, 0)
+  start = jnp.zeros(jnp.shape(rewards)[:-1], jnp.result_type(rewards, values))
+  _, advantages = jax.lax.scan(
+    back, (start, start), tuple(map(time_first, (rewards, values, mask))), reverse=True
+  )
+  advantages = jnp.moveaxis(advantages, 0, -1)
+  return advantages, jnp.where(mask, advantages + values, 0.0)
+
+
+def whiten(values: Array, mask: Array | None = None, *, shift: bool = True) -> Array:
+  """(x - mean) / sqrt(var + 1e-8) over all that the mask has, var dividing by n - 1; 0 elsewhere.
+
+  shift=False keeps the mean.  The whole batch at once: the result does not depend on how it is divided among devices.
+  """
+  mask = jnp.ones(jnp.shape(values), bool) if mask is None else jnp.asarray(mask, bool)
+  count = jnp.sum(mask)
+  mean = jnp.sum(jnp.where(mask, values, 0.0)) / jnp.maximum(count, 1)
+  squares = jnp.sum(jnp.where(mask, (values - mean) ** 2, 0.0))
+  white = (values - mean) * jax.lax.rsqrt(squares / jnp.maximum(count - 1, 1) + 1e-8)
+  return jnp.where(mask, white if shift else white + mean, 0.0)
+
+
+def _groups(rewards):
+  rewards = jnp.asarray(rewards)
+  if rewards.ndim == 0 or rewards.shape[-1] < 2:
+    raise ValueError(
+      f"rewards of shape {rewards.shape}: the last axis is the group, and a group compares at least two answers"
+    )
+  return rewards
+
+
+def _centred(rewards, scored):
+  """(R - mean, std) of each group; exactly zero where a group agrees, not a rest of rounding to be scaled."""
+  count = jnp.sum(scored, axis=-1, keepdims=True)
+  filled = jnp.where(scored, rewards, 0.0)
+  mean = jnp.sum(filled, axis=-1, keepdims=True) / jnp.maximum(count, 1)
+  top = jnp.max(jnp.where(scored, rewards, -jnp.inf), axis=-1, keepdims=True)
+  bottom = jnp.min(jnp.where(scored, rewards, jnp.inf), axis=-1, keepdims=True)
+  centred = jnp.where(scored & (top > bottom), filled - mean, 0.0)
+  squares = jnp.sum(centred**2, axis=-1, keepdims=True)
+  return centred, jnp.sqrt(squares / jnp.maximum(count - 1, 1))
+
+
+def _std(rewards, scored, axis):
+  count = jnp.sum(scored, axis=axis)
+  filled = jnp.where(scored, rewards, 0.0)
+  mean = jnp.sum(filled, axis=axis) / jnp.maximum(count, 1)
+  squares = jnp.sum(jnp.where(scored, (rewards - mean) ** 2, 0.0), axis=axis)
+  return jnp.sqrt(squares / jnp.maximum(count - 1, 1))
