@@ -177,6 +177,22 @@ def run(arg):
   return c
 
 
+def answers(arg, kind):
+  """Where answers to compare come from, and how they become batches."""
+  d = text(arg)
+  d.kind = kind
+  d.share_prompt = True  # a prompt's answers share its tokens, which are computed once
+  d.truncate = "error"  # error, drop (counted), prompt (its beginning is cut; answers stay whole)
+  return d
+
+
+def reference(o):
+  """Where the reference policy comes from."""
+  o.reference = "base"  # the base without its adapter, an adapter folder on it, or another model
+  o.reference_base = "dense"  # how another model's matrices are stored: dense, nf4, fp4, int8
+  o.cache_reference = True  # its log-probabilities are computed once, before training
+
+
 def text(arg):
   """Where rows come from, and how they become batches."""
   d = ml_collections.ConfigDict()
@@ -192,6 +208,7 @@ def text(arg):
   d.truncate = "error"  # error, drop, keep_start, split (plain text)
   d.on_error = "raise"  # raise, skip (counted)
   d.packing = True  # several examples in a row
+  d.kind = "text"  # what a row is: text, pairs, triples, labels, scored
   d.limit = 0  # rows used; 0 for all
   d.replay = ""  # general data mixed in against forgetting: as train
   d.replay_columns = ml_collections.ConfigDict()

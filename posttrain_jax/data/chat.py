@@ -6,8 +6,10 @@ token id, so a padding token that equals EOS does not take the EOS out of traini
 """
 
 import dataclasses
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -66,7 +68,7 @@ class Example:
 class Encoded(Sequence):
   """The examples of a data set, what was left out, and how many were cut."""
 
-  examples: tuple[Example, ...]
+  examples: tuple[Any, ...]  # of Example, or of answers.Answers
   skipped: Skipped
 
   @property
@@ -136,6 +138,13 @@ def encode_all(
   if not examples:
     raise ValueError(f"no row gave an example; {skipped}")
   return Encoded(tuple(examples), skipped)
+
+
+def encode_each(rows: Sequence[Row], tokenizer, template=None) -> list[Example | RowError]:
+  """The example of each row, or why there is none; of any length."""
+  encoder = _Encoder(tokenizer, template, sys.maxsize, "error")
+  results = encoder.batch(list(rows)) if rows else []
+  return [r if isinstance(r, RowError) else r[0] for r in results]
 
 
 class _Encoder:
@@ -356,7 +365,7 @@ def _piece(example, at, limit):
   )
 
 
-def assert_end_of_turn_trained(examples: Iterable[Example], tokenizer, template=None):
+def assert_end_of_turn_trained(examples: Iterable[Any], tokenizer, template=None):
   """Raises unless each trained span ends with the token that ends a turn (or the EOS of a text).
 
   A model that never trains on it never learns to stop.  Examples that were cut are exempt.

@@ -8,12 +8,14 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
-from posttrain_jax.data.chat import Example
+from posttrain_jax.data.answers import Answers
 from posttrain_jax.data.mixture import Mixture
-from posttrain_jax.data.packing import Batch, best_fit, bucket_edges, pack
+from posttrain_jax.data.packing import Batch, best_fit, bucket_edges, pack, pack_answers
+from posttrain_jax.data.packing import slots as packing_slots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Loader:
 
   def __init__(
     self,
-    examples: Sequence[Example] | Mixture,
+    examples: Sequence[Any] | Mixture,
     *,
     batch_size: int,
     length: int,
@@ -69,7 +71,9 @@ class Loader:
     channels: Sequence[str] | None = None,
   ):
     self._mixture = examples if isinstance(examples, Mixture) else None
-    self.examples = tuple(examples.examples if isinstance(examples, Mixture) else examples)
+    self.examples: tuple[Any, ...] = tuple(
+      examples.examples if isinstance(examples, Mixture) else examples
+    )
     self.batch_size, self.length, self.packing = batch_size, length, packing
     self.seed, self.shard, self.accumulate = seed, shard, accumulate
     self.window, self.shuffle = window, shuffle
@@ -94,6 +98,9 @@ class Loader:
       self._epoch, self._batch = self._epoch + 1, 0
     edge, rows = self._plan(self._epoch)[self._batch]
     self._batch += 1
+    if isinstance(self.examples[0], Answers):
+      slots = packing_slots(self.examples, self.length, self.packing)
+      return pack_answers(self.examples, self._own(rows), edge, slots)
     return pack(self.examples, self._own(rows), edge, self.channels)
 
   @property
@@ -146,6 +153,8 @@ class Loader:
       digest.update(len(example).to_bytes(8, "little"))
       digest.update(example.tokens.tobytes())
       digest.update(example.mask.tobytes())
+      if isinstance(example, Answers):
+        digest.update(repr((example.count, sorted(example.values.items()))).encode())
     mixture = self._mixture
     return {
       "data": digest.hexdigest(),
@@ -229,7 +238,7 @@ class Loader:
 
 
 def eval_batches(
-  examples: Sequence[Example],
+  examples: Sequence[Any],
   *,
   batch_size: int,
   length: int,
@@ -253,7 +262,7 @@ def eval_batches(
     yield next(loader)
 
 
-def channel_names(*data_sets: Sequence[Example]) -> tuple[str, ...]:
+def channel_names(*data_sets: Sequence[Any]) -> tuple[str, ...]:
   """The channels that occur in the data, sorted: one table for training and evaluation."""
   names = {example.channel for examples in data_sets for example in examples}
   return tuple(sorted(name for name in names if name is not None))

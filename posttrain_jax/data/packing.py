@@ -7,17 +7,29 @@ A batch is a dict of arrays [batch, time], the same keys whether packed or not:
   segment_ids  int32  1, 2, ... for the examples of a row, 0 for padding
   positions    int32  from 0 in each segment
   channel      int32  index into the table of channel names, -1 for none
+
+Rows of answers (`data.answers`) have more, in the order of the answers of a row:
+
+  prefix_ids   int32  the segment of the common beginning that the token sees too, 0 for none
+  answer       int32  which answer of the row the token belongs to; the number of slots where it is none's
+  present      bool   [batch, slots] whether there is an answer
+  <value>      float32 [batch, slots] label, score, advantage, margin, weight
+  reference    float32 log-probabilities under the reference, where they were computed beforehand
+  steps        float32 labels of steps where they end, NaN elsewhere
+  companion    such a batch again, of the answers' companions
 """
 
 import bisect
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from posttrain_jax.data.answers import Answers
 from posttrain_jax.data.chat import Example
 
-Batch = dict[str, np.ndarray]
+Batch = dict[str, Any]
 
 
 def best_fit(lengths: ArrayLike, capacity: int) -> list[list[int]]:
@@ -87,6 +99,62 @@ def pack(
       batch["positions"][here] = np.arange(len(example))
       if example.channel is not None:
         batch["channel"][here] = table[example.channel]
+  return batch
+
+
+def slots(examples: Sequence[Answers], length: int, packing: bool) -> int:
+  """How many answers a row of `length` has room for."""
+  most = max(example.count for example in examples)
+  if not packing:
+    return most
+  shortest = min(len(example) / example.count for example in examples)
+  return most * max(1, -(-int(length / shortest) // most))
+
+
+def pack_answers(
+  examples: Sequence[Answers], rows: Sequence[Sequence[int]], length: int, slots: int
+) -> Batch:
+  """The batch whose row r holds the answers of `examples[i] for i in rows[r]`, padded at the end."""
+  first = examples[0]
+  time, slot = (len(rows), length), (len(rows), slots)
+  batch: Batch = {
+    "tokens": np.zeros(time, np.int32),
+    "loss_mask": np.zeros(time, bool),
+    "segment_ids": np.zeros(time, np.int32),
+    "prefix_ids": np.zeros(time, np.int32),
+    "positions": np.zeros(time, np.int32),
+    "answer": np.full(time, slots, np.int32),
+    "present": np.zeros(slot, bool),
+    **{name: np.zeros(slot, np.float32) for name in first.values},
+  }
+  if first.reference is not None:
+    batch["reference"] = np.zeros(time, np.float32)
+  if first.steps is not None:
+    batch["steps"] = np.full(time, np.nan, np.float32)
+  for r, row in enumerate(rows):
+    start = segments = answers = 0
+    for example in (examples[i] for i in row):
+      n = len(example.tokens)
+      if start + n > length:
+        raise ValueError(f"row {r} holds {start + n} tokens and more, but its length is {length}")
+      here = np.s_[r, start : start + n]
+      ids, prefixes, count = example.segments()
+      batch["tokens"][here] = example.tokens
+      batch["loss_mask"][here] = example.mask
+      batch["segment_ids"][here] = ids + segments
+      batch["prefix_ids"][here] = np.where(prefixes > 0, prefixes + segments, 0)
+      batch["positions"][here] = example.positions
+      batch["answer"][here] = np.where(example.answer < 0, slots, example.answer + answers)
+      batch["present"][r, answers : answers + example.count] = True
+      for name, values in example.values.items():
+        batch[name][r, answers : answers + example.count] = values
+      for name, values in (("reference", example.reference), ("steps", example.steps)):
+        if values is not None:
+          batch[name][here] = values
+      start, segments, answers = start + n, segments + count, answers + example.count
+  if first.companion is not None:
+    companions = [e.companion for e in examples if e.companion is not None]
+    batch["companion"] = pack_answers(companions, rows, length, slots)
   return batch
 
 

@@ -25,6 +25,7 @@ KINDS = {
   "preference": ({"chosen", "rejected"}, {"prompt", "chosen", "rejected"}),
   "unpaired": ({"prompt", "completion", "label"}, {"messages", "label"}),
   "stepwise": ({"prompt", "completions", "labels"},),
+  "scored": ({"prompt", "completions", "scores"},),
 }
 
 KNOWN = """\
@@ -34,12 +35,15 @@ KNOWN = """\
   {"prompt": ..., "chosen": ..., "rejected": ...}          preference ("prompt" may be left out)
   {"prompt": ..., "completion": ..., "label": true}        unpaired preference
   {"prompt": ..., "completions": [...], "labels": [...]}   stepwise
+  {"prompt": ..., "completions": [...], "scores": [...]}   a group of scored answers
 or say which columns play these parts, as in
   columns={"prompt": "question", "completion": "answer"}
   columns={"prompt": ["instruction", "input"], "completion": "output"}   (joined by a newline)"""
 
 # What else a row may carry whatever its kind: kept when `columns` picks the others.
-CARRIED = ("channel", "tools")
+# `reference` is a gold answer beside a pair (TPO), `margin` how much better its chosen answer is held to be.
+CARRIED = ("channel", "tools", "reference", "margin", "weight")
+ANSWERS = ("completion", "chosen", "rejected", "reference")
 
 # ShareGPT's conversations name their speakers in their own way.
 SHAREGPT_ROLES = {
@@ -187,24 +191,26 @@ def validate(fields: dict[str, Any], origin: str) -> dict[str, Any]:
 
 
 def as_chat(fields: dict[str, Any], origin: str, system: str | None) -> dict[str, Any]:
-  """A prompt and a completion in strings, as a user's and an assistant's message; other rows stay as they are."""
-  if not (isinstance(fields.get("prompt"), str) and isinstance(fields.get("completion"), str)):
+  """A prompt and its answers in strings, as a user's and an assistant's messages; other rows stay as they are."""
+  answers = [name for name in (*ANSWERS, "completions") if name in fields]
+  if not (isinstance(fields.get("prompt"), str) and answers) or "labels" in fields:
     if system is None:
       return fields
     raise RowError(
       "no place for the system message",
       origin,
-      f"system= goes before a prompt and a completion in strings, found {sorted(fields)} (of which those two are"
-      " not both strings); put the message into the rows, or leave system= out",
+      f"system= goes before a prompt and its answers in strings, found {sorted(fields)} (which are not all"
+      " strings); put the message into the rows, or leave system= out",
     )
   if not fields["prompt"].strip():
     raise RowError("empty prompt", origin, "an empty prompt cannot be a user's message")
   opening = [] if system is None else [{"role": "system", "content": system}]
-  return {
-    **fields,
-    "prompt": opening + [{"role": "user", "content": fields["prompt"]}],
-    "completion": [{"role": "assistant", "content": fields["completion"]}],
+  turn = lambda text: [{"role": "assistant", "content": text}]
+  said = {
+    name: list(map(turn, fields[name])) if name == "completions" else turn(fields[name])
+    for name in answers
   }
+  return {**fields, **said, "prompt": opening + [{"role": "user", "content": fields["prompt"]}]}
 
 
 def _renamed(found, columns, origin):
@@ -254,8 +260,15 @@ def _preference(fields, origin):
   if "prompt" in fields:
     _prompt(fields, origin)
     keys = ("prompt", *keys)
-  for key in ("chosen", "rejected"):
-    fields[key] = _completion(fields[key], key, origin)
+  if "reference" in fields:
+    keys = (*keys, "reference")
+  for key in keys:
+    if key != "prompt":
+      fields[key] = _completion(fields[key], key, origin)
+  for key in ("margin", "weight"):
+    value = fields.get(key)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+      raise _wrong_type(key, value, "a number", origin)
   _same_form(fields, keys, origin)
 
 
@@ -283,6 +296,28 @@ def _stepwise(fields, origin):
     _completion(step, "completions", origin)
 
 
+def _scored(fields, origin):
+  _prompt(fields, origin)
+  answers, scores = fields["completions"], fields["scores"]
+  if not isinstance(answers, list) or len(answers) < 2:
+    raise _wrong_type("completions", answers, "a list of at least two answers", origin)
+  numbers = isinstance(scores, list) and all(
+    score is None or (isinstance(score, int | float) and not isinstance(score, bool))
+    for score in scores
+  )
+  if not numbers:
+    raise _wrong_type("scores", scores, "a list of numbers (null where an answer has none)", origin)
+  if len(answers) != len(scores):
+    raise RowError(
+      "unequal scores", origin, f"{len(answers)} completions but {len(scores)} scores; each has one"
+    )
+  fields["completions"] = [_completion(answer, "completions", origin) for answer in answers]
+  for answer in fields["completions"]:
+    _same_form(
+      {"prompt": fields["prompt"], "completions": answer}, ("prompt", "completions"), origin
+    )
+
+
 _VALIDATE = {
   "text": _text,
   "messages": _conversation,
@@ -291,6 +326,7 @@ _VALIDATE = {
   "preference": _preference,
   "unpaired": _unpaired,
   "stepwise": _stepwise,
+  "scored": _scored,
 }
 
 
@@ -308,6 +344,10 @@ def _string_or_messages(value, key, origin):
 
 
 def _completion(value, key, origin):
+  if isinstance(value, dict) and (
+    {"role", "content"} <= set(value) or {"from", "value"} <= set(value)
+  ):
+    value = [value]  # one message instead of a list of one
   if value == [] or (isinstance(value, str) and not value.strip()):
     raise RowError("empty completion", origin, f"{key!r} is empty; there is nothing to learn from")
   return _string_or_messages(value, key, origin)

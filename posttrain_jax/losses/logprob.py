@@ -26,6 +26,8 @@ class Scores:
   logp: Array  # natural log-probability of the label; differentiable
   correct: Array  # 1 where the label is the most likely token; not differentiable
   entropy: Array  # of the distribution, in nats; not differentiable; 0 unless asked for
+  # log of the sum of squared probabilities; not differentiable; 0 unless asked for
+  log_collision: Array
 
 
 def token_logps(
@@ -50,6 +52,7 @@ def score(
   softcap: float | None = None,
   temperature: float = 1.0,
   entropy: bool = False,
+  collision: bool = False,
 ) -> Scores:
   """`Scores` of labels under softmax(softcap * tanh(hidden @ head / softcap) / temperature).
 
@@ -65,11 +68,11 @@ def score(
     mask: [...] bool, True where the score is wanted; default everywhere.
     softcap: final-logit soft-cap (Gemma 2); None for none.
     temperature: divides the logits, after the soft-cap.
-    entropy: whether to compute it: one more pass over the logits.
+    entropy, collision: whether to compute them: one more pass over the logits each.
   """
   hidden, labels = jnp.asarray(hidden), jnp.asarray(labels)
   mask = jnp.ones(labels.shape, bool) if mask is None else jnp.asarray(mask, bool)
-  options = (softcap, temperature, entropy)
+  options = (softcap, temperature, entropy, collision)
   if sharding.active():
     return _score(hidden, head, labels, mask, options)
   rows = hidden.reshape(-1, hidden.shape[-1])
@@ -155,7 +158,7 @@ def _forward(hidden, head, labels, mask, options, with_gradient):
     new, d = _chunk(part(hidden), head, part(labels), part(mask), options, with_gradient)
     return jax.tree.map(update, scores, new), update(slope, d) if with_gradient else None
 
-  scores, slope = jax.lax.fori_loop(0, chunks, body, (Scores(zero, zero, zero), slope))
+  scores, slope = jax.lax.fori_loop(0, chunks, body, (Scores(zero, zero, zero, zero), slope))
   scores, slope = jax.tree.map(lambda x: x[:, :tokens], (scores, slope))
   if compact:
     places = jnp.argsort(order)  # a gather: XLA:CPU scatters row by row
@@ -173,7 +176,7 @@ def _chunk_length(batch, tokens):
 
 
 def _chunk(hidden, head, labels, mask, options, with_gradient):
-  softcap, temperature, entropy = options
+  softcap, temperature, entropy, collision = options
   # the transpose of the product that makes the logits, whatever the head is
   products, transposed = jax.vjp(lambda x: linear32(x, head), hidden)
   logits, chain = _logits(products, softcap, temperature)
@@ -188,7 +191,15 @@ def _chunk(hidden, head, labels, mask, options, with_gradient):
     p = raised / total[..., None]
     # not normaliser - sum(p * logits), where large logits cancel
     entropies = jnp.sum(p * (normaliser[..., None] - logits), axis=-1)
-  scores = Scores((target - normaliser) * wanted, (target >= top) * wanted, entropies * wanted)
+  collisions = jnp.zeros_like(target)
+  if collision:
+    collisions = jnp.log(jnp.sum(raised**2, axis=-1)) - 2 * jnp.log(total)
+  scores = Scores(
+    (target - normaliser) * wanted,
+    (target >= top) * wanted,
+    entropies * wanted,
+    collisions * wanted,
+  )
   if not with_gradient:
     return scores, None
   p = raised / total[..., None]
@@ -214,7 +225,7 @@ def _logits(products, softcap, temperature):
 
 def _recomputed(hidden, head, labels, mask, options):
   """logp alone, by a scan whose backward pass computes each chunk's logits again: for a head that is trained."""
-  softcap, temperature, _ = options
+  softcap, temperature, *_ = options
   batch, tokens, _ = hidden.shape
   chunk = _chunk_length(batch, tokens)
   padding = -tokens % chunk

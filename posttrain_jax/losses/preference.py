@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from posttrain_jax.core import struct
 
 Array = jax.Array
+Number = Array | float
 log_sigmoid = jax.nn.log_sigmoid
 
 
@@ -22,15 +23,15 @@ log_sigmoid = jax.nn.log_sigmoid
 class PreferenceStats:
   """Implicit rewards of the two completions: beta r, or what a loss without a reference has in its place."""
 
-  chosen: Array
-  rejected: Array
+  chosen: Number
+  rejected: Number
 
   @property
-  def margin(self) -> Array:
+  def margin(self) -> Number:
     return self.chosen - self.rejected
 
   @property
-  def correct(self) -> Array:
+  def correct(self) -> Array | bool:
     """True where the chosen completion has the higher reward; a tie is not correct."""
     return self.chosen > self.rejected
 
@@ -45,10 +46,10 @@ def _ratios(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
 
 
 def dpo(
-  policy_chosen: Array,
-  policy_rejected: Array,
-  ref_chosen: Array,
-  ref_rejected: Array,
+  policy_chosen: Number,
+  policy_rejected: Number,
+  ref_chosen: Number,
+  ref_rejected: Number,
   *,
   beta: float,
   label_smoothing: float = 0.0,
@@ -69,10 +70,10 @@ def dpo(
 
 
 def robust(
-  policy_chosen: Array,
-  policy_rejected: Array,
-  ref_chosen: Array,
-  ref_rejected: Array,
+  policy_chosen: Number,
+  policy_rejected: Number,
+  ref_chosen: Number,
+  ref_rejected: Number,
   *,
   beta: float,
   label_smoothing: float,
@@ -93,10 +94,10 @@ def robust(
 
 
 def ipo(
-  policy_chosen: Array,
-  policy_rejected: Array,
-  ref_chosen: Array,
-  ref_rejected: Array,
+  policy_chosen: Number,
+  policy_rejected: Number,
+  ref_chosen: Number,
+  ref_rejected: Number,
   *,
   beta: float,
 ) -> tuple[Array, PreferenceStats]:
@@ -109,10 +110,10 @@ def ipo(
 
 
 def hinge(
-  policy_chosen: Array,
-  policy_rejected: Array,
-  ref_chosen: Array,
-  ref_rejected: Array,
+  policy_chosen: Number,
+  policy_rejected: Number,
+  ref_chosen: Number,
+  ref_rejected: Number,
   *,
   beta: float,
 ) -> tuple[Array, PreferenceStats]:
@@ -122,10 +123,10 @@ def hinge(
 
 
 def exo(
-  policy_chosen: Array,
-  policy_rejected: Array,
-  ref_chosen: Array,
-  ref_rejected: Array,
+  policy_chosen: Number,
+  policy_rejected: Number,
+  ref_chosen: Number,
+  ref_rejected: Number,
   *,
   beta: float,
   label_smoothing: float,
@@ -148,10 +149,10 @@ def exo(
 
 
 def nca(
-  policy_chosen: Array,
-  policy_rejected: Array,
-  ref_chosen: Array,
-  ref_rejected: Array,
+  policy_chosen: Number,
+  policy_rejected: Number,
+  ref_chosen: Number,
+  ref_rejected: Number,
   *,
   beta: float,
 ) -> tuple[Array, PreferenceStats]:
@@ -165,13 +166,13 @@ def nca(
 
 
 def bco(
-  policy_chosen: Array,
-  policy_rejected: Array,
-  ref_chosen: Array,
-  ref_rejected: Array,
+  policy_chosen: Number,
+  policy_rejected: Number,
+  ref_chosen: Number,
+  ref_rejected: Number,
   *,
   beta: float,
-  shift: Array | float = 0.0,
+  shift: Number = 0.0,
 ) -> tuple[Array, PreferenceStats]:
   """-log sigma(beta r_w - shift) - log sigma(-(beta r_l - shift)): a classifier with the reward as its logit.
 
@@ -183,10 +184,10 @@ def bco(
 
 
 def apo_zero(
-  policy_chosen: Array,
-  policy_rejected: Array,
-  ref_chosen: Array,
-  ref_rejected: Array,
+  policy_chosen: Number,
+  policy_rejected: Number,
+  ref_chosen: Number,
+  ref_rejected: Number,
   *,
   beta: float,
 ) -> tuple[Array, PreferenceStats]:
@@ -199,10 +200,10 @@ def apo_zero(
 
 
 def apo_down(
-  policy_chosen: Array,
-  policy_rejected: Array,
-  ref_chosen: Array,
-  ref_rejected: Array,
+  policy_chosen: Number,
+  policy_rejected: Number,
+  ref_chosen: Number,
+  ref_rejected: Number,
   *,
   beta: float,
 ) -> tuple[Array, PreferenceStats]:
@@ -215,10 +216,10 @@ def apo_down(
 
 
 def sppo(
-  policy_chosen: Array,
-  policy_rejected: Array,
-  ref_chosen: Array,
-  ref_rejected: Array,
+  policy_chosen: Number,
+  policy_rejected: Number,
+  ref_chosen: Number,
+  ref_rejected: Number,
   *,
   beta: float,
 ) -> tuple[Array, PreferenceStats]:
@@ -231,10 +232,10 @@ def sppo(
 
 
 def discopop(
-  policy_chosen: Array,
-  policy_rejected: Array,
-  ref_chosen: Array,
-  ref_rejected: Array,
+  policy_chosen: Number,
+  policy_rejected: Number,
+  ref_chosen: Number,
+  ref_rejected: Number,
   *,
   beta: float,
   temperature: float = 0.05,
@@ -250,10 +251,10 @@ def discopop(
 
 
 def aot(
-  policy_chosen: Array,
-  policy_rejected: Array,
-  ref_chosen: Array,
-  ref_rejected: Array,
+  policy_chosen: Number,
+  policy_rejected: Number,
+  ref_chosen: Number,
+  ref_rejected: Number,
   *,
   beta: float,
   label_smoothing: float = 0.0,
@@ -269,10 +270,10 @@ def aot(
 
 
 def aot_unpaired(
-  policy_chosen: Array,
-  policy_rejected: Array,
-  ref_chosen: Array,
-  ref_rejected: Array,
+  policy_chosen: Number,
+  policy_rejected: Number,
+  ref_chosen: Number,
+  ref_rejected: Number,
   *,
   beta: float,
   label_smoothing: float = 0.0,
@@ -335,7 +336,7 @@ def length_desensitised(total: Array, head: Array, *, alpha: float) -> Array:
 
 
 def cpo(
-  policy_chosen: Array, policy_rejected: Array, *, beta: float, label_smoothing: float = 0.0
+  policy_chosen: Number, policy_rejected: Number, *, beta: float, label_smoothing: float = 0.0
 ) -> tuple[Array, PreferenceStats]:
   """`dpo` under a uniform reference: -log sigma(beta (log pi_w - log pi_l)).
 
@@ -345,7 +346,7 @@ def cpo(
 
 
 def simpo(
-  policy_chosen: Array, policy_rejected: Array, *, beta: float, gamma_beta_ratio: float
+  policy_chosen: Number, policy_rejected: Number, *, beta: float, gamma_beta_ratio: float
 ) -> tuple[Array, PreferenceStats]:
   """-log sigma(beta (mean log pi_w - mean log pi_l) - gamma), gamma = gamma_beta_ratio * beta.
 
@@ -357,7 +358,7 @@ def simpo(
 
 
 def orpo(
-  policy_chosen: Array, policy_rejected: Array, *, beta: float
+  policy_chosen: Number, policy_rejected: Number, *, beta: float
 ) -> tuple[Array, PreferenceStats]:
   """-beta log sigma(log odds(y_w) - log odds(y_l)), odds(p) = p / (1 - p) of the mean probability per token.
 
@@ -369,7 +370,7 @@ def orpo(
   return -beta * log_sigmoid(log_odds), stats
 
 
-def log_odds_ratio(chosen: Array, rejected: Array) -> Array:
+def log_odds_ratio(chosen: Number, rejected: Number) -> Array:
   """log (odds(exp chosen) / odds(exp rejected)), finite up to probability 1 - 1e-7."""
   return (chosen - rejected) - (_log1mexp(chosen) - _log1mexp(rejected))
 
@@ -387,7 +388,7 @@ def _log1mexp(x):
 
 
 def tpo(
-  policy_chosen: Array, policy_rejected: Array, *, beta: float, gamma_beta_ratio: float = 0.0
+  policy_chosen: Number, policy_rejected: Number, *, beta: float, gamma_beta_ratio: float = 0.0
 ) -> tuple[Array, PreferenceStats]:
   """-log sigma(beta (log pi_w - log pi_l) - gamma), the pair's part of triple preference optimisation.
 
@@ -412,7 +413,7 @@ def kto(
   policy: Array,
   ref: Array,
   desirable: Array,
-  kl: Array | float,
+  kl: Number,
   *,
   beta: float,
   desirable_weight: float = 1.0,

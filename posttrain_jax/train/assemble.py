@@ -15,13 +15,15 @@ import numpy as np
 import optax
 
 from posttrain_jax import adapters
+from posttrain_jax.adapters import peft_format
 from posttrain_jax.core import memory, sharding, tree
-from posttrain_jax.data import chat, loader, mixture, schema
+from posttrain_jax.data import answers, chat, loader, mixture, schema
+from posttrain_jax.losses import advantage
 from posttrain_jax.models import decoder, fetch, hf, rotary
 from posttrain_jax.models.config import ModelConfig
 from posttrain_jax.optim import build, offload
-from posttrain_jax.train import distributed, objectives, start
-from posttrain_jax.train.objectives import Frozen
+from posttrain_jax.train import comparisons, distributed, objectives, reference, start
+from posttrain_jax.train.objectives import Frozen, Scorer
 from posttrain_jax.train.settings import ConfigError
 
 TASKS = ("sql",)  # built-in data sets that come with splits of their own
@@ -45,7 +47,7 @@ class Data:
   """Encoded examples; `skipped` says in words what was left out, "" for nothing."""
 
   train: Any  # a sequence of examples, or a mixture
-  eval: Sequence[chat.Example]
+  eval: Sequence[Any]
   channels: tuple[str, ...]
   skipped: str
 
@@ -168,7 +170,7 @@ def data(config: ml_collections.ConfigDict, model: Model) -> Data:
   train, skipped = _sources(d, d.train, "train", model)
   if d.limit:
     train = _limited(train, d.limit)
-  held_out: Sequence[chat.Example]
+  held_out: Sequence[Any]
   if d.eval or d.train in TASKS:
     held_out, more = _encoded(d, d.eval or d.train, "eval", model, d.columns)
     skipped += more
@@ -190,11 +192,36 @@ def data(config: ml_collections.ConfigDict, model: Model) -> Data:
     general, more = _encoded(d, d.replay, "train", model, d.replay_columns)
     skipped += more
     train = mixture.replay(train, general, d.replay_fraction, by=d.replay_by, seed=config.seed)
+  if d.kind == "scored":
+    train, held_out = (with_advantages(config, each) for each in (train, held_out))
   examples = train.examples if isinstance(train, mixture.Mixture) else train
-  if model.template is not None:
+  if model.template is not None and d.kind != "steps":
     chat.assert_end_of_turn_trained(examples, model.tokenizer, model.template)
   channels = loader.channel_names(examples, held_out)
   return Data(train, held_out, channels, "; ".join(map(str, skipped)))
+
+
+def with_advantages(
+  config: ml_collections.ConfigDict, examples: Sequence[answers.Answers]
+) -> Sequence[answers.Answers]:
+  """Groups of scored answers with the advantage of each, as config.objective.advantage says."""
+  how = config.objective.advantage
+  known = ("group", "batch", "none", "leave_one_out")
+  if how not in known:
+    raise ConfigError(f"objective.advantage={how!r}: known are {', '.join(known)}")
+  if not examples:
+    return examples
+  scores = [jnp.asarray(example.values["score"], jnp.float32) for example in examples]
+  if how == "leave_one_out":
+    found = [advantage.leave_one_out(each) for each in scores]
+  elif how == "batch":
+    # one deviation over the data: what is in an optimizer batch is not known yet
+    centred = [advantage.group_relative(each, scale="none") for each in scores]
+    deviation = np.nanstd(np.concatenate(scores), ddof=1)
+    found = [each / (deviation + advantage.EPSILON) for each in centred]
+  else:
+    found = [advantage.group_relative(each, scale=how) for each in scores]
+  return answers.with_values(examples, "advantage", [each.tolist() for each in found])
 
 
 def _sources(d, text, split, model):
@@ -223,14 +250,12 @@ def _encoded(d, source, split, model, mapping):
     chat=bool(d.chat and model.template is not None),
     system=d.system if d.chat and model.template is not None else None,
   )
-  examples = chat.encode_all(
-    rows,
-    model.tokenizer,
-    model.template,
-    max_length=d.length,
-    truncate=d.truncate,
-    on_error=d.on_error,
-  )
+  how: dict[str, Any] = dict(max_length=d.length, truncate=d.truncate, on_error=d.on_error)
+  if d.kind == "text":
+    examples = chat.encode_all(rows, model.tokenizer, model.template, **how)
+  else:
+    how |= dict(kind=d.kind, share=d.share_prompt)
+    examples = answers.encode_all(list(rows), model.tokenizer, model.template, **how)
   skipped = [f"{source}: {part}" for part in (rows.skipped, examples.skipped) if len(part)]
   return examples.examples, skipped
 
@@ -269,8 +294,15 @@ def split(
 ) -> tuple[Any, Any, Frozen, adapters.AdapterConfig | None]:
   """(trainable, carried, frozen, adapter config) at the start of a run."""
   chosen = adapter_config(config)
+  other = None
+  if config.objective.get("reference") and not caches_reference(config):
+    own = config.objective.reference == "base"
+    if not own:
+      other = reference_params(config, model, mesh)
+    elif chosen is None:  # what trains is donated from step to step
+      other = jax.tree.map(jnp.copy, model.params)
   if chosen is None:
-    return model.params, None, Frozen(), None
+    return model.params, None, Frozen(reference=other), None
   text = chosen.prompt_tuning_init_text
   params, adapter = adapters.init(
     jax.random.key(config.seed),
@@ -281,7 +313,12 @@ def split(
     model=model.config,
   )
   trainable, carried = tree.partition(placed_adapter(adapter, mesh))
-  return trainable, carried, Frozen(params), chosen.for_layers(model.config.num_layers)
+  return (
+    trainable,
+    carried,
+    Frozen(params, reference=other),
+    chosen.for_layers(model.config.num_layers),
+  )
 
 
 def resumed(
@@ -305,22 +342,105 @@ def objective(
   config: ml_collections.ConfigDict, model: Model, channels: Sequence[str]
 ) -> objectives.Objective:
   """The objective that config.objective names; a model planned without files has no tokenizer."""
-  name = config.objective.name
+  o = config.objective
   special = () if model.tokenizer is None else model.tokenizer.all_special_ids
   chosen = adapter_config(config)
+  how: dict[str, Any] = dict(
+    dtype=model.dtype,
+    remat=remat(config),
+    attention_group=0 if chosen is None else chosen.attention_group,
+  )
+  own = {
+    field: value
+    for field, value in o.items()
+    if field not in ("name", "losses", "loss", "advantage", *REFERENCE)
+  }
   made = {
     "sft": lambda: objectives.Sft(
+      model.config, channels=tuple(channels), special_tokens=tuple(sorted(set(special))), **how
+    ),
+    "preference": lambda: comparisons.Preference(
       model.config,
-      channels=tuple(channels),
-      special_tokens=tuple(sorted(set(special))),
-      dtype=model.dtype,
-      remat=remat(config),
-      attention_group=0 if chosen is None else chosen.attention_group,
-    )
+      losses=tuple((name, float(weight)) for name, weight in o.losses.items()),
+      answers=3 if config.data.kind == "triples" else 2,
+      **own,
+      **how,
+    ),
+    "kto": lambda: comparisons.Labelled(model.config, **own, **how),
+    "grouped": lambda: comparisons.Grouped(
+      model.config, loss_name=o.loss, max_length=config.data.length, **own, **how
+    ),
   }
-  if name not in made:
-    raise ConfigError(f"objective.name={name!r}: known are {', '.join(made)}")
-  return made[name]()
+  if o.name not in made:
+    raise ConfigError(f"objective.name={o.name!r}: known are {', '.join(made)}")
+  found = made[o.name]()
+  if how["attention_group"] and config.data.kind != "text" and config.data.share_prompt:
+    raise ConfigError(
+      "data.share_prompt: shifted attention (attention_group) has no room for a shared prompt; write false"
+    )
+  return found
+
+
+# of config.objective, about where the reference comes from and not about the loss
+REFERENCE = ("reference", "reference_base", "cache_reference")
+
+
+def caches_reference(config: ml_collections.ConfigDict) -> bool:
+  """Whether the reference's log-probabilities are computed once, before training."""
+  return bool(config.objective.get("cache_reference", False)) and jax.process_count() == 1
+
+
+def reference_params(
+  config: ml_collections.ConfigDict, model: Model, mesh: jax.sharding.Mesh | None
+) -> Any:
+  """The parameters of config.objective.reference: the base, the base with an adapter folder, or another model."""
+  name = config.objective.reference
+  if name == "base":
+    return model.params
+  folder = Path(name).expanduser()
+  if (folder / "adapter_config.json").exists():
+    adapter, _ = peft_format.load(folder, model.params, model.config)
+    return adapters.bind(model.params, placed_adapter(adapter, mesh))
+  place = functools.partial(_place, mesh=mesh)
+  storage = config.objective.reference_base
+  params, found = hf.load(fetch.resolve(name), dtype=model.dtype, storage=storage, place=place)
+  if found.vocab_size != model.config.vocab_size:
+    raise ConfigError(
+      f"objective.reference={name}: its vocabulary has {found.vocab_size} tokens, the model's"
+      f" {model.config.vocab_size}; a reference scores the same tokens"
+    )
+  shape = lambda c: (c.num_layers, c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim)
+  if shape(found) != shape(model.config):
+    raise ConfigError(
+      f"objective.reference={name}: it is of another shape than the model; the reference is a policy of the same family"
+    )
+  return params
+
+
+def with_reference(
+  config: ml_collections.ConfigDict,
+  model: Model,
+  data: Data,
+  objective: objectives.Objective,
+  mesh: jax.sharding.Mesh | None,
+  say: Any,
+) -> Data:
+  """data with the reference's log-probabilities, where they are to be computed once."""
+  wanted = isinstance(objective, Scorer) and objective.needs_reference
+  if not (wanted and caches_reference(config)):
+    return data
+  params = reference_params(config, model, mesh)
+  score = functools.partial(
+    reference.scored,
+    scorer=objective,
+    params=params,
+    cache=fetch.cache() / "reference",
+    mesh=mesh,
+    say=say,
+  )
+  return dataclasses.replace(
+    data, train=score(data.train), eval=score(data.eval) if data.eval else ()
+  )
 
 
 def remat(config: ml_collections.ConfigDict) -> str:

@@ -19,7 +19,7 @@ from posttrain_jax.train import metrics as metrics_lib
 from posttrain_jax.train.objectives import Frozen
 from posttrain_jax.train.progress import Bar
 from posttrain_jax.train.signals import Stop
-from posttrain_jax.train.step import State
+from posttrain_jax.train.step import State, with_state
 from posttrain_jax.train.workdir import Journal
 
 
@@ -161,7 +161,7 @@ def _placed(run: Run, batch: Any) -> Any:
 def evaluation(run: Run, state: State) -> dict[str, float]:
   """Metrics over every held-out example, `eval_` before each name; empty without held-out data."""
   total: dict[str, Any] | None = None
-  frozen = dataclasses.replace(run.frozen, adapter=state.carried)
+  frozen = with_state(run.frozen, state)
   for batch in run.eval_batches():
     metrics = run.evaluate(state.trainable, frozen, _placed(run, batch))
     total = metrics if total is None else jax.tree.map(lambda a, b: a + b, total, metrics)

@@ -31,13 +31,23 @@ class Frozen:
 
   params: Any = None  # None in full fine-tuning: the parameters are the trainable tree
   adapter: Any = None
+  reference: Any = None  # parameters of a reference policy; None: the base without its adapter
+  memory: Any = None  # what the objective carries from step to step
 
 
 class Objective(Protocol):
   """What the step needs to know of a method."""
 
-  def totals(self, trainable: Any, frozen: Frozen, batch: Batch, key: Array) -> dict[str, Array]:
-    """What the WHOLE optimizer batch decides: counts, and whatever else contributions are divided by."""
+  def start(self) -> Any:
+    """What the objective carries from step to step, at the start; None for nothing."""
+
+  def totals(
+    self, trainable: Any, frozen: Frozen, batch: Batch, key: Array | None
+  ) -> dict[str, Any]:
+    """What the WHOLE optimizer batch decides: counts, and whatever else contributions are divided by.
+
+    An objective that carries something returns it anew as "memory"; in evaluation (key None) it is left as it was.
+    """
 
   def loss(
     self, trainable: Any, frozen: Frozen, batch: Batch, totals: dict[str, Array], key: Array | None
@@ -55,8 +65,64 @@ def policy(trainable: Any, frozen: Frozen, key: Array | None = None) -> Any:
   return adapters.bind(frozen.params, tree.combine(trainable, frozen.adapter), key=key)
 
 
+def reference(trainable: Any, frozen: Frozen) -> Any:
+  """The parameters of the reference policy, never differentiated: given ones, or the base without its adapter.
+
+  Raises:
+    ValueError: full fine-tuning without a reference: its base is what changes.
+  """
+  given = frozen.params if frozen.reference is None else frozen.reference
+  if given is None:
+    raise ValueError("full fine-tuning changes its base: give it a reference, or cache its scores")
+  return jax.lax.stop_gradient(given)
+
+
 @dataclasses.dataclass(frozen=True)
-class Sft:
+class Scorer:
+  """How a batch becomes scores of its tokens, for every objective alike."""
+
+  model: ModelConfig
+  dtype: Any = None  # of the computation; None: the embedding's
+  remat: str = "none"
+  attention_group: int = 0  # of shifted attention, in training only; 0: full attention
+
+  @property
+  def needs_reference(self) -> bool:
+    return False
+
+  def start(self) -> Any:
+    return None
+
+  def hidden(self, params: Any, batch: Batch, key: Array | None) -> Array:
+    return decoder.hidden(
+      params,
+      batch["tokens"],
+      self.model,
+      positions=batch["positions"],
+      segment_ids=batch["segment_ids"],
+      prefix_ids=batch.get("prefix_ids"),
+      dtype=self.dtype,
+      remat=self.remat,
+      attention_group=0 if key is None else self.attention_group,
+    )
+
+  def scores(
+    self, params: Any, batch: Batch, mask: Array, key: Array | None, **options: Any
+  ) -> logprob.Scores:
+    """Of the token after each position, where the mask says so; [rows, time]."""
+    labels, _ = targets(batch)
+    return logprob.score(
+      self.hidden(params, batch, key),
+      decoder.head(params),
+      labels,
+      mask=mask,
+      softcap=self.model.final_softcap,
+      **options,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Sft(Scorer):
   """Token mean of -log p over the trained tokens of the whole optimizer batch.
 
   Continued pretraining is the same with every token trained.  Metrics carry TRL's names, and `loss/<channel>` for each
@@ -64,12 +130,8 @@ class Sft:
   over the logits does not cost a fifth of the step.
   """
 
-  model: ModelConfig
   channels: tuple[str, ...] = ()  # names of the batch's channel indices
   special_tokens: tuple[int, ...] = ()
-  dtype: Any = None  # of the computation; None: the embedding's
-  remat: str = "none"
-  attention_group: int = 0  # of shifted attention, in training only; 0: full attention
 
   def totals(self, trainable, frozen, batch, key):
     del trainable, frozen, key
@@ -78,24 +140,7 @@ class Sft:
   def loss(self, trainable, frozen, batch, totals, key):
     params = policy(trainable, frozen, key)
     labels, mask = targets(batch)
-    hidden = decoder.hidden(
-      params,
-      batch["tokens"],
-      self.model,
-      positions=batch["positions"],
-      segment_ids=batch["segment_ids"],
-      dtype=self.dtype,
-      remat=self.remat,
-      attention_group=0 if key is None else self.attention_group,
-    )
-    scores = logprob.score(
-      hidden,
-      decoder.head(params),
-      labels,
-      mask=mask,
-      softcap=self.model.final_softcap,
-      entropy=key is None,
-    )
+    scores = self.scores(params, batch, mask, key, entropy=key is None)
     nll, _ = supervised.negative_log_likelihood(scores.logp)
     loss = jnp.sum(nll * mask) / jnp.maximum(totals["tokens"], 1.0)
     return loss, self._metrics(jax.lax.stop_gradient(nll), scores, labels, mask, batch, key)

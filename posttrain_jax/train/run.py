@@ -72,6 +72,10 @@ def train(config: ml_collections.ConfigDict, folder: str | Path, *, dry_run: boo
       _explain_memory(pieces, say)
       return 0
     workdir.claim(Path(folder), config)
+    scored = assemble.with_reference(config, model, data, pieces.objective, mesh, say)
+    if scored is not data:
+      data = scored
+      pieces = dataclasses.replace(pieces, batches=assemble.batches(config, data, mesh))
     return _train(config, Path(folder), model, data, pieces, say)
 
 
@@ -205,7 +209,8 @@ def _started(pieces: _Pieces) -> step.State:
   where = jax.tree.map(lambda x: x.sharding, _shapes(pieces))
   if pieces.mesh is None:  # without a copy of the parameters
     init = jax.jit(pieces.optimizer.init, out_shardings=where.optimizer)
-    return step.start(pieces.trainable, pieces.optimizer._replace(init=init), pieces.carried)
+    optimizer = pieces.optimizer._replace(init=init)
+    return step.start(pieces.trainable, optimizer, pieces.carried, pieces.objective.start())
   first = functools.partial(_first, pieces)
   return jax.jit(first, out_shardings=where)(pieces.trainable, pieces.carried)
 
@@ -222,7 +227,7 @@ def _shapes(pieces: _Pieces) -> step.State:
 
 
 def _first(pieces: _Pieces, trainable: Any, carried: Any) -> step.State:
-  return step.start(trainable, pieces.optimizer, carried)
+  return step.start(trainable, pieces.optimizer, carried, pieces.objective.start())
 
 
 def _abstract(state: step.State) -> Any:

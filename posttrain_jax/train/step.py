@@ -32,12 +32,18 @@ class State:
   carried: Any
   skipped: Array  # updates left out because a gradient was not finite
   skipped_in_a_row: Array
+  memory: Any = None  # what the objective carries from step to step
 
 
-def start(trainable: Any, optimizer: optax.GradientTransformation, carried: Any = None) -> State:
+def start(
+  trainable: Any,
+  optimizer: optax.GradientTransformation,
+  carried: Any = None,
+  memory: Any = None,
+) -> State:
   # one buffer each: a donated state must not hold the same array twice
   zero = lambda: jnp.zeros((), jnp.int32)
-  return State(zero(), trainable, optimizer.init(trainable), carried, zero(), zero())
+  return State(zero(), trainable, optimizer.init(trainable), carried, zero(), zero(), memory)
 
 
 def layout(
@@ -75,10 +81,10 @@ def make(
   update = optax.with_extra_args_support(optimizer).update
 
   def step(state: State, frozen: Frozen, batch: Batch) -> tuple[State, dict[str, Any]]:
-    if state.carried is not None:
-      frozen = dataclasses.replace(frozen, adapter=state.carried)
+    frozen = with_state(frozen, state)
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     totals = objective.totals(state.trainable, frozen, batch, key)
+    memory = totals.get("memory")
     gradient, metrics = _gradient(
       objective, state.trainable, frozen, batch, totals, key, accumulate
     )
@@ -105,6 +111,7 @@ def make(
       carried=jax.tree.map(keep, carried, state.carried),
       skipped=state.skipped + ~finite,
       skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
+      memory=jax.tree.map(keep, memory, state.memory),
     )
     if hooks is not None:
       metrics |= hooks.metrics(tree.combine(new.trainable, new.carried))
@@ -114,6 +121,13 @@ def make(
     return new, metrics
 
   return step
+
+
+def with_state(frozen: Frozen, state: State) -> Frozen:
+  """frozen with what the state carries for it."""
+  if state.carried is not None:
+    frozen = dataclasses.replace(frozen, adapter=state.carried)
+  return dataclasses.replace(frozen, memory=state.memory)
 
 
 def gradient(
@@ -166,8 +180,7 @@ def evaluate(objective: Objective) -> Callable[[Any, Frozen, Batch], dict[str, A
   """(trainable, frozen, batch) -> metrics; jit it.  No gradient, no dropout."""
 
   def evaluation(trainable: Any, frozen: Frozen, batch: Batch) -> dict[str, Any]:
-    key = jax.random.key(0)
-    totals = objective.totals(trainable, frozen, batch, key)
+    totals = objective.totals(trainable, frozen, batch, None)
     return objective.loss(trainable, frozen, batch, totals, None)[1]
 
   return evaluation

@@ -115,7 +115,7 @@ def test_chat_makes_messages_of_two_strings(tmp_path):
     "completion": [{"role": "assistant", "content": "b"}],
     "channel": "talk",
   }
-  with pytest.raises(RowError, match="not both strings"):
+  with pytest.raises(RowError, match="not all strings"):
     schema.read(
       write(tmp_path / "b.jsonl", {"messages": [USER, ASSISTANT]}), chat=True, system="Be brief."
     )

@@ -1,0 +1,42 @@
+r"""A policy-gradient step on groups of answers that are scored already.
+
+posttrain train --config=configs/grouped.py:method=grpo,data=SCORED.jsonl --workdir=runs/grouped
+
+Rows: {"prompt": ..., "completions": [...], "scores": [...]}.
+"""
+
+import common
+
+# loss, aggregation, advantage, epsilon_high
+METHODS = {
+  "grpo": ("ppo", "sequence_mean", "group", 0.2),
+  "dr_grpo": ("ppo", "constant_length", "none", 0.2),
+  "dapo": ("ppo", "token_mean", "group", 0.28),
+  "gspo": ("gspo", "sequence_mean", "group", 4e-4),
+  "cispo": ("cispo", "token_mean", "group", 0.2),
+  "rloo": ("rloo", "sequence_sum", "leave_one_out", 0.2),
+  "reinforce": ("reinforce", "token_mean", "batch", 0.2),
+}
+
+
+def get_config(arg=None):
+  arg = common.parse(
+    arg, model="smollm2", data="", adapter="lora", base="dense", method="grpo", smoke=False
+  )
+  c = common.run(arg)
+  loss, aggregation, advantage, high = METHODS[common.chosen("method", arg.method, METHODS)]
+  c.objective = {"name": "grouped", "loss": loss, "aggregation": aggregation}
+  o = c.objective
+  o.advantage = advantage  # group, batch, none (of a deviation to divide by), leave_one_out
+  o.epsilon = 3e-4 if loss == "gspo" else 0.2
+  o.epsilon_high = high
+  o.ceiling = 5.0  # CISPO's bound on the ratio
+  o.kl_weight = 0.0  # of k3 to the reference
+  o.old = "policy"  # who wrote the answers: policy (every ratio is 1 at first) or reference
+  common.reference(o)
+  c.data = common.answers(arg, "scored")
+  c.data.length = 1024
+  c.optimizer.lr = 5e-5 if arg.adapter != "none" else 1e-6
+  if arg.smoke:
+    c.steps, c.batch.rows, c.eval.every, c.data.eval_rows = 2, 2, 0, 4
+  return c

@@ -1,0 +1,54 @@
+r"""Preference optimisation on pairs: DPO and its relatives, with and without a reference.
+
+posttrain train --config=configs/preference.py:loss=dpo,data=PAIRS.jsonl --workdir=runs/dpo
+
+Losses: dpo dpo_norm robust ipo hinge exo discopop nca bco apo_zero apo_down sppo aot aot_unpaired cpo simpo orpo tpo
+tpo_norm, and the likelihood terms sft sft_with_prompt gold; several with + between are added up with the weights in
+`objective.losses` (dpo+bco+sft is MPO, dpo+sft RPO).
+"""
+
+import common
+
+LEARNING_RATE = {"simpo": 5e-7, "orpo": 8e-6}  # of full fine-tuning, as the papers have them
+
+
+def get_config(arg=None):
+  arg = common.parse(
+    arg, model="smollm2", data="", adapter="lora", base="dense", loss="dpo", smoke=False
+  )
+  c = common.run(arg)
+  names = arg.loss.split("+")
+  # what the paper adds to its loss
+  if names == ["orpo"]:
+    names += ["sft_with_prompt"]
+  elif names == ["cpo"]:
+    names += ["sft"]
+  elif names in (["tpo"], ["tpo_norm"]):
+    names += ["gold"]
+  c.objective = {"name": "preference", "losses": dict.fromkeys(names, 1.0)}
+  o = c.objective
+  o.beta = 2.0 if names[0] in ("simpo", "tpo_norm") else 0.1  # weight of the KL to the reference
+  o.label_smoothing = 1e-3 if "exo" in names else 0.0  # share of labels held to be wrong
+  o.gamma_beta_ratio = 0.5 if names[0] in ("simpo", "tpo_norm") else 0.0  # target margin over beta
+  o.divergence = "reverse_kl"  # forward_kl, jensen_shannon, alpha_divergence
+  o.divergence_alpha = 0.5
+  o.ld_alpha = 1.0  # LD-DPO: weight of tokens past the length that both answers reach
+  o.weighting = False  # WPO: pairs count by how likely the policy is to write them
+  o.running_shift = False  # BCO's running mean of rewards
+  common.reference(o)
+  c.data = common.answers(arg, "triples" if "gold" in names else "pairs")
+  c.data.length = 1024
+  c.optimizer.lr = 5e-6 if arg.adapter != "none" else LEARNING_RATE.get(names[0], 5e-7)
+  if arg.adapter != "none":
+    c.optimizer.lr = 5e-5
+  c.optimizer.warmup = 0.1
+  if arg.smoke:
+    c.steps, c.batch.rows, c.eval.every, c.data.eval_rows = 2, 2, 0, 4
+  return c
+
+
+def sweep():
+  """Does the best beta depend on the rank?"""
+  for rank in (4, 16, 64):
+    for beta in (0.03, 0.1, 0.3):
+      yield "loss=dpo", {"adapter.r": rank, "objective.beta": beta}

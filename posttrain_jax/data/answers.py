@@ -1,0 +1,371 @@
+"""Answers to one prompt, to be compared or scored: the prompt is a stretch of tokens that all of them share.
+
+A pair is two answers, a labelled completion is one, a scored group is as many as were sampled.  They stand in a row one
+after the other, behind the beginning that they have in common; each sees that beginning and itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from posttrain_jax.data import chat, schema
+from posttrain_jax.data.chat import Example
+from posttrain_jax.data.files import RowError
+from posttrain_jax.data.schema import Row, Skipped
+
+SHARED = -1  # the answer that a token of the common beginning belongs to
+TRUNCATE = ("error", "drop", "prompt")
+_BATCH = 500  # rows encoded together
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Answers:
+  """All that is known of the answers to one prompt.  Arrays are [time], `values` has one number an answer."""
+
+  tokens: np.ndarray  # int32
+  mask: np.ndarray  # bool, True where the token is the model's: scored and, mostly, trained
+  answer: np.ndarray  # int32, which answer the token belongs to, or SHARED
+  positions: np.ndarray  # int32, each answer's going on from the common beginning
+  count: int
+  values: Mapping[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
+  steps: np.ndarray | None = None  # float32, a label where a step ends, NaN elsewhere
+  reference: np.ndarray | None = (
+    None  # float32, log-probabilities under the reference, of trained tokens
+  )
+  companion: Answers | None = (
+    None  # an answer to another prompt behind this one (KTO's estimate of the KL)
+  )
+  channel: str | None = None
+  origin: str = ""
+  is_chat: bool = False
+  is_cut: bool = False
+
+  def __len__(self) -> int:
+    return max(len(self.tokens), 0 if self.companion is None else len(self.companion))
+
+  @functools.cached_property
+  def lengths(self) -> tuple[int, ...]:
+    """Trained tokens of each answer."""
+    return tuple(int((self.mask & (self.answer == i)).sum()) for i in range(self.count))
+
+  def segments(self) -> tuple[np.ndarray, np.ndarray, int]:
+    """(segment ids from 1, the one more segment that a token sees or 0, how many segments)."""
+    shared = self.answer == SHARED
+    first = 1 if shared.any() else 0
+    ids = np.where(shared, 1, self.answer + 1 + first).astype(np.int32)
+    prefixes = np.where(shared, 0, first).astype(np.int32)
+    return ids, prefixes, self.count + first
+
+
+def join(
+  examples: Sequence[Example], *, share: bool = True, values: Mapping[str, Any] | None = None
+) -> Answers:
+  """The Answers of examples that begin with the same prompt.
+
+  The common beginning ends one token before the first trained one at the latest: the token that an answer's first is
+  predicted from belongs to the answer.  share=False repeats the prompt for each.
+  """
+  first = examples[0]
+  common = 0
+  if share and len(examples) > 1:
+    common = min(int(np.argmax(example.mask)) - 1 for example in examples)
+    for other in examples[1:]:
+      n = min(common, len(other))
+      differ = np.flatnonzero(first.tokens[:n] != other.tokens[:n])
+      common = int(differ[0]) if len(differ) else n
+    common = max(common, 0)
+  head = first.tokens[:common]
+  tails = [example.tokens[common:] for example in examples]
+  return Answers(
+    tokens=np.concatenate([head, *tails]).astype(np.int32),
+    mask=np.concatenate([np.zeros(common, bool), *(e.mask[common:] for e in examples)]),
+    answer=np.concatenate(
+      [np.full(common, SHARED), *(np.full(len(tail), i) for i, tail in enumerate(tails))]
+    ).astype(np.int32),
+    positions=np.concatenate(
+      [np.arange(common), *(np.arange(common, len(e.tokens)) for e in examples)]
+    ).astype(np.int32),
+    count=len(examples),
+    values={name: tuple(map(float, each)) for name, each in (values or {}).items()},
+    channel=first.channel,
+    origin=first.origin,
+    is_chat=first.is_chat,
+    is_cut=any(e.is_cut for e in examples),
+  )
+
+
+def encode_all(
+  rows: Sequence[Row],
+  tokenizer,
+  template=None,
+  *,
+  kind: str,
+  max_length: int,
+  truncate: str = "error",
+  on_error: str = "raise",
+  share: bool = True,
+) -> chat.Encoded:
+  """The Answers of many rows, in order.
+
+  What does not fit into `max_length` tokens (prompt and all answers together) is an error, is left out and counted
+  ("drop"), or loses the beginning of its prompt ("prompt"); an answer is never cut, so that its end of turn stays.
+
+  Args:
+    kind: what rows are to be: "pairs" (chosen, rejected), "triples" (and reference, a gold answer), "labels" (prompt,
+      completion, label; a pair is two of them), "steps" (prompt, completions, labels), "scored" (prompt, completions,
+      scores).
+    share: whether answers to a prompt share its tokens, or repeat them.
+
+  Raises:
+    RowError: a row of another schema, answers that are equal, an empty one, one that does not fit.
+    ValueError: no row is left, or labels are all of one class.
+  """
+  if truncate not in TRUNCATE:
+    raise ValueError(
+      f"truncate={truncate!r}: answers are kept whole; write one of {', '.join(TRUNCATE)}"
+    )
+  made, skipped = [], Skipped()
+  split = _SPLIT[kind]
+  for start in range(0, len(rows), _BATCH):
+    jobs: list[Any] = []
+    for row in rows[start : start + _BATCH]:
+      try:
+        jobs += split(row)
+      except RowError as error:
+        jobs.append(error)
+    plain = [part for job in jobs if isinstance(job, _Job) for part in job.rows]
+    encoded = iter(chat.encode_each(plain, tokenizer, template))
+    for job in jobs:
+      try:
+        if isinstance(job, RowError):
+          raise job
+        # all of a job's rows are taken from the stream before the first error of theirs is raised
+        examples = [next(encoded) for _ in job.rows]
+        joined = _joined(job, examples, share)
+        if job.steps is not None:
+          joined = _process(joined, job.steps, tokenizer)
+        made.append(_fitted(joined, max_length, truncate))
+      except RowError as error:
+        if on_error == "raise" and not (truncate == "drop" and error.reason == "too long"):
+          raise
+        skipped.add(error)
+  if not made:
+    raise ValueError(f"no row gave an example; {skipped}")
+  if kind == "labels":
+    made = _with_companions(made, max_length)
+  return chat.Encoded(tuple(made), skipped)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+  """The rows of one Answers, each a prompt and a completion, and one number an answer."""
+
+  rows: tuple[Row, ...]
+  values: dict[str, tuple[float, ...]]
+  steps: tuple[tuple[str, bool], ...] | None = None
+  different: bool = False  # the first two answers must differ
+
+
+def _row(row: Row, prompt, completion) -> Row:
+  fields = {k: v for k, v in row.fields.items() if k in schema.CARRIED}
+  return Row(
+    {**fields, "prompt": prompt, "completion": completion}, row.origin, "prompt_completion"
+  )
+
+
+def _wrong(row: Row, wanted: str) -> RowError:
+  return RowError(
+    "wrong schema", row.origin, f"{row.kind!r} rows cannot be used here; that takes {wanted}"
+  )
+
+
+def _pairs(row: Row, gold: bool = False) -> list[_Job]:
+  if row.kind != "preference":
+    raise _wrong(row, '"chosen" and "rejected", with or without "prompt"')
+  fields = row.fields
+  texts = [fields["chosen"], fields["rejected"]]
+  if gold:
+    if "reference" not in fields:
+      raise _wrong(row, 'a third answer, "reference", beside "chosen" and "rejected"')
+    texts.append(fields["reference"])
+  prompt = fields.get("prompt")
+  if prompt is None:
+    prompt, texts = _implicit(texts, row.origin)
+  numbers = {
+    name: (float(fields[name]),) * len(texts)
+    for name in ("margin", "weight")
+    if fields.get(name) is not None
+  }
+  return [_Job(tuple(_row(row, prompt, text) for text in texts), numbers, different=True)]
+
+
+def _labels(row: Row) -> list[_Job]:
+  """A pair is a desirable answer and an undesirable one."""
+  fields = row.fields
+  if row.kind == "preference":
+    (job,) = _pairs(row)
+    return [_Job((part,), {"label": (float(i == 0),)}) for i, part in enumerate(job.rows)]
+  if row.kind != "unpaired":
+    raise _wrong(row, '"prompt", "completion" and "label", or "messages" and "label", or pairs')
+  if "messages" in fields:
+    messages = fields["messages"]
+    if messages[-1]["role"] != "assistant" or len(messages) < 2:
+      raise RowError(
+        "no answer to label", row.origin, "the last of 'messages' must be the assistant's answer"
+      )
+    part = _row(row, messages[:-1], messages[-1:])
+  else:
+    part = _row(row, fields["prompt"], fields["completion"])
+  return [_Job((part,), {"label": (float(fields["label"]),)})]
+
+
+def _scored(row: Row) -> list[_Job]:
+  if row.kind != "scored":
+    raise _wrong(row, '"prompt", "completions" and "scores"')
+  fields = row.fields
+  scores = tuple(float("nan") if s is None else float(s) for s in fields["scores"])
+  parts = tuple(_row(row, fields["prompt"], text) for text in fields["completions"])
+  return [_Job(parts, {"score": scores})]
+
+
+def _steps(row: Row) -> list[_Job]:
+  if row.kind != "stepwise":
+    raise _wrong(row, '"prompt", "completions" (the steps) and "labels"')
+  steps = tuple(zip(row.fields["completions"], row.fields["labels"]))
+  text = SEPARATOR.join(row.fields["completions"]) + SEPARATOR
+  return [_Job((_row(row, row.fields["prompt"], text),), {}, steps=steps)]
+
+
+SEPARATOR = "\n"  # after each step of a process; its score is read there
+
+_SPLIT = {
+  "pairs": _pairs,
+  "triples": lambda row: _pairs(row, gold=True),
+  "labels": _labels,
+  "scored": _scored,
+  "steps": _steps,
+}
+
+
+def _implicit(texts, origin):
+  """(prompt, answers) of whole conversations or texts: what all of them begin with is the prompt."""
+  shortest = min(map(len, texts))
+  same = next(
+    (i for i in range(shortest) if any(text[i] != texts[0][i] for text in texts[1:])), shortest
+  )
+  if isinstance(texts[0], str):
+    same = texts[0].rfind(" ", 0, same) if same and " " in texts[0][:same] else 0
+    what = "text"
+  else:
+    same = min(same, shortest - 1)  # answers that are equal are found later, in words
+    what = "message"
+  if same <= 0:
+    raise RowError(
+      "no common prompt",
+      origin,
+      f"there is no 'prompt', and the answers do not begin with the same {what}; write the prompt as a column",
+    )
+  return texts[0][:same], [text[same:] for text in texts]
+
+
+def _joined(job: _Job, examples, share) -> Answers:
+  for example in examples:
+    if isinstance(example, RowError):
+      raise example
+  if job.different and np.array_equal(examples[0].tokens, examples[1].tokens):
+    raise RowError(
+      "identical answers",
+      examples[0].origin,
+      "'chosen' and 'rejected' are the same; there is no preference to learn",
+    )
+  return join(examples, share=share, values=job.values)
+
+
+def _process(made: Answers, steps, tokenizer) -> Answers:
+  """made with its answer told apart into steps, each tokenised with its separator, labelled at its last token."""
+  prompt = made.tokens[: int(np.argmax(made.mask))]
+  pieces = tokenizer([text + SEPARATOR for text, _ in steps], add_special_tokens=False)["input_ids"]
+  tokens = np.concatenate([prompt, *pieces]).astype(np.int32)
+  labels = np.full(len(tokens), np.nan, np.float32)
+  labels[len(prompt) + np.cumsum(list(map(len, pieces))) - 1] = [label for _, label in steps]
+  return dataclasses.replace(
+    made,
+    tokens=tokens,
+    mask=np.arange(len(tokens)) >= len(prompt),
+    answer=np.zeros(len(tokens), np.int32),
+    positions=np.arange(len(tokens), dtype=np.int32),
+    steps=labels,
+  )
+
+
+def _fitted(made: Answers, limit: int, truncate: str) -> Answers:
+  excess = len(made.tokens) - limit
+  if excess <= 0:
+    return made
+  prompt = int(np.argmax(made.mask)) - 1
+  shared = int((made.answer == SHARED).sum())
+  if truncate == "prompt" and excess <= (shared or (prompt if made.count == 1 else 0)):
+    return cut(made, excess)
+  answers = "answers" if made.count > 1 else "answer"
+  raise RowError(
+    "too long",
+    made.origin,
+    f"{len(made.tokens)} tokens, prompt and {answers} together, but a row has {limit}; raise data.length, or write"
+    ' data.truncate="prompt" (cuts the beginning of the prompt, where that is enough) or "drop"',
+  )
+
+
+def cut(made: Answers, excess: int) -> Answers:
+  """made without its first `excess` tokens, which are of the prompt."""
+  return dataclasses.replace(
+    made,
+    tokens=made.tokens[excess:],
+    mask=made.mask[excess:],
+    answer=made.answer[excess:],
+    positions=made.positions[excess:] - excess,
+    steps=None if made.steps is None else made.steps[excess:],
+    is_cut=True,
+  )
+
+
+def _with_companions(made: list[Answers], limit: int) -> list[Answers]:
+  """Each example with the next one's answer behind its own prompt; both classes must be there."""
+  labels = {example.values["label"][0] for example in made}
+  if len(labels) < 2:
+    have = "desirable" if labels == {1.0} else "undesirable"
+    raise ValueError(
+      f"all {len(made)} completions are labelled {have}: KTO weighs two classes against each other; add the other"
+      " class, or fine-tune on the desirable ones (objective sft)"
+    )
+  result = []
+  for at, example in enumerate(made):
+    other = made[(at + 1) % len(made)]
+    here, there = int(np.argmax(example.mask)), int(np.argmax(other.mask))
+    tokens = np.concatenate([example.tokens[:here], other.tokens[there:]])
+    mask = np.concatenate([np.zeros(here, bool), other.mask[there:]])
+    companion = Answers(
+      tokens, mask, np.zeros(len(tokens), np.int32), np.arange(len(tokens), dtype=np.int32), 1
+    )
+    if len(tokens) > limit:  # its prompt is what can be spared: of the answer all is scored
+      companion = cut(companion, min(len(tokens) - limit, here - 1))
+      companion = _shortened(companion, limit)
+    result.append(dataclasses.replace(example, companion=companion))
+  return result
+
+
+def _shortened(made: Answers, limit: int) -> Answers:
+  names = ("tokens", "mask", "answer", "positions")
+  return dataclasses.replace(made, **{name: getattr(made, name)[:limit] for name in names})
+
+
+def with_values(made: Iterable[Answers], name: str, values: Iterable[Sequence[float]]) -> list:
+  """Each with one more number an answer."""
+  return [
+    dataclasses.replace(one, values={**one.values, name: tuple(map(float, each))})
+    for one, each in zip(made, values, strict=True)
+  ]
