@@ -157,7 +157,25 @@ def adam(
   eps: float,
   semantics: str = "cuda",
 ) -> tuple[Array, Any, Any, Array]:
-  """(m^ / (sqrt(v^) + eps), moments stored as they came, where g is finite) after update number count (from 1)."""
+  """(m^ / (sqrt(v^) + eps), moments stored as they came, where g is finite) after update number count (from 1).
+
+  A stack is gone through layer by layer, so that one layer's moments are in float32 at a time: all at once, they took
+  temporaries from 17 to 40 GiB on each of four chips that share Llama-3-8B.
+  """
+  if isinstance(mu, Blockwise) and mu.stacked:
+    alone = lambda moment, stacked: dataclasses.replace(moment, stacked=stacked)
+    one = lambda layer: adam(
+      layer[0],
+      alone(layer[1], False),
+      alone(layer[2], False),
+      count,
+      b1=b1,
+      b2=b2,
+      eps=eps,
+      semantics=semantics,
+    )
+    direction, mu, nu, finite = jax.lax.map(one, (g, mu, nu))
+    return direction, alone(mu, True), alone(nu, True), finite
   g = g.astype(jnp.float32)
   cuda = semantics == "cuda"
   m = b1 * value(mu) + (1 - b1) * g
