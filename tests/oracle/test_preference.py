@@ -226,3 +226,127 @@ def test_a_step_on_pairs_is_trls(name, dpo_of_trl, models, tokenizer, tmp_path):
   if name in ("sigmoid", "ld", "mixed", "aot"):
     same(ours(objective, models, encoded(tmp_path, tokenizer), packed=True), expected, tmp_path)
     same(ours(objective, models, encoded(tmp_path, tokenizer, share=False)), expected, tmp_path)
+
+
+# --- without a reference ---------------------------------------------------------------------------------------------
+
+# SimPO's gamma in TRL is absolute; a cpo_alpha of 0 takes TRL's likelihood term away
+CPO = {
+  "cpo": (
+    dict(loss_type="sigmoid", cpo_alpha=0.7, label_smoothing=0.1),
+    dict(losses=(("cpo", 1.0), ("sft", 0.7)), label_smoothing=0.1),
+  ),
+  "simpo": (
+    dict(loss_type="simpo", cpo_alpha=0.0, simpo_gamma=0.6),
+    dict(losses=(("simpo", 1.0),), gamma_beta_ratio=0.6 / BETA),
+  ),
+}
+
+
+def of_experimental(trainer, config, models, tokenizer, tmp_path, dataset=None, **options):
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    return theirs(
+      trainer(
+        model=torch_model(models[0]),
+        args=arguments(config, tmp_path, beta=BETA, **options),
+        train_dataset=paired_dataset() if dataset is None else dataset,
+        processing_class=tokenizer,
+      )
+    )
+
+
+@pytest.mark.parametrize("name", CPO)
+def test_a_step_without_a_reference_is_trls(name, models, tokenizer, tmp_path):
+  from trl.experimental.cpo import CPOConfig, CPOTrainer
+
+  expected = of_experimental(CPOTrainer, CPOConfig, models, tokenizer, tmp_path, **CPO[name][0])
+  objective = lambda config: comparisons.Preference(config, beta=BETA, **CPO[name][1])
+  examples = encoded(tmp_path, tokenizer)
+  same(ours(objective, models, examples), expected, tmp_path)
+  same(ours(objective, models, examples, accumulate=2), expected, tmp_path)
+
+
+def test_orpo_is_trls_with_its_likelihood_of_the_prompt(models, tokenizer, tmp_path):
+  from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+  expected = of_experimental(ORPOTrainer, ORPOConfig, models, tokenizer, tmp_path)
+  losses = (("orpo", 1.0), ("sft_with_prompt", 1.0))
+  objective = lambda config: comparisons.Preference(config, beta=BETA, losses=losses)
+  for options in ({}, dict(share=False)):
+    examples = encoded(tmp_path, tokenizer, **options)
+    same(ours(objective, models, examples), expected, tmp_path)
+    same(ours(objective, models, examples, accumulate=2), expected, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tpo", "tpo_norm"])
+def test_triples_are_trls(name, models, tokenizer, tmp_path):
+  from trl.experimental.tpo import TPOConfig, TPOTrainer
+
+  gold = [" Paris, on the Seine.", " four.", " 100 degrees.", " three lines, and no more."]
+  fields = [dict(prompt=p, chosen=c, rejected=r, reference=g) for (p, c, r), g in zip(PAIRS, gold)]
+  options = dict(loss_type="sigmoid" if name == "tpo" else "tpo-l", tpo_alpha=0.6, tpo_l_gamma=0.2)
+  expected = of_experimental(
+    TPOTrainer,
+    TPOConfig,
+    models,
+    tokenizer,
+    tmp_path,
+    datasets.Dataset.from_list(fields),
+    **options,
+  )
+  objective = lambda config: comparisons.Preference(
+    config,
+    beta=BETA,
+    losses=((name, 1.0), ("gold", 0.6)),
+    gamma_beta_ratio=0.2 / BETA if name == "tpo_norm" else 0.0,
+    answers=3,
+  )
+  examples = answers.encode_all(
+    rows(tmp_path, fields), tokenizer, kind="triples", max_length=160
+  ).examples
+  same(ours(objective, models, examples), expected, tmp_path)
+  same(ours(objective, models, examples, packed=True), expected, tmp_path)
+
+
+# --- labels ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("estimate_kl", [True, False])
+def test_kto_is_trls(estimate_kl, models, tokenizer, tmp_path):
+  """TRL turns answers around within a batch; here each prompt gets the next answer of the data: one batch is both."""
+  import trl
+
+  fields = []
+  for i, (p, c, r) in enumerate(PAIRS):
+    fields.append(dict(prompt=p, completion=c if i % 2 else r, label=bool(i % 2)))
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    trainer = trl.KTOTrainer(
+      model=torch_model(models[0]),
+      ref_model=torch_model(models[1]),
+      args=arguments(
+        trl.KTOConfig,
+        tmp_path,
+        beta=BETA,
+        max_length=None,
+        desirable_weight=1.0,
+        undesirable_weight=1.2,
+        loss_type="kto" if estimate_kl else "apo_zero_unpaired",
+      ),
+      train_dataset=datasets.Dataset.from_list(fields),
+      processing_class=tokenizer,
+    )
+    expected = theirs(trainer)
+  objective = lambda config: comparisons.Labelled(
+    config,
+    beta=BETA,
+    undesirable_weight=1.2 if estimate_kl else 1.0,
+    estimate_kl=estimate_kl,
+  )
+  examples = answers.encode_all(
+    rows(tmp_path, fields), tokenizer, kind="labels", max_length=160
+  ).examples
+  same(ours(objective, models, examples), expected, tmp_path)
+  same(ours(objective, models, examples, accumulate=4), expected, tmp_path)
+  same(ours(objective, models, examples, packed=True), expected, tmp_path)

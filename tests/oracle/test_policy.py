@@ -1,0 +1,168 @@
+"""Policy-gradient losses against TRL's `_compute_loss` on the same log-probabilities, with ragged masks."""
+
+import collections
+import types
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="PyTorch is not installed: run `make oracle`")
+pytest.importorskip("trl", reason="TRL is not installed: run `make oracle`")
+
+from posttrain_jax.losses import kl, policy  # noqa: E402
+
+pytestmark = pytest.mark.oracle
+
+ROWS, TIME, LONGEST = 6, 9, 12
+KL_WEIGHT = 0.3
+
+
+@pytest.fixture(scope="module")
+def arrays():
+  rng = np.random.default_rng(0)
+  logps = rng.normal(-2, 0.6, (ROWS, TIME)).astype(np.float32)
+  return types.SimpleNamespace(
+    logps=logps,
+    old=(logps + rng.normal(0, 0.3, logps.shape)).astype(np.float32),
+    ref=(logps + rng.normal(0, 0.5, logps.shape)).astype(np.float32),
+    advantages=rng.normal(0, 1, ROWS).astype(np.float32),
+    mask=np.arange(TIME) < np.array([9, 3, 1, 6, 8, 2])[:, None],
+  )
+
+
+def trl_loss(trainer, arrays, **options):
+  """(loss, gradient with respect to the log-probabilities)."""
+  logps = torch.tensor(arrays.logps, requires_grad=True)
+  tensors = {name: torch.tensor(value) for name, value in vars(arrays).items()}
+  args = dict(use_bias_correction_kl=False, delta=None, steps_per_generation=1)
+  args |= {name: options.pop(name) for name in list(options) if name in args}
+  fields = dict(
+    aux_loss_enabled=False,
+    top_entropy_quantile=1.0,
+    off_policy_mask_threshold=None,
+    importance_sampling_level="token",
+    beta=0.0,
+    epsilon_low=0.2,
+    epsilon_high=0.2,
+    use_vllm=False,
+    _entropy_bonus_enabled=False,
+    current_gradient_accumulation_steps=1,
+    max_completion_length=LONGEST,
+    loss_type="grpo",
+  )
+  stand_in = mock.MagicMock(
+    args=types.SimpleNamespace(**args),
+    _metrics=collections.defaultdict(lambda: collections.defaultdict(list)),
+    **(fields | options),
+  )
+  stand_in.accelerator.num_processes = 1
+  stand_in.accelerator.gather = lambda x: x
+  stand_in.accelerator.reduce = lambda x, reduction=None: x
+  stand_in._get_per_token_logps_and_entropies = lambda *_, **__: (
+    logps,
+    torch.zeros_like(logps),
+    None,
+  )
+  mask = tensors["mask"].float()
+  inputs = dict(
+    prompt_ids=torch.zeros(ROWS, 1, dtype=torch.long),
+    prompt_mask=torch.ones(ROWS, 1),
+    completion_ids=torch.zeros(ROWS, TIME, dtype=torch.long),
+    completion_mask=mask,
+    advantages=tensors["advantages"],
+    old_per_token_logps=tensors["old"],
+    ref_per_token_logps=tensors["ref"],
+    old_logps=(tensors["old"] * mask).sum(1),
+    num_items_in_batch=mask.sum(),
+  )
+  loss = trainer._compute_loss(stand_in, None, inputs)
+  loss.backward()
+  return loss.item(), logps.grad.numpy()
+
+
+def our_loss(arrays, each, weights):
+  def loss(logps):
+    values = each(logps)
+    return jnp.sum(jnp.where(arrays.mask, values * weights, 0.0))
+
+  return jax.value_and_grad(loss)(jnp.asarray(arrays.logps))
+
+
+def agree(found, expected):
+  np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
+  np.testing.assert_allclose(found[1], expected[1], rtol=1e-4, atol=1e-7)
+
+
+def surrogates(arrays):
+  """name -> (TRL's options, the loss per token)."""
+  a = arrays
+  token = lambda **options: (
+    lambda logps: policy.clipped_surrogate(logps, a.old, a.advantages, **options)[0]
+  )
+  return {
+    "plain": (dict(), token(epsilon=0.2)),
+    "asymmetric": (dict(epsilon_high=0.28), token(epsilon=0.2, epsilon_high=0.28)),
+    "two-sided": (dict(delta=1.3), token(epsilon=0.2, ceiling=1.3)),
+    "sequence": (
+      dict(importance_sampling_level="sequence", epsilon_low=3e-2, epsilon_high=4e-2),
+      lambda logps: policy.sequence_surrogate(
+        logps, a.old, a.advantages, a.mask, epsilon=3e-2, epsilon_high=4e-2
+      )[0],
+    ),
+    "kl": (
+      dict(beta=KL_WEIGHT),
+      lambda logps: token(epsilon=0.2)(logps) + KL_WEIGHT * kl.k3(logps, a.ref),
+    ),
+    "kl, corrected": (
+      dict(beta=KL_WEIGHT, use_bias_correction_kl=True),
+      lambda logps: (
+        token(epsilon=0.2)(logps) + KL_WEIGHT * jnp.exp(logps - a.old) * kl.k3(logps, a.ref)
+      ),
+    ),
+  }
+
+
+def aggregations(arrays):
+  """TRL's loss type -> our weights."""
+  mask = jnp.asarray(arrays.mask, jnp.float32)
+  return {
+    "grpo": policy.sequence_mean(mask, answers=ROWS),
+    "bnpo": policy.token_mean(mask, tokens=mask.sum()),
+    "dr_grpo": policy.constant_length(mask, answers=ROWS, length=LONGEST),
+    "dapo": policy.token_mean(mask, tokens=mask.sum()),
+    "luspo": policy.sequence_sum(mask, answers=ROWS),
+  }
+
+
+NAMES = ["plain", "asymmetric", "two-sided", "sequence", "kl", "kl, corrected"]
+
+
+@pytest.mark.parametrize("aggregation", ["grpo", "bnpo", "dr_grpo", "dapo", "luspo"])
+@pytest.mark.parametrize("name", NAMES)
+def test_group_relative_losses(name, aggregation, arrays):
+  import trl
+
+  options, each = surrogates(arrays)[name]
+  expected = trl_loss(trl.GRPOTrainer, arrays, loss_type=aggregation, **options)
+  agree(our_loss(arrays, each, aggregations(arrays)[aggregation]), expected)
+
+
+def test_cispo(arrays):
+  import trl
+
+  expected = trl_loss(trl.GRPOTrainer, arrays, loss_type="cispo", epsilon_high=1.2)
+  each = lambda logps: policy.cispo(logps, arrays.old, arrays.advantages, ceiling=1.2)[0]
+  agree(our_loss(arrays, each, aggregations(arrays)["dapo"]), expected)
+
+
+def test_rloo_is_one_ratio_and_one_loss_an_answer(arrays):
+  import trl
+
+  expected = trl_loss(trl.RLOOTrainer, arrays)
+  each = lambda logps: policy.sequence_surrogate(
+    logps, arrays.old, arrays.advantages, arrays.mask, epsilon=0.2, normalise=False
+  )[0]
+  agree(our_loss(arrays, each, aggregations(arrays)["grpo"]), expected)
