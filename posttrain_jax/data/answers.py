@@ -334,7 +334,7 @@ def cut(made: Answers, excess: int) -> Answers:
 
 
 def _with_companions(made: list[Answers], limit: int) -> list[Answers]:
-  """Each example with the next one's answer behind its own prompt; both classes must be there."""
+  """Each example with the answer before it behind its own prompt, as TRL turns them; both classes must be there."""
   labels = {example.values["label"][0] for example in made}
   if len(labels) < 2:
     have = "desirable" if labels == {1.0} else "undesirable"
@@ -344,7 +344,7 @@ def _with_companions(made: list[Answers], limit: int) -> list[Answers]:
     )
   result = []
   for at, example in enumerate(made):
-    other = made[(at + 1) % len(made)]
+    other = made[at - 1]
     here, there = int(np.argmax(example.mask)), int(np.argmax(other.mask))
     tokens = np.concatenate([example.tokens[:here], other.tokens[there:]])
     mask = np.concatenate([np.zeros(here, bool), other.mask[there:]])

@@ -387,7 +387,7 @@ class Labelled(Scorer):
   """KTO: labelled answers, and the KL estimated from each prompt with another prompt's answer.
 
   The estimate is that of the whole optimizer batch.  Which answer stands behind which prompt is fixed with the
-  data (the next example's), so neither order nor division changes it.  estimate_kl=False is APO-zero on labels.
+  data (that of the example before), so neither order nor division changes it.  estimate_kl=False is APO-zero on labels.
   """
 
   beta: float = 0.1
