@@ -317,7 +317,7 @@ def test_triples_are_trls(name, models, tokenizer, tmp_path):
 
 @pytest.mark.parametrize("estimate_kl", [True, False])
 def test_kto_is_trls(estimate_kl, models, tokenizer, tmp_path):
-  """TRL turns answers around within a batch; here each prompt gets the answer before it in the data: one batch is both."""
+  """TRL turns answers around within a batch; here by the data's order: one batch is both."""
   import trl
 
   fields = []

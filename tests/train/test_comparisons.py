@@ -1,0 +1,274 @@
+"""Objectives on answers: nothing depends on how a batch is divided, packed, ordered or laid out."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from posttrain_jax.core import sharding, tree
+from posttrain_jax.data import answers
+from posttrain_jax.data.chat import Example
+from posttrain_jax.data.packing import best_fit, pack_answers, slots
+from posttrain_jax.models import decoder
+from posttrain_jax.train import comparisons, distributed, reference, step
+from posttrain_jax.train.comparisons import Grouped, Labelled, Preference
+from posttrain_jax.train.objectives import Frozen
+from tests.marks import slow
+from tests.train import tiny
+from tests.train.test_objectives import assert_same, gradient, placed
+
+LENGTH = 48
+PAIRS = {
+  "dpo": dict(losses=(("dpo", 1.0),)),
+  "several": dict(losses=(("ipo", 0.5), ("bco", 0.3), ("sft", 1.0)), label_smoothing=0.1),
+  "aot": dict(losses=(("aot", 1.0),)),
+  "aot_unpaired": dict(losses=(("aot_unpaired", 1.0),)),
+  "orpo": dict(losses=(("orpo", 1.0), ("sft_with_prompt", 1.0))),
+  "simpo": dict(losses=(("simpo", 1.0),), gamma_beta_ratio=0.5),
+  "ld": dict(ld_alpha=0.3),
+  "weighting": dict(weighting=True),
+  "shift": dict(losses=(("bco", 1.0),), running_shift=True),
+}
+
+
+def example(rng, prompt, length):
+  tokens = np.concatenate([prompt, rng.integers(3, 250, length)]).astype(np.int32)
+  return Example(tokens, np.arange(len(tokens)) >= len(prompt), None, "row", False)
+
+
+def groups(count, sizes, *, share=True, seed=0, **values):
+  """Answers of unequal lengths to random prompts; `values` are functions of (rng, how many)."""
+  rng = np.random.default_rng(seed)
+  made = []
+  for i in range(count):
+    prompt = rng.integers(3, 250, int(rng.integers(2, 7)))
+    size = sizes[i % len(sizes)]
+    several = [example(rng, prompt, int(rng.integers(1, 8))) for _ in range(size)]
+    numbers = {name: make(rng, size) for name, make in values.items()}
+    made.append(answers.join(several, share=share, values=numbers))
+  return made
+
+
+def pairs(count=7, **options):
+  return groups(count, (2,), **options)
+
+
+def labels(count=8):
+  made = groups(count, (1,), label=lambda rng, n: [float(rng.integers(2))])
+  made[0] = dataclasses.replace(made[0], values={"label": (1.0,)})
+  made[1] = dataclasses.replace(made[1], values={"label": (0.0,)})
+  return answers._with_companions(made, LENGTH)
+
+
+def scored(count=6):
+  return groups(
+    count,
+    (3, 2, 4),
+    score=lambda rng, n: rng.normal(size=n),
+    advantage=lambda rng, n: rng.normal(size=n),
+  )
+
+
+def rows_of(examples, rows, length=LENGTH):
+  room = max(slots(examples, length, True), max(e.count for e in examples))
+  return pack_answers(examples, rows, length, room)
+
+
+def batch(examples):
+  """Eight rows: some hold several examples, one is empty."""
+  rows = [[0, 1], [2], [3], [4], [5], [6] if len(examples) > 6 else []]
+  rows += [[7]] if len(examples) > 7 else [[]]
+  return rows_of(examples, [*rows, []], 2 * LENGTH)
+
+
+CASES = {
+  **{name: (Preference, options, pairs) for name, options in PAIRS.items()},
+  "kto": (Labelled, dict(undesirable_weight=1.3), labels),
+  "grpo": (Grouped, dict(aggregation="sequence_mean", old="reference", kl_weight=0.1), scored),
+  "gspo": (Grouped, dict(loss_name="gspo", old="reference", epsilon=0.5), scored),
+  "rloo": (Grouped, dict(loss_name="rloo", old="reference", epsilon=0.5), scored),
+}
+FAST = ("several", "aot_unpaired", "kto", "grpo")
+
+
+def setup(name):
+  """(objective, trainable, frozen, examples)."""
+  kind, options, make = CASES[name]
+  model, trainable, frozen = tiny.setup("lora")
+  objective = kind(model, **options)
+  return objective, trainable, frozen.replace(memory=objective.start()), make()
+
+
+@pytest.fixture(scope="module")
+def whole():
+  found = {}
+
+  def of(name):
+    if name not in found:
+      objective, trainable, frozen, examples = setup(name)
+      found[name] = gradient(objective, trainable, frozen, batch(examples))
+    return found[name]
+
+  return of
+
+
+ALL = [name if name in FAST else slow(name) for name in CASES]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_eight_micro_batches_are_one_batch(name, whole):
+  objective, trainable, frozen, examples = setup(name)
+  grads, metrics = gradient(objective, trainable, frozen, batch(examples), accumulate=8)
+  assert_same(grads, whole(name)[0])
+  assert metrics == pytest.approx(whole(name)[1], rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_neither_order_nor_packing_nor_a_shared_prompt_changes_anything(name, whole):
+  objective, trainable, frozen, examples = setup(name)
+  order = np.random.default_rng(0).permutation(len(examples))
+  fitted = best_fit([len(examples[i]) for i in order], 2 * LENGTH)
+  rows = [[int(order[i]) for i in row] for row in fitted]
+  grads, metrics = gradient(objective, trainable, frozen, rows_of(examples, rows, 2 * LENGTH))
+  assert_same(grads, whole(name)[0])
+  assert metrics["loss"] == pytest.approx(whole(name)[1]["loss"], rel=1e-5)
+  if CASES[name][2] is pairs:
+    apart = pairs(share=False)
+    assert sum(map(len, apart)) > sum(map(len, examples))
+    grads, _ = gradient(objective, trainable, frozen, batch(apart))
+    assert_same(grads, whole(name)[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_eight_devices_are_one(name, whole):
+  objective, trainable, frozen, examples = setup(name)
+  mesh = sharding.mesh(data=2, fsdp=2, tensor=2)
+  with jax.set_mesh(mesh):
+    trainable, moved = placed(trainable, frozen, mesh)
+    moved = moved.replace(memory=frozen.memory)
+    there = distributed.global_batch(mesh, batch(examples))
+    grads, metrics = gradient(objective, trainable, moved, there, accumulate=2)
+  assert_same(jax.device_get(grads), whole(name)[0])
+  assert metrics["loss"] == pytest.approx(whole(name)[1]["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["dpo", "kto", "grpo"])
+def test_a_cached_reference_is_the_base(name, whole, tmp_path):
+  objective, trainable, frozen, examples = setup(name)
+  said = []
+  how = dict(scorer=objective, params=frozen.params, cache=tmp_path, say=said.append)
+  cached = reference.scored(examples, **how)
+  again = reference.scored(examples, **how)
+  assert "computing" in said[0]
+  assert "read from" in said[1]
+  np.testing.assert_array_equal(cached[0].reference, again[0].reference)
+  grads, metrics = gradient(objective, trainable, frozen, batch(cached))
+  assert_same(grads, whole(name)[0])
+  assert metrics == pytest.approx(whole(name)[1], rel=1e-5, abs=1e-6)
+  other = jax.tree.map(lambda x: x * 1.01, frozen.params)
+  reference.scored(examples, **{**how, "params": other})
+  assert "computing" in said[2]
+
+
+def test_sums_are_those_of_each_answer_alone():
+  """Against the whole decoder on one answer a row, without packing."""
+  model, trainable, _ = tiny.setup("full")
+  rng = np.random.default_rng(3)
+  prompt = rng.integers(3, 250, 5)
+  several = [example(rng, prompt, n) for n in (3, 6, 1)]
+  made = answers.join(several)
+  objective = Preference(model)
+  packed = rows_of([made, made], [[0, 1]])
+  at = comparisons.tokens(packed)
+  found = at.per_answer(objective.scores(trainable, packed, at.mask, None).logp)
+  for i, one in enumerate(several * 2):
+    logits = decoder.forward(trainable, one.tokens[None], model)[0]
+    logps = jax.nn.log_softmax(logits)[np.arange(len(one) - 1), one.tokens[1:]]
+    expected = float(jnp.sum(jnp.where(one.mask[1:], logps, 0)))
+    assert float(found[0, i]) == pytest.approx(expected, rel=1e-5)
+  assert made.lengths == (3, 6, 1)
+
+
+def test_dpo_at_its_reference_is_log_2_with_no_margin():
+  model, _, _ = tiny.setup("full")
+  params = decoder.init(jax.random.key(1), model, std=tiny.STD)
+  objective = Preference(model)
+  totals = objective.totals(params, Frozen(reference=params), batch(pairs()), None)
+  loss, metrics = objective.loss(params, Frozen(reference=params), batch(pairs()), totals, None)
+  assert float(loss) == pytest.approx(np.log(2), rel=1e-6)
+  assert float(metrics["rewards/margins"].total) == 0.0
+  assert float(metrics["rewards/margins"].count) == 7
+
+
+def test_the_running_shift_is_the_mean_of_all_rewards_and_is_kept():
+  objective, trainable, frozen, examples = setup("shift")
+  first, second = batch(examples), batch(pairs(seed=5))
+  key = jax.random.key(0)
+  rewards = lambda b: [
+    float(
+      objective.loss(trainable, frozen, b, objective.totals(trainable, frozen, b, None), None)[1][
+        name
+      ].total
+    )
+    for name in ("rewards/chosen", "rewards/rejected")
+  ]
+  memory = objective.totals(trainable, frozen, first, key)["memory"]
+  assert float(memory.mean) == pytest.approx(sum(rewards(first)) / 14, rel=1e-5)
+  memory = objective.totals(trainable, frozen.replace(memory=memory), second, key)["memory"]
+  assert float(memory.mean) == pytest.approx(
+    (sum(rewards(first)) + sum(rewards(second))) / 28, rel=1e-5
+  )
+  assert float(memory.count) == 28
+  assert "memory" not in objective.totals(trainable, frozen, first, None)
+
+
+def test_a_step_keeps_what_the_objective_remembers():
+  import optax
+
+  objective, trainable, frozen, examples = setup("shift")
+  optimizer = optax.sgd(0.1)
+  state = step.start(trainable, optimizer, frozen.adapter, objective.start())
+  run = jax.jit(step.make(objective, optimizer))
+  state, _ = run(state, frozen, batch(examples))
+  assert float(state.memory.count) == 14
+  state, _ = run(state, frozen, batch(examples))
+  assert float(state.memory.count) == 28
+
+
+def test_a_group_that_agrees_has_no_gradient():
+  objective, trainable, frozen, examples = setup("grpo")
+  objective = dataclasses.replace(objective, kl_weight=0.0)
+  flat = [
+    dataclasses.replace(e, values={"score": (1.0,) * e.count, "advantage": (0.0,) * e.count})
+    for e in examples
+  ]
+  grads, _ = gradient(objective, trainable, frozen, batch(flat))
+  assert all(float(jnp.abs(g).max()) == 0 for g in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    (dict(losses=(("dop", 1.0),)), "'dop'.*known are dpo"),
+    (dict(losses=()), "empty"),
+    (dict(losses=(("dpo", 0.0),)), "weights are 0"),
+    (dict(losses=(("sppo", 1.0),), divergence="forward_kl"), "sppo reads more"),
+    (dict(divergence="kl"), "known are reverse_kl"),
+    (dict(running_shift=True), "add bco"),
+    (dict(losses=(("gold", 1.0),)), "third answer"),
+  ],
+)
+def test_mistakes_are_named(options, message):
+  with pytest.raises(ValueError, match=message):
+    Preference(tiny.config(), **options)
+
+
+def test_full_fine_tuning_without_a_reference_is_refused():
+  model, params, frozen = tiny.setup("full")
+  objective = Preference(model)
+  with pytest.raises(ValueError, match="give it a reference"):
+    objective.loss(params, frozen, batch(pairs()), {"pairs": 7}, None)
+  assert tree.size(params) > 0
