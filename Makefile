@@ -4,6 +4,7 @@ PYTHON ?= python3
 PIP_FLAGS = -q --disable-pip-version-check
 BIN = .venv/bin
 WORKDIR ?= runs/quickstart
+STAGE ?= sft# sft, or dpo: the second stage too
 WORKERS ?= 2# test processes; a file of tests stays in one, for what its tests share
 
 .PHONY: help quickstart test test-all test-newest check format oracle bench compile-70b offload optimizers clean
@@ -29,9 +30,14 @@ help:
 	$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps --target .venv-tpu/site libtpu
 	@touch $@
 
-quickstart: .venv/ready ## environment, embedded model, LoRA fine-tune on text-to-SQL, report
+quickstart: .venv/ready ## environment, embedded model, LoRA fine-tune on text-to-SQL, report; STAGE=dpo: then DPO on its mistakes
 	$(BIN)/posttrain fetch smollm2
 	$(BIN)/posttrain train --config=configs/quickstart.py --workdir=$(WORKDIR)
+ifeq ($(STAGE),dpo)
+	[ -d $(WORKDIR)/merged ] || $(BIN)/posttrain export --workdir=$(WORKDIR) --out=$(WORKDIR)/merged --merge
+	[ -f $(WORKDIR)/pairs.jsonl ] || $(BIN)/posttrain pairs --model=$(WORKDIR)/merged --task=sql --out=$(WORKDIR)/pairs.jsonl
+	$(BIN)/posttrain train --config=configs/quickstart_dpo.py:model=$(WORKDIR)/merged,data=$(WORKDIR)/pairs.jsonl --workdir=$(WORKDIR)-dpo
+endif
 
 test: .venv/ready ## the fast suite
 	$(BIN)/python -m pytest -m "not slow and not oracle" -n $(WORKERS) --dist loadfile

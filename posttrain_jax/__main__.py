@@ -1,4 +1,4 @@
-"""The `posttrain` command: train, eval, chat, export, sweep, plan, fetch."""
+"""The `posttrain` command: train, eval, pairs, chat, export, sweep, plan, fetch."""
 
 from __future__ import annotations
 
@@ -113,6 +113,22 @@ def _eval(args, overrides):
   )
 
 
+def _pairs(args, _):
+  _cache_compilations()
+  from posttrain_jax.train import evaluate
+
+  return evaluate.pairs(
+    model=args.model,
+    adapter=args.adapter,
+    task=args.task,
+    out=args.out,
+    limit=args.limit,
+    samples=args.samples,
+    temperature=args.temperature,
+    seed=args.seed,
+  )
+
+
 def _plan(args, overrides):
   from posttrain_jax.plan import estimate
 
@@ -125,6 +141,7 @@ COMMANDS = {
   "fetch": _fetch,
   "train": _train,
   "eval": _eval,
+  "pairs": _pairs,
   "chat": _chat,
   "export": _export,
   "sweep": _sweep,
@@ -176,6 +193,20 @@ def _parser() -> argparse.ArgumentParser:
   )
   evaluation.add_argument("--data", metavar="SOURCE", help="a built-in task or a data file")
   evaluation.add_argument("--limit", type=int, default=0, help="examples; 0 for all")
+
+  pairs = commands.add_parser(
+    "pairs",
+    help="preference pairs out of a model's own right and wrong answers",
+    allow_abbrev=False,
+  )
+  pairs.add_argument("--model", required=True, metavar="NAME_OR_DIR")
+  pairs.add_argument("--adapter", metavar="DIR")
+  pairs.add_argument("--task", default="sql", help="a built-in task; its training questions")
+  pairs.add_argument("--out", required=True, metavar="FILE.jsonl")
+  pairs.add_argument("--limit", type=int, default=256, help="questions; 0 for all")
+  pairs.add_argument("--samples", type=int, default=4, help="answers to each")
+  pairs.add_argument("--temperature", type=float, default=0.8)
+  pairs.add_argument("--seed", type=int, default=0)
 
   chat = commands.add_parser(
     "chat", help="talk to a model; one prompt a line when piped", allow_abbrev=False

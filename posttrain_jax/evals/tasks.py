@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from posttrain_jax import adapters
@@ -19,6 +20,7 @@ from posttrain_jax.data.templates import Template
 from posttrain_jax.evals import vote
 from posttrain_jax.models.config import ModelConfig
 from posttrain_jax.rollout import engine
+from posttrain_jax.rollout.sampling import GREEDY, Sampling
 
 Params = Any
 
@@ -122,38 +124,23 @@ def evaluate(
   Raises:
     ValueError: no such task or split, or a question that with its answer does not fit the model.
   """
-  if task not in TASKS:
-    raise ValueError(f"unknown task {task!r}; there are: {', '.join(TASKS)}")
-  if limit is not None and limit < 1:
-    raise ValueError(f"limit={limit}: ask for at least one question, or None for the whole split")
-  if batch_size < 1:
-    raise ValueError(f"batch_size must be at least 1, found {batch_size}")
-  started, chosen = time.monotonic(), TASKS[task]
-  if not isinstance(template, Template):
-    template = chat.template(tokenizer, template)
-  rows = chosen.examples(split, n=limit)
-  jobs = [templates.job(row["prompt"], True) for row in rows]
-  prompts = [_tokens(text, tokenizer) for text in template.render_all(jobs)]
-  ends = templates.end_of_turn(tokenizer, template)
-  stops = {*engine.stop_tokens(config, tokenizer), *(() if ends is None else (ends,))}
+  started = time.monotonic()
   members = len(ensemble) or 1
-  if ensemble:
-    index = np.tile(np.arange(members), len(prompts))
-    params = adapters.bind(params, adapters.stack(ensemble, params), rows=index)
-  drawn = _generate(
-    engine.prepare(params, config),
+  _, given = answer(
+    params,
     config,
-    [prompt for prompt in prompts for _ in range(members)],
-    batch_size,
-    progress,
-    max_new_tokens=chosen.max_new_tokens if max_new_tokens is None else max_new_tokens,
-    stop_tokens=tuple(sorted(stops)),
+    tokenizer,
+    task=task,
+    split=split,
+    limit=limit,
+    template=template,
+    ensemble=ensemble,
+    copies=members,
+    max_new_tokens=max_new_tokens,
+    batch_size=batch_size,
     dtype=dtype,
+    progress=progress,
   )
-  given = [
-    _answer(rows[i // members], ids, finished, tokenizer, chosen)
-    for i, (ids, finished) in enumerate(drawn)
-  ]
   ballots = [given[i : i + members] for i in range(0, len(given), members)]
   answers = [ballot[vote.majority([a["answer"] for a in ballot])] for ballot in ballots]
   return TaskResult(
@@ -163,11 +150,68 @@ def evaluate(
     total=len(answers),
     by_channel=_by_channel(answers),
     reasons=dict(Counter(a["reason"].partition(":")[0] for a in answers).most_common()),
-    answers=answers,
+    answers=[{k: v for k, v in a.items() if k != "tokens"} for a in answers],
     seconds=time.monotonic() - started,
-    new_tokens=sum(len(ids) for ids, _ in drawn),
+    new_tokens=sum(a["tokens"] for a in given),
     by_member=tuple(sum(a["correct"] for a in given[i::members]) for i in range(len(ensemble))),
   )
+
+
+def answer(
+  params: Params,
+  config: ModelConfig,
+  tokenizer: Any,
+  *,
+  task: str,
+  split: str,
+  limit: int | None = None,
+  template: Template | str | None = None,
+  ensemble: Sequence[Any] = (),
+  copies: int = 1,
+  sampling: Sampling = GREEDY,
+  key: Any = None,
+  max_new_tokens: int | None = None,
+  batch_size: int = 16,
+  dtype: Any = None,
+  progress: Callable[[int, int], None] | None = None,
+) -> tuple[list[dict], list[dict]]:
+  """(questions, `copies` verified answers to each, one question after the other); arguments as `evaluate`'s.
+
+  Answers are dicts as in `TaskResult`, and `tokens`, how many were generated.
+  """
+  if task not in TASKS:
+    raise ValueError(f"unknown task {task!r}; there are: {', '.join(TASKS)}")
+  if limit is not None and limit < 1:
+    raise ValueError(f"limit={limit}: ask for at least one question, or None for the whole split")
+  if batch_size < 1:
+    raise ValueError(f"batch_size must be at least 1, found {batch_size}")
+  chosen = TASKS[task]
+  if not isinstance(template, Template):
+    template = chat.template(tokenizer, template)
+  rows = chosen.examples(split, n=limit)
+  jobs = [templates.job(row["prompt"], True) for row in rows]
+  prompts = [_tokens(text, tokenizer) for text in template.render_all(jobs)]
+  ends = templates.end_of_turn(tokenizer, template)
+  stops = {*engine.stop_tokens(config, tokenizer), *(() if ends is None else (ends,))}
+  if ensemble:
+    index = np.tile(np.arange(len(ensemble)), len(prompts))
+    params = adapters.bind(params, adapters.stack(ensemble, params), rows=index)
+  drawn = _generate(
+    engine.prepare(params, config),
+    config,
+    [prompt for prompt in prompts for _ in range(copies)],
+    batch_size,
+    progress,
+    key,
+    sampling=sampling,
+    max_new_tokens=chosen.max_new_tokens if max_new_tokens is None else max_new_tokens,
+    stop_tokens=tuple(sorted(stops)),
+    dtype=dtype,
+  )
+  return rows, [
+    _answer(rows[i // copies], ids, finished, tokenizer, chosen)
+    for i, (ids, finished) in enumerate(drawn)
+  ]
 
 
 def _tokens(text, tokenizer):
@@ -177,10 +221,12 @@ def _tokens(text, tokenizer):
   return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def _generate(params, config, prompts, batch_size, progress, **options):
+def _generate(params, config, prompts, batch_size, progress, key, **options):
   """(new tokens, finished) of each prompt, in batches of like length so that progress can be told."""
   drawn: dict[int, tuple[list[int], bool]] = {}
-  for batch in _batches([len(prompt) for prompt in prompts], batch_size):
+  for number, batch in enumerate(_batches([len(prompt) for prompt in prompts], batch_size)):
+    # the batch's, since a row draws with its own number in it
+    options["key"] = None if key is None else jax.random.fold_in(key, number)
     some = [prompts[i] for i in batch]
     own = weight.take_rows(params, np.asarray(batch))
     made = engine.generate(own, config, some, batch_size=len(some), **options)
@@ -211,6 +257,7 @@ def _answer(row, ids, finished, tokenizer, task):
     reason=reason,
     channel=row["channel"],
     finished=finished,
+    tokens=len(ids),
   )
 
 

@@ -15,6 +15,7 @@ from posttrain_jax import adapters
 from posttrain_jax.adapters import peft_format
 from posttrain_jax.core import files
 from posttrain_jax.data import chat, loader, schema
+from posttrain_jax.evals import pairs as pair_lib
 from posttrain_jax.evals import run as runs
 from posttrain_jax.evals import tasks
 from posttrain_jax.models import before, fetch, hf, rotary
@@ -54,14 +55,8 @@ def evaluate(
   if not model or not data:
     raise ConfigError("write --workdir=DIR (a run), or --model=NAME_OR_DIR and --data=SOURCE")
   folder = fetch.resolve(model)
-  params, model_config = hf.load(folder, dtype=assemble.compute_dtype("auto"))
-  params, model_config, ensemble = _adapted(params, model_config, adapter)
-  tokenizer = chat.load_tokenizer(folder)
   name = run.model.template if run is not None else "tokenizer"
-  own = name == "tokenizer"
-  template = (
-    None if own and not tokenizer.chat_template else chat.template(tokenizer, None if own else name)
-  )
+  params, model_config, ensemble, tokenizer, template = _loaded(folder, adapter, name)
   results: dict[str, Any] = {"model": str(folder), "adapter": adapter, "data": data}
   loss = lambda params: _loss(params, model_config, tokenizer, template, data, run, own_data, limit)
   if ensemble:
@@ -89,6 +84,66 @@ def evaluate(
   rich.print_json(json.dumps(results))
   if workdir:
     files.write_json(Path(workdir) / "eval.json", results)
+  return 0
+
+
+def _loaded(
+  folder: Path, adapter: str | None, name: str
+) -> tuple[Any, ModelConfig, list, Any, Any]:
+  """(params, config, ensemble, tokenizer, chat template or None), the adapter merged where it is one."""
+  params, model_config = hf.load(folder, dtype=assemble.compute_dtype("auto"))
+  params, model_config, ensemble = _adapted(params, model_config, adapter)
+  tokenizer = chat.load_tokenizer(folder)
+  own = name == "tokenizer"
+  template = (
+    None if own and not tokenizer.chat_template else chat.template(tokenizer, None if own else name)
+  )
+  return params, model_config, ensemble, tokenizer, template
+
+
+def pairs(
+  *,
+  model: str,
+  adapter: str | None,
+  task: str,
+  out: str,
+  limit: int,
+  samples: int,
+  temperature: float,
+  seed: int,
+) -> int:
+  """Writes preference pairs, JSONL, out of the model's own answers to a task's training questions.
+
+  Raises:
+    ConfigError: the file is there already, or every answer was right.
+  """
+  path = Path(out)
+  if path.exists():
+    raise ConfigError(f"{path} is there already: write another --out, or remove it")
+  params, config, ensemble, tokenizer, template = _loaded(
+    fetch.resolve(model), adapter, "tokenizer"
+  )
+  if ensemble:
+    raise ConfigError("--adapter: answers are drawn from one adapter")
+  made = pair_lib.make(
+    params,
+    config,
+    tokenizer,
+    task=task,
+    limit=limit or None,
+    samples=samples,
+    temperature=temperature,
+    seed=seed,
+    template=template,
+  )
+  if not made.rows:
+    raise ConfigError(
+      f"all {samples} answers to each of {made.questions} questions were right: there is no pair; raise"
+      " --temperature or --samples"
+    )
+  path.parent.mkdir(parents=True, exist_ok=True)
+  files.write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made.rows))
+  print(f"{made}; written: {path}")
   return 0
 
 

@@ -104,7 +104,7 @@ def test_an_answer_is_never_cut():
   (cut,) = encode(long, max_length=40, truncate="prompt")
   assert len(cut) == 40
   assert cut.positions.min() == 0
-  assert text(cut, 0) == ("p" * 30 + "yes<|im_end|>", "yes<|im_end|>")
+  assert text(cut, 0) == ("p" * 32 + "yes<|im_end|>", "yes<|im_end|>")
   with pytest.raises(RowError, match="tokens, prompt and answers together"):
     encode(row(prompt="p", chosen="y" * 30, rejected="n" * 30), max_length=40, truncate="prompt")
   with pytest.raises(ValueError, match="kept whole"):

@@ -1,0 +1,29 @@
+r"""The quickstart's second stage: DPO on the SFT model's own mistakes.
+
+  make quickstart STAGE=dpo
+
+Pairs are the model's answers to training questions: one whose query returns what it should over one whose does not.
+"""
+
+import common
+import preference
+
+
+def get_config(arg=None):
+  arg = common.parse(
+    arg, model="runs/quickstart/merged", data="runs/quickstart/pairs.jsonl", smoke=False
+  )
+  c = preference.get_config(f"model={arg.model},data={arg.data},adapter=lora,loss=dpo+sft")
+  c.objective.beta = 0.1
+  c.objective.losses.sft = 0.2  # keeps the chosen queries likely
+  c.data.length = 384
+  c.data.eval_rows = 16
+  c.batch.rows = 4
+  c.steps = 48
+  c.optimizer.lr = 1e-4
+  c.eval.every = 24
+  c.eval.task = "sql"
+  c.checkpoint.every = 24
+  if arg.smoke:
+    c.steps, c.eval.task_limit, c.eval.every, c.data.eval_rows = 2, 4, 0, 2
+  return c

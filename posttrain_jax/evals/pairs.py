@@ -1,0 +1,101 @@
+"""Pairs out of a model's own answers to a task that can be verified: right ones over wrong ones."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from posttrain_jax.evals import tasks
+from posttrain_jax.models.config import ModelConfig
+from posttrain_jax.rollout.sampling import Sampling
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+  """rows: prompt, chosen and rejected as messages, with the channel; the rest counts the questions asked."""
+
+  rows: list[dict[str, Any]]
+  questions: int
+  all_right: int  # no wrong answer among the samples
+  none_right: int  # the gold answer was chosen
+  samples: int  # distinct wrong answers, over all questions, that are in no pair
+
+  def __str__(self) -> str:
+    return (
+      f"{len(self.rows)} pairs from {self.questions} questions: {self.all_right} had no wrong answer, in"
+      f" {self.none_right} the gold answer was taken for want of a right one"
+    )
+
+
+def make(
+  params: Any,
+  config: ModelConfig,
+  tokenizer: Any,
+  *,
+  task: str,
+  split: str = "train",
+  limit: int | None = None,
+  samples: int = 4,
+  temperature: float = 0.8,
+  seed: int = 0,
+  template: Any = None,
+  batch_size: int = 32,
+  dtype: Any = None,
+  progress: Callable[[int, int], None] | None = None,
+) -> Pairs:
+  """One pair for each question of a split that was answered wrong at least once.
+
+  Chosen is the first right sample, or the task's gold answer where none is right; rejected is the first wrong one that
+  ended by itself, or else the first wrong one.
+
+  Args:
+    limit: that many questions; None for the split.
+    samples: answers drawn to each question.
+    seed: of the drawing.
+
+  Raises:
+    ValueError: samples is below 1, or as `tasks.evaluate`.
+  """
+  if samples < 1:
+    raise ValueError(f"samples={samples}: draw at least one answer to a question")
+  rows, given = tasks.answer(
+    params,
+    config,
+    tokenizer,
+    task=task,
+    split=split,
+    limit=limit,
+    template=template,
+    copies=samples,
+    sampling=Sampling(temperature=temperature),
+    key=jax.random.key(seed),
+    batch_size=batch_size,
+    dtype=dtype,
+    progress=progress,
+  )
+  made, all_right, none_right, unused = [], 0, 0, 0
+  for i, row in enumerate(rows):
+    own = given[i * samples : (i + 1) * samples]
+    # an empty answer is nothing to compare with
+    wrong = [a for a in own if not a["correct"] and a["answer"].strip()]
+    if not wrong:
+      all_right += 1
+      continue
+    right = [a for a in own if a["correct"]]
+    none_right += not right
+    chosen = right[0]["answer"] if right else row["gold"]
+    rejected = next((a for a in wrong if a["finished"]), wrong[0])["answer"]
+    unused += len({a["answer"] for a in wrong}) - 1
+    turn = lambda text: [{"role": "assistant", "content": text}]
+    made.append(
+      dict(
+        prompt=row["prompt"],
+        chosen=turn(chosen),
+        rejected=turn(rejected),
+        channel=row["channel"],
+      )
+    )
+  return Pairs(made, len(rows), all_right, none_right, unused)
