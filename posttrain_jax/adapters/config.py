@@ -243,12 +243,12 @@ def depth_ranks(first: int, last: int, layers: int) -> dict[str, int]:
 
 
 def full_name(module: str) -> str:
-  """What transformers and PEFT call a module: all but the head live inside `model`.
+  """What transformers and PEFT call a module: all but the heads live inside `model`.
 
   >>> full_name("layers.3.mlp.up_proj"), full_name("lm_head")
   ('model.layers.3.mlp.up_proj', 'lm_head')
   """
-  return module if module == "lm_head" else f"model.{module}"
+  return module if module in ("lm_head", "score") else f"model.{module}"
 
 
 def _matches(wanted: str | tuple[str, ...], module: str) -> bool:

@@ -58,7 +58,7 @@ def save(
   written = codec.write(adapter, config, model_config)
   described = dict(
     peft_type=codec.peft_type,
-    task_type="CAUSAL_LM",
+    task_type="SEQ_CLS" if model_config.scores else "CAUSAL_LM",
     auto_mapping=None,
     base_model_name_or_path=base_name,
     revision=None,
@@ -107,9 +107,10 @@ def _codec(method: str) -> Codec:
 
 
 def fingerprint(model_config: ModelConfig) -> str:
-  """A digest of the shapes of the base; the head, which merging may untie, does not count."""
+  """A digest of the shapes of the base; heads, which merging may untie and a reward model changes, do not count."""
   shapes = {path: spec.shape for path, spec in tree.items(decoder.specs(model_config))}
-  shapes.pop("lm_head/weight", None)
+  for head in ("lm_head/weight", "score/weight"):
+    shapes.pop(head, None)
   return hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()[:16]
 
 

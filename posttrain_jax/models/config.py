@@ -63,6 +63,7 @@ class ModelConfig:
   bos_token_id: int | None = None
   eos_token_ids: tuple[int, ...] = ()
   pad_token_id: int | None = None
+  scores: int = 0  # of a reward model: numbers a token, in place of logits
   source: str = "{}"  # the config.json it came from, as JSON
 
   @property
@@ -127,6 +128,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
   ),
 }
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+SCORED = "ForSequenceClassification"
 ARCHITECTURES = {
   "llama": "LlamaForCausalLM",
   "mistral": "MistralForCausalLM",
@@ -187,6 +189,7 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
       bos_token_id=said.get("bos_token_id"),
       eos_token_ids=as_ids(said.get("eos_token_id")),
       pad_token_id=said.get("pad_token_id"),
+      scores=_scores(config),
       source=json.dumps(dict(config)),
     )
   except KeyError as error:
@@ -218,7 +221,25 @@ def to_hf(config: ModelConfig, *, tied: bool, dtype: str) -> dict[str, Any]:
   source["torch_dtype" if "torch_dtype" in source else "dtype"] = dtype
   source["vocab_size"] = config.vocab_size
   source.pop("quantization_config", None)
+  if config.scores:
+    source["architectures"] = [ARCHITECTURES[config.family].replace("ForCausalLM", SCORED)]
+    labels = {f"LABEL_{i}": i for i in range(config.scores)}
+    source["label2id"] = labels
+    source["id2label"] = {str(i): name for name, i in labels.items()}
+    # transformers reads the last token that is not padding: EOS, which ends an answer, must not be it
+    ends = as_ids(source.get("eos_token_id"))
+    if source.get("pad_token_id") is None or source["pad_token_id"] in ends:
+      source["pad_token_id"] = next(i for i in range(len(ends) + 1) if i not in ends)
   return source
+
+
+def _scores(config: Mapping[str, Any]) -> int:
+  """Numbers a token of a ...ForSequenceClassification, 0 for a model of logits."""
+  architecture = (config.get("architectures") or [""])[0]
+  if not architecture.endswith(SCORED):
+    return 0
+  labels = config.get("id2label")
+  return len(labels) if labels else int(config.get("num_labels", 2))
 
 
 def as_ids(value: Any) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ Hugging Face files, matrices stored `[in, out]`, every per-layer leaf with a lea
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -85,7 +86,9 @@ def specs(config: ModelConfig) -> Params:
   for path, spec in layer.items():
     leaves[f"layers/{path}"] = Spec((c.num_layers, *spec.shape), f"layers {spec.axes}", spec.init)
   leaves["norm/weight"] = norm(c.hidden_size)
-  if not c.tied:
+  if c.scores:
+    leaves["score/weight"] = Spec((c.hidden_size, c.scores), "embed scores", "normal")
+  elif not c.tied:
     leaves["lm_head/weight"] = Spec((c.hidden_size, c.vocab_size), "embed vocab", "normal")
   return tree.unflatten(leaves)
 
@@ -94,6 +97,7 @@ def specs(config: ModelConfig) -> Params:
 RULES = (
   (r"embed_tokens/weight", P("tensor", "fsdp")),
   (r"lm_head/weight", P("fsdp", "tensor")),
+  (r"score/weight", P("fsdp", None)),
   (r"layers/self_attn/[qkv]_proj/weight", P(None, "fsdp", "tensor")),
   (r"layers/self_attn/o_proj/weight", P(None, "tensor", "fsdp")),
   (r"layers/mlp/(gate|up)_proj/weight", P(None, "fsdp", "tensor")),
@@ -281,6 +285,24 @@ def head(params: Params) -> Any:
   if "lm_head" in params:
     return params["lm_head"]["weight"]
   return Transposed(unadapted(params["embed_tokens"]["weight"]))
+
+
+def scored(
+  key: Array, params: Params, config: ModelConfig, count: int = 1
+) -> tuple[Params, ModelConfig]:
+  """(params, config) of a reward model on a language model's base: a new, random score head in place of the head."""
+  std = json.loads(config.source).get("initializer_range", 0.02)
+  kept = {name: part for name, part in params.items() if name != "lm_head"}
+  dtype = params["norm"]["weight"].dtype
+  value = std * jax.random.normal(key, (config.hidden_size, count), jnp.float32)
+  return {**kept, "score": {"weight": value.astype(dtype)}}, dataclasses.replace(
+    config, scores=count
+  )
+
+
+def scores(params: Params, x: Array) -> Array:
+  """[..., embed] -> [..., scores] in float32: a reward model's numbers for each token."""
+  return linear32(x, params["score"]["weight"])
 
 
 def logits(params: Params, x: Array, config: ModelConfig) -> Array:

@@ -35,6 +35,7 @@ UNREAD = {
   r"(.*\.)?vision_tower\..*": "this is the text model",
   r"(.*\.)?multi_modal_projector\..*": "this is the text model",
 }
+HEADS = ("lm_head", "score")  # outside `model`
 TIED_HEAD = r"(.*\.)?lm_head\.weight"
 TOKENIZER_FILES = (
   "tokenizer.json",
@@ -134,7 +135,7 @@ def save(
       f"{path} is a {type(leaf).__name__}, not a plain array; call adapters.merge(params, adapter) first, "
       "which also turns quantised weights into dense ones"
     )
-  tied = "lm_head/weight" not in leaves
+  tied = config.tied if config.scores else "lm_head/weight" not in leaves
   _check(leaves, dataclasses.replace(config, tied=tied and config.tied))
   storage = quantised.config(leaves, tied)
   if tokenizer_from is not None and not Path(tokenizer_from).is_dir():
@@ -179,12 +180,12 @@ def hf_name(path: str, layer: int | None = None) -> str:
   name = path.replace("/", ".")
   if layer is not None:
     name = name.replace("layers.", f"layers.{layer}.", 1)
-  return name if path.startswith("lm_head") else f"model.{name}"
+  return name if path.startswith(HEADS) else f"model.{name}"
 
 
 def _turned(path: str) -> bool:
   """True for what Hugging Face stores [out, in]; the embedding is [vocab, embed] there as here."""
-  return path.endswith("_proj/weight") or path == "lm_head/weight"
+  return path.endswith("_proj/weight") or path in ("lm_head/weight", "score/weight")
 
 
 class _Reader:
@@ -318,7 +319,7 @@ def _prefix(names: Iterable[str]) -> str:
 
 
 def _rename(name: str, prefix: str, held: Mapping[str, Any]) -> str:
-  if name.startswith("lm_head"):
+  if name.startswith(HEADS):
     inner = prefix.removesuffix("model.") + name  # language_model.lm_head.weight
     return inner if inner in held else name
   return prefix + name.removeprefix("model.")

@@ -103,6 +103,8 @@ def model(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh | None = No
     storage=config.model.base if started is None else "dense",
     place=place if started is None else started.begin(place),
   )
+  if config.objective.name == "reward":
+    params, model_config = _with_score(config, params, model_config, mesh)
   tokenizer = chat.load_tokenizer(folder)
   if len(tokenizer) > model_config.vocab_size:
     raise ConfigError(
@@ -116,6 +118,20 @@ def model(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh | None = No
   if chosen is not None:
     model_config = rotary.stretched(model_config, chosen.context_length)
   return Model(folder, params, model_config, tokenizer, template, dtype, started)
+
+
+def _with_score(config, params, model_config, mesh):
+  """A language model gets a new score head; a reward model keeps its own, which has one score."""
+  if not model_config.scores:
+    key = jax.random.fold_in(jax.random.key(config.seed), 1)
+    params, model_config = decoder.scored(key, params, model_config)
+    placed_head = _place("score/weight", params["score"]["weight"], mesh=mesh)
+    return {**params, "score": {"weight": placed_head}}, model_config
+  if model_config.scores != 1:
+    raise ConfigError(
+      f"{config.model.name} has {model_config.scores} scores a token; a reward is one number"
+    )
+  return params, model_config
 
 
 def _place(path: str, leaf: Any, *, mesh: jax.sharding.Mesh | None, on_host: bool = False) -> Any:
@@ -275,6 +291,13 @@ def _limited(train, limit):
 def adapter_config(config: ml_collections.ConfigDict) -> adapters.AdapterConfig | None:
   """The AdapterConfig of config.adapter; None for full fine-tuning."""
   fields = {name: _option(name, value) for name, value in config.adapter.items()}
+  if config.objective.name == "reward" and fields["method"] != "none":
+    if "modules_to_save" not in fields:
+      raise ConfigError(
+        f"adapter={fields['method']}: a reward model trains its score head whole, for which this method has no place;"
+        " write adapter=lora or another of its kind"
+      )
+    fields["modules_to_save"] = (*fields["modules_to_save"], "score")
   if fields["method"] == "adalora":  # its schedule ends with the run, and its file says when
     fields.setdefault("total_step", config.steps)
   return None if fields["method"] == "none" else adapters.AdapterConfig(**fields)
@@ -366,6 +389,7 @@ def objective(
       **own,
       **how,
     ),
+    "reward": lambda: comparisons.Reward(model.config, kind=config.data.kind, **own, **how),
     "kto": lambda: comparisons.Labelled(model.config, **own, **how),
     "grouped": lambda: comparisons.Grouped(
       model.config, loss_name=o.loss, max_length=config.data.length, **own, **how

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from posttrain_jax.core import struct
-from posttrain_jax.losses import kl, policy, preference
+from posttrain_jax.losses import kl, policy, preference, reward
+from posttrain_jax.models import decoder
 from posttrain_jax.train import metrics as metrics_lib
 from posttrain_jax.train.metrics import Mean
 from posttrain_jax.train.objectives import Batch, Frozen, Scorer, reference, targets
@@ -439,6 +440,80 @@ class Labelled(Scorer):
     if self.estimate_kl:
       metrics["kl"] = Mean(totals["kl"] * jnp.sum(here), jnp.sum(here).astype(jnp.float32))
     return loss, metrics
+
+
+# --- reward models ---------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Reward(Scorer):
+  """A scalar a token, read where an answer ends (pairs: Bradley-Terry; labels: outcome) or where a step does (process).
+
+  Each loss is the mean over the pairs, answers or steps of the whole optimizer batch.
+  """
+
+  kind: str = "pairs"  # pairs, labels, steps
+  centering: float = 0.0  # weight of (r_w + r_l)^2
+
+  def __post_init__(self):
+    if self.kind not in ("pairs", "labels", "steps"):
+      raise ValueError(
+        f"data.kind={self.kind!r}: a reward model learns from pairs, labels or steps"
+      )
+
+  def rewards(self, params: Any, batch: Batch, key: Array | None = None) -> Array:
+    """[rows, slots]: of each answer, read at its last token."""
+    each = self._each(params, batch, key)
+    own = jnp.where(batch["loss_mask"], batch["answer"], -1)
+    last = (own >= 0) & (jnp.roll(own, -1, axis=1).at[:, -1].set(-1) != own)
+    at = Tokens(last, batch["answer"], batch["present"])
+    return at.per_answer(each)
+
+  def _each(self, params, batch, key):
+    return decoder.scores(params, self.hidden(params, batch, key))[..., 0]
+
+  def totals(self, trainable, frozen, batch, key):
+    if self.kind == "steps":
+      return {"count": jnp.sum(~jnp.isnan(batch["steps"]))}
+    return {"count": jnp.sum(batch["present"]) / (2 if self.kind == "pairs" else 1)}
+
+  def loss(self, trainable, frozen, batch, totals, key):
+    params = bound(trainable, frozen, key)
+    if self.kind == "pairs":
+      each, here, metrics = self._paired(self.rewards(params, batch, key), batch)
+    elif self.kind == "labels":
+      found, here = self.rewards(params, batch, key), batch["present"]
+      each, metrics = self._judged(found, batch["label"], here)
+    else:
+      here = ~jnp.isnan(batch["steps"])
+      labels = jnp.where(here, batch["steps"], 0.0)
+      each, metrics = self._judged(self._each(params, batch, key), labels, here)
+    loss = jnp.sum(jnp.where(here, each, 0.0)) / jnp.maximum(totals["count"], 1)
+    metrics["loss"] = metrics_lib.mean(stop(each), here)
+    metrics["tokens"] = jnp.sum(batch["segment_ids"] > 0)
+    return loss, metrics
+
+  def _paired(self, found, batch):
+    chosen, rejected = found[:, ::2], found[:, 1::2]
+    margin = batch["margin"][:, ::2] if "margin" in batch else 0.0
+    each, stats = reward.bradley_terry(chosen, rejected, margin=margin, centering=self.centering)
+    here = batch["present"][:, ::2]
+    mean = lambda x: metrics_lib.mean(stop(x), here)
+    metrics = {
+      "accuracy": mean(stats.correct),
+      "margin": mean(stats.margin),
+      "mean_reward": mean((chosen + rejected) / 2),
+      "rewards/chosen": mean(chosen),
+      "rewards/rejected": mean(rejected),
+    }
+    return each, here, metrics
+
+  def _judged(self, found, labels, here):
+    each, right = reward.binary_cross_entropy(found, labels)
+    return each, {
+      "accuracy": metrics_lib.mean(stop(right), here),
+      "mean_reward": metrics_lib.mean(stop(found), here),
+    }
 
 
 # --- scored groups ---------------------------------------------------------------------------------------------------

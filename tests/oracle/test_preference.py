@@ -14,6 +14,7 @@ transformers = pytest.importorskip("transformers")
 datasets = pytest.importorskip("datasets")
 from safetensors import numpy as safetensors_numpy  # noqa: E402
 
+from posttrain_jax.core import tree  # noqa: E402
 from posttrain_jax.data import answers, packing, schema  # noqa: E402
 from posttrain_jax.models import fetch, hf  # noqa: E402
 from posttrain_jax.train import comparisons, step  # noqa: E402
@@ -353,3 +354,112 @@ def test_kto_is_trls(estimate_kl, models, tokenizer, tmp_path):
   same(ours(objective, models, examples), expected, tmp_path)
   same(ours(objective, models, examples, accumulate=4), expected, tmp_path)
   same(ours(objective, models, examples, packed=True), expected, tmp_path)
+
+
+# --- reward models ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def padded(tokenizer):
+  """transformers reads the last token that is not padding, which SmolLM2's own tokenizer says EOS is."""
+  other = copy.deepcopy(tokenizer)
+  other.pad_token = "<|endoftext|>"
+  return other
+
+
+@pytest.fixture(scope="module")
+def reward_model(tmp_path_factory, padded):
+  torch.manual_seed(2)
+  config = transformers.LlamaConfig(
+    **SIZES,
+    vocab_size=len(padded),
+    initializer_range=0.05,
+    num_labels=1,
+    pad_token_id=padded.pad_token_id,
+  )
+  folder = tmp_path_factory.mktemp("reward")
+  transformers.LlamaForSequenceClassification(config).save_pretrained(folder)
+  padded.save_pretrained(folder)
+  return folder
+
+
+def sequence_classifier(folder):
+  return transformers.AutoModelForSequenceClassification.from_pretrained(
+    folder, dtype=torch.float32
+  )
+
+
+@pytest.mark.parametrize("margins", [False, True])
+def test_a_reward_model_is_trls(margins, reward_model, padded, tmp_path):
+  import trl
+
+  fields = [dict(prompt=p, chosen=c, rejected=r) for p, c, r in PAIRS]
+  if margins:
+    fields = [dict(f, margin=0.2 * i) for i, f in enumerate(fields)]
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    trainer = trl.RewardTrainer(
+      model=sequence_classifier(reward_model),
+      args=arguments(trl.RewardConfig, tmp_path, max_length=None, center_rewards_coefficient=0.05),
+      train_dataset=datasets.Dataset.from_list(fields),
+      processing_class=padded,
+    )
+    expected = theirs(trainer)
+  objective = lambda config: comparisons.Reward(config, centering=0.05)
+  examples = answers.encode_all(
+    rows(tmp_path, fields), padded, kind="pairs", max_length=160
+  ).examples
+  folders = (reward_model, reward_model)
+  same(ours(objective, folders, examples), expected, tmp_path)
+  same(ours(objective, folders, examples, accumulate=2), expected, tmp_path)
+  same(ours(objective, folders, examples, packed=True), expected, tmp_path)
+
+
+def test_rewards_and_files_are_transformers(reward_model, padded, tmp_path):
+  """The same rewards, there and back again through a folder that we write."""
+  params, config = hf.load(reward_model)
+  assert config.scores == 1
+  hf.save(tmp_path / "own", params, config, tokenizer_from=reward_model)
+  examples = encoded(tmp_path, padded)
+  batch = packing.pack_answers(examples, [[i] for i in range(len(examples))], 64, 2)
+  found = np.asarray(comparisons.Reward(config).rewards(params, batch))
+  for folder in (reward_model, tmp_path / "own"):
+    model = sequence_classifier(folder).eval()
+    for (prompt, *said), rewards in zip(PAIRS, found):
+      for text, value in zip(said, rewards):
+        ids = [*padded(prompt + text).input_ids, padded.eos_token_id]
+        with torch.no_grad():
+          expected = model(torch.tensor([ids])).logits.item()
+        assert value == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_a_reward_adapter_is_one_to_peft(reward_model, padded, tmp_path):
+  import peft
+
+  from posttrain_jax import adapters
+  from posttrain_jax.adapters import peft_format
+
+  params, config = hf.load(reward_model)
+  chosen = adapters.AdapterConfig(r=4, lora_alpha=8, modules_to_save=("score",))
+  params, adapter = adapters.init(jax.random.key(0), params, chosen)
+  noise = lambda x: x + 0.05 * jax.random.normal(jax.random.key(x.size), x.shape, x.dtype)
+  trained, fixed = tree.partition(adapter)
+  adapter = tree.combine(jax.tree.map(noise, trained), fixed)
+  peft_format.save(tmp_path / "adapter", adapter, chosen, config)
+  bound = adapters.bind(params, adapter)
+  examples = encoded(tmp_path, padded)
+  batch = packing.pack_answers(examples, [[i] for i in range(len(examples))], 64, 2)
+  found = np.asarray(comparisons.Reward(config).rewards(bound, batch))
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    model = peft.PeftModel.from_pretrained(sequence_classifier(reward_model), tmp_path / "adapter")
+  model.eval()
+  for (prompt, *said), rewards in zip(PAIRS, found):
+    for text, value in zip(said, rewards):
+      ids = [*padded(prompt + text).input_ids, padded.eos_token_id]
+      with torch.no_grad():
+        expected = model(torch.tensor([ids])).logits.item()
+      assert value == pytest.approx(expected, rel=1e-4, abs=1e-5)
+  again, _ = peft_format.load(tmp_path / "adapter", params, config)
+  other = comparisons.Reward(config).rewards(adapters.bind(params, again), batch)
+  np.testing.assert_array_equal(other, found)

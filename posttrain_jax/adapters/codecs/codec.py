@@ -21,7 +21,7 @@ UNREAD = (
   "peft_version",
   "revision",
 )
-TASK = {"task_type": (None, "CAUSAL_LM")}
+TASK = {"task_type": (None, "CAUSAL_LM", "SEQ_CLS")}
 
 
 @dataclasses.dataclass(frozen=True)
