@@ -217,6 +217,31 @@ class Preference(Scorer):
     )
     return total, metrics | self._metrics(pairs, batch, at, key)
 
+  def compare(self, trainable: Any, frozen: Frozen, batch: Batch) -> dict[str, Array]:
+    """Of each pair, [rows, pairs]: implicit rewards, log-ratios to the reference (drifts), lengths, presence."""
+    pairs = self._pairs(trainable, frozen, batch, None, tokens(batch))
+    found = {
+      "present": pairs.present,
+      "chosen_length": pairs.lengths[0],
+      "rejected_length": pairs.lengths[1],
+    }
+    found["chosen"], found["rejected"] = self._rewards(pairs)
+    if self.needs_reference:
+      found["chosen_drift"] = pairs.chosen - pairs.ref_chosen
+      found["rejected_drift"] = pairs.rejected - pairs.ref_rejected
+    return found
+
+  def _rewards(self, pairs: _Pairs) -> tuple[Array, Array]:
+    """beta r, or beta log pi where there is no reference, per token where the loss has means."""
+    if self.needs_reference:
+      return (
+        self.beta * (pairs.chosen - pairs.ref_chosen),
+        self.beta * (pairs.rejected - pairs.ref_rejected),
+      )
+    means = any(name in LOSSES and LOSSES[name].means for name, _ in self.losses)
+    by = pairs.lengths if means else (1.0, 1.0)
+    return self.beta * pairs.chosen / by[0], self.beta * pairs.rejected / by[1]
+
   def _each(self, name: str, pairs: _Pairs, frozen: Frozen, totals) -> Array:
     """The loss of each pair, [rows, pairs]."""
     if name in SORTED:
@@ -313,13 +338,7 @@ class Preference(Scorer):
   def _metrics(self, pairs: _Pairs, batch: Batch, at: Tokens, key) -> dict[str, Any]:
     pairs = stop(pairs)
     here = pairs.present
-    if self.needs_reference:
-      chosen = self.beta * (pairs.chosen - pairs.ref_chosen)
-      rejected = self.beta * (pairs.rejected - pairs.ref_rejected)
-    else:
-      means = any(name in LOSSES and LOSSES[name].means for name, _ in self.losses)
-      by = pairs.lengths if means else (1.0, 1.0)
-      chosen, rejected = self.beta * pairs.chosen / by[0], self.beta * pairs.rejected / by[1]
+    chosen, rejected = self._rewards(pairs)
     mean = lambda x, where=here: metrics_lib.mean(x, where)
     correct = (chosen > rejected).astype(jnp.float32)
     longer = pairs.lengths[0] > pairs.lengths[1]
@@ -341,12 +360,6 @@ class Preference(Scorer):
     if self.needs_reference:
       metrics["logps/chosen_drift"] = mean(pairs.chosen - pairs.ref_chosen)
       metrics["logps/rejected_drift"] = mean(pairs.rejected - pairs.ref_rejected)
-      # of the data's answers, not of the policy's own: what the policy has moved on them, per token
-      moved = (pairs.chosen - pairs.ref_chosen) + (pairs.rejected - pairs.ref_rejected)
-      metrics["kl"] = Mean(
-        jnp.sum(jnp.where(here, moved, 0.0)),
-        jnp.sum(jnp.where(here, pairs.lengths[0] + pairs.lengths[1], 0.0)),
-      )
     if any(name == "orpo" for name, _ in self.losses):
       odds = preference.log_odds_ratio(
         pairs.chosen / pairs.lengths[0], pairs.rejected / pairs.lengths[1]

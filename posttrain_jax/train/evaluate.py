@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,18 +10,19 @@ from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 import rich
 
 from posttrain_jax import adapters
 from posttrain_jax.adapters import peft_format
 from posttrain_jax.core import files
 from posttrain_jax.data import chat, loader, schema
+from posttrain_jax.evals import margins, tasks
 from posttrain_jax.evals import pairs as pair_lib
 from posttrain_jax.evals import run as runs
-from posttrain_jax.evals import tasks
 from posttrain_jax.models import before, fetch, hf, rotary
 from posttrain_jax.models.config import ModelConfig
-from posttrain_jax.train import assemble, objectives, settings, step
+from posttrain_jax.train import assemble, comparisons, objectives, settings, step
 from posttrain_jax.train import metrics as metrics_lib
 from posttrain_jax.train.settings import ConfigError
 
@@ -52,6 +54,8 @@ def evaluate(
     if workdir and not model and not adapter:
       model, adapter = _produced(Path(workdir), run)
     model, data = model or run.model.name, data or run.data.eval or run.data.train
+  if run is not None and run.objective.name != "sft":
+    return _compared(run, str(model), adapter, None if own_data else data, workdir)
   if not model or not data:
     raise ConfigError("write --workdir=DIR (a run), or --model=NAME_OR_DIR and --data=SOURCE")
   folder = fetch.resolve(model)
@@ -99,6 +103,81 @@ def _loaded(
     None if own and not tokenizer.chat_template else chat.template(tokenizer, None if own else name)
   )
   return params, model_config, ensemble, tokenizer, template
+
+
+def _compared(run, model: str, adapter: str | None, data: str | None, workdir: str | None) -> int:
+  """What an objective on answers says of its held-out rows; of pairs also a report of their margins."""
+  mine = ml_collections.ConfigDict(run.to_dict())
+  if data is not None:
+    mine.data.eval, mine.data.eval_rows = data, 0
+  # the policy is what the run made, the reference what it says; nothing trains here
+  mine.adapter = ml_collections.ConfigDict({"method": "none"})
+  mine.model.base = "dense"
+  base = assemble.model(mine)
+  params, config = _policy(base, model, adapter)
+  policy = dataclasses.replace(base, params=params, config=config)
+  objective = assemble.objective(mine, policy, ())
+  other = None
+  if isinstance(objective, objectives.Scorer) and objective.needs_reference:
+    other = assemble.reference_params(mine, base, None)
+  found = assemble.data(mine, policy)
+  examples = found.eval or found.train
+  batches = list(
+    loader.eval_batches(
+      examples, batch_size=run.eval.rows, length=run.data.length, packing=run.data.packing
+    )
+  )
+  frozen = objectives.Frozen(reference=other, memory=objective.start())
+  measure = jax.jit(step.evaluate(objective))
+  total: Any = None
+  for batch in batches:
+    metrics = measure(params, frozen, batch)
+    total = metrics if total is None else jax.tree.map(lambda a, b: a + b, total, metrics)
+  results: dict[str, Any] = {"model": model, "adapter": adapter, "examples": len(examples)}
+  results |= metrics_lib.read(total)
+  if isinstance(objective, comparisons.Preference):
+    compared = _margins(objective, params, frozen, examples, run, base.tokenizer)
+    if workdir:
+      diagnosis, path = margins.write(workdir, compared)
+      print(f"report: {path}")
+    else:
+      diagnosis = margins.diagnose(compared)
+    results |= {"diagnosis": diagnosis}
+  rich.print_json(json.dumps(results))
+  if workdir:
+    files.write_json(Path(workdir) / "eval.json", results)
+  return 0
+
+
+def _policy(base: assemble.Model, model: str, adapter: str | None) -> tuple[Any, ModelConfig]:
+  """What a run has made: its adapter merged into the base, or the model that it wrote."""
+  if adapter:
+    return _adapted(base.params, base.config, adapter)[:2]
+  return hf.load(fetch.resolve(model), dtype=base.dtype)
+
+
+def _margins(objective, params, frozen, examples, run, tokenizer) -> margins.Compared:
+  compare = jax.jit(objective.compare)
+  rows: dict[str, list[np.ndarray]] = {}
+  # one example a row, so that rows are in the order of the examples
+  length = max(map(len, examples))
+  for start in range(0, len(examples), run.eval.rows):
+    some = examples[start : start + run.eval.rows]
+    (batch,) = loader.eval_batches(
+      some, batch_size=run.eval.rows, edges=(length,), length=length, packing=False
+    )
+    for name, values in jax.device_get(compare(params, frozen, batch)).items():
+      rows.setdefault(name, []).append(values[: len(some), 0])
+  found = {name: np.concatenate(values) for name, values in rows.items()}
+  del found["present"]
+  return margins.Compared(**found, texts=[_texts(e, tokenizer) for e in examples])
+
+
+def _texts(example, tokenizer) -> tuple[str, str, str]:
+  """(prompt, chosen, rejected) of an example, decoded."""
+  said = [tokenizer.decode(example.tokens[example.mask & (example.answer == i)]) for i in (0, 1)]
+  prompt = example.tokens[~example.mask & (example.answer <= 0)]
+  return tokenizer.decode(prompt), said[0], said[1]
 
 
 def pairs(

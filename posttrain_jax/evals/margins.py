@@ -1,0 +1,215 @@
+"""What a preference run has learned, pair by pair: margins, what drives them, and what looks wrong, in plain words."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from matplotlib.figure import Figure
+
+from posttrain_jax.core import files
+from posttrain_jax.evals import figures, page
+
+NEAR = 0.05  # a margin below this is a tie, more or less: sigma(0.05) is 0.51
+LARGE = 5.0  # a pair with this margin has 0.7 % of its gradient left
+ENDS = 4  # pairs shown of either end
+
+
+@dataclasses.dataclass(frozen=True)
+class Compared:
+  """[pairs] each; rewards are beta times log-ratios, or of a reward model; drifts are log-ratios in nats, or None."""
+
+  chosen: np.ndarray
+  rejected: np.ndarray
+  chosen_length: np.ndarray  # tokens of the answers
+  rejected_length: np.ndarray
+  chosen_drift: np.ndarray | None = None
+  rejected_drift: np.ndarray | None = None
+  texts: Sequence[tuple[str, str, str]] = ()  # prompt, chosen, rejected
+
+  @property
+  def margin(self) -> np.ndarray:
+    return self.chosen - self.rejected
+
+  @property
+  def longer(self) -> np.ndarray:
+    """Tokens that the chosen answer has more than the rejected one."""
+    return self.chosen_length - self.rejected_length
+
+
+def diagnose(pairs: Compared) -> dict[str, Any]:
+  """Figures over all pairs, and `findings`: a sentence for each thing that looks wrong, or one that says nothing does.
+
+  `length_correlation` is Pearson's of the margin with the difference in length, 0 where either is constant.
+  """
+  margin, longer = pairs.margin, pairs.longer
+  of = lambda mask, values: float(np.mean(values[mask])) if mask.any() else None
+  correct = margin > 0
+  result: dict[str, Any] = {
+    "pairs": len(margin),
+    "accuracy": float(correct.mean()),
+    "margin": {
+      "mean": float(margin.mean()),
+      **{f"p{q}": float(np.percentile(margin, q)) for q in (5, 25, 50, 75, 95)},
+    },
+    "near_ties": float((np.abs(margin) < NEAR).mean()),
+    "large_margins": float((margin > LARGE).mean()),
+    "length_correlation": _correlation(margin, longer),
+    "accuracy_chosen_longer": of(longer > 0, correct),
+    "accuracy_chosen_shorter": of(longer < 0, correct),
+    "length": {
+      "chosen": float(pairs.chosen_length.mean()),
+      "rejected": float(pairs.rejected_length.mean()),
+    },
+  }
+  if pairs.chosen_drift is not None and pairs.rejected_drift is not None:
+    result["drift"] = {
+      "chosen": float(pairs.chosen_drift.mean()),
+      "rejected": float(pairs.rejected_drift.mean()),
+      "per_token": float(
+        (np.abs(pairs.chosen_drift) + np.abs(pairs.rejected_drift)).sum()
+        / max((pairs.chosen_length + pairs.rejected_length).sum(), 1)
+      ),
+    }
+  result["findings"] = _findings(result)
+  return result
+
+
+def _correlation(a: np.ndarray, b: np.ndarray) -> float:
+  if len(a) < 2 or a.std() == 0 or b.std() == 0:
+    return 0.0
+  return float(np.corrcoef(a, b)[0, 1])
+
+
+def _findings(found: dict[str, Any]) -> list[str]:
+  said, drift = [], found.get("drift")
+  n, correlation = found["pairs"], found["length_correlation"]
+  if found["large_margins"] > 0.8:
+    said.append(
+      f"Over-optimised: {found['large_margins']:.0%} of the pairs have margins above {LARGE:g}, where hardly any"
+      " gradient is left; stop earlier, lower the rate, or take ipo."
+    )
+  # twice the standard error of no correlation at all
+  if abs(correlation) > max(0.5, 2 / max(n - 2, 1) ** 0.5):
+    which = "longer" if correlation > 0 else "shorter"
+    said.append(
+      f"Length-driven: margins go with the difference in length (correlation {correlation:+.2f}): the model prefers"
+      f" {which} answers; compare dpo_norm or simpo, or balance the lengths of the data."
+    )
+  if drift and found["near_ties"] > 0.5 and drift["per_token"] < 0.01:
+    said.append(
+      f"Hardly moved: {found['near_ties']:.0%} of the pairs are near ties and log-probabilities moved by"
+      f" {drift['per_token']:.4f} nats a token; too few steps, too low a rate, or beta too high, which holds the policy"
+      " to its reference."
+    )
+  elif found["near_ties"] > 0.5:
+    said.append(
+      f"Undecided: {found['near_ties']:.0%} of the pairs are near ties though the policy moved; the pairs may differ in"
+      " nothing that it can learn."
+    )
+  if drift and drift["per_token"] > 0.5:
+    said.append(
+      f"Far from the reference: log-probabilities moved by {drift['per_token']:.2f} nats a token; beta is too low to"
+      " hold it, or the run too long."
+    )
+  if drift and drift["chosen"] < -1 and drift["rejected"] < drift["chosen"]:
+    said.append(
+      f"Likelihood displacement: the chosen answers themselves became less likely, by {-drift['chosen']:.1f} nats on"
+      f" average (rejected ones by {-drift['rejected']:.1f}); add +sft to the loss, or raise beta."
+    )
+  if found["accuracy"] < 0.5 and n >= 10:
+    said.append(
+      f"Worse than chance: {found['accuracy']:.0%} of the pairs are ordered right; are chosen and rejected swapped?"
+    )
+  return said or ["Nothing stands out."]
+
+
+def figure(pairs: Compared) -> Figure:
+  """Margins as a histogram, and against the difference in length."""
+  with figures.style():
+    drawing = Figure(figsize=(9, 3), layout="constrained")
+    left, right = drawing.subplots(1, 2)
+    left.hist(pairs.margin, bins=min(40, max(8, len(pairs.margin) // 6)), color=figures.BLUE)
+    left.axvline(0, color="#999999", linewidth=0.8)
+    left.set(title="margins of the pairs", xlabel="margin", ylabel="pairs")
+    right.scatter(pairs.longer, pairs.margin, s=8, color=figures.BLUE, alpha=0.6)
+    right.axhline(0, color="#999999", linewidth=0.8)
+    right.set(
+      title="margin by length", xlabel="tokens that the chosen answer is longer", ylabel="margin"
+    )
+  return drawing
+
+
+BODY = """\
+<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<title>{{ title }}</title><style>{{ style }}</style></head><body>
+<h1>{{ title }}</h1>
+{% for sentence in found.findings %}<p class="verdict">{{ sentence }}</p>{% endfor %}
+<img alt="margins" src="{{ picture }}">
+<table class="narrow">
+{% for name, value in rows %}<tr><td>{{ name }}</td><td class="number">{{ value }}</td></tr>
+{% endfor %}</table>
+{% for name, some in ends %}
+<h2>{{ name }}</h2>
+{% for pair in some %}
+<div class="pair">
+<div class="question"><b>margin {{ "%+.3f"|format(pair.margin) }}</b><pre>{{ pair.prompt }}</pre></div>
+<div><span class="right">chosen, {{ pair.chosen_length }} tokens</span><pre>{{ pair.chosen }}</pre></div>
+<div><span class="wrong">rejected, {{ pair.rejected_length }} tokens</span><pre>{{ pair.rejected }}</pre></div></div>
+{% endfor %}{% endfor %}
+</body></html>
+"""
+
+
+def write(folder: str | Path, pairs: Compared) -> tuple[dict[str, Any], Path]:
+  """(the diagnosis, the page): `preference.json` and `preference.html` in a folder."""
+  found, folder = diagnose(pairs), Path(folder)
+  files.write_json(folder / "preference.json", found)
+  order = np.argsort(pairs.margin, kind="stable")
+  shown = lambda indices: [
+    dict(
+      margin=pairs.margin[i],
+      prompt=_short(pairs.texts[i][0]),
+      chosen=_short(pairs.texts[i][1]),
+      rejected=_short(pairs.texts[i][2]),
+      chosen_length=int(pairs.chosen_length[i]),
+      rejected_length=int(pairs.rejected_length[i]),
+    )
+    for i in indices
+    if len(pairs.texts)
+  ]
+  environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+  html = environment.from_string(BODY).render(
+    title=f"{folder.absolute().name}: {found['pairs']} pairs",
+    style=page.STYLE,
+    found=found,
+    picture=figures.data_uri(figure(pairs)),
+    rows=_rows(found),
+    ends=[
+      ("Lowest margins", shown(order[:ENDS])),
+      ("Highest margins", shown(order[::-1][:ENDS])),
+    ],
+  )
+  path = folder / "preference.html"
+  files.write_text(path, html)
+  return found, path
+
+
+def _short(text: str, longest: int = 600) -> str:
+  return text if len(text) <= longest else text[:longest] + " ..."
+
+
+def _rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+  rows = []
+  for name, value in found.items():
+    if isinstance(value, dict):
+      rows += [(f"{name}, {part}", f"{number:.4g}") for part, number in value.items()]
+    elif isinstance(value, float | int):
+      rows.append((name, f"{value:.4g}"))
+  return rows
