@@ -148,8 +148,8 @@ def report(results: list[dict[str, Any]]) -> None:
   lines = [
     "# What beta does",
     "",
-    f"Written by `experiments/beta_rank.py`: {len(results)} of {len(RANKS) * len(BETAS)} points; DPO, 24 steps of 4 rows"
-    " of 512 tokens, one seed, the same rate for all.",
+    f"Written by `experiments/beta_rank.py`: {len(results)} of {len(RANKS) * len(BETAS)} points; DPO, 24 steps of 4"
+    " rows of 512 tokens, one seed, the same rate for all.",
     "",
     "| rank | beta | reward accuracy | margin | margin / beta, nats | chosen, nats | rejected, nats |"
     f" KL, nats an answer | tokens an answer | right of {ASKED} |",
