@@ -208,7 +208,7 @@ def text(arg):
   d.truncate = "error"  # error, drop, keep_start, split (plain text)
   d.on_error = "raise"  # raise, skip (counted)
   d.packing = True  # several examples in a row
-  d.kind = "text"  # what a row is: text, pairs, triples, labels, scored
+  d.kind = "text"  # what a row is: text, pairs, triples, labels, outcomes, steps, scored
   d.limit = 0  # rows used; 0 for all
   d.replay = ""  # general data mixed in against forgetting: as train
   d.replay_columns = ml_collections.ConfigDict()

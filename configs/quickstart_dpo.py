@@ -4,9 +4,9 @@ r"""The quickstart's second stage: DPO on the SFT model's own mistakes.
 
 Pairs are the model's answers to training questions: one whose query returns what it should over one whose does not.
 
-measured: 175 of 200 held-out questions right before, 182 after (91 %); two other settings near it gave 180 and 182.  With
-five times the rate and a fifth of the weight on the chosen queries' likelihood it fell to 77, while the accuracy on
-held-out pairs rose to 81 %: pairs are no measure of answers.
+measured: 175 of 200 held-out questions right before, 182 after (91 %); two other settings near it gave 180 and 182.
+With five times the rate and a fifth of the weight on the chosen queries' likelihood it fell to 77, while the accuracy
+on held-out pairs rose to 81 %: pairs are no measure of answers.
 """
 
 import common

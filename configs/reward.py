@@ -1,4 +1,4 @@
-r"""Reward models: Bradley-Terry on pairs, outcome labels, or labelled steps of a process.
+r"""Reward models: Bradley-Terry on pairs, labelled outcomes, or labelled steps of a process.
 
 posttrain train --config=configs/reward.py:data=PAIRS.jsonl,kind=pairs --workdir=runs/reward
 """
@@ -13,7 +13,7 @@ def get_config(arg=None):
   c = common.run(arg)
   c.objective = {"name": "reward"}
   c.objective.centering = 0.01 if arg.kind == "pairs" else 0.0  # weight of (r_w + r_l)^2
-  c.data = common.answers(arg, common.chosen("kind", arg.kind, ("pairs", "labels", "steps")))
+  c.data = common.answers(arg, common.chosen("kind", arg.kind, ("pairs", "outcomes", "steps")))
   c.data.length = 1024
   c.optimizer.lr = 1e-4 if arg.adapter != "none" else 1e-5
   c.optimizer.warmup = 0.1

@@ -117,7 +117,7 @@ def encode_all(
 
   Args:
     kind: what rows are to be: "pairs" (chosen, rejected), "triples" (and reference, a gold answer), "labels" (prompt,
-      completion, label; a pair is two of them), "steps" (prompt, completions, labels), "scored" (prompt, completions,
+      completion, label; a pair is two of them), "outcomes" (the same, for a reward model: no companions), "steps" (prompt, completions, labels), "scored" (prompt, completions,
       scores).
     share: whether answers to a prompt share its tokens, or repeat them.
 
@@ -156,6 +156,8 @@ def encode_all(
         skipped.add(error)
   if not made:
     raise ValueError(f"no row gave an example; {skipped}")
+  if kind in ("labels", "outcomes"):
+    _check_classes(made)
   if kind == "labels":
     made = _with_companions(made, max_length)
   return chat.Encoded(tuple(made), skipped)
@@ -247,6 +249,7 @@ _SPLIT = {
   "pairs": _pairs,
   "triples": lambda row: _pairs(row, gold=True),
   "labels": _labels,
+  "outcomes": _labels,
   "scored": _scored,
   "steps": _steps,
 }
@@ -333,15 +336,18 @@ def cut(made: Answers, excess: int) -> Answers:
   )
 
 
-def _with_companions(made: list[Answers], limit: int) -> list[Answers]:
-  """Each example with the answer before it behind its own prompt, as TRL turns them; both classes must be there."""
+def _check_classes(made: list[Answers]) -> None:
   labels = {example.values["label"][0] for example in made}
   if len(labels) < 2:
     have = "desirable" if labels == {1.0} else "undesirable"
     raise ValueError(
-      f"all {len(made)} completions are labelled {have}: KTO weighs two classes against each other; add the other"
+      f"all {len(made)} completions are labelled {have}: two classes are weighed against each other; add the other"
       " class, or fine-tune on the desirable ones (objective sft)"
     )
+
+
+def _with_companions(made: list[Answers], limit: int) -> list[Answers]:
+  """Each example with the answer before it behind its own prompt, as TRL turns them."""
   result = []
   for at, example in enumerate(made):
     other = made[at - 1]

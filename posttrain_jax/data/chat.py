@@ -398,7 +398,7 @@ def describe(example: Example, tokenizer, *, marks=("[[", "]]")) -> str:
   """The decoded example, its trained tokens between marks."""
   edges = np.flatnonzero(np.diff(example.mask.astype(int), prepend=0, append=0))
   text, done = "", 0
-  for at in [*edges, len(example)]:
+  for at in [*edges, len(example.tokens)]:
     # Decoded from the beginning each time: a piece alone would lose its leading space.
     decoded = tokenizer.decode(example.tokens[:at].tolist(), skip_special_tokens=False)
     piece = decoded[done:]

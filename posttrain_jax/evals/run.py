@@ -12,6 +12,7 @@ from posttrain_jax.core import files
 from posttrain_jax.evals.tasks import TaskResult
 
 CONFIG, METRICS, DONE = "config.json", "metrics.jsonl", "done.json"
+LOG = "log.txt"  # what a sweep's point printed
 BEFORE, AFTER = "evaluation-before.json", "evaluation-after.json"
 
 

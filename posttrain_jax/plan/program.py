@@ -94,6 +94,8 @@ def build(config: ml_collections.ConfigDict, target: Target) -> Program:
   model_config = shape(config.model.name)
   if chosen is not None:
     model_config = rotary.stretched(model_config, chosen.context_length)
+  if config.objective.name == "reward":
+    model_config = dataclasses.replace(model_config, scores=1)
   mesh = None
   if len(target.devices) > 1:
     m = config.mesh
@@ -103,14 +105,15 @@ def build(config: ml_collections.ConfigDict, target: Target) -> Program:
   dtype = assemble.compute_dtype(config.model.dtype)
   model = assemble.Model(Path(), frozen.params, model_config, None, None, dtype)
   optimizer, _ = assemble.optimizer(config, model_config)
+  objective = assemble.objective(config, model, ())
   made = step.make(
-    assemble.objective(config, model, ()),
+    objective,
     optimizer,
     accumulate=config.batch.accumulate,
     seed=config.seed,
     hooks=adapters.hooks(chosen, config.steps),
   )
-  first = lambda trainable, carried: step.start(trainable, optimizer, carried)
+  first = lambda trainable, carried: step.start(trainable, optimizer, carried, objective.start())
   state = jax.eval_shape(first, trainable, carried)
   state = _with(state, step.layout(state, trainable, where(P(), ()), carried))
   return Program(config, model_config, made, state, frozen, _batch(config, where), mesh)
@@ -129,7 +132,8 @@ def parameters(
       params["layers"] = jax.tree.map(
         lambda x: x.update(sharding=memory.host(x.sharding)), params["layers"]
       )
-    return params, None, Frozen()
+    needs = config.objective.get("reference") and not assemble.caches_reference(config)
+    return params, None, Frozen(reference=params if needs else None)
   kind, dtype = config.model.base, assemble.compute_dtype(config.model.dtype)
   # a start is taken out of the dense matrix, and the rest is stored
   params = base(model, dtype, "dense" if chosen.changes_base else kind)
@@ -212,12 +216,33 @@ def _with(arrays, shardings):
   )
 
 
+# what answers of a kind carry, one number each
+VALUES = {"labels": ("label",), "outcomes": ("label",), "scored": ("score", "advantage")}
+
+
 def _batch(config, where):
   """One optimizer batch, as `data.packing` lays it out."""
   rows = (config.batch.rows, config.data.length)
-  names = ("tokens", "segment_ids", "positions", "channel")
-  batch = {name: jax.ShapeDtypeStruct(rows, jnp.int32) for name in names}
-  batch["loss_mask"] = jax.ShapeDtypeStruct(rows, jnp.bool_)
+  of = lambda shape, dtype, *names: {name: jax.ShapeDtypeStruct(shape, dtype) for name in names}
+  batch = of(rows, jnp.int32, "tokens", "segment_ids", "positions") | of(
+    rows, jnp.bool_, "loss_mask"
+  )
+  kind = config.data.kind
+  if kind == "text":
+    batch |= of(rows, jnp.int32, "channel")
+  else:
+    # how many answers a row has room for is the data's to say; as many as answers of 64 tokens
+    each = {"pairs": 2, "triples": 3}.get(kind, 1)
+    slots = (rows[0], each * max(1, rows[1] // (64 * each)))
+    batch |= of(rows, jnp.int32, "prefix_ids", "answer") | of(slots, jnp.bool_, "present")
+    batch |= of(slots, jnp.float32, *VALUES.get(kind, ()))
+    if kind == "steps":
+      batch |= of(rows, jnp.float32, "steps")
+    if config.objective.get("cache_reference", False):
+      batch |= of(rows, jnp.float32, "reference")
+    if kind == "labels":
+      companion = {name: x for name, x in batch.items() if name != "label"}
+      batch["companion"] = companion
   spec = P(sharding.ACTIVATIONS["batch"])
   return jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where(spec, x.shape)), batch

@@ -460,18 +460,18 @@ class Labelled(Scorer):
 
 @dataclasses.dataclass(frozen=True)
 class Reward(Scorer):
-  """A scalar a token, read where an answer ends (pairs: Bradley-Terry; labels: outcome) or where a step does (process).
+  """A scalar a token, read where an answer ends (pairs: Bradley-Terry; outcomes) or where a step does (process).
 
   Each loss is the mean over the pairs, answers or steps of the whole optimizer batch.
   """
 
-  kind: str = "pairs"  # pairs, labels, steps
+  kind: str = "pairs"  # pairs, outcomes, steps
   centering: float = 0.0  # weight of (r_w + r_l)^2
 
   def __post_init__(self):
-    if self.kind not in ("pairs", "labels", "steps"):
+    if self.kind not in ("pairs", "outcomes", "steps"):
       raise ValueError(
-        f"data.kind={self.kind!r}: a reward model learns from pairs, labels or steps"
+        f"data.kind={self.kind!r}: a reward model learns from pairs, outcomes or steps"
       )
 
   def rewards(self, params: Any, batch: Batch, key: Array | None = None) -> Array:
@@ -494,7 +494,7 @@ class Reward(Scorer):
     params = bound(trainable, frozen, key)
     if self.kind == "pairs":
       each, here, metrics = self._paired(self.rewards(params, batch, key), batch)
-    elif self.kind == "labels":
+    elif self.kind == "outcomes":
       found, here = self.rewards(params, batch, key), batch["present"]
       each, metrics = self._judged(found, batch["label"], here)
     else:

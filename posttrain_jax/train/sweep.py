@@ -37,7 +37,7 @@ from posttrain_jax.train.settings import ConfigError
 from posttrain_jax.train.signals import PREEMPTED
 
 TRAIN = (sys.executable, "-m", "posttrain_jax", "train")
-LOG, LOCK = "log.txt", ".sweep.lock"
+LOG, LOCK = runs.LOG, ".sweep.lock"
 LONGEST_NAME = 150  # bytes; file systems take 255
 TAIL = 12  # lines of a failed point's log
 POLL = 0.2  # seconds

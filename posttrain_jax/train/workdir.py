@@ -53,7 +53,7 @@ def check(workdir: str | Path, config: ml_collections.ConfigDict) -> Path:
       raise ConfigError(
         f"{folder} holds a run of another config:\n  {listed}\nName another --workdir, or restore these fields."
       )
-  elif any(not entry.name.startswith(".") for entry in entries):
+  elif any(not entry.name.startswith(".") and entry.name != runs.LOG for entry in entries):
     raise ConfigError(
       f"{folder} is not empty and holds no run (no {runs.CONFIG}); name another --workdir"
     )

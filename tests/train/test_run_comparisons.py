@@ -1,0 +1,284 @@
+"""Runs on pairs, labels, steps and scored groups, from rows to a whole folder, and what they say when they cannot."""
+
+import json
+import pathlib
+import signal
+
+import numpy as np
+import pytest
+
+from posttrain_jax import adapters
+from posttrain_jax.__main__ import main
+from posttrain_jax.adapters import peft_format
+from posttrain_jax.evals import margins
+from posttrain_jax.models import hf
+from posttrain_jax.train import workdir
+from tests.marks import slow
+from tests.train import tiny
+from tests.train.test_run import assert_equal, lines, weights
+
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
+FIELDS = {
+  "steps": 4,
+  "batch.rows": 8,
+  "data.length": 120,
+  "data.eval_rows": 4,
+  "eval.every": 2,
+  "checkpoint.every": 2,
+  "optimizer.lr": 0.02,
+  "adapter.r": 4,
+  "adapter.target_modules": "('q_proj','down_proj')",
+}
+
+
+def pair(i):
+  letter = "abcdefg"[i % 7]
+  return {
+    "prompt": f"say {letter * (1 + i % 4)}",
+    "chosen": letter * (2 + i % 3),
+    "rejected": "z" * (1 + i % 4),
+  }
+
+
+ROWS = {
+  "pairs": pair,
+  "labels": lambda i: {
+    "prompt": pair(i)["prompt"],
+    "completion": pair(i)["chosen" if i % 2 else "rejected"],
+    "label": bool(i % 2),
+  },
+  "steps": lambda i: {
+    "prompt": pair(i)["prompt"],
+    "completions": ["ab", "cd"],
+    "labels": [True, bool(i % 2)],
+  },
+  "scored": lambda i: {
+    "prompt": pair(i)["prompt"],
+    "completions": [pair(i)["chosen"], pair(i)["rejected"], "q"],
+    "scores": [1.0, 0.0, float(i % 2)],
+  },
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """A tiny model, and rows of every kind."""
+  made = tmp_path_factory.mktemp("comparisons")
+  tiny.tiny_model_folder(made / "model")
+  for kind, make in ROWS.items():
+    tiny.write_jsonl(made / f"{kind}.jsonl", [make(i) for i in range(20)])
+  return made
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+  monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path / "cache"))
+
+
+def train(folder, out, *flags, config="preference", kind="pairs", arguments="", **fields):
+  whole = "adapter=none" in arguments
+  start = {k: v for k, v in FIELDS.items() if not (whole and k.startswith("adapter."))}
+  given = start | {name.replace("__", "."): value for name, value in fields.items()}
+  data = f"model={folder / 'model'},data={folder / (kind + '.jsonl')}"
+  return main(
+    [
+      "train",
+      f"--config={CONFIGS / (config + '.py')}:{data}{arguments}",
+      f"--workdir={out}",
+      *(f"--config.{name}={value}" for name, value in given.items()),
+      *flags,
+    ]
+  )
+
+
+def test_pairs_are_learned_and_the_report_says_so(folder, tmp_path, capsys):
+  out = tmp_path / "run"
+  assert train(folder, out, steps=12, eval__every=6) == 0
+  said = capsys.readouterr().out
+  assert "reference: computing log-probabilities of 16 examples" in said
+  assert "[[" in said
+  found = lines(out)
+  first = found[0]
+  assert first["loss"] == pytest.approx(np.log(2), rel=1e-4)
+  assert first["rewards/margins"] == pytest.approx(0, abs=1e-4)
+  last = found[-1]
+  assert last["eval_rewards/accuracies"] == 1.0
+  assert last["eval_rewards/margins"] > 0.1
+  assert main(["eval", f"--workdir={out}"]) == 0
+  told = json.loads((out / "eval.json").read_text())
+  # the run's last evaluation, computed anew from the files that it left
+  assert told["rewards/margins"] == pytest.approx(last["eval_rewards/margins"], rel=1e-3)
+  assert told["diagnosis"]["pairs"] == 4
+  assert told["diagnosis"]["margin"]["mean"] == pytest.approx(told["rewards/margins"], rel=1e-3)
+  page = (out / "preference.html").read_text()
+  assert "Lowest margins" in page
+  assert pair(17)["prompt"] in page
+  params, config = hf.load(folder / "model")
+  adapter, _ = peft_format.load(out / "adapter", params, config)
+  adapters.merge(params, adapter)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["bco", "dpo", "orpo"])
+def test_stopped_it_goes_on_as_never_stopped(loss, folder, tmp_path, monkeypatch):
+  """BCO with its running shift, which is in the checkpoint."""
+  shift = {"objective__running_shift": True} if loss == "bco" else {}
+  how = dict(arguments=f",loss={loss}", **shift)
+  assert train(folder, tmp_path / "whole", **how) == 0
+  whole_loop = workdir.Journal.write
+
+  def stopping(self, step, values):
+    whole_loop(self, step, values)
+    if step == 2 and "loss" in values:
+      signal.raise_signal(signal.SIGTERM)
+
+  monkeypatch.setattr(workdir.Journal, "write", stopping)
+  assert train(folder, tmp_path / "parts", **how) == 75
+  monkeypatch.setattr(workdir.Journal, "write", whole_loop)
+  assert train(folder, tmp_path / "parts", **how) == 0
+  assert_equal(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize(
+  ("config", "kind", "arguments", "metric"),
+  [
+    ("kto", "labels", "", "eval_kl"),
+    slow("kto", "pairs", "", "eval_kl"),
+    slow("grouped", "scored", ",method=grpo", "eval_reward"),
+    slow("grouped", "scored", ",method=gspo", "eval_reward"),
+    slow("grouped", "scored", ",method=rloo", "eval_reward"),
+    slow("reward", "labels", ",kind=outcomes", "eval_accuracy"),
+    slow("reward", "steps", ",kind=steps", "eval_accuracy"),
+    slow("preference", "pairs", ",loss=simpo", "eval_rewards/margins"),
+    slow("preference", "pairs", ",loss=dpo+bco+sft,base=nf4", "eval_nll_loss"),
+    slow("preference", "pairs", ",loss=ipo,adapter=none", "eval_rewards/margins"),
+  ],
+)
+def test_every_kind_of_run_is_whole(config, kind, arguments, metric, folder, tmp_path, capsys):
+  out = tmp_path / "run"
+  assert train(folder, out, config=config, kind=kind, arguments=arguments) == 0, capsys.readouterr()
+  assert metric in lines(out)[-1]
+  assert (out / "report.html").exists()
+  assert main(["eval", f"--workdir={out}"]) == 0
+
+
+def test_a_reward_model_orders_pairs_and_is_read_again(folder, tmp_path):
+  out = tmp_path / "run"
+  assert train(folder, out, config="reward", steps=12, eval__every=6) == 0
+  last = lines(out)[-1]
+  assert last["eval_accuracy"] == 1.0
+  assert main(["eval", f"--workdir={out}"]) == 0
+  told = json.loads((out / "eval.json").read_text())
+  assert told["margin"] == pytest.approx(last["eval_margin"], rel=1e-3)
+  assert json.loads((out / "adapter" / "adapter_config.json").read_text())["task_type"] == "SEQ_CLS"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reference", ["adapter", "model"])
+def test_the_reference_may_be_another_adapter_or_model(reference, folder, tmp_path):
+  first = tmp_path / "first"
+  assert train(folder, first) == 0
+  if reference == "adapter":
+    other = first / "adapter"
+  else:
+    other = tmp_path / "merged"
+    assert main(["export", f"--workdir={first}", f"--out={other}", "--merge"]) == 0
+  for cached in (True, False):
+    out = tmp_path / f"run-{cached}"
+    options = dict(objective__reference=other, objective__cache_reference=cached)
+    assert train(folder, out, **options) == 0
+    # the policy starts at the base, which is not this reference: its margins are not zero
+    assert lines(out)[0]["rewards/margins"] < -0.01
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    (dict(kind="labels"), '"chosen" and "rejected"'),
+    (dict(arguments=",loss=dop"), "known are dpo"),
+    (dict(arguments=",loss=tpo"), '"reference"'),
+    (dict(objective__reference="nowhere"), "nowhere"),
+    (dict(data__length=20), "prompt and answers together"),
+    (dict(data__truncate="keep_start"), "answers are kept whole"),
+    (dict(config="reward", arguments=",adapter=vera"), "score head"),
+    (dict(config="grouped", kind="scored", objective__advantage="mean"), "known are group"),
+  ],
+)
+def test_mistakes_are_named_and_leave_nothing(options, message, folder, tmp_path, capsys):
+  options = dict(options)
+  if "vera" in options.get("arguments", ""):
+    options["adapter__r"] = 8
+  assert train(folder, tmp_path / "run", **options) == 1
+  assert message in capsys.readouterr().err
+  assert not (tmp_path / "run" / "done.json").exists()
+
+
+def test_a_reference_of_another_vocabulary_is_refused(folder, tmp_path, capsys):
+  model = tiny.config(vocab_size=300)
+  import jax
+
+  from posttrain_jax.models import decoder
+
+  hf.save(tmp_path / "other", decoder.init(jax.random.key(0), model), model)
+  tiny.tokenizer().save_pretrained(tmp_path / "other")
+  assert train(folder, tmp_path / "run", objective__reference=tmp_path / "other") == 1
+  assert "its vocabulary has 300 tokens, the model's 261" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_sweep_trains_its_points(folder, tmp_path):
+  """Through the real command: a point's log stands in its folder before the run does."""
+  path = tmp_path / "grid.py"
+  path.write_text(
+    f"import sys\nsys.path.insert(0, {str(CONFIGS)!r})\nimport preference\n"
+    "get_config = preference.get_config\n"
+    "def sweep():\n  for beta in (0.1, 0.5):\n    yield 'loss=dpo', {'objective.beta': beta}\n"
+  )
+  given = [f"--config.{name}={value}" for name, value in {**FIELDS, "steps": 2}.items()]
+  config = f"--config={path}:model={folder / 'model'},data={folder / 'pairs.jsonl'}"
+  assert main(["sweep", config, f"--workdir={tmp_path / 'sweep'}", *given]) == 0
+  assert len(list((tmp_path / "sweep").glob("*/done.json"))) == 2
+
+
+# --- the diagnosis ---------------------------------------------------------------------------------------------------
+
+
+def compared(margin, longer=None, drift=(0.0, 0.0), length=10.0):
+  margin = np.asarray(margin, float)
+  longer = np.zeros_like(margin) if longer is None else np.asarray(longer, float)
+  full = lambda value: np.full_like(margin, value)
+  return margins.Compared(
+    margin, full(0.0), full(length) + longer, full(length), full(drift[0]), full(drift[1])
+  )
+
+
+RNG = np.random.default_rng(0)
+LONGER = RNG.integers(-30, 30, 40)
+
+
+@pytest.mark.parametrize(
+  ("pairs", "finding"),
+  [
+    (compared(np.full(20, 8.0)), "Over-optimised"),
+    (compared(LONGER / 20 + RNG.normal(size=40) * 0.1, LONGER), "prefers longer answers"),
+    (compared(-LONGER / 20 + RNG.normal(size=40) * 0.1, LONGER), "prefers shorter answers"),
+    (compared(RNG.normal(size=40) * 0.01), "beta too high"),
+    (compared(RNG.normal(size=40) * 0.01, drift=(1.0, 1.0)), "Undecided"),
+    (compared(RNG.normal(1, 1, 40), drift=(-9.0, -12.0)), "beta is too low"),
+    (compared(RNG.normal(1, 1, 40), drift=(-3.0, -12.0), length=100), "Likelihood displacement"),
+    (compared(RNG.normal(-1, 1, 40)), "Worse than chance"),
+    (compared(RNG.normal(1, 1, 40), drift=(0.5, -0.5)), "Nothing stands out"),
+  ],
+)
+def test_what_looks_wrong_is_said(pairs, finding):
+  assert any(finding in sentence for sentence in margins.diagnose(pairs)["findings"])
+
+
+def test_figures_of_a_diagnosis():
+  found = margins.diagnose(compared([1.0, -1.0, 0.01, 3.0], [5, -5, 0, 5]))
+  assert found["accuracy"] == 0.75
+  assert found["near_ties"] == 0.25
+  assert found["accuracy_chosen_longer"] == 1.0
+  assert found["accuracy_chosen_shorter"] == 0.0
+  expected = np.corrcoef([1.0, -1.0, 0.01, 3.0], [5, -5, 0, 5])[0, 1]
+  assert found["length_correlation"] == pytest.approx(expected)
