@@ -67,9 +67,10 @@ oracle: .venv-oracle/ready ## live comparison with transformers, peft, trl and b
 	.venv-oracle/bin/python -m posttrain_jax fetch smollm2
 	.venv-oracle/bin/python -m pytest tests/oracle -m oracle -n $(WORKERS) --dist loadfile
 
-bench: .venv-oracle/ready ## speed and memory beside PyTorch + PEFT, on the same cores in one run
+bench: .venv-oracle/ready ## speed and memory beside PyTorch + PEFT and TRL, on the same cores in one run
 	.venv-oracle/bin/python -m posttrain_jax fetch smollm2
 	.venv-oracle/bin/python experiments/bench.py
+	.venv-oracle/bin/python experiments/bench_dpo.py
 
 compile-70b: .venv-tpu/ready ## Llama-3-70B QLoRA compiled for TPUs that are not here
 	PYTHONPATH=.venv-tpu/site $(BIN)/python experiments/compile_70b.py

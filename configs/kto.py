@@ -17,6 +17,10 @@ def get_config(arg=None):
   o.undesirable_weight = 1.0
   o.estimate_kl = True  # False: APO-zero on labels
   common.reference(o)
+  o.sync_every = (
+    0  # TR-DPO, in full fine-tuning: updates from one step of the reference to the next
+  )
+  o.sync_mix = 0.6
   c.data = common.answers(arg, "labels")
   c.data.length = 1024
   c.optimizer.lr = 5e-5 if arg.adapter != "none" else 5e-7

@@ -194,9 +194,8 @@ def gsm8k_examples():
   return examples[: max(filter(fits, range(len(examples))))]
 
 
-def work(library: str) -> None:
+def work(jobs: Jobs) -> None:
   """Answers each job name on standard input with its tokens and seconds on standard output."""
-  jobs = {"jax": jax_jobs, "torch": torch_jobs}[library]()
   out = os.fdopen(os.dup(1), "w")
   print(json.dumps(list(jobs)), file=out, flush=True)
   for line in sys.stdin:
@@ -208,8 +207,8 @@ def work(library: str) -> None:
 
 
 class Worker:
-  def __init__(self, library: str):
-    command = [sys.executable, __file__, f"--worker={library}"]
+  def __init__(self, library: str, script: str = __file__):
+    command = [sys.executable, script, f"--worker={library}"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu"}
     self.process = subprocess.Popen(
       command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
@@ -343,7 +342,7 @@ def main() -> None:
   parser.add_argument("--repeats", type=int, default=5)
   args = parser.parse_args()
   if args.worker:
-    work(args.worker)
+    work({"jax": jax_jobs, "torch": torch_jobs}[args.worker]())
     return
   import importlib.metadata
 

@@ -117,8 +117,8 @@ def encode_all(
 
   Args:
     kind: what rows are to be: "pairs" (chosen, rejected), "triples" (and reference, a gold answer), "labels" (prompt,
-      completion, label; a pair is two of them), "outcomes" (the same, for a reward model: no companions), "steps" (prompt, completions, labels), "scored" (prompt, completions,
-      scores).
+      completion, label; a pair is two of them), "outcomes" (the same, for a reward model: no companions), "steps"
+      (prompt, completions, labels), "scored" (prompt, completions, scores).
     share: whether answers to a prompt share its tokens, or repeat them.
 
   Raises:

@@ -113,7 +113,9 @@ def build(config: ml_collections.ConfigDict, target: Target) -> Program:
     seed=config.seed,
     hooks=adapters.hooks(chosen, config.steps),
   )
-  first = lambda trainable, carried: step.start(trainable, optimizer, carried, objective.start())
+  first = lambda trainable, carried: step.start(
+    trainable, optimizer, carried, objective.start(trainable)
+  )
   state = jax.eval_shape(first, trainable, carried)
   state = _with(state, step.layout(state, trainable, where(P(), ()), carried))
   return Program(config, model_config, made, state, frozen, _batch(config, where), mesh)
@@ -224,7 +226,7 @@ def _batch(config, where):
   """One optimizer batch, as `data.packing` lays it out."""
   rows = (config.batch.rows, config.data.length)
   of = lambda shape, dtype, *names: {name: jax.ShapeDtypeStruct(shape, dtype) for name in names}
-  batch = of(rows, jnp.int32, "tokens", "segment_ids", "positions") | of(
+  batch: dict[str, Any] = of(rows, jnp.int32, "tokens", "segment_ids", "positions") | of(
     rows, jnp.bool_, "loss_mask"
   )
   kind = config.data.kind

@@ -322,7 +322,9 @@ def split(
     own = config.objective.reference == "base"
     if not own:
       other = reference_params(config, model, mesh)
-    elif chosen is None:  # what trains is donated from step to step
+    elif chosen is None and not config.objective.get(
+      "sync_every", 0
+    ):  # what trains is donated from step to step
       other = jax.tree.map(jnp.copy, model.params)
   if chosen is None:
     return model.params, None, Frozen(reference=other), None
@@ -398,6 +400,16 @@ def objective(
   if o.name not in made:
     raise ConfigError(f"objective.name={o.name!r}: known are {', '.join(made)}")
   found = made[o.name]()
+  if o.get("sync_every", 0):
+    if config.adapter.method != "none":
+      raise ConfigError(
+        "objective.sync_every: an adapter's reference is its base, which stays; write 0"
+      )
+    if o.cache_reference or o.reference != "base":
+      raise ConfigError(
+        "objective.sync_every: a reference that follows the policy cannot be computed beforehand or be another model;"
+        " write --config.objective.cache_reference=false --config.objective.reference=base"
+      )
   if how["attention_group"] and config.data.kind != "text" and config.data.share_prompt:
     raise ConfigError(
       "data.share_prompt: shifted attention (attention_group) has no room for a shared prompt; write false"

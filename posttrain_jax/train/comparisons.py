@@ -110,8 +110,52 @@ class Shift:
   count: Array
 
 
+@struct.dataclass
+class Synchronised:
+  """TR-DPO's reference: a copy of the policy that follows it."""
+
+  params: Any
+  count: Array  # optimizer updates so far
+
+  def after(self, trainable: Any, every: int, mix: float) -> Synchronised:
+    """One update later: every `every` of them mix * policy + (1 - mix) * reference.
+
+    Gorbatovski et al. 2024 (TR-DPO, arXiv 2404.09656), eq. 6; mix 1 is the hard update.
+    """
+    due = (self.count > 0) & (self.count % every == 0)
+    move = lambda new, old: jnp.where(due, (mix * new + (1 - mix) * old).astype(old.dtype), old)
+    return Synchronised(jax.tree.map(move, stop(trainable), self.params), self.count + 1)
+
+
 @dataclasses.dataclass(frozen=True)
-class Preference(Scorer):
+class Compared(Scorer):
+  """What objectives with a reference share: beta, and whether the reference follows the policy (full fine-tuning)."""
+
+  beta: float = 0.1  # weight of the KL to the reference
+  sync_every: int = (
+    0  # updates from one step of the reference towards the policy to the next; 0: it stays
+  )
+  sync_mix: float = 0.6
+
+  def start(self, trainable: Any) -> dict[str, Any] | None:
+    if not self.sync_every or trainable is None:
+      return None
+    copy = jax.tree.map(jnp.copy, trainable)
+    return {"reference": Synchronised(copy, jnp.zeros((), jnp.int32))}
+
+  def remembered(self, trainable: Any, frozen: Frozen, key: Array | None) -> Frozen:
+    """frozen with the reference that this step compares with, and with what is to be remembered of it."""
+    memory = frozen.memory or {}
+    if "reference" not in memory:
+      return frozen
+    now = memory["reference"]
+    if key is not None:
+      now = now.after(trainable, self.sync_every, self.sync_mix)
+    return dataclasses.replace(frozen, reference=now.params, memory={**memory, "reference": now})
+
+
+@dataclasses.dataclass(frozen=True)
+class Preference(Compared):
   """A weighted sum of losses of `losses.preference`, each the mean over the pairs of the whole optimizer batch.
 
   `sft` is the negative log-likelihood of chosen answers, the mean over their tokens; `sft_with_prompt` that of whole
@@ -119,7 +163,6 @@ class Preference(Scorer):
   """
 
   losses: tuple[tuple[str, float], ...] = (("dpo", 1.0),)
-  beta: float = 0.1
   label_smoothing: float = 0.0
   gamma_beta_ratio: float = 0.0
   divergence: str = "reverse_kl"
@@ -158,11 +201,14 @@ class Preference(Scorer):
       name in SORTED or (name in LOSSES and LOSSES[name].reference) for name, _ in self.losses
     )
 
-  def start(self) -> Shift | None:
-    return Shift(jnp.zeros(()), jnp.zeros(())) if self.running_shift else None
+  def start(self, trainable: Any) -> dict[str, Any] | None:
+    parts = super().start(trainable) or {}
+    if self.running_shift:
+      parts["shift"] = Shift(jnp.zeros(()), jnp.zeros(()))
+    return parts or None
 
   def totals(self, trainable, frozen, batch, key):
-    at = tokens(batch)
+    at, frozen = tokens(batch), self.remembered(trainable, frozen, key)
     totals: dict[str, Any] = {"pairs": jnp.sum(batch["present"][:, :: self.answers])}
     for name, _ in self.losses:
       if name in NLL:
@@ -171,6 +217,8 @@ class Preference(Scorer):
     if whole:
       pairs = self._pairs(trainable, frozen, batch, key, at)
       totals |= stop(self._of_the_whole(pairs, frozen, key))
+    if key is not None and frozen.memory is not None:
+      totals["memory"] = frozen.memory | totals.get("memory", {})
     return totals
 
   def _of_the_whole(self, pairs: _Pairs, frozen, key):
@@ -187,15 +235,15 @@ class Preference(Scorer):
     if "aot_unpaired" in names:
       found["aot_unpaired"] = (where(r_chosen), where(r_rejected))
     if self.running_shift and key is not None:
-      memory = frozen.memory
+      memory = frozen.memory["shift"]
       rewards = self.beta * jnp.where(pairs.present, r_chosen + r_rejected, 0.0)
       count = memory.count + 2 * jnp.sum(pairs.present)
       new = (memory.mean * memory.count + jnp.sum(rewards)) / jnp.maximum(count, 1)
-      found["memory"] = Shift(new, count)
+      found["memory"] = {"shift": Shift(new, count)}
     return found
 
   def loss(self, trainable, frozen, batch, totals, key):
-    at = tokens(batch)
+    at, frozen = tokens(batch), _with_memory(frozen, totals)
     pairs = self._pairs(trainable, frozen, batch, key, at)
     weight = pairs.present * pairs.weight / jnp.maximum(totals["pairs"], 1)
     metrics: dict[str, Any] = {}
@@ -256,7 +304,7 @@ class Preference(Scorer):
       ratios = (ratios[0] / pairs.lengths[0], ratios[1] / pairs.lengths[1])
     options = {option: getattr(self, option) for option in loss.options}
     if name == "bco" and self.running_shift:
-      options["shift"] = totals.get("memory", frozen.memory).mean
+      options["shift"] = frozen.memory["shift"].mean
     given = (*ratios, 0.0, 0.0) if loss.reference else ratios
     return loss.function(*given, **options)[0]
 
@@ -387,6 +435,15 @@ class _Pairs:
   correct: Array
 
 
+def _with_memory(frozen: Frozen, totals: Mapping[str, Any]) -> Frozen:
+  """frozen with what `totals` has remembered for this step, a reference that follows the policy with it."""
+  memory = totals.get("memory", frozen.memory)
+  if memory is None:
+    return frozen
+  given = memory["reference"].params if "reference" in memory else frozen.reference
+  return dataclasses.replace(frozen, memory=memory, reference=given)
+
+
 def _rank(values: Array, ordered: Array) -> Array:
   """The place in `ordered` of each value, which is there but for a rounding."""
   between = (ordered[1:] + ordered[:-1]) / 2
@@ -397,14 +454,13 @@ def _rank(values: Array, ordered: Array) -> Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class Labelled(Scorer):
+class Labelled(Compared):
   """KTO: labelled answers, and the KL estimated from each prompt with another prompt's answer.
 
   The estimate is that of the whole optimizer batch.  Which answer stands behind which prompt is fixed with the
   data (that of the example before), so neither order nor division changes it.  estimate_kl=False is APO-zero on labels.
   """
 
-  beta: float = 0.1
   desirable_weight: float = 1.0
   undesirable_weight: float = 1.0
   estimate_kl: bool = True
@@ -415,6 +471,9 @@ class Labelled(Scorer):
 
   def totals(self, trainable, frozen, batch, key):
     totals = {"answers": jnp.sum(batch["present"])}
+    frozen = self.remembered(trainable, frozen, key)
+    if key is not None and frozen.memory is not None:
+      totals["memory"] = frozen.memory
     if self.estimate_kl:
       own, ref, at = self._sums(trainable, frozen, batch["companion"], None)
       totals["kl"] = preference.mismatched_kl(own, ref, at.present)
@@ -427,7 +486,7 @@ class Labelled(Scorer):
     return at.per_answer(found.logp), at.per_answer(ref), at
 
   def loss(self, trainable, frozen, batch, totals, key):
-    own, ref, _ = self._sums(trainable, frozen, batch, key)
+    own, ref, _ = self._sums(trainable, _with_memory(frozen, totals), batch, key)
     desirable = batch["label"] > 0.5
     each, stats = preference.kto(
       own,

@@ -127,7 +127,7 @@ def _compared(run, model: str, adapter: str | None, data: str | None, workdir: s
       examples, batch_size=run.eval.rows, length=run.data.length, packing=run.data.packing
     )
   )
-  frozen = objectives.Frozen(reference=other, memory=objective.start())
+  frozen = objectives.Frozen(reference=other, memory=objective.start(None))
   measure = jax.jit(step.evaluate(objective))
   total: Any = None
   for batch in batches:

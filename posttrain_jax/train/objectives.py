@@ -38,8 +38,8 @@ class Frozen:
 class Objective(Protocol):
   """What the step needs to know of a method."""
 
-  def start(self) -> Any:
-    """What the objective carries from step to step, at the start; None for nothing."""
+  def start(self, trainable: Any) -> Any:
+    """What the objective carries from step to step, at the start; None for nothing.  Buffers of its own."""
 
   def totals(
     self, trainable: Any, frozen: Frozen, batch: Batch, key: Array | None
@@ -90,8 +90,8 @@ class Scorer:
   def needs_reference(self) -> bool:
     return False
 
-  def start(self) -> Any:
-    return None
+  def start(self, trainable: Any) -> Any:
+    del trainable
 
   def hidden(self, params: Any, batch: Batch, key: Array | None) -> Array:
     return decoder.hidden(

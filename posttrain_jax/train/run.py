@@ -210,7 +210,8 @@ def _started(pieces: _Pieces) -> step.State:
   if pieces.mesh is None:  # without a copy of the parameters
     init = jax.jit(pieces.optimizer.init, out_shardings=where.optimizer)
     optimizer = pieces.optimizer._replace(init=init)
-    return step.start(pieces.trainable, optimizer, pieces.carried, pieces.objective.start())
+    memory = pieces.objective.start(pieces.trainable)
+    return step.start(pieces.trainable, optimizer, pieces.carried, memory)
   first = functools.partial(_first, pieces)
   return jax.jit(first, out_shardings=where)(pieces.trainable, pieces.carried)
 
@@ -227,7 +228,7 @@ def _shapes(pieces: _Pieces) -> step.State:
 
 
 def _first(pieces: _Pieces, trainable: Any, carried: Any) -> step.State:
-  return step.start(trainable, pieces.optimizer, carried, pieces.objective.start())
+  return step.start(trainable, pieces.optimizer, carried, pieces.objective.start(trainable))
 
 
 def _abstract(state: step.State) -> Any:

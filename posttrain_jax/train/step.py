@@ -57,7 +57,10 @@ def layout(
   own = where(trainable)
   moments = optimizer_layout.shardings(state.optimizer, trainable, replicated)
   return jax.tree.map(lambda _: replicated, state).replace(
-    trainable=own, optimizer=moments, carried=where(carried)
+    trainable=own,
+    optimizer=moments,
+    carried=where(carried),
+    memory=optimizer_layout.shardings(state.memory, trainable, replicated),
   )
 
 

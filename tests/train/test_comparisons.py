@@ -98,7 +98,7 @@ def setup(name):
   kind, options, make = CASES[name]
   model, trainable, frozen = tiny.setup("lora")
   objective = kind(model, **options)
-  return objective, trainable, frozen.replace(memory=objective.start()), make()
+  return objective, trainable, frozen.replace(memory=objective.start(trainable)), make()
 
 
 @pytest.fixture(scope="module")
@@ -215,9 +215,11 @@ def test_the_running_shift_is_the_mean_of_all_rewards_and_is_kept():
     )
     for name in ("rewards/chosen", "rewards/rejected")
   ]
-  memory = objective.totals(trainable, frozen, first, key)["memory"]
+  memory = objective.totals(trainable, frozen, first, key)["memory"]["shift"]
   assert float(memory.mean) == pytest.approx(sum(rewards(first)) / 14, rel=1e-5)
-  memory = objective.totals(trainable, frozen.replace(memory=memory), second, key)["memory"]
+  memory = objective.totals(trainable, frozen.replace(memory={"shift": memory}), second, key)[
+    "memory"
+  ]["shift"]
   assert float(memory.mean) == pytest.approx(
     (sum(rewards(first)) + sum(rewards(second))) / 28, rel=1e-5
   )
@@ -230,12 +232,12 @@ def test_a_step_keeps_what_the_objective_remembers():
 
   objective, trainable, frozen, examples = setup("shift")
   optimizer = optax.sgd(0.1)
-  state = step.start(trainable, optimizer, frozen.adapter, objective.start())
+  state = step.start(trainable, optimizer, frozen.adapter, objective.start(trainable))
   run = jax.jit(step.make(objective, optimizer))
   state, _ = run(state, frozen, batch(examples))
-  assert float(state.memory.count) == 14
+  assert float(state.memory["shift"].count) == 14
   state, _ = run(state, frozen, batch(examples))
-  assert float(state.memory.count) == 28
+  assert float(state.memory["shift"].count) == 28
 
 
 def test_a_group_that_agrees_has_no_gradient():
@@ -272,3 +274,31 @@ def test_full_fine_tuning_without_a_reference_is_refused():
   with pytest.raises(ValueError, match="give it a reference"):
     objective.loss(params, frozen, batch(pairs()), {"pairs": 7}, None)
   assert tree.size(params) > 0
+
+
+@pytest.mark.parametrize("kind", ["pairs", slow("labels")])
+def test_a_reference_follows_the_policy(kind):
+  """TR-DPO: every second update the reference goes 0.6 of the way; the loss compares with it, evaluation too."""
+  import optax
+
+  model, params, _ = tiny.setup("full")
+  make = {"pairs": Preference, "labels": Labelled}[kind]
+  objective = make(model, sync_every=2)
+  examples = batch(pairs() if kind == "pairs" else labels())
+  optimizer = optax.sgd(0.5)
+  state = step.start(params, optimizer, None, objective.start(params))
+  run = jax.jit(step.make(objective, optimizer))
+  expected, margins = params, []
+  for count in range(4):
+    if count == 2:
+      expected = jax.tree.map(lambda new, old: 0.6 * new + 0.4 * old, state.trainable, expected)
+    before = state.trainable
+    state, metrics = run(state, Frozen(), examples)
+    margins.append(metrics["rewards/chosen"])
+    near = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+    jax.tree.map(near, state.memory["reference"].params, expected)
+  assert float(margins[0].total) == pytest.approx(0, abs=1e-5)
+  plain = make(model)
+  totals = plain.totals(before, Frozen(reference=expected), examples, None)
+  _, told = plain.loss(before, Frozen(reference=expected), examples, totals, None)
+  assert float(margins[3].total) == pytest.approx(float(told["rewards/chosen"].total), rel=1e-4)

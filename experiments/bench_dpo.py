@@ -1,0 +1,176 @@
+"""DPO with LoRA on real pairs, here and in TRL's DPOTrainer, in turn on the same cores: pairs a second, peak memory.
+
+  POSTTRAIN_DATA=... .venv-oracle/bin/python experiments/bench_dpo.py        (`make bench` runs it too)
+
+24 of the 300 pairs of demo_pairs/dpo_en_demo.json, every 12th by length, once through, four a step.  Both compute the
+reference (the base without its adapter) in the time that counts: TRL at each step, here once before the steps.  Here
+the prompt of a pair is computed once and pairs of like length share a batch; there the two sequences are padded to the
+longest of the batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import bench
+
+PAIRS, A_STEP, BETA, LONGEST = 24, 4, 0.1, 2048
+DATA = "demo_pairs/dpo_en_demo.json"
+
+
+def rows():
+  """The draw, as rows with chat messages: one of every length."""
+  from posttrain_jax.data import schema
+
+  path = Path(os.environ["POSTTRAIN_DATA"]) / DATA
+  columns = {"prompt": "conversations", "chosen": "chosen", "rejected": "rejected"}
+  every = list(schema.read(path, columns=columns, on_error="skip"))
+  long = lambda row: sum(
+    len(m["content"]) for part in ("prompt", "chosen", "rejected") for m in row.fields[part]
+  )
+  ordered = sorted(every, key=long)
+  return [ordered[i * len(ordered) // PAIRS] for i in range(PAIRS)]
+
+
+def jax_jobs() -> bench.Jobs:
+  import jax
+  import numpy as np
+
+  from posttrain_jax import adapters
+  from posttrain_jax.core import tree
+  from posttrain_jax.data import answers, chat, loader
+  from posttrain_jax.models import fetch, hf
+  from posttrain_jax.optim import build
+  from posttrain_jax.train import comparisons, objectives, reference, step
+
+  params, config = hf.load("smollm2", dtype=np.float32)
+  tokenizer = chat.load_tokenizer(fetch.fetch())
+  template = chat.template(tokenizer)
+  examples = answers.encode_all(
+    rows(), tokenizer, template, kind="pairs", max_length=2 * LONGEST, truncate="drop"
+  ).examples
+  objective = comparisons.Preference(config, beta=BETA, remat="names")
+  chosen = adapters.AdapterConfig(r=bench.RANK, lora_alpha=bench.ALPHA)
+  trainable, fixed = tree.partition(adapters.init(jax.random.key(0), params, chosen)[1])
+  optimizer, _ = build.build("adamw", lr=bench.LR, steps=1000, schedule="constant", clip=None)
+  update = jax.jit(step.make(objective, optimizer), donate_argnums=0)
+  state = step.start(trainable, optimizer, fixed)
+  frozen = objectives.Frozen(params)
+  longest = max(map(len, examples))
+
+  def train() -> int:
+    nonlocal state
+    with tempfile.TemporaryDirectory() as cache:  # empty: the reference is computed each time
+      scored = reference.scored(examples, objective, params, cache=Path(cache), say=lambda _: None)
+    batches = loader.Loader(scored, batch_size=A_STEP, length=longest, packing=False)
+    for _ in range(batches.batches()):
+      state, _ = update(state, frozen, next(batches))
+    jax.block_until_ready(state)
+    batches.set_state({**batches.get_state(), "epoch": 0, "batch": 0})
+    return len(examples)
+
+  return {"dpo": train}
+
+
+def torch_jobs() -> bench.Jobs:
+  import datasets
+  import peft
+  import torch
+  import transformers
+  import trl
+
+  from posttrain_jax.models import fetch
+
+  warnings.simplefilter("ignore")
+  torch.set_num_threads(os.cpu_count() or 1)
+  folder = fetch.fetch()
+  fields = [{k: row.fields[k] for k in ("prompt", "chosen", "rejected")} for row in rows()]
+  trainer = trl.DPOTrainer(
+    model=transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+    args=trl.DPOConfig(
+      output_dir=tempfile.mkdtemp(),
+      per_device_train_batch_size=A_STEP,
+      beta=BETA,
+      max_length=None,
+      report_to=[],
+      use_cpu=True,
+      bf16=False,
+      gradient_checkpointing=False,
+      seed=0,
+    ),
+    train_dataset=datasets.Dataset.from_list(fields),
+    processing_class=transformers.AutoTokenizer.from_pretrained(folder),
+    peft_config=peft.LoraConfig(
+      r=bench.RANK,
+      lora_alpha=bench.ALPHA,
+      target_modules="all-linear",
+      task_type="CAUSAL_LM",
+    ),
+  )
+  trained = [p for p in trainer.model.parameters() if p.requires_grad]
+  optimizer = torch.optim.AdamW(trained, lr=bench.LR, weight_decay=0.0)
+  batches = list(trainer.get_train_dataloader())
+
+  def train() -> int:
+    trainer.model.train()
+    for batch in batches:
+      trainer.compute_loss(trainer.model, batch).backward()
+      optimizer.step()
+      optimizer.zero_grad()
+    return len(fields)
+
+  return {"dpo": train}
+
+
+def main() -> int:
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument("--worker", choices=("jax", "torch"))
+  parser.add_argument("--repeats", type=int, default=3)
+  args = parser.parse_args()
+  if args.worker:
+    bench.work({"jax": jax_jobs, "torch": torch_jobs}[args.worker]())
+    return 0
+  if not os.environ.get("POSTTRAIN_DATA"):
+    print("POSTTRAIN_DATA is not set: DPO on real pairs is left out")
+    return 0
+  workers = {library: bench.Worker(library, __file__) for library in ("jax", "torch")}
+  first = {library: worker.run("dpo") for library, worker in workers.items()}
+  pairs = []
+  for _ in range(args.repeats):
+    pairs.append({library: worker.run("dpo") for library, worker in workers.items()})
+    print(json.dumps(pairs[-1]), flush=True)
+  rate = {lib: [p[lib]["tokens"] / p[lib]["seconds"] for p in pairs] for lib in workers}
+  ratios = [ours / theirs for ours, theirs in zip(rate["jax"], rate["torch"])]
+  found = {
+    "pairs_per_second": {lib: round(statistics.median(r), 3) for lib, r in rate.items()},
+    "ratio": round(statistics.median(ratios), 2),
+    "ratio_range": [round(min(ratios), 2), round(max(ratios), 2)],
+    "first_seconds": {lib: round(first[lib]["seconds"], 1) for lib in workers},
+    "peak_gb": {lib: round(pairs[-1][lib]["peak"] / 1e9, 2) for lib in workers},
+    "pairs": {lib: pairs[0][lib]["tokens"] for lib in workers},
+    "repeats": args.repeats,
+    "date": time.strftime("%Y-%m-%d"),
+  }
+  for worker in workers.values():
+    worker.close()
+  bench.RESULTS.mkdir(exist_ok=True)
+  path = bench.RESULTS / "bench-dpo-cpu.json"
+  path.write_text(json.dumps(found, indent=2) + "\n")
+  rates, peak = found["pairs_per_second"], found["peak_gb"]
+  print(
+    f"dpo: {rates['jax']} pairs/s here, {rates['torch']} in TRL: ratio {found['ratio']} (range"
+    f" {found['ratio_range'][0]} to {found['ratio_range'][1]}); peak memory {peak['jax']} and {peak['torch']} GB\n"
+    f"written: {path}"
+  )
+  return 0
+
+
+if __name__ == "__main__":
+  raise SystemExit(main())
