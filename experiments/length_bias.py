@@ -4,8 +4,8 @@
 
 The pairs of experiments/beta_rank.py (a right query over SmolLM2-135M-Instruct's own wrong one), with a comment after
 the right query in 4 of 5 of them, which changes nothing in what it returns.  DPO, DPO with log-ratios per token, and
-SimPO learn from them.  Held-out pairs have the comment behind the right query, behind the wrong one, and behind none: who
-has learned what is right orders all three alike.  Results: experiments/results/length_bias.{md,json,png}.
+SimPO learn from them.  Held-out pairs have the comment behind the right query, behind the wrong one, and behind none:
+who has learned what is right orders all three alike.  Results: experiments/results/length_bias.{md,json,png}.
 """
 
 from __future__ import annotations

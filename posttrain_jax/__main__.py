@@ -102,6 +102,18 @@ def _eval(args, overrides):
   _cache_compilations()
   from posttrain_jax.train import evaluate
 
+  if args.best_of:
+    if not (args.model and args.data and args.reward):
+      raise ValueError("--best_of=N takes --model, --data (a built-in task) and --reward")
+    return evaluate.best_of(
+      model=args.model,
+      adapter=args.adapter,
+      task=args.data,
+      reward=args.reward,
+      samples=args.best_of,
+      limit=args.limit,
+      seed=args.seed,
+    )
   return evaluate.evaluate(
     config=args.config,
     overrides=overrides,
@@ -193,6 +205,11 @@ def _parser() -> argparse.ArgumentParser:
   )
   evaluation.add_argument("--data", metavar="SOURCE", help="a built-in task or a data file")
   evaluation.add_argument("--limit", type=int, default=0, help="examples; 0 for all")
+  evaluation.add_argument(
+    "--best_of", type=int, default=0, metavar="N", help="draw N answers, keep what --reward likes"
+  )
+  evaluation.add_argument("--reward", metavar="DIR", help="a reward model, or its adapter")
+  evaluation.add_argument("--seed", type=int, default=0, help="of the answers of --best_of")
 
   pairs = commands.add_parser(
     "pairs",

@@ -16,12 +16,14 @@ import rich
 from posttrain_jax import adapters
 from posttrain_jax.adapters import peft_format
 from posttrain_jax.core import files
-from posttrain_jax.data import chat, loader, schema
+from posttrain_jax.data import answers as answer_lib
+from posttrain_jax.data import chat, loader, packing, schema
 from posttrain_jax.evals import margins, tasks
 from posttrain_jax.evals import pairs as pair_lib
 from posttrain_jax.evals import run as runs
-from posttrain_jax.models import before, fetch, hf, rotary
+from posttrain_jax.models import before, decoder, fetch, hf, rotary
 from posttrain_jax.models.config import ModelConfig
+from posttrain_jax.rollout.sampling import Sampling
 from posttrain_jax.train import assemble, comparisons, objectives, settings, step
 from posttrain_jax.train import metrics as metrics_lib
 from posttrain_jax.train.settings import ConfigError
@@ -147,6 +149,99 @@ def _compared(run, model: str, adapter: str | None, data: str | None, workdir: s
   if workdir:
     files.write_json(Path(workdir) / "eval.json", results)
   return 0
+
+
+def best_of(
+  *, model: str, adapter: str | None, task: str, reward: str, samples: int, limit: int, seed: int
+) -> int:
+  """Prints how many of a task's questions are answered right by the answer that a reward model likes best of several.
+
+  Beside it: the share of all answers that are right (one drawn at random), and of questions with any right answer.
+
+  Raises:
+    ConfigError: samples is below 2, or the folder holds no reward model.
+  """
+  if samples < 2:
+    raise ConfigError(f"--best_of={samples}: draw at least two answers to choose among")
+  if task not in tasks.TASKS:
+    raise ConfigError(f"--data={task}: --best_of answers a built-in task: {', '.join(tasks.TASKS)}")
+  params, config, ensemble, tokenizer, template = _loaded(
+    fetch.resolve(model), adapter, "tokenizer"
+  )
+  if ensemble:
+    raise ConfigError("--adapter: answers are drawn from one adapter")
+  rows, given = tasks.answer(
+    params,
+    config,
+    tokenizer,
+    task=task,
+    split="test",
+    limit=limit or None,
+    template=template,
+    copies=samples,
+    sampling=Sampling(temperature=1.0),
+    key=jax.random.key(seed),
+    batch_size=32,
+  )
+  judge, judge_config, judge_tokenizer, judge_template = _judge(reward)
+  turn = lambda text: [{"role": "assistant", "content": text}]
+  asked = [
+    schema.Row(
+      {"prompt": rows[i // samples]["prompt"], "completion": turn(a["answer"].strip() or " ")},
+      f"answer {i}",
+      "prompt_completion",
+    )
+    for i, a in enumerate(given)
+  ]
+  examples = []
+  for found in chat.encode_each(asked, judge_tokenizer, judge_template):
+    if isinstance(found, Exception):
+      raise found
+    examples.append(answer_lib.join([found]))
+  values = rewards(judge, judge_config, examples)
+  by_question = lambda values: np.asarray(values).reshape(len(rows), samples)
+  right = by_question([a["correct"] for a in given])
+  best = by_question(values).argmax(1)
+  results = {
+    "questions": len(rows),
+    "samples": samples,
+    "accuracy_best": float(right[np.arange(len(rows)), best].mean()),
+    "accuracy_of_one": float(right.mean()),
+    "accuracy_of_any": float(right.any(1).mean()),
+  }
+  rich.print_json(json.dumps(results))
+  return 0
+
+
+def _judge(folder: str) -> tuple[Any, ModelConfig, Any, Any]:
+  """(params, config, tokenizer, template) of a reward model: a model's folder, or an adapter's with a score head."""
+  path = Path(folder).expanduser()
+  if not (path / peft_format.CONFIG).exists():
+    base, model = fetch.resolve(folder), hf.load(fetch.resolve(folder))
+  else:
+    described = files.read_json(path / peft_format.CONFIG)
+    base = fetch.resolve(described.get("base_model_name_or_path") or "")
+    if "score" not in (described.get("modules_to_save") or ()):
+      raise ConfigError(f"{folder}: this adapter has no score head; it is no reward model")
+    params, config = decoder.scored(jax.random.key(0), *hf.load(base))
+    model = (adapters.merge(params, peft_format.load(path, params, config)[0]), config)
+  params, config = model
+  if not config.scores:
+    raise ConfigError(f"{folder}: a model of {config.family} with no score head is no reward model")
+  tokenizer = chat.load_tokenizer(base)
+  return params, config, tokenizer, chat.template(tokenizer) if tokenizer.chat_template else None
+
+
+def rewards(params: Any, config: ModelConfig, examples: Sequence[answer_lib.Answers]) -> np.ndarray:
+  """[examples] of a reward model, each of one answer, in order."""
+  score = jax.jit(comparisons.Reward(config).rewards)
+  length = -(-max(map(len, examples)) // 64) * 64
+  found = []
+  for start in range(0, len(examples), ROWS):
+    rows = [[i] for i in range(start, min(start + ROWS, len(examples)))]
+    batch = packing.pack_answers(examples, rows + [[]] * (ROWS - len(rows)), length, 1)
+    found.append(np.asarray(score(params, batch))[: len(rows), 0])
+  return np.concatenate(found)
 
 
 def _policy(base: assemble.Model, model: str, adapter: str | None) -> tuple[Any, ModelConfig]:
