@@ -1,6 +1,6 @@
 r"""Does beta hold the policy to its reference or push it away, and does the rank matter?  DPO on 128 text-to-SQL pairs.
 
-  .venv/bin/python experiments/beta_rank.py
+  .venv/bin/python experiments/beta_rank.py          (which runs posttrain sweep --config=configs/beta_rank.py)
 
 measured: experiments/results/beta_rank.md
 """
@@ -11,11 +11,21 @@ import preference
 
 def get_config(arg=None):
   arg = common.parse(
-    arg, model="smollm2", data="runs/beta_rank/pairs.jsonl", rank=16, beta=0.1, smoke=False
+    arg,
+    model="smollm2",
+    data="runs/beta_rank/pairs.jsonl",
+    adapter="lora",
+    base="dense",
+    rank=16,
+    beta=0.1,
+    smoke=False,
   )
-  c = preference.get_config(f"model={arg.model},data={arg.data},loss=dpo,adapter=lora")
-  c.adapter.r = arg.rank
-  c.adapter.lora_alpha = 2.0 * arg.rank
+  c = preference.get_config(
+    f"model={arg.model},data={arg.data},loss=dpo,adapter={arg.adapter},base={arg.base}"
+  )
+  if "r" in c.adapter:
+    c.adapter.r = arg.rank
+    c.adapter.lora_alpha = 2.0 * arg.rank
   c.objective.beta = arg.beta
   c.data.length = 512
   c.data.eval_rows = 24

@@ -15,9 +15,16 @@ import preference
 
 def get_config(arg=None):
   arg = common.parse(
-    arg, model="runs/quickstart/merged", data="runs/quickstart/pairs.jsonl", smoke=False
+    arg,
+    model="runs/quickstart/merged",
+    data="runs/quickstart/pairs.jsonl",
+    adapter="lora",
+    base="dense",
+    smoke=False,
   )
-  c = preference.get_config(f"model={arg.model},data={arg.data},adapter=lora,loss=dpo+sft")
+  c = preference.get_config(
+    f"model={arg.model},data={arg.data},adapter={arg.adapter},base={arg.base},loss=dpo+sft"
+  )
   c.objective.beta = 0.1
   c.objective.losses.sft = 1.0  # keeps the chosen queries likely
   c.data.length = 384

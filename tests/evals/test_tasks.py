@@ -36,7 +36,7 @@ def model(monkeypatch, tokenizer):
   template = chat.template(tokenizer, "chatml")
   rows = tasks.TASKS["sql"].examples("test", n=23)
 
-  def generate(params, config, prompts, *, batch_size, stop_tokens, max_new_tokens, dtype):
+  def generate(params, config, prompts, *, batch_size, stop_tokens, max_new_tokens, **options):
     by_prompt = {template.render(row["prompt"], add_generation_prompt=True): row for row in rows}
     asked.calls.append(dict(prompts=prompts, stops=stop_tokens, max_new_tokens=max_new_tokens))
     assert batch_size == len(prompts)

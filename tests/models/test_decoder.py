@@ -316,7 +316,9 @@ def test_fresh_norms_are_neutral_biases_zero_and_matrices_drawn():
 
 
 def test_every_rule_is_used():
-  paths = {path for name in FAMILIES for path in tree.flatten(decoder.specs(families.config(name)))}
+  configs = [families.config(name) for name in FAMILIES]
+  configs.append(dataclasses.replace(configs[0], scores=1))  # a reward model
+  paths = {path for config in configs for path in tree.flatten(decoder.specs(config))}
   for i, (pattern, _) in enumerate(decoder.RULES):
     alone = [p for p in paths if _covered([decoder.RULES[i]], p)]
     before = [p for p in alone if _covered(decoder.RULES[:i], p)]
