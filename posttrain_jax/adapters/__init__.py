@@ -1,6 +1,16 @@
 """Where the delta lives: adapter nodes, and the verbs that make, bind and merge a tree of them."""
 
-from posttrain_jax.adapters.bind import RULES, Hooks, bind, count, hooks, init, merge, summary
+from posttrain_jax.adapters.bind import (
+  RULES,
+  Hooks,
+  bind,
+  count,
+  hooks,
+  init,
+  merge,
+  original,
+  summary,
+)
 from posttrain_jax.adapters.config import AdapterConfig, depth_ranks
 from posttrain_jax.adapters.stacked import stack
 
@@ -14,6 +24,7 @@ __all__ = [
   "hooks",
   "init",
   "merge",
+  "original",
   "stack",
   "summary",
 ]

@@ -124,6 +124,17 @@ def bind(params: Any, adapter: Any, *, key: Array | None = None, rows: Any = Non
   return params
 
 
+def original(params: Any, adapter: Any) -> Any:
+  """The policy before any training: params with what the adapter's start took out of them (PiSSA, OLoRA, LoftQ) bound.
+
+  The fixed part of an adapter will do; params themselves where nothing was taken out.
+  """
+  taken = {path: node.at_start() for path, node in tree.items(adapter) if hasattr(node, "at_start")}
+  return bind(
+    params, tree.unflatten((path, node) for path, node in taken.items() if node is not None)
+  )
+
+
 def hooks(config: AdapterConfig | None, steps: int) -> Hooks | None:
   """What the config's method adds to a training step of `steps` updates; None for most, and for no adapter."""
   made = None if config is None else HOOKS.get(config.method)

@@ -65,6 +65,12 @@ class LoRA:
     update = (self.a * self._scales()[..., None, :]) @ self.b
     return (w.astype(jnp.float32) + update).astype(dtype or w.dtype)
 
+  def at_start(self) -> LoRA | None:
+    """What the base lacks of what it was: the LoRA of the first step; None where nothing was taken out."""
+    if self.start is None:
+      return None
+    return LoRA(self.start.a, self.start.b, self.scale, self.mask)
+
   def _scales(self) -> Array:
     """[..., rank] or a scalar to multiply x @ a with."""
     if self.mask is None:

@@ -99,8 +99,7 @@ class Loader:
     edge, rows = self._plan(self._epoch)[self._batch]
     self._batch += 1
     if isinstance(self.examples[0], Answers):
-      slots = packing_slots(self.examples, self.length, self.packing)
-      return pack_answers(self.examples, self._own(rows), edge, slots)
+      return pack_answers(self.examples, self._own(rows), edge, self._slots)
     return pack(self.examples, self._own(rows), edge, self.channels)
 
   @property
@@ -167,6 +166,10 @@ class Loader:
       "edges": list(self.edges),
       "shuffle": self.shuffle,
     }
+
+  @functools.cached_property
+  def _slots(self):
+    return packing_slots(self.examples, self.length, self.packing)
 
   def _check(self, edges):
     index, count = self.shard

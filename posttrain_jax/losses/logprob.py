@@ -80,6 +80,41 @@ def score(
   return jax.tree.map(lambda x: x.reshape(labels.shape), flat)
 
 
+def kl_divergence(
+  hidden: Array,
+  head: Any,
+  other_hidden: Array,
+  other_head: Any,
+  *,
+  mask: Array | None = None,
+  softcap: float | None = None,
+) -> Array:
+  """KL(p || q) = sum_v p_v (log p_v - log q_v) of next-token distributions, nats; 0 where the mask is False.
+
+  p is the softmax of hidden @ head and q that of other_hidden @ other_head; both over one vocabulary, soft-capped
+  alike.  Exact over the vocabulary, CHUNK tokens at a time; not differentiable.
+
+  Args:
+    hidden, other_hidden: [..., embed], [..., other embed].
+    head, other_head: [embed, vocab], any weight.
+    mask: [...] bool; default everywhere.
+  """
+  hidden, other_hidden = jnp.asarray(hidden), jnp.asarray(other_hidden)
+  shape = hidden.shape[:-1]
+  mask = jnp.ones(shape, bool) if mask is None else jnp.asarray(mask, bool)
+
+  def one(hidden, other, mask):
+    logits = lambda x, head: jax.nn.log_softmax(_logits(linear32(x, head), softcap, 1.0)[0])
+    log_p, log_q = logits(hidden, head), logits(other, other_head)
+    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1) * mask
+
+  if not sharding.active():
+    flat = lambda x: x.reshape(1, -1, *x.shape[len(shape) :])
+    hidden, other_hidden, mask = flat(hidden), flat(other_hidden), flat(mask)
+  found = _in_chunks(one, (hidden, other_hidden, mask), mask)
+  return jax.lax.stop_gradient(found.reshape(shape))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _score(hidden, head, labels, mask, options):
   return _forward(hidden, head, labels, mask, options, with_gradient=False)[0]
@@ -134,36 +169,34 @@ def _floating(head):
 
 def _forward(hidden, head, labels, mask, options, with_gradient):
   """(Scores, d logp / d hidden or None) over [batch, tokens], a chunk of tokens at a time."""
-  batch, tokens, _ = hidden.shape
+  one = lambda hidden, labels, mask: _chunk(hidden, head, labels, mask, options, with_gradient)
+  return _in_chunks(one, (hidden, labels, mask), mask)
+
+
+def _in_chunks(one, arrays, mask):
+  """What `one` makes of [batch, chunk, ...] parts of the arrays, [batch, tokens, ...] each, joined; 0 where it was
+  not called: without a mesh wanted tokens go first, and the loop ends with the last of them."""
+  batch, tokens = mask.shape
   chunk = _chunk_length(batch, tokens)
   compact = not sharding.active() and batch == 1
-  if compact:  # wanted tokens first, so that the loop can end with the last of them
+  if compact:
     order = jnp.argsort(~mask[0], stable=True)
-    hidden, labels, mask = hidden[:, order], labels[:, order], mask[:, order]
+    arrays, mask = jax.tree.map(lambda x: x[:, order], (arrays, mask))
   padding = -tokens % chunk
-  pad = lambda x: jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
-  hidden, labels, mask = pad(hidden), pad(labels), pad(mask)
+  arrays = [jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2)) for x in arrays]
   chunks = (tokens + padding) // chunk
   if compact:
     chunks = (jnp.sum(mask) + chunk - 1) // chunk
-  zero = jnp.zeros(labels.shape, jnp.float32)
-  slope = jnp.zeros(hidden.shape, hidden.dtype) if with_gradient else None
-
-  def body(i, carry):
-    scores, slope = carry
-    part = lambda x: jax.lax.dynamic_slice_in_dim(x, i * chunk, chunk, 1)
-    update = lambda x, new: jax.lax.dynamic_update_slice_in_dim(
-      x, new.astype(x.dtype), i * chunk, 1
-    )
-    new, d = _chunk(part(hidden), head, part(labels), part(mask), options, with_gradient)
-    return jax.tree.map(update, scores, new), update(slope, d) if with_gradient else None
-
-  scores, slope = jax.lax.fori_loop(0, chunks, body, (Scores(zero, zero, zero, zero), slope))
-  scores, slope = jax.tree.map(lambda x: x[:, :tokens], (scores, slope))
+  parts = lambda i: [jax.lax.dynamic_slice_in_dim(x, i * chunk, chunk, 1) for x in arrays]
+  whole = lambda x: jnp.zeros((batch, tokens + padding, *x.shape[2:]), x.dtype)
+  start = jax.tree.map(whole, jax.eval_shape(lambda: one(*parts(0))))
+  update = lambda i: lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, i * chunk, 1)
+  body = lambda i, made: jax.tree.map(update(i), made, one(*parts(i)))
+  made = jax.tree.map(lambda x: x[:, :tokens], jax.lax.fori_loop(0, chunks, body, start))
   if compact:
     places = jnp.argsort(order)  # a gather: XLA:CPU scatters row by row
-    scores, slope = jax.tree.map(lambda x: x[:, places], (scores, slope))
-  return scores, slope
+    made = jax.tree.map(lambda x: x[:, places], made)
+  return made
 
 
 def _chunk_length(batch, tokens):

@@ -219,7 +219,11 @@ def _with(arrays, shardings):
 
 
 # what answers of a kind carry, one number each
-VALUES = {"labels": ("label",), "outcomes": ("label",), "scored": ("score", "advantage")}
+VALUES = {
+  "labels": ("label",),
+  "outcomes": ("label",),
+  "scored": ("score", "advantage", "deviation"),
+}
 
 
 def _batch(config, where):

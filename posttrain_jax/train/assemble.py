@@ -237,6 +237,8 @@ def with_advantages(
     found = [each / (deviation + advantage.EPSILON) for each in centred]
   else:
     found = [advantage.group_relative(each, scale=how) for each in scores]
+  spread = [[float(np.nan_to_num(np.nanstd(each, ddof=1)))] * len(each) for each in scores]
+  examples = answers.with_values(examples, "deviation", spread)
   return answers.with_values(examples, "advantage", [each.tolist() for each in found])
 
 
@@ -363,6 +365,13 @@ def resumed(
   return dataclasses.replace(frozen, params=params)
 
 
+def _starts_as_its_base(chosen: adapters.AdapterConfig | None) -> bool:
+  """Whether a fresh adapter leaves what training computes as it was; full fine-tuning starts there, too."""
+  return chosen is None or not (
+    chosen.lora_dropout or chosen.attention_group or chosen.method in ("prompt", "prefix")
+  )
+
+
 def objective(
   config: ml_collections.ConfigDict, model: Model, channels: Sequence[str]
 ) -> objectives.Objective:
@@ -380,6 +389,8 @@ def objective(
     for field, value in o.items()
     if field not in ("name", "losses", "loss", "advantage", *REFERENCE)
   }
+  own_base = o.get("reference", "base") == "base"
+  compared = {"own_base": own_base, "starts_there": own_base and _starts_as_its_base(chosen)}
   made = {
     "sft": lambda: objectives.Sft(
       model.config, channels=tuple(channels), special_tokens=tuple(sorted(set(special))), **how
@@ -390,9 +401,10 @@ def objective(
       answers=3 if config.data.kind == "triples" else 2,
       **own,
       **how,
+      **compared,
     ),
     "reward": lambda: comparisons.Reward(model.config, kind=config.data.kind, **own, **how),
-    "kto": lambda: comparisons.Labelled(model.config, **own, **how),
+    "kto": lambda: comparisons.Labelled(model.config, **own, **how, **compared),
     "grouped": lambda: comparisons.Grouped(
       model.config, loss_name=o.loss, max_length=config.data.length, **own, **how
     ),
@@ -432,7 +444,11 @@ def reference_params(
   """The parameters of config.objective.reference: the base, the base with an adapter folder, or another model."""
   name = config.objective.reference
   if name == "base":
-    return model.params
+    if model.started is None:
+      return model.params
+    return adapters.original(
+      model.params, placed_adapter(tree.unflatten(model.started.nodes.items()), mesh)
+    )
   folder = Path(name).expanduser()
   if (folder / "adapter_config.json").exists():
     adapter, _ = peft_format.load(folder, model.params, model.config)

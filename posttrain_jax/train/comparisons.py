@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from posttrain_jax.core import struct
-from posttrain_jax.losses import kl, policy, preference, reward
+from posttrain_jax.core.weight import linear32
+from posttrain_jax.losses import kl, logprob, policy, preference, reward
 from posttrain_jax.models import decoder
 from posttrain_jax.train import metrics as metrics_lib
 from posttrain_jax.train.metrics import Mean
@@ -127,11 +128,17 @@ class Synchronised:
     return Synchronised(jax.tree.map(move, stop(trainable), self.params), self.count + 1)
 
 
+# nats a token by which a policy may differ from its own start: two programs round differently, the more so in bfloat16
+ROUNDING = {"float32": 2e-3, "bfloat16": 0.05}
+
+
 @dataclasses.dataclass(frozen=True)
 class Compared(Scorer):
   """What objectives with a reference share: beta, and whether the reference follows the policy (full fine-tuning)."""
 
   beta: float = 0.1  # weight of the KL to the reference
+  own_base: bool = False  # the reference is the base that the policy is bound to
+  starts_there: bool = False  # and the first step is taken where the two are equal
   sync_every: int = (
     0  # updates from one step of the reference towards the policy to the next; 0: it stays
   )
@@ -152,6 +159,25 @@ class Compared(Scorer):
     if key is not None:
       now = now.after(trainable, self.sync_every, self.sync_mix)
     return dataclasses.replace(frozen, reference=now.params, memory={**memory, "reference": now})
+
+  def at_hand(self, frozen: Frozen) -> bool:
+    """Whether the reference's parameters are there, be its log-probabilities cached or not."""
+    return frozen.reference is not None or (self.own_base and frozen.params is not None)
+
+  def check_start(self, metrics: Mapping[str, float]) -> None:
+    """The policy is its reference: every log-ratio is 0, DPO's loss is log 2, and there is no KL."""
+    if not (self.starts_there and self.needs_reference):
+      return
+    sides = [side for side in ("chosen", "rejected") if f"rewards/{side}" in metrics]
+    each = [abs(metrics[f"rewards/{s}"]) / self.beta / metrics[f"lengths/{s}"] for s in sides]
+    drift = max(each, default=0.0)
+    allowed = ROUNDING.get(jnp.dtype(self.dtype or jnp.float32).name, ROUNDING["bfloat16"])
+    if not drift <= allowed:
+      raise ValueError(
+        f"before any training the policy's log-probabilities differ from the reference's by {drift:.3g} nats a token,"
+        f" where rounding explains {allowed:g}: they are not of the same model. Were cached ones made by other"
+        " parameters? Delete the folder `reference` in the cache, or write --config.objective.cache_reference=false"
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -332,14 +358,16 @@ class Preference(Compared):
     mask = at.mask
     if any(name == "sft_with_prompt" for name, _ in self.losses):
       mask = mask | self._nll_mask("sft_with_prompt", batch, at)
-    found = self.scores(params, batch, mask, key, entropy=key is None, collision=self.weighting)
+    hidden = self.hidden(params, batch, key)
+    found = self.scores(
+      params, batch, mask, key, hidden=hidden, entropy=key is None, collision=self.weighting
+    )
     lengths = jnp.maximum(at.per_answer(jnp.ones_like(found.logp)), 1)
     own = self._sums(found.logp, at, lengths)
+    ref, divergence = jnp.zeros_like(own), None
     if self.needs_reference:
-      logps = reference_logps(self, trainable, frozen, batch, at.mask)
+      logps, divergence = self._reference(trainable, frozen, batch, at.mask, key, params, hidden)
       ref = self._sums(logps, at, lengths)
-    else:
-      ref = jnp.zeros_like(own)
     side = lambda x, i: x[:, i :: self.answers]
     weight = (
       side(batch["weight"], 0) if "weight" in batch else jnp.ones_like(own[:, :: self.answers])
@@ -358,7 +386,42 @@ class Preference(Compared):
       logps=found.logp,
       entropy=found.entropy,
       correct=found.correct,
+      kl=divergence,
+      logits=None if key is not None else self._mean_logits(params, hidden, at, lengths),
     )
+
+  def _reference(self, trainable, frozen, batch, mask, key, params, hidden):
+    """(log-probabilities, KL of the policy's next-token distributions to the reference's or None), [rows, time].
+
+    The KL is for evaluation, where the reference is at hand: its logits are needed, and a cache holds none.
+    """
+    cached = "reference" in batch
+    if key is not None or not self.at_hand(frozen):
+      return reference_logps(self, trainable, frozen, batch, mask), None
+    other = reference(trainable, frozen)
+    theirs = self.hidden(other, batch, None)
+    if cached:
+      logps = reference_logps(self, trainable, frozen, batch, mask)
+    else:
+      logps = self.scores(other, batch, mask, None, hidden=theirs).logp
+    divergence = logprob.kl_divergence(
+      hidden,
+      decoder.head(params),
+      theirs,
+      decoder.head(other),
+      mask=mask,
+      softcap=self.model.final_softcap,
+    )
+    return logps, divergence
+
+  def _mean_logits(self, params, hidden, at: Tokens, lengths: Array) -> Array | None:
+    """[rows, slots]: over the vocabulary and an answer's scored tokens, which a linear head gives of their mean."""
+    if self.model.final_softcap is not None:
+      return None
+    where = jax.nn.one_hot(at.answer, at.present.shape[1], dtype=hidden.dtype)
+    where = where * at.mask[..., None] / lengths[:, None, :]
+    means = jnp.einsum("rts,rte->rse", where, hidden)
+    return jnp.mean(linear32(means, decoder.head(params)), axis=-1)
 
   def _sums(self, logps: Array, at: Tokens, lengths: Array) -> Array:
     total = at.per_answer(logps)
@@ -395,6 +458,7 @@ class Preference(Compared):
       "rewards/chosen": mean(chosen),
       "rewards/rejected": mean(rejected),
       "rewards/margins": mean(chosen - rejected),
+      "rewards/margins_histogram": metrics_lib.histogram(chosen - rejected, here),
       "rewards/accuracies": mean(correct),
       "rewards/accuracies/chosen_longer": mean(correct, here & longer),
       "rewards/accuracies/chosen_shorter": mean(correct, here & shorter),
@@ -408,6 +472,11 @@ class Preference(Compared):
     if self.needs_reference:
       metrics["logps/chosen_drift"] = mean(pairs.chosen - pairs.ref_chosen)
       metrics["logps/rejected_drift"] = mean(pairs.rejected - pairs.ref_rejected)
+    if pairs.kl is not None:
+      metrics["kl"] = metrics_lib.mean(pairs.kl, at.mask)
+    if pairs.logits is not None:
+      metrics["logits/chosen"] = mean(pairs.logits[:, 0 :: self.answers])
+      metrics["logits/rejected"] = mean(pairs.logits[:, 1 :: self.answers])
     if any(name == "orpo" for name, _ in self.losses):
       odds = preference.log_odds_ratio(
         pairs.chosen / pairs.lengths[0], pairs.rejected / pairs.lengths[1]
@@ -421,7 +490,7 @@ class Preference(Compared):
 
 @struct.dataclass
 class _Pairs:
-  """[rows, pairs] each; the last three [rows, time]."""
+  """[rows, pairs] each; from `logps` on [rows, time], and `logits` [rows, slots]."""
 
   chosen: Array  # log-probabilities of answers
   rejected: Array
@@ -433,6 +502,8 @@ class _Pairs:
   logps: Array
   entropy: Array
   correct: Array
+  kl: Array | None  # to the reference, over the vocabulary
+  logits: Array | None  # their mean
 
 
 def _with_memory(frozen: Frozen, totals: Mapping[str, Any]) -> Frozen:
@@ -486,7 +557,7 @@ class Labelled(Compared):
     return at.per_answer(found.logp), at.per_answer(ref), at
 
   def loss(self, trainable, frozen, batch, totals, key):
-    own, ref, _ = self._sums(trainable, _with_memory(frozen, totals), batch, key)
+    own, ref, at = self._sums(trainable, _with_memory(frozen, totals), batch, key)
     desirable = batch["label"] > 0.5
     each, stats = preference.kto(
       own,
@@ -501,12 +572,15 @@ class Labelled(Compared):
     loss = jnp.sum(jnp.where(here, each, 0.0)) / jnp.maximum(totals["answers"], 1)
     mean = lambda x, where=here: metrics_lib.mean(stop(x), where)
     chosen, rejected = here & desirable, here & ~desirable
+    lengths = at.per_answer(jnp.ones_like(at.mask, jnp.float32))
     metrics = {
       "loss": mean(each),
       "rewards/chosen": mean(stats.reward, chosen),
       "rewards/rejected": mean(stats.reward, rejected),
       "logps/chosen": mean(own, chosen),
       "logps/rejected": mean(own, rejected),
+      "lengths/chosen": mean(lengths, chosen),
+      "lengths/rejected": mean(lengths, rejected),
       "tokens": jnp.sum(batch["segment_ids"] > 0),
     }
     if self.estimate_kl:
@@ -652,6 +726,8 @@ class Grouped(Scorer):
       "loss": Mean(stop(loss) * totals["answers"], count),
       "reward": metrics_lib.mean(jnp.nan_to_num(batch["score"]), here & ~jnp.isnan(batch["score"])),
       "advantage": metrics_lib.mean(batch["advantage"], here),
+      "reward_std": metrics_lib.mean(batch["deviation"], here),
+      "frac_reward_zero_std": metrics_lib.mean(batch["deviation"] == 0, here),
       "completions/mean_length": metrics_lib.mean(lengths, here),
       "clip_ratio/low_mean": metrics_lib.mean(stats.clipped_low, mask),
       "clip_ratio/high_mean": metrics_lib.mean(stats.clipped_high, mask),

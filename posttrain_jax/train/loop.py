@@ -51,6 +51,7 @@ class Run:
   eval_batches: Callable[[], Iterable[Any]]
   learning_rate: Callable[[int], Any]
   export: Callable[[State, str], None]  # (state, folder name): the adapter in PEFT's format
+  check_start: Callable[[Mapping[str, float]], None]  # of the first step's metrics; may raise
   mesh: jax.sharding.Mesh | None
   eval_every: int
   save_every: int
@@ -146,6 +147,9 @@ class _Reader:
     self.bar.update(step, values)
     if self.journal and (step % self.run.log_every == 0 or step == self.run.steps):
       self.journal.write(step, values)
+      self.journal.draw(step, metrics_lib.histograms(metrics))
+    if step == 1:
+      self.run.check_start(values)
     if values["skipped_in_a_row"] >= self.run.max_skipped:
       raise Diverged(
         f"{int(values['skipped_in_a_row'])} updates in a row, up to step {step}, had a gradient that was not finite; "
@@ -158,28 +162,22 @@ def _placed(run: Run, batch: Any) -> Any:
   return batch if run.mesh is None else distributed.global_batch(run.mesh, batch)
 
 
-def evaluation(run: Run, state: State) -> dict[str, float]:
-  """Metrics over every held-out example, `eval_` before each name; empty without held-out data."""
+def _evaluate(
+  run: Run, state: State, progress: Progress, journal: Journal | None, bar: Bar
+) -> None:
+  """Metrics over every held-out example, `eval_` before each name; nothing without held-out data."""
   total: dict[str, Any] | None = None
   frozen = with_state(run.frozen, state)
   for batch in run.eval_batches():
     metrics = run.evaluate(state.trainable, frozen, _placed(run, batch))
     total = metrics if total is None else jax.tree.map(lambda a, b: a + b, total, metrics)
-  return (
-    {}
-    if total is None
-    else {f"eval_{name}": value for name, value in metrics_lib.read(total).items()}
-  )
-
-
-def _evaluate(
-  run: Run, state: State, progress: Progress, journal: Journal | None, bar: Bar
-) -> None:
-  values = evaluation(run, state)
-  if not values:
+  if total is None:
     return
+  named = lambda found: {f"eval_{name}": value for name, value in found.items()}
+  values = named(metrics_lib.read(total))
   if journal:
     journal.write(progress.step, values)
+    journal.draw(progress.step, named(metrics_lib.histograms(total)))
   bar.say(f"step {progress.step}: eval_loss {values['eval_loss']:.4f}")
   if values["eval_loss"] < progress.best_loss:
     progress.best_step, progress.best_loss = progress.step, values["eval_loss"]

@@ -31,6 +31,27 @@ def mean(values: Array, mask: Array | None = None) -> Mean:
   return Mean(jnp.sum(values.astype(jnp.float32) * mask), jnp.sum(mask))
 
 
+@struct.dataclass
+class Histogram:
+  """How many values lie below each of EDGES and above the last; two of them add bin by bin."""
+
+  counts: Array  # [len(EDGES) + 1] float32
+
+  def __add__(self, other: Histogram) -> Histogram:
+    return Histogram(self.counts + other.counts)
+
+
+_STEPS = np.geomspace(0.01, 100, 17)  # four to a factor of ten
+EDGES = np.concatenate([-_STEPS[::-1], [0.0], _STEPS])
+
+
+def histogram(values: Array, mask: Array) -> Histogram:
+  """Of the values where mask is True."""
+  where = jnp.searchsorted(jnp.asarray(EDGES), values.ravel())
+  counts = jnp.zeros(len(EDGES) + 1).at[where].add(mask.ravel().astype(jnp.float32))
+  return Histogram(counts)
+
+
 def add(left: Mapping[str, Mean], right: Mapping[str, Mean]) -> dict[str, Mean]:
   return {name: left[name] + right[name] for name in left}
 
@@ -40,13 +61,25 @@ def zeros_like(metrics: Any) -> Any:
 
 
 def read(metrics: Mapping[str, Any]) -> dict[str, float]:
-  """Plain numbers on the host; a mean over nothing (a channel that no token had) is left out."""
+  """Plain numbers on the host, histograms apart; a mean over nothing (a channel that no token had) is left out."""
   host = jax.device_get(dict(metrics))
   values = {}
   for name, value in host.items():
+    if isinstance(value, Histogram):
+      continue
     if isinstance(value, Mean):
       if value.count > 0:
         values[name] = float(np.float64(value.total) / np.float64(value.count))
     else:
       values[name] = float(value)
+  if {"rewards/chosen", "rewards/rejected"} <= set(
+    values
+  ):  # labels have no pairs: of the two means, as TRL
+    values.setdefault("rewards/margins", values["rewards/chosen"] - values["rewards/rejected"])
   return values
+
+
+def histograms(metrics: Mapping[str, Any]) -> dict[str, np.ndarray]:
+  """{name: counts} of those metrics that are histograms, on the host."""
+  chosen = {name: m.counts for name, m in metrics.items() if isinstance(m, Histogram)}
+  return jax.device_get(chosen)

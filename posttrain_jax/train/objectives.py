@@ -57,6 +57,9 @@ class Objective(Protocol):
     key: of the randomness of training (dropout); None in evaluation, and nowhere else.
     """
 
+  def check_start(self, metrics: Mapping[str, float]) -> None:
+    """Raises ValueError where the first step's metrics, of the parameters before it, are not what they must be."""
+
 
 def policy(trainable: Any, frozen: Frozen, key: Array | None = None) -> Any:
   """The parameters that are being trained, bound: the base with the adapter, or the trainable tree itself."""
@@ -68,12 +71,16 @@ def policy(trainable: Any, frozen: Frozen, key: Array | None = None) -> Any:
 def reference(trainable: Any, frozen: Frozen) -> Any:
   """The parameters of the reference policy, never differentiated: given ones, or the base without its adapter.
 
+  Where the adapter began with a part of the base, that part is the base's again.
+
   Raises:
     ValueError: full fine-tuning without a reference: its base is what changes.
   """
-  given = frozen.params if frozen.reference is None else frozen.reference
-  if given is None:
+  given = frozen.reference
+  if given is None and frozen.params is None:
     raise ValueError("full fine-tuning changes its base: give it a reference, or cache its scores")
+  if given is None:
+    given = adapters.original(frozen.params, frozen.adapter or {})
   return jax.lax.stop_gradient(given)
 
 
@@ -93,6 +100,9 @@ class Scorer:
   def start(self, trainable: Any) -> Any:
     del trainable
 
+  def check_start(self, metrics: Mapping[str, float]) -> None:
+    del metrics
+
   def hidden(self, params: Any, batch: Batch, key: Array | None) -> Array:
     return decoder.hidden(
       params,
@@ -107,12 +117,19 @@ class Scorer:
     )
 
   def scores(
-    self, params: Any, batch: Batch, mask: Array, key: Array | None, **options: Any
+    self,
+    params: Any,
+    batch: Batch,
+    mask: Array,
+    key: Array | None,
+    *,
+    hidden: Array | None = None,
+    **options: Any,
   ) -> logprob.Scores:
-    """Of the token after each position, where the mask says so; [rows, time]."""
+    """Of the token after each position, where the mask says so; [rows, time].  hidden: where it is known already."""
     labels, _ = targets(batch)
     return logprob.score(
-      self.hidden(params, batch, key),
+      self.hidden(params, batch, key) if hidden is None else hidden,
       decoder.head(params),
       labels,
       mask=mask,

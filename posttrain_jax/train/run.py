@@ -178,6 +178,7 @@ def _train(config, folder: Path, model: Model, data: Data, pieces: _Pieces, say)
     eval_batches=functools.partial(_eval_batches, config, data, pieces.mesh),
     learning_rate=pieces.schedule,
     export=functools.partial(_export, config, folder, model, pieces),
+    check_start=pieces.objective.check_start,
     mesh=pieces.mesh,
     eval_every=config.eval.every,
     save_every=config.checkpoint.every,

@@ -14,11 +14,12 @@ from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 import tensorboardX
 
 from posttrain_jax.core import files
 from posttrain_jax.evals import run as runs
-from posttrain_jax.train import settings
+from posttrain_jax.train import metrics, settings
 from posttrain_jax.train.settings import ConfigError
 
 PACKAGES = (
@@ -116,6 +117,26 @@ class Journal:
     self.lines.flush()
     for name, value in values.items():
       self.board.add_scalar(name, value, step)
+
+  def draw(self, step: int, histograms: Mapping[str, np.ndarray]) -> None:
+    """Counts between `metrics.EDGES`, to TensorBoard alone."""
+    for name, counts in histograms.items():
+      self._histogram(name, counts, step)
+
+  def _histogram(self, name: str, counts: np.ndarray, step: int) -> None:
+    limits = np.append(metrics.EDGES, 2 * metrics.EDGES[-1])  # TensorBoard wants a last one
+    middles = np.append(metrics.EDGES[0], (limits[1:] + limits[:-1]) / 2)
+    self.board.add_histogram_raw(
+      name,
+      min=float(limits[np.flatnonzero(counts)[0]]) if counts.any() else 0.0,
+      max=float(limits[np.flatnonzero(counts)[-1]]) if counts.any() else 0.0,
+      num=float(counts.sum()),
+      sum=float(counts @ middles),
+      sum_squares=float(counts @ middles**2),
+      bucket_limits=limits.tolist(),
+      bucket_counts=counts.tolist(),
+      global_step=step,
+    )
 
   def close(self) -> None:
     self.lines.close()

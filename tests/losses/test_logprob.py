@@ -327,3 +327,24 @@ def test_logits_of_bfloat16_operands_are_not_rounded_to_bfloat16(tied):
   exact = np.asarray(hidden, np.float64) @ np.asarray(head, np.float64)
   expected = exact[np.arange(8), labels] - np.log(np.exp(exact).sum(-1))
   np.testing.assert_allclose(logps, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_the_kl_is_that_of_the_two_distributions(mask, softcap):
+  """Against float64, from heads of two kinds; more tokens than a chunk holds."""
+  hidden, other = normal(3, BATCH, TIME, EMBED) * 20, normal(4, BATCH, TIME, 32) * 20
+  head, other_head = HEADS["tied"](), normal(5, 32, VOCAB)
+  logits = lambda x, w: np.asarray(x, np.float64) @ np.asarray(dense(w), np.float64)
+  cap = lambda z: z if softcap is None else softcap * np.tanh(z / softcap)
+  logps = lambda z: z - np.log(np.exp(z).sum(-1, keepdims=True))
+  log_p, log_q = logps(cap(logits(hidden, head))), logps(cap(logits(other, other_head)))
+  expected = (np.exp(log_p) * (log_p - log_q)).sum(-1) * MASKS[mask]
+  found = logprob.kl_divergence(
+    hidden, head, other, other_head, mask=jnp.asarray(MASKS[mask]), softcap=softcap
+  )
+  np.testing.assert_allclose(found, expected, rtol=2e-5, atol=1e-6)
+  same = logprob.kl_divergence(hidden, head, hidden, head, softcap=softcap)
+  assert float(jnp.abs(same).max()) == 0.0
+  slope = jax.grad(lambda h: logprob.kl_divergence(h, head, other, other_head).sum())(hidden)
+  assert float(jnp.abs(slope).max()) == 0.0

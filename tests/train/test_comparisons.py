@@ -7,13 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from posttrain_jax import adapters
 from posttrain_jax.core import sharding, tree
 from posttrain_jax.data import answers
 from posttrain_jax.data.chat import Example
 from posttrain_jax.data.packing import best_fit, pack_answers, slots
 from posttrain_jax.models import decoder
-from posttrain_jax.train import comparisons, distributed, reference, step
+from posttrain_jax.train import comparisons, distributed, objectives, reference, step
+from posttrain_jax.train import metrics as metrics_lib
 from posttrain_jax.train.comparisons import Grouped, Labelled, Preference
+from posttrain_jax.train.metrics import read
 from posttrain_jax.train.objectives import Frozen
 from tests.marks import slow
 from tests.train import tiny
@@ -68,6 +71,7 @@ def scored(count=6):
     (3, 2, 4),
     score=lambda rng, n: rng.normal(size=n),
     advantage=lambda rng, n: rng.normal(size=n),
+    deviation=lambda rng, n: rng.uniform(size=n),
   )
 
 
@@ -203,6 +207,82 @@ def test_dpo_at_its_reference_is_log_2_with_no_margin():
   assert float(metrics["rewards/margins"].count) == 7
 
 
+def test_evaluation_tells_the_kl_and_the_mean_logits():
+  """Against the whole decoder, one pair a row; a cached reference changes nothing, and none at hand leaves it out."""
+  objective, trainable, frozen, examples = setup("dpo")
+  objective = dataclasses.replace(objective, own_base=True)
+  given = batch(examples)
+  measure = lambda objective, frozen, given: read(
+    step.evaluate(objective)(trainable, frozen, given)
+  )
+  found = measure(objective, frozen, given)
+  policy = objectives.policy(trainable, frozen)
+  kl, logits = [], {0: [], 1: []}
+  for one in pairs(share=False):
+    for side in (0, 1):
+      here = one.answer == side
+      tokens, mask = one.tokens[here], one.mask[here]
+      p, q = (
+        np.asarray(decoder.forward(params, tokens[None], objective.model)[0], np.float64)
+        for params in (policy, frozen.params)
+      )
+      log = lambda z: z - np.log(np.exp(z).sum(-1, keepdims=True))
+      each = (np.exp(log(p)) * (log(p) - log(q))).sum(-1)[:-1][mask[1:]]
+      kl += each.tolist()
+      logits[side].append(p[:-1][mask[1:]].mean())
+  assert found["kl"] == pytest.approx(np.mean(kl), rel=1e-4)
+  assert found["kl"] > 0
+  assert found["logits/chosen"] == pytest.approx(np.mean(logits[0]), rel=1e-3, abs=1e-6)
+  assert found["logits/rejected"] == pytest.approx(np.mean(logits[1]), rel=1e-3, abs=1e-6)
+  cached = {**given, "reference": np.zeros_like(given["tokens"], np.float32)}
+  assert measure(objective, frozen, cached)["kl"] == pytest.approx(found["kl"])
+  elsewhere = dataclasses.replace(objective, own_base=False)
+  assert "kl" not in measure(elsewhere, frozen, cached)
+
+
+def test_the_histogram_of_margins_counts_every_pair():
+  objective, trainable, frozen, examples = setup("dpo")
+  totals = objective.totals(trainable, frozen, batch(examples), None)
+  _, metrics = objective.loss(trainable, frozen, batch(examples), totals, None)
+  counts = metrics_lib.histograms(metrics)["rewards/margins_histogram"]
+  compared = objective.compare(trainable, frozen, batch(examples))
+  margins = np.asarray(compared["chosen"] - compared["rejected"])[np.asarray(compared["present"])]
+  expected = np.histogram(margins, [-np.inf, *metrics_lib.EDGES, np.inf])[0]
+  np.testing.assert_array_equal(counts, expected)
+  assert counts.sum() == 7
+
+
+@pytest.mark.parametrize("name", ["dpo", "kto"])
+def test_a_reference_that_is_not_the_start_is_refused(name):
+  objective, trainable, frozen, examples = setup(name)
+  objective = dataclasses.replace(objective, own_base=True, starts_there=True)
+  start = jax.tree.map(jnp.zeros_like, trainable)
+  measure = lambda trainable: read(step.evaluate(objective)(trainable, frozen, batch(examples)))
+  objective.check_start(measure(start))
+  with pytest.raises(ValueError, match=r"differ from the reference's by .* nats a token"):
+    objective.check_start(measure(trainable))
+  dataclasses.replace(objective, starts_there=False).check_start(measure(trainable))
+
+
+def test_what_an_adapter_took_out_of_its_base_is_the_references_again():
+  """PiSSA: the reference is the model that was, not what is left of it."""
+  model, _, _ = tiny.setup("full")
+  params = decoder.init(jax.random.key(1), model, std=tiny.STD)
+  for options in (dict(), dict(use_dora=True)):
+    chosen = adapters.AdapterConfig(r=4, lora_alpha=8, init_lora_weights="pissa", **options)
+    rest, adapter = adapters.init(jax.random.key(0), params, chosen)
+    trainable, fixed = tree.partition(adapter)
+    objective = Preference(model)
+    frozen = Frozen(rest, fixed)
+    _, metrics = gradient(objective, trainable, frozen, batch(pairs()))
+    assert metrics["loss"] == pytest.approx(np.log(2), rel=1e-5)
+    found = objectives.reference(trainable, frozen)
+    tokens = np.arange(3, 12)[None]
+    np.testing.assert_allclose(
+      decoder.forward(found, tokens, model), decoder.forward(params, tokens, model), atol=2e-5
+    )
+
+
 def test_the_running_shift_is_the_mean_of_all_rewards_and_is_kept():
   objective, trainable, frozen, examples = setup("shift")
   first, second = batch(examples), batch(pairs(seed=5))
@@ -244,7 +324,9 @@ def test_a_group_that_agrees_has_no_gradient():
   objective, trainable, frozen, examples = setup("grpo")
   objective = dataclasses.replace(objective, kl_weight=0.0)
   flat = [
-    dataclasses.replace(e, values={"score": (1.0,) * e.count, "advantage": (0.0,) * e.count})
+    dataclasses.replace(
+      e, values=dict(score=(1.0,) * e.count, advantage=(0.0,) * e.count, deviation=(0.0,) * e.count)
+    )
     for e in examples
   ]
   grads, _ = gradient(objective, trainable, frozen, batch(flat))

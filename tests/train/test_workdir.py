@@ -3,6 +3,7 @@
 import json
 
 import ml_collections
+import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
@@ -95,3 +96,24 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
     found |= {value.tag: (event.step, value.simple_value) for value in event.summary.value}
     data = data[16 + size :]
   assert {k: found[k] for k in ("loss", "kl")} == {"loss": (1, 2.0), "kl": (1, 0.25)}
+
+
+def test_tensorboard_holds_the_histograms(tmp_path):
+  from posttrain_jax.train import metrics
+
+  counts = np.zeros(len(metrics.EDGES) + 1)
+  counts[[0, 5]] = 2, 3
+  journal = workdir.Journal(tmp_path, 0)
+  journal.draw(7, {"margins": counts})
+  journal.close()
+  (file,) = (tmp_path / "tensorboard").iterdir()
+  data, found = file.read_bytes(), []
+  while data:
+    length = int.from_bytes(data[:8], "little")
+    event = event_pb2.Event.FromString(data[12 : 12 + length])
+    found += [(event.step, value) for value in event.summary.value]
+    data = data[16 + length :]
+  ((step, value),) = found
+  assert (step, value.tag, value.histo.num) == (7, "margins", 5)
+  assert list(value.histo.bucket) == counts.tolist()
+  assert len(value.histo.bucket_limit) == len(counts)
