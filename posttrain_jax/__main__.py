@@ -100,12 +100,12 @@ def _chat(args, _):
 
 def _eval(args, overrides):
   _cache_compilations()
-  from posttrain_jax.train import evaluate
+  from posttrain_jax.train import evaluate, judge
 
   if args.best_of:
     if not (args.model and args.data and args.reward):
       raise ValueError("--best_of=N takes --model, --data (a built-in task) and --reward")
-    return evaluate.best_of(
+    return judge.best_of(
       model=args.model,
       adapter=args.adapter,
       task=args.data,
@@ -114,6 +114,12 @@ def _eval(args, overrides):
       limit=args.limit,
       seed=args.seed,
     )
+  if args.reward:
+    if not args.data or args.model or args.workdir or args.config:
+      raise ValueError("--reward=DIR takes --data (a file of answers), or --best_of with --model")
+    return judge.score(reward=args.reward, data=args.data, out=args.out, limit=args.limit)
+  if args.out:
+    raise ValueError("--out goes with --reward: where the rewards are written")
   return evaluate.evaluate(
     config=args.config,
     overrides=overrides,
@@ -208,7 +214,10 @@ def _parser() -> argparse.ArgumentParser:
   evaluation.add_argument(
     "--best_of", type=int, default=0, metavar="N", help="draw N answers, keep what --reward likes"
   )
-  evaluation.add_argument("--reward", metavar="DIR", help="a reward model, or its adapter")
+  evaluation.add_argument(
+    "--reward", metavar="DIR", help="a reward model or its adapter: scores the answers in --data"
+  )
+  evaluation.add_argument("--out", metavar="FILE.jsonl", help="where the rewards of --reward go")
   evaluation.add_argument("--seed", type=int, default=0, help="of the answers of --best_of")
 
   pairs = commands.add_parser(

@@ -118,7 +118,8 @@ def encode_all(
   Args:
     kind: what rows are to be: "pairs" (chosen, rejected), "triples" (and reference, a gold answer), "labels" (prompt,
       completion, label; a pair is two of them), "outcomes" (the same, for a reward model: no companions), "steps"
-      (prompt, completions, labels), "scored" (prompt, completions, scores).
+      (prompt, completions, labels), "scored" (prompt, completions, scores); "judged" takes any of these, and prompts
+      with one completion, for a reward model to score.
     share: whether answers to a prompt share its tokens, or repeat them.
 
   Raises:
@@ -214,16 +215,20 @@ def _labels(row: Row) -> list[_Job]:
     return [_Job((part,), {"label": (float(i == 0),)}) for i, part in enumerate(job.rows)]
   if row.kind != "unpaired":
     raise _wrong(row, '"prompt", "completion" and "label", or "messages" and "label", or pairs')
-  if "messages" in fields:
-    messages = fields["messages"]
-    if messages[-1]["role"] != "assistant" or len(messages) < 2:
-      raise RowError(
-        "no answer to label", row.origin, "the last of 'messages' must be the assistant's answer"
-      )
-    part = _row(row, messages[:-1], messages[-1:])
-  else:
-    part = _row(row, fields["prompt"], fields["completion"])
-  return [_Job((part,), {"label": (float(fields["label"]),)})]
+  return [_Job((_answered(row),), {"label": (float(fields["label"]),)})]
+
+
+def _answered(row: Row) -> Row:
+  """A prompt and its completion, or a conversation up to its last answer and that answer."""
+  fields = row.fields
+  if "messages" not in fields:
+    return _row(row, fields["prompt"], fields["completion"])
+  messages = fields["messages"]
+  if messages[-1]["role"] != "assistant" or len(messages) < 2:
+    raise RowError(
+      "no answer", row.origin, "the last of 'messages' must be the assistant's answer to others"
+    )
+  return _row(row, messages[:-1], messages[-1:])
 
 
 def _scored(row: Row) -> list[_Job]:
@@ -238,7 +243,23 @@ def _scored(row: Row) -> list[_Job]:
 def _steps(row: Row) -> list[_Job]:
   if row.kind != "stepwise":
     raise _wrong(row, '"prompt", "completions" (the steps) and "labels"')
-  steps = tuple(zip(row.fields["completions"], row.fields["labels"]))
+  return _in_steps(row, row.fields["labels"])
+
+
+def _judged(row: Row) -> list[_Job]:
+  """All answers of a row, with no number but where steps end."""
+  if row.kind in ("stepwise", "steps"):
+    return _in_steps(row, [False] * len(row.fields["completions"]))
+  if row.kind in ("prompt_completion", "messages", "unpaired"):
+    return [_Job((_answered(row),), {})]
+  if row.kind not in ("preference", "scored"):
+    raise _wrong(row, "a prompt with its answer or answers")
+  (job,) = _pairs(row) if row.kind == "preference" else _scored(row)
+  return [_Job(job.rows, {})]
+
+
+def _in_steps(row: Row, labels: Sequence[bool]) -> list[_Job]:
+  steps = tuple(zip(row.fields["completions"], labels))
   text = SEPARATOR.join(row.fields["completions"]) + SEPARATOR
   return [_Job((_row(row, row.fields["prompt"], text),), {}, steps=steps)]
 
@@ -252,6 +273,7 @@ _SPLIT = {
   "outcomes": _labels,
   "scored": _scored,
   "steps": _steps,
+  "judged": _judged,
 }
 
 

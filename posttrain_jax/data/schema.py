@@ -26,6 +26,7 @@ KINDS = {
   "unpaired": ({"prompt", "completion", "label"}, {"messages", "label"}),
   "stepwise": ({"prompt", "completions", "labels"},),
   "scored": ({"prompt", "completions", "scores"},),
+  "steps": ({"prompt", "completions"},),
 }
 
 KNOWN = """\
@@ -36,6 +37,7 @@ KNOWN = """\
   {"prompt": ..., "completion": ..., "label": true}        unpaired preference
   {"prompt": ..., "completions": [...], "labels": [...]}   stepwise
   {"prompt": ..., "completions": [...], "scores": [...]}   a group of scored answers
+  {"prompt": ..., "completions": [...]}                    steps for a reward model to score
 or say which columns play these parts, as in
   columns={"prompt": "question", "completion": "answer"}
   columns={"prompt": ["instruction", "input"], "completion": "output"}   (joined by a newline)"""
@@ -193,7 +195,8 @@ def validate(fields: dict[str, Any], origin: str) -> dict[str, Any]:
 def as_chat(fields: dict[str, Any], origin: str, system: str | None) -> dict[str, Any]:
   """A prompt and its answers in strings, as a user's and an assistant's messages; other rows stay as they are."""
   answers = [name for name in (*ANSWERS, "completions") if name in fields]
-  if not (isinstance(fields.get("prompt"), str) and answers) or "labels" in fields:
+  steps = "completions" in fields and "scores" not in fields
+  if not (isinstance(fields.get("prompt"), str) and answers) or steps:
     if system is None:
       return fields
     raise RowError(
@@ -281,19 +284,26 @@ def _unpaired(fields, origin):
     raise _wrong_type("label", fields["label"], "true or false", origin)
 
 
-def _stepwise(fields, origin):
+def _steps(fields, origin):
   _string(fields, "prompt", origin)
-  steps, labels = fields["completions"], fields["labels"]
+  steps = fields["completions"]
   if not isinstance(steps, list) or not steps:
     raise _wrong_type("completions", steps, "a list of strings with at least one", origin)
+  for step in steps:
+    if not isinstance(step, str):
+      raise _wrong_type("completions", step, "a list of strings", origin)
+    _completion(step, "completions", origin)
+
+
+def _stepwise(fields, origin):
+  _steps(fields, origin)
+  steps, labels = fields["completions"], fields["labels"]
   if not isinstance(labels, list) or not all(isinstance(label, bool) for label in labels):
     raise _wrong_type("labels", labels, "a list of true and false", origin)
   if len(steps) != len(labels):
     raise RowError(
       "unequal steps", origin, f"{len(steps)} completions but {len(labels)} labels; each needs one"
     )
-  for step in steps:
-    _completion(step, "completions", origin)
 
 
 def _scored(fields, origin):
@@ -327,6 +337,7 @@ _VALIDATE = {
   "unpaired": _unpaired,
   "stepwise": _stepwise,
   "scored": _scored,
+  "steps": _steps,
 }
 
 

@@ -609,13 +609,14 @@ class Reward(Scorer):
 
   def rewards(self, params: Any, batch: Batch, key: Array | None = None) -> Array:
     """[rows, slots]: of each answer, read at its last token."""
-    each = self._each(params, batch, key)
+    each = self.of_tokens(params, batch, key)
     own = jnp.where(batch["loss_mask"], batch["answer"], -1)
     last = (own >= 0) & (jnp.roll(own, -1, axis=1).at[:, -1].set(-1) != own)
     at = Tokens(last, batch["answer"], batch["present"])
     return at.per_answer(each)
 
-  def _each(self, params, batch, key):
+  def of_tokens(self, params: Any, batch: Batch, key: Array | None = None) -> Array:
+    """[rows, time]: of the text up to each token; where a step ends, the step's."""
     return decoder.scores(params, self.hidden(params, batch, key))[..., 0]
 
   def totals(self, trainable, frozen, batch, key):
@@ -633,7 +634,7 @@ class Reward(Scorer):
     else:
       here = ~jnp.isnan(batch["steps"])
       labels = jnp.where(here, batch["steps"], 0.0)
-      each, metrics = self._judged(self._each(params, batch, key), labels, here)
+      each, metrics = self._judged(self.of_tokens(params, batch, key), labels, here)
     loss = jnp.sum(jnp.where(here, each, 0.0)) / jnp.maximum(totals["count"], 1)
     metrics["loss"] = metrics_lib.mean(stop(each), here)
     metrics["tokens"] = jnp.sum(batch["segment_ids"] > 0)

@@ -16,14 +16,12 @@ import rich
 from posttrain_jax import adapters
 from posttrain_jax.adapters import peft_format
 from posttrain_jax.core import files
-from posttrain_jax.data import answers as answer_lib
-from posttrain_jax.data import chat, loader, packing, schema
+from posttrain_jax.data import chat, loader, schema
 from posttrain_jax.evals import margins, tasks
 from posttrain_jax.evals import pairs as pair_lib
 from posttrain_jax.evals import run as runs
-from posttrain_jax.models import before, decoder, fetch, hf, rotary
+from posttrain_jax.models import before, fetch, hf, rotary
 from posttrain_jax.models.config import ModelConfig
-from posttrain_jax.rollout.sampling import Sampling
 from posttrain_jax.train import assemble, comparisons, objectives, settings, step
 from posttrain_jax.train import metrics as metrics_lib
 from posttrain_jax.train.settings import ConfigError
@@ -62,7 +60,7 @@ def evaluate(
     raise ConfigError("write --workdir=DIR (a run), or --model=NAME_OR_DIR and --data=SOURCE")
   folder = fetch.resolve(model)
   name = run.model.template if run is not None else "tokenizer"
-  params, model_config, ensemble, tokenizer, template = _loaded(folder, adapter, name)
+  params, model_config, ensemble, tokenizer, template = loaded(folder, adapter, name)
   results: dict[str, Any] = {"model": str(folder), "adapter": adapter, "data": data}
   loss = lambda params: _loss(params, model_config, tokenizer, template, data, run, own_data, limit)
   if ensemble:
@@ -93,9 +91,7 @@ def evaluate(
   return 0
 
 
-def _loaded(
-  folder: Path, adapter: str | None, name: str
-) -> tuple[Any, ModelConfig, list, Any, Any]:
+def loaded(folder: Path, adapter: str | None, name: str) -> tuple[Any, ModelConfig, list, Any, Any]:
   """(params, config, ensemble, tokenizer, chat template or None), the adapter merged where it is one."""
   params, model_config = hf.load(folder, dtype=assemble.compute_dtype("auto"))
   params, model_config, ensemble = _adapted(params, model_config, adapter)
@@ -112,11 +108,17 @@ def _compared(run, model: str, adapter: str | None, data: str | None, workdir: s
   mine = ml_collections.ConfigDict(run.to_dict())
   if data is not None:
     mine.data.eval, mine.data.eval_rows = data, 0
+  # an adapter file is one of the original base: where that was stored as it is and no more, it is so here
+  chosen = assemble.adapter_config(mine)
+  quantised = mine.model.base != "dense"
+  if chosen is None or chosen.changes_base or chosen.context_length:
+    quantised, mine.model.base = False, "dense"
+  if not quantised:
+    mine.adapter = ml_collections.ConfigDict({"method": "none"})
+  base = assemble.model(mine)
   # the policy is what the run made, the reference what it says; nothing trains here
   mine.adapter = ml_collections.ConfigDict({"method": "none"})
-  mine.model.base = "dense"
-  base = assemble.model(mine)
-  params, config = _policy(base, model, adapter)
+  params, config = _policy(base, model, adapter, merged=not quantised)
   policy = dataclasses.replace(base, params=params, config=config)
   objective = assemble.objective(mine, policy, ())
   other = None
@@ -151,101 +153,13 @@ def _compared(run, model: str, adapter: str | None, data: str | None, workdir: s
   return 0
 
 
-def best_of(
-  *, model: str, adapter: str | None, task: str, reward: str, samples: int, limit: int, seed: int
-) -> int:
-  """Prints how many of a task's questions are answered right by the answer that a reward model likes best of several.
-
-  Beside it: the share of all answers that are right (one drawn at random), and of questions with any right answer.
-
-  Raises:
-    ConfigError: samples is below 2, or the folder holds no reward model.
-  """
-  if samples < 2:
-    raise ConfigError(f"--best_of={samples}: draw at least two answers to choose among")
-  if task not in tasks.TASKS:
-    raise ConfigError(f"--data={task}: --best_of answers a built-in task: {', '.join(tasks.TASKS)}")
-  params, config, ensemble, tokenizer, template = _loaded(
-    fetch.resolve(model), adapter, "tokenizer"
-  )
-  if ensemble:
-    raise ConfigError("--adapter: answers are drawn from one adapter")
-  rows, given = tasks.answer(
-    params,
-    config,
-    tokenizer,
-    task=task,
-    split="test",
-    limit=limit or None,
-    template=template,
-    copies=samples,
-    sampling=Sampling(temperature=1.0),
-    key=jax.random.key(seed),
-    batch_size=32,
-  )
-  judge, judge_config, judge_tokenizer, judge_template = _judge(reward)
-  turn = lambda text: [{"role": "assistant", "content": text}]
-  asked = [
-    schema.Row(
-      {"prompt": rows[i // samples]["prompt"], "completion": turn(a["answer"].strip() or " ")},
-      f"answer {i}",
-      "prompt_completion",
-    )
-    for i, a in enumerate(given)
-  ]
-  examples = []
-  for found in chat.encode_each(asked, judge_tokenizer, judge_template):
-    if isinstance(found, Exception):
-      raise found
-    examples.append(answer_lib.join([found]))
-  values = rewards(judge, judge_config, examples)
-  by_question = lambda values: np.asarray(values).reshape(len(rows), samples)
-  right = by_question([a["correct"] for a in given])
-  best = by_question(values).argmax(1)
-  results = {
-    "questions": len(rows),
-    "samples": samples,
-    "accuracy_best": float(right[np.arange(len(rows)), best].mean()),
-    "accuracy_of_one": float(right.mean()),
-    "accuracy_of_any": float(right.any(1).mean()),
-  }
-  rich.print_json(json.dumps(results))
-  return 0
-
-
-def _judge(folder: str) -> tuple[Any, ModelConfig, Any, Any]:
-  """(params, config, tokenizer, template) of a reward model: a model's folder, or an adapter's with a score head."""
-  path = Path(folder).expanduser()
-  if not (path / peft_format.CONFIG).exists():
-    base, model = fetch.resolve(folder), hf.load(fetch.resolve(folder))
-  else:
-    described = files.read_json(path / peft_format.CONFIG)
-    base = fetch.resolve(described.get("base_model_name_or_path") or "")
-    if "score" not in (described.get("modules_to_save") or ()):
-      raise ConfigError(f"{folder}: this adapter has no score head; it is no reward model")
-    params, config = decoder.scored(jax.random.key(0), *hf.load(base))
-    model = (adapters.merge(params, peft_format.load(path, params, config)[0]), config)
-  params, config = model
-  if not config.scores:
-    raise ConfigError(f"{folder}: a model of {config.family} with no score head is no reward model")
-  tokenizer = chat.load_tokenizer(base)
-  return params, config, tokenizer, chat.template(tokenizer) if tokenizer.chat_template else None
-
-
-def rewards(params: Any, config: ModelConfig, examples: Sequence[answer_lib.Answers]) -> np.ndarray:
-  """[examples] of a reward model, each of one answer, in order."""
-  score = jax.jit(comparisons.Reward(config).rewards)
-  length = -(-max(map(len, examples)) // 64) * 64
-  found = []
-  for start in range(0, len(examples), ROWS):
-    rows = [[i] for i in range(start, min(start + ROWS, len(examples)))]
-    batch = packing.pack_answers(examples, rows + [[]] * (ROWS - len(rows)), length, 1)
-    found.append(np.asarray(score(params, batch))[: len(rows), 0])
-  return np.concatenate(found)
-
-
-def _policy(base: assemble.Model, model: str, adapter: str | None) -> tuple[Any, ModelConfig]:
-  """What a run has made: its adapter merged into the base, or the model that it wrote."""
+def _policy(
+  base: assemble.Model, model: str, adapter: str | None, *, merged: bool
+) -> tuple[Any, ModelConfig]:
+  """What a run has made: its adapter merged into the base or bound to it, or the model that it wrote."""
+  if adapter and not merged:
+    node, _ = peft_format.load(adapter, base.params, base.config)
+    return adapters.bind(base.params, node), base.config
   if adapter:
     return _adapted(base.params, base.config, adapter)[:2]
   return hf.load(fetch.resolve(model), dtype=base.dtype)
@@ -294,9 +208,7 @@ def pairs(
   path = Path(out)
   if path.exists():
     raise ConfigError(f"{path} is there already: write another --out, or remove it")
-  params, config, ensemble, tokenizer, template = _loaded(
-    fetch.resolve(model), adapter, "tokenizer"
-  )
+  params, config, ensemble, tokenizer, template = loaded(fetch.resolve(model), adapter, "tokenizer")
   if ensemble:
     raise ConfigError("--adapter: answers are drawn from one adapter")
   made = pair_lib.make(

@@ -10,9 +10,9 @@ import pytest
 from posttrain_jax import adapters
 from posttrain_jax.__main__ import main
 from posttrain_jax.adapters import peft_format
-from posttrain_jax.evals import margins
+from posttrain_jax.evals import margins, tasks
 from posttrain_jax.models import hf
-from posttrain_jax.train import workdir
+from posttrain_jax.train import judge, workdir
 from tests.marks import slow
 from tests.train import tiny
 from tests.train.test_run import assert_equal, lines, weights
@@ -284,3 +284,145 @@ def test_figures_of_a_diagnosis():
   assert found["accuracy_chosen_shorter"] == 0.0
   expected = np.corrcoef([1.0, -1.0, 0.01, 3.0], [5, -5, 0, 5])[0, 1]
   assert found["length_correlation"] == pytest.approx(expected)
+
+
+# --- reward models at work -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def reward_model(folder, tmp_path_factory):
+  """The adapter of a run on pairs, in which every chosen answer comes to have more."""
+  out = tmp_path_factory.mktemp("reward") / "run"
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("POSTTRAIN_CACHE", str(out.parent / "cache"))
+    assert train(folder, out, config="reward", steps=12, eval__every=6) == 0
+  return out / "adapter"
+
+
+def scores(reward_model, rows, tmp_path):
+  """What `posttrain eval --reward` writes for rows."""
+  tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
+  out = tmp_path / "out.jsonl"
+  out.unlink(missing_ok=True)
+  data = f"--data={tmp_path / 'rows.jsonl'}"
+  assert main(["eval", f"--reward={reward_model}", data, f"--out={out}"]) == 0
+  return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+def test_a_reward_model_scores_rows_of_every_schema_alike(reward_model, tmp_path, capsys):
+  rows = [pair(i) for i in range(11)]
+  by_pair = scores(reward_model, rows, tmp_path)
+  assert [line["row"].rsplit(":")[-1] for line in by_pair] == [str(i + 1) for i in range(11)]
+  assert all(line["chosen"] > line["rejected"] for line in by_pair)
+  assert '"accuracy": 1.0' in capsys.readouterr().out
+  one = lambda name: [{"prompt": row["prompt"], "completion": row[name]} for row in rows]
+  group = [
+    {"prompt": r["prompt"], "completions": [r["chosen"], r["rejected"]], "scores": [0, None]}
+    for r in rows
+  ]
+  turn = lambda role, text: {"role": role, "content": text}
+  talk = [{"messages": [turn("user", r["prompt"]), turn("assistant", r["chosen"])]} for r in rows]
+  for name in ("chosen", "rejected"):
+    expected = [line[name] for line in by_pair]
+    found = [line["reward"] for line in scores(reward_model, one(name), tmp_path)]
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+  for i, line in enumerate(scores(reward_model, group, tmp_path)):
+    both = [by_pair[i]["chosen"], by_pair[i]["rejected"]]
+    np.testing.assert_allclose(line["rewards"], both, rtol=1e-4, atol=1e-5)
+  found = [line["reward"] for line in scores(reward_model, talk, tmp_path)]
+  np.testing.assert_allclose(found, [line["chosen"] for line in by_pair], rtol=1e-4, atol=1e-5)
+
+
+def test_steps_are_scored_where_they_end(reward_model, tmp_path, capsys):
+  """Each as the whole text up to it, labelled or not; labels are compared with the sign."""
+  rows = [{"prompt": "say ab", "completions": ["a", "bb", "c"][: 1 + i % 3]} for i in range(9)]
+  found = scores(reward_model, rows, tmp_path)
+  assert [len(line["steps"]) for line in found] == [1 + i % 3 for i in range(9)]
+  for shorter, longer in ((found[0], found[1]), (found[1], found[2])):
+    np.testing.assert_allclose(longer["steps"][:-1], shorter["steps"], rtol=1e-4, atol=1e-5)
+  capsys.readouterr()
+  labelled = [
+    {**row, "labels": [value > 0 for value in line["steps"]]} for row, line in zip(rows, found)
+  ]
+  labelled[0]["labels"] = [not labelled[0]["labels"][0]]
+  assert scores(reward_model, labelled, tmp_path) == found
+  total = sum(len(line["steps"]) for line in found)
+  assert f'"accuracy": {1 - 1 / total:.6f}'[:16] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  ("flags", "message"),
+  [
+    (["--model=m"], "--reward=DIR takes --data"),
+    (["--data={rows}", "--out={rows}"], "is there already"),
+    (["--data={mixed}"], "several schemas"),
+    (["--data={texts}"], "a prompt with its answer"),
+  ],
+)
+def test_what_a_reward_model_cannot_score_is_said(flags, message, reward_model, tmp_path, capsys):
+  paths = {name: tmp_path / f"{name}.jsonl" for name in ("rows", "mixed", "texts")}
+  tiny.write_jsonl(paths["rows"], [pair(0)])
+  tiny.write_jsonl(paths["mixed"], [pair(0), {"prompt": "a", "completion": "b"}])
+  tiny.write_jsonl(paths["texts"], [{"text": "abc"}])
+  given = [flag.format(**paths) for flag in flags]
+  assert main(["eval", f"--reward={reward_model}", *given]) == 1
+  assert message in capsys.readouterr().err
+
+
+def test_an_adapter_that_is_no_reward_model_is_refused(folder, tmp_path, capsys):
+  assert train(folder, tmp_path / "run", steps=2, eval__every=0) == 0
+  data = f"--data={folder / 'pairs.jsonl'}"
+  assert main(["eval", f"--reward={tmp_path / 'run' / 'adapter'}", data]) == 1
+  assert "it is no reward model" in capsys.readouterr().err
+  assert main(["eval", f"--reward={folder / 'model'}", data]) == 1
+  assert "no scores a token" in capsys.readouterr().err
+
+
+@pytest.fixture
+def answering(monkeypatch):
+  """Questions whose sampled answers are known: the third of four is right, as the gold one is."""
+  asked = {}
+
+  def answer(params, config, tokenizer, *, task, split, limit, copies=1, **options):
+    rows = tasks.TASKS[task].examples(split, n=limit)
+    asked.update(copies=copies, split=split, **options)
+    texts = lambda row: [row["gold"] if i == 2 else "z" * (i + 1) for i in range(copies)]
+    return rows, [
+      {"answer": text, "correct": text == row["gold"], "finished": True}
+      for row in rows
+      for text in texts(row)
+    ]
+
+  monkeypatch.setattr(tasks, "answer", answer)
+  return asked
+
+
+def test_best_of_takes_the_answer_that_the_reward_model_likes(
+  folder, reward_model, answering, monkeypatch, capsys
+):
+  flags = [f"--model={folder / 'model'}", "--data=sql", f"--reward={reward_model}", "--limit=5"]
+  liked = lambda judge, examples: [[float(i % 4 == 2)] for i, _ in enumerate(examples)]
+  monkeypatch.setattr(judge.Judge, "encode", lambda self, rows: rows)
+  for rewards, best in ((liked, 1.0), (lambda *a: [[-x[0]] for x in liked(*a)], 0.0)):
+    monkeypatch.setattr(judge.Judge, "rewards", rewards)
+    capsys.readouterr()
+    assert main(["eval", *flags, "--best_of=4"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["accuracy_best"] == best
+    assert (told["accuracy_of_one"], told["accuracy_of_any"]) == (0.25, 1.0)
+    assert (told["questions"], told["samples"], answering["copies"]) == (5, 4, 4)
+  assert main(["eval", *flags, "--best_of=1"]) == 1
+  assert main(["eval", *flags[:2], "--best_of=4"]) == 1
+
+
+def test_pairs_are_right_answers_over_wrong_ones(folder, answering, tmp_path, capsys):
+  out = tmp_path / "made" / "pairs.jsonl"
+  flags = ["pairs", f"--model={folder / 'model'}", f"--out={out}", "--limit=6", "--samples=4"]
+  assert main(flags) == 0
+  assert "6 pairs from 6 questions" in capsys.readouterr().out
+  made = [json.loads(line) for line in out.read_text().splitlines()]
+  rows = tasks.TASKS["sql"].examples("train", n=6)
+  assert [row["chosen"][0]["content"] for row in made] == [row["gold"] for row in rows]
+  assert all(set(row["rejected"][0]["content"]) == {"z"} for row in made)
+  assert main(flags) == 1
+  assert "is there already" in capsys.readouterr().err
