@@ -480,6 +480,8 @@ def with_reference(
   """data with the reference's log-probabilities, where they are to be computed once."""
   wanted = isinstance(objective, Scorer) and objective.needs_reference
   if not (wanted and caches_reference(config)):
+    if wanted and config.objective.cache_reference:
+      say("reference: computed at each step, since several processes keep no cache")
     return data
   params = reference_params(config, model, mesh)
   score = functools.partial(
@@ -493,6 +495,20 @@ def with_reference(
   return dataclasses.replace(
     data, train=score(data.train), eval=score(data.eval) if data.eval else ()
   )
+
+
+def with_blank_reference(
+  config: ml_collections.ConfigDict,
+  batch: Mapping[str, Any],
+  objective: objectives.Objective,
+) -> Mapping[str, Any]:
+  """A batch of the shapes that `with_reference` gives, for a program that is compiled and not run."""
+  if not (isinstance(objective, Scorer) and objective.needs_reference and caches_reference(config)):
+    return batch
+  blank = {**batch, "reference": np.zeros(batch["tokens"].shape, np.float32)}
+  if "companion" in batch:
+    blank["companion"] = with_blank_reference(config, batch["companion"], objective)
+  return blank
 
 
 def remat(config: ml_collections.ConfigDict) -> str:

@@ -69,7 +69,7 @@ def train(config: ml_collections.ConfigDict, folder: str | Path, *, dry_run: boo
     pieces = _pieces(config, model, data, mesh)
     _introduce(config, model, data, pieces, say)
     if dry_run:
-      _explain_memory(pieces, say)
+      _explain_memory(config, pieces, say)
       return 0
     workdir.claim(Path(folder), config)
     scored = assemble.with_reference(config, model, data, pieces.objective, mesh, say)
@@ -140,10 +140,10 @@ def _introduce(config, model: Model, data: Data, pieces: _Pieces, say) -> None:
   say(f"first example, trained tokens in [[ ]]:\n{chat.describe(data.first, model.tokenizer)}\n")
 
 
-def _explain_memory(pieces: _Pieces, say) -> None:
+def _explain_memory(config, pieces: _Pieces, say) -> None:
   """Compiles the step and says what it needs; nothing is run."""
   state = _shapes(pieces)
-  batch = next(pieces.batches)
+  batch = assemble.with_blank_reference(config, next(pieces.batches), pieces.objective)
   began = time.monotonic()
   memory = pieces.step.lower(state, pieces.frozen, batch).compile().memory_analysis()
   say(

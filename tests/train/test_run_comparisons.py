@@ -3,7 +3,10 @@
 import json
 import pathlib
 import signal
+import subprocess
+import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -12,10 +15,10 @@ from posttrain_jax.__main__ import main
 from posttrain_jax.adapters import peft_format
 from posttrain_jax.evals import margins, tasks
 from posttrain_jax.models import hf
-from posttrain_jax.train import judge, workdir
+from posttrain_jax.train import assemble, judge, loop, workdir
 from tests.marks import slow
 from tests.train import tiny
-from tests.train.test_run import assert_equal, lines, weights
+from tests.train.test_run import assert_equal, environment, lines, weights
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 FIELDS = {
@@ -217,14 +220,60 @@ def test_mistakes_are_named_and_leave_nothing(options, message, folder, tmp_path
 
 def test_a_reference_of_another_vocabulary_is_refused(folder, tmp_path, capsys):
   model = tiny.config(vocab_size=300)
-  import jax
-
   from posttrain_jax.models import decoder
 
   hf.save(tmp_path / "other", decoder.init(jax.random.key(0), model), model)
   tiny.tokenizer().save_pretrained(tmp_path / "other")
   assert train(folder, tmp_path / "run", objective__reference=tmp_path / "other") == 1
   assert "its vocabulary has 300 tokens, the model's 261" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["preference", "kto"])
+def test_two_processes_are_one(config, folder, tmp_path):
+  """One computes the reference beforehand, two at each step."""
+  kind = {"preference": "pairs", "kto": "labels"}[config]
+  fields = dict(optimizer__name="sgd", optimizer__lr=0.5, checkpoint__every=0, mesh__fsdp=-1)
+  given = [f"--config.{name.replace('__', '.')}={value}" for name, value in fields.items()]
+  assert train(folder, tmp_path / "one", config=config, kind=kind, **fields) == 0
+  data = f"model={folder / 'model'},data={folder / (kind + '.jsonl')}"
+  command = [
+    f"--config={CONFIGS / (config + '.py')}:{data}",
+    f"--workdir={tmp_path / 'two'}",
+    *(f"--config.{name}={value}" for name, value in FIELDS.items()),
+    *given,
+  ]
+  script = pathlib.Path(__file__).parents[2] / "launch" / "local.py"
+  launched = subprocess.run(
+    [sys.executable, str(script), "--processes=2", "--", *command],
+    capture_output=True,
+    text=True,
+    timeout=280,
+    env=environment(),
+    check=False,
+  )
+  assert launched.returncode == 0, launched.stdout + launched.stderr
+  assert "reference: computed at each step" in launched.stdout
+  one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+  for name, array in one.items():
+    assert np.linalg.norm(two[name] - array) <= 1e-4 * np.linalg.norm(array), name
+
+
+@pytest.mark.parametrize(("config", "kind"), [("preference", "pairs"), ("kto", "labels")])
+def test_a_dry_run_compiles_the_step_that_runs(config, kind, folder, tmp_path, monkeypatch):
+  """On batches of the very shapes, the reference's log-probabilities among them."""
+  shapes = lambda batch: jax.tree.map(lambda x: (x.shape, x.dtype), batch)
+  blank, placed = assemble.with_blank_reference, loop._placed
+  dry, run = [], []
+  note = lambda notes, batch: notes.append(shapes(batch)) or batch
+  monkeypatch.setattr(assemble, "with_blank_reference", lambda *a: note(dry, blank(*a)))
+  monkeypatch.setattr(loop, "_placed", lambda of, batch: placed(of, note(run, batch)))
+  how = dict(config=config, kind=kind, steps=1, eval__every=0)
+  assert train(folder, tmp_path / "run", "--dry_run", **how) == 0
+  assert not (tmp_path / "run").exists()
+  assert train(folder, tmp_path / "run", **how) == 0
+  assert dry[-1] == run[0]
+  assert "reference" in run[0]
 
 
 @pytest.mark.slow
