@@ -20,9 +20,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 
-from posttrain_jax.core import files, tree
+from posttrain_jax.core import files, shards, tree
 from posttrain_jax.models import decoder, fetch, quantised
 from posttrain_jax.models.config import ModelConfig, from_hf, to_hf
 from posttrain_jax.quant import bnb
@@ -48,8 +47,6 @@ TOKENIZER_FILES = (
   "merges.txt",
   "generation_config.json",
 )
-FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-SHARD_BYTES = 5_000_000_000
 
 Place = Callable[[str, Any], Any]
 
@@ -83,7 +80,7 @@ def load(
   config = read_config(folder)
   place = place or (lambda _, leaf: jax.tree.map(jnp.asarray, leaf))
   specs = dict(tree.items(decoder.specs(config)))
-  with _Reader(folder) as reader:
+  with shards.Reader(folder) as reader:
     located = _match(specs, reader, config, folder)
     kept = quantised.storages(folder, specs, located, reader.where, storage, exclude)
     leaves = {
@@ -141,7 +138,7 @@ def save(
   if tokenizer_from is not None and not Path(tokenizer_from).is_dir():
     raise FileNotFoundError(f"tokenizer_from={str(tokenizer_from)!r} is not a folder")
   with files.publish(folder) as new:
-    _write_shards(new, _tensors(leaves, config))
+    shards.write(new, _tensors(leaves, config))
     dtype = str(leaves["embed_tokens/weight"].dtype)
     described = to_hf(config, tied=tied, dtype=dtype) | storage
     files.write_json(new / "config.json", described)
@@ -188,86 +185,22 @@ def _turned(path: str) -> bool:
   return path.endswith("_proj/weight") or path in ("lm_head/weight", "score/weight")
 
 
-class _Reader:
-  """Every tensor of a folder's safetensors files by name; the files are memory-mapped."""
-
-  def __init__(self, folder: Path):
-    self.where: dict[str, Path] = {}
-    self.open: dict[Path, Any] = {}
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.exists():
-      paths = [single]
-    elif index.exists():
-      self.where = _read_index(index)
-      paths = sorted(set(self.where.values()))
-    else:
-      raise FileNotFoundError(
-        f"{folder} holds neither {single.name} nor {index.name}; pickled weights (*.bin) are not read"
-      )
-    for path in paths:
-      self._open(path, index)
-
-  def _open(self, path: Path, index: Path) -> None:
-    if not path.exists():
-      raise FileNotFoundError(f"{path} is named by {index.name} and does not exist")
-    try:
-      self.open[path] = safetensors.safe_open(path, "np").__enter__()
-    except safetensors.SafetensorError as error:
-      raise ValueError(
-        f"{path} cannot be read: {error}; it may be cut short, fetch it again"
-      ) from error
-    held = set(self.open[path].keys())
-    lacking = sorted({name for name, at in self.where.items() if at == path} - held)
-    if lacking:
-      raise ValueError(f"{path} lacks the tensor {lacking[0]!r} that {index.name} says it holds")
-    for name in held:  # of which an index may name fewer
-      self.where.setdefault(name, path)
-
-  def __enter__(self):
-    return self
-
-  def __exit__(self, *_):
-    for handle in self.open.values():
-      handle.__exit__(None, None, None)
-
-  def check(self, name: str, wanted: tuple[int, ...]) -> None:
-    """Raises unless the tensor has that shape and holds floating-point numbers."""
-    tensor = self.open[self.where[name]].get_slice(name)
-    found, dtype = tuple(tensor.get_shape()), tensor.get_dtype()
-    if found != wanted:
-      raise ValueError(
-        f"{self.where[name]}: tensor {name!r} has shape {found}, config.json asks for {wanted}"
-      )
-    if dtype not in FLOATS:
-      raise ValueError(
-        f"{self.where[name]}: tensor {name!r} is {dtype}, not one of {', '.join(FLOATS)}; of quantised tensors those "
-        f"are read that have bitsandbytes' {name}.absmax or {bnb.tensor(name, bnb.SCALES)} beside them"
-      )
-
-  def dtype(self, name: str) -> str:
-    return FLOATS[self.open[self.where[name]].get_slice(name).get_dtype()]
-
-  def get(self, name: str) -> np.ndarray:
-    return self.open[self.where[name]].get_tensor(name)
-
-
-def _read_index(index: Path) -> dict[str, Path]:
-  """{tensor name: file}; an index that points outside its own folder is refused."""
-  try:
-    weight_map = files.read_json(index)["weight_map"]
-    where = {name: index.parent / file for name, file in weight_map.items()}
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
+def _check_stored(reader: shards.Reader, name: str, wanted: tuple[int, ...]) -> None:
+  """Raises unless the tensor has that shape and holds floating-point numbers."""
+  found, dtype = reader.shape(name), reader.stored(name)
+  if found != wanted:
     raise ValueError(
-      f"{index} is no index of safetensors files ({error!r}); fetch it again"
-    ) from error
-  for path in where.values():
-    if path.parent != index.parent or path.name == "..":
-      raise ValueError(f"{index} names {str(path)!r}, which is outside the folder")
-  return where
+      f"{reader.where[name]}: tensor {name!r} has shape {found}, config.json asks for {wanted}"
+    )
+  if dtype not in shards.FLOATS:
+    raise ValueError(
+      f"{reader.where[name]}: tensor {name!r} is {dtype}, not one of {', '.join(shards.FLOATS)}; of quantised tensors"
+      f" those are read that have bitsandbytes' {name}.absmax or {bnb.tensor(name, bnb.SCALES)} beside them"
+    )
 
 
 def _match(
-  specs: Mapping[str, decoder.Spec], reader: _Reader, config: ModelConfig, folder: Path
+  specs: Mapping[str, decoder.Spec], reader: shards.Reader, config: ModelConfig, folder: Path
 ) -> dict[str, list[str]]:
   """path -> the file's tensor names, one or one a layer; everything wanted is there and nothing else."""
   prefix = _prefix(reader.where)
@@ -291,7 +224,7 @@ def _match(
   for path, spec in specs.items():
     for name in located[path]:
       if bnb.storage(bnb.parts(name, reader.where)) == quantised.DENSE:
-        reader.check(name, _stored_shape(path, spec))
+        _check_stored(reader, name, _stored_shape(path, spec))
   for why, count in collections.Counter(unread.values()).items():
     log.info("%s: %d tensors left unread (%s)", folder, count, why)
   return located
@@ -332,7 +265,7 @@ def _stored_shape(path: str, spec: decoder.Spec) -> tuple[int, ...]:
 
 
 def _leaf(
-  reader: _Reader,
+  reader: shards.Reader,
   path: str,
   names: Sequence[str],
   spec: decoder.Spec,
@@ -357,7 +290,7 @@ def _leaf(
 
 
 def _stack(
-  reader: _Reader, path: str, names: Sequence[str], spec: decoder.Spec, dtype: Any
+  reader: shards.Reader, path: str, names: Sequence[str], spec: decoder.Spec, dtype: Any
 ) -> np.ndarray:
   """The leaf that the tensors make, matrices turned to [in, out]; filled layer by layer."""
   result = np.empty(spec.shape, jnp.dtype(dtype or _widest(reader, names)))
@@ -367,7 +300,7 @@ def _stack(
   return result
 
 
-def _widest(reader: _Reader, names: Sequence[str]) -> Any:
+def _widest(reader: shards.Reader, names: Sequence[str]) -> Any:
   return functools.reduce(jnp.promote_types, {reader.dtype(name) for name in names})
 
 
@@ -399,28 +332,3 @@ def _quantised_tensors(path: str, leaf: Any, config: ModelConfig):
 def _host(leaf, turn):
   array = np.asarray(leaf)
   return array.T if turn else array
-
-
-def _write_shards(folder: Path, tensors) -> None:
-  shards: list[dict] = [{}]
-  room = SHARD_BYTES
-  total = 0
-  for name, entry in tensors:
-    shape, dtype, _ = entry
-    size = int(np.prod(shape, dtype=np.int64)) * files.numpy_dtype(dtype).itemsize
-    if size > room and shards[-1]:
-      shards.append({})
-      room = SHARD_BYTES
-    shards[-1][name] = entry
-    room -= size
-    total += size
-  if len(shards) == 1:
-    files.write_safetensors(folder / "model.safetensors", shards[0])
-    return
-  weight_map = {}
-  for i, shard in enumerate(shards, 1):
-    file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-    files.write_safetensors(folder / file, shard)
-    weight_map.update(dict.fromkeys(shard, file))
-  index = dict(metadata=dict(total_size=total), weight_map=weight_map)
-  files.write_json(folder / "model.safetensors.index.json", index)

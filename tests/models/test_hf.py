@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors import numpy as safetensors_numpy
 
-from posttrain_jax.core import files, tree
+from posttrain_jax.core import files, shards, tree
 from posttrain_jax.models import decoder, hf
 from tests.models import families
 from tests.models.families import FAMILIES
@@ -31,7 +31,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def sharded(tmp_path, monkeypatch):
-  monkeypatch.setattr(hf, "SHARD_BYTES", 20_000)
+  monkeypatch.setattr(shards, "SHARD_BYTES", 20_000)
   config, params = families.make("llama")
   hf.save(tmp_path / "model", params, config)
   return tmp_path / "model"

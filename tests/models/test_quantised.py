@@ -15,7 +15,7 @@ import pytest
 from safetensors import numpy as safetensors_numpy
 
 from posttrain_jax import quant
-from posttrain_jax.core import files, sharding, tree
+from posttrain_jax.core import files, sharding, shards, tree
 from posttrain_jax.models import decoder, hf
 from posttrain_jax.quant import blockwise, bnb
 from posttrain_jax.train import assemble
@@ -73,7 +73,7 @@ def change_state(folder, **changes):
 @pytest.mark.parametrize("storage", ["nf4", "fp4"])
 @pytest.mark.parametrize("name", ["llama", "qwen2", slow("gemma3")])
 def test_saved_weights_return_exactly(tmp_path, monkeypatch, name, storage, options):
-  monkeypatch.setattr(hf, "SHARD_BYTES", 20_000)
+  monkeypatch.setattr(shards, "SHARD_BYTES", 20_000)
   config, params = make(name)
   params = stored(params, storage, exclude=["k_proj"], **options)
   hf.save(tmp_path / "out", params, config)
@@ -197,7 +197,7 @@ def anonymous(pid):
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads /proc")
 def test_loading_takes_the_result_and_some_matrices(tmp_path, monkeypatch):
   """268 MB of bfloat16, its largest leaf 67 MB, become 70 MB of NF4 with some 50 MB besides."""
-  monkeypatch.setattr(hf, "SHARD_BYTES", 50_000_000)
+  monkeypatch.setattr(shards, "SHARD_BYTES", 50_000_000)
   config = families.config(
     "llama",
     hidden_size=512,

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors import numpy as safetensors_numpy
 
-from posttrain_jax.core import tree
+from posttrain_jax.core import shards, tree
 from posttrain_jax.models import decoder, fetch, hf
 from tests.models import families
 from tests.models.families import FAMILIES, LONGEST, VOCAB
@@ -154,7 +154,7 @@ def test_an_untied_head_is_read_where_the_family_usually_ties(
 
 
 def test_a_saved_sharded_folder_loads_in_transformers(tmp_path, torch_logits, monkeypatch):
-  monkeypatch.setattr(hf, "SHARD_BYTES", 20_000)
+  monkeypatch.setattr(shards, "SHARD_BYTES", 20_000)
   config, params = families.make("qwen3")
   hf.save(tmp_path / "out", params, config)
   assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2

@@ -1,0 +1,141 @@
+"""Folders of safetensors files, one or several with an index: read tensor by tensor, and written so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+
+from posttrain_jax.core import files
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+SHARD_BYTES = 5_000_000_000
+
+# (shape, dtype name, function that makes the array)
+Entry = tuple[tuple[int, ...], str, Callable[[], np.ndarray]]
+
+
+class Reader:
+  """Every tensor of a folder's safetensors files by name; the files are memory-mapped.
+
+  Raises:
+    FileNotFoundError: there are none, or a shard that the index names is missing.
+    ValueError: a file that is cut short, lacks what the index says, or lies outside the folder.
+  """
+
+  def __init__(self, folder: Path):
+    self.where: dict[str, Path] = {}
+    self.open: dict[Path, Any] = {}
+    single, index = folder / SINGLE, folder / INDEX
+    if single.exists():
+      paths = [single]
+    elif index.exists():
+      self.where = _read_index(index)
+      paths = sorted(set(self.where.values()))
+    else:
+      raise FileNotFoundError(
+        f"{folder} holds neither {SINGLE} nor {INDEX}; pickled weights (*.bin) are not read"
+      )
+    for path in paths:
+      self._open(path, index)
+
+  def _open(self, path: Path, index: Path) -> None:
+    if not path.exists():
+      raise FileNotFoundError(f"{path} is named by {index.name} and does not exist")
+    try:
+      self.open[path] = safetensors.safe_open(path, "np").__enter__()
+    except safetensors.SafetensorError as error:
+      raise ValueError(
+        f"{path} cannot be read: {error}; it may be cut short, fetch it again"
+      ) from error
+    held = set(self.open[path].keys())
+    lacking = sorted({name for name, at in self.where.items() if at == path} - held)
+    if lacking:
+      raise ValueError(f"{path} lacks the tensor {lacking[0]!r} that {index.name} says it holds")
+    for name in held:  # of which an index may name fewer
+      self.where.setdefault(name, path)
+
+  def __enter__(self) -> Reader:
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    for handle in self.open.values():
+      handle.__exit__(None, None, None)
+
+  def shape(self, name: str) -> tuple[int, ...]:
+    return tuple(self._slice(name).get_shape())
+
+  def stored(self, name: str) -> str:
+    """The dtype as the file has it: F32, BF16, U8, ..."""
+    return self._slice(name).get_dtype()
+
+  def dtype(self, name: str) -> str:
+    """The name of a floating-point tensor's dtype."""
+    return FLOATS[self.stored(name)]
+
+  def get(self, name: str) -> np.ndarray:
+    return self.open[self.where[name]].get_tensor(name)
+
+  def _slice(self, name: str) -> Any:
+    return self.open[self.where[name]].get_slice(name)
+
+
+def _read_index(index: Path) -> dict[str, Path]:
+  """{tensor name: file}; an index that points outside its own folder is refused."""
+  try:
+    weight_map = files.read_json(index)["weight_map"]
+    where = {name: index.parent / file for name, file in weight_map.items()}
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise ValueError(
+      f"{index} is no index of safetensors files ({error!r}); fetch it again"
+    ) from error
+  for path in where.values():
+    if path.parent != index.parent or path.name == "..":
+      raise ValueError(f"{index} names {str(path)!r}, which is outside the folder")
+  return where
+
+
+def nbytes(entry: Entry) -> int:
+  shape, dtype, _ = entry
+  return int(np.prod(shape, dtype=np.int64)) * files.numpy_dtype(dtype).itemsize
+
+
+def split(
+  tensors: Iterable[tuple[str, Entry]], shard_bytes: int | None = None
+) -> dict[str, dict[str, Entry]]:
+  """{file name: its tensors}, in order, each file as full as it may be; by default SHARD_BYTES."""
+  shard_bytes = shard_bytes or SHARD_BYTES
+  parts: list[dict[str, Entry]] = [{}]
+  room = shard_bytes
+  for name, entry in tensors:
+    size = nbytes(entry)
+    if size > room and parts[-1]:
+      parts.append({})
+      room = shard_bytes
+    parts[-1][name] = entry
+    room -= size
+  if len(parts) == 1:
+    return {SINGLE: parts[0]}
+  count = len(parts)
+  return {f"model-{i:05d}-of-{count:05d}.safetensors": part for i, part in enumerate(parts, 1)}
+
+
+def write_index(folder: Path, parts: dict[str, dict[str, Entry]]) -> None:
+  """The index of several files; nothing for one."""
+  if len(parts) == 1:
+    return
+  total = sum(nbytes(entry) for part in parts.values() for entry in part.values())
+  weight_map = {name: file for file, part in parts.items() for name in part}
+  files.write_json(folder / INDEX, dict(metadata=dict(total_size=total), weight_map=weight_map))
+
+
+def write(folder: Path, tensors: Iterable[tuple[str, Entry]]) -> None:
+  """All tensors, each made when it is written."""
+  parts = split(tensors)
+  for file, part in parts.items():
+    files.write_safetensors(folder / file, part)
+  write_index(folder, parts)
