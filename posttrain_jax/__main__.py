@@ -1,4 +1,4 @@
-"""The `posttrain` command: train, eval, pairs, chat, export, sweep, plan, fetch."""
+"""The `posttrain` command: train, eval, pairs, chat, export, merge, sweep, plan, fetch."""
 
 from __future__ import annotations
 
@@ -83,6 +83,13 @@ def _export(args, _):
   print(export.export(args.workdir, args.out, merge=args.merge, merge_base=args.merge_base))
 
 
+def _merge(args, _):
+  _cache_compilations()
+  from posttrain_jax.train import merging
+
+  print(merging.merge(args.recipe, args.out))
+
+
 def _chat(args, _):
   _cache_compilations()
   from posttrain_jax.rollout import chat
@@ -162,6 +169,7 @@ COMMANDS = {
   "pairs": _pairs,
   "chat": _chat,
   "export": _export,
+  "merge": _merge,
   "sweep": _sweep,
   "plan": _plan,
 }
@@ -261,6 +269,17 @@ def _parser() -> argparse.ArgumentParser:
     default="original",
     help="what an adapter of a quantised run is merged into; the logit error of both is printed",
   )
+
+  merge = commands.add_parser(
+    "merge", help="several models in one, as a recipe says", allow_abbrev=False
+  )
+  merge.add_argument(
+    "--recipe",
+    required=True,
+    metavar="FILE",
+    help="mergekit's YAML, or a config file with its fields",
+  )
+  merge.add_argument("--out", required=True, metavar="DIR", help="a new Hugging Face folder")
 
   sweep = commands.add_parser("sweep", help="every point of a config's sweep()", allow_abbrev=False)
   _add_config(sweep)

@@ -81,7 +81,7 @@ def export(
       shutil.copytree(source, new, dirs_exist_ok=True)
     template = found.field("model.template")
     if (merge or is_full) and template not in (None, "tokenizer"):
-      _write_template(new, template)
+      write_template(new, template)
   return out
 
 
@@ -190,7 +190,7 @@ def _starts_from_base(found: runs.Run) -> bool:
   return any(name in said for name in START_FROM_BASE)
 
 
-def _write_template(folder: Path, name: str) -> None:
+def write_template(folder: Path, name: str) -> None:
   """The chat template that the model was trained with, and its end of a turn among the ends of a text."""
   tokenizer = chat.load_tokenizer(folder)
   template = chat.template(tokenizer, name)

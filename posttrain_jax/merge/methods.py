@@ -1,0 +1,204 @@
+"""What a recipe's method reads, and its operator called with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from posttrain_jax.merge.operators import OPERATORS
+from posttrain_jax.merge.recipe import Recipe, RecipeError, Source, Wanted
+from posttrain_jax.merge.trees import tensor_key
+
+Array = jax.Array
+REQUIRED = object()
+# the operators' own defaults are mergekit's where this is given
+DEFAULT = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+  """mergekit's names of parameters, with defaults: `each` of a model, `whole` of a tensor."""
+
+  each: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  whole: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  needs_base: bool = False
+  draws: bool = False  # at random, from the recipe's seed
+  models: int | None = None  # how many it takes, base not counted; None: any
+  # where the base is one of the models and no origin of task vectors
+  base_is_model: bool = False
+
+
+def _sparse(normalize: bool | None = DEFAULT, draws: bool = False, **each: Any) -> Method:
+  whole = {
+    "normalize": normalize,
+    "lambda": 1.0,
+    "rescale": DEFAULT,
+    "int8_mask": False,  # of mergekit's memory; changes no number
+    "semantics": DEFAULT,
+  }
+  return Method({"weight": REQUIRED, **each}, whole, needs_base=True, draws=draws)
+
+
+METHODS: Mapping[str, Method] = {
+  "linear": Method({"weight": REQUIRED}, {"normalize": True}, base_is_model=True),
+  "slerp": Method({}, {"t": REQUIRED}, needs_base=True, models=1),
+  "nuslerp": Method(
+    {"weight": REQUIRED}, {"nuslerp_flatten": True, "nuslerp_row_wise": False}, models=2
+  ),
+  "multislerp": Method({"weight": REQUIRED}, {"normalize_weights": True}),
+  "karcher": Method({}, {"max_iter": 10, "tol": 1e-5}, base_is_model=True),
+  "passthrough": Method({"scale": DEFAULT}, {}, models=1),
+  "task_arithmetic": Method(
+    {"weight": REQUIRED}, {"normalize": False, "lambda": 1.0, "int8_mask": False}, needs_base=True
+  ),
+  "ties": _sparse(density=1.0),
+  "dare_linear": _sparse(density=1.0, draws=True),
+  "dare_ties": _sparse(density=1.0, draws=True),
+  "della": _sparse(density=1.0, epsilon=0.15, draws=True),
+  "della_linear": _sparse(density=1.0, epsilon=0.15, draws=True),
+  "breadcrumbs": _sparse(density=1.0, gamma=0.01),
+  "breadcrumbs_ties": _sparse(density=1.0, gamma=0.01),
+  "model_stock": Method({}, {"filter_wise": False}, needs_base=True),
+  "sce": Method({}, {"select_topk": 1.0}, needs_base=True),
+}
+
+
+def check(recipe: Recipe) -> Method:
+  """The recipe's method, every parameter of which it reads.
+
+  Raises:
+    RecipeError: an unknown method or parameter, a missing base or parameter, too many or too few models.
+  """
+  if recipe.method not in METHODS:
+    near = difflib.get_close_matches(recipe.method, METHODS, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise RecipeError(f"merge_method={recipe.method!r}: known are {', '.join(METHODS)}{hint}")
+  method = METHODS[recipe.method]
+  known = [*method.each, *method.whole]
+  given = [recipe.parameters, recipe.module]
+  for part in recipe.slices:
+    given += [part.parameters, *(source.parameters for source in part.sources)]
+  for name in (name for each in given for name in each):
+    if name not in known:
+      raise RecipeError(f"parameter {name!r}: {recipe.method} reads {', '.join(known) or 'none'}")
+  if method.needs_base and recipe.base is None:
+    raise RecipeError(f"{recipe.method} starts from a base: write base_model")
+  for part in recipe.slices:
+    others = [s for s in part.sources if s.model != recipe.base or method.base_is_model]
+    if method.models is not None and len(others) != method.models:
+      raise RecipeError(
+        f"{recipe.method} takes {method.models} model{'s' * (method.models > 1)} beside the base, here are"
+        f" {len(others)}: {', '.join(str(s.model) for s in others)}"
+      )
+    if not others:
+      raise RecipeError(f"{recipe.method}: there is no model beside the base")
+    if method.needs_base and recipe.base not in [s.model for s in part.sources]:
+      raise RecipeError(
+        f"a slice has no source of the base, {recipe.base}: name which of its layers the others are compared with"
+      )
+  return method
+
+
+def apply(recipe: Recipe, wanted: Wanted, arrays: Sequence[np.ndarray], *, dtype: str) -> Array:
+  """The merged tensor, of the dtype named; arrays are in the order of wanted's inputs.
+
+  Raises:
+    RecipeError: a parameter that is needed and not given for this tensor, or out of range; names model and tensor.
+  """
+  method = METHODS[recipe.method]
+  base, models, sources = None, [], []
+  for (source, _), array in zip(wanted.inputs, arrays):
+    if source.model == recipe.base and not _counts(method, source):
+      base = array
+    else:
+      models.append(array)
+      sources.append(source)
+  options = _options(recipe, method, wanted, sources)
+  if base is not None:
+    options["base"] = base
+  if method.draws:
+    options["key"] = tensor_key(jax.random.key(recipe.seed), wanted.name)
+  try:
+    return _called(recipe.method, models, {**options, "dtype": dtype})
+  except ValueError as error:
+    raise RecipeError(f"{wanted.name}: {error}") from error
+
+
+def rehearse(recipe: Recipe, wanted: Sequence[Wanted]) -> None:
+  """Merges small arrays in every tensor's place, so that what a parameter is refused for is said beforehand.
+
+  Raises:
+    RecipeError: as `apply`.
+  """
+  seen = set()
+  for each in wanted:
+    method = METHODS[recipe.method]
+    settings = [
+      recipe.setting(name, each.name, each.at, each.part, source)
+      for source in (None, *(source for source, _ in each.inputs))
+      for name in (*method.whole, *method.each)
+    ]
+    key = (repr(settings), len(each.inputs))
+    if key not in seen:
+      seen.add(key)
+      arrays = [np.eye(2, dtype=np.float32) * (2 + i) for i in range(len(each.inputs))]
+      apply(recipe, each, arrays, dtype="float32")
+
+
+def _counts(method: Method, source: Source) -> bool:
+  """Whether a source of the base is merged as a model: it is one, and says how."""
+  return method.base_is_model and (not method.each or bool(source.parameters))
+
+
+def _options(recipe: Recipe, method: Method, wanted: Wanted, sources: Sequence[Source]) -> dict:
+  found: dict[str, Any] = {}
+  for name, default in method.whole.items():
+    found[name] = _setting(recipe, wanted, name, default, None)
+  for name, default in method.each.items():
+    found[name] = [_setting(recipe, wanted, name, default, source) for source in sources]
+  return found
+
+
+def _setting(recipe: Recipe, wanted: Wanted, name: str, default: Any, source: Source | None) -> Any:
+  value = recipe.setting(name, wanted.name, wanted.at, wanted.part, source)
+  if value is None and default is REQUIRED:
+    of = f" of {source.model}" if source is not None else ""
+    raise RecipeError(
+      f"{recipe.method} needs the parameter {name!r}{of} for {wanted.name}: none is given, or no filter fits"
+    )
+  return default if value is None else value
+
+
+def _called(name: str, models: Sequence[Array], options: dict[str, Any]) -> Array:
+  """The operator, with mergekit's names of parameters turned to its own."""
+  given = {own: value for own, value in options.items() if value is not None}
+  given.pop("int8_mask", None)
+  for theirs, ours in RENAMED.items():
+    if theirs in given:
+      given[ours] = given.pop(theirs)
+  if name == "slerp":
+    return OPERATORS[name](given.pop("base"), *models, **given)
+  if name == "nuslerp":
+    flat, rows = given.pop("nuslerp_flatten"), given.pop("nuslerp_row_wise")
+    given["along"] = "all" if flat else "out" if rows else "in"
+    return OPERATORS[name](*models, **given)
+  if name == "passthrough":
+    (scale,) = given.pop("scale", [None])
+    given.pop("base", None)
+    return OPERATORS[name](*models, **given, scale=scale)
+  if name in ("linear", "karcher"):
+    given.pop("base", None)
+  return OPERATORS[name](models, **given)
+
+
+RENAMED = {
+  "weight": "weights",
+  "lambda": "lambda_",
+  "normalize_weights": "normalize",
+  "select_topk": "density",
+}

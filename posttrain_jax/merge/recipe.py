@@ -1,0 +1,360 @@
+"""Merge recipes: mergekit's YAML, read as it is, or the same fields out of a config file.
+
+A recipe says which models go into which layers, by which method, with which parameters.  A parameter is a number, a
+gradient over the layers (a list, interpolated between the first and the last), or a list of `{filter, value}`, of which
+the first whose filter is part of the tensor's name counts.  It is looked up at the model, then its slice, then the
+module, then the recipe.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+FIELDS = (
+  "merge_method",
+  "base_model",
+  "dtype",
+  "out_dtype",
+  "tokenizer_source",
+  "tokenizer",
+  "chat_template",
+  "parameters",
+  "models",
+  "slices",
+  "modules",
+  "random_seed",
+)
+BODIES = ("models", "slices", "modules")
+DTYPES = ("float32", "float16", "bfloat16")
+LAYER = re.compile(r"(.*\blayers\.)(\d+)(\..+)")
+
+
+class RecipeError(ValueError):
+  """A recipe that cannot be followed; says which part and what to write instead."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelRef:
+  """A model's folder or name, and the adapter that is merged into it when it is read (`base+adapter`)."""
+
+  name: str
+  adapter: str | None = None
+
+  def __str__(self) -> str:
+    return self.name if self.adapter is None else f"{self.name}+{self.adapter}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  model: ModelRef
+  parameters: Mapping[str, Any]
+  layers: tuple[int, int] | None = None  # from, to (not included); None: every layer
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+  sources: tuple[Source, ...]
+  parameters: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """A checked recipe; `slices` is one of every layer where the recipe names models."""
+
+  method: str
+  base: ModelRef | None
+  slices: tuple[Slice, ...]
+  whole: bool  # the recipe names models, not slices
+  module: Mapping[str, Any]  # parameters of the module
+  parameters: Mapping[str, Any]
+  dtype: str | None  # of the result; None: the base's own, or the first model's
+  tokenizer: (
+    ModelRef | None
+  )  # whose tokenizer the result has; None: the base's, or the first model's
+  chat_template: str | None
+  seed: int
+
+  def models(self) -> list[ModelRef]:
+    """Each once, the base first."""
+    every = [self.base] if self.base else []
+    every += [source.model for part in self.slices for source in part.sources]
+    return list(dict.fromkeys(every))
+
+  def setting(
+    self, name: str, tensor: str, at: float, part: Slice, source: Source | None = None
+  ) -> Any:
+    """The value of a parameter for a tensor that lies `at` (0 to 1) of the layers; None where none is given."""
+    levels = [part.parameters, self.module, self.parameters]
+    for given in [source.parameters, *levels] if source else levels:
+      if name in given:
+        found = value(given[name], tensor, at)
+        if found is not None:
+          return found
+    return None
+
+
+def value(given: Any, tensor: str, at: float) -> Any:
+  """A parameter as one tensor has it; None where no filter fits.
+
+  >>> value([0.0, 1.0], "model.layers.3.mlp.up_proj.weight", 0.25)
+  0.25
+  >>> value([{"filter": "mlp", "value": 0.1}, {"value": 0.9}], "model.norm.weight", 1.0)
+  0.9
+  """
+  if not isinstance(given, list | tuple):
+    return given
+  if all(_is_number(x) for x in given):
+    place = at * (len(given) - 1)
+    low = int(place)
+    high = min(low + 1, len(given) - 1)
+    return (1 - (place - low)) * given[low] + (place - low) * given[high]
+  for case in given:
+    pattern = case.get("filter")
+    if pattern in (None, "*") or pattern in tensor:
+      return value(case["value"], tensor, at)
+  return None
+
+
+def load(path: str | Path) -> Recipe:
+  """The recipe in a YAML file.
+
+  Raises:
+    RecipeError: it is not YAML, or no recipe; the message names the file.
+  """
+  path = Path(path)
+  try:
+    found = yaml.safe_load(path.read_text(encoding="utf-8"))
+  except yaml.YAMLError as error:
+    raise RecipeError(f"{path} is not YAML: {error}") from error
+  try:
+    return read(found)
+  except RecipeError as error:
+    raise RecipeError(f"{path}: {error}") from error
+
+
+def read(found: Any) -> Recipe:
+  """The recipe that plain data describes, checked.
+
+  Raises:
+    RecipeError: an unknown key, a missing one, or a value of another kind.
+  """
+  if not isinstance(found, Mapping):
+    raise RecipeError("a recipe is a mapping with merge_method and one of models, slices, modules")
+  _known(found, FIELDS, "")
+  method = found.get("merge_method")
+  if not isinstance(method, str):
+    raise RecipeError("merge_method is missing: the name of a method, such as ties")
+  base = _model(found["base_model"], "base_model") if found.get("base_model") else None
+  bodies = [name for name in BODIES if found.get(name)]
+  if len(bodies) != 1:
+    given = " and ".join(bodies) or "none"
+    raise RecipeError(f"write exactly one of models, slices and modules; here is {given}")
+  module, body = {}, found
+  if bodies == ["modules"]:
+    body, module = _module(found["modules"])
+  whole = bool(body.get("models"))
+  slices = _whole(body["models"], base) if whole else _slices(body["slices"])
+  for name in ("dtype", "out_dtype"):
+    if found.get(name) is not None and found[name] not in DTYPES:
+      raise RecipeError(f"{name}={found[name]!r}: known are {', '.join(DTYPES)}")
+  seed = found.get("random_seed", 0)
+  if isinstance(seed, bool) or not isinstance(seed, int):
+    raise RecipeError(f"random_seed={seed!r}: write a whole number")
+  return Recipe(
+    method=method,
+    base=base,
+    slices=slices,
+    whole=whole,
+    module=module,
+    parameters=_parameters(found.get("parameters"), "parameters"),
+    dtype=found.get("out_dtype") or found.get("dtype"),
+    tokenizer=_tokenizer(found, base),
+    chat_template=found.get("chat_template"),
+    seed=seed,
+  )
+
+
+def _known(found: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+  for name in found:
+    if name not in known:
+      near = difflib.get_close_matches(str(name), known, n=1)
+      hint = f"; did you mean {near[0]!r}?" if near else ""
+      raise RecipeError(f"unknown key {where}{name}: known are {', '.join(known)}{hint}")
+
+
+def _model(found: Any, where: str) -> ModelRef:
+  """`name` or `name+adapter`, or mergekit's nested form of it."""
+  if isinstance(found, Mapping):
+    _known(found, ("model", "lora"), f"{where}.")
+    path = lambda part: part["path"] if isinstance(part, Mapping) else part
+    return ModelRef(
+      str(path(found.get("model"))), path(found["lora"]) if found.get("lora") else None
+    )
+  if not isinstance(found, str) or not found:
+    raise RecipeError(f"{where}: expected a model's name or folder, found {found!r}")
+  name, plus, adapter = found.rpartition("+")
+  return ModelRef(name, adapter) if plus else ModelRef(found)
+
+
+def _source(found: Any, where: str, *fields: str) -> Source:
+  if not isinstance(found, Mapping):
+    raise RecipeError(f"{where}: expected a mapping with `model`, found {found!r}")
+  _known(found, ("model", "parameters", *fields), f"{where}.")
+  if "model" not in found:
+    raise RecipeError(f"{where}: there is no `model`")
+  layers = found.get("layer_range")
+  if "layer_range" in fields:
+    numbers = isinstance(layers, list | tuple) and len(layers) == 2
+    if not numbers or not all(isinstance(x, int) for x in layers) or not 0 <= layers[0] < layers[1]:
+      raise RecipeError(
+        f"{where}.layer_range={layers!r}: write [first, end], of which the end is not included"
+      )
+  return Source(
+    _model(found["model"], f"{where}.model"),
+    _parameters(found.get("parameters"), f"{where}.parameters"),
+    None if layers is None else (layers[0], layers[1]),
+  )
+
+
+def _whole(found: Any, base: ModelRef | None) -> tuple[Slice, ...]:
+  if not isinstance(found, Sequence) or isinstance(found, str) or not found:
+    raise RecipeError("models: expected a list")
+  sources = [_source(each, f"models[{i}]") for i, each in enumerate(found)]
+  if base is not None and base not in [source.model for source in sources]:
+    sources.append(Source(base, {}))
+  return (Slice(tuple(sources), {}),)
+
+
+def _slices(found: Any) -> tuple[Slice, ...]:
+  if not isinstance(found, Sequence) or isinstance(found, str) or not found:
+    raise RecipeError("slices: expected a list")
+  made = []
+  for i, each in enumerate(found):
+    where = f"slices[{i}]"
+    if not isinstance(each, Mapping) or not each.get("sources"):
+      raise RecipeError(f"{where}: expected a mapping with `sources`, a list")
+    _known(each, ("sources", "parameters"), f"{where}.")
+    sources = [
+      _source(one, f"{where}.sources[{j}]", "layer_range") for j, one in enumerate(each["sources"])
+    ]
+    counts = {end - first for first, end in (s.layers for s in sources if s.layers)}
+    if len(counts) > 1:
+      raise RecipeError(f"{where}: its sources have layer ranges of different lengths")
+    made.append(Slice(tuple(sources), _parameters(each.get("parameters"), f"{where}.parameters")))
+  return tuple(made)
+
+
+def _module(found: Any) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+  if not isinstance(found, Mapping) or len(found) != 1:
+    raise RecipeError("modules: one module is merged, the language model; write a mapping of one")
+  ((name, body),) = found.items()
+  if not isinstance(body, Mapping):
+    raise RecipeError(f"modules.{name}: expected a mapping with models or slices")
+  _known(body, ("models", "slices", "parameters"), f"modules.{name}.")
+  if bool(body.get("models")) == bool(body.get("slices")):
+    raise RecipeError(f"modules.{name}: write either models or slices")
+  return body, _parameters(body.get("parameters"), f"modules.{name}.parameters")
+
+
+def _parameters(found: Any, where: str) -> dict[str, Any]:
+  if found is None:
+    return {}
+  if not isinstance(found, Mapping):
+    raise RecipeError(f"{where}: expected a mapping, found {found!r}")
+  return {str(name): _setting(each, f"{where}.{name}") for name, each in found.items()}
+
+
+def _setting(found: Any, where: str) -> Any:
+  if isinstance(found, bool | str) or _is_number(found):
+    return found
+  if isinstance(found, Sequence) and found:
+    if all(_is_number(x) for x in found):
+      return list(found)
+    if all(isinstance(x, Mapping) and "value" in x for x in found):
+      for case in found:
+        _known(case, ("filter", "value"), f"{where}.")
+      return [{**case, "value": _setting(case["value"], where)} for case in found]
+  raise RecipeError(
+    f"{where}={found!r}: write a number, a list of numbers (a gradient over the layers), or a list of filter and value"
+  )
+
+
+def _tokenizer(found: Mapping[str, Any], base: ModelRef | None) -> ModelRef | None:
+  source, section = found.get("tokenizer_source"), found.get("tokenizer")
+  if source and section:
+    raise RecipeError("write tokenizer_source or tokenizer, not both")
+  if section:
+    if not isinstance(section, Mapping):
+      raise RecipeError("tokenizer: expected a mapping with `source`")
+    _known(section, ("source", "tokens", "pad_to_multiple_of"), "tokenizer.")
+    if section.get("tokens") or section.get("pad_to_multiple_of"):
+      raise RecipeError(
+        "tokenizer.tokens and tokenizer.pad_to_multiple_of change the vocabulary, which a merge here keeps; leave them"
+        " out, and give the models one vocabulary first"
+      )
+    source = section.get("source")
+  if source in (None, "base"):
+    return base
+  if source == "union":
+    raise RecipeError(
+      "tokenizer_source: union would make a vocabulary that no model has; the models must share one: write base, or"
+      " a model of the recipe"
+    )
+  return _model(source, "tokenizer_source")
+
+
+def _is_number(x: Any) -> bool:
+  return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+  """One tensor of the result: its name, and what goes into it, in the order of its slice's sources."""
+
+  name: str
+  inputs: tuple[tuple[Source, str], ...]  # (source, the tensor's name there)
+  part: Slice
+  at: float  # where in the layers it lies, 0 to 1
+
+
+def tensors(recipe: Recipe, names: Sequence[str], layers: int) -> Iterator[Wanted]:
+  """Every tensor of the result, layer by layer in the order of `names`, those of one of the models.
+
+  Args:
+    names: tensors of the first model, as its files name them.
+    layers: how many layers it has, for a recipe of whole models.
+
+  What precedes the layers (the embedding) comes from the first slice, what follows from the last.
+  """
+  inside = {name: match for name in names if (match := LAYER.fullmatch(name))}
+  one_layer = list(dict.fromkeys((m[1], m[3]) for m in inside.values()))
+  before = [name for name in names if name not in inside and _precedes(name)]
+  after = [name for name in names if name not in inside and not _precedes(name)]
+  same = lambda part, name: tuple((source, name) for source in part.sources)
+  first, last = recipe.slices[0], recipe.slices[-1]
+  yield from (Wanted(name, same(first, name), first, 0.0) for name in before)
+  made = 0
+  for part in recipe.slices:
+    ranges = [source.layers or (0, layers) for source in part.sources]
+    count = ranges[0][1] - ranges[0][0]
+    for i in range(count):
+      at = 1.0 if count == 1 else i / (count - 1)
+      for head, tail in one_layer:
+        inputs = tuple(
+          (source, f"{head}{start + i}{tail}") for source, (start, _) in zip(part.sources, ranges)
+        )
+        yield Wanted(f"{head}{made + i}{tail}", inputs, part, at)
+    made += count
+  yield from (Wanted(name, same(last, name), last, 1.0) for name in after)
+
+
+def _precedes(name: str) -> bool:
+  return "embed" in name

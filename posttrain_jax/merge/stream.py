@@ -1,0 +1,274 @@
+"""Merging folders of any size: tensor by tensor, read ahead, computed, written behind, resumable."""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from posttrain_jax.core import files, shards
+from posttrain_jax.merge import recipe as recipes
+from posttrain_jax.merge.recipe import ModelRef, Recipe, RecipeError, Wanted
+
+log = logging.getLogger(__name__)
+
+AHEAD = 1  # tensors read before they are needed, and as many written behind
+RECORD = "merge.json"  # in the scratch folder: what it is the beginning of
+
+
+class Tensors(Protocol):
+  """A model's tensors by the names of its files."""
+
+  where: Mapping[str, Path]
+
+  def shape(self, name: str) -> tuple[int, ...]: ...
+  def stored(self, name: str) -> str: ...
+  def get(self, name: str) -> np.ndarray: ...
+
+
+# (the tensor wanted, its inputs in the order of its sources) -> the merged tensor
+Operator = Callable[[Wanted, Sequence[np.ndarray]], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """A merge that has been checked: nothing of it can fail but the disk."""
+
+  recipe: Recipe
+  wanted: tuple[Wanted, ...]
+  shapes: tuple[tuple[int, ...], ...]
+  dtypes: tuple[str, ...]
+  layers: int
+
+  def nbytes(self) -> int:
+    each = zip(self.shapes, self.dtypes)
+    return sum(shards.nbytes((shape, dtype, _unmade)) for shape, dtype in each)
+
+
+def _unmade() -> np.ndarray:
+  raise AssertionError("a tensor of a plan is made by `run`")
+
+
+def plan(recipe: Recipe, opened: Mapping[ModelRef, Tensors]) -> Plan:
+  """What the result holds, checked against every model that goes into it.
+
+  Raises:
+    RecipeError: a tensor that a model lacks, has beyond the others, in another shape, or not in floating point; layers
+      beyond a model's.  The message names the model and the tensor.
+  """
+  leading = recipe.slices[0].sources[0].model
+  names = list(opened[leading].where)
+  counts = {model: _layers(held.where) for model, held in opened.items()}
+  if recipe.whole:
+    for model, count in counts.items():
+      if count != counts[leading]:
+        raise RecipeError(
+          f"{model} has {count} layers, {leading} has {counts[leading]}: these models are not of one kind; write slices"
+          " to choose layers"
+        )
+  for part in recipe.slices:
+    for source in part.sources:
+      if source.layers and source.layers[1] > counts[source.model]:
+        raise RecipeError(
+          f"layer_range {list(source.layers)} of {source.model}: it has {counts[source.model]} layers"
+        )
+  ordered = sorted(names, key=_order)
+  wanted = tuple(recipes.tensors(recipe, ordered, counts[leading]))
+  if recipe.whole:
+    _check_nothing_left(recipe, opened, set(names), leading)
+  shapes, dtypes = [], []
+  for each in wanted:
+    shapes.append(_one_shape(each, opened))
+    source, name = each.inputs[0]
+    dtypes.append(recipe.dtype or shards.FLOATS[opened[source.model].stored(name)])
+  total = sum(_count(part, counts) for part in recipe.slices)
+  return Plan(recipe, wanted, tuple(shapes), tuple(dtypes), total)
+
+
+def _count(part: recipes.Slice, counts: Mapping[ModelRef, int]) -> int:
+  first = part.sources[0]
+  return counts[first.model] if first.layers is None else first.layers[1] - first.layers[0]
+
+
+def _layers(names: Mapping[str, Any]) -> int:
+  found = [int(m[2]) for name in names if (m := recipes.LAYER.fullmatch(name))]
+  return max(found, default=-1) + 1
+
+
+def _order(name: str) -> tuple[str, int, str]:
+  match = recipes.LAYER.fullmatch(name)
+  return (match[1], int(match[2]), match[3]) if match else (name, -1, "")
+
+
+def _check_nothing_left(recipe, opened, names, leading) -> None:
+  for model, held in opened.items():
+    extra = sorted(set(held.where) - names)
+    if extra:
+      more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
+      raise RecipeError(
+        f"{model} holds {extra[0]}{more}, which {leading} does not: these models are not of one structure"
+      )
+
+
+def _one_shape(wanted: Wanted, opened: Mapping[ModelRef, Tensors]) -> tuple[int, ...]:
+  shape, first = None, None
+  for source, name in wanted.inputs:
+    held = opened[source.model]
+    if name not in held.where:
+      raise RecipeError(f"{source.model} lacks the tensor {name!r}, which the merge reads")
+    if held.stored(name) not in shards.FLOATS:
+      raise RecipeError(
+        f"{source.model}: {name!r} is {held.stored(name)}, not one of {', '.join(shards.FLOATS)}; a quantised model is"
+        " merged after `posttrain export --merge`, which makes it dense"
+      )
+    found = held.shape(name)
+    if shape is not None and found != shape:
+      vocabulary = (
+        "; their vocabularies differ: give the models one tokenizer and one size of embedding first"
+        if len(found) == 2 and found[1] == shape[1] and ("embed" in name or "lm_head" in name)
+        else ""
+      )
+      raise RecipeError(
+        f"{name!r} has shape {found} in {source.model} and {shape} in {first}{vocabulary}"
+      )
+    shape, first = found, source.model
+  if shape is None:
+    raise RecipeError(f"{wanted.name}: its slice has no source")
+  return shape
+
+
+def run(
+  made: Plan,
+  opened: Mapping[ModelRef, Tensors],
+  operator: Operator,
+  out: Path,
+  *,
+  finish: Callable[[Path], None],
+  shard_bytes: int | None = None,
+) -> None:
+  """Writes the merge's folder; the same call again goes on after the last whole file.
+
+  The folder appears under its name when all of it is there.  Until then it is `.NAME.merging` beside it.
+
+  Args:
+    operator: the arithmetic of a tensor.
+    finish: writes what else belongs into the folder it is given: config, tokenizer.
+
+  Raises:
+    FileExistsError: out is there already.
+    OSError: the disk has too little room, said before anything is written.
+  """
+  if out.exists():
+    raise FileExistsError(f"{out} exists; name a new folder, or remove it first")
+  entries = (
+    (wanted.name, (shape, dtype, _unmade))
+    for wanted, shape, dtype in zip(made.wanted, made.shapes, made.dtypes)
+  )
+  parts = shards.split(entries, shard_bytes)
+  scratch = out.absolute().parent / f".{out.name}.merging"
+  digest = _digest(made, opened, parts)
+  done = _done(scratch, digest, parts)
+  left = {file: part for file, part in parts.items() if file not in done}
+  _check_disk(scratch, sum(shards.nbytes(e) for part in left.values() for e in part.values()))
+  if not done:
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    files.write_json(scratch / RECORD, {"digest": digest})
+  else:
+    log.info("going on: %d of %d files are there", len(done), len(parts))
+  by_name = {wanted.name: wanted for wanted in made.wanted}
+  for file, part in left.items():
+    _write(scratch, file, part, by_name, opened, operator)
+  shards.write_index(scratch, parts)
+  finish(scratch)
+  (scratch / RECORD).unlink()
+  scratch.rename(out)
+
+
+def _digest(made: Plan, opened: Mapping[ModelRef, Tensors], parts) -> str:
+  """Of all that the bytes follow from: the recipe, the files it reads, how the result is cut."""
+  inputs = sorted({str(path.resolve()) for held in opened.values() for path in held.where.values()})
+  stamps = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in inputs]
+  said = [repr(made.recipe), stamps, [(file, list(part)) for file, part in parts.items()]]
+  return hashlib.blake2b(json.dumps([said, made.dtypes]).encode(), digest_size=16).hexdigest()
+
+
+def _done(scratch: Path, digest: str, parts: Mapping[str, Any]) -> set[str]:
+  """The files that an earlier, interrupted merge of the same kind has finished."""
+  record = scratch / RECORD
+  if not record.exists() or files.read_json(record).get("digest") != digest:
+    return set()
+  return {file for file in parts if (scratch / file).exists()}
+
+
+def _check_disk(scratch: Path, wanted: int) -> None:
+  place = scratch.parent
+  while not place.exists():
+    place = place.parent
+  free = shutil.disk_usage(place).free
+  if wanted > free:
+    raise OSError(
+      f"{scratch.parent}: the result needs {wanted / 1e9:.2f} GB and {free / 1e9:.2f} are free; nothing was written"
+    )
+
+
+def _write(
+  scratch: Path,
+  file: str,
+  part: Mapping[str, shards.Entry],
+  by_name: Mapping[str, Wanted],
+  opened: Mapping[ModelRef, Tensors],
+  operator: Operator,
+) -> None:
+  """One file, under its name when it is whole."""
+  partial = scratch / f"{file}.partial"
+  names = list(part)
+  with contextlib.ExitStack() as closing:
+    stream = closing.enter_context(_ahead(lambda name: _read(by_name[name], opened), names))
+
+    def make(name: str) -> np.ndarray:
+      return np.asarray(operator(by_name[name], next(stream)))
+
+    behind = _behind(make, names)
+    made = closing.enter_context(behind)
+    tensors = {name: (shape, dtype, lambda: next(made)) for name, (shape, dtype, _) in part.items()}
+    files.write_safetensors(partial, tensors)
+  partial.rename(scratch / file)
+
+
+def _read(wanted: Wanted, opened: Mapping[ModelRef, Tensors]) -> list[np.ndarray]:
+  return [opened[source.model].get(name) for source, name in wanted.inputs]
+
+
+@contextlib.contextmanager
+def _ahead(function: Callable[[str], Any], names: Sequence[str]) -> Generator[Iterator[Any]]:
+  """function(name) of each name in order, in a thread, AHEAD of them before they are asked for."""
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+
+    def results():
+      waiting = collections.deque()
+      for name in names:
+        waiting.append(pool.submit(function, name))
+        if len(waiting) > AHEAD:
+          yield waiting.popleft().result()
+      while waiting:
+        yield waiting.popleft().result()
+
+    try:
+      yield results()
+    finally:
+      pool.shutdown(cancel_futures=True)
+
+
+_behind = _ahead  # what is written while the next is computed: the same, one stage later

@@ -1,0 +1,184 @@
+"""`posttrain merge`: a recipe and the models that it names become one Hugging Face folder."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from posttrain_jax.adapters import peft_format
+from posttrain_jax.core import files, shards, tree, weight
+from posttrain_jax.core.weight import Adapted
+from posttrain_jax.merge import methods, recipe, stream
+from posttrain_jax.merge.recipe import ModelRef, Recipe, RecipeError, Wanted
+from posttrain_jax.models import decoder, fetch, hf
+from posttrain_jax.models.config import ModelConfig
+from posttrain_jax.train import export, settings
+
+log = logging.getLogger(__name__)
+
+
+def merge(recipe_path: str, out: str | Path, *, shard_bytes: int | None = None) -> Path:
+  """The folder `out`, merged as the recipe says; the same call again goes on where it was killed.
+
+  Args:
+    recipe_path: mergekit's YAML, or `FILE.py[:argument,...]`, a config file whose get_config gives the same fields.
+      Paths in it are relative to the working folder.
+
+  Raises:
+    RecipeError: the recipe, or what it names, cannot be merged: models of different structure, shape or vocabulary.
+    FileExistsError: out is there already.
+    OSError: the disk is too small for the result, or full.
+  """
+  out, began = Path(out), time.monotonic()
+  if out.exists():
+    raise FileExistsError(f"{out} exists; name a new folder, or remove it first")
+  found = read(recipe_path)
+  methods.check(found)
+  folders = {model: fetch.resolve(model.name) for model in found.models()}
+  with contextlib.ExitStack() as closing:
+    opened = {
+      model: closing.enter_context(_opened(model, folder)) for model, folder in folders.items()
+    }
+    made = stream.plan(found, opened)
+    methods.rehearse(found, made.wanted)
+    names = ", ".join(map(str, found.models()))
+    log.info(
+      "%s of %s: %d tensors, %.2f GB", found.method, names, len(made.wanted), made.nbytes() / 1e9
+    )
+    operator = functools.partial(
+      _operator, found, dict(zip((w.name for w in made.wanted), made.dtypes))
+    )
+    finish = functools.partial(_finish, made, folders)
+    stream.run(made, opened, operator, out, finish=finish, shard_bytes=shard_bytes)
+  log.info("written in %.1f s: %s", time.monotonic() - began, out)
+  return out
+
+
+def read(path: str) -> Recipe:
+  """The recipe in a YAML file, or in a config file."""
+  name, _, arguments = path.partition(":")
+  if not name.endswith(".py"):
+    if not Path(path).is_file():
+      raise RecipeError(f"{path} does not exist: write a YAML recipe, or a config file (.py)")
+    return recipe.load(path)
+  return recipe.read(settings.plain(settings.module(name).get_config(arguments or None)))
+
+
+def _operator(
+  found: Recipe, dtypes: Mapping[str, str], wanted: Wanted, arrays: Sequence[np.ndarray]
+) -> Any:
+  return methods.apply(found, wanted, arrays, dtype=dtypes[wanted.name])
+
+
+@contextlib.contextmanager
+def _opened(model: ModelRef, folder: Path):
+  with shards.Reader(folder) as reader:
+    yield reader if model.adapter is None else _WithAdapter(reader, folder, model.adapter)
+
+
+class _WithAdapter:
+  """A model's tensors with an adapter merged in, each when it is read."""
+
+  def __init__(self, reader: shards.Reader, folder: Path, adapter: str):
+    self.reader, self.where = reader, reader.where
+    config = hf.read_config(folder)
+    leaves = ((path, _leaf(reader, path, config)) for path in _paths(reader, config))
+    nodes, chosen = peft_format.load(adapter, tree.unflatten(leaves), config)
+    if chosen.method in ("prompt", "prefix"):
+      raise RecipeError(f"{adapter}: a {chosen.method} stands before the text and is in no weight")
+    self.places = {}
+    for path, node in tree.items(nodes):
+      if path == "lm_head/weight" and config.tied:
+        raise RecipeError(f"{adapter} changes the head, which {folder} has tied to its embedding")
+      layers = range(config.num_layers) if path.startswith("layers/") else [None]
+      self.places |= {hf.hf_name(path, i): (path, i, node) for i in layers}
+    lacking = sorted(set(self.places) - set(self.where))
+    if lacking:
+      raise RecipeError(f"{adapter} changes {lacking[0]!r}, which {folder} does not hold")
+
+  def shape(self, name: str) -> tuple[int, ...]:
+    return self.reader.shape(name)
+
+  def stored(self, name: str) -> str:
+    return self.reader.stored(name)
+
+  def get(self, name: str) -> np.ndarray:
+    array = self.reader.get(name)
+    if name not in self.places:
+      return array
+    path, i, node = self.places[name]
+    own = node if i is None else weight.layer(node, i)
+    turn = (lambda x: x.T) if hf.turned(path) else (lambda x: x)
+    return np.asarray(turn(_merged(jnp.asarray(turn(array)), own)))
+
+
+class _Stacked:
+  """A leaf [layers, ...] of which a layer is read when it is asked for: DoRA's norms are of its base."""
+
+  def __init__(self, reader: shards.Reader, path: str, layers: int):
+    self.reader, self.path = reader, path
+    shape = reader.shape(hf.hf_name(path, 0))
+    self.shape = (layers, *(shape[::-1] if hf.turned(path) else shape))
+    self.dtype = np.dtype(np.float32)
+
+  def __getitem__(self, i: int) -> np.ndarray:
+    array = self.reader.get(hf.hf_name(self.path, i))
+    return array.T if hf.turned(self.path) else array
+
+
+def _paths(reader: shards.Reader, config: ModelConfig) -> list[str]:
+  """Paths of the decoder that the files hold under the names they are written with."""
+  name = lambda path: hf.hf_name(path, 0 if path.startswith("layers/") else None)
+  return [path for path, _ in tree.items(decoder.specs(config)) if name(path) in reader.where]
+
+
+def _leaf(reader: shards.Reader, path: str, config: ModelConfig) -> Any:
+  if path.startswith("layers/"):
+    return _Stacked(reader, path, config.num_layers)
+  array = reader.get(hf.hf_name(path))
+  return array.T if hf.turned(path) else array
+
+
+@jax.jit
+def _merged(base, node):
+  return weight.dense(Adapted(base, node), base.dtype)
+
+
+def _finish(made: stream.Plan, folders: Mapping[ModelRef, Path], out: Path) -> None:
+  """Config and tokenizer of the merged model."""
+  found = made.recipe
+  leading = found.base or found.slices[0].sources[0].model
+  described = files.read_json(folders[leading] / "config.json")
+  described["dtype"] = made.dtypes[0]
+  described.pop("torch_dtype", None)
+  if not found.whole:
+    kinds = described.get("layer_types")
+    described["num_hidden_layers"] = made.layers
+    if kinds:
+      described["layer_types"] = _layer_types(found, folders)
+  files.write_json(out / "config.json", described)
+  source = found.tokenizer or leading
+  folder = folders[source] if source in folders else fetch.resolve(source.name)
+  hf.copy_tokenizer(folder, out)
+  if found.chat_template not in (None, "auto"):
+    export.write_template(out, found.chat_template)
+
+
+def _layer_types(found: Recipe, folders: Mapping[ModelRef, Path]) -> list[str]:
+  """Which layers attend how, of the layers that the slices take."""
+  kinds = []
+  for part in found.slices:
+    source = part.sources[0]
+    own = files.read_json(folders[source.model] / "config.json").get("layer_types") or []
+    first, end = source.layers or (0, len(own))
+    kinds += own[first:end]
+  return kinds

@@ -1,0 +1,117 @@
+"""Masks against sorting, draws against their probabilities."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from posttrain_jax.merge import sparsify
+
+SIZE = 37
+
+
+def normal(*shape, seed=0):
+  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def sorted_mask(x, count):
+  """By numpy's stable sort of the flat array: of equal entries the first stay."""
+  flat = np.abs(x).ravel()
+  mask = np.zeros(flat.size, bool)
+  mask[np.argsort(-flat, kind="stable")[:count]] = True
+  return mask.reshape(x.shape)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 17, SIZE - 1, SIZE])
+@pytest.mark.parametrize(
+  "x",
+  [
+    normal(SIZE),
+    np.round(normal(SIZE)),  # a few levels, each many times
+    np.zeros(SIZE, np.float32),
+    normal(SIZE) * 1e-42,  # subnormal
+    np.full(SIZE, -2.5, np.float32),
+    normal(SIZE, seed=1) * np.float32(1e30),
+  ],
+  ids=["normal", "levels", "zeros", "tiny", "equal", "huge"],
+)
+def test_largest_is_what_sorting_finds(x, count):
+  np.testing.assert_array_equal(sparsify.largest(jnp.asarray(x), count), sorted_mask(x, count))
+
+
+def test_largest_of_a_matrix_counts_in_the_flat_order():
+  x = np.round(2 * normal(5, 7))
+  np.testing.assert_array_equal(sparsify.largest(jnp.asarray(x), 11), sorted_mask(x, 11))
+  half = x.astype(jnp.bfloat16)
+  np.testing.assert_array_equal(sparsify.largest(jnp.asarray(half), 11), sorted_mask(x, 11))
+
+
+def test_the_count_may_be_traced():
+  x = jnp.asarray(normal(SIZE))
+  mask = jax.jit(sparsify.largest)(x, 5)
+  assert int(mask.sum()) == 5
+
+
+def test_middle_is_between_two_ranks():
+  x = normal(SIZE)
+  found = np.asarray(sparsify.middle(jnp.asarray(x), 10, 3))
+  ranks = np.argsort(np.argsort(-np.abs(x)))
+  np.testing.assert_array_equal(found, (ranks >= 3) & (ranks < 13))
+
+
+@pytest.mark.parametrize(
+  ("density", "size", "least", "expected"),
+  [
+    (0.2, 10, 0, 2),
+    (0.29, 10, 0, 2),
+    (0.0, 10, 1, 0),
+    (0.01, 10, 1, 1),
+    (0.5, 0, 1, 0),
+    (1, 7, 1, 7),
+  ],
+)
+def test_kept_of(density, size, least, expected):
+  assert sparsify.kept_of(density, size, least=least) == expected
+
+
+def test_draws_are_those_of_the_flat_array():
+  key = jax.random.key(3)
+  flat = jax.random.uniform(key, (12,)) < 0.4
+  np.testing.assert_array_equal(sparsify.drawn(key, (3, 4), 0.4), flat.reshape(3, 4))
+  assert not sparsify.drawn(key, (50,), 0.0).any()
+  assert sparsify.drawn(key, (50,), 1.0).all()
+
+
+def test_draws_have_their_probability():
+  count, density = 100_000, 0.3
+  share = float(sparsify.drawn(jax.random.key(0), (count,), density).mean())
+  assert share == pytest.approx(density, abs=4 * (density * (1 - density) / count) ** 0.5)
+
+
+def test_by_rank_is_even_in_each_row():
+  x = normal(3, 5)
+  found = np.asarray(sparsify.by_rank(jnp.asarray(x), 0.5, 0.2))
+  for row, probability in zip(np.abs(x), found):
+    np.testing.assert_allclose(probability[np.argsort(row)], [0.3, 0.4, 0.5, 0.6, 0.7], rtol=1e-6)
+  vector = sparsify.by_rank(jnp.asarray([0.1, -3.0, 1.0]), 0.5, 0.2)
+  np.testing.assert_allclose(vector, [0.3, 0.7, 0.5], rtol=1e-6)
+  np.testing.assert_allclose(sparsify.by_rank(jnp.ones((4, 1)), 0.5, 0.2), 0.5)
+  np.testing.assert_allclose(sparsify.by_rank(jnp.float32(2.0), 0.5, 0.2), 0.5)
+
+
+def test_l1_keeps_the_norm_and_expected_the_mean():
+  x = normal(40)
+  mask = np.arange(40) % 3 == 0
+  found = np.asarray(sparsify.l1(jnp.asarray(x), jnp.asarray(mask)))
+  np.testing.assert_allclose(np.abs(found).sum(), np.abs(x).sum(), rtol=1e-6)
+  np.testing.assert_allclose(
+    found[mask] / x[mask], np.abs(x).sum() / np.abs(x[mask]).sum(), rtol=1e-6
+  )
+  assert (found[~mask] == 0).all()
+  nothing = sparsify.l1(jnp.asarray(x), jnp.zeros(40, bool))
+  np.testing.assert_array_equal(nothing, 0)
+  faint = jnp.asarray(x * 1e-12)  # a sum below 1e-7 is no norm to match
+  np.testing.assert_allclose(sparsify.l1(faint, jnp.asarray(mask)), faint * mask)
+  doubled = sparsify.expected(jnp.asarray(x), jnp.asarray(mask), 0.5)
+  np.testing.assert_allclose(doubled, 2 * x * mask, rtol=1e-6)
+  np.testing.assert_array_equal(sparsify.expected(jnp.asarray(x), jnp.zeros(40, bool), 0.0), 0)
