@@ -322,7 +322,7 @@ class Wanted:
   name: str
   inputs: tuple[tuple[Source, str], ...]  # (source, the tensor's name there)
   part: Slice
-  at: float  # where in the layers it lies, 0 to 1
+  at: float  # where in the layers of its slice it lies, 0 to 1; 0 outside the layers
 
 
 def tensors(recipe: Recipe, names: Sequence[str], layers: int) -> Iterator[Wanted]:
@@ -332,7 +332,8 @@ def tensors(recipe: Recipe, names: Sequence[str], layers: int) -> Iterator[Wante
     names: tensors of the first model, as its files name them.
     layers: how many layers it has, for a recipe of whole models.
 
-  What precedes the layers (the embedding) comes from the first slice, what follows from the last.
+  What precedes the layers (the embedding) comes from the first slice, what follows from the last; of a gradient both
+  have the first value, as in mergekit.
   """
   inside = {name: match for name in names if (match := LAYER.fullmatch(name))}
   one_layer = list(dict.fromkeys((m[1], m[3]) for m in inside.values()))
@@ -353,7 +354,7 @@ def tensors(recipe: Recipe, names: Sequence[str], layers: int) -> Iterator[Wante
         )
         yield Wanted(f"{head}{made + i}{tail}", inputs, part, at)
     made += count
-  yield from (Wanted(name, same(last, name), last, 1.0) for name in after)
+  yield from (Wanted(name, same(last, name), last, 0.0) for name in after)
 
 
 def _precedes(name: str) -> bool:

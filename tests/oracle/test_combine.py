@@ -19,11 +19,12 @@ pytestmark = pytest.mark.oracle
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 WEIGHTS = [0.7, -0.4, 1.1]
+NAMES = ["first", "second", "third"]
 
 
 @pytest.fixture(scope="module")
 def setup(tmp_path_factory):
-  """ranks -> (PEFT's model with adapters "0", "1", "2", ours, params, config)."""
+  """ranks -> (PEFT's model with three adapters, ours, params, config)."""
   folder = tmp_path_factory.mktemp("base") / "model"
   config, params = families.make("llama")
   hf.save(folder, params, config)
@@ -38,9 +39,9 @@ def setup(tmp_path_factory):
         task_type="CAUSAL_LM", r=rank, lora_alpha=3 + i, target_modules=TARGETS
       )
       if wrapped is None:
-        wrapped = quiet(peft.get_peft_model, model, options, adapter_name=str(i))
+        wrapped = quiet(peft.get_peft_model, model, options, adapter_name=NAMES[i])
       else:
-        wrapped.add_adapter(str(i), options)
+        wrapped.add_adapter(NAMES[i], options)
     torch.manual_seed(1)
     with torch.no_grad():
       for name, parameter in wrapped.named_parameters():
@@ -48,8 +49,8 @@ def setup(tmp_path_factory):
           parameter.copy_(0.3 * torch.randn(parameter.shape))
     for i in range(len(ranks)):
       out = tmp_path_factory.mktemp("adapters")
-      quiet(wrapped.save_pretrained, out, selected_adapters=[str(i)])
-      loaded.append(peft_format.load(out / str(i), params, config)[0])
+      quiet(wrapped.save_pretrained, out, selected_adapters=[NAMES[i]])
+      loaded.append(peft_format.load(out / NAMES[i], params, config)[0])
     return wrapped.eval(), loaded, params, config
 
   return make
@@ -59,13 +60,13 @@ def compare(model, name, ours, params, config):
   model.set_adapter(name)
   tokens = families.tokens(2, 20)
   close(logits_of(params, ours, tokens, config), torch_logits(model, tokens), 2e-4)
-  model.set_adapter("0")
+  model.set_adapter(NAMES[0])
   model.delete_adapter(name)
 
 
 def test_side_by_side_is_pefts_cat(setup):
   model, loaded, params, config = setup((2, 5, 3))
-  model.add_weighted_adapter(["0", "1", "2"], WEIGHTS, "m", combination_type="cat")
+  model.add_weighted_adapter(NAMES, WEIGHTS, "m", combination_type="cat")
   compare(model, "m", combine.concatenate(loaded, weights=WEIGHTS)[0], params, config)
 
 
@@ -73,7 +74,7 @@ def test_side_by_side_is_pefts_cat(setup):
 def test_a_chosen_rank_is_pefts_svd(rank, setup):
   model, loaded, params, config = setup((2, 5, 3))
   options = dict(combination_type="svd", svd_rank=rank)
-  model.add_weighted_adapter(["0", "1", "2"], WEIGHTS, "m", **options)
+  model.add_weighted_adapter(NAMES, WEIGHTS, "m", **options)
   made, _ = combine.compress(loaded, rank=rank, weights=WEIGHTS)
   compare(model, "m", made, params, config)
 
@@ -90,7 +91,7 @@ def test_factors_apart_are_pefts(how, sign, setup):
   if how == "ties":
     options |= dict(density=0.4, majority_sign_method=sign)
     operator = functools.partial(ties, election={"total": "sum", "frequency": "count"}[sign])
-  model.add_weighted_adapter(["0", "1", "2"], WEIGHTS, "m", **options)
+  model.add_weighted_adapter(NAMES, WEIGHTS, "m", **options)
   made, _ = combine.factors(loaded, operator=operator, weights=WEIGHTS)
   compare(model, "m", made, params, config)
 
@@ -98,7 +99,7 @@ def test_factors_apart_are_pefts(how, sign, setup):
 def test_ties_of_the_changes_is_pefts_ties_svd(setup):
   model, loaded, params, config = setup((4, 4, 4))
   options = dict(combination_type="ties_svd", svd_rank=5, density=0.4)
-  model.add_weighted_adapter(["0", "1", "2"], WEIGHTS, "m", **options)
+  model.add_weighted_adapter(NAMES, WEIGHTS, "m", **options)
   made, _ = combine.compress(loaded, rank=5, operator=ties, weights=WEIGHTS)
   compare(model, "m", made, params, config)
 
