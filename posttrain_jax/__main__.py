@@ -87,7 +87,7 @@ def _merge(args, _):
   _cache_compilations()
   from posttrain_jax.train import merging
 
-  print(merging.merge(args.recipe, args.out))
+  print(merging.merge(args.recipe, args.out, evaluate=args.evaluate, limit=args.limit))
 
 
 def _chat(args, _):
@@ -280,6 +280,13 @@ def _parser() -> argparse.ArgumentParser:
     help="mergekit's YAML, or a config file with its fields",
   )
   merge.add_argument("--out", required=True, metavar="DIR", help="a new Hugging Face folder")
+  merge.add_argument(
+    "--evaluate",
+    default="",
+    metavar="SOURCE[,SOURCE...]",
+    help="tasks and data files on which the models and the merge are scored",
+  )
+  merge.add_argument("--limit", type=int, default=0, help="examples of each; 0 for all")
 
   sweep = commands.add_parser("sweep", help="every point of a config's sweep()", allow_abbrev=False)
   _add_config(sweep)

@@ -337,8 +337,8 @@ def tensors(recipe: Recipe, names: Sequence[str], layers: int) -> Iterator[Wante
   """
   inside = {name: match for name in names if (match := LAYER.fullmatch(name))}
   one_layer = list(dict.fromkeys((m[1], m[3]) for m in inside.values()))
-  before = [name for name in names if name not in inside and _precedes(name)]
-  after = [name for name in names if name not in inside and not _precedes(name)]
+  before = [name for name in names if name not in inside and precedes(name)]
+  after = [name for name in names if name not in inside and not precedes(name)]
   same = lambda part, name: tuple((source, name) for source in part.sources)
   first, last = recipe.slices[0], recipe.slices[-1]
   yield from (Wanted(name, same(first, name), first, 0.0) for name in before)
@@ -357,5 +357,6 @@ def tensors(recipe: Recipe, names: Sequence[str], layers: int) -> Iterator[Wante
   yield from (Wanted(name, same(last, name), last, 0.0) for name in after)
 
 
-def _precedes(name: str) -> bool:
+def precedes(name: str) -> bool:
+  """Whether a tensor outside the layers stands before them: the embedding."""
   return "embed" in name

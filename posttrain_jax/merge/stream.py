@@ -83,7 +83,7 @@ def plan(recipe: Recipe, opened: Mapping[ModelRef, Tensors]) -> Plan:
         raise RecipeError(
           f"layer_range {list(source.layers)} of {source.model}: it has {counts[source.model]} layers"
         )
-  ordered = sorted(names, key=_order)
+  ordered = sorted(names, key=order)
   wanted = tuple(recipes.tensors(recipe, ordered, counts[leading]))
   if recipe.whole:
     _check_nothing_left(recipe, opened, set(names), leading)
@@ -106,9 +106,12 @@ def _layers(names: Mapping[str, Any]) -> int:
   return max(found, default=-1) + 1
 
 
-def _order(name: str) -> tuple[str, int, str]:
+def order(name: str) -> tuple[int, int, str]:
+  """What tensors are sorted by: what precedes the layers, layer by layer, what follows."""
   match = recipes.LAYER.fullmatch(name)
-  return (match[1], int(match[2]), match[3]) if match else (name, -1, "")
+  if match:
+    return (1, int(match[2]), match[3])
+  return (0 if recipes.precedes(name) else 2, 0, name)
 
 
 def _check_nothing_left(recipe, opened, names, leading) -> None:

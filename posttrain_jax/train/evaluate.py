@@ -91,6 +91,22 @@ def evaluate(
   return 0
 
 
+def scores(model: str, adapter: str | None, sources: Sequence[str], limit: int) -> dict[str, float]:
+  """{measure: value}: of a built-in task the share answered right, of any data the loss."""
+  params, config, _, tokenizer, template = loaded(fetch.resolve(model), adapter, "tokenizer")
+  found = {}
+  for source in sources:
+    name = Path(source).stem
+    lost = _loss(params, config, tokenizer, template, source, None, False, limit)
+    if source in tasks.TASKS:
+      answered = tasks.evaluate(
+        params, config, tokenizer, task=source, split="test", limit=limit or None, template=template
+      )
+      found[f"{name}, right"] = answered.accuracy
+    found[f"{name}, loss"] = lost["loss"]
+  return found
+
+
 def loaded(folder: Path, adapter: str | None, name: str) -> tuple[Any, ModelConfig, list, Any, Any]:
   """(params, config, ensemble, tokenizer, chat template or None), the adapter merged where it is one."""
   params, model_config = hf.load(folder, dtype=assemble.compute_dtype("auto"))

@@ -17,21 +17,26 @@ import numpy as np
 from posttrain_jax.adapters import peft_format
 from posttrain_jax.core import files, shards, tree, weight
 from posttrain_jax.core.weight import Adapted
+from posttrain_jax.evals import merges, tasks
 from posttrain_jax.merge import methods, recipe, stream
 from posttrain_jax.merge.recipe import ModelRef, Recipe, RecipeError, Wanted
 from posttrain_jax.models import decoder, fetch, hf
 from posttrain_jax.models.config import ModelConfig
+from posttrain_jax.train import evaluate as evaluate_lib
 from posttrain_jax.train import export, settings
 
 log = logging.getLogger(__name__)
 
 
-def merge(recipe_path: str, out: str | Path, *, shard_bytes: int | None = None) -> Path:
+def merge(recipe_path: str, out: str | Path, *, evaluate: str = "", limit: int = 0) -> Path:
   """The folder `out`, merged as the recipe says; the same call again goes on where it was killed.
 
   Args:
     recipe_path: mergekit's YAML, or `FILE.py[:argument,...]`, a config file whose get_config gives the same fields.
       Paths in it are relative to the working folder.
+    evaluate: built-in tasks and data files, with commas between, on which every model and the merge are scored;
+      `merge_report.{md,json,png}` is left beside the weights.
+    limit: of each, so many examples; 0 for all.
 
   Raises:
     RecipeError: the recipe, or what it names, cannot be merged: models of different structure, shape or vocabulary.
@@ -43,6 +48,11 @@ def merge(recipe_path: str, out: str | Path, *, shard_bytes: int | None = None) 
     raise FileExistsError(f"{out} exists; name a new folder, or remove it first")
   found = read(recipe_path)
   methods.check(found)
+  measured = [source for source in evaluate.split(",") if source]
+  for source in measured:
+    if source not in tasks.TASKS and not Path(source).exists():
+      known = ", ".join(tasks.TASKS)
+      raise RecipeError(f"--evaluate={source}: no such file, and no built-in task ({known})")
   folders = {model: fetch.resolve(model.name) for model in found.models()}
   with contextlib.ExitStack() as closing:
     opened = {
@@ -58,9 +68,40 @@ def merge(recipe_path: str, out: str | Path, *, shard_bytes: int | None = None) 
       _operator, found, dict(zip((w.name for w in made.wanted), made.dtypes))
     )
     finish = functools.partial(_finish, made, folders)
-    stream.run(made, opened, operator, out, finish=finish, shard_bytes=shard_bytes)
-  log.info("written in %.1f s: %s", time.monotonic() - began, out)
+    stream.run(made, opened, operator, out, finish=finish)
+    log.info("written in %.1f s: %s", time.monotonic() - began, out)
+    if measured:
+      _report(made, opened, out, measured, limit)
   return out
+
+
+def _report(
+  made: stream.Plan,
+  opened: Mapping[ModelRef, stream.Tensors],
+  out: Path,
+  sources: Sequence[str],
+  limit: int,
+) -> None:
+  """Scores of every model and of the merge, and how the task vectors meet."""
+  models = made.recipe.models()
+  base = made.recipe.base or models[0]
+  others = [model for model in models if model != base]
+  by_layer = merges.overlaps(_side_by_side(made, opened, base, others), len(others))
+  scores = {
+    str(model): evaluate_lib.scores(model.name, model.adapter, sources, limit) for model in models
+  }
+  scores["merge"] = evaluate_lib.scores(str(out), None, sources, limit)
+  merges.write(out, [str(model) for model in others], by_layer, scores)
+  log.info("report: %s", out / f"{merges.NAME}.md")
+
+
+def _side_by_side(made: stream.Plan, opened, base: ModelRef, others: Sequence[ModelRef]):
+  """(layer, base's tensor, the others') of every tensor that all of them hold."""
+  for name in sorted(opened[base].where, key=stream.order):
+    if all(name in opened[model].where for model in others):
+      match = recipe.LAYER.fullmatch(name)
+      layer = match[2] if match else "embedding" if recipe.precedes(name) else "end"
+      yield layer, opened[base].get(name), [opened[model].get(name) for model in others]
 
 
 def read(path: str) -> Recipe:

@@ -366,3 +366,20 @@ def test_a_config_file_is_a_recipe_too(tmp_path, models):
   )
   assert main(["merge", f"--recipe={path}:{models}", f"--out={tmp_path / 'out'}"]) == 0
   assert_close(trees(tmp_path, "out")[0], merge.soup(trees(models, "a", "b")))
+
+
+def test_the_models_and_the_merge_are_scored(tmp_path, models, capsys):
+  rows = [{"prompt": f"say {'ab'[i % 2]}", "completion": "ab" * (i + 1)} for i in range(6)]
+  tiny.write_jsonl(tmp_path / "held.jsonl", rows)
+  (tmp_path / "recipe.yml").write_text(TIES.replace("@", f"{models}/"))
+  command = ["merge", f"--recipe={tmp_path / 'recipe.yml'}", f"--out={tmp_path / 'out'}"]
+  assert main([*command, f"--evaluate={tmp_path / 'nothing.jsonl'}"]) == 1
+  assert "no such file" in capsys.readouterr().err
+  assert main([*command, f"--evaluate={tmp_path / 'held.jsonl'}"]) == 0
+  told = json.loads((tmp_path / "out" / "merge_report.json").read_text())
+  assert list(told["scores"]) == [*(f"{models}/{name}" for name in ("base", "a", "b")), "merge"]
+  assert list(told["layers"]) == ["embedding", "0", "1", "end"]
+  capsys.readouterr()
+  assert main(["eval", f"--model={tmp_path / 'out'}", f"--data={tmp_path / 'held.jsonl'}"]) == 0
+  loss = json.loads(capsys.readouterr().out)["loss"]
+  assert told["scores"]["merge"]["held, loss"] == pytest.approx(loss, rel=1e-6)
