@@ -22,7 +22,7 @@ help:
 	$(PYTHON) -m venv .venv-oracle
 	.venv-oracle/bin/python -m pip install $(PIP_FLAGS) torch==2.13.0
 	.venv-oracle/bin/python -m pip install $(PIP_FLAGS) -c constraints.txt -c oracle-constraints.txt \
-	  transformers peft trl bitsandbytes accelerate -e '.[dev]'
+	  transformers peft trl bitsandbytes accelerate mergekit -e '.[dev]'
 	@touch $@
 
 .venv-tpu/ready: .venv/ready

@@ -39,8 +39,9 @@ def _sparse(normalize: bool | None = DEFAULT, draws: bool = False, **each: Any) 
     "lambda": 1.0,
     "rescale": DEFAULT,
     "int8_mask": False,  # of mergekit's memory; changes no number
-    "semantics": DEFAULT,
   }
+  if "gamma" not in each:
+    whole["semantics"] = DEFAULT
   return Method({"weight": REQUIRED, **each}, whole, needs_base=True, draws=draws)
 
 
@@ -63,8 +64,8 @@ METHODS: Mapping[str, Method] = {
   "della_linear": _sparse(density=1.0, epsilon=0.15, draws=True),
   "breadcrumbs": _sparse(density=1.0, gamma=0.01),
   "breadcrumbs_ties": _sparse(density=1.0, gamma=0.01),
-  "model_stock": Method({}, {"filter_wise": False}, needs_base=True),
-  "sce": Method({}, {"select_topk": 1.0}, needs_base=True),
+  "model_stock": Method({}, {"filter_wise": False, "semantics": DEFAULT}, needs_base=True),
+  "sce": Method({}, {"select_topk": 1.0, "semantics": DEFAULT}, needs_base=True),
 }
 
 

@@ -166,7 +166,7 @@ class Compared(Scorer):
 
   def check_start(self, metrics: Mapping[str, float]) -> None:
     """The policy is its reference: every log-ratio is 0, DPO's loss is log 2, and there is no KL."""
-    if not (self.starts_there and self.needs_reference):
+    if not (self.starts_there and self.needs_reference and self.beta):
       return
     sides = [side for side in ("chosen", "rejected") if f"rewards/{side}" in metrics]
     each = [abs(metrics[f"rewards/{s}"]) / self.beta / metrics[f"lengths/{s}"] for s in sides]

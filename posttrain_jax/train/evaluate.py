@@ -62,7 +62,9 @@ def evaluate(
   name = run.model.template if run is not None else "tokenizer"
   params, model_config, ensemble, tokenizer, template = loaded(folder, adapter, name)
   results: dict[str, Any] = {"model": str(folder), "adapter": adapter, "data": data}
-  loss = lambda params: _loss(params, model_config, tokenizer, template, data, run, own_data, limit)
+  loss = lambda params: losses(
+    params, model_config, tokenizer, template, data, run, own_data, limit
+  )
   if ensemble:
     results["members"] = [loss(adapters.bind(params, member)) for member in ensemble]
   else:
@@ -97,7 +99,7 @@ def scores(model: str, adapter: str | None, sources: Sequence[str], limit: int) 
   found = {}
   for source in sources:
     name = Path(source).stem
-    lost = _loss(params, config, tokenizer, template, source, None, False, limit)
+    lost = losses(params, config, tokenizer, template, source, limit=limit)
     if source in tasks.TASKS:
       answered = tasks.evaluate(
         params, config, tokenizer, task=source, split="test", limit=limit or None, template=template
@@ -284,7 +286,9 @@ def _produced(workdir: Path, run) -> tuple[str, str | None]:
   )
 
 
-def _loss(params, config, tokenizer, template, source, run, own_data, limit) -> dict[str, float]:
+def losses(
+  params, config, tokenizer, template, source, run=None, own_data=False, limit=0
+) -> dict[str, float]:
   """Loss and token accuracy over the source's evaluation rows."""
   d = run.data if run is not None else None
   mapped = assemble.columns(d.columns) if d is not None and own_data else None

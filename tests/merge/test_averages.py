@@ -192,6 +192,9 @@ def test_karcher_leaves_out_what_has_no_direction(three):
   zeros = np.zeros(SHAPE, np.float32)
   close(averages.karcher([three[0], zeros]), wide(three)[0] / 2)
   np.testing.assert_array_equal(averages.karcher([zeros, zeros]), 0)
+  faint = np.float32(1e-7) * three[1]  # a norm of no more than tol
+  close(averages.karcher([three[0], faint]), wide(three)[0] / 2)
+  np.testing.assert_array_equal(averages.karcher([faint, faint]), 0)
   np.testing.assert_array_equal(averages.karcher([three[0]]), three[0])
 
 

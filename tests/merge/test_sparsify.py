@@ -93,6 +93,10 @@ def test_by_rank_is_even_in_each_row():
   found = np.asarray(sparsify.by_rank(jnp.asarray(x), 0.5, 0.2))
   for row, probability in zip(np.abs(x), found):
     np.testing.assert_allclose(probability[np.argsort(row)], [0.3, 0.4, 0.5, 0.6, 0.7], rtol=1e-6)
+  deep = sparsify.by_rank(jnp.asarray(x).reshape(1, 3, 5), 0.5, 0.2)
+  np.testing.assert_array_equal(deep[0], found)
+  equal = sparsify.by_rank(jnp.asarray([[1.0, -1.0, 0.5], [2.0, 2.0, 2.0]]), 0.5, 0.2)
+  np.testing.assert_allclose(equal, [[0.5, 0.7, 0.3], [0.3, 0.5, 0.7]], rtol=1e-6)
   vector = sparsify.by_rank(jnp.asarray([0.1, -3.0, 1.0]), 0.5, 0.2)
   np.testing.assert_allclose(vector, [0.3, 0.7, 0.5], rtol=1e-6)
   np.testing.assert_allclose(sparsify.by_rank(jnp.ones((4, 1)), 0.5, 0.2), 0.5)

@@ -295,7 +295,9 @@ def test_model_stock_at_its_limits(base):
 def test_model_stock_of_faint_deltas(models, base):
   zero = np.zeros(SHAPE, np.float32)
   faint = [1e-4 * (x + models[2]) for x in models[:2]]
-  close(task_vectors.model_stock(faint, base=zero, semantics="paper"), stock(faint, zero), rtol=1e-5)
+  close(
+    task_vectors.model_stock(faint, base=zero, semantics="paper"), stock(faint, zero), rtol=1e-5
+  )
   floored = task_vectors.model_stock([0.1 * x for x in faint], base=zero)
   assert np.abs(floored).max() < 0.5 * np.abs(stock([0.1 * x for x in faint], zero)).max()
 

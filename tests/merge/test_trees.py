@@ -19,7 +19,13 @@ from tests.models import families
 KEY = jax.random.key(1)
 PATH = "layers/mlp/up_proj/weight"
 # a matrix, a vector and what stands outside the layers: every shape is compiled once an operator
-SOME = ("embed_tokens/weight", PATH, "layers/self_attn/q_proj/bias", "norm/weight", "lm_head/weight")
+SOME = (
+  "embed_tokens/weight",
+  PATH,
+  "layers/self_attn/q_proj/bias",
+  "norm/weight",
+  "lm_head/weight",
+)
 
 # (operator over trees, the same over arrays, options)
 BASED = {
@@ -58,7 +64,11 @@ def merged(name, base, first, second):
 
 def _entries(params):
   for path, leaf in tree.items(params):
-    turn = (lambda x: x.T) if path.endswith("_proj/weight") or path == "lm_head/weight" else (lambda x: x)
+    turn = (
+      (lambda x: x.T)
+      if path.endswith("_proj/weight") or path == "lm_head/weight"
+      else (lambda x: x)
+    )
     name = path.replace("/", ".")
     if not path.startswith("layers/"):
       yield name, turn(np.asarray(leaf))
@@ -93,7 +103,9 @@ def test_a_merge_of_trees_is_a_merge_of_their_files(name, params):
 
 
 def reverse(branch):
-  return {k: reverse(v) for k, v in reversed(branch.items())} if isinstance(branch, dict) else branch
+  return (
+    {k: reverse(v) for k, v in reversed(branch.items())} if isinstance(branch, dict) else branch
+  )
 
 
 @pytest.mark.parametrize("name", ["dare", "della"])
@@ -134,7 +146,9 @@ def test_arrays_are_trees_of_one_leaf():
   a, b = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)
   np.testing.assert_array_equal(merge.slerp(a, b, t=0.5), averages.slerp(a, b, t=0.5))
   found = merge.ties([a, b], base=np.zeros_like(a), density=0.5)
-  np.testing.assert_array_equal(found, task_vectors.ties([a, b], base=np.zeros_like(a), density=0.5))
+  np.testing.assert_array_equal(
+    found, task_vectors.ties([a, b], base=np.zeros_like(a), density=0.5)
+  )
 
 
 def test_trees_inside_jit(params):

@@ -526,6 +526,8 @@ def test_layers_stack_as_mergekits_do(checkpoints, tmp_path):
   slices = [part("first", 0, 2), part("second", 1, 3), part("base", 0, 1)]
   expected = command(checkpoints, tmp_path / "out", merge_method="passthrough", slices=slices)
   trees = checkpoints.trees
-  found = merge.passthrough([(trees["first"], 0, 2), (trees["second"], 1, 3), (trees["base"], 0, 1)])
+  found = merge.passthrough(
+    [(trees["first"], 0, 2), (trees["second"], 1, 3), (trees["base"], 0, 1)]
+  )
   for path, leaf in tree.items(found):
     np.testing.assert_array_equal(leaf, expected[path])

@@ -112,6 +112,13 @@ CASES = {
       election="sum",
     ),
   ),
+  "ties, peft's way": (
+    "merge_method: ties\nbase_model: @base\nmodels:\n  - {model: @a, parameters: {weight: 0.5, density: 0.4}}\n"
+    "  - {model: @b, parameters: {weight: 0.8, density: 0.4}}\nparameters: {semantics: peft}\n",
+    lambda base, a, b: merge.ties(
+      [a, b], base=base, density=0.4, weights=[0.5, 0.8], semantics="peft"
+    ),
+  ),
   "model_stock": (
     "merge_method: model_stock\nbase_model: @base\nmodels: [{model: @a}, {model: @b}]\n",
     lambda base, a, b: merge.model_stock([a, b], base=base),
