@@ -4,7 +4,8 @@
 
 Pairs: a query that returns what was asked for over SmolLM2-135M-Instruct's own wrong one, 128 of them.  After each run
 the policy answers held-out questions at temperature 1, and its answers tell the KL to the reference, which no data of
-others can: the mean of log pi - log pi_ref over them.  Finished points are skipped; every one renews
+others can: the sum over an answer's tokens of the exact KL of the next-token distributions, its mean over answers (the
+same in expectation as that of log pi - log pi_ref, with less noise).  Finished points are skipped; every one renews
 experiments/results/beta_rank.{md,json,png}.
 """
 
@@ -31,7 +32,8 @@ from posttrain_jax.data.chat import Example
 from posttrain_jax.data.tasks import sql
 from posttrain_jax.evals import figures
 from posttrain_jax.evals import run as runs
-from posttrain_jax.models import fetch, hf
+from posttrain_jax.losses import logprob
+from posttrain_jax.models import decoder, fetch, hf
 from posttrain_jax.rollout import engine
 from posttrain_jax.rollout.sampling import Sampling
 from posttrain_jax.train import comparisons
@@ -82,17 +84,21 @@ def measured(folder: Path) -> dict[str, float]:
   scorer = comparisons.Labelled(config)
 
   @jax.jit
-  def sums(params, batch):
+  def divergences(policy, params, batch):
     at = comparisons.tokens(batch)
-    return at.per_answer(scorer.scores(params, batch, at.mask, None).logp)
+    own, other = (scorer.hidden(p, batch, None) for p in (policy, params))
+    heads = decoder.head(policy), decoder.head(params)
+    return at.per_answer(logprob.kl_divergence(own, heads[0], other, heads[1], mask=at.mask))
 
-  difference = []
+  found = []
   for start in range(0, len(made), 8):
     batch = packing.pack_answers(made[start : start + 8], [[i] for i in range(8)], length, 1)
-    difference.append(np.asarray(sums(policy, batch) - sums(params, batch))[:, 0])
+    found.append(np.asarray(divergences(policy, params, batch))[:, 0])
+  kl = np.concatenate(found)
   texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in drawn.tokens]
   return {
-    "kl": float(np.mean(np.concatenate(difference))),
+    "kl": float(np.mean(kl)),
+    "kl_error": float(np.std(kl, ddof=1) / len(kl) ** 0.5),
     "length": float(np.mean([len(tokens) for tokens in drawn.tokens])),
     "correct": sum(sql.score(text, row["gold"]).correct for text, row in zip(texts, questions)),
   }
@@ -158,7 +164,8 @@ def report(results: list[dict[str, Any]]) -> None:
   for r in results:
     lines.append(
       f"| {r['rank']} | {r['beta']} | {r['accuracy']:.2f} | {r['margin']:.3f} | {r['margin_nats']:.1f} |"
-      f" {r['chosen_drift']:+.1f} | {r['rejected_drift']:+.1f} | {r['kl']:.2f} | {r['length']:.1f} | {r['correct']} |"
+      f" {r['chosen_drift']:+.1f} | {r['rejected_drift']:+.1f} | {r['kl']:.2f} ± {r['kl_error']:.2f} |"
+      f" {r['length']:.1f} | {r['correct']} |"
     )
   lines += ["", *verdict(results)]
   OUT.parent.mkdir(exist_ok=True)

@@ -111,21 +111,36 @@ def measured(workdir: Path, name: str) -> dict[str, Any] | None:
   return files.read_json(path)
 
 
+def comment_share(result: dict[str, Any]) -> float:
+  """What a comment adds to the margin of its side, over the margin that the queries alone have: 0 is blind to it."""
+  added = (result["right"]["margin"] - result["wrong"]["margin"]) / 2
+  return added / result["none"]["margin"]
+
+
 def report(results: list[dict[str, Any]]) -> None:
   lines = [
     "# Right answers that are longer by accident",
     "",
     f"Written by `experiments/length_bias.py`: {FIELDS['steps']} steps, one seed; {HELD_OUT} held-out pairs in three"
-    f" forms; {beta_rank.ASKED} questions answered at temperature 1.",
+    f" forms; {beta_rank.ASKED} questions answered at temperature 1, in at most {beta_rank.LONGEST} tokens. In training"
+    f" {BIASED:.0%} of the right queries had a comment behind them, of the wrong ones none.",
     "",
     "| method | "
-    + " | ".join(f"accuracy: {title}" for title in SETS.values())
-    + " | tokens an own answer | right of own |",
-    "|---" * 6 + "|",
+    + " | ".join(f"margin: {title}" for title in SETS.values())
+    + " | what the comment adds, over the margin without | pairs ordered right | tokens an own answer |",
+    "|---" * 7 + "|",
   ]
   for r in results:
-    accuracies = " | ".join(f"{r[kind]['accuracy']:.2f}" for kind in SETS)
-    lines.append(f"| {r['method']} | {accuracies} | {r['length']:.1f} | {r['correct']} |")
+    margins = " | ".join(f"{r[kind]['margin']:.2f}" for kind in SETS)
+    right = ", ".join(f"{r[kind]['accuracy']:.2f}" for kind in SETS)
+    lines.append(
+      f"| {r['method']} | {margins} | {comment_share(r):.2f} | {right} | {r['length']:.1f} |"
+    )
+  lines += [
+    "",
+    "A method that had learned the query alone would have the same margin in all three forms. The comment is part of"
+    " what was preferred, so none can be blind to it; the question is how much of the margin it makes (claim 23).",
+  ]
   OUT.parent.mkdir(exist_ok=True)
   files.write_json(OUT.with_suffix(".json"), {"results": results})
   files.write_text(OUT.with_suffix(".md"), "\n".join(lines) + "\n")
@@ -138,9 +153,11 @@ def figure(results: list[dict[str, Any]]) -> Figure:
     left, right = drawing.subplots(1, 2)
     for i, r in enumerate(results):
       places = [j + 0.25 * i for j in range(len(SETS))]
-      left.bar(places, [r[kind]["accuracy"] for kind in SETS], width=0.22, label=r["method"])
+      relative = [r[kind]["margin"] / r["none"]["margin"] for kind in SETS]
+      left.bar(places, relative, width=0.22, label=r["method"])
+    left.axhline(1, color="#999999", linewidth=0.8)
     left.set_xticks([j + 0.25 for j in range(len(SETS))], list(SETS))
-    left.set(title="pairs ordered right, by where the comment is", ylim=(0, 1.05))
+    left.set(title="margin over that without a comment, by where it is")
     right.bar([r["method"] for r in results], [r["length"] for r in results], width=0.5)
     right.set(title="tokens an own answer")
     if results:

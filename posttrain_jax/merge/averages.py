@@ -151,8 +151,8 @@ def multislerp(
   """exp_m(sum_i w_i (u_i - <u_i, m> m)) sum_i w_i |x_i|, u_i = x_i / |x_i|, m the direction of sum_i w_i u_i.
 
   One step from the mean direction in its tangent plane, of what each model adds to the base where there is one.
-  Where the directions cancel (|sum_i w_i u_i| < 1e-6 sum_i |w_i|, about float32's rounding, or all are zero) the straight
-  line sum_i w_i x_i: mergekit, whose method this is, cancels below 1e-8, and then stops with an error for more than two.
+  Where the directions cancel (|sum_i w_i u_i| below 1e-6 sum_i |w_i|, some of float32's roundings) the straight line
+  sum_i w_i x_i; mergekit, whose method this is, looks for 1e-8, and there stops with an error if models are three.
 
   Args:
     normalize: divide the weights by their sum first.

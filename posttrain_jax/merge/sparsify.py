@@ -87,7 +87,8 @@ def drawn(key: Array, shape: tuple[int, ...], probability: Array | float) -> Arr
 def by_rank(x: Array, density: Array | float, epsilon: Array | float) -> Array:
   """density - epsilon at the smallest |x| of a row to density + epsilon at its largest, evenly by rank.
 
-  Of equal entries the first is the smaller; a row of one entry has density.  Deep et al. 2024 (DELLA, arXiv 2406.11617), MAGPRUNE.
+  Of equal entries the first is the smaller; a row of one entry has density.  MAGPRUNE of Deep et al. 2024 (DELLA,
+  arXiv 2406.11617).
   """
   rows = _bits(x if x.ndim > 1 else x.reshape(1, -1))
   ranks = _ranks(rows)

@@ -1,5 +1,7 @@
 """Averages along lines and spheres in closed form, in numpy's float64."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -218,13 +220,13 @@ def test_equal_models_are_their_own_merge(merged, three):
 
 
 def test_operators_run_inside_jit(three):
-  for name in ("slerp", "nuslerp"):
-    function = lambda a, b: getattr(averages, name)(a, b, **({"t": 0.3} if name == "slerp" else {}))
+  for function in (functools.partial(averages.slerp, t=0.3), averages.nuslerp):
     np.testing.assert_allclose(
       jax.jit(function)(*three[:2]), function(*three[:2]), rtol=1e-5, atol=1e-6
     )
   for function in (averages.linear, averages.multislerp, averages.karcher):
-    found = jax.jit(lambda xs, w: function(xs, weights=w))(three, jnp.asarray([1.0, 2.0, 1.0]))
+    weighted = lambda xs, w, function=function: function(xs, weights=w)
+    found = jax.jit(weighted)(three, jnp.asarray([1.0, 2.0, 1.0]))
     np.testing.assert_allclose(found, function(three, weights=[1, 2, 1]), rtol=1e-5, atol=1e-6)
   slope = jax.grad(lambda w: averages.linear(three, weights=w)[0, 0])(jnp.ones(3))
   expected = [(x[0, 0] - np.mean([y[0, 0] for y in three])) / 3 for x in three]

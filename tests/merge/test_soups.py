@@ -59,6 +59,6 @@ def test_what_is_refused():
     merge.greedy_soup([], lambda tree: 0.0)
   with pytest.raises(ValueError, match=r"score of models\[0\] is NaN"):
     merge.greedy_soup(trees([1.0]), lambda tree: float("nan"))
+  scores = iter([1.0, 0.0, float("nan")])
   with pytest.raises(ValueError, match=r"mean of models \[0, 1\] is NaN"):
-    scores = iter([1.0, 0.0, float("nan")])
     merge.greedy_soup(trees([1.0], [2.0]), lambda tree: next(scores))

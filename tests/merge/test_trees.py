@@ -49,8 +49,8 @@ def params():
   moved = []
   for seed in (1, 2):
     rng = np.random.default_rng(seed)
-    noise = lambda x: jnp.asarray(rng.normal(0, 0.05, x.shape), x.dtype)
-    moved.append(tree.unflatten((path, x + noise(x)) for path, x in tree.items(base)))
+    near = lambda x, rng=rng: x + jnp.asarray(rng.normal(0, 0.05, x.shape), x.dtype)
+    moved.append(tree.unflatten((path, near(x)) for path, x in tree.items(base)))
   return base, *moved
 
 
@@ -140,6 +140,16 @@ def test_a_merge_on_a_mesh_lies_where_the_models_do(name, params):
   for path, leaf in tree.items(found):
     assert leaf.sharding.is_equivalent_to(lay(expected[path]).sharding, leaf.ndim), path
     np.testing.assert_allclose(leaf, expected[path], rtol=1e-5, atol=1e-6, err_msg=path)
+
+
+def test_a_merge_lies_where_its_base_does():
+  mesh = sharding.mesh(fsdp=8)
+  whole, parts = (NamedSharding(mesh, spec) for spec in (Spec(), Spec("fsdp")))
+  ones = jnp.ones((16, 4))
+  for first, second in ((whole, parts), (parts, whole)):
+    base, model = jax.device_put(ones, first), jax.device_put(ones, second)
+    found = merge.task_arithmetic([model], base=base)
+    assert found.sharding.is_equivalent_to(first, 2)
 
 
 def test_arrays_are_trees_of_one_leaf():

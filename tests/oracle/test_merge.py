@@ -274,7 +274,7 @@ def test_draws_have_mergekits_distribution():
 
 
 def test_multislerp_of_directions_that_cancel():
-  """mergekit's floor of 1e-8 is below float32's rounding, so that two give noise; three are an error.  Ours is a line."""
+  """mergekit's floor of 1e-8 is below float32's rounding, so that two give noise; three are an error.  Ours: a line."""
   a = np.random.default_rng(0).normal(size=64).astype(np.float32)
   line = averages.multislerp([a, -3 * a])
   np.testing.assert_allclose(line, -a, rtol=1e-5)
