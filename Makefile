@@ -63,7 +63,7 @@ format: .venv/ready
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-oracle: .venv-oracle/ready ## live comparison with transformers, peft, trl and bitsandbytes
+oracle: .venv-oracle/ready ## live comparison with transformers, peft, trl, bitsandbytes and mergekit
 	.venv-oracle/bin/python -m posttrain_jax fetch smollm2
 	.venv-oracle/bin/python -m pytest tests/oracle -m oracle -n $(WORKERS) --dist loadfile
 

@@ -112,14 +112,16 @@ def apply(recipe: Recipe, wanted: Wanted, arrays: Sequence[np.ndarray], *, dtype
     RecipeError: a parameter that is needed and not given for this tensor, or out of range; names model and tensor.
   """
   method = METHODS[recipe.method]
-  base, models, sources = None, [], []
+  sources = _sources(recipe, method, wanted)
+  base, models = None, []
   for (source, _), array in zip(wanted.inputs, arrays):
-    if source.model == recipe.base and not _counts(method, source):
-      base = array
-    else:
+    if source in sources:
       models.append(array)
-      sources.append(source)
+    else:
+      base = array
   options = _options(recipe, method, wanted, sources)
+  if base is not None and _weightless(options):
+    return jax.numpy.asarray(base).astype(dtype)  # filters may leave a tensor to the base
   if base is not None:
     options["base"] = base
   if method.draws:
@@ -136,9 +138,12 @@ def rehearse(recipe: Recipe, wanted: Sequence[Wanted]) -> None:
   Raises:
     RecipeError: as `apply`.
   """
-  seen = set()
+  method, seen = METHODS[recipe.method], set()
+  if method.needs_base and all(
+    _weightless(_options(recipe, method, each, _sources(recipe, method, each))) for each in wanted
+  ):
+    raise RecipeError("all weights are zero: the merge would be the base; give a model a weight")
   for each in wanted:
-    method = METHODS[recipe.method]
     settings = [
       recipe.setting(name, each.name, each.at, each.part, source)
       for source in (None, *(source for source, _ in each.inputs))
@@ -149,6 +154,17 @@ def rehearse(recipe: Recipe, wanted: Sequence[Wanted]) -> None:
       seen.add(key)
       arrays = [np.eye(2, dtype=np.float32) * (2 + i) for i in range(len(each.inputs))]
       apply(recipe, each, arrays, dtype="float32")
+
+
+def _sources(recipe: Recipe, method: Method, wanted: Wanted) -> list[Source]:
+  """Those that are merged, without the base where that is the origin of task vectors."""
+  return [s for s, _ in wanted.inputs if s.model != recipe.base or _counts(method, s)]
+
+
+def _weightless(options: Mapping[str, Any]) -> bool:
+  """Whether no model counts for this tensor."""
+  weights = options.get("weight")
+  return weights is not None and not any(weights)
 
 
 def _counts(method: Method, source: Source) -> bool:

@@ -165,6 +165,17 @@ parameters: {normalize: false}
     np.testing.assert_allclose(leaf, weights * a[path] + 0.5 * b[path], atol=1e-6, err_msg=path)
 
 
+def test_a_tensor_that_no_model_has_a_weight_for_is_the_bases(tmp_path, models):
+  weight = "[{filter: mlp, value: 1.0}, {value: 0.0}]"
+  text = TIES.replace("weight: 0.7", f"weight: {weight}").replace(
+    "weight: 0.4", f"weight: {weight}"
+  )
+  assert run(tmp_path, models, text) == 0
+  base, found = (tree.flatten(hf.load(f)[0]) for f in (models / "base", tmp_path / "out"))
+  changed = {path for path in base if not np.array_equal(base[path], found[path])}
+  assert changed == {path for path in base if "mlp" in path}
+
+
 def test_slices_stack_layers(tmp_path, models):
   text = """\
 merge_method: passthrough
@@ -306,7 +317,7 @@ def model(**parameters):
     (dict(models=model(weight=1, densty=0.5)), "parameter 'densty': ties reads weight, density"),
     (dict(models=model(density=0.5)), "ties needs the parameter 'weight' of .*a for"),
     (dict(models=model(weight=1, density=1.5)), r"embed_tokens.*density=1.5.*\[0, 1\]"),
-    (dict(models=model(weight=0, density=1)), "all weights are zero"),
+    (dict(models=model(weight=0, density=1)), "all weights are zero: the merge would be the base"),
     (dict(models=model(weight={"a": 1})), "write a number, a list of numbers"),
     (dict(dtype="int8"), "dtype='int8': known are float32"),
     (dict(models=[{"model": "HERE/base"}]), "no model beside the base"),
