@@ -93,6 +93,21 @@ def train(workdir: Path, name: str) -> Path:
   return folder
 
 
+def diagnosis(folder: Path, workdir: Path, kind: str, model: str = "") -> dict[str, Any]:
+  """Of held-out pairs of a kind, by the run's policy or by the model named."""
+  data = f"--data={workdir / f'held-out-{kind}.jsonl'}"
+  named = [f"--model={model}"] if model else []
+  beta_rank.posttrain("eval", f"--workdir={folder}", data, *named)
+  return files.read_json(folder / "eval.json")["diagnosis"]
+
+
+def own_margin(name: str, told: dict[str, Any]) -> float:
+  """The margin that the method's loss compares: per token where that is what it does."""
+  if METHODS[name][0] == "dpo_norm":
+    return METHODS[name][1]["objective.beta"] * told["drift"]["margin_per_token"]
+  return told["margin"]["mean"]
+
+
 def measured(workdir: Path, name: str) -> dict[str, Any] | None:
   folder = workdir / METHODS[name][0]
   if not (folder / runs.DONE).exists():
@@ -101,12 +116,11 @@ def measured(workdir: Path, name: str) -> dict[str, Any] | None:
   if not path.exists():
     found: dict[str, Any] = {"method": name, **beta_rank.measured(folder)}
     for kind in SETS:
-      beta_rank.posttrain(
-        "eval", f"--workdir={folder}", f"--data={workdir / f'held-out-{kind}.jsonl'}"
-      )
-      told = files.read_json(folder / "eval.json")["diagnosis"]
+      told = diagnosis(folder, workdir, kind)
       found[kind] = {key: told[key] for key in ("accuracy", "length_correlation")}
-      found[kind]["margin"] = told["margin"]["mean"]
+      found[kind]["margin"] = own_margin(name, told)
+      if METHODS[name][0] == "simpo":  # no reference: what the base has by itself is not learned
+        found[kind]["margin"] -= own_margin(name, diagnosis(folder, workdir, kind, "smollm2"))
     files.write_json(path, found)
   return files.read_json(path)
 
@@ -138,8 +152,10 @@ def report(results: list[dict[str, Any]]) -> None:
     )
   lines += [
     "",
-    "A method that had learned the query alone would have the same margin in all three forms. The comment is part of"
-    " what was preferred, so none can be blind to it; the question is how much of the margin it makes (claim 23).",
+    "Margins are those that each loss compares (per token in the last two), SimPO's less those of the base, which has no"
+    " reference to be measured against. A method that had learned the query alone would have the same margin in all three"
+    " forms. The comment is part of what was preferred, so none can be blind to it; the question is how much of the"
+    " margin it makes (claim 23).",
   ]
   OUT.parent.mkdir(exist_ok=True)
   files.write_json(OUT.with_suffix(".json"), {"results": results})

@@ -74,6 +74,13 @@ def diagnose(pairs: Compared) -> dict[str, Any]:
         (np.abs(pairs.chosen_drift) + np.abs(pairs.rejected_drift)).sum()
         / max((pairs.chosen_length + pairs.rejected_length).sum(), 1)
       ),
+      # of log-ratios per token, which is what dpo_norm and ipo compare
+      "margin_per_token": float(
+        np.mean(
+          pairs.chosen_drift / np.maximum(pairs.chosen_length, 1)
+          - pairs.rejected_drift / np.maximum(pairs.rejected_length, 1)
+        )
+      ),
     }
   result["findings"] = _findings(result)
   return result

@@ -331,6 +331,9 @@ def test_figures_of_a_diagnosis():
   assert found["near_ties"] == 0.25
   assert found["accuracy_chosen_longer"] == 1.0
   assert found["accuracy_chosen_shorter"] == 0.0
+  given = compared([1.0, 1.0], [10, -5], drift=(3.0, -2.0))
+  per_token = np.mean([3 / 20 + 2 / 10, 3 / 5 + 2 / 10])
+  assert margins.diagnose(given)["drift"]["margin_per_token"] == pytest.approx(per_token)
   expected = np.corrcoef([1.0, -1.0, 0.01, 3.0], [5, -5, 0, 5])[0, 1]
   assert found["length_correlation"] == pytest.approx(expected)
 
