@@ -325,7 +325,7 @@ def test_a_named_adapter_is_found_by_its_parent(saved):
     (dict(trainable_token_indices=[1]), "trainable_token_indices=.1. is not supported"),
     (dict(layer_replication=[[0, 2]]), "layer_replication=.* is not supported"),
     (dict(layers_pattern="blocks"), "layers_pattern='blocks' is not supported"),
-    (dict(task_type="SEQ_CLS"), "task_type='SEQ_CLS' is not supported"),
+    (dict(task_type="TOKEN_CLS"), "task_type='TOKEN_CLS' is not supported"),
     (dict(init_lora_weights="pissa"), "init_lora_weights='pissa' is not supported: it moves"),
     (dict(use_hyperbolic=True), "unknown key use_hyperbolic=True"),
     (dict(r="3"), "r='3' is a str, expected int"),
