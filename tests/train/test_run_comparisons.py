@@ -145,7 +145,7 @@ def test_stopped_it_goes_on_as_never_stopped(loss, folder, tmp_path, monkeypatch
 @pytest.mark.parametrize(
   ("config", "kind", "arguments", "metric"),
   [
-    ("kto", "labels", "", "eval_kl"),
+    slow("kto", "labels", "", "eval_kl"),
     slow("kto", "pairs", "", "eval_kl"),
     slow("grouped", "scored", ",method=grpo", "eval_reward"),
     slow("grouped", "scored", ",method=gspo", "eval_reward"),
@@ -163,17 +163,6 @@ def test_every_kind_of_run_is_whole(config, kind, arguments, metric, folder, tmp
   assert metric in lines(out)[-1]
   assert (out / "report.html").exists()
   assert main(["eval", f"--workdir={out}"]) == 0
-
-
-def test_a_reward_model_orders_pairs_and_is_read_again(folder, tmp_path):
-  out = tmp_path / "run"
-  assert train(folder, out, config="reward", steps=12, eval__every=6) == 0
-  last = lines(out)[-1]
-  assert last["eval_accuracy"] == 1.0
-  assert main(["eval", f"--workdir={out}"]) == 0
-  told = json.loads((out / "eval.json").read_text())
-  assert told["margin"] == pytest.approx(last["eval_margin"], rel=1e-3)
-  assert json.loads((out / "adapter" / "adapter_config.json").read_text())["task_type"] == "SEQ_CLS"
 
 
 @pytest.mark.slow
@@ -259,7 +248,7 @@ def test_two_processes_are_one(config, folder, tmp_path):
     assert np.linalg.norm(two[name] - array) <= 1e-4 * np.linalg.norm(array), name
 
 
-@pytest.mark.parametrize(("config", "kind"), [("preference", "pairs"), ("kto", "labels")])
+@pytest.mark.parametrize(("config", "kind"), [slow("preference", "pairs"), ("kto", "labels")])
 def test_a_dry_run_compiles_the_step_that_runs(config, kind, folder, tmp_path, monkeypatch):
   """On batches of the very shapes, the reference's log-probabilities among them."""
   shapes = lambda batch: jax.tree.map(lambda x: (x.shape, x.dtype), batch)
@@ -351,6 +340,16 @@ def reward_model(folder, tmp_path_factory):
   return out / "adapter"
 
 
+def test_a_reward_model_orders_pairs_and_is_read_again(reward_model):
+  out = reward_model.parent
+  last = lines(out)[-1]
+  assert last["eval_accuracy"] == 1.0
+  assert main(["eval", f"--workdir={out}"]) == 0
+  told = json.loads((out / "eval.json").read_text())
+  assert told["margin"] == pytest.approx(last["eval_margin"], rel=1e-3)
+  assert json.loads((reward_model / "adapter_config.json").read_text())["task_type"] == "SEQ_CLS"
+
+
 def scores(reward_model, rows, tmp_path):
   """What `posttrain eval --reward` writes for rows."""
   tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
@@ -422,9 +421,12 @@ def test_what_a_reward_model_cannot_score_is_said(flags, message, reward_model, 
 
 
 def test_an_adapter_that_is_no_reward_model_is_refused(folder, tmp_path, capsys):
-  assert train(folder, tmp_path / "run", steps=2, eval__every=0) == 0
+  params, config = hf.load(folder / "model")
+  chosen = adapters.AdapterConfig(r=2, target_modules=("q_proj",))
+  _, adapter = adapters.init(jax.random.key(0), params, chosen)
+  peft_format.save(tmp_path / "a", adapter, chosen, config, base_name=str(folder / "model"))
   data = f"--data={folder / 'pairs.jsonl'}"
-  assert main(["eval", f"--reward={tmp_path / 'run' / 'adapter'}", data]) == 1
+  assert main(["eval", f"--reward={tmp_path / 'a'}", data]) == 1
   assert "it is no reward model" in capsys.readouterr().err
   assert main(["eval", f"--reward={folder / 'model'}", data]) == 1
   assert "no scores a token" in capsys.readouterr().err
