@@ -61,8 +61,16 @@ def test_factors_and_bases_are_pefts(base, how, rslora):
         path.removeprefix("layers/").replace("/", ".").removesuffix(".weight")
       )
       theirs = [getattr(module, f"lora_{x}")["default"].weight.detach().numpy() for x in "AB"]
-      close(a.T, signed(a.T, theirs[0]))
-      close(b, signed(b, theirs[1].T))
+      rtol = 1e-4
+      if (
+        how == "pissa"
+      ):  # two float32 decompositions may differ by the rounding over the gap of singular values
+        values = np.linalg.svd(np.asarray(tree.get(params, path)[i], np.float64), compute_uv=False)
+        gap = np.min(values[: a.shape[1]] - values[1 : a.shape[1] + 1])
+        rtol += 10 * np.finfo(np.float32).eps * values[0] / gap
+        assert rtol < 5e-3
+      close(a.T, signed(a.T, theirs[0]), rtol)
+      close(b, signed(b, theirs[1].T), rtol)
       left = weight.layer(tree.get(changed, path), i)
       close(left, module.base_layer.weight.detach().numpy().T, rtol=1e-4)
       seen += 1
