@@ -72,7 +72,7 @@ def test_factors_and_bases_are_pefts(base, how, rslora):
       close(a.T, signed(a.T, theirs[0]), rtol)
       close(b, signed(b, theirs[1].T), rtol)
       left = weight.layer(tree.get(changed, path), i)
-      close(left, module.base_layer.weight.detach().numpy().T, rtol=1e-4)
+      close(left, module.base_layer.weight.detach().numpy().T, rtol)
       seen += 1
   assert seen == 21
   tokens = families.tokens(2, 20)
