@@ -23,7 +23,7 @@ from posttrain_jax.merge.recipe import ModelRef, Recipe, RecipeError, Wanted
 
 log = logging.getLogger(__name__)
 
-AHEAD = 1  # tensors read before they are needed, and as many written behind
+AHEAD = 1  # tensors read before they are needed, and as many computed before they are written
 RECORD = "merge.json"  # in the scratch folder: what it is the beginning of
 
 
@@ -243,8 +243,8 @@ def _write(
     def make(name: str) -> np.ndarray:
       return np.asarray(operator(by_name[name], next(stream)))
 
-    behind = _behind(make, names)
-    made = closing.enter_context(behind)
+    # the same one stage later: what is written while the next tensor is computed
+    made = closing.enter_context(_ahead(make, names))
     tensors = {name: (shape, dtype, lambda: next(made)) for name, (shape, dtype, _) in part.items()}
     files.write_safetensors(partial, tensors)
   partial.rename(scratch / file)
@@ -272,6 +272,3 @@ def _ahead(function: Callable[[str], Any], names: Sequence[str]) -> Generator[It
       yield results()
     finally:
       pool.shutdown(cancel_futures=True)
-
-
-_behind = _ahead  # what is written while the next is computed: the same, one stage later
