@@ -5,15 +5,18 @@ One function, `attend`; an accelerator kernel replaces its body, never its contr
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from posttrain_jax.core import sharding
 
 Array = jax.Array
 NEGATIVE = -2.0e38  # finite, so that a row that may see nothing stays free of NaN
-QUERY_BLOCK = 512  # queries scored at once, so that scores never grow as time squared
-
+QUERY_BLOCK = 256  # queries scored at once
+MOST_SPANS = 16  # parts of a causal row, each compiled for the keys that it sees
 
 EVERYONE = -1  # the segment of keys that every document of the row sees: a soft prompt
 
@@ -45,29 +48,47 @@ def visible(
 
 
 def attend(
-  q: Array, k: Array, v: Array, mask: Array, *, scale: float, softcap: float | None = None
+  q: Array,
+  k: Array,
+  v: Array,
+  mask: Array,
+  *,
+  scale: float,
+  softcap: float | None = None,
+  causal: bool = False,
 ) -> Array:
   """softmax(cap(scale q k^T) + mask) v, heads of queries sharing keys in groups.
+
+  QUERY_BLOCK queries at a time, whose weights are computed again in the backward pass from each query's maximum and
+  sum: memory grows as time, not as time squared.  Dao et al. 2022 (FlashAttention), sections 3.1 and B.4, without the
+  tiles of keys.
 
   Args:
     q: [batch, time, heads, head_dim].
     k, v: [batch, keys, kv_heads, head_dim]; heads is a multiple of kv_heads.
-    mask: [batch, time, keys], True where a query may look; a query that sees nothing gets the mean of v.
+    mask: [batch, time, keys], True where a query may look; a query that sees nothing gets the mean of the v it is
+      compared with.
     scale: multiplies the scores.
     softcap: cap * tanh(score / cap) (Gemma 2), None for none.
+    causal: the last `time` keys stand in the queries' order and the mask hides what comes after a query, so a block is
+      compared with the keys up to its end only: half the work of a long row.
 
   Returns:
     [batch, time, heads, head_dim] in q's dtype; scores and softmax in float32.
   """
   batch, time, heads, dim = q.shape
-  groups = heads // k.shape[2]
+  groups, keys = heads // k.shape[2], k.shape[1]
   # [batch, kv_heads, groups, time, dim]: plain batched products, twice as fast as the grouped einsum on XLA:CPU
   q = (q * scale).reshape(batch, time, -1, groups, dim).transpose(0, 2, 3, 1, 4)
   k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-  if time <= 2 * QUERY_BLOCK:
-    out = _attend(q, k, v, mask, softcap)
-  else:
-    out = _blockwise(q, k, v, mask, softcap)
+  size = QUERY_BLOCK * -(-time // (QUERY_BLOCK * MOST_SPANS)) if causal else time
+  out = []
+  for start in range(0, time, size):
+    end = min(start + size, time)
+    seen = keys - (time - end) if causal else keys
+    own = (q[..., start:end, :], k[..., :seen, :], v[..., :seen, :], mask[:, start:end, :seen])
+    out.append(_span(*own, softcap))
+  out = out[0] if len(out) == 1 else jnp.concatenate(out, axis=3)
   return out.transpose(0, 3, 1, 2, 4).reshape(batch, time, heads, dim)
 
 
@@ -130,31 +151,73 @@ def _ungrouped(x, lead, group, late):
   return (jnp.roll(x, group // 2, axis=1) if late else x)[:, :time]
 
 
-def _attend(q, k, v, mask, softcap):
-  batch, kv_heads, groups, time, dim = q.shape
-  folded = q.reshape(batch, kv_heads, groups * time, dim)
-  scores = jnp.einsum("bkqd,bksd->bkqs", folded, k, preferred_element_type=jnp.float32)
-  scores = scores.reshape(batch, kv_heads, groups, time, -1)
-  if softcap is not None:
-    scores = softcap * jnp.tanh(scores / softcap)
-  scores = jnp.where(mask[:, None, None], scores, NEGATIVE)
-  weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-  out = jnp.einsum("bkqs,bksd->bkqd", weights.reshape(batch, kv_heads, groups * time, -1), v)
-  return out.reshape(batch, kv_heads, groups, time, dim)
-
-
-def _blockwise(q, k, v, mask, softcap):
-  """The same, QUERY_BLOCK queries at a time, scores recomputed in the backward pass: memory grows as time."""
+def _span(q, k, v, mask, softcap):
+  """Attention of any number of queries: [batch, kv_heads, groups, time, dim], a block after the other."""
   time = q.shape[3]
+  if time <= QUERY_BLOCK:
+    return _block(q, k, v, mask, softcap)
   padding = -time % QUERY_BLOCK
   q = jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, padding), (0, 0)))
   mask = jnp.pad(mask, ((0, 0), (0, padding), (0, 0)))
   q = jnp.moveaxis(q.reshape(*q.shape[:3], -1, QUERY_BLOCK, q.shape[-1]), 3, 0)
   mask = jnp.moveaxis(mask.reshape(mask.shape[0], -1, QUERY_BLOCK, mask.shape[-1]), 1, 0)
-  block = jax.checkpoint(lambda q, mask: _attend(q, k, v, mask, softcap))
-  _, out = jax.lax.scan(lambda _, one: (None, block(*one)), None, (q, mask))
+  _, out = jax.lax.scan(
+    lambda _, one: (None, _block(one[0], k, v, one[1], softcap)), None, (q, mask)
+  )
   out = jnp.moveaxis(out, 0, 3)
   return out.reshape(*out.shape[:3], -1, out.shape[-1])[:, :, :, :time]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _block(q, k, v, mask, softcap):
+  """[batch, kv_heads, groups, time, dim] of a block of queries; k, v: [batch, kv_heads, keys, dim]."""
+  return _block_forward(q, k, v, mask, softcap)[0]
+
+
+def _block_forward(q, k, v, mask, softcap):
+  scores = _scores(q, k, mask, softcap)
+  most = checkpoint_name(jnp.max(scores, axis=-1, keepdims=True), "maximum")
+  weights = jnp.exp(scores - most)
+  total = checkpoint_name(jnp.sum(weights, axis=-1, keepdims=True), "sum")
+  out = _products("bkqs,bksd->bkqd", _folded(weights.astype(v.dtype)), v).reshape(q.shape)
+  out = checkpoint_name((out / total).astype(v.dtype), "context")
+  return out, (q, k, v, mask, out, most, total)
+
+
+def _block_backward(softcap, kept, gradient):
+  q, k, v, mask, out, most, total = kept
+  scores = _scores(q, k, mask, softcap)
+  weights = jnp.exp(scores - most) / total
+  folded = _folded(gradient)
+  along = jnp.sum(out.astype(jnp.float32) * gradient, axis=-1, keepdims=True)
+  slope = weights * (_products("bkqd,bksd->bkqs", folded, v).reshape(scores.shape) - along)
+  if softcap is not None:  # d cap tanh(x / cap) / dx; a masked score is far outside the cap
+    slope *= 1.0 - jnp.square(jnp.clip(scores / softcap, -1.0, 1.0))
+  slope = jnp.where(mask[:, None, None], slope, 0.0)
+  slope, weights = _folded(slope.astype(q.dtype)), _folded(weights.astype(v.dtype))
+  dq = _products("bkqs,bksd->bkqd", slope, k).reshape(q.shape).astype(q.dtype)
+  dk = _products("bkqs,bkqd->bksd", slope, _folded(q)).astype(k.dtype)
+  dv = _products("bkqs,bkqd->bksd", weights, folded).astype(v.dtype)
+  return dq, dk, dv, None
+
+
+_block.defvjp(_block_forward, _block_backward)
+
+
+def _scores(q, k, mask, softcap):
+  """[batch, kv_heads, groups, time, keys] in float32, NEGATIVE where a query may not look."""
+  scores = _products("bkqd,bksd->bkqs", _folded(q), k).reshape(*q.shape[:4], -1)
+  if softcap is not None:
+    scores = softcap * jnp.tanh(scores / softcap)
+  return jnp.where(mask[:, None, None], scores, NEGATIVE)
+
+
+def _folded(x):
+  """[batch, kv_heads, groups, time, n] -> [batch, kv_heads, groups * time, n]: one product for a group's queries."""
+  return x.reshape(*x.shape[:2], -1, x.shape[-1])
+
+
+_products = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:

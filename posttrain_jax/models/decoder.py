@@ -7,6 +7,7 @@ Hugging Face files, matrices stored `[in, out]`, every per-layer leaf with a lea
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable
 from typing import Any
@@ -170,7 +171,7 @@ def hidden(
   Args:
     params: the tree of `specs`, its matrices plain or any `Weight`.
     tokens: [batch, time] ids; None where `embeddings` [batch, time, embed] (scaled already) stand in for them.
-    positions: [batch, time], counted within each document; default 0, 1, 2, ...
+    positions: [batch, time], counted within each document, whose tokens stand in order; default 0, 1, 2, ...
     segment_ids: [batch, time], equal within a packed document, 0 for padding; default one document a row.
     prefix_ids: [batch, time], one more segment that a token sees, 0 for none (`attention.visible`).
     dtype: of the computation; default the embedding's.
@@ -190,16 +191,18 @@ def hidden(
         f"attention_group={attention_group}: shifted groups have no room for a soft prompt, a prefix or prefix_ids"
       )
     mask = lambda window: attention.shifted_masks(*queries, attention_group, window)
+    look = functools.partial(attention.attend_shifted, group=attention_group)
   else:
     if prefix_ids is not None:
       prefix_ids = jnp.pad(prefix_ids, ((0, 0), (x.shape[1] - time, 0)))
     mask = lambda window: attention.visible(
       queries[0], keys[0], queries[1], keys[1], window, prefix_ids
     )
+    look = functools.partial(attention.attend, causal=True)
   shared = _by_kind(config, queries[0], mask)
 
   def layer(x, p, kind):
-    return _layer(x, p, _pick(shared, kind), config, before.extend(p, batch), attention_group)
+    return _layer(x, p, _pick(shared, kind), config, before.extend(p, batch), look)
 
   x = _over_layers(REMAT[remat](layer), x, params["layers"], config)
   return _norm(x[:, x.shape[1] - time :], params["norm"]["weight"], config)
@@ -271,7 +274,7 @@ def _read(params, x, segments, config, cache):
       values = write(values, v.astype(values.dtype)[None], (index, 0, start, 0, 0))
       return keys[index].astype(k.dtype), values[index].astype(v.dtype)
 
-    x = _layer(x, p, _pick(shared, kind), config, extend)
+    x = _layer(x, p, _pick(shared, kind), config, extend, attention.attend)
     return x, keys, values
 
   carry = (x, cache.k, cache.v)
@@ -329,7 +332,10 @@ def unstack(params: Params, config: ModelConfig) -> Params:
 
 # What `names` keeps of a layer for the backward pass: products whose recomputation is dear, not norms and activations.
 # On two CPU cores a LoRA step took 12.1 CPU-seconds with it and 13.4 with `dots`; accelerators are not measured.
-KEPT = ("query", "key", "value", "context", "middle", "gate", "up", "direction", "column_norm")
+KEPT = (
+  *("query", "key", "value", "maximum", "sum", "context", "middle", "gate", "up"),
+  *("direction", "column_norm"),
+)
 
 
 def _checkpoint(policy):
@@ -392,12 +398,12 @@ def _pick(by_kind, kind):
   return jax.tree.map(lambda full, sliding: jnp.where(kind, sliding, full), *by_kind)
 
 
-def _layer(x, p, shared, config, extend, group=0):
-  """One block; `extend(k, v)` returns all keys and values there are to look at."""
+def _layer(x, p, shared, config, extend, look):
+  """One block; `extend(k, v)` returns all keys and values there are to look at, `look` is the attention."""
   mask, cos, sin = shared
   p = _gathered(memory.fetch(p))
   h = _norm(x, p["input_layernorm"]["weight"], config)
-  h = _attention(h, p["self_attn"], mask, cos, sin, config, extend, group)
+  h = _attention(h, p["self_attn"], mask, cos, sin, config, extend, look)
   after = p["post_attention_layernorm"]["weight"]
   if config.sandwich_norms:
     x = x + _norm(h, after, config)
@@ -426,7 +432,7 @@ def _whole(leaf, spec):
   return sharding.gather(leaf, spec)
 
 
-def _attention(h, p, mask, cos, sin, config, extend, group):
+def _attention(h, p, mask, cos, sin, config, extend, look):
   heads = lambda name: _project(h, p[name]).reshape(*h.shape[:2], -1, config.head_dim)
   q, k, v = heads("q_proj"), heads("k_proj"), heads("v_proj")
   if config.qk_norm:
@@ -435,13 +441,8 @@ def _attention(h, p, mask, cos, sin, config, extend, group):
   q = checkpoint_name(attention.rotate(q, cos, sin), "query")
   k = checkpoint_name(attention.rotate(k, cos, sin), "key")
   v = checkpoint_name(constrain(v, "batch time heads head_dim"), "value")
-  how = dict(scale=config.softmax_scale, softcap=config.attention_softcap)
-  if group:
-    out = attention.attend_shifted(q, k, v, mask, group=group, **how)
-  else:
-    out = attention.attend(q, *extend(k, v), mask, **how)
-  out = checkpoint_name(out.reshape(*h.shape[:2], -1), "context")
-  return _project(out, p["o_proj"])
+  out = look(q, *extend(k, v), mask, scale=config.softmax_scale, softcap=config.attention_softcap)
+  return _project(out.reshape(*h.shape[:2], -1), p["o_proj"])
 
 
 def _mlp(h, p, config):

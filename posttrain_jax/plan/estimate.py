@@ -102,9 +102,10 @@ def saved(model: ModelConfig, remat: str, itemsize: int) -> int:
   heads, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
   inputs, attention = model.hidden_size, heads + 2 * kv
   mlp = 2 * model.intermediate_size
+  softmax = 2 * model.num_heads * 4 // itemsize  # a query's maximum and sum, float32
   kept = {
     "full": 0,
-    "names": attention + heads + model.hidden_size + mlp,  # decoder.KEPT
+    "names": attention + heads + softmax + model.hidden_size + mlp,  # decoder.KEPT
     "dots": attention + heads + 2 * model.hidden_size + mlp,  # every product of a layer
     "none": 2 * (attention + heads) + 4 * model.hidden_size + 2 * mlp,
   }
