@@ -220,7 +220,12 @@ class Worker:
   def run(self, job: str) -> dict:
     self.process.stdin.write(f"{job}\n")
     self.process.stdin.flush()
-    return json.loads(self.process.stdout.readline())
+    line = self.process.stdout.readline()
+    if not line:
+      raise RuntimeError(
+        f"a worker ended in {job} with code {self.process.wait()}; -9: out of memory"
+      )
+    return json.loads(line)
 
   def close(self) -> None:
     self.process.stdin.close()

@@ -4,8 +4,9 @@
 
 24 of the 300 pairs of demo_pairs/dpo_en_demo.json, every 12th by length, once through, four a step.  Both compute the
 reference (the base without its adapter) in the time that counts: TRL at each step, here once before the steps.  Here
-the prompt of a pair is computed once and pairs of like length share a batch; there the two sequences are padded to the
-longest of the batch.
+the prompt of a pair is computed once and pairs of like length share a batch.  There the two sequences of a pair are
+padded to the longer, and four pairs are accumulated one by one: at once they end in 24 GiB of memory being full, and
+would be padded further.  A worker is alone in memory, so they follow one another.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ def torch_jobs() -> bench.Jobs:
     model=transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
     args=trl.DPOConfig(
       output_dir=tempfile.mkdtemp(),
-      per_device_train_batch_size=A_STEP,
+      per_device_train_batch_size=1,
       beta=BETA,
       max_length=None,
       report_to=[],
@@ -120,10 +121,11 @@ def torch_jobs() -> bench.Jobs:
 
   def train() -> int:
     trainer.model.train()
-    for batch in batches:
-      trainer.compute_loss(trainer.model, batch).backward()
-      optimizer.step()
-      optimizer.zero_grad()
+    for i, batch in enumerate(batches, 1):
+      (trainer.compute_loss(trainer.model, batch) / A_STEP).backward()
+      if i % A_STEP == 0:
+        optimizer.step()
+        optimizer.zero_grad()
     return len(fields)
 
   return {"dpo": train}
@@ -140,28 +142,30 @@ def main() -> int:
   if not os.environ.get("POSTTRAIN_DATA"):
     print("POSTTRAIN_DATA is not set: DPO on real pairs is left out")
     return 0
-  workers = {library: bench.Worker(library, __file__) for library in ("jax", "torch")}
-  first = workers["jax"].run(
-    "dpo"
-  )  # with compilation; there nothing is compiled, and a run takes minutes
-  pairs = []
+  first, pairs = {}, []
   for _ in range(args.repeats):
-    pairs.append({library: worker.run("dpo") for library, worker in workers.items()})
-    print(json.dumps(pairs[-1]), flush=True)
-  rate = {lib: [p[lib]["tokens"] / p[lib]["seconds"] for p in pairs] for lib in workers}
+    pair = {}
+    for library in ("jax", "torch"):
+      worker = bench.Worker(library, __file__)
+      if library == "jax":  # there nothing is compiled, and a run takes minutes
+        first = worker.run("dpo")
+        print(json.dumps({"with compilation": first}), flush=True)
+      pair[library] = worker.run("dpo")
+      worker.close()
+      print(json.dumps({library: pair[library]}), flush=True)
+    pairs.append(pair)
+  rate = {lib: [p[lib]["tokens"] / p[lib]["seconds"] for p in pairs] for lib in ("jax", "torch")}
   ratios = [ours / theirs for ours, theirs in zip(rate["jax"], rate["torch"])]
   found = {
     "pairs_per_second": {lib: round(statistics.median(r), 3) for lib, r in rate.items()},
     "ratio": round(statistics.median(ratios), 2),
     "ratio_range": [round(min(ratios), 2), round(max(ratios), 2)],
     "first_seconds": round(first["seconds"], 1),
-    "peak_gb": {lib: round(pairs[-1][lib]["peak"] / 1e9, 2) for lib in workers},
-    "pairs": {lib: pairs[0][lib]["tokens"] for lib in workers},
+    "peak_gb": {lib: round(pairs[-1][lib]["peak"] / 1e9, 2) for lib in rate},
+    "pairs": {lib: pairs[0][lib]["tokens"] for lib in rate},
     "repeats": args.repeats,
     "date": time.strftime("%Y-%m-%d"),
   }
-  for worker in workers.values():
-    worker.close()
   bench.RESULTS.mkdir(exist_ok=True)
   path = bench.RESULTS / "bench-dpo-cpu.json"
   path.write_text(json.dumps(found, indent=2) + "\n")

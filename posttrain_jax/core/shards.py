@@ -13,6 +13,7 @@ from posttrain_jax.core import files
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+STORED = {name: stored for stored, name in FLOATS.items()}
 SHARD_BYTES = 5_000_000_000
 
 # (shape, dtype name, function that makes the array)

@@ -105,6 +105,16 @@ def config(weight: Any, skipped: list[str]) -> dict[str, Any]:
 # Reading
 
 
+def shape(tensors: Mapping[str, np.ndarray]) -> tuple[int, int]:
+  """(out, in) as the parts themselves say it."""
+  kind = storage(tensors)
+  if kind == "int8":
+    out, rows = tensors[""].shape
+  else:
+    out, rows = _state(tensors[STATE + kind], kind)["shape"]
+  return out, rows
+
+
 def read(name: str, tensors: Mapping[str, np.ndarray], shape: tuple[int, ...]) -> Any:
   """The weight, [in, out] in host memory, whose parts these are.
 

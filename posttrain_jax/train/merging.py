@@ -22,10 +22,13 @@ from posttrain_jax.merge import methods, recipe, stream
 from posttrain_jax.merge.recipe import ModelRef, Recipe, RecipeError, Wanted
 from posttrain_jax.models import decoder, fetch, hf
 from posttrain_jax.models.config import ModelConfig
+from posttrain_jax.quant import bnb
 from posttrain_jax.train import evaluate as evaluate_lib
 from posttrain_jax.train import export, settings
 
 log = logging.getLogger(__name__)
+
+QUANTISED = "quantization_config"  # of a config.json, where matrices are not stored as they are
 
 
 def merge(recipe_path: str, out: str | Path, *, evaluate: str = "", limit: int = 0) -> Path:
@@ -122,14 +125,44 @@ def _operator(
 
 @contextlib.contextmanager
 def _opened(model: ModelRef, folder: Path):
-  with shards.Reader(folder) as reader:
+  with shards.Reader(folder) as files_:
+    config = files.read_json(folder / "config.json")
+    reader = _Dequantised(files_) if QUANTISED in config else files_
     yield reader if model.adapter is None else _WithAdapter(reader, folder, model.adapter)
+
+
+class _Dequantised:
+  """A model whose matrices bitsandbytes quantised, each made dense when it is read: what an adapter was trained on."""
+
+  def __init__(self, reader: shards.Reader):
+    self.reader = reader
+    parts = {name: bnb.parts(name, reader.where) for name in reader.where}
+    self.parts = {name: own for name, own in parts.items() if bnb.storage(own) != "dense"}
+    inner = {part for own in self.parts.values() for what, part in own.items() if what}
+    self.where = {name: path for name, path in reader.where.items() if name not in inner}
+
+  def shape(self, name: str) -> tuple[int, ...]:
+    return self._weight(name).shape[::-1] if name in self.parts else self.reader.shape(name)
+
+  def stored(self, name: str) -> str:
+    if name not in self.parts:
+      return self.reader.stored(name)
+    return shards.STORED[str(np.dtype(self._weight(name).dtype))]
+
+  def get(self, name: str) -> np.ndarray:
+    if name not in self.parts:
+      return self.reader.get(name)
+    return np.asarray(weight.dense(jax.tree.map(jnp.asarray, self._weight(name)))).T
+
+  def _weight(self, name: str) -> Any:
+    tensors = {part: self.reader.get(own) for part, own in self.parts[name].items()}
+    return bnb.read(name, tensors, bnb.shape(tensors))
 
 
 class _WithAdapter:
   """A model's tensors with an adapter merged in, each when it is read."""
 
-  def __init__(self, reader: shards.Reader, folder: Path, adapter: str):
+  def __init__(self, reader: stream.Tensors, folder: Path, adapter: str):
     self.reader, self.where = reader, reader.where
     config = hf.read_config(folder)
     leaves = ((path, _leaf(reader, path, config)) for path in _paths(reader, config))
@@ -165,7 +198,7 @@ class _WithAdapter:
 class _Stacked:
   """A leaf [layers, ...] of which a layer is read when it is asked for: DoRA's norms are of its base."""
 
-  def __init__(self, reader: shards.Reader, path: str, layers: int):
+  def __init__(self, reader: stream.Tensors, path: str, layers: int):
     self.reader, self.path = reader, path
     shape = reader.shape(hf.hf_name(path, 0))
     self.shape = (layers, *(shape[::-1] if hf.turned(path) else shape))
@@ -176,13 +209,13 @@ class _Stacked:
     return array.T if hf.turned(self.path) else array
 
 
-def _paths(reader: shards.Reader, config: ModelConfig) -> list[str]:
+def _paths(reader: stream.Tensors, config: ModelConfig) -> list[str]:
   """Paths of the decoder that the files hold under the names they are written with."""
   name = lambda path: hf.hf_name(path, 0 if path.startswith("layers/") else None)
   return [path for path, _ in tree.items(decoder.specs(config)) if name(path) in reader.where]
 
 
-def _leaf(reader: shards.Reader, path: str, config: ModelConfig) -> Any:
+def _leaf(reader: stream.Tensors, path: str, config: ModelConfig) -> Any:
   if path.startswith("layers/"):
     return _Stacked(reader, path, config.num_layers)
   array = reader.get(hf.hf_name(path))
@@ -191,7 +224,8 @@ def _leaf(reader: shards.Reader, path: str, config: ModelConfig) -> Any:
 
 @jax.jit
 def _merged(base, node):
-  return weight.dense(Adapted(base, node), base.dtype)
+  """In float32, whatever the base's dtype: rounded once, with the result."""
+  return weight.dense(Adapted(base.astype(jnp.float32), node), jnp.float32)
 
 
 def _finish(made: stream.Plan, folders: Mapping[ModelRef, Path], out: Path) -> None:
@@ -200,7 +234,8 @@ def _finish(made: stream.Plan, folders: Mapping[ModelRef, Path], out: Path) -> N
   leading = found.base or found.slices[0].sources[0].model
   described = files.read_json(folders[leading] / "config.json")
   described["dtype"] = made.dtypes[0]
-  described.pop("torch_dtype", None)
+  for key in ("torch_dtype", QUANTISED):
+    described.pop(key, None)
   if not found.whole:
     kinds = described.get("layer_types")
     described["num_hidden_layers"] = made.layers

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
-from posttrain_jax import adapters, merge
+from posttrain_jax import adapters, merge, quant
 from posttrain_jax.__main__ import main
 from posttrain_jax.adapters import peft_format
 from posttrain_jax.core import shards, tree
@@ -212,6 +212,35 @@ def test_an_adapter_is_merged_into_its_base_when_that_is_read(tmp_path, models):
   assert run(tmp_path, models, f"merge_method: linear\nmodels:\n{listed}") == 0
   merged = [adapters.merge(params, adapter) for _, adapter in folders]
   assert_close(trees(tmp_path, "out")[0], merge.linear(merged), 1e-5)
+
+
+@pytest.mark.parametrize("storage", ["nf4", "int8"])
+def test_a_quantised_base_is_made_dense_and_takes_its_adapter(tmp_path, storage):
+  """As `adapters.merge` makes it: what was trained, in a folder of plain matrices."""
+  config = tiny.config(hidden_size=64, intermediate_size=128)
+  stored = quant.quantize_params(decoder.init(jax.random.key(0), config, std=0.1), storage=storage)
+  save(tmp_path / "base", stored, config)
+  chosen = adapters.AdapterConfig(r=3, target_modules=("q_proj", "down_proj"))
+  adapter = trained(adapters.init(jax.random.key(1), stored, chosen)[1])
+  peft_format.save(tmp_path / "own", adapter, chosen, config)
+  text = "merge_method: linear\nmodels:\n  - {model: @base+@own, parameters: {weight: 1.0}}\n"
+  assert run(tmp_path, tmp_path, text) == 0
+  assert_close(trees(tmp_path, "out")[0], adapters.merge(stored, adapter), 1e-6)
+  assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+
+
+def test_an_adapter_of_a_bfloat16_base_is_rounded_once(tmp_path):
+  params = jax.tree.map(
+    lambda x: x.astype("bfloat16"), decoder.init(jax.random.key(0), MODEL, std=0.1)
+  )
+  save(tmp_path / "base", params)
+  chosen = adapters.AdapterConfig(r=3, target_modules=("q_proj",))
+  adapter = trained(adapters.init(jax.random.key(1), params, chosen)[1])
+  peft_format.save(tmp_path / "own", adapter, chosen, MODEL)
+  text = "merge_method: linear\ndtype: float32\nmodels:\n  - {model: @base+@own, parameters: {weight: 1.0}}\n"
+  assert run(tmp_path, tmp_path, text) == 0
+  wide = jax.tree.map(lambda x: x.astype(np.float32), params)
+  assert_close(trees(tmp_path, "out")[0], adapters.merge(wide, adapter), 1e-6)
 
 
 def test_bfloat16_in_and_out(tmp_path, models):
