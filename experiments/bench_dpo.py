@@ -51,6 +51,8 @@ def jax_jobs() -> bench.Jobs:
   from posttrain_jax.optim import build
   from posttrain_jax.train import comparisons, objectives, reference, step
 
+  # as `posttrain train` does, in a folder of this process: the second run finds what the first compiled
+  jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp())
   params, config = hf.load("smollm2", dtype=np.float32)
   tokenizer = chat.load_tokenizer(fetch.fetch())
   template = chat.template(tokenizer)
