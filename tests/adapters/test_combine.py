@@ -9,6 +9,7 @@ import pytest
 
 from posttrain_jax import adapters
 from posttrain_jax.adapters import AdapterConfig, combine, peft_format
+from posttrain_jax.adapters.lora import LoRA
 from posttrain_jax.core import tree, weight
 from posttrain_jax.models import decoder
 from tests.adapters.cases import trained
@@ -104,6 +105,16 @@ def test_a_chosen_rank_is_the_nearest(rank):
       np.testing.assert_allclose(one, best, atol=5e-5)
   all_of_it, _ = combine.compress(several(), rank=10, weights=WEIGHTS)
   assert_same(changes(all_of_it), whole, 1e-4)
+
+
+def test_many_layers_end():
+  """Batched decompositions side by side stopped for good on two cores, at sizes that no tiny model has."""
+  draw = np.random.default_rng(0)
+  a, b = (draw.standard_normal(shape, np.float32) for shape in ((30, 576, 32), (30, 32, 1536)))
+  node = LoRA(jnp.asarray(a), jnp.asarray(b), jnp.ones(30))
+  made, _ = combine.compress([{"layers": {"mlp": {"up_proj": {"weight": node}}}}], rank=32)
+  found = made["layers"]["mlp"]["up_proj"]["weight"]
+  np.testing.assert_allclose(found.a[0] @ found.b[0], a[0] @ b[0], atol=1e-3)
 
 
 def test_an_operator_merges_the_changes_themselves():
