@@ -125,9 +125,9 @@ def _operator(
 
 @contextlib.contextmanager
 def _opened(model: ModelRef, folder: Path):
-  with shards.Reader(folder) as files_:
-    config = files.read_json(folder / "config.json")
-    reader = _Dequantised(files_) if QUANTISED in config else files_
+  with shards.Reader(folder) as stored:
+    described = files.read_json(folder / "config.json")
+    reader = _Dequantised(stored) if QUANTISED in described else stored
     yield reader if model.adapter is None else _WithAdapter(reader, folder, model.adapter)
 
 
