@@ -164,8 +164,9 @@ def main() -> int:
         runs[who].append(timed(commands(folder, method, out)[who], out))
         print(method, who, json.dumps(runs[who][-1]), flush=True)
     found[method] = summary(runs) | {"apart": apart(outs["here"], outs["mergekit"])}
+    found[method]["repeats"] = args.repeats
   found["versions"] = {p: importlib.metadata.version(p) for p in ("jax", "torch", "mergekit")}
-  found["repeats"], found["date"] = args.repeats, time.strftime("%Y-%m-%d")
+  found["date"] = time.strftime("%Y-%m-%d")
   files.write_json(OUT.with_suffix(".json"), found)
   files.write_text(OUT.with_suffix(".md"), page(found))
   print(page(found))
@@ -177,19 +178,21 @@ def page(found: dict[str, Any]) -> str:
     "# How fast a merge is",
     "",
     f"Written by `experiments/merge_speed.py`: two models of 1.24B parameters in bfloat16 (and for TIES their base),"
-    f" {os.cpu_count()} CPU cores, whole processes, medians of {found['repeats']}, {found['versions']}.",
+    f" {os.cpu_count()} CPU cores, whole processes, {found['versions']}. Resident memory counts the mapped files.",
     "",
-    "| method | here, s | mergekit, s | ratio | copying a result's bytes, s | here over copying | peak here, GB |"
+    "| method | pairs of runs"
+    " | here, s | mergekit, s | ratio | copying a result's bytes, s | here over copying | peak here, GB |"
     " peak mergekit, GB | largest difference |",
-    "|---" * 9 + "|",
+    "|---" * 10 + "|",
   ]
   for method in RECIPES:
     f = found[method]
     low, high = f["ratio_range"]
     lines.append(
-      f"| {method} | {f['seconds']['here']} | {f['seconds']['mergekit']} | {f['ratio']} ({low} to {high}) |"
+      f"| {method} | {f['repeats']}"
+      f" | {f['seconds']['here']} | {f['seconds']['mergekit']} | {f['ratio']} ({low} to {high}) |"
       f" {f['seconds']['copy']} | {f['over_copy']} | {f['peak_gb']['here']} | {f['peak_gb']['mergekit']} |"
-      f" {f['apart']:.1e} |"
+      f" {f.get('apart', 'not compared')} |"
     )
   return "\n".join(lines) + "\n"
 
