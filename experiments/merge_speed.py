@@ -188,11 +188,12 @@ def page(found: dict[str, Any]) -> str:
   for method in RECIPES:
     f = found[method]
     low, high = f["ratio_range"]
+    apart = f"{f['apart']:.1e}" if "apart" in f else "not compared"
     lines.append(
       f"| {method} | {f['repeats']}"
       f" | {f['seconds']['here']} | {f['seconds']['mergekit']} | {f['ratio']} ({low} to {high}) |"
       f" {f['seconds']['copy']} | {f['over_copy']} | {f['peak_gb']['here']} | {f['peak_gb']['mergekit']} |"
-      f" {f.get('apart', 'not compared')} |"
+      f" {apart} |"
     )
   return "\n".join(lines) + "\n"
 

@@ -293,9 +293,7 @@ def test_what_an_adapter_took_out_of_its_base_is_the_references_again(use_dora):
   """PiSSA: the reference is the model that was, not what is left of it."""
   model, _, _ = tiny.setup("full")
   params = decoder.init(jax.random.key(1), model, std=tiny.STD)
-  chosen = adapters.AdapterConfig(
-    r=4, lora_alpha=8, init_lora_weights="pissa", use_dora=use_dora, target_modules=("q_proj",)
-  )
+  chosen = adapters.AdapterConfig(r=4, lora_alpha=8, init_lora_weights="pissa", use_dora=use_dora)
   rest, adapter = adapters.init(jax.random.key(0), params, chosen)
   trainable, fixed = tree.partition(adapter)
   frozen = Frozen(rest, fixed)
