@@ -126,11 +126,11 @@ def timed(command: list[str], out: Path) -> dict[str, float]:
 def apart(one: Path, other: Path) -> float:
   """The largest difference between two merged folders, over the largest value."""
   worst = largest = 0.0
-  with shards.Reader(one) as a, shards.Reader(other) as b:
-    for name in a.where:
-      x, y = (np.asarray(reader.get(name), np.float32) for reader in (a, b))
-      worst = max(worst, float(np.abs(x - y).max()))
-      largest = max(largest, float(np.abs(x).max()))
+  a, b = shards.Reader(one), shards.Reader(other)
+  for name in a.where:
+    x, y = (np.asarray(reader.get(name), np.float32) for reader in (a, b))
+    worst = max(worst, float(np.abs(x - y).max()))
+    largest = max(largest, float(np.abs(x).max()))
   return worst / largest
 
 

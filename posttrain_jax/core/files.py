@@ -19,11 +19,20 @@ DTYPES = {
   "float32": "F32",
   "float16": "F16",
   "bfloat16": "BF16",
+  "float8_e4m3fn": "F8_E4M3",
+  "float8_e5m2": "F8_E5M2",
   "int64": "I64",
   "int32": "I32",
-  "uint8": "U8",
+  "int16": "I16",
   "int8": "I8",
+  "uint64": "U64",
+  "uint32": "U32",
+  "uint16": "U16",
+  "uint8": "U8",
+  "bool": "BOOL",
 }
+STORED = {stored: name for name, stored in DTYPES.items()}
+ALIGNMENT = 64  # bytes: where an array begins that XLA's CPU client takes over without a copy
 
 
 @contextlib.contextmanager
@@ -118,5 +127,23 @@ def write_safetensors(
     os.fsync(f.fileno())
 
 
+def read_array(path: str | Path, start: int, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+  """The array whose bytes begin at `start`, in memory of its own that jnp.asarray takes over on CPUs.
+
+  Raises:
+    ValueError: the file ends before.
+  """
+  wanted = int(np.prod(shape, dtype=np.int64)) * numpy_dtype(dtype).itemsize
+  room = np.empty(wanted + ALIGNMENT, np.uint8)
+  first = -room.ctypes.data % ALIGNMENT
+  held = room[first : first + wanted]
+  with Path(path).open("rb") as f:
+    f.seek(start)
+    found = f.readinto(held.data)
+  if found != wanted:
+    raise ValueError(f"{path} ends after {start + found} bytes of {start + wanted}: fetch it again")
+  return held.view(numpy_dtype(dtype)).reshape(shape)
+
+
 def numpy_dtype(name: str) -> np.dtype:
-  return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
+  return np.dtype(getattr(ml_dtypes, name, name))

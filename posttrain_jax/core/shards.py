@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,8 @@ import safetensors
 from posttrain_jax.core import files
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-STORED = {name: stored for stored, name in FLOATS.items()}
+# the floating-point dtypes as files name them, and their names
+FLOATS = {files.DTYPES[name]: name for name in ("float64", "float32", "float16", "bfloat16")}
 SHARD_BYTES = 5_000_000_000
 
 # (shape, dtype name, function that makes the array)
@@ -21,7 +23,7 @@ Entry = tuple[tuple[int, ...], str, Callable[[], np.ndarray]]
 
 
 class Reader:
-  """Every tensor of a folder's safetensors files by name; the files are memory-mapped.
+  """Every tensor of a folder's safetensors files by name, read when it is asked for.
 
   Raises:
     FileNotFoundError: there are none, or a shard that the index names is missing.
@@ -30,7 +32,7 @@ class Reader:
 
   def __init__(self, folder: Path):
     self.where: dict[str, Path] = {}
-    self.open: dict[Path, Any] = {}
+    self.held: dict[Path, _Held] = {}
     single, index = folder / SINGLE, folder / INDEX
     if single.exists():
       paths = [single]
@@ -48,41 +50,55 @@ class Reader:
     if not path.exists():
       raise FileNotFoundError(f"{path} is named by {index.name} and does not exist")
     try:
-      self.open[path] = safetensors.safe_open(path, "np").__enter__()
+      with safetensors.safe_open(path, "np"):  # which checks that the file is whole
+        self.held[path] = _read_header(path)
     except safetensors.SafetensorError as error:
       raise ValueError(
         f"{path} cannot be read: {error}; it may be cut short, fetch it again"
       ) from error
-    held = set(self.open[path].keys())
-    lacking = sorted({name for name, at in self.where.items() if at == path} - held)
+    held = self.held[path].tensors
+    lacking = sorted({name for name, at in self.where.items() if at == path} - held.keys())
     if lacking:
       raise ValueError(f"{path} lacks the tensor {lacking[0]!r} that {index.name} says it holds")
     for name in held:  # of which an index may name fewer
       self.where.setdefault(name, path)
 
-  def __enter__(self) -> Reader:
-    return self
-
-  def __exit__(self, *_: object) -> None:
-    for handle in self.open.values():
-      handle.__exit__(None, None, None)
-
   def shape(self, name: str) -> tuple[int, ...]:
-    return tuple(self._slice(name).get_shape())
+    return tuple(self._entry(name)["shape"])
 
   def stored(self, name: str) -> str:
     """The dtype as the file has it: F32, BF16, U8, ..."""
-    return self._slice(name).get_dtype()
+    return self._entry(name)["dtype"]
 
   def dtype(self, name: str) -> str:
     """The name of a floating-point tensor's dtype."""
     return FLOATS[self.stored(name)]
 
   def get(self, name: str) -> np.ndarray:
-    return self.open[self.where[name]].get_tensor(name)
+    path, stored = self.where[name], self.stored(name)
+    if stored not in files.STORED:
+      raise ValueError(f"{path}: {name!r} is stored as {stored}, of which no array can be made")
+    start = self.held[path].start + self._entry(name)["data_offsets"][0]
+    return files.read_array(path, start, self.shape(name), files.STORED[stored])
 
-  def _slice(self, name: str) -> Any:
-    return self.open[self.where[name]].get_slice(name)
+  def _entry(self, name: str) -> Mapping[str, Any]:
+    return self.held[self.where[name]].tensors[name]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Held:
+  """What a file holds: where its data start, and of each tensor dtype, shape and place among them."""
+
+  start: int
+  tensors: Mapping[str, Mapping[str, Any]]
+
+
+def _read_header(path: Path) -> _Held:
+  with path.open("rb") as f:
+    size = int.from_bytes(f.read(8), "little")
+    tensors = json.loads(f.read(size))
+  tensors.pop("__metadata__", None)
+  return _Held(8 + size, tensors)
 
 
 def _read_index(index: Path) -> dict[str, Path]:

@@ -301,22 +301,38 @@ def sce(
   models = checks.models(models, base=base)
   checks.fraction("density", density)
   floor = checks.choice("semantics", semantics, ("mergekit", "paper")) == "mergekit"
-  select = density < 1
-  return _sce(models, base, density, select, floor, dtype=jnp.dtype(dtype or base.dtype))
+  models, base = jax.tree.map(jnp.asarray, (models, base))
+  select = None
+  if density < 1:
+    variance = _variance(models, base)
+    select = variance, _most(variance, density)
+  return _sce(models, base, select, floor, dtype=jnp.dtype(dtype or base.dtype))
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4), static_argnames=("dtype",))
-def _sce(models, base, density, select, floor, *, dtype):
-  wide = base.astype(jnp.float32)
-  deltas = [x.astype(jnp.float32) - wide for x in models]
-  if select:
-    # about the first delta, so that equal ones have no variance at all
-    about = [d - deltas[0] for d in deltas]
-    mean = sum(about) / len(about)
-    variance = sum((d - mean) ** 2 for d in about) / len(about)
-    some = jnp.sum(variance != 0).astype(jnp.float32)
-    mask = sparsify.largest(variance, (some * density).astype(jnp.int32))
-    deltas = [jnp.where(mask, d, 0.0) for d in deltas]
+@jax.jit
+def _variance(models, base):
+  """Of each entry, among models."""
+  # about the first delta, so that equal ones have no variance at all
+  wide = _wide(base)
+  deltas = [_wide(x) - wide for x in models]
+  about = [d - deltas[0] for d in deltas]
+  mean = sum(about) / len(about)
+  return sum((d - mean) ** 2 for d in about) / len(about)
+
+
+@jax.jit
+def _most(variance, density):
+  some = jnp.sum(variance != 0).astype(jnp.float32)
+  return sparsify.largest(variance, (some * density).astype(jnp.int32))
+
+
+@functools.partial(jax.jit, static_argnums=3, static_argnames=("dtype",))
+def _sce(models, base, select, floor, *, dtype):
+  wide = _wide(base)
+  deltas = [_wide(x) - wide for x in models]
+  if select is not None:
+    kept = sparsify.mask(*select)
+    deltas = [jnp.where(kept, d, 0.0) for d in deltas]
   energy = jnp.stack([jnp.mean(d * d) for d in deltas])
   total = jnp.sum(energy)
   alike = total < SINGULAR if floor else total == 0
@@ -328,39 +344,53 @@ def _sce(models, base, density, select, floor, *, dtype):
   return (wide + part / divisor).astype(dtype)
 
 
-def _merge(models, base, weights, lambda_, mask, settings, rule, dtype):
+def _merge(models, base, weights, lambda_, find, settings, rule, dtype):
   models = checks.models(models, base=base)
   weights = checks.weights(weights, len(models), normalize=rule.normalize)
-  return _merged(
-    models,
-    base,
-    weights,
-    lambda_,
-    tuple(settings(int(np.size(base)))),
-    mask=mask,
-    rule=rule,
-    dtype=jnp.dtype(dtype or base.dtype),
-  )
+  models, base = jax.tree.map(jnp.asarray, (models, base))
+  # several programs, each of which reads its inputs once and has no difference in memory
+  kept = None
+  if find is not None:
+    kept = [
+      _kept(x, base, own, find=find, expected=rule.rescale == "expected")
+      for x, own in zip(models, settings(base.size))
+    ]
+    if rule.rescale == "l1":
+      kept = [(mask, _l1_scale(x, base, mask)) for x, (mask, _) in zip(models, kept)]
+  dtype = jnp.dtype(dtype or base.dtype)
+  return _merged(models, base, weights, lambda_, kept, rule=rule, dtype=dtype)
 
 
-@functools.partial(jax.jit, static_argnames=("mask", "rule", "dtype"))
-def _merged(
-  models, base, weights, lambda_, settings, *, mask: Callable[..., Any] | None, rule: Rule, dtype
-):
-  wide = base.astype(jnp.float32)
-  deltas = [x.astype(jnp.float32) - wide for x in models]
-  if mask is not None:
-    deltas = [_sparse(d, mask, own, rule.rescale) for d, own in zip(deltas, settings)]
+@functools.partial(jax.jit, static_argnames=("find", "expected"))
+def _kept(model, base, settings, *, find: Callable[..., Any], expected: bool):
+  """What is kept of a task vector, and what that is multiplied by to have the whole as its mean."""
+  kept, probability = find(_wide(model) - _wide(base), *settings)
+  if not expected:
+    return kept, None
+  return kept, 1 / jnp.where(probability == 0, 1.0, probability)
+
+
+@jax.jit
+def _l1_scale(model, base, kept):
+  return sparsify.l1_scale(_wide(model) - _wide(base), kept)
+
+
+@functools.partial(jax.jit, static_argnames=("rule", "dtype"))
+def _merged(models, base, weights, lambda_, kept, *, rule: Rule, dtype):
+  wide = _wide(base)
+  deltas = [_wide(x) - wide for x in models]
+  if kept is not None:
+    deltas = [_sparse(delta, *own) for delta, own in zip(deltas, kept)]
   return (wide + lambda_ * _joined(deltas, weights, rule)).astype(dtype)
 
 
-def _sparse(delta, mask, settings, rescale):
-  kept, probability = mask(delta, *settings)
-  if rescale == "l1":
-    return sparsify.l1(delta, kept)
-  if rescale == "expected":
-    return sparsify.expected(delta, kept, probability)
-  return jnp.where(kept, delta, 0.0)
+def _sparse(delta, kept, scale):
+  left = jnp.where(sparsify.mask(delta, kept), delta, 0.0)
+  return left if scale is None else left * scale
+
+
+def _wide(x):
+  return x.astype(jnp.float32)
 
 
 def _joined(deltas, weights, rule):

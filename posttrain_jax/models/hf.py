@@ -80,13 +80,13 @@ def load(
   config = read_config(folder)
   place = place or (lambda _, leaf: jax.tree.map(jnp.asarray, leaf))
   specs = dict(tree.items(decoder.specs(config)))
-  with shards.Reader(folder) as reader:
-    located = _match(specs, reader, config, folder)
-    kept = quantised.storages(folder, specs, located, reader.where, storage, exclude)
-    leaves = {
-      path: place(path, _leaf(reader, path, names, specs[path], dtype, kept[path]))
-      for path, names in located.items()
-    }
+  reader = shards.Reader(folder)
+  located = _match(specs, reader, config, folder)
+  kept = quantised.storages(folder, specs, located, reader.where, storage, exclude)
+  leaves = {
+    path: place(path, _leaf(reader, path, names, specs[path], dtype, kept[path]))
+    for path, names in located.items()
+  }
   return tree.unflatten(leaves), config
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import time
@@ -57,24 +56,21 @@ def merge(recipe_path: str, out: str | Path, *, evaluate: str = "", limit: int =
       known = ", ".join(tasks.TASKS)
       raise RecipeError(f"--evaluate={source}: no such file, and no built-in task ({known})")
   folders = {model: fetch.resolve(model.name) for model in found.models()}
-  with contextlib.ExitStack() as closing:
-    opened = {
-      model: closing.enter_context(_opened(model, folder)) for model, folder in folders.items()
-    }
-    made = stream.plan(found, opened)
-    methods.rehearse(found, made.wanted)
-    names = ", ".join(map(str, found.models()))
-    log.info(
-      "%s of %s: %d tensors, %.2f GB", found.method, names, len(made.wanted), made.nbytes() / 1e9
-    )
-    operator = functools.partial(
-      _operator, found, dict(zip((w.name for w in made.wanted), made.dtypes))
-    )
-    finish = functools.partial(_finish, made, folders)
-    stream.run(made, opened, operator, out, finish=finish)
-    log.info("written in %.1f s: %s", time.monotonic() - began, out)
-    if measured:
-      _report(made, opened, out, measured, limit)
+  opened = {model: _opened(model, folder) for model, folder in folders.items()}
+  made = stream.plan(found, opened)
+  methods.rehearse(found, made.wanted)
+  names = ", ".join(map(str, found.models()))
+  log.info(
+    "%s of %s: %d tensors, %.2f GB", found.method, names, len(made.wanted), made.nbytes() / 1e9
+  )
+  operator = functools.partial(
+    _operator, found, dict(zip((w.name for w in made.wanted), made.dtypes))
+  )
+  finish = functools.partial(_finish, made, folders)
+  stream.run(made, opened, operator, out, finish=finish)
+  log.info("written in %.1f s: %s", time.monotonic() - began, out)
+  if measured:
+    _report(made, opened, out, measured, limit)
   return out
 
 
@@ -123,18 +119,17 @@ def _operator(
   return methods.apply(found, wanted, arrays, dtype=dtypes[wanted.name])
 
 
-@contextlib.contextmanager
-def _opened(model: ModelRef, folder: Path):
-  with shards.Reader(folder) as stored:
-    described = files.read_json(folder / "config.json")
-    reader = _Dequantised(stored) if QUANTISED in described else stored
-    yield reader if model.adapter is None else _WithAdapter(reader, folder, model.adapter)
+def _opened(model: ModelRef, folder: Path) -> stream.Tensors:
+  reader: stream.Tensors = shards.Reader(folder)
+  if QUANTISED in files.read_json(folder / "config.json"):
+    reader = _Dequantised(reader)
+  return reader if model.adapter is None else _WithAdapter(reader, folder, model.adapter)
 
 
 class _Dequantised:
   """A model whose matrices bitsandbytes quantised, each made dense when it is read: what an adapter was trained on."""
 
-  def __init__(self, reader: shards.Reader):
+  def __init__(self, reader: stream.Tensors):
     self.reader = reader
     parts = {name: bnb.parts(name, reader.where) for name in reader.where}
     self.parts = {name: own for name, own in parts.items() if bnb.storage(own) != "dense"}
@@ -147,7 +142,7 @@ class _Dequantised:
   def stored(self, name: str) -> str:
     if name not in self.parts:
       return self.reader.stored(name)
-    return shards.STORED[str(np.dtype(self._weight(name).dtype))]
+    return files.DTYPES[str(np.dtype(self._weight(name).dtype))]
 
   def get(self, name: str) -> np.ndarray:
     if name not in self.parts:

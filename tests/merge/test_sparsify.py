@@ -22,6 +22,11 @@ def sorted_mask(x, count):
   return mask.reshape(x.shape)
 
 
+@jax.jit
+def largest(x, count):
+  return sparsify.mask(x, sparsify.largest(x, count))
+
+
 @pytest.mark.parametrize("count", [0, 1, 2, 17, SIZE - 1, SIZE])
 @pytest.mark.parametrize(
   "x",
@@ -36,25 +41,31 @@ def sorted_mask(x, count):
   ids=["normal", "levels", "zeros", "tiny", "equal", "huge"],
 )
 def test_largest_is_what_sorting_finds(x, count):
-  np.testing.assert_array_equal(sparsify.largest(jnp.asarray(x), count), sorted_mask(x, count))
+  np.testing.assert_array_equal(largest(x, count), sorted_mask(x, count))
 
 
-def test_largest_of_a_matrix_counts_in_the_flat_order():
-  x = np.round(2 * normal(5, 7))
-  np.testing.assert_array_equal(sparsify.largest(jnp.asarray(x), 11), sorted_mask(x, 11))
+@pytest.mark.parametrize(
+  "shape", [(), (1,), (5, 7), (1, 6), (6, 1), (2, 3, 4), (0,), (0, 3), (3, 0)]
+)
+@pytest.mark.parametrize("levels", [1, 4, 1000])
+def test_largest_of_any_shape_counts_in_the_flat_order(shape, levels):
+  x = np.round(levels * normal(*shape)).astype(np.float32)
+  for count in range(x.size + 1):
+    np.testing.assert_array_equal(largest(x, count), sorted_mask(x, count))
   half = x.astype(jnp.bfloat16)
-  np.testing.assert_array_equal(sparsify.largest(jnp.asarray(half), 11), sorted_mask(x, 11))
+  wide = half.astype(np.float32)
+  np.testing.assert_array_equal(largest(half, x.size // 2), sorted_mask(wide, x.size // 2))
 
 
 def test_the_count_may_be_traced():
   x = jnp.asarray(normal(SIZE))
-  mask = jax.jit(sparsify.largest)(x, 5)
+  mask = sparsify.mask(x, jax.jit(sparsify.largest)(x, 5))
   assert int(mask.sum()) == 5
 
 
 def test_middle_is_between_two_ranks():
   x = normal(SIZE)
-  found = np.asarray(sparsify.middle(jnp.asarray(x), 10, 3))
+  found = np.asarray(sparsify.mask(jnp.asarray(x), sparsify.middle(jnp.asarray(x), 10, 3)))
   ranks = np.argsort(np.argsort(-np.abs(x)))
   np.testing.assert_array_equal(found, (ranks >= 3) & (ranks < 13))
 
@@ -82,6 +93,19 @@ def test_draws_are_those_of_the_flat_array():
   assert sparsify.drawn(key, (50,), 1.0).all()
 
 
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+def test_draws_are_jax_randoms(impl):
+  key = jax.random.key(11, impl=impl)
+  for shape in ((), (5,), (40, 30), (3, 1, 7)):
+    expected = jax.random.uniform(key, shape) < 0.3
+    np.testing.assert_array_equal(
+      jax.jit(sparsify.drawn, static_argnums=1)(key, shape, 0.3), expected
+    )
+  chances = jax.random.uniform(jax.random.key(1), (40, 30))
+  expected = jax.random.uniform(key, (40, 30)) < chances
+  np.testing.assert_array_equal(sparsify.drawn(key, (40, 30), chances), expected)
+
+
 def test_draws_have_their_probability():
   count, density = 100_000, 0.3
   share = float(sparsify.drawn(jax.random.key(0), (count,), density).mean())
@@ -103,19 +127,14 @@ def test_by_rank_is_even_in_each_row():
   np.testing.assert_allclose(sparsify.by_rank(jnp.float32(2.0), 0.5, 0.2), 0.5)
 
 
-def test_l1_keeps_the_norm_and_expected_the_mean():
+def test_the_l1_scale_keeps_the_norm():
   x = normal(40)
   mask = np.arange(40) % 3 == 0
-  found = np.asarray(sparsify.l1(jnp.asarray(x), jnp.asarray(mask)))
-  np.testing.assert_allclose(np.abs(found).sum(), np.abs(x).sum(), rtol=1e-6)
-  np.testing.assert_allclose(
-    found[mask] / x[mask], np.abs(x).sum() / np.abs(x[mask]).sum(), rtol=1e-6
-  )
-  assert (found[~mask] == 0).all()
-  nothing = sparsify.l1(jnp.asarray(x), jnp.zeros(40, bool))
-  np.testing.assert_array_equal(nothing, 0)
-  faint = jnp.asarray(x * 1e-12)  # a sum below 1e-7 is no norm to match
-  np.testing.assert_allclose(sparsify.l1(faint, jnp.asarray(mask)), faint * mask)
-  doubled = sparsify.expected(jnp.asarray(x), jnp.asarray(mask), 0.5)
-  np.testing.assert_allclose(doubled, 2 * x * mask, rtol=1e-6)
-  np.testing.assert_array_equal(sparsify.expected(jnp.asarray(x), jnp.zeros(40, bool), 0.0), 0)
+  scale = lambda x, mask: float(sparsify.l1_scale(jnp.asarray(x), jnp.asarray(mask)))
+  assert scale(x, mask) == pytest.approx(np.abs(x).sum() / np.abs(x[mask]).sum(), rel=1e-6)
+  assert scale(x, np.zeros(40, bool)) == 1
+  assert scale(x * 1e-12, mask) == 1  # a sum below 1e-7 is no norm to match
+  half = sparsify.largest(jnp.asarray(x), 20)
+  kept = sorted_mask(x, 20)
+  found = float(sparsify.l1_scale(jnp.asarray(x), half))
+  assert found == pytest.approx(np.abs(x).sum() / np.abs(x[kept]).sum(), rel=1e-6)

@@ -139,12 +139,12 @@ def test_the_folder_holds_mergekits_numbers(name, models, tmp_path):
     str(tmp_path / "theirs"),
     mergekit_options.MergeOptions(copy_tokenizer=False, lazy_unpickle=True),
   )
-  with shards.Reader(ours) as a, shards.Reader(tmp_path / "theirs") as b:
-    assert set(b.where) <= set(a.where)
-    assert set(a.where) - set(b.where) <= {"lm_head.weight"}
-    for tensor in b.where:
-      x, y = a.get(tensor), b.get(tensor)
-      np.testing.assert_allclose(x, y, rtol=0, atol=1e-6 * max(1, np.abs(y).max()), err_msg=tensor)
+  a, b = shards.Reader(ours), shards.Reader(tmp_path / "theirs")
+  assert set(b.where) <= set(a.where)
+  assert set(a.where) - set(b.where) <= {"lm_head.weight"}
+  for tensor in b.where:
+    x, y = a.get(tensor), b.get(tensor)
+    np.testing.assert_allclose(x, y, rtol=0, atol=1e-6 * max(1, np.abs(y).max()), err_msg=tensor)
   found, config = hf.load(ours)
   wanted = [s["sources"][0]["layer_range"] for s in RECIPES[name].get("slices", [])]
   assert config.num_layers == (sum(end - first for first, end in wanted) or LAYERS)

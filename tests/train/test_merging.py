@@ -247,10 +247,10 @@ def test_bfloat16_in_and_out(tmp_path, models):
   text = TIES.replace("dtype: float32", "dtype: bfloat16")
   assert run(tmp_path, models, text) == 0
   assert run(tmp_path, models, TIES, out="wide", name="wide.yml") == 0
-  with shards.Reader(tmp_path / "out") as narrow, shards.Reader(tmp_path / "wide") as wide:
-    for name in wide.where:
-      assert narrow.stored(name) == "BF16"
-      np.testing.assert_array_equal(narrow.get(name), wide.get(name).astype(narrow.get(name).dtype))
+  narrow, wide = shards.Reader(tmp_path / "out"), shards.Reader(tmp_path / "wide")
+  for name in wide.where:
+    assert narrow.stored(name) == "BF16"
+    np.testing.assert_array_equal(narrow.get(name), wide.get(name).astype(narrow.get(name).dtype))
 
 
 # --- killed, resumed -------------------------------------------------------------------------------------------------
@@ -284,8 +284,8 @@ def test_a_killed_merge_leaves_nothing_that_looks_whole_and_goes_on(
   called.extend([""] * 9)
   assert run(tmp_path, models, text) == 0
   again = len(called) - 18
-  with shards.Reader(tmp_path / "out") as found:
-    assert again < len(found.where)  # what was whole is not computed again
+  found = shards.Reader(tmp_path / "out")
+  assert again < len(found.where)  # what was whole is not computed again
   assert contents(tmp_path / "out") == contents(tmp_path / "whole")
   assert not (tmp_path / ".out.merging").exists()
 
@@ -309,11 +309,11 @@ def test_the_bytes_do_not_depend_on_how_the_result_is_cut(tmp_path, models, monk
   assert run(tmp_path, models, text, out="one") == 0
   monkeypatch.setattr(shards, "SHARD_BYTES", 60_000)
   assert run(tmp_path, models, text, out="many") == 0
-  with shards.Reader(tmp_path / "one") as one, shards.Reader(tmp_path / "many") as many:
-    assert len(set(many.where.values())) > 3
-    assert one.where.keys() == many.where.keys()
-    for name in one.where:
-      np.testing.assert_array_equal(one.get(name), many.get(name))
+  one, many = shards.Reader(tmp_path / "one"), shards.Reader(tmp_path / "many")
+  assert len(set(many.where.values())) > 3
+  assert one.where.keys() == many.where.keys()
+  for name in one.where:
+    np.testing.assert_array_equal(one.get(name), many.get(name))
 
 
 # --- refused ---------------------------------------------------------------------------------------------------------
