@@ -14,6 +14,7 @@ import jax.numpy as jnp
 Array = jax.Array
 TINY = 1e-7  # an L1 norm that nothing is scaled to, as in mergekit
 DIGIT = 4  # bits of a threshold found in one pass
+BLOCK = 2**20  # entries sorted at once on CPUs
 
 
 def kept_of(density: float, size: int, *, least: int = 0) -> int:
@@ -36,16 +37,16 @@ class Cut(NamedTuple):
 Kept = Cut | tuple[Cut, Cut] | Array
 
 
-def largest(x: Array, count: Array | int) -> Cut:
-  """What exactly the count largest |x| reach; of equal ones, those that come first in the flat order.
+def largest(x: Array, count: Array | int, minus: Array | None = None) -> Cut:
+  """What exactly the count largest |x - minus| reach; of equal ones, those that come first in the flat order.
 
   The level is found four bits at a time, by counting the entries that reach each of 15 levels: 8 passes, and one for
-  equals, that keep no copy of x, which may be an expression, and no order among devices.  33M differences of bfloat16
-  took 0.07 s of two CPU cores, bit by bit 1 s, sorting them 10 s.
+  equals, that keep no difference in memory and no order among devices.  33M differences of bfloat16 took 0.07 s of two
+  CPU cores, bit by bit 1 s, sorting them 10 s.
   """
   if not x.size:
     return Cut(jnp.int32(0), (jnp.int32(0),) * x.ndim)
-  bits, level, left = _bits(x), jnp.int32(0), 31
+  bits, level, left = _bits(x, minus), jnp.int32(0), 31
   while left:
     digit = min(DIGIT, left)
     left -= digit
@@ -53,12 +54,14 @@ def largest(x: Array, count: Array | int) -> Cut:
     enough = jnp.stack([jnp.sum(rows) >= count for rows in reached])
     level += jnp.sum(enough, dtype=jnp.int32) << left
   above, equal = _counts([bits > level, bits == level])
-  return Cut(level, _end(x, level, count - jnp.sum(above), equal))
+  return Cut(level, _end(x, minus, level, count - jnp.sum(above), equal))
 
 
-def middle(x: Array, count: Array | int, above: Array | int) -> tuple[Cut, Cut]:
-  """What the count largest |x| reach that are left without the `above` largest of all."""
-  return largest(x, count + above), largest(x, above)
+def middle(
+  x: Array, count: Array | int, above: Array | int, minus: Array | None = None
+) -> tuple[Cut, Cut]:
+  """What the count largest |x - minus| reach that are left without the `above` largest of all."""
+  return largest(x, count + above, minus), largest(x, above, minus)
 
 
 def mask(x: Array, kept: Kept) -> Array:
@@ -79,9 +82,11 @@ def _reaching(x, cut):
   return (bits > cut.level) | ((bits == cut.level) & before)
 
 
-def _bits(x):
-  """|x| as integers of the same order, which compare faster."""
-  return jax.lax.bitcast_convert_type(jnp.abs(x.astype(jnp.float32)), jnp.int32)
+def _bits(x, minus=None):
+  """|x - minus| as integers of the same order, which compare faster."""
+  x = x.astype(jnp.float32)
+  x = x if minus is None else x - minus.astype(jnp.float32)
+  return jax.lax.bitcast_convert_type(jnp.abs(x), jnp.int32)
 
 
 def _counts(masks):
@@ -90,20 +95,21 @@ def _counts(masks):
   return _reduced(ones, range(1, ones[0].ndim))
 
 
-def _end(x, level, room, equal=None):
+def _end(x, minus, level, room, equal=None):
   """The place before which room entries are equal to the level: [] for a number, else an index an axis."""
   if x.ndim == 0:
     return ()
+  here = _bits(x, minus) == level
   if x.ndim == 1:
-    return (jnp.sum(jnp.cumsum(_bits(x) == level, dtype=jnp.int32) <= room),)
+    return (jnp.sum(jnp.cumsum(here, dtype=jnp.int32) <= room),)
   if equal is None:
-    equal, _ = _counts([_bits(x) == level] * 2)
+    (equal,) = _counts([here])
   until = jnp.cumsum(equal)
   # so many rows are before the end with all that they have, the next with a part
   whole = jnp.sum(until <= room)
   row = jnp.minimum(whole, len(equal) - 1)
-  own = jax.lax.dynamic_index_in_dim(x, row, keepdims=False)
-  return (whole, *_end(own, level, room - (until - equal)[row]))
+  pick = lambda x: jax.lax.dynamic_index_in_dim(x, row, keepdims=False)
+  return (whole, *_end(*jax.tree.map(pick, (x, minus)), level, room - (until - equal)[row]))
 
 
 def drawn(key: Array, shape: tuple[int, ...], probability: Array | float) -> Array:
@@ -151,24 +157,29 @@ def by_rank(x: Array, density: Array | float, epsilon: Array | float) -> Array:
   Of equal entries the first is the smaller; a row of one entry has density.  MAGPRUNE of Deep et al. 2024 (DELLA,
   arXiv 2406.11617).
   """
-  rows = _bits(x if x.ndim > 1 else x.reshape(1, -1))
-  ranks = _ranks(rows)
-  last = rows.shape[-1] - 1
-  share = ranks.astype(jnp.float32) / last if last else jnp.full(rows.shape, 0.5)
+  row = x.shape[-1] if x.ndim else 1
+  bits = _bits(x).reshape(math.prod(x.shape[:-1]), row)
+  ranks = jax.lax.platform_dependent(bits, cpu=_ranks_by_blocks, default=jax.vmap(_ranks))
+  share = ranks.astype(jnp.float32) / (row - 1) if row > 1 else jnp.full(bits.shape, 0.5)
   return ((density - epsilon) + share * 2 * epsilon).reshape(x.shape)
 
 
-def _ranks(rows):
-  """Of each entry its place in its sorted row.
+def _ranks(row):
+  """Of each entry its place in the sorted row.
 
   Sorting numbers of 64 bits, the entry above and its place below, takes a fifth of sorting pairs on CPUs.
   """
-  own = [jax.lax.broadcasted_iota(jnp.int32, rows.shape, axis) for axis in range(rows.ndim)]
+  own = jax.lax.iota(jnp.int32, row.size)
   with jax.enable_x64(True):
     wide = lambda x: jax.lax.convert_element_type(x, jnp.int64)
-    pairs = jax.lax.sort(jax.lax.shift_left(wide(rows), jnp.int64(32)) | wide(own[-1]))
+    pairs = jax.lax.sort(jax.lax.shift_left(wide(row), jnp.int64(32)) | wide(own))
     order = jax.lax.convert_element_type(pairs, jnp.int32)  # the lower half
-  return jnp.zeros_like(rows).at[(*own[:-1], order)].set(own[-1], unique_indices=True)
+  return jnp.zeros_like(row).at[order].set(own, unique_indices=True)
+
+
+def _ranks_by_blocks(rows):
+  """So many rows at once that what sorting keeps is small beside the array."""
+  return jax.lax.map(_ranks, rows, batch_size=max(1, BLOCK // max(1, rows.shape[-1])))
 
 
 def l1_scale(x: Array, kept: Kept) -> Array:

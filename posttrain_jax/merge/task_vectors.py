@@ -21,7 +21,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from posttrain_jax.merge import checks, sparsify
 
@@ -364,7 +363,7 @@ def _merge(models, base, weights, lambda_, find, settings, rule, dtype):
 @functools.partial(jax.jit, static_argnames=("find", "expected"))
 def _kept(model, base, settings, *, find: Callable[..., Any], expected: bool):
   """What is kept of a task vector, and what that is multiplied by to have the whole as its mean."""
-  kept, probability = find(_wide(model) - _wide(base), *settings)
+  kept, probability = find(model, base, *settings)
   if not expected:
     return kept, None
   return kept, 1 / jnp.where(probability == 0, 1.0, probability)
@@ -413,21 +412,21 @@ def _agree(votes, election):
   return [jnp.where(positive, x > 0, x < 0) for x in votes]
 
 
-def _largest(delta, count):
-  return sparsify.largest(delta, count), None
+def _largest(model, base, count):
+  return sparsify.largest(model, count, base), None
 
 
-def _middle(delta, count, above):
-  return sparsify.middle(delta, count, above), None
+def _middle(model, base, count, above):
+  return sparsify.middle(model, count, above, base), None
 
 
-def _drawn(delta, key, density):
-  return sparsify.drawn(key, delta.shape, density), density
+def _drawn(model, base, key, density):
+  return sparsify.drawn(key, base.shape, density), density
 
 
-def _by_rank(delta, key, density, epsilon):
-  probability = sparsify.by_rank(delta, density, epsilon)
-  return sparsify.drawn(key, delta.shape, probability), probability
+def _by_rank(model, base, key, density, epsilon):
+  probability = sparsify.by_rank(_wide(model) - _wide(base), density, epsilon)
+  return sparsify.drawn(key, base.shape, probability), probability
 
 
 def _fold(key, i):

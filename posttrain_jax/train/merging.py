@@ -116,7 +116,9 @@ def read(path: str) -> Recipe:
 def _operator(
   found: Recipe, dtypes: Mapping[str, str], wanted: Wanted, arrays: Sequence[np.ndarray]
 ) -> Any:
-  return methods.apply(found, wanted, arrays, dtype=dtypes[wanted.name])
+  # the arrays are this merge's own: nobody will write to what XLA reads in place
+  taken = [jax.device_put(array, may_alias=True) for array in arrays]
+  return methods.apply(found, wanted, taken, dtype=dtypes[wanted.name])
 
 
 def _opened(model: ModelRef, folder: Path) -> stream.Tensors:

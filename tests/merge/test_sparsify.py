@@ -1,5 +1,7 @@
 """Masks against sorting, draws against their probabilities."""
 
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -125,6 +127,12 @@ def test_by_rank_is_even_in_each_row():
   np.testing.assert_allclose(vector, [0.3, 0.7, 0.5], rtol=1e-6)
   np.testing.assert_allclose(sparsify.by_rank(jnp.ones((4, 1)), 0.5, 0.2), 0.5)
   np.testing.assert_allclose(sparsify.by_rank(jnp.float32(2.0), 0.5, 0.2), 0.5)
+  assert sparsify.by_rank(jnp.ones((3, 0)), 0.5, 0.2).shape == (3, 0)
+  many = np.round(normal(70, 9), 1)
+  with mock.patch.object(sparsify, "BLOCK", 64):  # rows in blocks, and some left over
+    found = sparsify.by_rank(jnp.asarray(many), 0.5, 0.2)
+  order = np.argsort(np.argsort(np.abs(many), axis=1, kind="stable"), axis=1)
+  np.testing.assert_allclose(found, 0.3 + order * 0.05, rtol=1e-6)
 
 
 def test_the_l1_scale_keeps_the_norm():

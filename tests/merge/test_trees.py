@@ -129,7 +129,7 @@ def test_names_have_no_model_before_them():
   assert (jax.random.key_data(own) != jax.random.key_data(other)).any()
 
 
-@pytest.mark.parametrize("name", ["ties", "dare", "karcher"])
+@pytest.mark.parametrize("name", ["ties", "dare", "della", "breadcrumbs", "sce", "karcher"])
 def test_a_merge_on_a_mesh_lies_where_the_models_do(name, params):
   mesh = sharding.mesh(fsdp=8)
   lay = lambda x: jax.device_put(
