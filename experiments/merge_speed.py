@@ -12,12 +12,15 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import multiprocessing
 import os
 import shutil
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +138,12 @@ def apart(one: Path, other: Path) -> float:
   return worst / largest
 
 
+def aside(function: Callable[..., Any], *args: Any) -> Any:
+  """function(*args) in a process of its own: a child's peak memory counts from its parent's."""
+  with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    return pool.submit(function, *args).result()
+
+
 def summary(runs: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
   median = lambda who, what: statistics.median(run[what] for run in runs[who])
   ratios = [b["seconds"] / a["seconds"] for a, b in zip(runs["here"], runs["mergekit"])]
@@ -155,7 +164,7 @@ def main() -> int:
   parser.add_argument("--repeats", type=int, default=3)
   args = parser.parse_args()
   folder = args.folder.absolute()
-  write_models(folder)
+  aside(write_models, folder)
   found: dict[str, Any] = {}
   for method in RECIPES:
     outs = {who: folder / f"out-{who}" for who in ("here", "mergekit", "copy")}
@@ -166,7 +175,7 @@ def main() -> int:
         print(method, who, json.dumps(runs[who][-1]), flush=True)
     found[method] = summary(runs) | {"repeats": args.repeats}
     if method not in DRAWN:
-      found[method]["apart"] = apart(outs["here"], outs["mergekit"])
+      found[method]["apart"] = aside(apart, outs["here"], outs["mergekit"])
   found["versions"] = {p: importlib.metadata.version(p) for p in ("jax", "torch", "mergekit")}
   found["date"] = time.strftime("%Y-%m-%d")
   files.write_json(OUT.with_suffix(".json"), found)
@@ -180,8 +189,9 @@ def page(found: dict[str, Any]) -> str:
   lines = [
     "# How fast a merge is",
     "",
-    "Written by `experiments/merge_speed.py`: two models of 1.24B parameters in bfloat16, and but for linear their base,"
-    f" {os.cpu_count()} CPU cores, whole processes, {versions}. Resident memory counts the files that mergekit maps.",
+    "Written by `experiments/merge_speed.py`: two models of 1.24B parameters in bfloat16, and but for linear their"
+    f" base; {os.cpu_count()} CPU cores, whole processes, {versions}.  Resident memory counts the files that mergekit"
+    " maps.",
     "",
     "| method | pairs of runs"
     " | here, s | mergekit, s | ratio | copying a result's bytes, s | here over copying | peak here, GB |"
