@@ -26,6 +26,15 @@ def items(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:
     yield from items(child, f"{prefix}/{name}" if prefix else str(name))
 
 
+def turned(path: str) -> bool:
+  """True for matrices that Hugging Face's files hold [out, in] and trees [in, out]; embeddings are alike in both.
+
+  >>> turned("layers/mlp/up_proj/weight"), turned("lm_head/weight"), turned("embed_tokens/weight")
+  (True, True, False)
+  """
+  return path.endswith("_proj/weight") or path in ("lm_head/weight", "score/weight")
+
+
 def flatten(tree: Tree) -> dict[str, Any]:
   """{path: leaf}."""
   return dict(items(tree))

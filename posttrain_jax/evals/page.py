@@ -100,8 +100,8 @@ BODY = """\
 {% endif %}
 
 <h2>Commands</h2>
-{% if chat %}<p class="note">Chat with the result:</p>
-<pre>{{ chat }}</pre>{% endif %}
+{% if use %}<p class="note">Use the result:</p>
+<pre>{{ use }}</pre>{% endif %}
 {% if command %}<p class="note">This run was started with</p>
 <pre>{{ command }}</pre>{% endif %}
 {% if config %}<details><summary>Resolved config</summary>

@@ -41,7 +41,7 @@ KINDS = {
 
 
 def write(workdir: str | Path, *, done: Mapping[str, Any] | None = None) -> Path:
-  """`report.html` of a run: what there is of facts, accuracy, curves, answers, and the command to chat with it.
+  """`report.html` of a run: what there is of facts, accuracy, curves, answers, and the command that uses it.
 
   Args:
     done: what done.json will hold, for a run that writes its report first and that file last.
@@ -60,7 +60,7 @@ def write(workdir: str | Path, *, done: Mapping[str, Any] | None = None) -> Path
     figures=[(name, figures.data_uri(figure)) for name, figure in drawn if figure is not None],
     final=[(name, _number(value)) for name, value in sorted(found.final().items())],
     groups=_groups(found),
-    chat=chat_command(found),
+    use=use_command(found),
     command=found.record.get("command"),
     config=_json(found.record.get("config")),
   )
@@ -92,9 +92,13 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, last: str | N
   return table
 
 
-def chat_command(found: Run) -> str | None:
-  """The command that talks to what the run made; None before there is something."""
+def use_command(found: Run) -> str | None:
+  """The command that talks to what the run made, or scores with a reward model; None before there is something."""
   name = found.field("model.name")
+  if found.field("objective.name") == "reward":
+    made = next((p for p in (found.folder / "adapter", found.folder / "model") if p.is_dir()), None)
+    scored = [f"--reward={made}", f"--data={found.field('data.train')}", "--out=scores.jsonl"]
+    return None if made is None else shlex.join(["posttrain", "eval", *scored])
   if (found.folder / "adapter").is_dir() and name is not None:
     options = [f"--model={name}", f"--adapter={found.folder / 'adapter'}"]
   elif (found.folder / "model").is_dir():

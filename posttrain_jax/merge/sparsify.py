@@ -108,8 +108,19 @@ def _end(x, minus, level, room, equal=None):
   # so many rows are before the end with all that they have, the next with a part
   whole = jnp.sum(until <= room)
   row = jnp.minimum(whole, len(equal) - 1)
-  pick = lambda x: jax.lax.dynamic_index_in_dim(x, row, keepdims=False)
-  return (whole, *_end(*jax.tree.map(pick, (x, minus)), level, room - (until - equal)[row]))
+  own = jax.tree.map(lambda x: _row(x, row), (x, minus))
+  return (whole, *_end(*own, level, room - (until - equal)[row]))
+
+
+def _row(x, row):
+  """x[row].  Indexing would gather what devices share, so on accelerators it is a sum of which one term is not zero."""
+
+  def summed(x):
+    own = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0) == row
+    return jnp.sum(jnp.where(own, x, jnp.zeros((), x.dtype)), axis=0)
+
+  indexed = lambda x: jax.lax.dynamic_index_in_dim(x, row, keepdims=False)
+  return jax.lax.platform_dependent(x, cpu=indexed, default=summed)
 
 
 def drawn(key: Array, shape: tuple[int, ...], probability: Array | float) -> Array:

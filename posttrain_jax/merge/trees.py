@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ParamSpec
@@ -24,8 +23,6 @@ Array = jax.Array
 P = ParamSpec("P")
 
 LAYERS = "layers/"
-# what files hold [out, in] and trees [in, out]
-TURNED = re.compile(r"(.*_proj|lm_head|score)/weight")
 
 
 def tensor_key(key: Array, name: str) -> Array:
@@ -187,7 +184,7 @@ def _tensor(leaf, path, layer):
 
 
 def _turned(path, array):
-  return array.T if TURNED.fullmatch(path) else array
+  return array.T if tree.turned(path) else array
 
 
 def _whole(path, leaf, one):

@@ -180,11 +180,6 @@ def hf_name(path: str, layer: int | None = None) -> str:
   return name if path.startswith(HEADS) else f"model.{name}"
 
 
-def turned(path: str) -> bool:
-  """True for what Hugging Face stores [out, in]; the embedding is [vocab, embed] there as here."""
-  return path.endswith("_proj/weight") or path in ("lm_head/weight", "score/weight")
-
-
 def _check_stored(reader: shards.Reader, name: str, wanted: tuple[int, ...]) -> None:
   """Raises unless the tensor has that shape and holds floating-point numbers."""
   found, dtype = reader.shape(name), reader.stored(name)
@@ -261,7 +256,7 @@ def _rename(name: str, prefix: str, held: Mapping[str, Any]) -> str:
 def _stored_shape(path: str, spec: decoder.Spec) -> tuple[int, ...]:
   """The shape that each of the file's tensors of a leaf must have."""
   shape = spec.shape[1:] if path.startswith("layers/") else spec.shape
-  return shape[::-1] if turned(path) else shape
+  return shape[::-1] if tree.turned(path) else shape
 
 
 def _leaf(
@@ -283,7 +278,7 @@ def _leaf(
     path,
     names,
     spec.shape,
-    turn=turned(path),
+    turn=tree.turned(path),
     dtype=dtype,
     storage=storage,
   )
@@ -296,7 +291,7 @@ def _stack(
   result = np.empty(spec.shape, jnp.dtype(dtype or _widest(reader, names)))
   for i, name in enumerate(names):
     tensor = reader.get(name)
-    result[i if path.startswith("layers/") else ...] = tensor.T if turned(path) else tensor
+    result[i if path.startswith("layers/") else ...] = tensor.T if tree.turned(path) else tensor
   return result
 
 
@@ -311,7 +306,7 @@ def _tensors(leaves: Mapping[str, Any], config: ModelConfig):
       yield from _quantised_tensors(path, leaf, config)
       continue
     dtype = str(leaf.dtype)
-    turn = turned(path)
+    turn = tree.turned(path)
     if not path.startswith("layers/"):
       shape = leaf.shape[::-1] if turn else leaf.shape
       yield hf_name(path), (shape, dtype, lambda leaf=leaf, turn=turn: _host(leaf, turn))

@@ -188,7 +188,7 @@ class _WithAdapter:
       return array
     path, i, node = self.places[name]
     own = node if i is None else weight.layer(node, i)
-    turn = (lambda x: x.T) if hf.turned(path) else (lambda x: x)
+    turn = (lambda x: x.T) if tree.turned(path) else (lambda x: x)
     return np.asarray(turn(_merged(jnp.asarray(turn(array)), own)))
 
 
@@ -198,12 +198,12 @@ class _Stacked:
   def __init__(self, reader: stream.Tensors, path: str, layers: int):
     self.reader, self.path = reader, path
     shape = reader.shape(hf.hf_name(path, 0))
-    self.shape = (layers, *(shape[::-1] if hf.turned(path) else shape))
+    self.shape = (layers, *(shape[::-1] if tree.turned(path) else shape))
     self.dtype = np.dtype(np.float32)
 
   def __getitem__(self, i: int) -> np.ndarray:
     array = self.reader.get(hf.hf_name(self.path, i))
-    return array.T if hf.turned(self.path) else array
+    return array.T if tree.turned(self.path) else array
 
 
 def _paths(reader: stream.Tensors, config: ModelConfig) -> list[str]:
@@ -216,7 +216,7 @@ def _leaf(reader: stream.Tensors, path: str, config: ModelConfig) -> Any:
   if path.startswith("layers/"):
     return _Stacked(reader, path, config.num_layers)
   array = reader.get(hf.hf_name(path))
-  return array.T if hf.turned(path) else array
+  return array.T if tree.turned(path) else array
 
 
 @jax.jit

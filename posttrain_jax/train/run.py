@@ -352,4 +352,4 @@ def _finish(
   files.write_json(folder / run_files.DONE, final)
   rich.print(report.summary_table(folder))
   say(f"{exported.name}: {exported}\nreport: {page}")
-  say(f"talk to it: {report.chat_command(run_files.read(folder))}")
+  say(f"use it: {report.use_command(run_files.read(folder))}")

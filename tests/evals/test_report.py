@@ -187,6 +187,18 @@ def test_a_full_fine_tune_is_chatted_with_by_itself(tmp_path):
   assert "every parameter is trained" in text
 
 
+def test_a_reward_model_scores(tmp_path):
+  config = dict(runs.CONFIG, objective=dict(name="reward"), data=dict(train="pairs.jsonl"))
+  folder = runs.write(tmp_path / "a", config=config)
+  assert "posttrain eval" not in page(folder).text
+  (folder / "adapter").mkdir()
+  text = page(folder).text
+  assert (
+    f"posttrain eval --reward={folder / 'adapter'} --data=pairs.jsonl --out=scores.jsonl" in text
+  )
+  assert "posttrain chat" not in text
+
+
 def printed(table):
   console = rich.console.Console(file=io.StringIO(), width=100)
   console.print(table)

@@ -59,6 +59,16 @@ def test_largest_of_any_shape_counts_in_the_flat_order(shape, levels):
   np.testing.assert_array_equal(largest(half, x.size // 2), sorted_mask(wide, x.size // 2))
 
 
+def test_accelerators_find_the_same_by_their_own_ways(monkeypatch):
+  x = np.round(3 * normal(4, 5, 6))
+  expected = sparsify.by_rank(jnp.asarray(x), 0.5, 0.2)
+  monkeypatch.setattr(jax.lax, "platform_dependent", lambda *x, cpu, default: default(*x))
+  for count in range(0, x.size, 7):
+    mask = sparsify.mask(jnp.asarray(x), sparsify.largest(jnp.asarray(x), count))
+    np.testing.assert_array_equal(mask, sorted_mask(x, count))
+  np.testing.assert_array_equal(sparsify.by_rank(jnp.asarray(x), 0.5, 0.2), expected)
+
+
 def test_the_count_may_be_traced():
   x = jnp.asarray(normal(SIZE))
   mask = sparsify.mask(x, jax.jit(sparsify.largest)(x, 5))
