@@ -87,7 +87,10 @@ def _merge(args, _):
   _cache_compilations()
   from posttrain_jax.train import merging
 
-  print(merging.merge(args.recipe, args.out, evaluate=args.evaluate, limit=args.limit))
+  out = merging.merge(
+    args.recipe, args.out, workers=args.workers, evaluate=args.evaluate, limit=args.limit
+  )
+  print(out)
 
 
 def _chat(args, _):
@@ -285,6 +288,9 @@ def _parser() -> argparse.ArgumentParser:
     default="",
     metavar="SOURCE[,SOURCE...]",
     help="tasks and data files on which the models and the merge are scored",
+  )
+  merge.add_argument(
+    "--workers", type=int, default=1, metavar="N", help="tensors computed at once (1)"
   )
   merge.add_argument("--limit", type=int, default=0, help="examples of each; 0 for all")
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
-import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,7 +23,6 @@ from posttrain_jax.merge.recipe import ModelRef, Recipe, RecipeError, Wanted
 
 log = logging.getLogger(__name__)
 
-AHEAD = 1  # tensors read before they are needed, and as many computed before they are written
 RECORD = "merge.json"  # in the scratch folder: what it is the beginning of
 
 
@@ -158,6 +157,7 @@ def run(
   out: Path,
   *,
   finish: Callable[[Path], None],
+  workers: int = 1,
   shard_bytes: int | None = None,
 ) -> None:
   """Writes the merge's folder; the same call again goes on after the last whole file.
@@ -166,6 +166,7 @@ def run(
 
   Args:
     operator: the arithmetic of a tensor.
+    workers: tensors computed at once; the next is read and the last written meanwhile.
     finish: writes what else belongs into the folder it is given: config, tokenizer.
 
   Raises:
@@ -192,7 +193,7 @@ def run(
     log.info("going on: %d of %d files are there", len(done), len(parts))
   by_name = {wanted.name: wanted for wanted in made.wanted}
   for file, part in left.items():
-    _write(scratch, file, part, by_name, opened, operator)
+    _write(scratch, file, part, by_name, opened, operator, workers)
   shards.write_index(scratch, parts)
   finish(scratch)
   (scratch / RECORD).unlink()
@@ -233,42 +234,35 @@ def _write(
   by_name: Mapping[str, Wanted],
   opened: Mapping[ModelRef, Tensors],
   operator: Operator,
+  workers: int,
 ) -> None:
   """One file, under its name when it is whole."""
   partial = scratch / f"{file}.partial"
-  names = list(part)
-  with contextlib.ExitStack() as closing:
-    stream = closing.enter_context(_ahead(lambda name: _read(by_name[name], opened), names))
 
-    def make(name: str) -> np.ndarray:
-      return np.asarray(operator(by_name[name], next(stream)))
+  def make(name: str, inputs: concurrent.futures.Future) -> np.ndarray:
+    return np.asarray(operator(by_name[name], inputs.result()))
 
-    # the same one stage later: what is written while the next tensor is computed
-    made = closing.enter_context(_ahead(make, names))
+  with ThreadPoolExecutor(1) as readers, ThreadPoolExecutor(workers) as makers:
+
+    def results():
+      waiting = collections.deque()
+      for name in part:
+        waiting.append(makers.submit(make, name, readers.submit(_read, by_name[name], opened)))
+        # of those to come so many are computed while one is written, and one is read
+        if len(waiting) > workers + 1:
+          yield waiting.popleft().result()
+      while waiting:
+        yield waiting.popleft().result()
+
+    made = results()
     tensors = {name: (shape, dtype, lambda: next(made)) for name, (shape, dtype, _) in part.items()}
-    files.write_safetensors(partial, tensors)
+    try:
+      files.write_safetensors(partial, tensors)
+    finally:
+      for pool in (readers, makers):
+        pool.shutdown(wait=False, cancel_futures=True)
   partial.rename(scratch / file)
 
 
 def _read(wanted: Wanted, opened: Mapping[ModelRef, Tensors]) -> list[np.ndarray]:
   return [opened[source.model].get(name) for source, name in wanted.inputs]
-
-
-@contextlib.contextmanager
-def _ahead(function: Callable[[str], Any], names: Sequence[str]) -> Generator[Iterator[Any]]:
-  """function(name) of each name in order, in a thread, AHEAD of them before they are asked for."""
-  with concurrent.futures.ThreadPoolExecutor(1) as pool:
-
-    def results():
-      waiting = collections.deque()
-      for name in names:
-        waiting.append(pool.submit(function, name))
-        if len(waiting) > AHEAD:
-          yield waiting.popleft().result()
-      while waiting:
-        yield waiting.popleft().result()
-
-    try:
-      yield results()
-    finally:
-      pool.shutdown(cancel_futures=True)

@@ -30,12 +30,15 @@ log = logging.getLogger(__name__)
 QUANTISED = "quantization_config"  # of a config.json, where matrices are not stored as they are
 
 
-def merge(recipe_path: str, out: str | Path, *, evaluate: str = "", limit: int = 0) -> Path:
+def merge(
+  recipe_path: str, out: str | Path, *, workers: int = 1, evaluate: str = "", limit: int = 0
+) -> Path:
   """The folder `out`, merged as the recipe says; the same call again goes on where it was killed.
 
   Args:
     recipe_path: mergekit's YAML, or `FILE.py[:argument,...]`, a config file whose get_config gives the same fields.
       Paths in it are relative to the working folder.
+    workers: tensors computed at once, each with memory of its own; the result does not depend on it.
     evaluate: built-in tasks and data files, with commas between, on which every model and the merge are scored;
       `merge_report.{md,json,png}` is left beside the weights.
     limit: of each, so many examples; 0 for all.
@@ -50,6 +53,8 @@ def merge(recipe_path: str, out: str | Path, *, evaluate: str = "", limit: int =
     raise FileExistsError(f"{out} exists; name a new folder, or remove it first")
   found = read(recipe_path)
   methods.check(found)
+  if workers < 1:
+    raise RecipeError(f"--workers={workers}: at least one tensor is computed at a time")
   measured = [source for source in evaluate.split(",") if source]
   for source in measured:
     if source not in tasks.TASKS and not Path(source).exists():
@@ -67,7 +72,7 @@ def merge(recipe_path: str, out: str | Path, *, evaluate: str = "", limit: int =
     _operator, found, dict(zip((w.name for w in made.wanted), made.dtypes))
   )
   finish = functools.partial(_finish, made, folders)
-  stream.run(made, opened, operator, out, finish=finish)
+  stream.run(made, opened, operator, out, finish=finish, workers=workers)
   log.info("written in %.1f s: %s", time.monotonic() - began, out)
   if measured:
     _report(made, opened, out, measured, limit)

@@ -48,10 +48,10 @@ def save(folder, params, config=MODEL):
   tiny.tokenizer().save_pretrained(folder)
 
 
-def run(tmp_path, models, text, out="out", name="recipe.yml"):
+def run(tmp_path, models, text, *options, out="out", name="recipe.yml"):
   path = tmp_path / name
   path.write_text(text.replace("@", f"{models}/"))
-  return main(["merge", f"--recipe={path}", f"--out={tmp_path / out}"])
+  return main(["merge", f"--recipe={path}", f"--out={tmp_path / out}", *options])
 
 
 def trees(models, *names):
@@ -314,6 +314,15 @@ def test_the_bytes_do_not_depend_on_how_the_result_is_cut(tmp_path, models, monk
   assert one.where.keys() == many.where.keys()
   for name in one.where:
     np.testing.assert_array_equal(one.get(name), many.get(name))
+
+
+@pytest.mark.parametrize("method", ["ties", "dare_ties", "della"])
+def test_the_bytes_do_not_depend_on_the_workers(method, tmp_path, models):
+  text = TIES.replace("merge_method: ties", f"merge_method: {method}")
+  for workers in ("1", "3"):
+    assert run(tmp_path, models, text, f"--workers={workers}", out=workers) == 0
+  assert contents(tmp_path / "1") == contents(tmp_path / "3")
+  assert run(tmp_path, models, text, "--workers=0", out="none") == 1
 
 
 # --- refused ---------------------------------------------------------------------------------------------------------
