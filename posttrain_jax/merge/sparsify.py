@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Array = jax.Array
 TINY = 1e-7  # an L1 norm that nothing is scaled to, as in mergekit
@@ -126,13 +127,12 @@ def _row(x, row):
 def drawn(key: Array, shape: tuple[int, ...], probability: Array | float) -> Array:
   """True with the probability given, a uniform draw an entry in the flat order: [shape].
 
-  jax.random.uniform(key, shape) < probability, to the bit.  A draw depends on the key and on the entry's place, not on
-  the device that makes it.
+  jax.random.uniform(key, shape) < probability, to the bit (of jax's default, the partitionable Threefry).  A draw
+  depends on the key and on the entry's place, not on the device that makes it.
   """
   words = jax.random.key_data(key)
-  if (
-    words.shape != (2,) or math.prod(shape) > 2**32
-  ):  # not a key of Threefry, or places of more than a word
+  # a key of another generator, or places that may need a second word
+  if words.shape != (2,) or math.prod(shape) > 2**31:
     return jax.random.uniform(key, shape) < probability
   bits = _threefry(words[0], words[1], _places(shape))
   unit = jax.lax.bitcast_convert_type((bits >> 9) | jnp.uint32(0x3F800000), jnp.float32)
@@ -158,7 +158,9 @@ def _threefry(first, second, low):
 def _places(shape):
   """Of each entry its number in the flat order, without a reshape, which would gather what devices share."""
   strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-  own = [jax.lax.broadcasted_iota(jnp.uint32, shape, a) * s for a, s in enumerate(strides)]
+  own = [
+    jax.lax.broadcasted_iota(jnp.uint32, shape, a) * np.uint32(s) for a, s in enumerate(strides)
+  ]
   return sum(own, jnp.zeros(shape, jnp.uint32))
 
 
