@@ -66,6 +66,25 @@ class Slice:
 
 
 @dataclasses.dataclass(frozen=True)
+class TokenRow:
+  """Where the row of a token comes from: a model's row of this or another token or number; no model: zeros."""
+
+  model: ModelRef | None
+  token: str | None = None
+  number: int | None = None
+  force: bool = False  # for models that have the token too
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+  """By which vocabulary models are merged token by token: a model's, or None, all models' together."""
+
+  source: ModelRef | None
+  tokens: Mapping[str, TokenRow]
+  multiple: int = 1  # of which the number of rows is one
+
+
+@dataclasses.dataclass(frozen=True)
 class Recipe:
   """A checked recipe; `slices` is one of every layer where the recipe names models."""
 
@@ -76,11 +95,14 @@ class Recipe:
   module: Mapping[str, Any]  # parameters of the module
   parameters: Mapping[str, Any]
   dtype: str | None  # of the result; None: the base's own, or the first model's
-  tokenizer: (
-    ModelRef | None
-  )  # whose tokenizer the result has; None: the base's, or the first model's
+  vocabulary: Vocabulary | None  # None: rows as they are, and the leading model's tokenizer
   chat_template: str | None
   seed: int
+
+  @property
+  def leading(self) -> ModelRef:
+    """The base, or else the first model: whose config and tokenizer the result has."""
+    return self.base or self.slices[0].sources[0].model
 
   def models(self) -> list[ModelRef]:
     """Each once, the base first."""
@@ -176,7 +198,7 @@ def read(found: Any) -> Recipe:
     module=module,
     parameters=_parameters(found.get("parameters"), "parameters"),
     dtype=found.get("out_dtype") or found.get("dtype"),
-    tokenizer=_tokenizer(found, base),
+    vocabulary=_vocabulary(found, base or slices[0].sources[0].model),
     chat_template=found.get("chat_template"),
     seed=seed,
   )
@@ -287,28 +309,51 @@ def _setting(found: Any, where: str) -> Any:
   )
 
 
-def _tokenizer(found: Mapping[str, Any], base: ModelRef | None) -> ModelRef | None:
+def _vocabulary(found: Mapping[str, Any], leading: ModelRef) -> Vocabulary | None:
   source, section = found.get("tokenizer_source"), found.get("tokenizer")
   if source and section:
     raise RecipeError("write tokenizer_source or tokenizer, not both")
+  if not source and not section:
+    return None
+  tokens, multiple = {}, 1
   if section:
     if not isinstance(section, Mapping):
       raise RecipeError("tokenizer: expected a mapping with `source`")
     _known(section, ("source", "tokens", "pad_to_multiple_of"), "tokenizer.")
-    if section.get("tokens") or section.get("pad_to_multiple_of"):
+    source = section.get("source", "union")
+    given, multiple = section.get("tokens") or {}, section.get("pad_to_multiple_of") or 1
+    if not isinstance(given, Mapping):
+      raise RecipeError("tokenizer.tokens: expected a mapping of tokens")
+    tokens = {
+      str(token): _token(each, f"tokenizer.tokens.{token}") for token, each in given.items()
+    }
+    if type(multiple) is not int or multiple < 1:
       raise RecipeError(
-        "tokenizer.tokens and tokenizer.pad_to_multiple_of change the vocabulary, which a merge here keeps; leave them"
-        " out, and give the models one vocabulary first"
+        f"tokenizer.pad_to_multiple_of={multiple!r}: write a whole number, 1 or more"
       )
-    source = section.get("source")
-  if source in (None, "base"):
-    return base
   if source == "union":
-    raise RecipeError(
-      "tokenizer_source: union would make a vocabulary that no model has; the models must share one: write base, or"
-      " a model of the recipe"
-    )
-  return _model(source, "tokenizer_source")
+    return Vocabulary(None, tokens, multiple)
+  chosen = leading if source == "base" else _model(source, "tokenizer_source")
+  return Vocabulary(chosen, tokens, multiple)
+
+
+def _token(found: Any, where: str) -> TokenRow:
+  """mergekit's source of a token's row: a model, a token of a model, or zeros."""
+  if not isinstance(found, Mapping) or "source" not in found:
+    raise RecipeError(f"{where}: expected a mapping with `source`, found {found!r}")
+  _known(found, ("source", "force"), f"{where}.")
+  source, force = found["source"], bool(found.get("force", False))
+  if not isinstance(source, Mapping) or "kind" not in source:
+    return TokenRow(_model(source, f"{where}.source"), force=force)
+  if source["kind"] == "zero":
+    return TokenRow(None, force=force)
+  if source["kind"] != "model_token":
+    raise RecipeError(f"{where}.source.kind={source['kind']!r}: write zero or model_token")
+  _known(source, ("kind", "model", "token", "token_id"), f"{where}.source.")
+  token, number = source.get("token"), source.get("token_id")
+  if (token is None) == (number is None):
+    raise RecipeError(f"{where}.source: write one of token and token_id")
+  return TokenRow(_model(source.get("model"), f"{where}.source.model"), token, number, force)
 
 
 def _is_number(x: Any) -> bool:

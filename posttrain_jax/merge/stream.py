@@ -137,7 +137,7 @@ def _one_shape(wanted: Wanted, opened: Mapping[ModelRef, Tensors]) -> tuple[int,
     found = held.shape(name)
     if shape is not None and found != shape:
       vocabulary = (
-        "; their vocabularies differ: give the models one tokenizer and one size of embedding first"
+        "; their vocabularies differ: write tokenizer_source: union (or base), which merges them by token"
         if len(found) == 2 and found[1] == shape[1] and ("embed" in name or "lm_head" in name)
         else ""
       )

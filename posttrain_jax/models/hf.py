@@ -146,8 +146,8 @@ def save(
       copy_tokenizer(Path(tokenizer_from), new)
 
 
-def copy_tokenizer(source: Path, folder: Path) -> None:
-  for name in TOKENIZER_FILES:
+def copy_tokenizer(source: Path, folder: Path, names: Sequence[str] = TOKENIZER_FILES) -> None:
+  for name in names:
     if (source / name).exists():
       shutil.copy(source / name, folder / name)
 

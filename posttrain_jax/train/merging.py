@@ -17,13 +17,13 @@ from posttrain_jax.adapters import peft_format
 from posttrain_jax.core import files, shards, tree, weight
 from posttrain_jax.core.weight import Adapted
 from posttrain_jax.evals import merges, tasks
-from posttrain_jax.merge import methods, recipe, stream
+from posttrain_jax.merge import methods, recipe, stream, vocabulary
 from posttrain_jax.merge.recipe import ModelRef, Recipe, RecipeError, Wanted
 from posttrain_jax.models import decoder, fetch, hf
 from posttrain_jax.models.config import ModelConfig
 from posttrain_jax.quant import bnb
 from posttrain_jax.train import evaluate as evaluate_lib
-from posttrain_jax.train import export, settings
+from posttrain_jax.train import export, settings, vocabularies
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,10 @@ def merge(
       known = ", ".join(tasks.TASKS)
       raise RecipeError(f"--evaluate={source}: no such file, and no built-in task ({known})")
   folders = {model: fetch.resolve(model.name) for model in found.models()}
-  opened = {model: _opened(model, folder) for model, folder in folders.items()}
+  if found.vocabulary is not None and found.vocabulary.source is not None:
+    folders.setdefault(found.vocabulary.source, fetch.resolve(found.vocabulary.source.name))
+  opened = {model: _opened(model, folders[model]) for model in found.models()}
+  opened, tokenizer = vocabularies.lay_out(found, opened, folders)
   made = stream.plan(found, opened)
   methods.rehearse(found, made.wanted)
   names = ", ".join(map(str, found.models()))
@@ -71,7 +74,7 @@ def merge(
   operator = functools.partial(
     _operator, found, dict(zip((w.name for w in made.wanted), made.dtypes))
   )
-  finish = functools.partial(_finish, made, folders)
+  finish = functools.partial(_finish, made, folders, tokenizer)
   stream.run(made, opened, operator, out, finish=finish, workers=workers)
   log.info("written in %.1f s: %s", time.monotonic() - began, out)
   if measured:
@@ -230,10 +233,10 @@ def _merged(base, node):
   return weight.dense(Adapted(base.astype(jnp.float32), node), jnp.float32)
 
 
-def _finish(made: stream.Plan, folders: Mapping[ModelRef, Path], out: Path) -> None:
+def _finish(made: stream.Plan, folders: Mapping[ModelRef, Path], tokenizer: Any, out: Path) -> None:
   """Config and tokenizer of the merged model."""
   found = made.recipe
-  leading = found.base or found.slices[0].sources[0].model
+  leading = found.leading
   described = files.read_json(folders[leading] / "config.json")
   described["dtype"] = made.dtypes[0]
   for key in ("torch_dtype", QUANTISED):
@@ -243,10 +246,17 @@ def _finish(made: stream.Plan, folders: Mapping[ModelRef, Path], out: Path) -> N
     described["num_hidden_layers"] = made.layers
     if kinds:
       described["layer_types"] = _layer_types(found, folders)
+  if tokenizer is not None:
+    shapes = dict(zip((wanted.name for wanted in made.wanted), made.shapes))
+    described["vocab_size"] = shapes[vocabulary.ROWS[0]][0]
   files.write_json(out / "config.json", described)
-  source = found.tokenizer or leading
-  folder = folders[source] if source in folders else fetch.resolve(source.name)
-  hf.copy_tokenizer(folder, out)
+  chosen = found.vocabulary.source if found.vocabulary is not None else None
+  folder = folders[chosen or leading]
+  if tokenizer is None:
+    hf.copy_tokenizer(folder, out)
+  else:
+    tokenizer.save_pretrained(out)
+    hf.copy_tokenizer(folder, out, ("generation_config.json",))
   if found.chat_template not in (None, "auto"):
     export.write_template(out, found.chat_template)
 

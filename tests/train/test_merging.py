@@ -13,6 +13,7 @@ from posttrain_jax import adapters, merge, quant
 from posttrain_jax.__main__ import main
 from posttrain_jax.adapters import peft_format
 from posttrain_jax.core import shards, tree
+from posttrain_jax.data import chat
 from posttrain_jax.merge import methods, stream
 from posttrain_jax.models import decoder, hf
 from posttrain_jax.train import merging
@@ -253,6 +254,67 @@ def test_bfloat16_in_and_out(tmp_path, models):
     np.testing.assert_array_equal(narrow.get(name), wide.get(name).astype(narrow.get(name).dtype))
 
 
+# --- tokenizers ------------------------------------------------------------------------------------------------------
+
+AVERAGE = "merge_method: linear\nmodels:\n" + "".join(
+  f"  - {{model: @{name}, parameters: {{weight: 1}}}}\n" for name in ("base", "a", "b")
+)
+
+
+@pytest.fixture(scope="module")
+def tokenised(tmp_path_factory, models):
+  """ "a" and "b" of two vocabularies: a token each, of one number, and a row for it."""
+  made = tmp_path_factory.mktemp("tokenised")
+  (made / "base").symlink_to(models / "base")
+  for name in "ab":
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_tokens([f"<{name}>"], special_tokens=True)
+    config = tiny.config(vocab_size=len(tokenizer))
+    params = decoder.init(jax.random.key(ord(name)), config, std=0.1)
+    hf.save(made / name, params, config)
+    tokenizer.save_pretrained(made / name)
+  return made
+
+
+def test_a_union_has_everybodys_tokens(tmp_path, tokenised):
+  assert run(tmp_path, tokenised, AVERAGE + "tokenizer_source: union\n") == 0
+  config = hf.read_config(tmp_path / "out")
+  folders = {name: tokenised / name for name in ("base", "a", "b")} | {"out": tmp_path / "out"}
+  vocabularies = {name: chat.load_tokenizer(folder).get_vocab() for name, folder in folders.items()}
+  out = vocabularies["out"]
+  assert out.keys() == vocabularies["a"].keys() | vocabularies["b"].keys()
+  assert config.vocab_size == len(out)
+  held = {name: hf.load(folder)[0]["embed_tokens"]["weight"] for name, folder in folders.items()}
+  row = lambda name, token: held[name][vocabularies[name][token]]
+  for name in "ab":  # lent to all, so that the mean is its own
+    np.testing.assert_allclose(row("out", f"<{name}>"), row(name, f"<{name}>"), rtol=1e-6)
+  mean = (row("base", "i") + row("a", "i") + row("b", "i")) / 3
+  np.testing.assert_allclose(row("out", "i"), mean, rtol=1e-5)
+  tokenizer = chat.load_tokenizer(tmp_path / "out")
+  assert tokenizer.convert_ids_to_tokens(tokenizer("<a><b>")["input_ids"]) == ["<a>", "<b>"]
+  assert tokenizer.chat_template == tiny.tokenizer().chat_template
+
+
+def test_rows_of_one_number_and_two_tokens_are_said(tmp_path, tokenised, caplog):
+  text = AVERAGE.replace("  - {model: @base, parameters: {weight: 1}}\n", "")
+  assert run(tmp_path, tokenised, text) == 0
+  assert "is '<a>' in one and '<b>' in the other; rows are merged by number" in caplog.text
+  caplog.clear()
+  assert run(tmp_path, tokenised, text + "tokenizer_source: base\n", out="base") == 0
+  assert "merged by number" not in caplog.text
+
+
+def test_models_of_one_vocabulary_keep_their_rows(tmp_path, models):
+  assert run(tmp_path, models, AVERAGE) == 0
+  assert run(tmp_path, models, AVERAGE + "tokenizer_source: union\n", out="union") == 0
+  assert contents(tmp_path / "out") == contents(tmp_path / "union")
+
+
+def test_models_of_two_sizes_want_to_be_told(tmp_path, tokenised, capsys):
+  assert run(tmp_path, tokenised, AVERAGE) == 1
+  assert "tokenizer_source: union" in capsys.readouterr().err
+
+
 # --- killed, resumed -------------------------------------------------------------------------------------------------
 
 
@@ -342,6 +404,10 @@ def model(**parameters):
   return [{"model": "HERE/a", "parameters": parameters}]
 
 
+def token(**source):
+  return dict(source="base", tokens={"<x>": dict(source=source)})
+
+
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
@@ -360,7 +426,28 @@ def model(**parameters):
     (dict(dtype="int8"), "dtype='int8': known are float32"),
     (dict(models=[{"model": "HERE/base"}]), "no model beside the base"),
     (dict(models=[{"model": "HERE/nowhere", "parameters": {"weight": 1}}]), "nowhere"),
-    (dict(tokenizer_source="union"), "must share one"),
+    (dict(tokenizer_source="HERE/nowhere"), "nowhere"),
+    (dict(tokenizer=dict(source="base", pad_to_multiple_of=0.5)), "write a whole number"),
+    (dict(tokenizer=dict(source="base", pad=8)), "unknown key tokenizer.pad"),
+    (
+      dict(tokenizer=dict(tokens={"<x>": {"force": True}})),
+      "<x>: expected a mapping with `source`",
+    ),
+    (
+      dict(tokenizer=dict(tokens={"<x>": {"source": {"kind": "none"}}})),
+      "write zero or model_token",
+    ),
+    (dict(tokenizer=token(kind="model_token", model="HERE/a")), "write one of token and token_id"),
+    (
+      dict(tokenizer=token(kind="model_token", model="HERE/a", token_id=261)),
+      "'<x>' takes the row 261 of .*a, whose 261 rows lack it",
+    ),
+    (
+      dict(tokenizer=token(kind="model_token", model="HERE/a", token="<y>")),
+      "'<x>' takes the token '<y>' of .*a",
+    ),
+    (dict(tokenizer=dict(tokens={"<x>": {"source": "HERE/c"}})), "/c, which is not merged"),
+    (dict(tokenizer=dict(tokens={"<x>": {"source": "HERE/a"}})), "the token '<x>' of .*a"),
     (dict(random_seed="x"), "write a whole number"),
   ],
 )

@@ -1,0 +1,124 @@
+"""The vocabularies of models that are merged, and the tokenizer of the merge."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from posttrain_jax.data import chat
+from posttrain_jax.merge import vocabulary
+from posttrain_jax.merge.recipe import ModelRef, Recipe, RecipeError
+from posttrain_jax.merge.stream import Tensors
+from posttrain_jax.merge.vocabulary import Layout
+
+log = logging.getLogger(__name__)
+
+
+def lay_out(
+  found: Recipe, opened: Mapping[ModelRef, Tensors], folders: Mapping[ModelRef, Path]
+) -> tuple[Mapping[ModelRef, Tensors], Any]:
+  """(the models' tensors by one vocabulary, the merge's tokenizer or None where a model's own will do).
+
+  Models that have one vocabulary and as many rows are left as they are.  Without `tokenizer_source` rows are merged by
+  their numbers; that two models' tokenizers disagree about a row is then said in a warning.
+
+  Raises:
+    RecipeError: a tokenizer that cannot be read, or `tokens` that are not there; no embedding to lay out.
+  """
+  wanted = found.vocabulary
+  if wanted is None:
+    _warn(found, opened, folders)
+    return opened, None
+  own = _tokenizers(found, folders)
+  vocabularies = {model: each.get_vocab() for model, each in own.items()}
+  rows = {model: _rows(model, held) for model, held in opened.items()}
+  source = found.leading if wanted.source is None else wanted.source
+  tokenizer = own.get(source)
+  if tokenizer is None:
+    tokenizer = chat.load_tokenizer(folders[source])
+  first = vocabularies[found.leading]
+  alike = all(each == first for each in (*vocabularies.values(), tokenizer.get_vocab()))
+  if alike and len(set(rows.values())) == 1 and not wanted.tokens and wanted.multiple == 1:
+    return opened, None
+  # a copy: other models' tokenizers are still asked for their tokens
+  merged = chat.load_tokenizer(folders[source])
+  if wanted.source is None:
+    for model, each in own.items():
+      _add(merged, each, rows[model])
+  known = merged.get_vocab()
+  merged.add_tokens([token for token in wanted.tokens if token not in known])
+  layout = vocabulary.layout(wanted, merged.get_vocab(), vocabularies, rows, found.base)
+  log.info("%d tokens in %d rows, of %s", len(merged.get_vocab()), layout.size, _counts(layout))
+  return {model: vocabulary.LaidOut(layout, model, opened) for model in opened}, merged
+
+
+def _counts(layout: Layout) -> str:
+  own = {model: int((rows != vocabulary.MISSING).sum()) for model, rows in layout.own.items()}
+  return ", ".join(f"{model} {count}" for model, count in own.items())
+
+
+def _tokenizers(found: Recipe, folders: Mapping[ModelRef, Path]) -> dict[ModelRef, Any]:
+  """Of every model; one without files of a tokenizer has the leading model's, as in mergekit."""
+  made = {found.leading: chat.load_tokenizer(folders[found.leading])}
+  for model in found.models():
+    if model in made:
+      continue
+    try:
+      made[model] = chat.load_tokenizer(folders[model])
+    except FileNotFoundError:
+      log.warning("%s has no tokenizer: taken to have that of %s", model, found.leading)
+      made[model] = made[found.leading]
+    except ValueError as error:
+      raise RecipeError(f"tokenizer_source: {error}") from error
+  return made
+
+
+def _add(merged: Any, other: Any, rows: int) -> None:
+  """The other's tokens that have a row and are not there yet: in its order, special ones as it has them, last."""
+  known, special = merged.get_vocab(), other.added_tokens_decoder
+  plain = sorted((number, token) for token, number in other.get_vocab().items())
+  plain = [token for number, token in plain if number < rows and number not in special]
+  merged.add_tokens([token for token in plain if token not in known])
+  merged.add_tokens([token for number, token in sorted(special.items()) if number < rows])
+
+
+def _rows(model: ModelRef, held: Tensors) -> int:
+  name = vocabulary.ROWS[0]
+  if name not in held.where:
+    raise RecipeError(f"tokenizer_source: {model} has no {name}, whose rows are the tokens'")
+  return held.shape(name)[0]
+
+
+def _warn(
+  found: Recipe, opened: Mapping[ModelRef, Tensors], folders: Mapping[ModelRef, Path]
+) -> None:
+  """Says where rows of one number are of different tokens."""
+  paths = {model: folders[model] / "tokenizer.json" for model in found.models()}
+  embedded = [model for model, held in opened.items() if vocabulary.ROWS[0] in held.where]
+  paths = {model: path for model, path in paths.items() if model in embedded and path.exists()}
+  if len({path.read_bytes() for path in paths.values()}) < 2:
+    return
+  known = {model: _vocabulary(path) for model, path in paths.items()}
+  first, *others = paths
+  for other in others:
+    rows = min(_rows(first, opened[first]), _rows(other, opened[other]))
+    differ = vocabulary.difference(known[first], known[other], rows)
+    if differ is not None:
+      log.warning(
+        "the tokenizers of %s and %s differ: %s; rows are merged by number. To merge them by token write"
+        " tokenizer_source: union, or base",
+        first,
+        other,
+        differ,
+      )
+
+
+def _vocabulary(path: Path) -> Mapping[str, int]:
+  try:
+    return tokenizers.Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)
+  except Exception as error:  # the library raises nothing narrower
+    raise RecipeError(f"{path} is no tokenizer: {error}; fetch it again") from error
