@@ -211,6 +211,8 @@ class Worker:
   def __init__(self, library: str, script: str = __file__):
     command = [sys.executable, script, f"--worker={library}"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu"}
+    if library == "torch":  # large pages, which make sets, are a gain here and none there
+      environment.pop("GLIBC_TUNABLES", None)
     self.process = subprocess.Popen(
       command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
     )
