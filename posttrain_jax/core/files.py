@@ -128,7 +128,9 @@ def write_safetensors(
 
 
 def read_array(path: str | Path, start: int, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-  """The array whose bytes begin at `start`, in memory of its own that jnp.asarray takes over on CPUs.
+  """The array whose bytes begin at `start`, in memory of its own.
+
+  On CPUs jax.device_put(array, may_alias=True) takes it over without a copy, which jnp.asarray does not.
 
   Raises:
     ValueError: the file ends before.

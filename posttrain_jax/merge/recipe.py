@@ -346,6 +346,7 @@ def _token(found: Any, where: str) -> TokenRow:
   if not isinstance(source, Mapping) or "kind" not in source:
     return TokenRow(_model(source, f"{where}.source"), force=force)
   if source["kind"] == "zero":
+    _known(source, ("kind",), f"{where}.source.")
     return TokenRow(None, force=force)
   if source["kind"] != "model_token":
     raise RecipeError(f"{where}.source.kind={source['kind']!r}: write zero or model_token")

@@ -437,6 +437,10 @@ def token(**source):
       dict(tokenizer=dict(tokens={"<x>": {"source": {"kind": "none"}}})),
       "write zero or model_token",
     ),
+    (
+      dict(tokenizer=token(kind="zero", token="a")),
+      "unknown key tokenizer.tokens.<x>.source.token",
+    ),
     (dict(tokenizer=token(kind="model_token", model="HERE/a")), "write one of token and token_id"),
     (
       dict(tokenizer=token(kind="model_token", model="HERE/a", token_id=261)),
