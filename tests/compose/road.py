@@ -14,7 +14,7 @@ import numpy as np
 
 from posttrain_jax import adapters
 from posttrain_jax.adapters import peft_format
-from posttrain_jax.core import tree
+from posttrain_jax.core import tree, weight
 from posttrain_jax.data import chat
 from posttrain_jax.models import decoder, hf
 from posttrain_jax.train import loop, objectives, settings, step
@@ -93,20 +93,29 @@ def only(devices: int) -> Iterator[None]:
   """The machine seems to have so many devices."""
   some = jax.devices()[:devices]
   with (
-    mock.patch.object(jax, "devices", lambda *_: some),
-    mock.patch.object(jax, "device_count", lambda *_: devices),
+    mock.patch.object(jax, "devices", return_value=some),
+    mock.patch.object(jax, "device_count", return_value=devices),
   ):
     yield
 
 
-def reloaded(config: Any, folder: pathlib.Path) -> Any:
-  """The parameters that the files of a run describe."""
+def reloaded(config: Any, folder: pathlib.Path, storage: str) -> Any:
+  """The parameters that the files of a run describe, its base kept as `storage` says."""
   if config.adapter.method == "none":
     return hf.load(folder / "model")[0]
-  params, model = hf.load(config.model.name, storage=config.model.base)
+  params, model = hf.load(config.model.name, storage=storage)
   if config.objective.name == "reward":
     params, model = decoder.scored(jax.random.key(0), params, model)
   return adapters.bind(params, peft_format.load(folder / "adapter", params, model)[0])
+
+
+def onto_original(config: Any, start: Any, policy: Any) -> Any:
+  """The dense base with the change from one bound tree to another."""
+  params, _ = hf.load(config.model.name, storage="dense")
+  dense = lambda bound, path: weight.dense(tree.get(bound, path), jnp.float32)
+  changed = lambda path, leaf: leaf + dense(policy, path) - dense(start, path)
+  moved = tree.unflatten((path, changed(path, leaf)) for path, leaf in tree.items(params))
+  return moved | {name: policy[name] for name in policy if name == "score"}
 
 
 def outputs(config: Any, params: Any) -> np.ndarray:
