@@ -26,12 +26,11 @@ from typing import Any
 import jax
 from matplotlib.figure import Figure
 
-from posttrain_jax import adapters
+from posttrain_jax import adapters, settings
 from posttrain_jax.core import files, tree
 from posttrain_jax.evals import figures
-from posttrain_jax.evals import run as runs
 from posttrain_jax.plan import estimate, program, topology
-from posttrain_jax.train import settings
+from posttrain_jax.runs import record as runs
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "experiments" / "results" / "adapters"

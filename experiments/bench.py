@@ -42,12 +42,14 @@ def jax_jobs() -> Jobs:
   import jax
   import numpy as np
 
-  from posttrain_jax import adapters
+  from posttrain_jax import adapters, objectives
   from posttrain_jax.core import tree
   from posttrain_jax.data import loader
   from posttrain_jax.models import decoder, hf
+  from posttrain_jax.objectives import Context
   from posttrain_jax.optim import build
-  from posttrain_jax.train import objectives, step
+  from posttrain_jax.train import state as state_lib
+  from posttrain_jax.train import step
 
   params, config = hf.load("smollm2", dtype=np.float32)
   fresh = lambda seed, **options: adapters.init(
@@ -59,13 +61,13 @@ def jax_jobs() -> Jobs:
   @functools.cache  # made when its job first runs: the peak memory of the jobs before is their own
   def trainer(**options):
     trainable, fixed = tree.partition(fresh(0, r=RANK, **options))
-    state, frozen = step.start(trainable, optimizer, fixed), objectives.Frozen(params)
+    state, context = state_lib.start(trainable, optimizer, fixed), Context(params)
 
     def train(batches) -> int:
       nonlocal state
       tokens = 0
       for batch in batches:
-        state, _ = update(state, frozen, batch)
+        state, _ = update(state, context, batch)
         tokens += int((batch["segment_ids"] > 0).sum())
       jax.block_until_ready(state)
       return tokens
@@ -297,11 +299,13 @@ def gpu() -> dict:
   import jax.numpy as jnp
   import numpy as np
 
-  from posttrain_jax import adapters, quant
+  from posttrain_jax import adapters, objectives, quant
   from posttrain_jax.core import tree
   from posttrain_jax.models import decoder, shapes
+  from posttrain_jax.objectives import Context
   from posttrain_jax.optim import build
-  from posttrain_jax.train import objectives, step
+  from posttrain_jax.train import state as state_lib
+  from posttrain_jax.train import step
 
   peak_flops = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
   device = jax.devices()[0]
@@ -318,7 +322,7 @@ def gpu() -> dict:
     trainable, fixed = tree.partition(adapter)
     optimizer, _ = build.build("adamw", lr=LR, steps=1000, schedule="constant")
     objective = objectives.Sft(config, dtype=jnp.bfloat16, remat="names")
-    state, frozen = step.start(trainable, optimizer), objectives.Frozen(params, fixed)
+    state, context = state_lib.start(trainable, optimizer), Context(params, fixed)
     tokens = (
       np.random.default_rng(0).integers(0, config.vocab_size, (rows, length)).astype(np.int32)
     )
@@ -333,13 +337,13 @@ def gpu() -> dict:
     began = time.perf_counter()
     update = (
       jax.jit(step.make(objective, optimizer), donate_argnums=0)
-      .lower(state, frozen, batch)
+      .lower(state, context, batch)
       .compile()
     )
     compiled, seconds = time.perf_counter() - began, []
     for _ in range(8):
       began = time.perf_counter()
-      state, _ = update(state, frozen, batch)
+      state, _ = update(state, context, batch)
       jax.block_until_ready(state)
       seconds.append(time.perf_counter() - began)
     rate = tokens.size / statistics.median(seconds[2:])

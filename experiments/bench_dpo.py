@@ -44,12 +44,14 @@ def jax_jobs() -> bench.Jobs:
   import jax
   import numpy as np
 
-  from posttrain_jax import adapters
+  from posttrain_jax import adapters, objectives
   from posttrain_jax.core import tree
   from posttrain_jax.data import answers, chat, loader
   from posttrain_jax.models import fetch, hf
+  from posttrain_jax.objectives import Context, reference_cache
   from posttrain_jax.optim import build
-  from posttrain_jax.train import comparisons, objectives, reference, step
+  from posttrain_jax.train import state as state_lib
+  from posttrain_jax.train import step
 
   # as `posttrain train` does, in a folder of this process: the second run finds what the first compiled
   jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp())
@@ -59,22 +61,24 @@ def jax_jobs() -> bench.Jobs:
   examples = answers.encode_all(
     rows(), tokenizer, template, kind="pairs", max_length=2 * LONGEST, truncate="drop"
   ).examples
-  objective = comparisons.Preference(config, beta=BETA, remat="names")
+  objective = objectives.Preference(config, beta=BETA, remat="names")
   chosen = adapters.AdapterConfig(r=bench.RANK, lora_alpha=bench.ALPHA)
   trainable, fixed = tree.partition(adapters.init(jax.random.key(0), params, chosen)[1])
   optimizer, _ = build.build("adamw", lr=bench.LR, steps=1000, schedule="constant", clip=None)
   update = jax.jit(step.make(objective, optimizer), donate_argnums=0)
-  state = step.start(trainable, optimizer, fixed)
-  frozen = objectives.Frozen(params)
+  state = state_lib.start(trainable, optimizer, fixed)
+  context = Context(params)
   longest = max(map(len, examples))
 
   def train() -> int:
     nonlocal state
     with tempfile.TemporaryDirectory() as cache:  # empty: the reference is computed each time
-      scored = reference.scored(examples, objective, params, cache=Path(cache), say=lambda _: None)
+      scored = reference_cache.scored(
+        examples, objective, params, cache=Path(cache), say=lambda _: None
+      )
     batches = loader.Loader(scored, batch_size=A_STEP, length=longest, packing=False)
     for _ in range(batches.batches()):
-      state, _ = update(state, frozen, next(batches))
+      state, _ = update(state, context, next(batches))
     jax.block_until_ready(state)
     batches.set_state({**batches.get_state(), "epoch": 0, "batch": 0})
     return len(examples)

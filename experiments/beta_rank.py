@@ -24,19 +24,19 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
-from posttrain_jax import adapters
+from posttrain_jax import adapters, objectives
 from posttrain_jax.adapters import peft_format
 from posttrain_jax.core import files
 from posttrain_jax.data import answers, chat, packing, templates
 from posttrain_jax.data.chat import Example
 from posttrain_jax.data.tasks import sql
 from posttrain_jax.evals import figures
-from posttrain_jax.evals import run as runs
 from posttrain_jax.losses import logprob
 from posttrain_jax.models import decoder, fetch, hf
+from posttrain_jax.objectives.rows import spans
 from posttrain_jax.rollout import engine
 from posttrain_jax.rollout.sampling import Sampling
-from posttrain_jax.train import comparisons
+from posttrain_jax.runs import record as runs
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "experiments" / "results" / "beta_rank"
@@ -81,12 +81,12 @@ def measured(folder: Path) -> dict[str, float]:
     whole = np.asarray([*prompt, *tokens], np.int32)
     made.append(answers.join([Example(whole, np.arange(len(whole)) >= len(prompt))]))
   length = -(-max(map(len, made)) // 64) * 64
-  scorer = comparisons.Labelled(config)
+  scorer = objectives.Labelled(config)
 
   @jax.jit
   def divergences(policy, params, batch):
-    at = comparisons.tokens(batch)
-    own, other = (scorer.hidden(p, batch, None) for p in (policy, params))
+    at = spans(batch)
+    own, other = (scorer.hidden(p, batch) for p in (policy, params))
     heads = decoder.head(policy), decoder.head(params)
     return at.per_answer(logprob.kl_divergence(own, heads[0], other, heads[1], mask=at.mask))
 

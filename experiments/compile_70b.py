@@ -20,9 +20,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from posttrain_jax import settings
 from posttrain_jax.core import files
 from posttrain_jax.plan import estimate
-from posttrain_jax.train import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "experiments" / "results" / "compile_70b"

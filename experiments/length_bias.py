@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 
 from posttrain_jax.core import files
 from posttrain_jax.evals import figures
-from posttrain_jax.evals import run as runs
+from posttrain_jax.runs import record as runs
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "experiments" / "results" / "length_bias"

@@ -29,11 +29,10 @@ from posttrain_jax import adapters
 from posttrain_jax.adapters import combine, peft_format
 from posttrain_jax.core import files
 from posttrain_jax.data import chat, templates
-from posttrain_jax.evals import figures, tasks
-from posttrain_jax.evals import run as runs
+from posttrain_jax.evals import figures, losses, tasks
 from posttrain_jax.models import fetch, hf
 from posttrain_jax.rollout import engine
-from posttrain_jax.train import evaluate
+from posttrain_jax.runs import record as runs
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "experiments" / "results" / "merge_learning"
@@ -109,7 +108,7 @@ def scores(params: Any, config: Any, workdir: Path) -> dict[str, float]:
   )
   texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in drawn.tokens]
   right = sum(is_right(text, row["gold"]) for text, row in zip(texts, rows))
-  general = evaluate.losses(params, config, tokenizer, template, str(workdir / "general.jsonl"))
+  general = losses.losses(params, config, tokenizer, template, str(workdir / "general.jsonl"))
   return {"sql": sql.correct / sql.total, "json": right / ASKED, "general": general["loss"]}
 
 

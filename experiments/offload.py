@@ -17,10 +17,10 @@ from pathlib import Path
 import compile_70b  # before jax: it keeps jax from looking for a TPU
 import jax
 
+from posttrain_jax import settings
 from posttrain_jax.core import files
 from posttrain_jax.plan import program
 from posttrain_jax.plan.topology import GIB, target
-from posttrain_jax.train import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "experiments" / "results" / "offload"

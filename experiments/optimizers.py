@@ -43,32 +43,24 @@ def one(name: str, steps: int) -> dict:
   import jax
   import numpy as np
 
+  from posttrain_jax import settings
+  from posttrain_jax.build import run
+  from posttrain_jax.core import metrics as metrics_lib
   from posttrain_jax.core import tree
-  from posttrain_jax.optim import layout
-  from posttrain_jax.train import assemble, settings, step
-  from posttrain_jax.train import metrics as metrics_lib
 
   lr, options = OPTIMIZERS[name]
   fields = dict(name=name, lr=lr, schedule="constant", warmup=0.0) | options
   overrides = [f"--config.optimizer.{field}={value}" for field, value in fields.items()]
   overrides += [f"--config.{x}" for x in (f"steps={steps}", "batch.rows=2", "data.length=256")]
   config = settings.load(f"{ROOT}/configs/sft.py:model=smollm2,data=sql,adapter=none", overrides)
-  model = assemble.model(config)
-  data = assemble.data(config, model)
-  trainable, _, frozen, _ = assemble.split(config, model, None)
-  optimizer, _ = assemble.optimizer(config, model.config)
-  objective = assemble.objective(config, model, data.channels)
-  update = jax.jit(step.make(objective, optimizer), donate_argnums=0)
-  batches = assemble.batches(config, data, None)
-  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  where = layout.shardings(jax.eval_shape(optimizer.init, trainable), trainable, here)
-  init = jax.jit(optimizer.init, out_shardings=where)
-  state = step.start(trainable, optimizer._replace(init=init))
+  pieces = run.build(config, None)
+  update, batches, context = pieces.step, pieces.batches, pieces.trees.context
+  state = pieces.first_state()
   sizes = dict(trained_bytes=tree.nbytes(state.trainable), state_bytes=tree.nbytes(state.optimizer))
   losses, seconds = [], []
   for _ in range(steps):
     began = time.perf_counter()
-    state, metrics = update(state, frozen, next(batches))
+    state, metrics = update(state, context, next(batches))
     losses.append(metrics_lib.read(metrics)["loss"])
     seconds.append(time.perf_counter() - began)
   jax.block_until_ready(state)

@@ -131,7 +131,7 @@ def _copy(index: int, child: subprocess.Popen[bytes], lock: threading.Lock) -> N
 def _environment(
   coordinator: str, processes: int, index: int, devices: int | None
 ) -> dict[str, str]:
-  """What posttrain_jax.train.distributed reads, on CPU unless JAX_PLATFORMS says otherwise."""
+  """What posttrain_jax.core.distributed reads, on CPU unless JAX_PLATFORMS says otherwise."""
   environment = {
     "JAX_PLATFORMS": "cpu",
     "PYTHONUNBUFFERED": "1",

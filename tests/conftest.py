@@ -16,8 +16,20 @@ os.environ["XLA_FLAGS"] = " ".join(
 ).strip()
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update(
   "jax_compilation_cache_dir", str(pathlib.Path(__file__).parent.parent / ".cache" / "jax-tests")
 )
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+  """A folder with a model and rows to train it on."""
+  from tests import tiny
+
+  folder = tmp_path_factory.mktemp("shared")
+  tiny.tiny_model_folder(folder / "model")
+  tiny.write_jsonl(folder / "rows.jsonl", tiny.rows(40))
+  return folder

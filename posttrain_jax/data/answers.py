@@ -53,6 +53,11 @@ class Answers:
     """Trained tokens of each answer."""
     return tuple(int((self.mask & (self.answer == i)).sum()) for i in range(self.count))
 
+  @functools.cached_property
+  def shares(self) -> bool:
+    """Whether there is a beginning that the answers have in common."""
+    return bool((self.answer == SHARED).any())
+
   def segments(self) -> tuple[np.ndarray, np.ndarray, int]:
     """(segment ids from 1, the one more segment that a token sees or 0, how many segments)."""
     shared = self.answer == SHARED
@@ -109,6 +114,7 @@ def encode_all(
   truncate: str = "error",
   on_error: str = "raise",
   share: bool = True,
+  companions: bool = False,
 ) -> chat.Encoded:
   """The Answers of many rows, in order.
 
@@ -121,6 +127,8 @@ def encode_all(
       (prompt, completions, labels), "scored" (prompt, completions, scores); "judged" takes any of these, and prompts
       with one completion, for a reward model to score.
     share: whether answers to a prompt share its tokens, or repeat them.
+    companions: of labels and pairs, whether each brings another prompt's answers behind its own (KTO's estimate of the
+      KL); pairs then say their labels, 1 and 0.
 
   Raises:
     RowError: a row of another schema, answers that are equal, an empty one, one that does not fit.
@@ -159,8 +167,10 @@ def encode_all(
     raise ValueError(f"no row gave an example; {skipped}")
   if kind in ("labels", "outcomes"):
     _check_classes(made)
-  if kind == "labels":
-    made = _with_companions(made, max_length)
+  if companions:
+    if kind == "pairs":
+      made = with_values(made, "label", [(1.0, 0.0)] * len(made))
+    made = with_companions(made, max_length, share)
   return chat.Encoded(tuple(made), skipped)
 
 
@@ -368,27 +378,55 @@ def _check_classes(made: list[Answers]) -> None:
     )
 
 
-def _with_companions(made: list[Answers], limit: int) -> list[Answers]:
-  """Each example with the answer before it behind its own prompt, as TRL turns them."""
-  result = []
-  for at, example in enumerate(made):
-    other = made[at - 1]
-    here, there = int(np.argmax(example.mask)), int(np.argmax(other.mask))
-    tokens = np.concatenate([example.tokens[:here], other.tokens[there:]])
-    mask = np.concatenate([np.zeros(here, bool), other.mask[there:]])
-    companion = Answers(
-      tokens, mask, np.zeros(len(tokens), np.int32), np.arange(len(tokens), dtype=np.int32), 1
+def with_companions(
+  examples: Sequence[Answers], limit: int, share: bool = True
+) -> list[Answers]:
+  """Each example with the answers of the nearest one before it that has another prompt, behind its own prompt.
+
+  TRL takes the one before it, which of a pair told apart into labels has the same prompt.
+
+  Raises:
+    ValueError: all prompts are one.
+  """
+  prompts = [_prompt(example, 0).tobytes() for example in examples]
+  if len(set(prompts)) < 2:
+    raise ValueError(
+      "all answers are to one prompt: KTO estimates its KL from answers to other prompts; add rows with others, or"
+      " write --config.objective.estimate_kl=false"
     )
-    if len(tokens) > limit:  # its prompt is what can be spared: of the answer all is scored
-      companion = cut(companion, min(len(tokens) - limit, here - 1))
-      companion = _shortened(companion, limit)
+  result, other = [], 0
+  # the nearest before the first is looked for from the end
+  for at in range(len(examples) - 1, -1, -1):
+    if prompts[at] != prompts[0]:
+      other = at
+      break
+  for at, example in enumerate(examples):
+    if at and prompts[at - 1] != prompts[at]:
+      other = at - 1
+    companion = _companion(example, examples[other], limit, share)
     result.append(dataclasses.replace(example, companion=companion))
   return result
 
 
-def _shortened(made: Answers, limit: int) -> Answers:
-  names = ("tokens", "mask", "answer", "positions")
-  return dataclasses.replace(made, **{name: getattr(made, name)[:limit] for name in names})
+def _companion(example: Answers, other: Answers, limit: int, share: bool) -> Answers:
+  """The answers of `other` behind the prompt of `example`; where they do not fit, less of the prompt."""
+  answers = [other.tokens[other.mask & (other.answer == i)] for i in range(example.count)]
+  # a prompt is what can be spared: of the answers all is scored; its last token stands before each of them
+  left = limit - sum(map(len, answers))
+  room = left - example.count + 1 if share else left // example.count
+  parts = []
+  for i, answer in enumerate(answers):
+    prompt = _prompt(example, i)[-room:]
+    mask = np.arange(len(prompt) + len(answer)) >= len(prompt)
+    parts.append(Example(np.concatenate([prompt, answer]), mask, origin=example.origin))
+  return join(parts, share=share)
+
+
+def _prompt(example: Answers, i: int) -> np.ndarray:
+  """The tokens that answer i stands behind."""
+  seen = (example.answer == SHARED) | (example.answer == i)
+  tokens, mask = example.tokens[seen], example.mask[seen]
+  return tokens[: int(np.argmax(mask))]
 
 
 def with_values(made: Iterable[Answers], name: str, values: Iterable[Sequence[float]]) -> list:

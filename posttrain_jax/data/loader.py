@@ -99,7 +99,8 @@ class Loader:
     edge, rows = self._plan(self._epoch)[self._batch]
     self._batch += 1
     if isinstance(self.examples[0], Answers):
-      return pack_answers(self.examples, self._own(rows), edge, self._slots)
+      own = self._own(rows)
+      return pack_answers(self.examples, own, edge, self._slots, shares=self._shares)
     return pack(self.examples, self._own(rows), edge, self.channels)
 
   @property
@@ -166,6 +167,10 @@ class Loader:
       "edges": list(self.edges),
       "shuffle": self.shuffle,
     }
+
+  @functools.cached_property
+  def _shares(self):
+    return any(example.shares for example in self.examples)
 
   @functools.cached_property
   def _slots(self):

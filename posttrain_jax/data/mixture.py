@@ -69,6 +69,17 @@ class Mixture:
         f"{starved[0]!r} would give nothing: {self.fractions[starved[0]]:.2%} of {whole:.0f} {by}"
       )
 
+  def holding(self, examples: Sequence[Example]) -> "Mixture":
+    """The same mixture of other examples, one for one in the order of `examples`."""
+    if len(examples) != len(self.examples):
+      raise ValueError(f"{len(examples)} examples for a mixture of {len(self.examples)}")
+    bounds = [(name, int(at[0]), int(at[-1]) + 1) for name, at in self._members.items()]
+    sources = {name: examples[start:stop] for name, start, stop in bounds}
+    mixture = Mixture(sources, self.fractions, by=self.by, seed=self.seed)
+    # what an epoch holds stays as it was drawn, whatever the examples' lengths are now
+    mixture._lengths, mixture._targets = self._lengths, self._targets
+    return mixture
+
   def indices(self, epoch: int) -> np.ndarray:
     """Which of `examples` an epoch holds, source by source; repeats occur as often as drawn."""
     return np.concatenate([self._drawn(name, epoch) for name in self.names])

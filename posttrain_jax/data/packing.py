@@ -10,7 +10,7 @@ A batch is a dict of arrays [batch, time], the same keys whether packed or not:
 
 Rows of answers (`data.answers`) have more, in the order of the answers of a row:
 
-  prefix_ids   int32  the segment of the common beginning that the token sees too, 0 for none
+  prefix_ids   int32  the segment of the common beginning that the token sees too, 0 for none; only where answers share
   answer       int32  which answer of the row the token belongs to; the number of slots where it is none's
   present      bool   [batch, slots] whether there is an answer
   <value>      float32 [batch, slots] label, score, advantage, margin, weight
@@ -112,21 +112,30 @@ def slots(examples: Sequence[Answers], length: int, packing: bool) -> int:
 
 
 def pack_answers(
-  examples: Sequence[Answers], rows: Sequence[Sequence[int]], length: int, slots: int
+  examples: Sequence[Answers],
+  rows: Sequence[Sequence[int]],
+  length: int,
+  slots: int,
+  *,
+  shares: bool = True,
 ) -> Batch:
-  """The batch whose row r holds the answers of `examples[i] for i in rows[r]`, padded at the end."""
+  """The batch whose row r holds the answers of `examples[i] for i in rows[r]`, padded at the end.
+
+  shares: whether any example has a beginning that its answers share; without, there are no `prefix_ids`.
+  """
   first = examples[0]
   time, slot = (len(rows), length), (len(rows), slots)
   batch: Batch = {
     "tokens": np.zeros(time, np.int32),
     "loss_mask": np.zeros(time, bool),
     "segment_ids": np.zeros(time, np.int32),
-    "prefix_ids": np.zeros(time, np.int32),
     "positions": np.zeros(time, np.int32),
     "answer": np.full(time, slots, np.int32),
     "present": np.zeros(slot, bool),
     **{name: np.zeros(slot, np.float32) for name in first.values},
   }
+  if shares:
+    batch["prefix_ids"] = np.zeros(time, np.int32)
   if first.reference is not None:
     batch["reference"] = np.zeros(time, np.float32)
   if first.steps is not None:
@@ -142,7 +151,8 @@ def pack_answers(
       batch["tokens"][here] = example.tokens
       batch["loss_mask"][here] = example.mask
       batch["segment_ids"][here] = ids + segments
-      batch["prefix_ids"][here] = np.where(prefixes > 0, prefixes + segments, 0)
+      if shares:
+        batch["prefix_ids"][here] = np.where(prefixes > 0, prefixes + segments, 0)
       batch["positions"][here] = example.positions
       batch["answer"][here] = np.where(example.answer < 0, slots, example.answer + answers)
       batch["present"][r, answers : answers + example.count] = True
@@ -154,7 +164,7 @@ def pack_answers(
       start, segments, answers = start + n, segments + count, answers + example.count
   if first.companion is not None:
     companions = [e.companion for e in examples if e.companion is not None]
-    batch["companion"] = pack_answers(companions, rows, length, slots)
+    batch["companion"] = pack_answers(companions, rows, length, slots, shares=shares)
   return batch
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
-from posttrain_jax.evals.run import Run
+from posttrain_jax.runs.record import Run
 
 STYLE: dict[Any, Any] = {
   "font.family": "sans-serif",

@@ -16,9 +16,9 @@ import rich.text
 import safetensors
 
 from posttrain_jax.core import files
-from posttrain_jax.evals import figures, page, run, tasks
-from posttrain_jax.evals.run import Run
-from posttrain_jax.evals.tasks import TaskResult
+from posttrain_jax.evals import figures, page, tasks
+from posttrain_jax.runs import record
+from posttrain_jax.runs.record import Run, TaskResult
 
 NAME = "report.html"
 ALL = "all"
@@ -49,7 +49,7 @@ def write(workdir: str | Path, *, done: Mapping[str, Any] | None = None) -> Path
   Raises:
     FileNotFoundError: the folder holds no run.
   """
-  found = run.read(workdir)
+  found = record.read(workdir)
   found = found if done is None else dataclasses.replace(found, done=done)
   drawn = [(name, draw(found)) for name, draw in FIGURES.items()]
   html = page.render(
@@ -71,7 +71,7 @@ def write(workdir: str | Path, *, done: Mapping[str, Any] | None = None) -> Path
 
 def summary_table(workdir: str | Path) -> rich.table.Table:
   """Accuracy before and after with counts, by channel and overall; without an evaluation, the last metrics."""
-  found = run.read(workdir)
+  found = record.read(workdir)
   accuracy = _accuracy(found)
   if accuracy is None:
     return _table(

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +20,7 @@ from posttrain_jax.evals import vote
 from posttrain_jax.models.config import ModelConfig
 from posttrain_jax.rollout import engine
 from posttrain_jax.rollout.sampling import GREEDY, Sampling
+from posttrain_jax.runs.record import TaskResult
 
 Params = Any
 
@@ -48,47 +48,6 @@ def _score_sql(answer: str, gold: str) -> tuple[bool, str]:
 
 # The longest gold query takes 38 tokens of SmolLM2's.
 TASKS = {"sql": Task(sql.examples, _score_sql, max_new_tokens=48, system=sql.SYSTEM)}
-
-
-@dataclasses.dataclass(frozen=True)
-class TaskResult:
-  """How many of a split's questions were answered correctly, and every answer.
-
-  by_channel: {channel: (correct, total)}.
-  reasons: {verdict: count}, "ok" among them.
-  answers: one dict a question, in the order of the task: question, answer, gold, correct, reason, channel, and
-    `finished`, False where max_new_tokens cut the answer.
-  seconds: of generating and scoring, compilation included.
-  by_member: of an ensemble, how many each adapter alone answered correctly; () where there was none.
-  """
-
-  task: str
-  split: str
-  correct: int
-  total: int
-  by_channel: Mapping[str, tuple[int, int]]
-  reasons: Mapping[str, int]
-  answers: Sequence[Mapping[str, Any]]
-  seconds: float
-  new_tokens: int
-  by_member: Sequence[int] = ()
-
-  @property
-  def accuracy(self) -> float:
-    """Correct / total, in [0, 1]."""
-    return self.correct / self.total if self.total else math.nan
-
-  def to_json(self) -> dict[str, Any]:
-    return dict(dataclasses.asdict(self), accuracy=self.accuracy)
-
-  @classmethod
-  def from_json(cls, value: Mapping[str, Any]) -> TaskResult:
-    """The result that `to_json` gave, before or after a round trip through a file."""
-    value = dict(value, by_member=value.get("by_member", ()))  # older results have no ensemble
-    fields: dict[str, Any] = {field.name: value[field.name] for field in dataclasses.fields(cls)}
-    fields["by_channel"] = {name: tuple(pair) for name, pair in value["by_channel"].items()}
-    fields["by_member"] = tuple(value["by_member"])
-    return cls(**fields)
 
 
 def evaluate(

@@ -7,14 +7,17 @@ import jax.numpy as jnp
 
 Array = jax.Array
 EPSILON = 1e-4  # added to a standard deviation, as TRL does
+# of the largest value: what lies no further apart is equal but for float32's rounding, in whatever order it was added
+ROUNDING = 4 * float(jnp.finfo(jnp.float32).eps)
 
 
 def group_relative(rewards: Array, *, scale: str = "group", epsilon: float = EPSILON) -> Array:
   """(R_i - mean R) / (std R + epsilon) over the answers to one prompt; exactly 0 where all of a group agree.
 
-  A NaN reward (an answer that could not be scored) takes no part and gets advantage 0.  Standard deviations divide by
-  n - 1.  Shao et al. 2024 (GRPO, arXiv 2402.03300), section 4.1.2; scale="none" is Liu et al. 2025 (Dr. GRPO, arXiv
-  2503.20783), which leaves the division out.
+  Rewards that lie within float32's rounding of each other agree (0.1 + 0.2 and 0.3).  A NaN reward (an answer that
+  could not be scored, or the filling of a smaller group) takes no part and gets advantage 0.  Standard deviations
+  divide by n - 1.  Shao et al. 2024 (GRPO, arXiv 2402.03300), section 4.1.2; scale="none" is Liu et al. 2025 (Dr. GRPO,
+  arXiv 2503.20783), which leaves the division out.
 
   Args:
     rewards: [..., group].
@@ -34,12 +37,13 @@ def group_relative(rewards: Array, *, scale: str = "group", epsilon: float = EPS
   if scale == "group":
     centred = centred / (deviation + epsilon)
   elif scale == "batch":
-    centred = centred / (_std(rewards, scored, axis=None) + epsilon)
+    _, deviation = _centred(rewards, scored, axis=None)
+    centred = centred / (deviation + epsilon)
   return centred
 
 
 def leave_one_out(rewards: Array) -> Array:
-  """R_i - mean of the other R_j; [..., group], NaN as in `group_relative`.
+  """R_i - mean of the other R_j; [..., group]; what agrees and what is NaN as in `group_relative`.
 
   Ahmadian et al. 2024 (RLOO, arXiv 2402.14740), section 3.2.
 
@@ -63,7 +67,7 @@ def gae(
   """
   mask = jnp.asarray(mask, bool)
 
-  def back(carry, at):
+  def back(carry: tuple[Array, Array], at: tuple[Array, ...]) -> tuple[tuple[Array, Array], Array]:
     next_value, next_advantage = carry
     reward, value, is_action = at
     delta = reward + gamma * next_value - value
@@ -83,17 +87,17 @@ def gae(
 def whiten(values: Array, mask: Array | None = None, *, shift: bool = True) -> Array:
   """(x - mean) / sqrt(var + 1e-8) over all that the mask has, var dividing by n - 1; 0 elsewhere.
 
-  shift=False keeps the mean.  The whole batch at once: the result does not depend on how it is divided among devices.
+  shift=False keeps the mean.  Values that lie within float32's rounding of each other agree: x - mean is 0.  The whole
+  batch at once: the result does not depend on how it is divided among devices.
   """
   mask = jnp.ones(jnp.shape(values), bool) if mask is None else jnp.asarray(mask, bool)
-  count = jnp.sum(mask)
-  mean = jnp.sum(jnp.where(mask, values, 0.0)) / jnp.maximum(count, 1)
-  squares = jnp.sum(jnp.where(mask, (values - mean) ** 2, 0.0))
-  white = (values - mean) * jax.lax.rsqrt(squares / jnp.maximum(count - 1, 1) + 1e-8)
-  return jnp.where(mask, white if shift else white + mean, 0.0)
+  values = jnp.where(mask, values, 0.0)
+  centred, deviation = _centred(values, mask, axis=None)
+  white = centred * jax.lax.rsqrt(deviation**2 + 1e-8)
+  return white if shift else jnp.where(mask, white + jnp.mean(values, where=mask), 0.0)
 
 
-def _groups(rewards):
+def _groups(rewards: Array) -> Array:
   rewards = jnp.asarray(rewards)
   if rewards.ndim == 0 or rewards.shape[-1] < 2:
     raise ValueError(
@@ -102,21 +106,14 @@ def _groups(rewards):
   return rewards
 
 
-def _centred(rewards, scored):
-  """(R - mean, std) of each group; exactly zero where a group agrees, not a rest of rounding to be scaled."""
-  count = jnp.sum(scored, axis=-1, keepdims=True)
-  filled = jnp.where(scored, rewards, 0.0)
-  mean = jnp.sum(filled, axis=-1, keepdims=True) / jnp.maximum(count, 1)
-  top = jnp.max(jnp.where(scored, rewards, -jnp.inf), axis=-1, keepdims=True)
-  bottom = jnp.min(jnp.where(scored, rewards, jnp.inf), axis=-1, keepdims=True)
-  centred = jnp.where(scored & (top > bottom), filled - mean, 0.0)
-  squares = jnp.sum(centred**2, axis=-1, keepdims=True)
+def _centred(values: Array, scored: Array, axis: int | None = -1) -> tuple[Array, Array]:
+  """(x - mean, std) along axis of what is scored; exactly zero where it agrees, not a rest of rounding to be scaled."""
+  count = jnp.sum(scored, axis=axis, keepdims=True)
+  filled = jnp.where(scored, values, 0.0)
+  mean = jnp.sum(filled, axis=axis, keepdims=True) / jnp.maximum(count, 1)
+  top = jnp.max(jnp.where(scored, values, -jnp.inf), axis=axis, keepdims=True)
+  bottom = jnp.min(jnp.where(scored, values, jnp.inf), axis=axis, keepdims=True)
+  differ = top - bottom > ROUNDING * jnp.max(jnp.abs(filled), axis=axis, keepdims=True)
+  centred = jnp.where(scored & differ, filled - mean, 0.0)
+  squares = jnp.sum(centred**2, axis=axis, keepdims=True)
   return centred, jnp.sqrt(squares / jnp.maximum(count - 1, 1))
-
-
-def _std(rewards, scored, axis):
-  count = jnp.sum(scored, axis=axis)
-  filled = jnp.where(scored, rewards, 0.0)
-  mean = jnp.sum(filled, axis=axis) / jnp.maximum(count, 1)
-  squares = jnp.sum(jnp.where(scored, (rewards - mean) ** 2, 0.0), axis=axis)
-  return jnp.sqrt(squares / jnp.maximum(count - 1, 1))

@@ -1,7 +1,8 @@
 """Estimates of KL(pi || pi_ref) per token, from tokens that pi has sampled.
 
 With u = log pi_ref - log pi: the value of each is an estimate of the KL; what its gradient estimates is another matter.
-Schulman 2020 ("Approximating KL divergence").
+All are 0, with a gradient of 0, where the mask is False, whatever stands there.  Schulman 2020 ("Approximating KL
+divergence").
 """
 
 from __future__ import annotations
@@ -10,19 +11,32 @@ import jax
 import jax.numpy as jnp
 
 Array = jax.Array
+LIMIT = (
+  20.0  # nats: exp of a log-ratio past this is taken at this, 4.9e8, long before float32 ends at 88
+)
 
 
-def k1(logps: Array, ref_logps: Array) -> Array:
+def k1(logps: Array, ref_logps: Array, mask: Array | None = None) -> Array:
   """log pi - log pi_ref: unbiased, of high variance, often negative.  Its gradient has mean zero: no penalty."""
-  return logps - ref_logps
+  return -_log_ratio(logps, ref_logps, mask)
 
 
-def k2(logps: Array, ref_logps: Array) -> Array:
+def k2(logps: Array, ref_logps: Array, mask: Array | None = None) -> Array:
   """(log pi - log pi_ref)^2 / 2: biased, of low variance.  Its mean gradient is that of the reverse KL."""
-  return 0.5 * (logps - ref_logps) ** 2
+  return 0.5 * _log_ratio(logps, ref_logps, mask) ** 2
 
 
-def k3(logps: Array, ref_logps: Array) -> Array:
-  """exp(u) - 1 - u: unbiased and never negative.  Its mean gradient is that of the forward KL(pi_ref || pi)."""
-  u = ref_logps - logps
+def k3(logps: Array, ref_logps: Array, mask: Array | None = None) -> Array:
+  """exp(u) - 1 - u: unbiased and never negative.  Its mean gradient is that of the forward KL(pi_ref || pi).
+
+  u is at most LIMIT, where value and gradient stop growing and the gradient is 0; DeepSeek's GRPO and TRL leave u as it
+  is, and have infinity from a u of 89 on.
+  """
+  u = jnp.minimum(_log_ratio(logps, ref_logps, mask), LIMIT)
   return jnp.expm1(u) - u
+
+
+def _log_ratio(logps: Array, ref_logps: Array, mask: Array | None) -> Array:
+  """u, 0 where the mask is False."""
+  u = ref_logps - logps
+  return u if mask is None else jnp.where(mask, u, 0.0)

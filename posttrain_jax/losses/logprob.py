@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from posttrain_jax.core import sharding, struct
 from posttrain_jax.core.weight import linear32
 
 Array = jax.Array
+Options = tuple[float | None, float, bool, bool]  # softcap, temperature, entropy, collision
 CHUNK = 512  # tokens whose logits exist at once, on each device
 
 
@@ -103,7 +105,7 @@ def kl_divergence(
   shape = hidden.shape[:-1]
   mask = jnp.ones(shape, bool) if mask is None else jnp.asarray(mask, bool)
 
-  def one(hidden, other, mask):
+  def one(hidden: Array, other: Array, mask: Array) -> Array:
     logits = lambda x, head: jax.nn.log_softmax(_logits(linear32(x, head), softcap, 1.0)[0])
     log_p, log_q = logits(hidden, head), logits(other, other_head)
     return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1) * mask
@@ -111,22 +113,22 @@ def kl_divergence(
   if not sharding.active():
     flat = lambda x: x.reshape(1, -1, *x.shape[len(shape) :])
     hidden, other_hidden, mask = flat(hidden), flat(other_hidden), flat(mask)
-  found = _in_chunks(one, (hidden, other_hidden, mask), mask)
-  return jax.lax.stop_gradient(found.reshape(shape))
+  divergences = _in_chunks(one, (hidden, other_hidden, mask), mask)
+  return jax.lax.stop_gradient(divergences.reshape(shape))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _score(hidden, head, labels, mask, options):
+def _score(hidden: Array, head: Any, labels: Array, mask: Array, options: Options) -> Scores:
   return _forward(hidden, head, labels, mask, options, with_gradient=False)[0]
 
 
-def _score_fwd(hidden, head, labels, mask, options):
-  value = lambda primals: jax.tree.map(
-    lambda p: p.value, primals, is_leaf=lambda p: hasattr(p, "value")
-  )
-  trained = any(
-    p.perturbed for p in jax.tree.leaves(head, is_leaf=lambda p: hasattr(p, "perturbed"))
-  )
+def _score_fwd(
+  hidden: Any, head: Any, labels: Any, mask: Any, options: Options
+) -> tuple[Scores, tuple[Array | None, Any]]:
+  """(Scores, (d logp / d hidden, None), or (None, the inputs) where the head is trained)."""
+  is_primal = lambda p: isinstance(p, jax.custom_derivatives.CustomVJPPrimal)
+  value = lambda primals: jax.tree.map(lambda p: p.value, primals, is_leaf=is_primal)
+  trained = any(p.perturbed for p in jax.tree.leaves(head, is_leaf=is_primal))
   hidden, head, labels, mask = (value(x) for x in (hidden, head, labels, mask))
   if trained:
     scores, _ = _forward(hidden, head, labels, mask, options, with_gradient=False)
@@ -135,12 +137,14 @@ def _score_fwd(hidden, head, labels, mask, options):
   return scores, (slope, None)
 
 
-def _score_bwd(options, residuals, cotangents):
+def _score_bwd(
+  options: Options, residuals: tuple[Array | None, Any], cotangents: Scores
+) -> tuple[Any, Any, None, None]:
   slope, inputs = residuals
   g = cotangents.logp
   if isinstance(g, jax.custom_derivatives.SymbolicZero):
     return None, None, None, None
-  if inputs is None:
+  if slope is not None:
     return (slope * g[..., None].astype(slope.dtype)), None, None, None
   hidden, head, labels, mask = inputs
   floats, rebuild = _floating(head)
@@ -153,13 +157,13 @@ def _score_bwd(options, residuals, cotangents):
 _score.defvjp(_score_fwd, _score_bwd, symbolic_zeros=True)
 
 
-def _floating(head):
+def _floating(head: Any) -> tuple[list[Array], Callable[..., Any]]:
   """The differentiable leaves of head, and a function that puts others in their place."""
   leaves, structure = jax.tree.flatten(head)
   where = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.floating)]
 
-  def rebuild(floats, others=leaves):
-    new = [None] * len(leaves) if others is None else list(others)
+  def rebuild(floats: Sequence[Array], others: Sequence[Array] | None = leaves) -> Any:
+    new: list[Any] = [None] * len(leaves) if others is None else list(others)
     for i, leaf in zip(where, floats):
       new[i] = leaf
     return jax.tree.unflatten(structure, new)
@@ -167,15 +171,19 @@ def _floating(head):
   return [leaves[i] for i in where], rebuild
 
 
-def _forward(hidden, head, labels, mask, options, with_gradient):
+def _forward(
+  hidden: Array, head: Any, labels: Array, mask: Array, options: Options, with_gradient: bool
+) -> tuple[Scores, Array | None]:
   """(Scores, d logp / d hidden or None) over [batch, tokens], a chunk of tokens at a time."""
   one = lambda hidden, labels, mask: _chunk(hidden, head, labels, mask, options, with_gradient)
   return _in_chunks(one, (hidden, labels, mask), mask)
 
 
-def _in_chunks(one, arrays, mask):
-  """What `one` makes of [batch, chunk, ...] parts of the arrays, [batch, tokens, ...] each, joined; 0 where it was
-  not called: without a mesh wanted tokens go first, and the loop ends with the last of them."""
+def _in_chunks(one: Callable[..., Any], arrays: Sequence[Array], mask: Array) -> Any:
+  """What `one` makes of [batch, chunk, ...] parts of the arrays, [batch, tokens, ...] each, joined.
+
+  It is 0 where `one` was not called: without a mesh wanted tokens go first, and the loop ends with the last of them.
+  """
   batch, tokens = mask.shape
   chunk = _chunk_length(batch, tokens)
   compact = not sharding.active() and batch == 1
@@ -191,15 +199,15 @@ def _in_chunks(one, arrays, mask):
   whole = lambda x: jnp.zeros((batch, tokens + padding, *x.shape[2:]), x.dtype)
   start = jax.tree.map(whole, jax.eval_shape(lambda: one(*parts(0))))
   update = lambda i: lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, i * chunk, 1)
-  body = lambda i, made: jax.tree.map(update(i), made, one(*parts(i)))
-  made = jax.tree.map(lambda x: x[:, :tokens], jax.lax.fori_loop(0, chunks, body, start))
+  body = lambda i, joined: jax.tree.map(update(i), joined, one(*parts(i)))
+  joined = jax.tree.map(lambda x: x[:, :tokens], jax.lax.fori_loop(0, chunks, body, start))
   if compact:
     places = jnp.argsort(order)  # a gather: XLA:CPU scatters row by row
-    made = jax.tree.map(lambda x: x[:, places], made)
-  return made
+    joined = jax.tree.map(lambda x: x[:, places], joined)
+  return joined
 
 
-def _chunk_length(batch, tokens):
+def _chunk_length(batch: int, tokens: int) -> int:
   """How much of the token axis makes CHUNK tokens on a device, and at least one."""
   shards = 1
   if sharding.active():
@@ -208,13 +216,16 @@ def _chunk_length(batch, tokens):
   return max(1, min(CHUNK * shards // batch, tokens))
 
 
-def _chunk(hidden, head, labels, mask, options, with_gradient):
+def _chunk(
+  hidden: Array, head: Any, labels: Array, mask: Array, options: Options, with_gradient: bool
+) -> tuple[Scores, Array | None]:
+  """`_forward` of one chunk, whose logits exist at once."""
   softcap, temperature, entropy, collision = options
   # the transpose of the product that makes the logits, whatever the head is
   products, transposed = jax.vjp(lambda x: linear32(x, head), hidden)
   logits, chain = _logits(products, softcap, temperature)
   top = jnp.max(logits, axis=-1)
-  raised = _made(jnp.exp(logits - top[..., None]))
+  raised = _materialised(jnp.exp(logits - top[..., None]))
   total = jnp.sum(raised, axis=-1)
   normaliser = top + jnp.log(total)
   target = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
@@ -241,12 +252,12 @@ def _chunk(hidden, head, labels, mask, options, with_gradient):
   return scores, transposed(d_logits.astype(products.dtype))[0]
 
 
-def _made(x):
+def _materialised(x: Array) -> Array:
   """x as an array of its own on CPU, where exp fused into a sum measured over twice as slow as apart."""
   return jax.lax.optimization_barrier(x) if jax.default_backend() == "cpu" else x
 
 
-def _logits(products, softcap, temperature):
+def _logits(products: Array, softcap: float | None, temperature: float) -> tuple[Array, Array]:
   """(logits, d logits / d products), both float32."""
   z = products.astype(jnp.float32)
   chain = jnp.float32(1.0 / temperature)
@@ -256,7 +267,7 @@ def _logits(products, softcap, temperature):
   return sharding.constrain(z / temperature, "batch time vocab"), chain
 
 
-def _recomputed(hidden, head, labels, mask, options):
+def _recomputed(hidden: Array, head: Any, labels: Array, mask: Array, options: Options) -> Array:
   """logp alone, by a scan whose backward pass computes each chunk's logits again: for a head that is trained."""
   softcap, temperature, *_ = options
   batch, tokens, _ = hidden.shape
@@ -266,9 +277,9 @@ def _recomputed(hidden, head, labels, mask, options):
   split = lambda x: jnp.moveaxis(pad(x).reshape(batch, -1, chunk, *x.shape[2:]), 1, 0)
 
   @jax.checkpoint
-  def one(_, parts):
+  def one(_: None, parts: tuple[Array, Array, Array]) -> tuple[None, Array]:
     hidden, labels, mask = parts
-    logits, _ = _logits(linear32(hidden, head), softcap, temperature)
+    logits = _logits(linear32(hidden, head), softcap, temperature)[0]
     logps = jax.nn.log_softmax(logits, axis=-1)
     target = jnp.take_along_axis(logps, labels[..., None], axis=-1)[..., 0]
     return None, target * mask

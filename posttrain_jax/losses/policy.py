@@ -1,7 +1,10 @@
 """Policy-gradient losses on log-probabilities: one value per token, to be summed with the weights of an aggregation.
 
-All log-probabilities are of the distribution that was sampled from (temperature included), [batch, time]; advantages
-are [batch] (one an answer) or [batch, time].  Where the mask is False nothing was sampled.  The loss is to be lowered.
+All log-probabilities are of the distribution that was sampled from (temperature included), [rows, time]; advantages are
+[rows, time], or [rows] where a row is one answer.  Where the mask is False nothing was sampled: loss, gradient and
+statistics are 0 there, whatever stands in the arrays, NaN included.  The loss is to be lowered.
+
+A log-ratio counts between -LIMIT and LIMIT (20 nats), so that no ratio is infinite; past them it has no gradient.
 """
 
 from __future__ import annotations
@@ -10,33 +13,36 @@ import jax
 import jax.numpy as jnp
 
 from posttrain_jax.core import struct
+from posttrain_jax.losses.kl import LIMIT
+from posttrain_jax.losses.spans import Spans
 
 Array = jax.Array
 
 
 @struct.dataclass
 class PolicyStats:
-  """[batch, time], or [batch, 1] of whole answers: pi / pi_old, and where a bound took the gradient away."""
+  """[rows, time]: pi / pi_old, and where a bound took the gradient away; 0 and False where the mask is False."""
 
   ratio: Array
   clipped_low: Array
   clipped_high: Array
 
 
-def _over_time(advantages, logps):
-  advantages = jnp.asarray(advantages)
-  return advantages[..., None] if advantages.ndim == logps.ndim - 1 else advantages
-
-
-def reinforce(logps: Array, advantages: Array) -> Array:
+def reinforce(
+  logps: Array, advantages: Array, mask: Array | None = None
+) -> tuple[Array, PolicyStats]:
   """-A log pi.  Williams 1992; with a baseline in A, and whitened over the batch, REINFORCE++ (Hu 2025)."""
-  return -_over_time(advantages, logps) * logps
+  mask = _mask(mask, logps)
+  loss = -_over_time(advantages, mask) * jnp.where(mask, logps, 0.0)
+  nowhere = jnp.zeros_like(mask)
+  return loss, PolicyStats(mask.astype(loss.dtype), nowhere, nowhere)
 
 
 def clipped_surrogate(
   logps: Array,
   old_logps: Array,
   advantages: Array,
+  mask: Array | None = None,
   *,
   epsilon: float,
   epsilon_high: float | None = None,
@@ -45,7 +51,8 @@ def clipped_surrogate(
 ) -> tuple[Array, PolicyStats]:
   """-min(rho A, clip(rho, 1 - epsilon, 1 + epsilon_high) A), rho = pi / pi_old of the token.
 
-  Schulman et al. 2017 (PPO), eq. 7.  epsilon_high above epsilon is DAPO's asymmetric clip (Yu et al. 2025, eq. 10).
+  Schulman et al. 2017 (PPO), eq. 7.  epsilon_high above epsilon is DAPO's asymmetric clip (Yu et al. 2025, eq. 10);
+  None is epsilon.
 
   Args:
     dual_clip: c > 1: where A < 0 the loss is at most -c A (Ye et al. 2020, eq. 5).
@@ -53,45 +60,111 @@ def clipped_surrogate(
 
   Raises:
     ValueError: dual_clip is not above 1.
+
+  >>> values, stats = clipped_surrogate(
+  ...   jnp.log(jnp.array([[1.5, 0.9]])), jnp.zeros((1, 2)), jnp.ones(1), epsilon=0.2
+  ... )
+  >>> [round(value, 3) for value in values[0].tolist()], stats.clipped_high.tolist()
+  ([-1.2, -0.9], [[True, False]])
   """
-  ratio = jnp.exp(logps - old_logps)
-  return _clipped(ratio, _over_time(advantages, logps), epsilon, epsilon_high, dual_clip, ceiling)
+  mask = _mask(mask, logps)
+  ratio = jnp.exp(_log_ratio(logps, old_logps, mask))
+  advantages = _over_time(advantages, mask)
+  return _clipped(ratio, advantages, mask, epsilon, epsilon_high, dual_clip, ceiling)
 
 
 def sequence_surrogate(
   logps: Array,
   old_logps: Array,
   advantages: Array,
-  mask: Array,
+  spans: Spans,
   *,
   epsilon: float,
   epsilon_high: float | None = None,
   normalise: bool = True,
 ) -> tuple[Array, PolicyStats]:
-  """`clipped_surrogate` of the whole answer's ratio, the same for each of its tokens; [batch, 1].
+  """`clipped_surrogate` with the ratio of the whole answer in place of a token's, the same for each of its tokens.
 
   normalise=True is GSPO: exp of the mean log-ratio per token (Zheng et al. 2025, arXiv 2507.18071, eq. 7).
-  normalise=False is the ratio of the answers' probabilities, as in RLOO (Ahmadian et al. 2024).
+  normalise=False is the ratio of the answers' probabilities, as in RLOO (Ahmadian et al. 2024), which has one loss an
+  answer: that is what `sequence_mean` makes of these values, as all tokens of an answer have one.
   """
-  total = jnp.sum(jnp.where(mask, logps - old_logps, 0.0), axis=-1, keepdims=True)
-  count = jnp.maximum(jnp.sum(mask, axis=-1, keepdims=True), 1)
-  ratio = jnp.exp(total / count if normalise else total)
-  return _clipped(ratio, _over_time(advantages, logps), epsilon, epsilon_high, None, None)
+  total = spans.per_answer(logps - old_logps)
+  log_ratio = _bounded(total / spans.lengths if normalise else total)
+  ratio = jnp.exp(spans.per_token(log_ratio))
+  advantages = _over_time(advantages, spans.mask)
+  return _clipped(ratio, advantages, spans.mask, epsilon, epsilon_high, None, None)
 
 
 def cispo(
-  logps: Array, old_logps: Array, advantages: Array, *, ceiling: float
+  logps: Array,
+  old_logps: Array,
+  advantages: Array,
+  mask: Array | None = None,
+  *,
+  ceiling: float,
 ) -> tuple[Array, PolicyStats]:
   """-sg(min(rho, ceiling)) A log pi: the weight is cut, no token loses its gradient.
 
   ceiling is absolute (5.0), not 1 + epsilon.  MiniMax 2025 (CISPO, arXiv 2506.13585), eq. 4.
   """
-  ratio = jax.lax.stop_gradient(jnp.exp(logps - old_logps))
-  loss = -jnp.minimum(ratio, ceiling) * _over_time(advantages, logps) * logps
-  return loss, PolicyStats(ratio, jnp.zeros_like(ratio, bool), ratio > ceiling)
+  mask = _mask(mask, logps)
+  ratio = jax.lax.stop_gradient(jnp.exp(_log_ratio(logps, old_logps, mask)))
+  weight = jnp.minimum(ratio, ceiling) * _over_time(advantages, mask)
+  loss = -weight * jnp.where(mask, logps, 0.0)
+  cut = mask & (ratio > ceiling)
+  return loss, PolicyStats(jnp.where(mask, ratio, 0.0), jnp.zeros_like(mask), cut)
 
 
-def _clipped(ratio, advantages, epsilon, epsilon_high, dual_clip, ceiling):
+def clipped_value(
+  values: Array,
+  old_values: Array,
+  returns: Array,
+  mask: Array | None = None,
+  *,
+  epsilon: float,
+) -> tuple[Array, Array]:
+  """max((V - R)^2, (clip(V, V_old - epsilon, V_old + epsilon) - R)^2) / 2; stats: where the clipped one is larger.
+
+  Schulman et al. 2017, as in OpenAI's baselines.
+  """
+  mask = _mask(mask, values)
+  values, old_values, returns = (jnp.where(mask, x, 0.0) for x in (values, old_values, returns))
+  near = jnp.clip(values, old_values - epsilon, old_values + epsilon)
+  free, clipped = (values - returns) ** 2, (near - returns) ** 2
+  return 0.5 * jnp.maximum(free, clipped), clipped > free
+
+
+def _mask(mask: Array | None, like: Array) -> Array:
+  return jnp.ones(jnp.shape(like), bool) if mask is None else jnp.asarray(mask, bool)
+
+
+def _over_time(advantages: Array, mask: Array) -> Array:
+  """[rows, time] advantages of [rows, time] or [rows] ones, 0 where the mask is False."""
+  advantages = jnp.asarray(advantages)
+  if advantages.ndim == mask.ndim - 1:
+    advantages = advantages[..., None]
+  return jnp.where(mask, advantages, 0.0)
+
+
+def _log_ratio(logps: Array, old_logps: Array, mask: Array) -> Array:
+  return _bounded(jnp.where(mask, logps - old_logps, 0.0))
+
+
+def _bounded(log_ratio: Array) -> Array:
+  return jnp.clip(log_ratio, -LIMIT, LIMIT)
+
+
+def _clipped(
+  ratio: Array,
+  advantages: Array,
+  mask: Array,
+  epsilon: float,
+  epsilon_high: float | None,
+  dual_clip: float | None,
+  ceiling: float | None,
+) -> tuple[Array, PolicyStats]:
+  """PPO's loss of finite ratios and of advantages that are 0 where the mask is False."""
   low, high = 1 - epsilon, 1 + (epsilon if epsilon_high is None else epsilon_high)
   free = ratio if ceiling is None else jnp.minimum(ratio, ceiling)
   gain = jnp.minimum(free * advantages, jnp.clip(ratio, low, high) * advantages)
@@ -100,23 +173,11 @@ def _clipped(ratio, advantages, epsilon, epsilon_high, dual_clip, ceiling):
       raise ValueError(f"dual_clip={dual_clip}: a bound on the loss of a bad answer lies above 1")
     gain = jnp.where(advantages < 0, jnp.maximum(gain, dual_clip * advantages), gain)
   stats = PolicyStats(
-    ratio=ratio,
+    ratio=jnp.where(mask, ratio, 0.0),
     clipped_low=(ratio < low) & (advantages < 0),
     clipped_high=(ratio > high) & (advantages > 0),
   )
   return -gain, stats
-
-
-def clipped_value(
-  values: Array, old_values: Array, returns: Array, *, epsilon: float
-) -> tuple[Array, Array]:
-  """max((V - R)^2, (clip(V, V_old - epsilon, V_old + epsilon) - R)^2) / 2; stats: where the clipped one is larger.
-
-  Schulman et al. 2017, as in OpenAI's baselines.
-  """
-  near = jnp.clip(values, old_values - epsilon, old_values + epsilon)
-  free, clipped = (values - returns) ** 2, (near - returns) ** 2
-  return 0.5 * jnp.maximum(free, clipped), clipped > free
 
 
 # --- what was sampled by other weights, or another program -----------------------------------------------------------
@@ -125,14 +186,16 @@ def clipped_value(
 def importance_weights(
   logps: Array,
   sampling_logps: Array,
-  mask: Array,
+  spans: Spans,
   *,
   level: str,
   ceiling: float,
   floor: float | None = None,
   outside: str = "truncate",
 ) -> Array:
-  """pi / mu of what was sampled from mu, for correcting a loss; not differentiated; [batch, time] or [batch, 1].
+  """pi / mu of what was sampled from mu, for correcting a loss; [rows, time], not differentiated, 0 where not scored.
+
+  A token whose sampling_logps is NaN (a server that did not say it) counts as one that both programs give alike.
 
   Args:
     level: "token"; "sequence", the product over an answer's tokens; "geometric", its geometric mean per token.
@@ -142,45 +205,46 @@ def importance_weights(
   Raises:
     ValueError: level or outside is none of these.
   """
-  difference = jnp.where(mask, logps - sampling_logps, 0.0)
-  difference = jnp.where(jnp.isnan(difference), 0.0, difference)
+  log_ratio = logps - sampling_logps
+  log_ratio = jnp.where(jnp.isnan(log_ratio), 0.0, log_ratio)
   if level == "sequence":
-    difference = jnp.sum(difference, axis=-1, keepdims=True)
+    log_ratio = spans.per_token(spans.per_answer(log_ratio))
   elif level == "geometric":
-    count = jnp.maximum(jnp.sum(mask, axis=-1, keepdims=True), 1)
-    difference = jnp.sum(difference, axis=-1, keepdims=True) / count
+    log_ratio = spans.per_token(spans.per_answer(log_ratio) / spans.lengths)
   elif level != "token":
     raise ValueError(f"level={level!r}: write token, sequence or geometric")
-  weight = jax.lax.stop_gradient(jnp.exp(difference))
+  weight = jnp.exp(_bounded(log_ratio))
   low = 0.0 if floor is None else floor
   if outside == "truncate":
-    return jnp.clip(weight, low, ceiling)
-  if outside == "mask":
-    return jnp.where((weight >= low) & (weight <= ceiling), weight, 0.0)
-  raise ValueError(f"outside={outside!r}: write truncate or mask")
+    weight = jnp.clip(weight, low, ceiling)
+  elif outside == "mask":
+    weight = jnp.where((weight >= low) & (weight <= ceiling), weight, 0.0)
+  else:
+    raise ValueError(f"outside={outside!r}: write truncate or mask")
+  return jax.lax.stop_gradient(jnp.where(spans.mask, weight, 0.0))
 
 
 # --- how tokens add up to a loss -------------------------------------------------------------------------------------
-# Each gives weights [batch, time] that are multiplied with the losses per token and summed.  `answers` and `tokens`
-# count the whole optimizer batch, of which `mask` may be a part.
+# Each gives weights [rows, time], 0 where no token is scored, that are multiplied with the losses per token and summed.
+# `answers` and `tokens` count the whole optimizer batch, of which `spans` may be a part; every answer of a row counts
+# as one.
 
 
-def token_mean(mask: Array, *, tokens: Array) -> Array:
-  """mask / tokens: every token of the batch counts alike (DAPO, section 3.3)."""
-  return mask / jnp.maximum(tokens, 1)
+def token_mean(spans: Spans, *, tokens: Array | int) -> Array:
+  """1 / tokens: every token of the batch counts alike (DAPO, section 3.3)."""
+  return spans.mask / jnp.maximum(tokens, 1)
 
 
-def sequence_mean(mask: Array, *, answers: Array) -> Array:
-  """mask / (|o_i| answers): every answer counts alike, a token of a long one less (GRPO, eq. 3)."""
-  lengths = jnp.maximum(jnp.sum(mask, axis=-1, keepdims=True), 1)
-  return mask / lengths / jnp.maximum(answers, 1)
+def sequence_mean(spans: Spans, *, answers: Array | int) -> Array:
+  """1 / (|o_i| answers): every answer counts alike, a token of a long one less (GRPO, eq. 3)."""
+  return spans.mask * spans.per_token(1 / spans.lengths) / jnp.maximum(answers, 1)
 
 
-def constant_length(mask: Array, *, answers: Array, length: int) -> Array:
-  """mask / (length answers): divided by the longest length allowed, for all alike (Dr. GRPO, section 3.2)."""
-  return mask / length / jnp.maximum(answers, 1)
+def constant_length(spans: Spans, *, answers: Array | int, length: int) -> Array:
+  """1 / (length answers): divided by the longest length allowed, for all alike (Dr. GRPO, section 3.2)."""
+  return spans.mask / length / jnp.maximum(answers, 1)
 
 
-def sequence_sum(mask: Array, *, answers: Array) -> Array:
-  """mask / answers: summed over an answer, averaged over answers (RLOO; LUSPO)."""
-  return mask / jnp.maximum(answers, 1)
+def sequence_sum(spans: Spans, *, answers: Array | int) -> Array:
+  """1 / answers: summed over an answer, averaged over answers (LUSPO)."""
+  return spans.mask / jnp.maximum(answers, 1)

@@ -1,44 +1,20 @@
-"""`posttrain plan`: the memory that a config's train step needs, by arithmetic and as compiled; does it fit?"""
+"""The memory that a config's train step needs, by arithmetic and as compiled; does it fit?"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from posttrain_jax.core import files, tree
+from posttrain_jax.build import decisions
+from posttrain_jax.core import tree
 from posttrain_jax.losses import logprob
 from posttrain_jax.models.config import ModelConfig
 from posttrain_jax.plan import program
 from posttrain_jax.plan.program import Program
 from posttrain_jax.plan.topology import GIB, target
-from posttrain_jax.train import assemble, settings
-
-
-def plan(
-  config: str,
-  overrides: Sequence[str] = (),
-  *,
-  topology: str | None = None,
-  devices: int | None = None,
-  json_path: str | Path | None = None,
-) -> int:
-  """Prints the memory of one device by component and as compiled, and whether it fits.  Returns the exit code.
-
-  0: it fits, or nothing is known of the device's memory.  1: it does not.
-
-  Raises:
-    ConfigError, ValueError: what the user can mend, in words.
-  """
-  found = figures(settings.load(config, overrides), topology=topology, devices=devices)
-  print(report(found))
-  if json_path is not None:
-    files.write_json(json_path, found)
-  return 1 if found["fits"] is False else 0
 
 
 def figures(
@@ -71,12 +47,12 @@ def figures(
 
 def arithmetic(built: Program) -> dict[str, int]:
   """{component: bytes a device}: stored arrays exactly, by their shardings; activations by the remat mode."""
-  frozen = [built.frozen.params, built.state.carried]
-  dtype = assemble.compute_dtype(built.config.model.dtype)
+  fixed = [built.context.base, built.state.carried]
+  dtype = decisions.compute_dtype(built.config)
   rows = math.ceil(built.config.batch.rows / built.config.batch.accumulate / _row_shards(built))
   tokens = rows * built.config.data.length
   return {
-    "base": sum(map(bytes_a_device, frozen)),
+    "base": sum(map(bytes_a_device, fixed)),
     "trained": bytes_a_device(built.state.trainable),
     "optimizer": bytes_a_device(built.state.optimizer),
     "gradients": bytes_a_device(built.state.trainable),
@@ -115,7 +91,7 @@ def saved(model: ModelConfig, remat: str, itemsize: int) -> int:
 def largest_dense(built: Program, dtype: Any) -> int:
   """Bytes of the one matrix that a quantised base has dense at a time."""
   itemsize = jnp.dtype(dtype).itemsize
-  stacks = [leaf for _, leaf in tree.items(built.frozen.params or {}) if hasattr(leaf, "dense")]
+  stacks = [leaf for _, leaf in tree.items(built.context.base or {}) if hasattr(leaf, "dense")]
   return max((itemsize * math.prod(leaf.shape[-2:]) for leaf in stacks), default=0)
 
 

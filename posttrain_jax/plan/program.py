@@ -17,14 +17,17 @@ from jax.sharding import PartitionSpec as P
 from jax.sharding import SingleDeviceSharding
 
 from posttrain_jax import adapters, quant
+from posttrain_jax.build import adapter, checks, decisions, objective, optimizer, start
+from posttrain_jax.build import run as runs
+from posttrain_jax.build.model import Model
 from posttrain_jax.core import memory, sharding, tree
 from posttrain_jax.models import decoder, fetch, hf, rotary
 from posttrain_jax.models.config import ModelConfig
 from posttrain_jax.models.shapes import SHAPES
+from posttrain_jax.objectives import Context
 from posttrain_jax.plan.topology import GIB, Target
-from posttrain_jax.train import assemble, start, step
-from posttrain_jax.train.objectives import Frozen
-from posttrain_jax.train.settings import ConfigError
+from posttrain_jax.train import state as state_lib
+from posttrain_jax.train.state import State
 
 Where = Callable[[P, Sequence[int]], jax.sharding.Sharding]  # (PartitionSpec, shape) -> sharding
 
@@ -39,9 +42,9 @@ class Program:
 
   config: ml_collections.ConfigDict  # "auto" resolved for the target
   model: ModelConfig
-  step: Any
-  state: step.State
-  frozen: Frozen
+  step: Any  # jitted
+  state: State
+  context: Context
   batch: dict[str, Any]
   mesh: jax.sharding.Mesh | None
 
@@ -80,80 +83,69 @@ def resolved(config: ml_collections.ConfigDict, platform: str) -> ml_collections
   """A copy of config with what `train` decides by the backend decided for `platform`."""
   config = config.copy_and_resolve_references()
   with config.unlocked():
-    if config.model.dtype == "auto":
-      config.model.dtype = "float32" if platform == "cpu" else "bfloat16"
-    if config.model.remat == "auto":
-      config.model.remat = "names"
+    config.model.dtype = jnp.dtype(decisions.compute_dtype(config, platform)).name
+    config.model.remat = decisions.remat(config)
   return config
 
 
 def build(config: ml_collections.ConfigDict, target: Target) -> Program:
   """The step that `posttrain train` would run on target."""
+  checks.check(config)
   config = resolved(config, target.platform)
-  chosen = assemble.adapter_config(config)
+  adapter_config = adapter.described(config)
   model_config = shape(config.model.name)
-  if chosen is not None:
-    model_config = rotary.stretched(model_config, chosen.context_length)
-  if config.objective.name == "reward":
+  if adapter_config is not None:
+    model_config = rotary.stretched(model_config, adapter_config.context_length)
+  if decisions.has_score(config):
     model_config = dataclasses.replace(model_config, scores=1)
   mesh = None
   if len(target.devices) > 1:
     m = config.mesh
     mesh = sharding.mesh(data=m.data, fsdp=m.fsdp, tensor=m.tensor, devices=target.devices)
   where = functools.partial(_where, mesh, target.devices[0])
-  trainable, carried, frozen = parameters(config, model_config, where)
-  dtype = assemble.compute_dtype(config.model.dtype)
-  model = assemble.Model(Path(), frozen.params, model_config, None, None, dtype)
-  optimizer, _ = assemble.optimizer(config, model_config)
-  objective = assemble.objective(config, model, ())
-  made = step.make(
-    objective,
-    optimizer,
-    accumulate=config.batch.accumulate,
-    seed=config.seed,
-    hooks=adapters.hooks(chosen, config.steps),
-  )
-  first = lambda trainable, carried: step.start(
-    trainable, optimizer, carried, objective.start(trainable)
-  )
-  state = jax.eval_shape(first, trainable, carried)
-  state = _with(state, step.layout(state, trainable, where(P(), ()), carried))
-  return Program(config, model_config, made, state, frozen, _batch(config, where), mesh)
+  trainable, carried, context = parameters(config, model_config, where)
+  dtype = decisions.compute_dtype(config)
+  model = Model(Path(), context.base, model_config, None, None, dtype)
+  updates, _ = optimizer.make(config, model_config)
+  loss = objective.make(config, model, ())
+  state = state_lib.abstract(trainable, updates, carried, loss, mesh)
+  jitted = runs.jitted_step(config, adapter_config, loss, updates, state)
+  return Program(config, model_config, jitted, state, context, _batch(config, where), mesh)
 
 
 def parameters(
   config: ml_collections.ConfigDict, model: ModelConfig, where: Where
-) -> tuple[Any, Any, Frozen]:
-  """(trainable, carried, frozen) of abstract arrays, as `assemble` makes them of real ones."""
-  chosen = assemble.adapter_config(config)
-  if chosen is None:
-    if config.model.base != "dense":
-      raise ConfigError(f"base={config.model.base} is frozen: write base=dense, or adapter=lora")
+) -> tuple[Any, Any, Context]:
+  """(trainable, carried, context) of abstract arrays, as `build.adapter` makes them of real ones."""
+  adapter_config = adapter.described(config)
+  if adapter_config is None:
     params = _placed(decoder.abstract(model, jnp.float32), where)
-    if assemble.offload_mode(config) == "params":
+    if config.optimizer.offload == "params":
       params["layers"] = jax.tree.map(
         lambda x: x.update(sharding=memory.host(x.sharding)), params["layers"]
       )
-    needs = config.objective.get("reference") and not assemble.caches_reference(config)
-    return params, None, Frozen(reference=params if needs else None)
-  kind, dtype = config.model.base, assemble.compute_dtype(config.model.dtype)
+    in_step = decisions.has_reference(config) and not (
+      decisions.caches_reference(config) or decisions.follows(config)
+    )
+    return params, None, Context(reference=params if in_step else None)
+  kind, dtype = config.model.base, decisions.compute_dtype(config)
   # a start is taken out of the dense matrix, and the rest is stored
-  params = base(model, dtype, "dense" if chosen.changes_base else kind)
-  params, adapter = jax.eval_shape(
+  params = base(model, dtype, "dense" if adapter_config.changes_base else kind)
+  params, nodes = jax.eval_shape(
     lambda params: adapters.init(
       jax.random.key(0),
       params,
-      chosen,
+      adapter_config,
       store=start.store(kind),
       # any token will do for the shapes
-      text_tokens=None if chosen.prompt_tuning_init_text is None else (0,),
+      text_tokens=None if adapter_config.prompt_tuning_init_text is None else (0,),
       model=model,
     ),
     params,
   )
   params = _stored(params, kind)
-  trainable, carried = tree.partition(_placed(adapter, where))
-  return trainable, carried, Frozen(_placed(params, where))
+  trainable, carried = tree.partition(_placed(nodes, where))
+  return trainable, carried, Context(_placed(params, where))
 
 
 def base(model: ModelConfig, dtype: Any, kind: str) -> Any:
@@ -175,9 +167,7 @@ def compile(program: Program) -> Compiled:
   """
   began = time.monotonic()
   with jax.set_mesh(program.mesh) if program.mesh is not None else contextlib.nullcontext():
-    lowered = jax.jit(program.step, donate_argnums=0).lower(
-      program.state, program.frozen, program.batch
-    )
+    lowered = program.step.lower(program.state, program.context, program.batch)
     try:
       executable = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -224,6 +214,7 @@ VALUES = {
   "outcomes": ("label",),
   "scored": ("score", "advantage", "deviation"),
 }
+SHARING = ("pairs", "triples", "scored")  # kinds whose rows have several answers to a prompt
 
 
 def _batch(config, where):
@@ -240,13 +231,17 @@ def _batch(config, where):
     # how many answers a row has room for is the data's to say; as many as answers of 64 tokens
     each = {"pairs": 2, "triples": 3}.get(kind, 1)
     slots = (rows[0], each * max(1, rows[1] // (64 * each)))
-    batch |= of(rows, jnp.int32, "prefix_ids", "answer") | of(slots, jnp.bool_, "present")
+    batch |= of(rows, jnp.int32, "answer") | of(slots, jnp.bool_, "present")
+    if config.data.share_prompt and kind in SHARING:
+      batch |= of(rows, jnp.int32, "prefix_ids")
     batch |= of(slots, jnp.float32, *VALUES.get(kind, ()))
     if kind == "steps":
       batch |= of(rows, jnp.float32, "steps")
-    if config.objective.get("cache_reference", False):
+    if decisions.caches_reference(config):
       batch |= of(rows, jnp.float32, "reference")
-    if kind == "labels":
+    if decisions.has_companions(config):
+      if kind == "pairs":
+        batch |= of(slots, jnp.float32, "label")
       companion = {name: x for name, x in batch.items() if name != "label"}
       batch["companion"] = companion
   spec = P(sharding.ACTIVATIONS["batch"])

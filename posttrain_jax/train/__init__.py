@@ -1,1 +1,1 @@
-"""From a config to a run folder: settings, assembly, the step, the loop, sweeps, export."""
+"""How parameters change: the step, its state, the loop around it, signals, progress."""

@@ -12,15 +12,15 @@ from typing import Any
 
 import jax
 
+from posttrain_jax.core import distributed
+from posttrain_jax.core import metrics as metrics_lib
 from posttrain_jax.core.checkpoint import Checkpoints
 from posttrain_jax.data.loader import Loader
-from posttrain_jax.train import distributed
-from posttrain_jax.train import metrics as metrics_lib
-from posttrain_jax.train.objectives import Frozen
+from posttrain_jax.objectives import Context
+from posttrain_jax.runs.journal import Journal
 from posttrain_jax.train.progress import Bar
 from posttrain_jax.train.signals import Stop
-from posttrain_jax.train.step import State, with_state
-from posttrain_jax.train.workdir import Journal
+from posttrain_jax.train.state import State
 
 
 class Diverged(RuntimeError):
@@ -40,13 +40,13 @@ class Progress:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """The pieces of a run; `assemble` makes them, `loop` turns the handle."""
+  """The pieces of a run; `build` makes them, `loop` turns the handle."""
 
   folder: Path
   steps: int
-  step: Callable[[State, Frozen, Any], tuple[State, dict[str, Any]]]  # jitted, state donated
-  evaluate: Callable[[Any, Frozen, Any], dict[str, Any]]  # jitted
-  frozen: Frozen
+  step: Callable[[State, Context, Any], tuple[State, dict[str, Any]]]  # jitted, state donated
+  evaluate: Callable[[Any, Context, Any, Any], dict[str, Any]]  # jitted
+  context: Context
   batches: Loader
   eval_batches: Callable[[], Iterable[Any]]
   learning_rate: Callable[[int], Any]
@@ -93,7 +93,7 @@ def loop(
     if journal:
       closing.callback(journal.close)
     while progress.step < run.steps:
-      state, metrics = run.step(state, run.frozen, _placed(run, next(run.batches)))
+      state, metrics = run.step(state, run.context, _placed(run, next(run.batches)))
       progress.step += 1
       reader.put(progress, metrics)
       last = progress.step == run.steps
@@ -167,13 +167,13 @@ def _evaluate(
 ) -> None:
   """Metrics over every held-out example, `eval_` before each name; nothing without held-out data."""
   total: dict[str, Any] | None = None
-  frozen = with_state(run.frozen, state)
+  context = state.context(run.context)
   for batch in run.eval_batches():
-    metrics = run.evaluate(state.trainable, frozen, _placed(run, batch))
+    metrics = run.evaluate(state.trainable, context, state.memory, _placed(run, batch))
     total = metrics if total is None else jax.tree.map(lambda a, b: a + b, total, metrics)
   if total is None:
     return
-  named = lambda found: {f"eval_{name}": value for name, value in found.items()}
+  named = lambda values: {f"eval_{name}": value for name, value in values.items()}
   values = named(metrics_lib.read(total))
   if journal:
     journal.write(progress.step, values)

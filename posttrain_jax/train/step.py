@@ -1,8 +1,7 @@
-"""One optimizer update as a pure function: (state, frozen, batch) -> (state, metrics)."""
+"""One optimizer update as a pure function: (state, context, batch) -> (state, metrics)."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -12,56 +11,13 @@ import optax
 from jax.sharding import PartitionSpec as P
 
 from posttrain_jax import adapters
-from posttrain_jax.core import memory, sharding, struct, tree
-from posttrain_jax.optim import layout as optimizer_layout
+from posttrain_jax.core import memory, sharding, tree
+from posttrain_jax.core import metrics as metrics_lib
+from posttrain_jax.objectives import Batch, Context, Objective
 from posttrain_jax.optim import offload
-from posttrain_jax.train import metrics as metrics_lib
-from posttrain_jax.train.objectives import Batch, Frozen, Objective
+from posttrain_jax.train.state import State
 
 Array = jax.Array
-
-
-@struct.dataclass
-class State:
-  """What changes from step to step, all of it in the checkpoint."""
-
-  step: Array  # optimizer updates tried, skipped ones included
-  trainable: Any
-  optimizer: Any
-  # the part of the adapter that the optimizer does not see (scales, masks, what a method remembers); None without one
-  carried: Any
-  skipped: Array  # updates left out because a gradient was not finite
-  skipped_in_a_row: Array
-  memory: Any = None  # what the objective carries from step to step
-
-
-def start(
-  trainable: Any,
-  optimizer: optax.GradientTransformation,
-  carried: Any = None,
-  memory: Any = None,
-) -> State:
-  # one buffer each: a donated state must not hold the same array twice
-  zero = lambda: jnp.zeros((), jnp.int32)
-  return State(zero(), trainable, optimizer.init(trainable), carried, zero(), zero(), memory)
-
-
-def layout(
-  state: State,
-  trainable: Any,
-  replicated: jax.sharding.Sharding,
-  carried: Any = None,
-) -> State:
-  """The shardings of a state (shapes will do): moments lie as the parameters they belong to, the rest `replicated`."""
-  where = lambda tree: jax.tree.map(lambda x: x.sharding, tree)
-  own = where(trainable)
-  moments = optimizer_layout.shardings(state.optimizer, trainable, replicated)
-  return jax.tree.map(lambda _: replicated, state).replace(
-    trainable=own,
-    optimizer=moments,
-    carried=where(carried),
-    memory=optimizer_layout.shardings(state.memory, trainable, replicated),
-  )
 
 
 def make(
@@ -71,7 +27,7 @@ def make(
   accumulate: int = 1,
   seed: int = 0,
   hooks: adapters.Hooks | None = None,
-) -> Callable[[State, Frozen, Batch], tuple[State, dict[str, Any]]]:
+) -> Callable[[State, Context, Batch], tuple[State, dict[str, Any]]]:
   """The training step; jit it with the state donated.
 
   The batch's rows are taken `accumulate` micro-batches at a time; gradients are summed in float32.  A gradient that is
@@ -83,13 +39,10 @@ def make(
   """
   update = optax.with_extra_args_support(optimizer).update
 
-  def step(state: State, frozen: Frozen, batch: Batch) -> tuple[State, dict[str, Any]]:
-    frozen = with_state(frozen, state)
+  def step(state: State, context: Context, batch: Batch) -> tuple[State, dict[str, Any]]:
     key = jax.random.fold_in(jax.random.key(seed), state.step)
-    totals = objective.totals(state.trainable, frozen, batch, key)
-    memory = totals.get("memory")
-    gradient, metrics = _gradient(
-      objective, state.trainable, frozen, batch, totals, key, accumulate
+    gradient, totals, metrics = _gradient(
+      objective, state.trainable, state.context(context), batch, key, state.memory, accumulate
     )
     if hooks is not None:
       adapter = lambda trainable: tree.combine(trainable, state.carried)
@@ -106,6 +59,7 @@ def make(
       trainable, carried = tree.partition(
         hooks.after_update(adapter(trainable), gradient, state.step)
       )
+    remembered = objective.after_update(trainable, state.memory, totals)
     keep = lambda new, old: jnp.where(finite, new, old)
     new = State(
       step=state.step + 1,
@@ -114,7 +68,7 @@ def make(
       carried=jax.tree.map(keep, carried, state.carried),
       skipped=state.skipped + ~finite,
       skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
-      memory=jax.tree.map(keep, memory, state.memory),
+      memory=jax.tree.map(keep, remembered, state.memory),
     )
     if hooks is not None:
       metrics |= hooks.metrics(tree.combine(new.trainable, new.carried))
@@ -126,34 +80,40 @@ def make(
   return step
 
 
-def with_state(frozen: Frozen, state: State) -> Frozen:
-  """frozen with what the state carries for it."""
-  if state.carried is not None:
-    frozen = dataclasses.replace(frozen, adapter=state.carried)
-  return dataclasses.replace(frozen, memory=state.memory)
-
-
 def gradient(
   objective: Objective,
   trainable: Any,
-  frozen: Frozen,
+  context: Context,
   batch: Batch,
   key: Array,
   *,
+  memory: Any = None,
   accumulate: int = 1,
 ) -> tuple[Any, dict[str, Any]]:
   """(gradient, metrics) of one optimizer batch, as the step computes it."""
-  totals = objective.totals(trainable, frozen, batch, key)
-  return _gradient(objective, trainable, frozen, batch, totals, key, accumulate)
+  grads, _, metrics = _gradient(objective, trainable, context, batch, key, memory, accumulate)
+  return grads, metrics
 
 
-def _gradient(objective, trainable, frozen, batch, totals, key, accumulate):
+def _gradient(objective, trainable, context, batch, key, memory, accumulate):
+  """(gradient, totals, metrics)."""
+  context = objective.context(context, memory)
+  totals = objective.totals(trainable, context, batch, key, memory=memory, training=True)
+
   def one(microbatch, index):
     own = jax.random.fold_in(key, index)
-    loss = lambda trainable: objective.loss(trainable, frozen, microbatch, totals, own)
+    loss = lambda trainable: objective.loss(
+      trainable, context, microbatch, totals, own, training=True
+    )
     grads, metrics = jax.grad(loss, has_aux=True)(trainable)
     return jax.tree.map(lambda g: g.astype(jnp.float32), grads), metrics
 
+  grads, metrics = _accumulated(one, trainable, batch, accumulate)
+  return grads, totals, metrics
+
+
+def _accumulated(one, trainable, batch, accumulate):
+  """Sums of `one(microbatch, index)` over `accumulate` parts of the batch."""
   if accumulate == 1:
     return one(batch, 0)
   microbatches = jax.tree.map(lambda x: _split(x, accumulate), batch)
@@ -177,13 +137,3 @@ def _split(x, accumulate):
   if sharding.active():
     x = jax.lax.with_sharding_constraint(x, P(None, sharding.ACTIVATIONS["batch"]))
   return x
-
-
-def evaluate(objective: Objective) -> Callable[[Any, Frozen, Batch], dict[str, Any]]:
-  """(trainable, frozen, batch) -> metrics; jit it.  No gradient, no dropout."""
-
-  def evaluation(trainable: Any, frozen: Frozen, batch: Batch) -> dict[str, Any]:
-    totals = objective.totals(trainable, frozen, batch, None)
-    return objective.loss(trainable, frozen, batch, totals, None)[1]
-
-  return evaluation

@@ -7,15 +7,16 @@ import pytest
 
 from posttrain_jax import adapters
 from posttrain_jax.adapters import AdapterConfig, allocation
+from posttrain_jax.core import metrics as metrics_lib
 from posttrain_jax.core import tree
 from posttrain_jax.models import decoder
+from posttrain_jax.objectives import Context, Sft
 from posttrain_jax.optim import build
-from posttrain_jax.train import metrics as metrics_lib
+from posttrain_jax.train import state as state_lib
 from posttrain_jax.train import step
-from posttrain_jax.train.objectives import Frozen, Sft
+from tests import tiny
 from tests.adapters.kinds import moved
 from tests.models import families
-from tests.train import tiny
 
 OPTIONS = dict(method="adalora", init_r=4, target_r=2, lora_alpha=8)
 SOME = dict(target_modules=("q_proj", "down_proj"), exclude_modules=("layers.1.mlp.down_proj",))
@@ -181,12 +182,12 @@ def run(accumulate=1, steps=8, spoil=None, **options):
     Sft(model), optimizer, accumulate=accumulate, hooks=adapters.hooks(config, steps)
   )
   made = jax.jit(made, donate_argnums=0)
-  state, found, metrics = step.start(part, optimizer, fixed), [], []
+  state, found, metrics = state_lib.start(part, optimizer, fixed), [], []
   for number in range(steps):
     base = params
     if number == spoil:
       base = tree.put(params, "norm/weight", params["norm"]["weight"] * jnp.nan)
-    state, values = made(state, Frozen(base), tiny.batch())
+    state, values = made(state, Context(base), tiny.batch())
     found.append(jax.tree.map(np.array, tree.combine(state.trainable, state.carried)))
     metrics.append(metrics_lib.read(values))
   return found, metrics

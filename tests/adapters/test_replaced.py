@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from posttrain_jax import adapters, quant
+from posttrain_jax import adapters, objectives, quant
 from posttrain_jax.adapters import AdapterConfig, peft_format
 from posttrain_jax.adapters.replaced import Replaced
 from posttrain_jax.core import tree
 from posttrain_jax.core.weight import Adapted
 from posttrain_jax.models import decoder
-from posttrain_jax.train import objectives
+from posttrain_jax.objectives import Context
+from tests import tiny
 from tests.adapters.kinds import moved
 from tests.models import families
-from tests.train import tiny
 
 KEY = jax.random.key(0)
 SAVED = ("embed_tokens", "norm", "layernorm")
@@ -172,18 +172,18 @@ def test_training_sees_groups_and_evaluation_the_whole_row():
   model, batch = tiny.config(), tiny.batch()
   params = decoder.init(KEY, model, std=tiny.STD)
   trained, fixed = tree.partition(moved(adapters.init(KEY, params, LONG)[1], size=0.1))
-  frozen = objectives.Frozen(params, fixed)
+  context = Context(params, fixed)
   full, sparse = objectives.Sft(model), objectives.Sft(model, attention_group=8)
 
   def loss(objective, key):
-    totals = objective.totals(trained, frozen, batch, KEY)
-    return float(objective.loss(trained, frozen, batch, totals, key)[0])
+    totals = objective.totals(trained, context, batch, KEY, memory=None, training=True)
+    return float(objective.loss(trained, context, batch, totals, key)[0])
 
   assert loss(sparse, None) == loss(full, None)
   assert loss(full, KEY) == pytest.approx(loss(full, None), rel=1e-6)
   assert abs(loss(sparse, KEY) - loss(full, KEY)) > 1e-5
   hidden = decoder.hidden(
-    objectives.policy(trained, frozen),
+    objectives.policy(trained, context),
     batch["tokens"],
     model,
     positions=batch["positions"],

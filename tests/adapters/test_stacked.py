@@ -6,10 +6,10 @@ import pytest
 
 from posttrain_jax import adapters, quant
 from posttrain_jax.adapters import AdapterConfig
+from posttrain_jax.build import layout
 from posttrain_jax.core import sharding, tree, weight
 from posttrain_jax.models import decoder
 from posttrain_jax.rollout import engine
-from posttrain_jax.train import assemble
 from tests.adapters.kinds import moved
 from tests.marks import slow
 from tests.models import families
@@ -110,8 +110,8 @@ def test_eight_devices_compute_the_same(shape):
   expected = run(params, stacked)
   mesh = sharding.mesh(**shape)
   with jax.set_mesh(mesh):
-    placed = tree.unflatten((p, assemble.placed(p, x, mesh)) for p, x in tree.items(params))
-    found = run(placed, assemble.placed_adapter(stacked, mesh))
+    placed = tree.unflatten((p, layout.placed(p, x, mesh)) for p, x in tree.items(params))
+    found = run(placed, layout.placed_adapter(stacked, mesh))
   close(jax.device_get(found), expected, 2e-5)
 
 

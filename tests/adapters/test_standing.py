@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from posttrain_jax import adapters, quant
+from posttrain_jax import adapters, objectives, quant
 from posttrain_jax.adapters import AdapterConfig, peft_format
+from posttrain_jax.build import layout
 from posttrain_jax.core import sharding, tree
 from posttrain_jax.models import before, decoder
+from posttrain_jax.objectives import Context
 from posttrain_jax.rollout import engine
-from posttrain_jax.train import assemble, objectives
+from tests import tiny
 from tests.models import families
-from tests.train import tiny
 
 KEY = jax.random.key(0)
 SLOTS = 5
@@ -181,9 +182,9 @@ def test_the_gradient_is_the_same_on_eight_devices_and_with_recomputation(method
     @jax.jit
     @jax.grad
     def run(trained, params, fixed):
-      frozen = objectives.Frozen(params, fixed)
-      totals = objective.totals(trained, frozen, batch, KEY)
-      return objective.loss(trained, frozen, batch, totals, KEY)[0]
+      context = Context(params, fixed)
+      totals = objective.totals(trained, context, batch, KEY, memory=None, training=True)
+      return objective.loss(trained, context, batch, totals, KEY, training=True)[0]
 
     return run(trained, params, fixed)
 
@@ -193,8 +194,8 @@ def test_the_gradient_is_the_same_on_eight_devices_and_with_recomputation(method
   jax.tree.map(close, gradient(adapter, params, "names"), expected)
   mesh = sharding.mesh(**shape)
   with jax.set_mesh(mesh):
-    placed = tree.unflatten((p, assemble.placed(p, x, mesh)) for p, x in tree.items(params))
-    found = gradient(assemble.placed_adapter(adapter, mesh), placed, "none")
+    placed = tree.unflatten((p, layout.placed(p, x, mesh)) for p, x in tree.items(params))
+    found = gradient(layout.placed_adapter(adapter, mesh), placed, "none")
   jax.tree.map(functools.partial(close, rtol=2e-5), jax.device_get(found), expected)
 
 

@@ -6,9 +6,10 @@ import re
 
 import pytest
 
+from posttrain_jax import settings
+from posttrain_jax.build import adapter, optimizer
 from posttrain_jax.models.shapes import SHAPES
-from posttrain_jax.train import assemble, settings
-from posttrain_jax.train.settings import ConfigError
+from posttrain_jax.settings import ConfigError
 
 ROOT = pathlib.Path(__file__).parents[2]
 HELPERS = ("common.py",)
@@ -46,10 +47,9 @@ def test_its_smoke_run_is_small(name):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_its_fields_make_an_adapter_and_an_optimizer(name):
   config = load(name)
-  assemble.optimizer(config, SHAPES["llama3-8b"])
-  assert assemble.adapter_config(config).r == config.adapter.r
-  assert assemble.remat(config)
-  assert assemble.adapter_config(load(name, "adapter=none")) is None
+  optimizer.make(config, SHAPES["llama3-8b"])
+  assert adapter.described(config).r == config.adapter.r
+  assert adapter.described(load(name, "adapter=none")) is None
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 
-from posttrain_jax.evals.tasks import TaskResult
+from posttrain_jax.runs.record import TaskResult
 
 CONFIG = dict(
   seed=0,

@@ -1,194 +1,309 @@
-"""Advantages, KL estimates and policy gradients in closed form; TRL's are compared in tests/oracle."""
+"""Policy losses against loops over tokens and answers in float64; TRL's trainers are compared in tests/oracle."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from posttrain_jax.losses import advantage, kl, policy
+from posttrain_jax.losses import policy, spans
+from posttrain_jax.losses.spans import Spans
+from tests.losses.closed_form import assert_is
 
-# --- advantages ------------------------------------------------------------------------------------------------------
+# three answers in two rows, of lengths 3, 2 and 4, with prompts before them and a token inside one that is not scored
+SLOTS = 2
+ANSWER = np.asarray([[2, 0, 0, 0, 2, 1, 1, 2], [2, 0, 0, 0, 0, 0, 2, 2]])
+MASK = np.asarray([[0, 1, 1, 1, 0, 1, 1, 0], [0, 1, 1, 0, 1, 1, 0, 0]], bool)
+SPANS = Spans(jnp.asarray(MASK), jnp.asarray(ANSWER), jnp.asarray([[1, 1], [1, 0]], bool))
+ANSWERS, TOKENS, LENGTHS = 3, 9, {(0, 0): 3, (0, 1): 2, (1, 0): 4}
+ADVANTAGES = {(0, 0): 0.8, (0, 1): -1.3, (1, 0): 1.7}
 
-
-def test_group_relative():
-  rewards = jnp.asarray([[1.0, 2.0, 6.0], [0.3, 0.3, 0.3]])
-  centred = np.asarray([-2.0, -1.0, 3.0])
-  found = advantage.group_relative(rewards)
-  np.testing.assert_allclose(found[0], centred / (np.std([1, 2, 6], ddof=1) + 1e-4), rtol=1e-5)
-  np.testing.assert_array_equal(found[1], 0)  # 0.1 + 0.2 would leave a rest to be scaled up
-  np.testing.assert_allclose(advantage.group_relative(rewards, scale="none")[0], centred, rtol=1e-6)
-  deviation = np.std(np.asarray(rewards), ddof=1)
-  batch = advantage.group_relative(rewards, scale="batch")[0]
-  np.testing.assert_allclose(batch, centred / (deviation + 1e-4), rtol=1e-5)
-
-
-def test_what_has_no_score_takes_no_part():
-  rewards = jnp.asarray([1.0, jnp.nan, 3.0])
-  np.testing.assert_allclose(advantage.group_relative(rewards, scale="none"), [-1, 0, 1])
-  np.testing.assert_allclose(advantage.leave_one_out(rewards), [-2, 0, 2])
-  nothing = jnp.full(3, jnp.nan)
-  np.testing.assert_array_equal(advantage.group_relative(nothing), 0)
+LOGPS = np.random.default_rng(0).normal(-2, 0.6, MASK.shape)
+RATIO = np.ones(MASK.shape)
+RATIO[MASK] = [1.3, 1.7, 1.1, 1.8, 0.3, 0.7, 1.35, 0.5, 1.23]  # on all sides of the bounds below
+OLD = LOGPS - np.log(RATIO)
 
 
-def test_leave_one_out_is_the_mean_of_the_others():
-  rewards = np.random.default_rng(0).normal(size=(4, 5)).astype(np.float32)
-  expected = [[r[i] - np.delete(r, i).mean() for i in range(5)] for r in rewards]
-  np.testing.assert_allclose(
-    advantage.leave_one_out(jnp.asarray(rewards)), expected, rtol=1e-4, atol=1e-6
+def scored():
+  """(row, time, answer) of each scored token."""
+  return [(row, time, (row, ANSWER[row, time])) for row, time in np.argwhere(MASK)]
+
+
+def per_token():
+  advantages = np.zeros(MASK.shape)
+  for row, time, answer in scored():
+    advantages[row, time] = ADVANTAGES[answer]
+  return advantages
+
+
+def looped(each):
+  """[rows, time] of each(ratio, A, logp), 0 where not scored: a formula of the log-probabilities."""
+
+  def formula(logps):
+    values = np.zeros(MASK.shape)
+    for row, time, answer in scored():
+      ratio = np.exp(logps[row, time] - OLD[row, time])
+      values[row, time] = each(ratio, ADVANTAGES[answer], logps[row, time])
+    return values
+
+  return formula
+
+
+def by_answer(each, normalise):
+  """The same of the ratio of the whole answer."""
+
+  def formula(logps):
+    total = dict.fromkeys(ADVANTAGES, 0.0)
+    for row, time, answer in scored():
+      total[answer] += logps[row, time] - OLD[row, time]
+    values = np.zeros(MASK.shape)
+    for row, time, answer in scored():
+      log_ratio = total[answer] / (LENGTHS[answer] if normalise else 1)
+      values[row, time] = each(np.exp(log_ratio), ADVANTAGES[answer], None)
+    return values
+
+  return formula
+
+
+def ppo(low, high):
+  return lambda ratio, a, _: -min(ratio * a, min(max(ratio, low), high) * a)
+
+
+def dual(ratio, a, _):
+  loss = ppo(0.8, 1.2)(ratio, a, _)
+  return min(loss, -1.3 * a) if a < 0 else loss
+
+
+def two_sided(ratio, a, _):
+  return -min(min(ratio, 1.5) * a, min(max(ratio, 0.8), 1.2) * a)
+
+
+def cispo_formula(logps):
+  """The ratio is a constant, so that it is of LOGPS wherever the formula is asked."""
+  weight = np.minimum(RATIO, 1.1) * per_token()
+  return np.where(MASK, -weight * logps, 0)
+
+
+clipped, sequence = policy.clipped_surrogate, policy.sequence_surrogate
+LOSSES = {  # name -> (the loss of (logps, old, advantages), its formula of logps)
+  "reinforce": (
+    lambda x, old, a: policy.reinforce(x, a, MASK),
+    looped(lambda _, a, logp: -a * logp),
+  ),
+  "ppo": (lambda x, old, a: clipped(x, old, a, MASK, epsilon=0.2), looped(ppo(0.8, 1.2))),
+  "dapo": (
+    lambda x, old, a: clipped(x, old, a, MASK, epsilon=0.2, epsilon_high=0.5),
+    looped(ppo(0.8, 1.5)),
+  ),
+  "dual_clip": (
+    lambda x, old, a: clipped(x, old, a, MASK, epsilon=0.2, dual_clip=1.3),
+    looped(dual),
+  ),
+  "two_sided": (
+    lambda x, old, a: clipped(x, old, a, MASK, epsilon=0.2, ceiling=1.5),
+    looped(two_sided),
+  ),
+  "cispo": (lambda x, old, a: policy.cispo(x, old, a, MASK, ceiling=1.1), cispo_formula),
+  "gspo": (
+    lambda x, old, a: sequence(x, old, a, SPANS, epsilon=0.2, epsilon_high=0.25),
+    by_answer(ppo(0.8, 1.25), normalise=True),
+  ),
+  "rloo": (
+    lambda x, old, a: sequence(x, old, a, SPANS, epsilon=0.4, normalise=False),
+    by_answer(ppo(0.6, 1.4), normalise=False),
+  ),
+}
+EACH = pytest.mark.parametrize("name", LOSSES)
+
+
+@EACH
+def test_each_is_its_formula(name, float64):
+  loss, formula = LOSSES[name]
+  assert_is(lambda x: loss(x, jnp.asarray(OLD), jnp.asarray(per_token()))[0], formula, LOGPS)
+
+
+@EACH
+@pytest.mark.parametrize("rest", [np.nan, np.inf, 93.0])
+def test_what_was_not_sampled_has_neither_loss_nor_gradient(name, rest, float64):
+  loss, formula = LOSSES[name]
+  filled = lambda x, value: jnp.asarray(np.where(MASK, x, value))
+  logps, old, advantages = filled(LOGPS, rest), filled(OLD, 0.0), filled(per_token(), rest)
+  values, pullback, stats = jax.vjp(lambda x: loss(x, old, advantages), logps, has_aux=True)
+  np.testing.assert_allclose(values, formula(LOGPS), rtol=1e-12)
+  assert (np.asarray(values)[~MASK] == 0).all()
+  (slope,) = pullback(jnp.ones_like(values))
+  assert np.isfinite(slope).all()
+  assert (np.asarray(slope)[~MASK] == 0).all()
+  for stat in (stats.ratio, stats.clipped_low, stats.clipped_high):
+    assert (np.asarray(stat)[~MASK] == 0).all()
+  assert (np.asarray(stats.ratio)[MASK] > 0).all()
+
+
+@EACH
+@pytest.mark.parametrize("far", [93.0, -93.0, 1e4])
+def test_without_an_advantage_there_is_nothing_however_far_the_ratio(name, far):
+  loss, _ = LOSSES[name]
+  old = jnp.asarray(LOGPS - far, jnp.float32)
+  nothing = jnp.zeros(MASK.shape)
+  slope, values = jax.grad(
+    lambda x: (jnp.sum(loss(x, old, nothing)[0]), loss(x, old, nothing)[0]), has_aux=True
+  )(jnp.asarray(LOGPS, jnp.float32))
+  np.testing.assert_array_equal(values, 0)
+  np.testing.assert_array_equal(slope, 0)
+
+
+@EACH
+def test_a_good_answer_is_made_likelier_and_a_bad_one_less(name):
+  """Where the policy is the one that sampled: a step down the loss moves with the advantage's sign."""
+  logps, advantages = jnp.asarray(LOGPS, jnp.float32), jnp.asarray(per_token(), jnp.float32)
+  slope = jax.grad(lambda x: jnp.sum(LOSSES[name][0](x, logps, advantages)[0]))(logps)
+  np.testing.assert_array_equal(np.sign(-slope), np.sign(advantages))
+
+
+def test_an_advantage_a_row_is_that_of_each_token():
+  logps, old = (jnp.asarray(x, jnp.float32) for x in (LOGPS, OLD))
+  rows = jnp.asarray([0.7, -1.2])
+  tokens = jnp.repeat(rows[:, None], MASK.shape[1], axis=1)
+  for loss, _ in LOSSES.values():
+    values = loss(logps, old, rows)[0]
+    np.testing.assert_array_equal(values, loss(logps, old, tokens)[0])
+    assert np.abs(values).max() > 0
+
+
+def test_without_a_mask_every_token_counts():
+  logps, old = (jnp.asarray(x, jnp.float32) for x in (LOGPS, OLD))
+  advantages, everywhere = jnp.asarray([0.7, -1.2]), np.ones(MASK.shape, bool)
+  for loss in (
+    lambda *mask: policy.reinforce(logps, advantages, *mask),
+    lambda *mask: policy.clipped_surrogate(logps, old, advantages, *mask, epsilon=0.2),
+    lambda *mask: policy.cispo(logps, old, advantages, *mask, ceiling=1.1),
+  ):
+    jax.tree.map(np.testing.assert_array_equal, loss(), loss(everywhere))
+    assert (np.asarray(loss()[0]) != 0).all()
+
+
+def test_a_ratio_ends_at_twenty_nats():
+  logps = jnp.asarray([[93.0, -93.0, 19.0]])
+  values, pullback, stats = jax.vjp(
+    lambda x: policy.clipped_surrogate(x, jnp.zeros((1, 3)), -jnp.ones(1), epsilon=0.2),
+    logps,
+    has_aux=True,
   )
+  np.testing.assert_allclose(stats.ratio, np.exp([[20.0, -20.0, 19.0]]), rtol=1e-5)
+  np.testing.assert_allclose(values, [[np.exp(20), 0.8, np.exp(19)]], rtol=1e-5)
+  np.testing.assert_allclose(*pullback(jnp.ones((1, 3))), [[0, 0, np.exp(19)]], rtol=1e-5)
 
 
-@pytest.mark.parametrize("function", [advantage.group_relative, advantage.leave_one_out])
-def test_one_answer_is_no_group(function):
-  with pytest.raises(ValueError, match="at least two"):
-    function(jnp.ones((3, 1)))
-
-
-def test_gae_is_the_sum_of_discounted_errors():
-  rng = np.random.default_rng(0)
-  rewards, values = rng.normal(size=(2, 2, 6)).astype(np.float32)
-  mask = np.asarray([[1, 1, 0, 1, 1, 0], [1, 1, 1, 1, 1, 1]], bool)
-  gamma, lam = 0.9, 0.8
-  found, returns = advantage.gae(rewards, values, mask, gamma=gamma, lam=lam)
-  for row in range(2):
-    at = np.flatnonzero(mask[row])
-    r, v = rewards[row, at], np.append(values[row, at], 0)
-    delta = r + gamma * v[1:] - v[:-1]
-    expected = [
-      sum((gamma * lam) ** k * delta[t + k] for k in range(len(at) - t)) for t in range(len(at))
-    ]
-    np.testing.assert_allclose(np.asarray(found)[row, at], expected, rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(
-      np.asarray(returns)[row, at], expected + v[:-1], rtol=1e-4, atol=1e-6
-    )
-  assert (np.asarray(found)[~mask] == 0).all()
-  assert (np.asarray(returns)[~mask] == 0).all()
-
-
-def test_gae_at_its_limits():
-  rewards, values = jnp.asarray([[1.0, 2.0, 3.0]]), jnp.asarray([[0.5, 0.5, 0.5]])
-  mask = jnp.ones((1, 3), bool)
-  monte_carlo, returns = advantage.gae(rewards, values, mask, gamma=1.0, lam=1.0)
-  np.testing.assert_allclose(returns, [[6.0, 5.0, 3.0]])
-  np.testing.assert_allclose(monte_carlo, [[5.5, 4.5, 2.5]])
-  one_step, _ = advantage.gae(rewards, values, mask, gamma=1.0, lam=0.0)
-  np.testing.assert_allclose(one_step, [[1.0, 2.0, 2.5]])
-
-
-def test_whitening_is_of_what_the_mask_has():
-  rng = np.random.default_rng(0)
-  values, mask = rng.normal(3, 2, (4, 5)).astype(np.float32), rng.random((4, 5)) < 0.6
-  white = np.asarray(advantage.whiten(values, mask))
-  assert white[mask].mean() == pytest.approx(0, abs=1e-6)
-  assert white[mask].std(ddof=1) == pytest.approx(1, rel=1e-5)
-  assert (white[~mask] == 0).all()
-  kept = np.asarray(advantage.whiten(values, mask, shift=False))
-  assert kept[mask].mean() == pytest.approx(values[mask].mean(), rel=1e-5)
-
-
-# --- estimates of the KL ---------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def distributions():
-  rng = np.random.default_rng(0)
-  logits = jnp.asarray(rng.normal(size=7), jnp.float32)
-  ref = jax.nn.log_softmax(jnp.asarray(rng.normal(size=7), jnp.float32))
-  return logits, ref
-
-
-def test_the_mean_of_k1_and_k3_is_the_kl(distributions):
-  logits, ref = distributions
-  logps = jax.nn.log_softmax(logits)
-  exact = float(jnp.sum(jnp.exp(logps) * (logps - ref)))
-  for estimate in (kl.k1, kl.k3):
-    assert float(jnp.sum(jnp.exp(logps) * estimate(logps, ref))) == pytest.approx(exact, rel=1e-5)
-  assert float(kl.k3(logps, ref).min()) >= 0
-  assert float(jnp.sum(jnp.exp(logps) * kl.k2(logps, ref))) != pytest.approx(exact, rel=0.01)
-
-
-def test_what_their_gradients_are_the_gradient_of(distributions):
-  """k1's is nothing, k2's the reverse KL's, k3's the forward KL's; expectations over what was sampled."""
-  logits, ref = distributions
-
-  def mean_slope(estimate):
-    weights = jax.nn.softmax(logits)
-    return jax.grad(lambda x: jnp.sum(weights * estimate(jax.nn.log_softmax(x), ref)))(logits)
-
-  reverse = jax.grad(lambda x: jnp.sum(jax.nn.softmax(x) * (jax.nn.log_softmax(x) - ref)))(logits)
-  forward = jax.grad(lambda x: -jnp.sum(jnp.exp(ref) * jax.nn.log_softmax(x)))(logits)
-  np.testing.assert_allclose(mean_slope(kl.k1), 0, atol=1e-6)
-  np.testing.assert_allclose(mean_slope(kl.k2), reverse, rtol=1e-4, atol=1e-6)
-  np.testing.assert_allclose(mean_slope(kl.k3), forward, rtol=1e-4, atol=1e-6)
-
-
-# --- policies --------------------------------------------------------------------------------------------------------
-
-
-def test_on_policy_every_surrogate_has_reinforces_gradient():
-  logps, advantages = jnp.asarray([[-1.0, -2.0], [-0.5, -3.0]]), jnp.asarray([0.7, -1.2])
-  mask = jnp.ones_like(logps, bool)
-  slope = lambda f: jax.grad(lambda x: jnp.sum(f(x)))(logps)
-  expected = slope(lambda x: policy.reinforce(x, advantages))
-  np.testing.assert_allclose(expected, [[-0.7, -0.7], [1.2, 1.2]], rtol=1e-6)
-  token = lambda x: policy.clipped_surrogate(x, logps, advantages, epsilon=0.2)[0]
-  np.testing.assert_allclose(slope(token), expected, rtol=1e-6)
-  cispo = lambda x: policy.cispo(x, logps, advantages, ceiling=5.0)[0]
-  np.testing.assert_allclose(slope(cispo), expected, rtol=1e-6)
-  whole = lambda x: policy.sequence_surrogate(x, logps, advantages, mask, epsilon=0.2)[0]
-  np.testing.assert_allclose(slope(whole), expected / 2, rtol=1e-6)  # [batch, 1]: one an answer
-
-
-def test_ppo_clips_where_it_would_go_further_and_not_where_it_comes_back():
-  old = jnp.zeros(4)
-  logps, advantages = (
-    jnp.log(jnp.asarray([1.5, 0.5, 1.5, 0.5])),
-    jnp.asarray([1.0, -1.0, -1.0, 1.0]),
+def test_what_the_bounds_took_away_is_counted():
+  logps = jnp.log(jnp.asarray([[1.5, 0.5, 1.5, 0.5, 1.25]]))
+  advantages = jnp.asarray([[1.0, -1.0, -1.0, 1.0, 1.0]])
+  loss, stats = policy.clipped_surrogate(
+    logps, jnp.zeros((1, 5)), advantages, epsilon=0.2, epsilon_high=0.28
   )
-  loss, stats = policy.clipped_surrogate(logps, old, advantages, epsilon=0.2, epsilon_high=0.28)
-  np.testing.assert_allclose(loss, [-1.28, 0.8, 1.5, -0.5], rtol=1e-6)
-  np.testing.assert_array_equal(stats.clipped_high, [True, False, False, False])
-  np.testing.assert_array_equal(stats.clipped_low, [False, True, False, False])
+  np.testing.assert_allclose(loss, [[-1.28, 0.8, 1.5, -0.5, -1.25]], rtol=1e-6)
+  np.testing.assert_array_equal(stats.clipped_high, [[True, False, False, False, False]])
+  np.testing.assert_array_equal(stats.clipped_low, [[False, True, False, False, False]])
+  _, stats = policy.cispo(logps, jnp.zeros((1, 5)), advantages, ceiling=1.3)
+  np.testing.assert_array_equal(stats.clipped_high, [[True, False, True, False, False]])
+  assert not stats.clipped_low.any()
 
 
-def test_dual_clip_bounds_the_loss_of_a_bad_answer():
-  logps, advantages = jnp.log(jnp.asarray([10.0, 2.0, 10.0])), jnp.asarray([-1.0, -1.0, 1.0])
-  loss, _ = policy.clipped_surrogate(logps, jnp.zeros(3), advantages, epsilon=0.2, dual_clip=3.0)
-  np.testing.assert_allclose(loss, [3.0, 2.0, -1.2], rtol=1e-6)
+def test_a_dual_clip_lies_above_one():
   with pytest.raises(ValueError, match="above 1"):
-    policy.clipped_surrogate(logps, logps, advantages, epsilon=0.2, dual_clip=0.9)
+    clipped(jnp.zeros(1), jnp.zeros(1), jnp.zeros(1), epsilon=0.2, dual_clip=0.9)
 
 
 def test_the_clipped_value_loss():
-  values, old, returns = jnp.asarray([1.0, 1.0]), jnp.asarray([0.0, 0.9]), jnp.asarray([2.0, 2.0])
-  loss, clipped = policy.clipped_value(values, old, returns, epsilon=0.2)
-  np.testing.assert_allclose(loss, [0.5 * 1.8**2, 0.5], rtol=1e-6)
-  np.testing.assert_array_equal(clipped, [True, False])
+  mask = jnp.asarray([True, True, False])
+  values, old, returns = (
+    jnp.asarray(x) for x in ([1.0, 1.0, jnp.nan], [0.0, 0.9, 0.0], [2.0, 2.0, jnp.inf])
+  )
+  loss, clipped = policy.clipped_value(values, old, returns, mask, epsilon=0.2)
+  np.testing.assert_allclose(loss, [0.5 * 1.8**2, 0.5, 0], rtol=1e-6)
+  np.testing.assert_array_equal(clipped, [True, False, False])
+  slope = jax.grad(lambda v: jnp.sum(policy.clipped_value(v, old, returns, mask, epsilon=0.2)[0]))
+  np.testing.assert_allclose(slope(values), [0, -1, 0], rtol=1e-6)
+
+
+# --- what other weights sampled --------------------------------------------------------------------------------------
+
+
+def weights(**options):
+  logps = jnp.log(jnp.asarray([[2.0, 3.0, 9.0, 4.0]]))
+  sampling = jnp.asarray([[0.0, 0.0, jnp.nan, jnp.nan]])
+  mask = jnp.asarray([[True, True, False, True]])  # the last one's server did not say
+  return policy.importance_weights(logps, sampling, spans.whole(mask), **options)
 
 
 def test_importance_weights():
-  logps = jnp.log(jnp.asarray([[2.0, 3.0, 9.0]]))
-  mask = jnp.asarray([[True, True, False]])
-  weigh = lambda **how: policy.importance_weights(logps, jnp.zeros((1, 3)), mask, **how)
-  np.testing.assert_allclose(weigh(level="token", ceiling=2.5), [[2.0, 2.5, 1.0]], rtol=1e-6)
-  masked = weigh(level="token", ceiling=2.5, outside="mask")
-  np.testing.assert_allclose(masked, [[2.0, 0.0, 1.0]], rtol=1e-6)
-  np.testing.assert_allclose(weigh(level="sequence", ceiling=99.0), [[6.0]], rtol=1e-5)
-  np.testing.assert_allclose(weigh(level="geometric", ceiling=99.0), [[6.0**0.5]], rtol=1e-5)
+  tight = dict(rtol=1e-5)
+  token = dict(level="token", ceiling=2.5)
+  np.testing.assert_allclose(weights(**token), [[2, 2.5, 0, 1]], **tight)
+  np.testing.assert_allclose(weights(**token, outside="mask"), [[2, 0, 0, 1]], **tight)
+  np.testing.assert_allclose(weights(**token, floor=1.5), [[2, 2.5, 0, 1.5]], **tight)
+  np.testing.assert_allclose(weights(**token, floor=1.5, outside="mask"), [[2, 0, 0, 0]], **tight)
+  np.testing.assert_allclose(weights(level="sequence", ceiling=99.0), [[6, 6, 0, 6]], **tight)
+  each = 6 ** (1 / 3)
   np.testing.assert_allclose(
-    weigh(level="token", ceiling=99.0, floor=2.5), [[2.5, 3.0, 2.5]], rtol=1e-6
+    weights(level="geometric", ceiling=99.0), [[each, each, 0, each]], **tight
   )
   for wrong in (dict(level="word"), dict(level="token", outside="drop")):
     with pytest.raises(ValueError, match="write"):
-      weigh(ceiling=2.0, **wrong)
+      weights(ceiling=2.0, **wrong)
 
 
-def test_weights_of_tokens_add_up_to_one_answer_or_token_each():
-  mask = jnp.asarray([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
-  np.testing.assert_allclose(policy.token_mean(mask, tokens=3).sum(), 1, rtol=1e-6)
-  by_answer = policy.sequence_mean(mask, answers=2)
-  np.testing.assert_allclose(by_answer.sum(1), [0.5, 0.5], rtol=1e-6)
-  np.testing.assert_allclose(
-    policy.constant_length(mask, answers=2, length=4).sum(), 3 / 8, rtol=1e-6
+def test_importance_is_of_each_answer_of_a_row_and_no_gradient():
+  weigh = lambda x: policy.importance_weights(
+    x, jnp.asarray(OLD), SPANS, level="geometric", ceiling=1e9
   )
-  np.testing.assert_allclose(policy.sequence_sum(mask, answers=2).sum(1), [1.0, 0.5], rtol=1e-6)
+  expected = by_answer(lambda ratio, *_: ratio, normalise=True)(LOGPS)
+  np.testing.assert_allclose(weigh(jnp.asarray(LOGPS)), expected, rtol=1e-5)
+  far = policy.importance_weights(
+    jnp.full(MASK.shape, 93.0), jnp.zeros(MASK.shape), SPANS, level="token", ceiling=1e30
+  )
+  np.testing.assert_allclose(far, np.where(MASK, np.exp(20), 0), rtol=1e-5)
+  slope = jax.grad(lambda x: jnp.sum(weigh(x)))(jnp.asarray(LOGPS))
+  np.testing.assert_array_equal(slope, 0)
+
+
+# --- how tokens add up -----------------------------------------------------------------------------------------------
+
+AGGREGATIONS = {  # name -> (weights, the weight of one token of an answer of that length)
+  "token_mean": (lambda s, tokens, answers: policy.token_mean(s, tokens=tokens), lambda _: 1 / 9),
+  "sequence_mean": (
+    lambda s, tokens, answers: policy.sequence_mean(s, answers=answers),
+    lambda length: 1 / length / 3,
+  ),
+  "constant_length": (
+    lambda s, tokens, answers: policy.constant_length(s, answers=answers, length=7),
+    lambda _: 1 / 7 / 3,
+  ),
+  "sequence_sum": (
+    lambda s, tokens, answers: policy.sequence_sum(s, answers=answers),
+    lambda _: 1 / 3,
+  ),
+}
+
+
+@pytest.mark.parametrize("name", AGGREGATIONS)
+def test_each_answer_of_a_row_counts_as_its_own(name):
+  weigh, weight = AGGREGATIONS[name]
+  expected = np.zeros(MASK.shape)
+  for row, time, answer in scored():
+    expected[row, time] = weight(LENGTHS[answer])
+  np.testing.assert_allclose(weigh(SPANS, TOKENS, ANSWERS), expected, rtol=1e-6)
+  nothing = jax.tree.map(jnp.zeros_like, SPANS)
+  np.testing.assert_array_equal(weigh(nothing, 0, 0), np.zeros(MASK.shape))
+
+
+def test_the_mean_over_a_sequence_of_its_ratio_is_one_loss_an_answer(float64):
+  """RLOO: -min(rho A, clip(rho) A) of each answer, averaged over answers."""
+  values, _ = sequence(
+    jnp.asarray(LOGPS), jnp.asarray(OLD), per_token(), SPANS, epsilon=0.4, normalise=False
+  )
+  expected = 0.0
+  for (row, slot), a in ADVANTAGES.items():
+    tokens = MASK[row] & (ANSWER[row] == slot)
+    ratio = np.exp((LOGPS - OLD)[row, tokens].sum())
+    expected += ppo(0.6, 1.4)(ratio, a, None) / ANSWERS
+  total = jnp.sum(values * policy.sequence_mean(SPANS, answers=ANSWERS))
+  assert float(total) == pytest.approx(expected, rel=1e-12)

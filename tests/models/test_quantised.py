@@ -15,10 +15,10 @@ import pytest
 from safetensors import numpy as safetensors_numpy
 
 from posttrain_jax import quant
+from posttrain_jax.build import layout
 from posttrain_jax.core import files, sharding, shards, tree
 from posttrain_jax.models import decoder, hf
 from posttrain_jax.quant import blockwise, bnb
-from posttrain_jax.train import assemble
 from tests.marks import slow
 from tests.models import families
 
@@ -152,7 +152,7 @@ def test_sharded_over_eight_devices_it_computes_the_same(tmp_path, storage):
   mesh = sharding.mesh(fsdp=4, tensor=2)
 
   def place(path, leaf):
-    return assemble.placed(path, leaf, mesh)
+    return layout.placed(path, leaf, mesh)
 
   placed, _ = hf.load(tmp_path / "plain", storage=storage, place=place)
   codes = placed["layers"]["mlp"]["up_proj"]["weight"].codes

@@ -9,7 +9,7 @@ from posttrain_jax.core import sharding
 from posttrain_jax.core.tree import items
 from posttrain_jax.models import decoder
 from posttrain_jax.optim import build
-from tests.train import tiny
+from tests import tiny
 
 # heads of 16 in a model 64 wide with 6 query and 2 key heads: head_dim is not hidden / heads
 MODEL = tiny.config(

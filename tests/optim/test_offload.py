@@ -11,12 +11,13 @@ import pytest
 from posttrain_jax.core import memory, sharding, tree
 from posttrain_jax.core.checkpoint import Checkpoints
 from posttrain_jax.models import decoder
+from posttrain_jax.objectives import Context, Sft
 from posttrain_jax.optim import layout, offload
+from posttrain_jax.train import state as state_lib
 from posttrain_jax.train import step
-from posttrain_jax.train.objectives import Frozen, Sft
+from tests import tiny
 from tests.marks import slow
 from tests.optim import cases
-from tests.train import tiny
 
 NAMES = ("adamw", "lion", "sgd", *cases.NEW)
 HOST, DEVICE = memory.KIND, "device"
@@ -145,21 +146,21 @@ def trained(mode, *, accumulate=1, count=2, bad=None):
   optimizer = cases.made("adamw", offloaded=mode != "none", eps=1e-3)
   params = placed(tiny_params(), mode)
   state = jax.jit(
-    lambda params: step.start(params, optimizer),
-    out_shardings=step.layout(
-      jax.eval_shape(lambda p: step.start(p, optimizer), params), params, replicated()
+    lambda params: state_lib.start(params, optimizer),
+    out_shardings=state_lib.layout(
+      jax.eval_shape(lambda p: state_lib.start(p, optimizer), params), params, replicated()
     ),
   )(params)
   objective = Sft(cases.MODEL, remat="names")
   run = jax.jit(step.make(objective, optimizer, accumulate=accumulate), donate_argnums=0)
   for _ in range(count):
-    state, metrics = run(state, Frozen(), tiny.batch())
+    state, metrics = run(state, Context(), tiny.batch())
   if bad is not None:
     broken = lambda x: x.at[0].set(bad)
     head = {"weight": jax.jit(broken)(state.trainable["lm_head"]["weight"])}
     state = state.replace(trainable={**state.trainable, "lm_head": head})
     before = jax.tree.map(lambda x: np.array(x).tobytes(), state)
-    state, metrics = run(state, Frozen(), tiny.batch())
+    state, metrics = run(state, Context(), tiny.batch())
     return state, before
   return state, metrics
 

@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 import yaml
 
+from posttrain_jax.build import merge as merging
 from posttrain_jax.core import shards
 from posttrain_jax.data import chat
 from posttrain_jax.merge import vocabulary
 from posttrain_jax.models import decoder, hf
-from posttrain_jax.train import merging
-from tests.train import tiny
+from tests import tiny
 
 mergekit_config = pytest.importorskip("mergekit.config")
 mergekit_merge = pytest.importorskip("mergekit.merge")

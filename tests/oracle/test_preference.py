@@ -14,11 +14,12 @@ transformers = pytest.importorskip("transformers")
 datasets = pytest.importorskip("datasets")
 from safetensors import numpy as safetensors_numpy  # noqa: E402
 
+from posttrain_jax import objectives  # noqa: E402
 from posttrain_jax.core import tree  # noqa: E402
 from posttrain_jax.data import answers, packing, schema  # noqa: E402
 from posttrain_jax.models import fetch, hf  # noqa: E402
-from posttrain_jax.train import comparisons, step  # noqa: E402
-from posttrain_jax.train.objectives import Frozen  # noqa: E402
+from posttrain_jax.objectives import Context  # noqa: E402
+from posttrain_jax.train import step  # noqa: E402
 
 pytestmark = pytest.mark.oracle
 
@@ -106,10 +107,10 @@ def ours(objective, folders, examples, *, accumulate=1, packed=False):
     room, chosen = max(e.count for e in examples), [[i] for i in range(len(examples))]
   batch = packing.pack_answers(examples, chosen, length, room)
   key = jax.random.key(0)
-  frozen = Frozen(reference=reference)
+  context = Context(reference=reference)
   run = jax.jit(
     lambda params, batch: step.gradient(
-      objective, params, frozen, batch, key, accumulate=accumulate
+      objective, params, context, batch, key, accumulate=accumulate
     )
   )
   gradient, metrics = run(params, batch)
@@ -222,7 +223,7 @@ def dpo_of_trl(models, tokenizer, tmp_path_factory):
 @pytest.mark.parametrize("name", DPO)
 def test_a_step_on_pairs_is_trls(name, dpo_of_trl, models, tokenizer, tmp_path):
   expected = dpo_of_trl(name)
-  objective = lambda config: comparisons.Preference(config, beta=BETA, **DPO[name][1])
+  objective = lambda config: objectives.Preference(config, beta=BETA, **DPO[name][1])
   same(ours(objective, models, encoded(tmp_path, tokenizer)), expected, tmp_path)
   same(ours(objective, models, encoded(tmp_path, tokenizer), accumulate=4), expected, tmp_path)
   if name in ("sigmoid", "ld", "mixed", "aot"):
@@ -265,7 +266,7 @@ def test_a_step_without_a_reference_is_trls(name, models, tokenizer, tmp_path):
   from trl.experimental.cpo import CPOConfig, CPOTrainer
 
   expected = of_experimental(CPOTrainer, CPOConfig, models, tokenizer, tmp_path, **CPO[name][0])
-  objective = lambda config: comparisons.Preference(config, beta=BETA, **CPO[name][1])
+  objective = lambda config: objectives.Preference(config, beta=BETA, **CPO[name][1])
   examples = encoded(tmp_path, tokenizer)
   same(ours(objective, models, examples), expected, tmp_path)
   same(ours(objective, models, examples, accumulate=2), expected, tmp_path)
@@ -276,7 +277,7 @@ def test_orpo_is_trls_with_its_likelihood_of_the_prompt(models, tokenizer, tmp_p
 
   expected = of_experimental(ORPOTrainer, ORPOConfig, models, tokenizer, tmp_path)
   losses = (("orpo", 1.0), ("sft_with_prompt", 1.0))
-  objective = lambda config: comparisons.Preference(config, beta=BETA, losses=losses)
+  objective = lambda config: objectives.Preference(config, beta=BETA, losses=losses)
   for options in ({}, dict(share=False)):
     examples = encoded(tmp_path, tokenizer, **options)
     same(ours(objective, models, examples), expected, tmp_path)
@@ -299,7 +300,7 @@ def test_triples_are_trls(name, models, tokenizer, tmp_path):
     datasets.Dataset.from_list(fields),
     **options,
   )
-  objective = lambda config: comparisons.Preference(
+  objective = lambda config: objectives.Preference(
     config,
     beta=BETA,
     losses=((name, 1.0), ("gold", 0.6)),
@@ -342,14 +343,14 @@ def test_kto_is_trls(estimate_kl, models, tokenizer, tmp_path):
       processing_class=tokenizer,
     )
     expected = theirs(trainer)
-  objective = lambda config: comparisons.Labelled(
+  objective = lambda config: objectives.Labelled(
     config,
     beta=BETA,
     undesirable_weight=1.2,
     estimate_kl=estimate_kl,
   )
   examples = answers.encode_all(
-    rows(tmp_path, fields), tokenizer, kind="labels", max_length=160
+    rows(tmp_path, fields), tokenizer, kind="labels", max_length=160, companions=True
   ).examples
   same(ours(objective, models, examples), expected, tmp_path)
   same(ours(objective, models, examples, accumulate=4), expected, tmp_path)
@@ -405,7 +406,7 @@ def test_a_reward_model_is_trls(margins, reward_model, padded, tmp_path):
       processing_class=padded,
     )
     expected = theirs(trainer)
-  objective = lambda config: comparisons.Reward(config, centering=0.05)
+  objective = lambda config: objectives.Reward(config, centering=0.05)
   examples = answers.encode_all(
     rows(tmp_path, fields), padded, kind="pairs", max_length=160
   ).examples
@@ -422,7 +423,7 @@ def test_rewards_and_files_are_transformers(reward_model, padded, tmp_path):
   hf.save(tmp_path / "own", params, config, tokenizer_from=reward_model)
   examples = encoded(tmp_path, padded)
   batch = packing.pack_answers(examples, [[i] for i in range(len(examples))], 64, 2)
-  found = np.asarray(comparisons.Reward(config).rewards(params, batch))
+  found = np.asarray(objectives.Reward(config).rewards(params, batch))
   for folder in (reward_model, tmp_path / "own"):
     model = sequence_classifier(folder).eval()
     for (prompt, *said), rewards in zip(PAIRS, found):
@@ -449,7 +450,7 @@ def test_a_reward_adapter_is_one_to_peft(reward_model, padded, tmp_path):
   bound = adapters.bind(params, adapter)
   examples = encoded(tmp_path, padded)
   batch = packing.pack_answers(examples, [[i] for i in range(len(examples))], 64, 2)
-  found = np.asarray(comparisons.Reward(config).rewards(bound, batch))
+  found = np.asarray(objectives.Reward(config).rewards(bound, batch))
   with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     model = peft.PeftModel.from_pretrained(sequence_classifier(reward_model), tmp_path / "adapter")
@@ -461,5 +462,5 @@ def test_a_reward_adapter_is_one_to_peft(reward_model, padded, tmp_path):
         expected = model(torch.tensor([ids])).logits.item()
       assert value == pytest.approx(expected, rel=1e-4, abs=1e-5)
   again, _ = peft_format.load(tmp_path / "adapter", params, config)
-  other = comparisons.Reward(config).rewards(adapters.bind(params, again), batch)
+  other = objectives.Reward(config).rewards(adapters.bind(params, again), batch)
   np.testing.assert_array_equal(other, found)

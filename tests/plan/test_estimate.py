@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from posttrain_jax import __main__, adapters, quant
+from posttrain_jax import __main__, adapters, quant, settings
+from posttrain_jax.build import adapter as adapter_build
+from posttrain_jax.build import optimizer as optimizer_build
 from posttrain_jax.core import tree
 from posttrain_jax.models import decoder, shapes
+from posttrain_jax.objectives import Context
 from posttrain_jax.plan import estimate, program, topology
-from posttrain_jax.train import assemble, settings, step
-from posttrain_jax.train.objectives import Frozen
+from posttrain_jax.train import state as state_lib
 from tests.marks import slow
 
 TINY = dataclasses.replace(
@@ -49,17 +51,17 @@ def one_cpu():
 
 
 def real(c):
-  """(state, frozen) of arrays, made as a run makes them."""
+  """(state, context) of arrays, made as a run makes them."""
   params = decoder.init(jax.random.key(0), TINY)
-  chosen = assemble.adapter_config(c)
-  optimizer, _ = assemble.optimizer(c, TINY)
+  chosen = adapter_build.described(c)
+  optimizer, _ = optimizer_build.make(c, TINY)
   if chosen is None:
-    return step.start(params, optimizer), Frozen()
+    return state_lib.start(params, optimizer), Context()
   if c.model.base != "dense":
     params = quant.quantize_params(params, storage=c.model.base)
   params, adapter = adapters.init(jax.random.key(c.seed), params, chosen)
   trainable, fixed = tree.partition(adapter)
-  return step.start(trainable, optimizer, fixed), Frozen(params)
+  return state_lib.start(trainable, optimizer, fixed), Context(params)
 
 
 @RUNS
@@ -67,15 +69,15 @@ def test_abstract_trees_are_those_of_a_run(arguments):
   c = config(arguments)
   built = program.build(c, one_cpu())
   described = lambda tree: jax.tree.map(lambda x: (x.shape, jnp.dtype(x.dtype)), tree)
-  assert described((built.state, built.frozen)) == described(real(c))
+  assert described((built.state, built.context)) == described(real(c))
 
 
 @RUNS
 def test_arithmetic_counts_the_bytes_of_real_arrays(arguments):
   c = config(arguments)
-  state, frozen = real(c)
+  state, context = real(c)
   found = estimate.arithmetic(program.build(c, one_cpu()))
-  assert found["base"] == tree.nbytes((frozen.params, state.carried))
+  assert found["base"] == tree.nbytes((context.base, state.carried))
   assert found["trained"] == tree.nbytes(state.trainable)
   assert found["optimizer"] == tree.nbytes(state.optimizer)
 
@@ -83,7 +85,7 @@ def test_arithmetic_counts_the_bytes_of_real_arrays(arguments):
 def test_arguments_as_compiled_are_the_bytes_of_state_base_and_batch():
   built = program.build(config(",base=nf4"), one_cpu())
   compiled = program.compile(built)
-  given = sum(map(estimate.bytes_a_device, (built.state, built.frozen, built.batch)))
+  given = sum(map(estimate.bytes_a_device, (built.state, built.context, built.batch)))
   # the compiler leaves out what the step does not read, and rounds small buffers up
   assert 0.98 * given < compiled.arguments < 1.02 * given
   assert compiled.aliased > 0.95 * tree.nbytes(real(config(",base=nf4"))[0].trainable)

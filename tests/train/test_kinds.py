@@ -11,15 +11,17 @@ import safetensors.numpy
 from posttrain_jax import adapters, quant
 from posttrain_jax.__main__ import main
 from posttrain_jax.adapters import AdapterConfig
-from posttrain_jax.core import sharding, tree
+from posttrain_jax.core import distributed, sharding, tree
 from posttrain_jax.models import decoder
+from posttrain_jax.objectives import Context, Sft
 from posttrain_jax.optim import build
-from posttrain_jax.train import distributed, step, workdir
-from posttrain_jax.train.objectives import Frozen, Sft
+from posttrain_jax.runs.journal import Journal
+from posttrain_jax.train import state as state_lib
+from posttrain_jax.train import step
+from tests import tiny
 from tests.adapters.kinds import moved
-from tests.train import tiny
-from tests.train.test_objectives import assert_same, gradient, placed
-from tests.train.test_run import CONFIG
+from tests.commands.test_train import CONFIG
+from tests.objectives.test_objectives import assert_same, gradient, placed
 
 TARGETS = ("q_proj", "v_proj", "down_proj")
 OPTIONS = {
@@ -30,7 +32,7 @@ OPTIONS = {
 
 
 def setup(method):
-  """(objective, trainable, frozen, config) over a base with biases, a part of it in NF4."""
+  """(objective, trainable, context, config) over a base with biases, a part of it in NF4."""
   model = tiny.config("llama", attention_bias=True, mlp_bias=True)
   params = decoder.init(jax.random.key(0), model, std=tiny.STD)
   for name in ("v_proj", "q_proj"):
@@ -41,42 +43,42 @@ def setup(method):
   config = AdapterConfig(method=method, target_modules=TARGETS, **OPTIONS[method])
   params, adapter = adapters.init(jax.random.key(2), params, config)
   part, fixed = tree.partition(moved(adapter, size=0.1))
-  return Sft(model, remat="names"), part, Frozen(params, fixed), config
+  return Sft(model, remat="names"), part, Context(params, fixed), config
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", OPTIONS)
 def test_eight_devices_are_one(method):
-  objective, part, frozen, _ = setup(method)
-  wanted, metrics = gradient(objective, part, frozen, tiny.batch())
+  objective, part, context, _ = setup(method)
+  wanted, metrics = gradient(objective, part, context, tiny.batch())
   mesh = sharding.mesh(fsdp=4, tensor=2)
   with jax.set_mesh(mesh):
-    part, frozen = placed(part, frozen, mesh)
+    part, context = placed(part, context, mesh)
     spread = [leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(part)]
     assert not all(spread)
     batch = distributed.global_batch(mesh, tiny.batch())
-    found, values = gradient(objective, part, frozen, batch, 2)
+    found, values = gradient(objective, part, context, batch, 2)
   assert_same(found, wanted, 2e-5)
   assert values == pytest.approx(metrics, rel=1e-5)
 
 
 @pytest.mark.slow
 def test_ranks_are_spent_the_same_over_eight_devices():
-  objective, part, frozen, config = setup("adalora")
+  objective, part, context, config = setup("adalora")
   optimizer, _ = build.build("adamw", lr=0.02, steps=4)
   made = jax.jit(step.make(objective, optimizer, hooks=adapters.hooks(config, 4)))
 
-  def masks(part, frozen, batch):
-    state = step.start(part, optimizer, frozen.adapter)
+  def masks(part, context, batch):
+    state = state_lib.start(part, optimizer, context.fixed)
     for _ in range(4):
-      state, _ = made(state, frozen, batch)
+      state, _ = made(state, context, batch)
     return {path: np.asarray(node.mask) for path, node in tree.items(state.carried)}
 
-  wanted = masks(part, frozen, tiny.batch())
+  wanted = masks(part, context, tiny.batch())
   assert sum(mask.sum() for mask in wanted.values()) == 2 * 6
   mesh = sharding.mesh(data=2, fsdp=2, tensor=2)
   with jax.set_mesh(mesh):
-    found = masks(*placed(part, frozen, mesh), distributed.global_batch(mesh, tiny.batch()))
+    found = masks(*placed(part, context, mesh), distributed.global_batch(mesh, tiny.batch()))
   jax.tree.map(np.testing.assert_array_equal, found, wanted)
 
 
@@ -126,7 +128,7 @@ def test_a_run_that_was_stopped_goes_on_as_never_stopped(
   method, shared, tmp_path, monkeypatch, capsys
 ):
   assert train(shared, tmp_path / "a", method) == 0
-  write = workdir.Journal.write
+  write = Journal.write
 
   def asked(self, step, values):
     write(self, step, values)
@@ -134,7 +136,7 @@ def test_a_run_that_was_stopped_goes_on_as_never_stopped(
       signal.raise_signal(signal.SIGTERM)
 
   with monkeypatch.context() as patch:
-    patch.setattr(workdir.Journal, "write", asked)
+    patch.setattr(Journal, "write", asked)
     assert train(shared, tmp_path / "b", method) == 75
   assert train(shared, tmp_path / "b", method) == 0
   assert "going on from step" in capsys.readouterr().out

@@ -6,21 +6,28 @@ import numpy as np
 import pytest
 
 from posttrain_jax.adapters import lora
+from posttrain_jax.core import metrics as metrics_lib
 from posttrain_jax.core import tree
+from posttrain_jax.objectives import Context, Sft
 from posttrain_jax.optim import build
-from posttrain_jax.train import metrics as metrics_lib
+from posttrain_jax.train import state as state_lib
 from posttrain_jax.train import step
-from posttrain_jax.train.objectives import Frozen, Sft
-from tests.train import tiny
+from tests import tiny
 
 
 class Quadratic:
   """|x - target|^2 over the batch's targets; the target NaN makes the gradient so."""
 
-  def totals(self, trainable, frozen, batch, key):
+  def context(self, context, memory):
+    return context
+
+  def after_update(self, trainable, memory, totals):
+    return memory
+
+  def totals(self, trainable, context, batch, key, *, memory, training):
     return {"rows": jnp.float32(batch["target"].shape[0])}
 
-  def loss(self, trainable, frozen, batch, totals, key):
+  def loss(self, trainable, context, batch, totals, key, *, training):
     noise = 0.0 if key is None else jax.random.normal(key, ())
     each = jnp.sum(jnp.square(trainable["x"] - batch["target"][:, None] + noise), axis=-1)
     return jnp.sum(each) / totals["rows"], {"loss": metrics_lib.mean(each)}
@@ -29,7 +36,7 @@ class Quadratic:
 def quadratic(optimizer="adamw", accumulate=1, **options):
   made, _ = build.build(optimizer, lr=0.1, steps=100, schedule="constant")
   run = jax.jit(step.make(Quadratic(), made, accumulate=accumulate, **options), donate_argnums=0)
-  return run, step.start({"x": jnp.asarray([1.0, 2.0, 3.0])}, made)
+  return run, state_lib.start({"x": jnp.asarray([1.0, 2.0, 3.0])}, made)
 
 
 def targets(*values):
@@ -49,17 +56,17 @@ def assert_bit_equal(a, b):
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(bad, accumulate):
   run, state = quadratic(accumulate=accumulate)
-  state, _ = run(state, Frozen(), targets(1.0, 2.0))
+  state, _ = run(state, Context(), targets(1.0, 2.0))
   before = copy(state)
-  state, metrics = run(state, Frozen(), targets(1.0, bad))
+  state, metrics = run(state, Context(), targets(1.0, bad))
   assert_bit_equal(state.trainable, before.trainable)
   assert_bit_equal(state.optimizer, before.optimizer)
   assert (int(state.step), int(state.skipped), int(state.skipped_in_a_row)) == (2, 1, 1)
   assert metrics_lib.read(metrics)["skipped"] == 1
   assert not np.isfinite(metrics_lib.read(metrics)["grad_norm"])
-  state, _ = run(state, Frozen(), targets(bad, bad))
+  state, _ = run(state, Context(), targets(bad, bad))
   assert (int(state.skipped), int(state.skipped_in_a_row)) == (2, 2)
-  state, metrics = run(state, Frozen(), targets(1.0, 2.0))
+  state, metrics = run(state, Context(), targets(1.0, 2.0))
   assert (int(state.skipped), int(state.skipped_in_a_row)) == (2, 0)
   assert not np.array_equal(state.trainable["x"], before.trainable["x"])
   assert np.isfinite(state.trainable["x"]).all()
@@ -68,7 +75,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(bad, accum
 def test_the_state_is_donated():
   run, state = quadratic()
   before = jax.tree.leaves(state)
-  run(state, Frozen(), targets(1.0))
+  run(state, Context(), targets(1.0))
   assert all(leaf.is_deleted() for leaf in before)
 
 
@@ -82,7 +89,7 @@ def test_randomness_follows_from_seed_and_step_alone():
   def after(count, **options):
     run, state = quadratic(**options)
     for _ in range(count):
-      state, metrics = run(state, Frozen(), targets(0.0, 0.0))
+      state, metrics = run(state, Context(), targets(0.0, 0.0))
     return state, float(metrics_lib.read(metrics)["loss"])
 
   (one, loss), (same, again) = after(3, seed=5), after(3, seed=5)
@@ -94,14 +101,14 @@ def test_randomness_follows_from_seed_and_step_alone():
   losses = []
   for number in (0, 0, 1):
     given = jax.tree.map(jnp.copy, state).replace(step=jnp.int32(number))
-    losses.append(float(metrics_lib.read(run(given, Frozen(), targets(0.0))[1])["loss"]))
+    losses.append(float(metrics_lib.read(run(given, Context(), targets(0.0))[1])["loss"]))
   assert losses[0] == losses[1] != losses[2]
 
 
 def test_micro_batches_draw_apart():
   """With one noise for all, two equal micro-batches would give the loss of one."""
   run, state = quadratic(accumulate=2, seed=3)
-  _, metrics = run(state, Frozen(), targets(0.0, 0.0))
+  _, metrics = run(state, Context(), targets(0.0, 0.0))
   key = jax.random.fold_in(jax.random.key(3), 0)
   noise = [jax.random.normal(jax.random.fold_in(key, i), ()) for i in range(2)]
   wanted = np.mean([np.sum((np.asarray([1.0, 2.0, 3.0]) + n) ** 2) for n in noise])
@@ -112,17 +119,17 @@ def test_micro_batches_draw_apart():
 def test_rows_must_split_into_micro_batches():
   run, state = quadratic(accumulate=2)
   with pytest.raises(ValueError, match="3 rows do not split into 2"):
-    run(state, Frozen(), targets(1.0, 2.0, 3.0))
+    run(state, Context(), targets(1.0, 2.0, 3.0))
 
 
 def test_a_step_trains_the_adapter_and_only_what_of_it_trains():
-  model, trainable, frozen = tiny.setup("lora")
+  model, trainable, context = tiny.setup("lora")
   optimizer, _ = build.build("adamw", lr=0.01, steps=10)
   run = jax.jit(step.make(Sft(model), optimizer), donate_argnums=0)
-  state = step.start(jax.tree.map(jnp.copy, trainable), optimizer)
+  state = state_lib.start(jax.tree.map(jnp.copy, trainable), optimizer)
   losses = []
   for _ in range(5):
-    state, metrics = run(state, frozen, tiny.batch())
+    state, metrics = run(state, context, tiny.batch())
     losses.append(metrics_lib.read(metrics)["loss"])
   assert losses == sorted(losses, reverse=True)
   assert losses[-1] < losses[0] - 0.1

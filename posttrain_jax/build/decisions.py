@@ -1,0 +1,70 @@
+"""What several sections of a config decide together, decided once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+
+def compute_dtype(config: ml_collections.ConfigDict, platform: str | None = None) -> Any:
+  """The dtype of the computation: "auto" is bfloat16 on accelerators and float32 on CPU."""
+  return dtype(config.model.dtype, platform)
+
+
+def dtype(name: str, platform: str | None = None) -> Any:
+  if name != "auto":
+    return jnp.dtype(name)
+  is_cpu = (platform or jax.default_backend()) == "cpu"
+  return jnp.float32 if is_cpu else jnp.bfloat16
+
+
+def remat(config: ml_collections.ConfigDict) -> str:
+  """What the backward pass recomputes; "auto" is what measured fastest on CPU, and not yet elsewhere."""
+  return "names" if config.model.remat == "auto" else config.model.remat
+
+
+def is_full(config: ml_collections.ConfigDict) -> bool:
+  """Whether the parameters themselves train: full fine-tuning."""
+  return config.adapter.method == "none"
+
+
+def has_score(config: ml_collections.ConfigDict) -> bool:
+  """Whether the model has a score head beside its own: a reward model, or a sum with a reward's loss."""
+  o = config.objective
+  return o.name == "reward" or (o.name == "preference" and "reward" in o.losses)
+
+
+def has_companions(config: ml_collections.ConfigDict) -> bool:
+  """Whether each row brings another prompt's answer, from which KTO estimates its KL."""
+  o = config.objective
+  if o.name == "kto":
+    return o.estimate_kl
+  return o.name == "preference" and "kto" in o.losses
+
+
+def has_reference(config: ml_collections.ConfigDict) -> bool:
+  """Whether the config says where a reference policy comes from."""
+  return "reference" in config.objective
+
+
+def caches_reference(config: ml_collections.ConfigDict) -> bool:
+  """Whether the reference's log-probabilities are computed once, before training."""
+  return has_reference(config) and config.objective.cache_reference and jax.process_count() == 1
+
+
+def compares_with_base(config: ml_collections.ConfigDict) -> bool:
+  """Whether the reference is the base that the policy started from."""
+  return not has_reference(config) or config.objective.reference == "base"
+
+
+def follows(config: ml_collections.ConfigDict) -> bool:
+  """Whether the reference is a copy of the policy that follows it (TR-DPO), part of the state."""
+  return "sync_every" in config.objective and config.objective.sync_every > 0
+
+
+def is_mixture(source: str) -> bool:
+  """Whether data.train names several sources, as `a.jsonl*0.7+b.jsonl*0.3`."""
+  return "*" in source

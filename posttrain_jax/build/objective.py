@@ -1,0 +1,111 @@
+"""config.objective: the loss, and what it reads of the other sections."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import ml_collections
+
+from posttrain_jax import objectives
+from posttrain_jax.build import adapter, decisions
+from posttrain_jax.build.model import Model
+from posttrain_jax.objectives import Scorer
+
+Config = ml_collections.ConfigDict
+# of config.objective, what is not a field of the objective that the section names
+OTHER = ("name", "losses", "loss", "advantage", "sft_weight")
+REFERENCE = ("reference", "reference_base", "cache_reference")
+SUMMED = ("kto", "reward")  # of a preference's losses, those that are objectives of their own
+
+
+def make(config: Config, model: Model, channels: Sequence[str]) -> Scorer:
+  """The objective that config.objective names; a model planned without files has no tokenizer."""
+  how = _how(config, model)
+  if config.objective.name == "sft":
+    special = () if model.tokenizer is None else model.tokenizer.all_special_ids
+    return objectives.Sft(
+      model.config, channels=tuple(channels), special_tokens=tuple(sorted(set(special))), **how
+    )
+  parts = _PARTS[config.objective.name](config, model, how)
+  if "sft_weight" in config.objective and config.objective.sft_weight:
+    imitation = objectives.Imitation(model.config, kind=config.data.kind, **how)
+    parts = (*parts, ("sft", imitation, float(config.objective.sft_weight)))
+  if len(parts) == 1 and parts[0][2] == 1:
+    return parts[0][1]
+  return objectives.Sum(model.config, parts=parts, **how)
+
+
+def _how(config: Config, model: Model) -> dict[str, Any]:
+  """How a batch becomes scores: what all objectives have."""
+  adapter_config = adapter.described(config)
+  return dict(
+    dtype=model.dtype,
+    remat=decisions.remat(config),
+    attention_group=0 if adapter_config is None else adapter_config.attention_group,
+  )
+
+
+def _own(config: Config) -> dict[str, Any]:
+  """The fields of config.objective that are the objective's own."""
+  return {
+    field: value for field, value in config.objective.items() if field not in (*OTHER, *REFERENCE)
+  }
+
+
+def _compared(config: Config) -> dict[str, bool]:
+  is_base = decisions.compares_with_base(config)
+  starts_there = is_base and adapter.starts_as_its_base(adapter.described(config))
+  return {"own_base": is_base, "starts_there": starts_there}
+
+
+Parts = tuple[tuple[str, Scorer, float], ...]
+
+
+def _preference(config: Config, model: Model, how: Mapping[str, Any]) -> Parts:
+  o, compared = config.objective, _compared(config)
+  losses = {name: float(weight) for name, weight in o.losses.items()}
+  pairs = tuple((name, weight) for name, weight in losses.items() if name not in SUMMED)
+  parts: list[tuple[str, Scorer, float]] = []
+  if pairs:
+    answers = 3 if config.data.kind == "triples" else 2
+    main = objectives.Preference(
+      model.config, losses=pairs, answers=answers, **_own(config), **how, **compared
+    )
+    parts.append(("preference", main, 1.0))
+  if "kto" in losses:
+    follower = dict(sync_every=o.sync_every, sync_mix=o.sync_mix)
+    kto = objectives.Labelled(model.config, beta=o.beta, **follower, **how, **compared)
+    parts.append(("kto", kto, losses["kto"]))
+  if "reward" in losses:
+    parts.append(("reward", objectives.Reward(model.config, kind="pairs", **how), losses["reward"]))
+  return tuple(parts)
+
+
+def _labelled(config: Config, model: Model, how: Mapping[str, Any]) -> Parts:
+  main = objectives.Labelled(model.config, **_own(config), **how, **_compared(config))
+  return (("kto", main, 1.0),)
+
+
+def _reward(config: Config, model: Model, how: Mapping[str, Any]) -> Parts:
+  main = objectives.Reward(model.config, kind=config.data.kind, **_own(config), **how)
+  return (("reward", main, 1.0),)
+
+
+def _grouped(config: Config, model: Model, how: Mapping[str, Any]) -> Parts:
+  main = objectives.Grouped(
+    model.config,
+    loss_name=config.objective.loss,
+    max_length=config.data.length,
+    **_own(config),
+    **how,
+  )
+  return (("grouped", main, 1.0),)
+
+
+_PARTS: Mapping[str, Callable[[Config, Model, Mapping[str, Any]], Parts]] = {
+  "preference": _preference,
+  "reward": _reward,
+  "kto": _labelled,
+  "grouped": _grouped,
+}

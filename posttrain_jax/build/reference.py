@@ -1,0 +1,100 @@
+"""config.objective.reference: the reference policy's parameters, or its log-probabilities computed once."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from posttrain_jax import adapters
+from posttrain_jax.adapters import peft_format
+from posttrain_jax.build import decisions, layout
+from posttrain_jax.build.data import Data
+from posttrain_jax.build.model import Model
+from posttrain_jax.core import tree
+from posttrain_jax.models import fetch, hf
+from posttrain_jax.objectives import Scorer, reference_cache
+from posttrain_jax.settings import ConfigError
+
+
+def in_step(config: ml_collections.ConfigDict, model: Model, mesh: jax.sharding.Mesh | None) -> Any:
+  """The parameters that a step compares with, where they are not the base under the adapter; else None."""
+  cached, follows = decisions.caches_reference(config), decisions.follows(config)
+  if not decisions.has_reference(config) or cached or follows:
+    return None
+  if not decisions.compares_with_base(config):
+    return params(config, model, mesh)
+  # what trains is donated from step to step
+  return jax.tree.map(jnp.copy, model.params) if decisions.is_full(config) else None
+
+
+def params(config: ml_collections.ConfigDict, model: Model, mesh: jax.sharding.Mesh | None) -> Any:
+  """The parameters of config.objective.reference: the base, the base with an adapter folder, or another model."""
+  name = config.objective.reference
+  if name == "base":
+    if model.started is None:
+      return model.params
+    started = tree.unflatten(model.started.nodes.items())
+    return adapters.original(model.params, layout.placed_adapter(started, mesh))
+  folder = Path(name).expanduser()
+  if (folder / peft_format.CONFIG).exists():
+    adapter, _ = peft_format.load(folder, model.params, model.config)
+    return adapters.bind(model.params, layout.placed_adapter(adapter, mesh))
+  place = functools.partial(layout.place, mesh=mesh)
+  storage = config.objective.reference_base
+  other, other_config = hf.load(
+    fetch.resolve(name), dtype=model.dtype, storage=storage, place=place
+  )
+  if other_config.vocab_size != model.config.vocab_size:
+    raise ConfigError(
+      f"objective.reference={name}: its vocabulary has {other_config.vocab_size} tokens, the model's"
+      f" {model.config.vocab_size}; a reference scores the same tokens"
+    )
+  shape = lambda c: (c.num_layers, c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim)
+  if shape(other_config) != shape(model.config):
+    raise ConfigError(
+      f"objective.reference={name}: it is of another shape than the model; the reference is a policy of the same family"
+    )
+  return other
+
+
+def scored(
+  config: ml_collections.ConfigDict,
+  model: Model,
+  data: Data,
+  objective: Scorer,
+  mesh: jax.sharding.Mesh | None,
+  say: Callable[[str], None],
+) -> Data:
+  """data with the reference's log-probabilities, where they are to be computed once."""
+  if not objective.needs_reference or not decisions.caches_reference(config):
+    if objective.needs_reference and config.objective.cache_reference:
+      say("reference: computed at each step, since several processes keep no cache")
+    return data
+  score = functools.partial(
+    reference_cache.scored,
+    scorer=objective,
+    params=params(config, model, mesh),
+    cache=fetch.cache() / "reference",
+    mesh=mesh,
+    say=say,
+  )
+  return data.map(score)
+
+
+def blank(
+  config: ml_collections.ConfigDict, batch: Mapping[str, Any], objective: Scorer
+) -> Mapping[str, Any]:
+  """A batch of the shapes that `scored` gives, for a program that is compiled and not run."""
+  if not (objective.needs_reference and decisions.caches_reference(config)):
+    return batch
+  filled = {**batch, "reference": np.zeros(batch["tokens"].shape, np.float32)}
+  if "companion" in batch:
+    filled["companion"] = blank(config, batch["companion"], objective)
+  return filled

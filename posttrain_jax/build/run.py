@@ -1,0 +1,377 @@
+"""A config becomes a run: its pieces, built once; what is said before it starts; the run to its end."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+import rich
+
+from posttrain_jax import adapters
+from posttrain_jax.adapters import peft_format
+from posttrain_jax.build import (
+  adapter,
+  checks,
+  data,
+  mesh,
+  model,
+  objective,
+  optimizer,
+  reference,
+)
+from posttrain_jax.build.adapter import Trees
+from posttrain_jax.build.data import Data
+from posttrain_jax.build.model import Model
+from posttrain_jax.core import distributed, files, memory, tree
+from posttrain_jax.core.checkpoint import Checkpoints
+from posttrain_jax.data import chat, loader
+from posttrain_jax.evals import report, tasks
+from posttrain_jax.models import decoder, hf
+from posttrain_jax.objectives import Scorer, evaluation, policy
+from posttrain_jax.runs import folder as run_folder
+from posttrain_jax.runs import record
+from posttrain_jax.settings import ConfigError
+from posttrain_jax.train import loop, signals, step
+from posttrain_jax.train import state as state_lib
+from posttrain_jax.train.state import State
+
+TOLERANCE = 1e-5  # of a fresh adapter's logits against the base's, relative to their size
+Say = Callable[[str], None]
+
+
+def train(config: ml_collections.ConfigDict, folder: str | Path, *, dry_run: bool = False) -> int:
+  """Trains as config says into the run folder; the same call again continues it.  Returns the exit code.
+
+  0: complete.  75: stopped by SIGTERM or Ctrl-C with everything saved; run again to go on.
+
+  Raises:
+    ConfigError, RowError, ValueError, OSError: what the user can mend, in words.
+    loop.Diverged: the gradients stayed not finite.
+  """
+  say: Say = print if distributed.is_main() else lambda _: None
+  checks.check(config)
+  if not dry_run:
+    folder = run_folder.check(folder, config)
+    if (folder / record.DONE).exists():
+      say(f"{folder} is complete: {(folder / record.DONE).read_text().strip()}")
+      return 0
+  devices = mesh.make(config)
+  if devices is not None:
+    say(f"mesh: {dict(devices.shape)}")
+  ambient = contextlib.nullcontext() if devices is None else jax.set_mesh(devices)
+  with ambient, signals.exiting():
+    pieces = build(config, devices)
+    _introduce(pieces, say)
+    if dry_run:
+      _explain_memory(pieces, say)
+      return 0
+    run_folder.claim(Path(folder), config)
+    return _Training(pieces.with_reference(say), Path(folder), say).to_the_end()
+
+
+@dataclasses.dataclass(frozen=True)
+class Pieces:
+  """What a config names, ready to train."""
+
+  config: ml_collections.ConfigDict
+  mesh: jax.sharding.Mesh | None
+  model: Model
+  data: Data
+  trees: Trees
+  objective: Scorer
+  optimizer: optax.GradientTransformation
+  schedule: optax.Schedule
+  batches: loader.Loader
+  step: Any  # jitted: (state, context, batch) -> (state, metrics), the state donated
+
+  def first_state(self) -> State:
+    return state_lib.first(
+      self.trees.trainable, self.optimizer, self.trees.carried, self.objective, self.mesh
+    )
+
+  def abstract_state(self) -> State:
+    """`first_state` as shapes on their devices."""
+    return state_lib.abstract(
+      self.trees.trainable, self.optimizer, self.trees.carried, self.objective, self.mesh
+    )
+
+  def with_reference(self, say: Say) -> Pieces:
+    """The pieces with the reference's log-probabilities in their data, where they are computed once."""
+    scored = reference.scored(self.config, self.model, self.data, self.objective, self.mesh, say)
+    if scored is self.data:
+      return self
+    batches = data.stream(self.config, scored, self.mesh)
+    return dataclasses.replace(self, data=scored, batches=batches)
+
+  def eval_batches(self) -> Iterator[Any]:
+    """One pass over the held-out examples."""
+    if self.data.eval:
+      yield from loader.eval_batches(
+        self.data.eval,
+        batch_size=self.config.eval.rows,
+        length=self.config.data.length,
+        packing=self.config.data.packing,
+        shard=distributed.shard(self.mesh),
+        channels=self.data.channels,
+      )
+
+
+def build(config: ml_collections.ConfigDict, devices: jax.sharding.Mesh | None) -> Pieces:
+  """The pieces of a run; an optimizer that these parameters do not suit says so here."""
+  base = model.load(config, devices)
+  rows = data.read(config, base)
+  trees = adapter.make(config, base, reference.in_step(config, base, devices), devices)
+  loss = objective.make(config, base, rows.channels)
+  updates, schedule = optimizer.make(config, base.config)
+  shapes = state_lib.abstract(trees.trainable, updates, trees.carried, loss, devices)
+  return Pieces(
+    config=config,
+    mesh=devices,
+    model=base,
+    data=rows,
+    trees=trees,
+    objective=loss,
+    optimizer=updates,
+    schedule=schedule,
+    batches=data.stream(config, rows, devices),
+    step=jitted_step(config, trees.adapter_config, loss, updates, shapes),
+  )
+
+
+def jitted_step(
+  config: ml_collections.ConfigDict,
+  adapter_config: adapters.AdapterConfig | None,
+  loss: Scorer,
+  updates: optax.GradientTransformation,
+  shapes: State,
+) -> Any:
+  """The training step, jitted once for all states of these shapes: its result lies as its argument does."""
+  function = step.make(
+    loss,
+    updates,
+    accumulate=config.batch.accumulate,
+    seed=config.seed,
+    hooks=adapters.hooks(adapter_config, config.steps),
+  )
+  where = jax.tree.map(lambda x: x.sharding, shapes)
+  return jax.jit(function, donate_argnums=0, out_shardings=(where, None))
+
+
+def _introduce(pieces: Pieces, say: Say) -> None:
+  """What is about to run, before it does: parameters, data, and one example with its trained tokens marked."""
+  trees, base = pieces.trees, pieces.model
+  if trees.adapter_config is None:
+    total = tree.size(trees.trainable)
+    say(f"trainable params: {total:,} || all params: {total:,} || trainable%: 100.0000")
+  else:
+    say(adapters.summary(trees.context.base, trees.adapter))
+    size = tree.nbytes(trees.context.base) / 1e6
+    say(f"base: {pieces.config.model.base}, {size:,.0f} MB")
+  if base.started is not None:
+    say(base.started.describe())
+  say(f"data: {pieces.batches.stats()}")
+  if pieces.data.skipped:
+    say(f"left out: {pieces.data.skipped}")
+  say(f"held out: {len(pieces.data.eval)} examples")
+  example = chat.describe(pieces.data.examples[0], base.tokenizer)
+  say(f"first example, trained tokens in [[ ]]:\n{example}\n")
+
+
+def _explain_memory(pieces: Pieces, say: Say) -> None:
+  """Compiles the step and says what it needs; nothing is run."""
+  batch = reference.blank(pieces.config, next(pieces.batches), pieces.objective)
+  began = time.monotonic()
+  lowered = pieces.step.lower(pieces.abstract_state(), pieces.trees.context, batch)
+  needed = lowered.compile().memory_analysis()
+  say(
+    f"memory a device: {needed.argument_size_in_bytes / 1e9:.2f} GB of parameters, optimizer state and batch, "
+    f"{needed.temp_size_in_bytes / 1e9:.2f} GB of temporaries; compiled in {time.monotonic() - began:.1f} s"
+  )
+  say("dry run: nothing was trained or written")
+
+
+@dataclasses.dataclass
+class _Training:
+  """A run in its folder, from its first state or its last checkpoint to its end."""
+
+  pieces: Pieces
+  folder: Path
+  say: Say
+
+  def to_the_end(self) -> int:
+    """The exit code."""
+    config = self.pieces.config
+    checkpoints = Checkpoints(self.folder / "checkpoints", keep=config.checkpoint.keep)
+    state = self.pieces.first_state()
+    progress = loop.Progress()
+    if checkpoints.latest() is not None:
+      state, progress = self._resumed(checkpoints, state)
+    else:
+      _check_start(self.pieces, self.say)
+      if config.eval.before:
+        self._evaluate_task("before", state)
+    state, progress, complete = loop.loop(self._run(), state, progress, checkpoints)
+    checkpoints.close()
+    if not complete:
+      return signals.PREEMPTED
+    self._finish(state, progress)
+    return 0
+
+  def _resumed(self, checkpoints: Checkpoints, state: State) -> tuple[State, loop.Progress]:
+    state, saved, at = checkpoints.restore(_abstract(state))
+    self.pieces = _on_its_base(self.pieces, state)
+    self.pieces.batches.set_state(saved["batches"])
+    self.say(f"going on from step {at} of {self.pieces.config.steps}")
+    return state, loop.Progress(**saved["progress"])
+
+  def _run(self) -> loop.Run:
+    pieces, config = self.pieces, self.pieces.config
+    return loop.Run(
+      folder=self.folder,
+      steps=config.steps,
+      step=pieces.step,
+      evaluate=jax.jit(evaluation(pieces.objective)),
+      context=pieces.trees.context,
+      batches=pieces.batches,
+      eval_batches=pieces.eval_batches,
+      learning_rate=pieces.schedule,
+      export=self._export,
+      check_start=pieces.objective.check_start,
+      mesh=pieces.mesh,
+      eval_every=config.eval.every,
+      save_every=config.checkpoint.every,
+      log_every=config.log_every,
+      max_skipped=config.max_skipped,
+    )
+
+  def _export(self, state: State, name: str) -> None:
+    """The adapter as a PEFT folder, or (full fine-tuning) the model as a Hugging Face folder."""
+    pieces, base = self.pieces, self.pieces.model
+    trained = _whole(state.trainable, pieces.mesh)
+    carried = _whole(state.carried, pieces.mesh)
+    if not distributed.is_main():
+      return
+    adapter_config = pieces.trees.adapter_config
+    if adapter_config is not None:
+      nodes = tree.combine(trained, carried)
+      peft_format.save(
+        self.folder / name,
+        nodes,
+        adapter_config,
+        base.config,
+        base_name=pieces.config.model.name,
+      )
+      return
+    source = json.loads(base.config.source)
+    dtype = files.numpy_dtype(source.get("dtype") or source.get("torch_dtype") or "float32")
+    params = jax.tree.map(lambda x: np.asarray(x).astype(dtype), trained)
+    folder = self.folder / name.replace("adapter", "model")
+    hf.save(folder, params, base.config, tokenizer_from=base.folder)
+
+  def _evaluate_task(self, when: str, state: State) -> None:
+    """Answers the built-in task's held-out questions and keeps the result beside the metrics."""
+    config, pieces, base = self.pieces.config, self.pieces, self.pieces.model
+    if not config.eval.task:
+      return
+    if jax.process_count() > 1:
+      raise ConfigError(
+        "eval.task generates text in one process; run `posttrain eval` afterwards instead"
+      )
+    if pieces.trees.adapter_config is None:
+      params = memory.fetch(state.trainable)
+    else:
+      nodes = tree.combine(state.trainable, state.carried)
+      params = adapters.merge(pieces.trees.context.base, nodes)
+    result = tasks.evaluate(
+      params,
+      base.config,
+      base.tokenizer,
+      task=config.eval.task,
+      limit=config.eval.task_limit or None,
+      template=base.template,
+      dtype=base.dtype,
+    )
+    files.write_json(self.folder / f"evaluation-{when}.json", result.to_json())
+    share = f"{result.correct}/{result.total} correct ({100 * result.accuracy:.1f} %)"
+    self.say(f"{result.task} {when} training: {share}")
+
+  def _finish(self, state: State, progress: loop.Progress) -> None:
+    """Exports, last evaluation, report; `done.json` comes last, so that it means complete."""
+    is_full = self.pieces.trees.adapter_config is None
+    exported = self.folder / ("model" if is_full else "adapter")
+    if progress.best_step not in (0, progress.step) and distributed.is_main() and exported.exists():
+      best = exported.with_name(f"{exported.name}-best")
+      if not best.exists():
+        exported.rename(best)
+      loss = f"{progress.best_loss:.4f} at step {progress.best_step}"
+      self.say(f"lowest eval_loss {loss}: kept as {best}")
+    self._export(state, "adapter")
+    self._evaluate_task("after", state)
+    if not distributed.is_main():
+      return
+    done = {
+      "steps": progress.step,
+      "seconds": round(progress.seconds, 1),
+      "tokens": progress.tokens,
+      "final": record.last_values(self.folder),
+    }
+    page = report.write(self.folder, done=done)
+    files.write_json(self.folder / record.DONE, done)
+    rich.print(report.summary_table(self.folder))
+    self.say(f"{exported.name}: {exported}\nreport: {page}")
+    self.say(f"use it: {report.use_command(record.read(self.folder))}")
+
+
+def _on_its_base(pieces: Pieces, state: State) -> Pieces:
+  """The pieces with the base that the checkpoint's adapter belongs to, where a start was taken out of it."""
+  if pieces.model.started is None:
+    return pieces
+  trained, carried = (_whole(part, pieces.mesh) for part in (state.trainable, state.carried))
+  # a product of sharded factors is added up otherwise
+  nodes = tree.flatten(jax.device_get(tree.combine(trained, carried)))
+  context = adapter.resumed(pieces.model, pieces.trees.context, nodes, pieces.mesh)
+  return dataclasses.replace(pieces, trees=dataclasses.replace(pieces.trees, context=context))
+
+
+def _abstract(state: State) -> Any:
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+
+def _check_start(pieces: Pieces, say: Say) -> None:
+  """Cheap and fatal: a fresh adapter leaves the logits unchanged; what stands before the text may not, and says so.
+
+  What took its start out of the base was compared with the original as that was read (`build.start`).
+  """
+  trees, base = pieces.trees, pieces.model
+  if trees.adapter_config is None or base.started is not None:
+    return
+  tokens = jnp.asarray(np.arange(16, dtype=np.int32)[None] % base.config.vocab_size)
+  logits = jax.jit(lambda params: decoder.forward(params, tokens, base.config, dtype=base.dtype))
+  context = dataclasses.replace(trees.context, fixed=trees.carried)
+  bound, plain = logits(policy(trees.trainable, context)), logits(trees.context.base)
+  change = float(jnp.max(jnp.abs(bound - plain)) / jnp.max(jnp.abs(plain)))
+  method = trees.adapter_config.method
+  if method in ("prompt", "prefix"):
+    say(f"the fresh {method} changes the logits by {change:.2f} of their size")
+  elif not change <= TOLERANCE:
+    raise ValueError(
+      f"the fresh adapter changes the logits by {change:.1e} of their size before any training"
+    )
+
+
+def _whole(arrays: Any, devices: jax.sharding.Mesh | None) -> Any:
+  """Every shard of every array on this host."""
+  if jax.process_count() == 1 or devices is None:
+    return arrays
+  replicated = jax.sharding.NamedSharding(devices, jax.sharding.PartitionSpec())
+  return jax.device_get(jax.jit(memory.fetch, out_shardings=replicated)(arrays))

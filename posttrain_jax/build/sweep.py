@@ -1,0 +1,414 @@
+"""Every point of a config's `sweep()`, each in a process and a folder of its own.
+
+A second call with the same folder skips the points that are finished and continues the others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import dataclasses
+import fcntl
+import hashlib
+import io
+import itertools
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Generator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import rich.box
+import rich.console
+import rich.table
+import rich.text
+
+from posttrain_jax import settings
+from posttrain_jax.core import files
+from posttrain_jax.evals import figures
+from posttrain_jax.runs import record as runs
+from posttrain_jax.settings import ConfigError
+from posttrain_jax.train.signals import PREEMPTED
+
+TRAIN = (sys.executable, "-m", "posttrain_jax", "train")
+LOG, LOCK = runs.LOG, ".sweep.lock"
+LONGEST_NAME = 150  # bytes; file systems take 255
+TAIL = 12  # lines of a failed point's log
+POLL = 0.2  # seconds
+METRICS = ("accuracy/after", "eval_loss", "loss")  # the first that finished points have is compared
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+  """One run of a sweep.  `values` is what the sweep says about it: arguments and fields."""
+
+  name: str
+  config: str  # FILE:arguments
+  overrides: tuple[str, ...]
+  resolved: Mapping[str, Any]
+  values: Mapping[str, Any]
+
+
+@dataclasses.dataclass
+class _Job:
+  point: Point
+  process: subprocess.Popen
+  started: float
+
+
+def run(
+  config: str,
+  workdir: str | Path,
+  *,
+  overrides: Sequence[str] = (),
+  jobs: int = 1,
+  metric: str | None = None,
+  command: Sequence[str] = TRAIN,
+  console: rich.console.Console | None = None,
+) -> int:
+  """The exit code of a sweep: 0 all points finished, 1 some failed, 75 stopped and safe to run again.
+
+  Writes `summary.csv`, `summary.json` and, once a point is finished, `summary.png` into workdir; each point's output is
+  in `<point>/log.txt`.
+
+  Args:
+    config: `FILE[:arguments]`; a point's own arguments win.
+    overrides: `--config.field=value` for every point.
+    jobs: points at once; more than one only where they do not share a device.
+    metric: compared in table and figure; None for the first there is of `METRICS`.
+    command: what trains, before `--config=... --workdir=...`.
+
+  Raises:
+    ConfigError: before anything runs: no sweep, a point that is no valid config, two points of one name.
+  """
+  if jobs < 1:
+    raise ConfigError(f"jobs={jobs}: at least one point must run at a time")
+  console = console or rich.console.Console()
+  points, workdir = expand(config, overrides), Path(workdir)
+  workdir.mkdir(parents=True, exist_ok=True)
+  with _locked(workdir) as lock, _stopping() as asked:
+    states = _run_all(points, workdir, jobs, command, lock, asked, console)
+  rows = [_summary(point, states[point.name], workdir / point.name) for point in points]
+  is_drawn = _write_summary(rows, _swept(points), workdir, metric, console)
+  for row in rows:
+    if row["status"] == "failed":
+      log = workdir / row["point"] / LOG
+      console.print(rich.text.Text(f"{row['point']} failed; the end of {log}:\n{_tail(log)}"))
+  if PREEMPTED in states.values():
+    return PREEMPTED
+  return 0 if is_drawn and not any(states.values()) else 1
+
+
+def expand(config: str, overrides: Sequence[str] = ()) -> list[Point]:
+  """The points of a config's sweep, every one of them resolved."""
+  path, _, base = config.partition(":")
+  found = [
+    _point(path, base, arguments, fields, overrides)
+    for arguments, fields in settings.points(config)
+  ]
+  if not found:
+    raise ConfigError(f"the sweep of {path} has no points")
+  for i, point in enumerate(found):
+    if any(point.name == other.name for other in found[:i]):
+      raise ConfigError(f"the sweep of {path} has two points named {point.name}: they must differ")
+  return found
+
+
+def _point(path, base, arguments, fields, overrides) -> Point:
+  for text in overrides:
+    field = text.removeprefix("--").removeprefix("config.").partition("=")[0]
+    if field in fields:
+      raise ConfigError(f"{text}: the sweep sets {field} itself; leave it out here or there")
+  own = _arguments(arguments)
+  merged = ",".join({**_arguments(base), **own}.values())
+  full = f"{path}:{merged}" if merged else path
+  given = (*overrides, *(settings.override(field, value) for field, value in fields.items()))
+  return Point(
+    name=_name(list(own.values()), fields),
+    config=full,
+    overrides=tuple(given),
+    resolved=settings.plain(settings.load(full, given)),
+    values={**{name: text.partition("=")[2] or True for name, text in own.items()}, **fields},
+  )
+
+
+def _arguments(text: str | None) -> dict[str, str]:
+  """{name: "name=value"} of a config's arguments."""
+  return {part.partition("=")[0]: part for part in (text or "").split(",") if part}
+
+
+def _name(arguments: Sequence[str], fields: Mapping[str, Any]) -> str:
+  """A folder's name that says what the point is.
+
+  >>> _name(["adapter=lora"], {"adapter.r": 4, "optimizer.lr": 1e-4})
+  'adapter=lora__adapter.r=4__optimizer.lr=0.0001'
+  """
+  parts = [*arguments, *(f"{field}={value}" for field, value in fields.items())]
+  whole = "__".join(parts) or "base"
+  name = re.sub(r"[^A-Za-z0-9=.,_+-]+", "-", whole).lstrip(".-")
+  if len(name) > LONGEST_NAME:
+    name = f"{name[:LONGEST_NAME]}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
+  return name
+
+
+# Running
+
+
+def _run_all(points, workdir, jobs, command, lock, asked, console) -> dict[str, int]:
+  """{name: exit code}; PREEMPTED for the points that were stopped or not reached."""
+  states: dict[str, int] = {}
+  waiting, running = [], []
+  for point in points:
+    if is_finished(workdir / point.name, point.resolved):
+      states[point.name] = 0
+      _say(console, point, "finished before")
+    else:
+      waiting.append(point)
+  try:
+    with console.status("") as status:
+      while waiting or running:
+        if asked.count and waiting:
+          states |= dict.fromkeys((point.name for point in waiting), PREEMPTED)
+          waiting = []
+        while waiting and len(running) < jobs:
+          running.append(_start(waiting.pop(0), workdir, command, lock))
+        _signal(running, asked)
+        status.update(_status(running, workdir, len(states), len(points), asked))
+        time.sleep(POLL)
+        for job in [job for job in running if job.process.poll() is not None]:
+          running.remove(job)
+          states[job.point.name] = _ended(job, workdir, asked, console)
+  finally:
+    for job in running:  # only where something above failed
+      job.process.terminate()
+  return states
+
+
+def is_finished(folder: Path, resolved: Mapping[str, Any]) -> bool:
+  """Whether the folder holds a finished run of this very config."""
+  if not (folder / runs.DONE).exists():
+    return False
+  record = runs.read_json(folder / runs.CONFIG) or {}
+  return not settings.differences(record.get("config", {}), resolved)
+
+
+def _start(point, workdir, command, lock) -> _Job:
+  folder = workdir / point.name
+  folder.mkdir(parents=True, exist_ok=True)
+  line = [*command, f"--config={point.config}", *point.overrides, f"--workdir={folder}"]
+  with (folder / LOG).open("ab") as log:
+    log.write(f"\n$ {shlex.join(line)}\n".encode())
+    log.flush()
+    process = subprocess.Popen(
+      line,
+      stdin=subprocess.DEVNULL,
+      stdout=log,
+      stderr=subprocess.STDOUT,
+      # A terminal's Ctrl-C is for the sweep, which tells its runs to save.
+      start_new_session=True,
+      # Should the sweep be killed, its runs hold on to the folder until they end.
+      pass_fds=(lock,),
+      env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+  return _Job(point, process, time.monotonic())
+
+
+def _ended(job, workdir, asked, console) -> int:
+  """The point's exit code, with a line said about it.  A run preempted by another's hand ends the sweep too."""
+  code = job.process.returncode
+  took = f"{time.monotonic() - job.started:.0f} s"
+  if code == 0 and not (workdir / job.point.name / runs.DONE).exists():
+    code = 1
+    with (workdir / job.point.name / LOG).open("a") as log:
+      log.write(f"the command ended well, but left no {runs.DONE}\n")
+  if code == PREEMPTED or (code != 0 and asked.count):
+    asked.count = max(asked.count, 1)
+    _say(console, job.point, f"stopped after {took}")
+    return PREEMPTED
+  if code == 0:
+    _say(console, job.point, f"finished in {took}")
+    return 0
+  _say(
+    console, job.point, f"FAILED after {took} ({_cause(code)}): {workdir / job.point.name / LOG}"
+  )
+  return code
+
+
+def _cause(code: int) -> str:
+  return f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
+
+
+def _tail(path: Path) -> str:
+  with path.open("rb") as log:
+    log.seek(max(0, path.stat().st_size - 8192))
+    lines = log.read().decode(errors="replace").strip().splitlines()
+  return "\n".join(f"  {line}" for line in lines[-TAIL:])
+
+
+def _say(console, point, what):
+  console.print(rich.text.Text(f"{point.name}: {what}"), soft_wrap=True)
+
+
+def _status(running, workdir, done, total, asked) -> rich.text.Text:
+  doing = "; ".join(
+    f"{job.point.name}{_progress(job, workdir)}, {time.monotonic() - job.started:.0f} s"
+    for job in running
+  )
+  stopping = "stopping (again to kill), " if asked.count else ""
+  return rich.text.Text(
+    f"{stopping}{done} of {total} points done; {doing}", no_wrap=True, overflow="ellipsis"
+  )
+
+
+def _progress(job, workdir) -> str:
+  """`, step 3/100, loss 1.234` from the last whole line of the run's metrics."""
+  try:
+    with (workdir / job.point.name / runs.METRICS).open("rb") as f:
+      f.seek(max(0, os.fstat(f.fileno()).st_size - 65536))
+      rows = [json.loads(line) for line in f.read().split(b"\n")[-3:-1]]
+  except (OSError, ValueError):  # not there yet, or just being written
+    return ""
+  row = next((row for row in reversed(rows) if "loss" in row), None)
+  return (
+    f", step {row['step']}/{job.point.resolved.get('steps')}, loss {row['loss']:.4g}" if row else ""
+  )
+
+
+# Stopping
+
+
+@dataclasses.dataclass
+class _Asked:
+  """How often the sweep was asked to stop, and how often it has passed that on."""
+
+  count: int = 0
+  told: int = 0
+
+
+@contextlib.contextmanager
+def _stopping() -> Generator[_Asked]:
+  """Inside, SIGINT, SIGTERM and SIGHUP are counted instead of ending the process."""
+  asked = _Asked()
+
+  def handle(*_):
+    asked.count += 1
+
+  old = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+  try:
+    yield asked
+  finally:
+    for number, handler in old.items():
+      signal.signal(number, handler)
+
+
+def _signal(running, asked) -> None:
+  """Passes a request on: SIGTERM (save and end) the first time, SIGKILL from the second on."""
+  if asked.count == asked.told:
+    return
+  for job in running:
+    with contextlib.suppress(ProcessLookupError):
+      if asked.count == 1:
+        job.process.terminate()
+      else:
+        os.killpg(job.process.pid, signal.SIGKILL)
+  asked.told = asked.count
+
+
+@contextlib.contextmanager
+def _locked(workdir: Path) -> Generator[int]:
+  """A lock on the folder that the runs inherit."""
+  with (workdir / LOCK).open("w") as lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise ConfigError(
+        f"{workdir} is in use by another sweep, or by a run that one left; wait for it or end it"
+      ) from None
+    yield lock.fileno()
+
+
+# Summary
+
+
+def _swept(points: Sequence[Point]) -> list[str]:
+  """The arguments and fields in which the points differ."""
+  names = dict.fromkeys(name for point in points for name in point.values)
+  return [name for name in names if len({repr(p.values.get(name)) for p in points}) > 1]
+
+
+def _summary(point: Point, code: int, folder: Path) -> dict[str, Any]:
+  status = {0: "finished", PREEMPTED: "stopped"}.get(code, "failed")
+  row: dict[str, Any] = dict(point=point.name, status=status)
+  row |= dict(values=dict(point.values), steps=0, metrics={})
+  if code == 0:
+    found = runs.read(folder)
+    row |= dict(steps=found.steps, metrics=found.final())
+    for when, result in (("before", found.before), ("after", found.after)):
+      if result is not None:
+        row["metrics"][f"accuracy/{when}"] = result.accuracy
+  return row
+
+
+def _write_summary(rows, swept, workdir, metric, console) -> bool:
+  """The summary files and the table; False when the metric asked for does not exist."""
+  files.write_json(workdir / "summary.json", rows)
+  files.write_text(workdir / "summary.csv", _csv(rows))
+  known = dict.fromkeys(itertools.chain.from_iterable(row["metrics"] for row in rows))
+  chosen = metric or next((name for name in METRICS if name in known), None)
+  console.print(_table(rows, swept, chosen))
+  if metric is not None and known and metric not in known:
+    message = f"no finished point has a metric {metric!r}; they have {', '.join(known)}"
+    console.print(rich.text.Text(message), style="red")
+    return False
+  shown = [{**row["values"], **row["metrics"]} for row in rows if chosen in row["metrics"]]
+  if chosen is not None and shown:
+    figures.save_png(figures.sweep(shown, swept, chosen), workdir / "summary.png")
+  return True
+
+
+def _csv(rows) -> str:
+  columns = {
+    kind: list(dict.fromkeys(name for row in rows for name in row[kind]))
+    for kind in ("values", "metrics")
+  }
+  text = io.StringIO()
+  writer = csv.writer(text, lineterminator="\n")
+  writer.writerow(["point", "status", *columns["values"], "steps", *columns["metrics"]])
+  for row in rows:
+    values = [row["values"].get(name, "") for name in columns["values"]]
+    metrics = [row["metrics"].get(name, "") for name in columns["metrics"]]
+    writer.writerow([row["point"], row["status"], *values, row["steps"], *metrics])
+  return text.getvalue()
+
+
+def _table(rows, swept, metric) -> rich.table.Table:
+  best = _best(rows, metric)
+  table = rich.table.Table(box=rich.box.SIMPLE_HEAD)
+  for name in [*swept, "status", "steps", *([metric] if metric else [])]:
+    table.add_column(rich.text.Text(name), justify="left" if name == "status" else "right")
+  for row in rows:
+    cells = [str(row["values"].get(name, "")) for name in swept]
+    cells += [row["status"], f"{row['steps']:,}"]
+    if metric:
+      value = row["metrics"].get(metric)
+      cells.append("" if value is None else f"{value:.4g}")
+    table.add_row(*map(rich.text.Text, cells), style="bold" if row is best else None)
+  return table
+
+
+def _best(rows, metric) -> Mapping[str, Any] | None:
+  """The row to print bold, where the metric's name says which way is better."""
+  found = [row for row in rows if metric in row["metrics"]]
+  value = lambda row: row["metrics"][metric]
+  found = [row for row in found if value(row) == value(row)]  # not NaN
+  if not found:
+    return None
+  if "loss" in metric:
+    return min(found, key=value)
+  return max(found, key=value) if "accuracy" in metric or "reward" in metric else None

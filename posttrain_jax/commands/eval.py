@@ -1,0 +1,97 @@
+"""`posttrain eval`: what a model or a run is worth."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from posttrain_jax.commands import options
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+  options.add_config(parser, required=False)
+  parser.add_argument("--workdir", metavar="DIR", help="a run folder: its model, adapter and data")
+  parser.add_argument("--model", metavar="NAME_OR_DIR")
+  parser.add_argument(
+    "--adapter", metavar="DIR[,DIR...]", help="several answer a task together, by majority"
+  )
+  parser.add_argument("--data", metavar="SOURCE", help="a built-in task or a data file")
+  parser.add_argument("--limit", type=int, default=0, help="examples; 0 for all")
+  parser.add_argument(
+    "--best_of", type=int, default=0, metavar="N", help="draw N answers, keep what --reward likes"
+  )
+  parser.add_argument(
+    "--reward", metavar="DIR", help="a reward model or its adapter: scores the answers in --data"
+  )
+  parser.add_argument("--out", metavar="FILE.jsonl", help="where the rewards of --reward go")
+  parser.add_argument("--seed", type=int, default=0, help="of the answers of --best_of")
+
+
+def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
+  """Prints the results as JSON; a run's folder keeps them as `eval.json`."""
+  options.cache_compilations()
+  import rich
+
+  from posttrain_jax.build import evaluation
+
+  if args.best_of:
+    results = _best_of(args)
+  elif args.reward:
+    results = _rewards(args)
+  else:
+    if args.out:
+      raise ValueError("--out goes with --reward: where the rewards are written")
+    results = evaluation.evaluate(
+      config=args.config,
+      overrides=overrides,
+      workdir=args.workdir,
+      model=args.model,
+      adapter=args.adapter,
+      data=args.data,
+      limit=args.limit,
+    )
+  rich.print_json(json.dumps(results))
+  return 0
+
+
+def _best_of(args: argparse.Namespace) -> dict[str, Any]:
+  """How often the answer is right that a reward model likes best of several."""
+  from posttrain_jax.build import evaluation
+  from posttrain_jax.evals import judge
+
+  if not (args.model and args.data and args.reward):
+    raise ValueError("--best_of=N takes --model, --data (a built-in task) and --reward")
+  judge.check_best_of(args.data, args.best_of)
+  liked = judge.Judge(args.reward)  # before the long part
+  return judge.best_of(
+    liked,
+    *evaluation.load(args.model, args.adapter).alone,
+    task=args.data,
+    samples=args.best_of,
+    limit=args.limit,
+    seed=args.seed,
+  )
+
+
+def _rewards(args: argparse.Namespace) -> dict[str, Any]:
+  """Writes the rewards of every row of a file, JSONL, and says how many pairs or labels they agree with.
+
+  A row gives `reward`, `chosen` and `rejected`, `rewards` of a group's answers, or `steps`.
+  """
+  from posttrain_jax.core import files
+  from posttrain_jax.evals import judge
+
+  if not args.data or args.model or args.workdir or args.config:
+    raise ValueError("--reward=DIR takes --data (a file of answers), or --best_of with --model")
+  if args.out is not None and Path(args.out).exists():
+    raise ValueError(f"{args.out} is there already: write another --out, or remove it")
+  lines, summary = judge.score(judge.Judge(args.reward), args.data, args.limit)
+  text = "".join(json.dumps(line) + "\n" for line in lines)
+  if args.out is None:
+    print(text, end="")
+    return summary
+  files.write_text(Path(args.out), text)
+  return {**summary, "written": args.out}

@@ -1,0 +1,31 @@
+"""`posttrain plan`: will it fit: compile without weights or device."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from posttrain_jax.commands import options
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+  options.add_config(parser)
+  parser.add_argument(
+    "--topology", metavar="NAME", help="a TPU topology such as v5p:2x2x1; default this machine"
+  )
+  parser.add_argument("--devices", type=int, help="how many of its chips; default all")
+  parser.add_argument("--json", metavar="FILE", help="write the figures there too")
+
+
+def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
+  """0: it fits, or nothing is known of the device's memory.  1: it does not."""
+  from posttrain_jax import settings
+  from posttrain_jax.core import files
+  from posttrain_jax.plan import estimate
+
+  config = settings.load(args.config, overrides)
+  figures = estimate.figures(config, topology=args.topology, devices=args.devices)
+  print(estimate.report(figures))
+  if args.json is not None:
+    files.write_json(args.json, figures)
+  return 1 if figures["fits"] is False else 0

@@ -1,0 +1,25 @@
+"""`posttrain sweep`: every point of a config's sweep()."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from posttrain_jax.commands import options
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+  options.add_config(parser)
+  parser.add_argument("--workdir", required=True, metavar="DIR")
+  parser.add_argument("--jobs", type=int, default=1, help="points at the same time")
+  parser.add_argument(
+    "--metric", metavar="NAME", help="what the summary compares; default accuracy or loss"
+  )
+
+
+def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
+  from posttrain_jax.build import sweep
+
+  return sweep.run(
+    args.config, args.workdir, overrides=overrides, jobs=args.jobs, metric=args.metric
+  )

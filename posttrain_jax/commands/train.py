@@ -1,0 +1,30 @@
+"""`posttrain train`: train as a config file says."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from posttrain_jax.commands import options
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+  options.add_config(parser)
+  parser.add_argument(
+    "--workdir", metavar="DIR", help="the folder that becomes the run; again: continue it"
+  )
+  parser.add_argument("--dry_run", action="store_true", help="say what would run, and stop")
+
+
+def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
+  from posttrain_jax.core import distributed
+
+  distributed.initialize()
+  options.cache_compilations()
+  from posttrain_jax import settings
+  from posttrain_jax.build import run as runs
+
+  if not args.workdir and not args.dry_run:
+    raise settings.ConfigError("--workdir=DIR is needed: the folder that becomes the run")
+  config = settings.load(args.config, overrides)
+  return runs.train(config, args.workdir or "", dry_run=args.dry_run)

@@ -1,0 +1,98 @@
+"""Metrics that add up exactly over micro-batches, devices and steps: a sum and a count, divided when they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from posttrain_jax.core import struct
+
+Array = jax.Array
+
+
+@struct.dataclass
+class Mean:
+  """total / count; two of them add component by component."""
+
+  total: Array
+  count: Array
+
+  def __add__(self, other: Mean) -> Mean:
+    return Mean(self.total + other.total, self.count + other.count)
+
+
+def mean(values: Array, mask: Array | None = None) -> Mean:
+  """The mean of values where mask is True; float32."""
+  mask = jnp.ones_like(values) if mask is None else mask.astype(jnp.float32)
+  return Mean(jnp.sum(values.astype(jnp.float32) * mask), jnp.sum(mask))
+
+
+@struct.dataclass
+class Difference:
+  """The difference of two means, each over a set of its own."""
+
+  left: Mean
+  right: Mean
+
+  def __add__(self, other: Difference) -> Difference:
+    return Difference(self.left + other.left, self.right + other.right)
+
+
+@struct.dataclass
+class Histogram:
+  """How many values lie below each of EDGES and above the last; two of them add bin by bin."""
+
+  counts: Array  # [len(EDGES) + 1] float32
+
+  def __add__(self, other: Histogram) -> Histogram:
+    return Histogram(self.counts + other.counts)
+
+
+_STEPS = np.geomspace(0.01, 100, 17)  # four to a factor of ten
+EDGES = np.concatenate([-_STEPS[::-1], [0.0], _STEPS])
+
+
+def histogram(values: Array, mask: Array) -> Histogram:
+  """Of the values where mask is True."""
+  where = jnp.searchsorted(jnp.asarray(EDGES), values.ravel())
+  counts = jnp.zeros(len(EDGES) + 1).at[where].add(mask.ravel().astype(jnp.float32))
+  return Histogram(counts)
+
+
+def add(left: Mapping[str, Mean], right: Mapping[str, Mean]) -> dict[str, Mean]:
+  return {name: left[name] + right[name] for name in left}
+
+
+def zeros_like(metrics: Any) -> Any:
+  return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), metrics)
+
+
+def read(metrics: Mapping[str, Any]) -> dict[str, float]:
+  """Plain numbers on the host, histograms apart; a mean over nothing (a channel that no token had) is left out."""
+  host = jax.device_get(dict(metrics))
+  numbers = {
+    name: _number(value) for name, value in host.items() if not isinstance(value, Histogram)
+  }
+  return {name: number for name, number in numbers.items() if number is not None}
+
+
+def _number(value: Any) -> float | None:
+  """The plain number of a metric; None for a mean over nothing."""
+  if isinstance(value, Difference):
+    left, right = _number(value.left), _number(value.right)
+    return None if left is None or right is None else left - right
+  if isinstance(value, Mean):
+    if not value.count > 0:
+      return None
+    return float(np.float64(value.total) / np.float64(value.count))
+  return float(value)
+
+
+def histograms(metrics: Mapping[str, Any]) -> dict[str, np.ndarray]:
+  """{name: counts} of those metrics that are histograms, on the host."""
+  chosen = {name: m.counts for name, m in metrics.items() if isinstance(m, Histogram)}
+  return jax.device_get(chosen)

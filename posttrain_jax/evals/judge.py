@@ -1,0 +1,195 @@
+"""Reward models at work: they score answers and steps, and take the best of several."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from posttrain_jax import adapters
+from posttrain_jax.adapters import peft_format
+from posttrain_jax.core import files
+from posttrain_jax.data import answers as answer_lib
+from posttrain_jax.data import chat, schema
+from posttrain_jax.data.packing import pack_answers
+from posttrain_jax.evals import tasks
+from posttrain_jax.models import decoder, fetch, hf
+from posttrain_jax.models.config import ModelConfig
+from posttrain_jax.objectives import Reward
+from posttrain_jax.rollout.sampling import Sampling
+
+ROWS = 8  # prompts in a batch
+
+
+class Judge:
+  """A reward model, ready to score: a model's folder, or an adapter's with a score head.
+
+  Raises:
+    ValueError: the folder holds no reward model.
+  """
+
+  def __init__(self, folder: str):
+    path = Path(folder).expanduser()
+    if not (path / peft_format.CONFIG).exists():
+      base = fetch.resolve(folder)
+      params, config = hf.load(base)
+    else:
+      described = files.read_json(path / peft_format.CONFIG)
+      base = fetch.resolve(described.get("base_model_name_or_path") or "")
+      if "score" not in (described.get("modules_to_save") or ()):
+        raise ValueError(f"{folder}: this adapter has no score head; it is no reward model")
+      params, config = decoder.scored(jax.random.key(0), *hf.load(base))
+      params = adapters.merge(params, peft_format.load(path, params, config)[0])
+    if config.scores != 1:
+      raise ValueError(f"{folder}: {config.scores or 'no'} scores a token; a reward model has one")
+    self.params, self.config = params, config
+    self.tokenizer = chat.load_tokenizer(base)
+    self.template = chat.template(self.tokenizer) if self.tokenizer.chat_template else None
+
+  def encode(self, rows: Sequence[schema.Row]) -> Sequence[answer_lib.Answers]:
+    return answer_lib.encode_all(
+      rows, self.tokenizer, self.template, kind="judged", max_length=self.config.max_length
+    ).examples
+
+  def rewards(self, examples: Sequence[answer_lib.Answers]) -> list[list[float]]:
+    """Of each example, in order: one number an answer, or where it is told apart into steps, one a step."""
+    return _scored(self.params, self.config, examples)
+
+
+def _scored(params: Any, config: ModelConfig, examples) -> list[list[float]]:
+  scorer = Reward(config)
+  stepwise = examples[0].steps is not None
+
+  @jax.jit
+  def score(params, batch):
+    return scorer.of_tokens(params, batch) if stepwise else scorer.rewards(params, batch)
+
+  slots = max(example.count for example in examples)
+  order = np.argsort([len(example) for example in examples], kind="stable").tolist()
+  rewards: list[list[float]] = [[] for _ in examples]
+  for start in range(0, len(order), ROWS):
+    some = order[start : start + ROWS]
+    length = -(-len(examples[some[-1]]) // 64) * 64
+    rows = [[i] for i in some] + [[]] * (ROWS - len(some))
+    values = np.asarray(score(params, pack_answers(examples, rows, length, slots)))
+    for own, i in zip(values, some):
+      example = examples[i]
+      wanted = np.arange(example.count)
+      if example.steps is not None:
+        wanted = np.flatnonzero(~np.isnan(example.steps))
+      rewards[i] = own[wanted].tolist()
+  return rewards
+
+
+def score(judge: Judge, source: str, limit: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+  """(a line for every row of a file: its rewards; a summary: rows, mean reward, how far labels agree).
+
+  Raises:
+    ValueError: rows of several schemas.
+  """
+  rows = list(schema.read(source, chat=judge.template is not None))[: limit or None]
+  kinds = schema.kinds(rows)
+  if len(kinds) > 1:
+    raise ValueError(
+      f"{source} holds rows of several schemas ({', '.join(kinds)}); score each apart"
+    )
+  (kind,) = kinds
+  rewards = judge.rewards(judge.encode(rows))
+  lines = [{"row": row.origin, **named(kind, values)} for row, values in zip(rows, rewards)]
+  summary: dict[str, Any] = {
+    "rows": len(rows),
+    "mean_reward": float(np.mean(np.concatenate(rewards))),
+  }
+  agreed = agreement(kind, rows, rewards)
+  return lines, summary if agreed is None else {**summary, "accuracy": agreed}
+
+
+def named(kind: str, values: list[float]) -> dict[str, Any]:
+  """The rewards of a row of a schema, by the name of what each is of."""
+  match kind:
+    case "preference":
+      return {"chosen": values[0], "rejected": values[1]}
+    case "scored":
+      return {"rewards": values}
+    case "stepwise" | "steps":
+      return {"steps": values}
+  return {"reward": values[0]}
+
+
+def agreement(kind: str, rows: Sequence[schema.Row], rewards: list[list[float]]) -> float | None:
+  """The share of pairs in which the chosen answer has more, of labels on whose side of 0 the reward is."""
+  match kind:
+    case "preference":
+      right = [values[0] > values[1] for values in rewards]
+    case "unpaired":
+      right = [(values[0] > 0) == row.fields["label"] for row, values in zip(rows, rewards)]
+    case "stepwise":
+      right = [
+        (value > 0) == label
+        for row, values in zip(rows, rewards)
+        for value, label in zip(values, row.fields["labels"])
+      ]
+    case _:
+      return None
+  return float(np.mean(right))
+
+
+def check_best_of(task: str, samples: int) -> None:
+  """Raises ValueError where samples is below 2, or there is no such task."""
+  if samples < 2:
+    raise ValueError(f"--best_of={samples}: draw at least two answers to choose among")
+  if task not in tasks.TASKS:
+    raise ValueError(f"--data={task}: --best_of answers a built-in task: {', '.join(tasks.TASKS)}")
+
+
+def best_of(
+  judge: Judge,
+  params: Any,
+  config: ModelConfig,
+  tokenizer: Any,
+  template: Any,
+  *,
+  task: str,
+  samples: int,
+  limit: int,
+  seed: int,
+) -> dict[str, float]:
+  """How many of a task's questions are answered right by the answer that a reward model likes best of several.
+
+  Beside it: the share of all answers that are right (one drawn at random), and of questions with any right answer.
+  """
+  rows, given = tasks.answer(
+    params,
+    config,
+    tokenizer,
+    task=task,
+    split="test",
+    limit=limit or None,
+    template=template,
+    copies=samples,
+    sampling=Sampling(temperature=1.0),
+    key=jax.random.key(seed),
+    batch_size=32,
+  )
+  turn = lambda text: [{"role": "assistant", "content": text}]
+  asked = [
+    schema.Row(
+      {"prompt": rows[i // samples]["prompt"], "completion": turn(a["answer"].strip() or " ")},
+      f"answer {i}",
+      "prompt_completion",
+    )
+    for i, a in enumerate(given)
+  ]
+  values = np.concatenate(judge.rewards(judge.encode(asked))).reshape(len(rows), samples)
+  right = np.asarray([a["correct"] for a in given]).reshape(len(rows), samples)
+  best = values.argmax(1)
+  return {
+    "questions": len(rows),
+    "samples": samples,
+    "accuracy_best": float(right[np.arange(len(rows)), best].mean()),
+    "accuracy_of_one": float(right.mean()),
+    "accuracy_of_any": float(right.any(1).mean()),
+  }

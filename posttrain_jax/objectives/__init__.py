@@ -1,0 +1,39 @@
+"""Objectives join model, data and loss, and add up exactly: one file a kind of rows."""
+
+from posttrain_jax.objectives.groups import Grouped
+from posttrain_jax.objectives.imitation import Imitation
+from posttrain_jax.objectives.labels import Labelled
+from posttrain_jax.objectives.objective import (
+  Batch,
+  Context,
+  Forward,
+  Objective,
+  Scorer,
+  evaluation,
+  measured,
+  policy,
+  targets,
+)
+from posttrain_jax.objectives.preference import Preference
+from posttrain_jax.objectives.reward import Reward
+from posttrain_jax.objectives.sum import Sum
+from posttrain_jax.objectives.supervised import Sft
+
+__all__ = [
+  "Batch",
+  "Context",
+  "Forward",
+  "Grouped",
+  "Imitation",
+  "Labelled",
+  "Objective",
+  "Preference",
+  "Reward",
+  "Scorer",
+  "Sft",
+  "Sum",
+  "evaluation",
+  "measured",
+  "policy",
+  "targets",
+]

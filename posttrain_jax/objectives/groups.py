@@ -1,0 +1,124 @@
+"""Groups of scored answers: policy-gradient losses whose advantages are known."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from posttrain_jax.core import metrics as metrics_lib
+from posttrain_jax.core.metrics import Mean
+from posttrain_jax.losses import kl, policy
+from posttrain_jax.losses.policy import PolicyStats
+from posttrain_jax.losses.spans import Spans
+from posttrain_jax.objectives.objective import Metrics, Scorer, Totals
+from posttrain_jax.objectives.reference import reference_logps
+from posttrain_jax.objectives.rows import spans
+
+Array = jax.Array
+POLICY_LOSSES = ("reinforce", "ppo", "gspo", "rloo", "cispo")
+AGGREGATIONS = ("token_mean", "sequence_mean", "constant_length", "sequence_sum")
+
+
+@dataclasses.dataclass(frozen=True)
+class Grouped(Scorer):
+  """A policy-gradient loss on answers whose advantages are known (`losses.policy`, `losses.advantage`).
+
+  Who wrote the answers is the reference (`old`="reference"), or the policy itself, so that every ratio is 1.
+  """
+
+  loss_name: str = "ppo"
+  aggregation: str = "token_mean"
+  epsilon: float = 0.2
+  epsilon_high: float = 0.2
+  dual_clip: float | None = None
+  ceiling: float = 5.0  # CISPO's bound on the ratio
+  kl_weight: float = 0.0  # of k3 to the reference
+  max_length: int = 512  # of constant_length
+  old: str = "policy"
+
+  def __post_init__(self):
+    for field, value, known in (
+      ("loss", self.loss_name, POLICY_LOSSES),
+      ("aggregation", self.aggregation, AGGREGATIONS),
+      ("old", self.old, ("policy", "reference")),
+    ):
+      if value not in known:
+        raise ValueError(f"{field}={value!r}: known are {', '.join(known)}")
+
+  @property
+  def needs_reference(self) -> bool:
+    return self.kl_weight > 0 or self.old == "reference"
+
+  def totals(self, trainable, context, batch, key, *, memory, training):
+    return {"tokens": jnp.sum(spans(batch).mask), "count": jnp.sum(batch["present"])}
+
+  def contribution(self, forward, context, batch, totals, *, training):
+    at = spans(batch)
+    scores = self.scores(forward, batch, at.mask, entropy=not training)
+    logps = scores.logp
+    ref_logps = old_logps = jax.lax.stop_gradient(logps)
+    if self.needs_reference:
+      ref_logps = reference_logps(self, context, batch, at.mask)
+    if self.old == "reference":
+      old_logps = ref_logps
+    each, stats = self._surrogate(logps, old_logps, at.per_token(batch["advantage"]), at)
+    metrics: Metrics = {}
+    if self.kl_weight:
+      divergence = kl.k3(logps, ref_logps, at.mask)
+      each = each + self.kl_weight * divergence
+      metrics["kl"] = metrics_lib.mean(jax.lax.stop_gradient(divergence), at.mask)
+    loss = jnp.sum(each * self._weights(at, totals))
+    metrics |= self._metrics(loss, stats, batch, at, totals)
+    if not training:
+      metrics["entropy"] = metrics_lib.mean(scores.entropy, at.mask)
+    return loss, metrics
+
+  def _surrogate(
+    self, logps: Array, old_logps: Array, advantages: Array, at: Spans
+  ) -> tuple[Array, PolicyStats]:
+    """The loss of each token; a ratio of whole answers is that of each of their tokens."""
+    clip = dict(epsilon=self.epsilon, epsilon_high=self.epsilon_high)
+    match self.loss_name:
+      case "reinforce":
+        return policy.reinforce(logps, advantages, at.mask)
+      case "cispo":
+        return policy.cispo(logps, old_logps, advantages, at.mask, ceiling=self.ceiling)
+      case "ppo":
+        return policy.clipped_surrogate(
+          logps, old_logps, advantages, at.mask, dual_clip=self.dual_clip, **clip
+        )
+    is_gspo = self.loss_name == "gspo"
+    return policy.sequence_surrogate(logps, old_logps, advantages, at, normalise=is_gspo, **clip)
+
+  def _weights(self, at: Spans, totals: Totals) -> Array:
+    """Per token, [rows, time]: how tokens add up to the loss of the whole optimizer batch."""
+    answers = totals["count"]
+    if self.loss_name == "rloo":  # one loss an answer, not one a token
+      return policy.sequence_mean(at, answers=answers)
+    match self.aggregation:
+      case "token_mean":
+        return policy.token_mean(at, tokens=totals["tokens"])
+      case "sequence_mean":
+        return policy.sequence_mean(at, answers=answers)
+      case "constant_length":
+        return policy.constant_length(at, answers=answers, length=self.max_length)
+    return policy.sequence_sum(at, answers=answers)
+
+  def _metrics(self, loss, stats, batch, at: Spans, totals: Totals) -> Metrics:
+    present, score = batch["present"], batch["score"]
+    mean = lambda x, where=present: metrics_lib.mean(x, where)
+    return {
+      "loss": Mean(
+        jax.lax.stop_gradient(loss) * totals["count"], jnp.sum(present).astype(jnp.float32)
+      ),
+      "reward": mean(jnp.nan_to_num(score), present & ~jnp.isnan(score)),
+      "advantage": mean(batch["advantage"]),
+      "reward_std": mean(batch["deviation"]),
+      "frac_reward_zero_std": mean(batch["deviation"] == 0),
+      "completions/mean_length": mean(at.lengths),
+      "clip_ratio/low_mean": mean(stats.clipped_low, at.mask),
+      "clip_ratio/high_mean": mean(stats.clipped_high, at.mask),
+      "tokens": jnp.sum(batch["segment_ids"] > 0),
+    }

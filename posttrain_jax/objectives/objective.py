@@ -1,0 +1,229 @@
+"""What an objective is: totals that the whole optimizer batch decides, and contributions that sum.
+
+One batch of 8, eight micro-batches of 1 and eight devices give the same gradient, unequal lengths included.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from posttrain_jax import adapters
+from posttrain_jax.core import struct, tree
+from posttrain_jax.losses import logprob
+from posttrain_jax.models import decoder
+from posttrain_jax.models.config import ModelConfig
+
+Array = jax.Array
+Batch = Mapping[str, Any]  # arrays [rows, time] or [rows, slots] by name, and batches of companions
+Totals = dict[str, Any]
+Metrics = dict[str, Any]  # what adds up over micro-batches: `core.metrics`
+Memory = Any  # what an objective carries from step to step: a tree of arrays, or None
+
+
+@struct.dataclass
+class Context:
+  """What a step reads and never differentiates."""
+
+  base: Any = None  # the parameters under the adapter; None in full fine-tuning, where they train
+  fixed: Any = None  # the part of the adapter that does not train; None without an adapter
+  reference: Any = None  # parameters of a reference policy; None: the base without its adapter
+
+
+class Objective(Protocol):
+  """What the step needs to know of a method.
+
+  training: whether this is a training step, or a measurement, which has no dropout and may cost more.
+  key: of the randomness of training (dropout); None where there is none.
+  """
+
+  def start(self, trainable: Any) -> Memory:
+    """What the objective carries from step to step, at the start; None for nothing.  Buffers of its own."""
+
+  def context(self, context: Context, memory: Memory) -> Context:
+    """The context with what the memory holds of it: a reference that follows the policy."""
+
+  def totals(
+    self,
+    trainable: Any,
+    context: Context,
+    batch: Batch,
+    key: Array | None,
+    *,
+    memory: Memory,
+    training: bool,
+  ) -> Totals:
+    """What the WHOLE optimizer batch decides: `count`, of what the loss is the mean over, and whatever else."""
+
+  def loss(
+    self,
+    trainable: Any,
+    context: Context,
+    batch: Batch,
+    totals: Totals,
+    key: Array | None,
+    *,
+    training: bool,
+  ) -> tuple[Array, Metrics]:
+    """(contribution to the loss, metrics) of one micro-batch; both sum over micro-batches."""
+
+  def after_update(self, trainable: Any, memory: Memory, totals: Totals) -> Memory:
+    """The memory after an optimizer update, whose parameters are given and whose totals were these."""
+
+  def check_start(self, metrics: Mapping[str, float]) -> None:
+    """Raises ValueError where the first step's metrics, of the parameters before it, are not what they must be."""
+
+
+def policy(trainable: Any, context: Context, key: Array | None = None) -> Any:
+  """The parameters that are being trained, bound: the base with the adapter, or the trainable tree itself."""
+  if context.fixed is None:
+    return trainable
+  return adapters.bind(context.base, tree.combine(trainable, context.fixed), key=key)
+
+
+@struct.dataclass
+class Forward:
+  """The policy on a batch: its bound parameters, and the hidden states [rows, time, embed] before the head."""
+
+  params: Any
+  hidden: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Scorer(abc.ABC):
+  """How a batch becomes scores of its tokens, for every objective alike.
+
+  An objective says what one forward pass contributes (`contribution`), so that several share it in a sum.
+  """
+
+  model: ModelConfig
+  dtype: Any = None  # of the computation; None: the embedding's
+  remat: str = "none"
+  attention_group: int = 0  # of shifted attention, in training only; 0: full attention
+
+  @property
+  def needs_reference(self) -> bool:
+    """Whether the loss compares the policy with a reference policy."""
+    return False
+
+  def start(self, trainable: Any) -> Memory:
+    del trainable
+
+  def context(self, context: Context, memory: Memory) -> Context:
+    del memory
+    return context
+
+  def after_update(self, trainable: Any, memory: Memory, totals: Totals) -> Memory:
+    del trainable, totals
+    return memory
+
+  def check_start(self, metrics: Mapping[str, float]) -> None:
+    del metrics
+
+  def loss(
+    self,
+    trainable: Any,
+    context: Context,
+    batch: Batch,
+    totals: Totals,
+    key: Array | None,
+    *,
+    training: bool,
+  ) -> tuple[Array, Metrics]:
+    forward = self.forward(trainable, context, batch, key, training=training)
+    return self.contribution(forward, context, batch, totals, training=training)
+
+  @abc.abstractmethod
+  def totals(
+    self,
+    trainable: Any,
+    context: Context,
+    batch: Batch,
+    key: Array | None,
+    *,
+    memory: Memory,
+    training: bool,
+  ) -> Totals: ...
+
+  @abc.abstractmethod
+  def contribution(
+    self, forward: Forward, context: Context, batch: Batch, totals: Totals, *, training: bool
+  ) -> tuple[Array, Metrics]:
+    """`loss` of a forward pass that is done."""
+
+  def forward(
+    self, trainable: Any, context: Context, batch: Batch, key: Array | None, *, training: bool
+  ) -> Forward:
+    params = policy(trainable, context, key if training else None)
+    return Forward(params, self.hidden(params, batch, training=training))
+
+  def hidden(self, params: Any, batch: Batch, *, training: bool = False) -> Array:
+    return decoder.hidden(
+      params,
+      batch["tokens"],
+      self.model,
+      positions=batch["positions"],
+      segment_ids=batch["segment_ids"],
+      prefix_ids=batch.get("prefix_ids"),
+      dtype=self.dtype,
+      remat=self.remat,
+      attention_group=self.attention_group if training else 0,
+    )
+
+  def scores(self, forward: Forward, batch: Batch, mask: Array, **options: Any) -> logprob.Scores:
+    """Of the token after each position, where the mask says so; [rows, time]."""
+    labels, _ = targets(batch)
+    return logprob.score(
+      forward.hidden,
+      decoder.head(forward.params),
+      labels,
+      mask=mask,
+      softcap=self.model.final_softcap,
+      **options,
+    )
+
+
+def following(values: Array) -> Array:
+  """[rows, time]: of the token after each position; after the last one stands the first."""
+  return jnp.roll(values, -1, axis=1)
+
+
+def targets(batch: Batch) -> tuple[Array, Array]:
+  """(labels, mask): the token after each position, and whether it is one to be learned.
+
+  `loss_mask` marks trained tokens where they stand; the hidden state one position earlier predicts them.
+  """
+  mask = following(batch["loss_mask"].astype(bool)).at[:, -1].set(False)
+  return following(batch["tokens"]), mask
+
+
+def evaluation(objective: Objective) -> Callable[[Any, Context, Memory, Batch], Metrics]:
+  """(trainable, context, memory, batch) -> metrics; jit it.  No gradient, no dropout."""
+
+  def measure(trainable: Any, context: Context, memory: Memory, batch: Batch) -> Metrics:
+    context = objective.context(context, memory)
+    totals = objective.totals(trainable, context, batch, None, memory=memory, training=False)
+    return objective.loss(trainable, context, batch, totals, None, training=False)[1]
+
+  return measure
+
+
+def measured(
+  objective: Objective,
+  trainable: Any,
+  batches: Iterable[Batch],
+  context: Context | None = None,
+  memory: Memory = None,
+) -> Metrics:
+  """The metrics of all batches together, to be read by `core.metrics`; {} for none."""
+  measure = jax.jit(evaluation(objective))
+  total: Metrics = {}
+  for batch in batches:
+    metrics = measure(trainable, context or Context(), memory, batch)
+    total = jax.tree.map(lambda a, b: a + b, total, metrics) if total else metrics
+  return total

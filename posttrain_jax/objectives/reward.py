@@ -1,0 +1,93 @@
+"""Reward models: Bradley-Terry on pairs, labelled outcomes, labelled steps of a process."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from posttrain_jax.core import metrics as metrics_lib
+from posttrain_jax.losses import reward
+from posttrain_jax.losses.spans import Spans
+from posttrain_jax.models import decoder
+from posttrain_jax.objectives.objective import Batch, Forward, Metrics, Scorer, following
+
+Array = jax.Array
+KINDS = ("pairs", "outcomes", "steps")
+
+
+@dataclasses.dataclass(frozen=True)
+class Reward(Scorer):
+  """A scalar a token, read where an answer ends (pairs: Bradley-Terry; outcomes) or where a step does (process).
+
+  Each loss is the mean over the pairs, answers or steps of the whole optimizer batch.
+  """
+
+  kind: str = "pairs"  # pairs, outcomes, steps
+  centering: float = 0.0  # weight of (r_w + r_l)^2
+
+  def __post_init__(self):
+    if self.kind not in KINDS:
+      raise ValueError(f"kind={self.kind!r}: a reward model learns from pairs, outcomes or steps")
+
+  def rewards(self, params: Any, batch: Batch) -> Array:
+    """[rows, slots]: of each answer, read at its last token."""
+    return self._of_answers(Forward(params, self.hidden(params, batch)), batch)
+
+  def of_tokens(self, params: Any, batch: Batch) -> Array:
+    """[rows, time]: of the text up to each token; where a step ends, the step's."""
+    return _of_tokens(Forward(params, self.hidden(params, batch)))
+
+  def _of_answers(self, forward: Forward, batch: Batch) -> Array:
+    answer = jnp.where(batch["loss_mask"], batch["answer"], -1)
+    is_last = (answer >= 0) & (following(answer).at[:, -1].set(-1) != answer)
+    at = Spans(is_last, batch["answer"], batch["present"])
+    return at.per_answer(_of_tokens(forward))
+
+  def totals(self, trainable, context, batch, key, *, memory, training):
+    if self.kind == "steps":
+      return {"count": jnp.sum(~jnp.isnan(batch["steps"]))}
+    return {"count": jnp.sum(batch["present"]) / (2 if self.kind == "pairs" else 1)}
+
+  def contribution(self, forward, context, batch, totals, *, training):
+    if self.kind == "pairs":
+      each, present, metrics = self._paired(self._of_answers(forward, batch), batch)
+    elif self.kind == "outcomes":
+      present = batch["present"]
+      each, metrics = _judged(self._of_answers(forward, batch), batch["label"], present)
+    else:
+      present = ~jnp.isnan(batch["steps"])
+      labels = jnp.where(present, batch["steps"], 0.0)
+      each, metrics = _judged(_of_tokens(forward), labels, present)
+    loss = jnp.sum(jnp.where(present, each, 0.0)) / jnp.maximum(totals["count"], 1)
+    metrics["loss"] = metrics_lib.mean(jax.lax.stop_gradient(each), present)
+    metrics["tokens"] = jnp.sum(batch["segment_ids"] > 0)
+    return loss, metrics
+
+  def _paired(self, rewards: Array, batch: Batch) -> tuple[Array, Array, Metrics]:
+    chosen, rejected = rewards[:, ::2], rewards[:, 1::2]
+    margin = batch["margin"][:, ::2] if "margin" in batch else 0.0
+    each, stats = reward.bradley_terry(chosen, rejected, margin=margin, centering=self.centering)
+    present = batch["present"][:, ::2]
+    mean = lambda x: metrics_lib.mean(jax.lax.stop_gradient(x), present)
+    metrics = {
+      "accuracy": mean(stats.correct),
+      "margin": mean(stats.margin),
+      "rewards/margins": mean(stats.margin),
+      "mean_reward": mean((chosen + rejected) / 2),
+      "rewards/chosen": mean(chosen),
+      "rewards/rejected": mean(rejected),
+    }
+    return each, present, metrics
+
+
+def _of_tokens(forward: Forward) -> Array:
+  return decoder.scores(forward.params, forward.hidden)[..., 0]
+
+
+def _judged(rewards: Array, labels: Array, present: Array) -> tuple[Array, Metrics]:
+  each, accuracy = reward.binary_cross_entropy(rewards, labels)
+  mean = lambda x: metrics_lib.mean(jax.lax.stop_gradient(x), present)
+  return each, {"accuracy": mean(accuracy), "mean_reward": mean(rewards)}

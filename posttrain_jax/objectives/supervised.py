@@ -1,0 +1,51 @@
+"""Supervised fine-tuning and continued pretraining."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from posttrain_jax.core import metrics as metrics_lib
+from posttrain_jax.losses import supervised
+from posttrain_jax.objectives.objective import Scorer, following, targets
+
+
+@dataclasses.dataclass(frozen=True)
+class Sft(Scorer):
+  """Token mean of -log p over the trained tokens of the whole optimizer batch.
+
+  Continued pretraining is the same with every token trained.  Metrics carry TRL's names, and `loss/<channel>` for each
+  task type, `loss/special` for end-of-turn and other special tokens; `entropy` in evaluation only, where one more pass
+  over the logits does not cost a fifth of the step.
+  """
+
+  channels: tuple[str, ...] = ()  # names of the batch's channel indices
+  special_tokens: tuple[int, ...] = ()
+
+  def totals(self, trainable, context, batch, key, *, memory, training):
+    return {"count": jnp.sum(batch["loss_mask"].astype(jnp.float32))}
+
+  def contribution(self, forward, context, batch, totals, *, training):
+    labels, mask = targets(batch)
+    scores = self.scores(forward, batch, mask, entropy=not training)
+    loss = supervised.negative_log_likelihood(scores.logp, mask, tokens=totals["count"])
+    return loss, self._metrics(scores, labels, mask, batch, training)
+
+  def _metrics(self, scores, labels, mask, batch, training):
+    nll = jax.lax.stop_gradient(-scores.logp)
+    metrics = {
+      "loss": metrics_lib.mean(nll, mask),
+      "mean_token_accuracy": metrics_lib.mean(scores.correct, mask),
+      "tokens": jnp.sum(batch["segment_ids"] > 0),  # a plain array is a sum
+    }
+    if not training:
+      metrics["entropy"] = metrics_lib.mean(scores.entropy, mask)
+    if self.special_tokens:
+      special = jnp.isin(labels, jnp.asarray(self.special_tokens))
+      metrics["loss/special"] = metrics_lib.mean(nll, mask & special)
+    channel = following(batch["channel"])
+    for i, name in enumerate(self.channels):
+      metrics[f"loss/{name}"] = metrics_lib.mean(nll, mask & (channel == i))
+    return metrics

@@ -1,0 +1,1 @@
+"""The folder that a run leaves: claimed, written to, read again."""

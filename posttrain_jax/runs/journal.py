@@ -1,0 +1,63 @@
+"""What a run says as it goes: `metrics.jsonl` and TensorBoard."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import tensorboardX
+
+from posttrain_jax.core import files, metrics
+from posttrain_jax.runs import record
+
+
+class Journal:
+  """`metrics.jsonl` and TensorBoard; a resumed run goes on after `step` with nothing written twice."""
+
+  def __init__(self, folder: Path, step: int):
+    self.path = folder / record.METRICS
+    if self.path.exists():
+      kept = [line for line in self.path.read_text().splitlines() if _step(line) <= step]
+      files.write_text(self.path, "".join(f"{line}\n" for line in kept))
+    self.lines = self.path.open("a", encoding="utf-8")
+    self.board = tensorboardX.SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+  def write(self, step: int, values: Mapping[str, float]) -> None:
+    self.lines.write(json.dumps({"step": step, **values}) + "\n")
+    self.lines.flush()
+    for name, value in values.items():
+      self.board.add_scalar(name, value, step)
+
+  def draw(self, step: int, histograms: Mapping[str, np.ndarray]) -> None:
+    """Counts between `metrics.EDGES`, to TensorBoard alone."""
+    for name, counts in histograms.items():
+      self._histogram(name, counts, step)
+
+  def _histogram(self, name: str, counts: np.ndarray, step: int) -> None:
+    limits = np.append(metrics.EDGES, 2 * metrics.EDGES[-1])  # TensorBoard wants a last one
+    middles = np.append(metrics.EDGES[0], (limits[1:] + limits[:-1]) / 2)
+    self.board.add_histogram_raw(
+      name,
+      min=float(limits[np.flatnonzero(counts)[0]]) if counts.any() else 0.0,
+      max=float(limits[np.flatnonzero(counts)[-1]]) if counts.any() else 0.0,
+      num=float(counts.sum()),
+      sum=float(counts @ middles),
+      sum_squares=float(counts @ middles**2),
+      bucket_limits=limits.tolist(),
+      bucket_counts=counts.tolist(),
+      global_step=step,
+    )
+
+  def close(self) -> None:
+    self.lines.close()
+    self.board.close()
+
+
+def _step(line: str) -> float:
+  """The step of a line; a line cut short by a kill counts as later than any."""
+  try:
+    return json.loads(line)["step"]
+  except (ValueError, KeyError):
+    return float("inf")

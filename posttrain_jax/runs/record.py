@@ -1,0 +1,165 @@
+"""A run's folder as it is read again: config, metrics, evaluations, and whether it is finished."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from posttrain_jax.core import files
+
+CONFIG, METRICS, DONE = "config.json", "metrics.jsonl", "done.json"
+LOG = "log.txt"  # what a sweep's point printed
+BEFORE, AFTER = "evaluation-before.json", "evaluation-after.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskResult:
+  """How many of a split's questions were answered correctly, and every answer.
+
+  by_channel: {channel: (correct, total)}.
+  reasons: {verdict: count}, "ok" among them.
+  answers: one dict a question, in the order of the task: question, answer, gold, correct, reason, channel, and
+    `finished`, False where max_new_tokens cut the answer.
+  seconds: of generating and scoring, compilation included.
+  by_member: of an ensemble, how many each adapter alone answered correctly; () where there was none.
+  """
+
+  task: str
+  split: str
+  correct: int
+  total: int
+  by_channel: Mapping[str, tuple[int, int]]
+  reasons: Mapping[str, int]
+  answers: Sequence[Mapping[str, Any]]
+  seconds: float
+  new_tokens: int
+  by_member: Sequence[int] = ()
+
+  @property
+  def accuracy(self) -> float:
+    """Correct / total, in [0, 1]."""
+    return self.correct / self.total if self.total else math.nan
+
+  def to_json(self) -> dict[str, Any]:
+    return dict(dataclasses.asdict(self), accuracy=self.accuracy)
+
+  @classmethod
+  def from_json(cls, value: Mapping[str, Any]) -> TaskResult:
+    """The result that `to_json` gave, before or after a round trip through a file."""
+    value = dict(value, by_member=value.get("by_member", ()))  # older results have no ensemble
+    fields: dict[str, Any] = {field.name: value[field.name] for field in dataclasses.fields(cls)}
+    fields["by_channel"] = {name: tuple(pair) for name, pair in value["by_channel"].items()}
+    fields["by_member"] = tuple(value["by_member"])
+    return cls(**fields)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """What `posttrain train` left in a folder; a part that is not there is empty or None.
+
+  record: config.json: {"config": the resolved config, "command", "versions", "commit", ...}.
+  rows: the lines of metrics.jsonl.
+  done: {"steps": ..., "final": {metric: value}, ...} of a finished run.
+  """
+
+  folder: Path
+  record: Mapping[str, Any]
+  rows: Sequence[Mapping[str, Any]]
+  before: TaskResult | None
+  after: TaskResult | None
+  done: Mapping[str, Any] | None
+
+  def field(self, name: str) -> Any:
+    """The value of a dotted field of the config, such as `optimizer.lr`; None where there is none."""
+    node: Any = self.record.get("config", {})
+    for part in name.split("."):
+      node = node.get(part) if isinstance(node, Mapping) else None
+    return node
+
+  def names(self) -> list[str]:
+    """The metrics that some row has, in the order of their first appearance."""
+    return list(dict.fromkeys(name for row in self.rows for name in row if name != "step"))
+
+  def series(self, name: str) -> tuple[list[int], list[float]]:
+    """(steps, values) of one metric."""
+    found = [(row["step"], row[name]) for row in self.rows if name in row]
+    return [step for step, _ in found], [value for _, value in found]
+
+  def final(self) -> dict[str, float]:
+    """The last value of every metric: what done.json says, else what the rows do."""
+    if self.done is not None:
+      return dict(self.done["final"])
+    return {name: value for row in self.rows for name, value in row.items() if name != "step"}
+
+  @property
+  def steps(self) -> int:
+    """Steps done so far."""
+    if self.done is not None:
+      return int(self.done["steps"])
+    return max((int(row["step"]) for row in self.rows), default=0)
+
+
+def read(folder: str | Path) -> Run:
+  """The run in a folder, finished or under way.
+
+  Raises:
+    FileNotFoundError: the folder holds no run.
+    ValueError: a file of it cannot be read; the message names it.
+  """
+  folder = Path(folder)
+  if not (folder / CONFIG).exists() and not (folder / METRICS).exists():
+    found = ", ".join(sorted(p.name for p in folder.glob("*"))[:8]) if folder.is_dir() else ""
+    what = f"holds {found or 'nothing'}" if folder.is_dir() else "is no folder"
+    raise FileNotFoundError(
+      f"{folder} {what}, expected {CONFIG} and {METRICS}; give the --workdir of a `posttrain train`"
+    )
+  return Run(
+    folder=folder,
+    record=read_json(folder / CONFIG) or {},
+    rows=read_rows(folder / METRICS),
+    before=_evaluation(folder / BEFORE),
+    after=_evaluation(folder / AFTER),
+    done=read_json(folder / DONE),
+  )
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+  """The object in a file, None where there is no file."""
+  return files.read_json(path) if path.exists() else None
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+  """The lines of a metrics file; the last may be under way, and is left out when it is."""
+  try:
+    *lines, rest = path.read_text(encoding="utf-8").split("\n")
+  except FileNotFoundError:
+    return []
+  rows = []
+  for number, line in enumerate([*lines, rest], 1):
+    try:
+      if line.strip():
+        rows.append(json.loads(line))
+    except ValueError as error:
+      if number <= len(lines):
+        raise ValueError(f"{path}:{number} is not JSON: {error}") from error
+  return rows
+
+
+def _evaluation(path: Path) -> TaskResult | None:
+  value = read_json(path)
+  try:
+    return None if value is None else TaskResult.from_json(value)
+  except KeyError as error:
+    raise ValueError(f"{path} is no evaluation: it has no {error}") from error
+
+
+def last_values(folder: str | Path) -> dict[str, float]:
+  """The last value of every metric in a run's metrics.jsonl."""
+  values: dict[str, float] = {}
+  for row in read_rows(Path(folder) / METRICS):
+    values.update(row)
+  return {name: value for name, value in values.items() if name != "step"}

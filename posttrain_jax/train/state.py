@@ -1,0 +1,104 @@
+"""What changes from step to step: made, laid out over the mesh, and started."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from posttrain_jax.core import struct
+from posttrain_jax.objectives import Context, Objective
+from posttrain_jax.optim import layout as optimizer_layout
+
+Array = jax.Array
+
+
+@struct.dataclass
+class State:
+  """What changes from step to step, all of it in the checkpoint."""
+
+  step: Array  # optimizer updates tried, skipped ones included
+  trainable: Any
+  optimizer: Any
+  # the part of the adapter that the optimizer does not see (scales, masks, what a method remembers); None without one
+  carried: Any
+  skipped: Array  # updates left out because a gradient was not finite
+  skipped_in_a_row: Array
+  memory: Any = None  # what the objective carries from step to step
+
+  def context(self, context: Context) -> Context:
+    """The context with what the state carries of the adapter."""
+    return context if self.carried is None else dataclasses.replace(context, fixed=self.carried)
+
+
+def start(
+  trainable: Any,
+  optimizer: optax.GradientTransformation,
+  carried: Any = None,
+  memory: Any = None,
+) -> State:
+  # one buffer each: a donated state must not hold the same array twice
+  zero = lambda: jnp.zeros((), jnp.int32)
+  return State(zero(), trainable, optimizer.init(trainable), carried, zero(), zero(), memory)
+
+
+def first(
+  trainable: Any,
+  optimizer: optax.GradientTransformation,
+  carried: Any,
+  objective: Objective,
+  mesh: jax.sharding.Mesh | None,
+) -> State:
+  """The state that a run starts with, every leaf committed to where `abstract` says."""
+  shapes = abstract(trainable, optimizer, carried, objective, mesh)
+  where = jax.tree.map(lambda x: x.sharding, shapes)
+  if mesh is None:  # without a copy of the parameters
+    init = jax.jit(optimizer.init, out_shardings=where.optimizer)
+    state = start(trainable, optimizer._replace(init=init), carried, objective.start(trainable))
+    return jax.tree.map(jax.device_put, state, where)
+
+  def make(trainable, carried):
+    return start(trainable, optimizer, carried, objective.start(trainable))
+
+  return jax.jit(make, out_shardings=where)(trainable, carried)
+
+
+def abstract(
+  trainable: Any,
+  optimizer: optax.GradientTransformation,
+  carried: Any,
+  objective: Objective,
+  mesh: jax.sharding.Mesh | None,
+) -> State:
+  """The first state as shapes on their devices; arrays with a sharding are given, or such shapes."""
+
+  def make(trainable, carried):
+    return start(trainable, optimizer, carried, objective.start(trainable))
+
+  shapes = jax.eval_shape(make, trainable, carried)
+  if mesh is None:
+    leaf = jax.tree.leaves(trainable)[0]
+    replicated = jax.sharding.SingleDeviceSharding(next(iter(leaf.sharding.device_set)))
+  else:
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  where = layout(shapes, trainable, replicated, carried)
+  return jax.tree.map(lambda x, sharding: x.update(sharding=sharding), shapes, where)
+
+
+def layout(
+  state: State,
+  trainable: Any,
+  replicated: jax.sharding.Sharding,
+  carried: Any = None,
+) -> State:
+  """The shardings of a state (shapes will do): moments lie as the parameters they belong to, the rest `replicated`."""
+  where = lambda tree: jax.tree.map(lambda x: x.sharding, tree)
+  return jax.tree.map(lambda _: replicated, state).replace(
+    trainable=where(trainable),
+    optimizer=optimizer_layout.shardings(state.optimizer, trainable, replicated),
+    carried=where(carried),
+    memory=optimizer_layout.shardings(state.memory, trainable, replicated),
+  )

@@ -1,0 +1,120 @@
+"""The run folder: whose it is, and metrics that are never written twice."""
+
+import json
+
+import ml_collections
+import numpy as np
+import pytest
+from tensorboardX.proto import event_pb2
+
+from posttrain_jax.runs import folder as workdir
+from posttrain_jax.runs.journal import Journal
+from posttrain_jax.settings import ConfigError
+
+CONFIG = ml_collections.ConfigDict({"steps": 3, "layers": (1, 2), "optimizer": {"lr": 0.1}})
+OTHER = ml_collections.ConfigDict({"steps": 3, "layers": (1, 3), "optimizer": {"lr": 0.2}})
+
+
+def claim(folder, config=CONFIG):
+  workdir.claim(workdir.check(folder, config), config)
+
+
+@pytest.mark.parametrize("name", ["new", "new/deeper"])
+def test_a_folder_is_claimed_and_found_again(tmp_path, name):
+  claim(tmp_path / name)
+  before = (tmp_path / name / "config.json").read_bytes()
+  claim(tmp_path / name)
+  assert (tmp_path / name / "config.json").read_bytes() == before
+  record = json.loads(before)
+  assert record["config"] == {"steps": 3, "layers": [1, 2], "optimizer": {"lr": 0.1}}
+  assert {"command", "versions", "commit", "devices"} < record.keys()
+  assert "8 x cpu" in record["devices"]
+
+
+def test_checking_writes_nothing(tmp_path):
+  workdir.check(tmp_path / "new", CONFIG)
+  assert not list(tmp_path.iterdir())
+
+
+def test_another_config_is_refused_with_the_differences(tmp_path):
+  claim(tmp_path)
+  with pytest.raises(ConfigError) as error:
+    claim(tmp_path, OTHER)
+  assert "layers: [1, 2] -> [1, 3]\n  optimizer.lr: 0.1 -> 0.2" in str(error.value)
+  assert json.loads((tmp_path / "config.json").read_text())["config"]["optimizer"]["lr"] == 0.1
+
+
+def test_somebody_elses_folder_is_refused(tmp_path):
+  (tmp_path / ".hidden").touch()
+  workdir.check(tmp_path, CONFIG)
+  (tmp_path / "thesis.tex").touch()
+  with pytest.raises(ConfigError, match="not empty and holds no run"):
+    workdir.check(tmp_path, CONFIG)
+  with pytest.raises(ConfigError, match="is a file"):
+    workdir.check(tmp_path / "thesis.tex", CONFIG)
+
+
+def written(folder):
+  return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_journal_goes_on_after_its_step_and_writes_nothing_twice(tmp_path):
+  journal = Journal(tmp_path, 0)
+  for step in range(1, 6):
+    journal.write(step, {"loss": 1 / step})
+  journal.write(3, {"eval_loss": 0.5})
+  journal.close()
+  with (tmp_path / "metrics.jsonl").open("a") as file:
+    file.write('{"step": 6, "lo')  # cut short by a kill
+  journal = Journal(tmp_path, 3)
+  journal.write(4, {"loss": 9.0})
+  journal.close()
+  assert written(tmp_path) == [
+    {"step": 1, "loss": 1.0},
+    {"step": 2, "loss": 0.5},
+    {"step": 3, "loss": 1 / 3},
+    {"step": 3, "eval_loss": 0.5},
+    {"step": 4, "loss": 9.0},
+  ]
+
+
+def test_every_line_is_on_disk_when_it_is_written(tmp_path):
+  journal = Journal(tmp_path, 0)
+  journal.write(1, {"loss": 2.0})
+  assert written(tmp_path) == [{"step": 1, "loss": 2.0}]
+  journal.close()
+
+
+def test_tensorboard_gets_the_same_numbers(tmp_path):
+  journal = Journal(tmp_path, 0)
+  journal.write(1, {"loss": 2.0, "kl": 0.25})
+  journal.close()
+  (file,) = (tmp_path / "tensorboard").iterdir()
+  found, data = {}, file.read_bytes()
+  while data:  # length, its checksum, the event, its checksum
+    size = int.from_bytes(data[:8], "little")
+    event = event_pb2.Event.FromString(data[12 : 12 + size])
+    found |= {value.tag: (event.step, value.simple_value) for value in event.summary.value}
+    data = data[16 + size :]
+  assert {k: found[k] for k in ("loss", "kl")} == {"loss": (1, 2.0), "kl": (1, 0.25)}
+
+
+def test_tensorboard_holds_the_histograms(tmp_path):
+  from posttrain_jax.core import metrics
+
+  counts = np.zeros(len(metrics.EDGES) + 1)
+  counts[[0, 5]] = 2, 3
+  journal = Journal(tmp_path, 0)
+  journal.draw(7, {"margins": counts})
+  journal.close()
+  (file,) = (tmp_path / "tensorboard").iterdir()
+  data, found = file.read_bytes(), []
+  while data:
+    length = int.from_bytes(data[:8], "little")
+    event = event_pb2.Event.FromString(data[12 : 12 + length])
+    found += [(event.step, value) for value in event.summary.value]
+    data = data[16 + length :]
+  ((step, value),) = found
+  assert (step, value.tag, value.histo.num) == (7, "margins", 5)
+  assert list(value.histo.bucket) == counts.tolist()
+  assert len(value.histo.bucket_limit) == len(counts)
