@@ -5,8 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 from posttrain_jax.models.config import FULL, SLIDING, ModelConfig
+from tests import tiny
 from tests.compose import draws, road
-from tests.train import tiny
 
 WINDOW = 16
 GEMMA = dict(

@@ -12,13 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from posttrain_jax import adapters
+from posttrain_jax import adapters, objectives, settings
 from posttrain_jax.adapters import peft_format
+from posttrain_jax.build import run as run_lib
 from posttrain_jax.core import tree, weight
 from posttrain_jax.data import chat
 from posttrain_jax.models import decoder, hf
-from posttrain_jax.train import loop, objectives, settings, step
-from posttrain_jax.train import run as run_lib
+from posttrain_jax.train import loop
+from posttrain_jax.train.state import State
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 TOKENS = 24  # of the text that two trees are compared on
@@ -78,8 +79,8 @@ def host(arrays: Any) -> Any:
   return jax.tree.map(np.array, jax.device_get(arrays))
 
 
-def bound(run: loop.Run, state: step.State) -> Any:
-  return host(objectives.policy(state.trainable, step.with_state(run.frozen, state)))
+def bound(run: loop.Run, state: State) -> Any:
+  return host(objectives.policy(state.trainable, state.context(run.context)))
 
 
 def named(arrays: Any) -> dict[str, np.ndarray]:
