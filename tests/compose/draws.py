@@ -20,7 +20,7 @@ WITH_REFERENCE = (
 WITHOUT_REFERENCE = ("cpo", "simpo", "orpo", "tpo", "tpo_norm")
 SUMS = (
   *("dpo+sft", "dpo+bco+sft", "ipo+sft_with_prompt", "aot+sft", "simpo+dpo", "dpo+gold", "nca+cpo"),
-  *("sft", "orpo+sft"),
+  *("sft", "orpo+sft", "dpo+kto", "dpo+reward"),
 )
 DIFFERENCES = ("dpo", "dpo_norm", "robust", "ipo", "hinge", "exo", "discopop")
 GROUPED = ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce")
@@ -118,7 +118,7 @@ def _objective(method: str, pick, chance) -> dict[str, Any]:
       fields["objective.centering"] = 0.0
     return fields
   names = which.split("+")
-  referenced = name == "kto" or any(each in WITH_REFERENCE for each in names)
+  referenced = name == "kto" or any(each in (*WITH_REFERENCE, "kto") for each in names)
   if name == "preference":
     if "bco" in names and chance(0.5):
       fields["objective.running_shift"] = True
@@ -139,7 +139,7 @@ def _objective(method: str, pick, chance) -> dict[str, Any]:
       fields["objective.kl_weight"] = 0.1
     if chance(0.4):
       fields["objective.old"] = "reference"
-    referenced = bool(fields)
+    referenced = "objective.kl_weight" in fields or "objective.old" in fields
   if not referenced:
     return fields
   fields["objective.cache_reference"] = chance(0.5)

@@ -14,6 +14,7 @@ import numpy as np
 
 from posttrain_jax import adapters, objectives, settings
 from posttrain_jax.adapters import peft_format
+from posttrain_jax.build import decisions
 from posttrain_jax.build import run as run_lib
 from posttrain_jax.core import tree, weight
 from posttrain_jax.data import chat
@@ -105,7 +106,7 @@ def reloaded(config: Any, folder: pathlib.Path, storage: str) -> Any:
   if config.adapter.method == "none":
     return hf.load(folder / "model")[0]
   params, model = hf.load(config.model.name, storage=storage)
-  if config.objective.name == "reward":
+  if decisions.has_score(config):
     params, model = decoder.scored(jax.random.key(0), params, model)
   return adapters.bind(params, peft_format.load(folder / "adapter", params, model)[0])
 
