@@ -378,9 +378,7 @@ def _check_classes(made: list[Answers]) -> None:
     )
 
 
-def with_companions(
-  examples: Sequence[Answers], limit: int, share: bool = True
-) -> list[Answers]:
+def with_companions(examples: Sequence[Answers], limit: int, share: bool = True) -> list[Answers]:
   """Each example with the answers of the nearest one before it that has another prompt, behind its own prompt.
 
   TRL takes the one before it, which of a pair told apart into labels has the same prompt.
