@@ -181,7 +181,8 @@ def answers(arg, kind):
   """Where answers to compare come from, and how they become batches."""
   d = text(arg)
   d.kind = kind
-  d.share_prompt = True  # a prompt's answers share its tokens, which are computed once
+  # whether a prompt's answers share its tokens, which are computed once; shifted attention has no room for it
+  d.share_prompt = arg.adapter != "longlora"
   d.truncate = "error"  # error, drop (counted), prompt (its beginning is cut; answers stay whole)
   return d
 

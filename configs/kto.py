@@ -16,6 +16,7 @@ def get_config(arg=None):
   o.desirable_weight = 1.0
   o.undesirable_weight = 1.0
   o.estimate_kl = True  # False: APO-zero on labels
+  o.sft_weight = 0.0  # of the likelihood of the desirable answers, beside the loss
   common.reference(o)
   o.sync_every = (
     0  # TR-DPO, in full fine-tuning: updates from one step of the reference to the next

@@ -3,8 +3,9 @@ r"""Preference optimisation on pairs: DPO and its relatives, with and without a 
 posttrain train --config=configs/preference.py:loss=dpo,data=PAIRS.jsonl --workdir=runs/dpo
 
 Losses: dpo dpo_norm robust ipo hinge exo discopop nca bco apo_zero apo_down sppo aot aot_unpaired cpo simpo orpo tpo
-tpo_norm, and the likelihood terms sft sft_with_prompt gold; several with + between are added up with the weights in
-`objective.losses` (dpo+bco+sft is MPO, dpo+sft RPO).
+tpo_norm, the likelihood terms sft sft_with_prompt gold, and kto and reward, which take a pair as two labels and as a
+comparison of scores; several with + between are added up with the weights in `objective.losses` (dpo+bco+sft is MPO,
+dpo+sft RPO).
 """
 
 import common
@@ -42,9 +43,7 @@ def get_config(arg=None):
   o.sync_mix = 0.6
   c.data = common.answers(arg, "triples" if "gold" in names else "pairs")
   c.data.length = 1024
-  c.optimizer.lr = 5e-6 if arg.adapter != "none" else LEARNING_RATE.get(names[0], 5e-7)
-  if arg.adapter != "none":
-    c.optimizer.lr = 5e-5
+  c.optimizer.lr = 5e-5 if arg.adapter != "none" else LEARNING_RATE.get(names[0], 5e-7)
   c.optimizer.warmup = 0.1
   if arg.smoke:
     c.steps, c.batch.rows, c.eval.every, c.data.eval_rows = 2, 2, 0, 4

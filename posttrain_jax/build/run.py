@@ -17,7 +17,7 @@ import numpy as np
 import optax
 import rich
 
-from posttrain_jax import adapters
+from posttrain_jax import adapters, settings
 from posttrain_jax.adapters import peft_format
 from posttrain_jax.build import (
   adapter,
@@ -130,10 +130,14 @@ def build(config: ml_collections.ConfigDict, devices: jax.sharding.Mesh | None) 
   """The pieces of a run; an optimizer that these parameters do not suit says so here."""
   base = model.load(config, devices)
   rows = data.read(config, base)
-  trees = adapter.make(config, base, reference.in_step(config, base, devices), devices)
-  loss = objective.make(config, base, rows.channels)
-  updates, schedule = optimizer.make(config, base.config)
-  shapes = state_lib.abstract(trees.trainable, updates, trees.carried, loss, devices)
+  other = reference.in_step(config, base, devices)
+  with settings.section("adapter"):
+    trees = adapter.make(config, base, other, devices)
+  with settings.section("objective"):
+    loss = objective.make(config, base, rows.channels)
+  with settings.section("optimizer"):
+    updates, schedule = optimizer.make(config, base.config)
+    shapes = state_lib.abstract(trees.trainable, updates, trees.carried, loss, devices)
   return Pieces(
     config=config,
     mesh=devices,

@@ -182,9 +182,10 @@ def test_without_a_mask_every_token_counts():
 
 
 def test_a_ratio_ends_at_twenty_nats():
-  logps = jnp.asarray([[93.0, -93.0, 19.0]])
+  old = jnp.full((1, 3), -100.0)
+  logps = old + jnp.asarray([[93.0, -93.0, 19.0]])
   values, pullback, stats = jax.vjp(
-    lambda x: policy.clipped_surrogate(x, jnp.zeros((1, 3)), -jnp.ones(1), epsilon=0.2),
+    lambda x: policy.clipped_surrogate(x, old, -jnp.ones(1), epsilon=0.2),
     logps,
     has_aux=True,
   )

@@ -12,7 +12,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: run `make oracle`")
 pytest.importorskip("trl", reason="TRL is not installed: run `make oracle`")
 
-from posttrain_jax.losses import kl, policy  # noqa: E402
+from posttrain_jax.losses import kl, policy, spans  # noqa: E402
 
 pytestmark = pytest.mark.oracle
 
@@ -84,23 +84,21 @@ def trl_loss(trainer, arrays, **options):
 
 
 def our_loss(arrays, each, weights):
-  def loss(logps):
-    values = each(logps)
-    return jnp.sum(jnp.where(arrays.mask, values * weights, 0.0))
-
+  loss = lambda logps: jnp.sum(each(logps) * weights)
   return jax.value_and_grad(loss)(jnp.asarray(arrays.logps))
 
 
-def agree(found, expected):
-  np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
-  np.testing.assert_allclose(found[1], expected[1], rtol=1e-4, atol=1e-7)
+def agree(ours, theirs):
+  """(loss, gradient) of each."""
+  np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-5)
+  np.testing.assert_allclose(ours[1], theirs[1], rtol=1e-4, atol=1e-7)
 
 
 def surrogates(arrays):
   """name -> (TRL's options, the loss per token)."""
   a = arrays
   token = lambda **options: (
-    lambda logps: policy.clipped_surrogate(logps, a.old, a.advantages, **options)[0]
+    lambda logps: policy.clipped_surrogate(logps, a.old, a.advantages, a.mask, **options)[0]
   )
   return {
     "plain": (dict(), token(epsilon=0.2)),
@@ -109,17 +107,17 @@ def surrogates(arrays):
     "sequence": (
       dict(importance_sampling_level="sequence", epsilon_low=3e-2, epsilon_high=4e-2),
       lambda logps: policy.sequence_surrogate(
-        logps, a.old, a.advantages, a.mask, epsilon=3e-2, epsilon_high=4e-2
+        logps, a.old, a.advantages, spans.whole(a.mask), epsilon=3e-2, epsilon_high=4e-2
       )[0],
     ),
     "kl": (
       dict(beta=KL_WEIGHT),
-      lambda logps: token(epsilon=0.2)(logps) + KL_WEIGHT * kl.k3(logps, a.ref),
+      lambda logps: token(epsilon=0.2)(logps) + KL_WEIGHT * kl.k3(logps, a.ref, a.mask),
     ),
     "kl, corrected": (
       dict(beta=KL_WEIGHT, use_bias_correction_kl=True),
       lambda logps: (
-        token(epsilon=0.2)(logps) + KL_WEIGHT * jnp.exp(logps - a.old) * kl.k3(logps, a.ref)
+        token(epsilon=0.2)(logps) + KL_WEIGHT * jnp.exp(logps - a.old) * kl.k3(logps, a.ref, a.mask)
       ),
     ),
   }
@@ -127,13 +125,13 @@ def surrogates(arrays):
 
 def aggregations(arrays):
   """TRL's loss type -> our weights."""
-  mask = jnp.asarray(arrays.mask, jnp.float32)
+  rows = spans.whole(arrays.mask)
   return {
-    "grpo": policy.sequence_mean(mask, answers=ROWS),
-    "bnpo": policy.token_mean(mask, tokens=mask.sum()),
-    "dr_grpo": policy.constant_length(mask, answers=ROWS, length=LONGEST),
-    "dapo": policy.token_mean(mask, tokens=mask.sum()),
-    "luspo": policy.sequence_sum(mask, answers=ROWS),
+    "grpo": policy.sequence_mean(rows, answers=ROWS),
+    "bnpo": policy.token_mean(rows, tokens=arrays.mask.sum()),
+    "dr_grpo": policy.constant_length(rows, answers=ROWS, length=LONGEST),
+    "dapo": policy.token_mean(rows, tokens=arrays.mask.sum()),
+    "luspo": policy.sequence_sum(rows, answers=ROWS),
   }
 
 
@@ -154,7 +152,9 @@ def test_cispo(arrays):
   import trl
 
   expected = trl_loss(trl.GRPOTrainer, arrays, loss_type="cispo", epsilon_high=1.2)
-  each = lambda logps: policy.cispo(logps, arrays.old, arrays.advantages, ceiling=1.2)[0]
+  each = lambda logps: policy.cispo(logps, arrays.old, arrays.advantages, arrays.mask, ceiling=1.2)[
+    0
+  ]
   agree(our_loss(arrays, each, aggregations(arrays)["dapo"]), expected)
 
 
@@ -163,6 +163,6 @@ def test_rloo_is_one_ratio_and_one_loss_an_answer(arrays):
 
   expected = trl_loss(trl.RLOOTrainer, arrays)
   each = lambda logps: policy.sequence_surrogate(
-    logps, arrays.old, arrays.advantages, arrays.mask, epsilon=0.2, normalise=False
+    logps, arrays.old, arrays.advantages, spans.whole(arrays.mask), epsilon=0.2, normalise=False
   )[0]
   agree(our_loss(arrays, each, aggregations(arrays)["grpo"]), expected)
