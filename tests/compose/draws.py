@@ -63,12 +63,14 @@ def draw(seed: int) -> Draw:
     d["optimizer"] = pick(*OPTIMIZERS[:6])
   d["offload"] = _offload(d, pick, chance)
   d["remat"] = pick("auto", "none", "names", "dots", "full")
+  if d["offload"] == "params" and chance(0.8):
+    d["remat"] = pick("auto", "names", "dots", "full")
   d["accumulate"] = pick(1, 1, 2, 4)
   d["packing"] = chance(0.5)
   d["mesh"] = pick(*MESHES) if chance(0.6) else "none"
   d["mixture"] = pick("none", "none", "none", "replay", "mixture")
   d["truncate"] = "error"
-  d["evaluated"] = chance(0.2)
+  d["evaluated"] = pick("each step", "at the end") if chance(0.2) else "no"
   kind = kind_of(d["method"])
   if kind == "text":
     d["truncate"] = pick("error", "error", "drop", "keep_start")
@@ -78,6 +80,8 @@ def draw(seed: int) -> Draw:
   d["fields"] |= _objective(d["method"], pick, chance)
   d["fields"] |= _adapter(d["adapter"], pick, chance)
   d["fields"] |= _optimizer(d, pick, chance)
+  if d["method"].partition(":")[0] in ("kto", "reward", "grouped") and chance(0.25):
+    d["fields"]["objective.sft_weight"] = 0.5
   return d
 
 
@@ -186,6 +190,8 @@ def _adapter(method: str, pick, chance) -> dict[str, Any]:
       fields["adapter.depth_ranks"] = "(2,4)"
     if chance(0.2) and method != "longlora":
       fields["adapter.modules_to_save"] = pick("('embed_tokens',)", "('lm_head',)", "('norm',)")
+    if chance(0.1):
+      fields["adapter.rank_pattern"] = "{'v_proj':2}"
     if method in ("lora", "dora") and chance(0.3):
       fields["adapter.init_lora_weights"] = pick("gaussian", "zero_a", "pissa")
   if method == "longlora":
@@ -227,9 +233,9 @@ def command(d: Draw, shared: pathlib.Path) -> tuple[str, list[str]]:
     "data.length": LENGTH if kind in ONE_ANSWER or d.get("share_prompt") else LONGER,
     "data.packing": d["packing"],
     "data.truncate": d["truncate"],
-    "data.eval": others if d["evaluated"] else "",
-    "data.eval_rows": 4 if d["evaluated"] else 0,
-    "eval.every": 0,
+    "data.eval": others if d["evaluated"] != "no" else "",
+    "data.eval_rows": 4 if d["evaluated"] != "no" else 0,
+    "eval.every": int(d["evaluated"] == "each step"),
     "mesh.data": data,
     "mesh.fsdp": fsdp,
     "mesh.tensor": tensor,
