@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec
 
 from posttrain_jax.adapters.config import AdapterConfig
 from posttrain_jax.adapters.dropout import dropout
+from posttrain_jax.adapters.node import Change
 from posttrain_jax.core import struct, weight
 from posttrain_jax.core.weight import embed, linear
 
@@ -34,7 +35,7 @@ class Factors:
 
 
 @struct.dataclass
-class AdaLoRA:
+class AdaLoRA(Change):
   """x @ W + scale * ((x @ a) * e) @ b, with a: [in, rank], e: [rank], b: [rank, out].
 
   `mask` is 1 for the ranks that are kept.  It does not act in the product: as in PEFT a rank is out when its e is set

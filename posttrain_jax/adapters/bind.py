@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 from posttrain_jax.adapters import adalora, allocation, ia3, inits, prefix, prompt, replaced, vera
 from posttrain_jax.adapters.config import AdapterConfig
 from posttrain_jax.adapters.hooks import Hooks
+from posttrain_jax.adapters.node import Change, Common, Node, PerRow, Standing
 from posttrain_jax.core import tree, weight
 from posttrain_jax.core.weight import Adapted
 from posttrain_jax.models import before, decoder
@@ -105,23 +106,29 @@ def bind(params: Any, adapter: Any, *, key: Array | None = None, rows: Any = Non
   """
   standing = [path for path in (before.PROMPT, before.PREFIX) if path in tree.flatten(params)]
   for path, node in tree.items(adapter):
-    if path.startswith(SHARED_PATH):
+    if isinstance(node, Common):
       continue
-    if path in standing:
+    if isinstance(node, Standing) and path in standing:
       raise ValueError(f"params have a node at {path} already, and it does not nest")
-    if hasattr(node, "of_rows") != (rows is not None):
+    if isinstance(node, PerRow) != (rows is not None):
       raise ValueError("rows go with what adapters.stack made, and what it made with rows")
-    if hasattr(node, "of_rows"):
+    if isinstance(node, PerRow):
       node = node.of_rows(rows)
-    if hasattr(node, "completed"):
-      node = node.completed(adapter)
-    for other, leaf in node.beside(path, params).items() if hasattr(node, "beside") else ():
-      params = tree.put(params, other, leaf)
-    if hasattr(node, "apply"):
-      frozen = base(params, path)
-      node = Adapted(frozen, node, _keys(key, path, node, frozen))
-    params = tree.put(params, path, node)
+    params = (
+      _changed(params, adapter, path, node, key)
+      if isinstance(node, Change)
+      else tree.put(params, path, node)
+    )
   return params
+
+
+def _changed(params, adapter, path, node, key):
+  """params with the weight at path adapted, and what goes with it."""
+  node = node.completed(adapter)
+  for other, leaf in node.beside(path, params).items():
+    params = tree.put(params, other, leaf)
+  frozen = base(params, path)
+  return tree.put(params, path, Adapted(frozen, node, _keys(key, path, node, frozen)))
 
 
 def original(params: Any, adapter: Any) -> Any:
@@ -129,7 +136,7 @@ def original(params: Any, adapter: Any) -> Any:
 
   The fixed part of an adapter will do; params themselves where nothing was taken out.
   """
-  taken = {path: node.at_start() for path, node in tree.items(adapter) if hasattr(node, "at_start")}
+  taken = {path: node.at_start() for path, node in tree.items(adapter) if isinstance(node, Change)}
   return bind(
     params, tree.unflatten((path, node) for path, node in taken.items() if node is not None)
   )
@@ -151,13 +158,15 @@ def merge(params: Any, adapter: Any | None = None) -> Any:
   if "lm_head" not in bound and isinstance(tree.get(bound, EMBEDDING), Adapted):
     bound = tree.put(bound, HEAD, decoder.head(bound))
   dense = jax.jit(weight.dense)
-  plain = lambda leaf: dense(leaf) if hasattr(leaf, "dense") else leaf
+  plain = lambda leaf: dense(leaf) if isinstance(leaf, weight.Weight) else leaf
   return tree.unflatten((path, plain(leaf)) for path, leaf in tree.items(bound))
 
 
 def count(adapter: Any) -> int:
   """Trained parameters in effect (a masked rank does not count)."""
-  return sum(leaf.size() if callable(leaf.size) else leaf.size for _, leaf in tree.items(adapter))
+  return sum(
+    leaf.size() if isinstance(leaf, Node) else leaf.size for _, leaf in tree.items(adapter)
+  )
 
 
 def summary(params: Any, adapter: Any) -> str:
@@ -224,14 +233,14 @@ def _check(config: AdapterConfig, names: list[str]) -> None:
       f"layers_to_transform={config.layers_to_transform}: the model has layers 0 to {max(layers)}"
     )
   for option in ("rank_pattern", "alpha_pattern"):
-    for pattern in getattr(config, option):
+    for pattern in vars(config)[option]:
       alone = AdapterConfig(rank_pattern={pattern: config.r + 1}, r=config.r)
       if not any(alone.rank(name) != config.r for name in adapted):
         raise ValueError(f"{option}: {tree.unknown(pattern, adapted, 'adapted module')}")
 
 
 def _keys(key, path, node, base):
-  if key is None or not getattr(node, "dropout", 0.0):
+  if key is None or not node.dropout:
     return None
   own = jax.random.fold_in(key, zlib.crc32(path.encode()))
   lead = weight.shape(base)[:-2]

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from posttrain_jax.adapters.config import AdapterConfig, full_name
+from posttrain_jax.adapters.node import Change
 from posttrain_jax.core import struct, tree, weight
 from posttrain_jax.core.weight import embed, linear
 
@@ -19,7 +20,7 @@ Array = jax.Array
 
 
 @struct.dataclass
-class Replaced:
+class Replaced(Change):
   """x @ value in the place of x @ W, or value as a vector in the place of another; the base is not read.
 
   A head tied to a replaced embedding keeps to the base, as in PEFT: train `lm_head` too where it should follow.
