@@ -11,20 +11,33 @@ from posttrain_jax.adapters.bind import (
   original,
   summary,
 )
-from posttrain_jax.adapters.config import AdapterConfig, depth_ranks
+from posttrain_jax.adapters.config import (
+  AdapterConfig,
+  AnyConfig,
+  Combination,
+  depth_ranks,
+  from_section,
+  parts_of,
+  together,
+)
 from posttrain_jax.adapters.stacked import stack
 
 __all__ = [
   "RULES",
   "AdapterConfig",
+  "AnyConfig",
+  "Combination",
   "Hooks",
   "bind",
   "count",
   "depth_ranks",
+  "from_section",
   "hooks",
   "init",
   "merge",
   "original",
+  "parts_of",
   "stack",
   "summary",
+  "together",
 ]

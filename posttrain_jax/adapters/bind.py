@@ -11,7 +11,7 @@ import jax
 from jax.sharding import PartitionSpec
 
 from posttrain_jax.adapters import adalora, allocation, ia3, inits, prefix, prompt, replaced, vera
-from posttrain_jax.adapters.config import AdapterConfig
+from posttrain_jax.adapters.config import AdapterConfig, AnyConfig, parts_of
 from posttrain_jax.adapters.hooks import Hooks
 from posttrain_jax.adapters.node import Change, Common, Node, PerRow, Standing
 from posttrain_jax.core import tree, weight
@@ -37,6 +37,7 @@ RULES = ((rf"{SHARED_PATH}.*", PartitionSpec()), *before.RULES)
 SHARED: dict[str, Callable[..., dict[str, Any]]] = {"vera": vera.shared}
 # method -> init(key, params, config) -> {path: node}: nodes without `apply`, which stand alone (soft prompts, prefixes)
 STANDING: dict[str, Callable[..., dict[str, Any]]] = {"prompt": prompt.init, "prefix": prefix.init}
+STANDING_AT = {"prompt": before.PROMPT, "prefix": before.PREFIX}
 # method -> (config, steps) -> Hooks
 HOOKS: dict[str, Callable[[AdapterConfig, int], Hooks]] = {"adalora": allocation.hooks}
 
@@ -44,7 +45,7 @@ HOOKS: dict[str, Callable[[AdapterConfig, int], Hooks]] = {"adalora": allocation
 def init(
   key: Array,
   params: Any,
-  config: AdapterConfig,
+  config: AnyConfig | Sequence[AdapterConfig],
   *,
   store: Callable[[str], Callable[[Array], Any] | None] | None = None,
   started: Mapping[str, Any] | None = None,
@@ -56,7 +57,7 @@ def init(
   Args:
     key: each module draws from its own fold of it, by name: adding a module changes no other's start.
     params: the base; some methods return it changed (what they move into the adapter is taken out).
-    config: which modules, which rank.
+    config: which modules, which rank; several for methods that train together, each at paths of its own.
     store: path -> how a base that the method changes is kept, a function of one layer's matrix; None: as it came.
     started: nodes of methods that change the base, by path, where params are what they left of it.
     text_tokens: what a soft prompt with prompt_tuning_init="TEXT" starts from: the ids of prompt_tuning_init_text.
@@ -66,35 +67,70 @@ def init(
     The base and a tree with one node at each adapted path.
 
   Raises:
-    ValueError: a method that does not exist, or a target, pattern or layer that matches nothing.
+    ValueError: a target, pattern or layer that matches nothing, or two methods at one path.
   """
-  if config.method == "prompt":
-    made = prompt.init(key, params, config, text_tokens=text_tokens, model=model)
-    return params, tree.unflatten(made)
-  if text_tokens is not None:
-    raise ValueError(f"text_tokens are for method='prompt', found {config.method!r}")
-  if config.method in STANDING:
-    return params, tree.unflatten(STANDING[config.method](key, params, config))
-  if config.method not in METHODS:
-    known = ", ".join([*METHODS, *STANDING])
-    raise ValueError(f"unknown adapter method {config.method!r}; known: {known}")
-  bases, adapter, found = {}, {}, targeted(params, config)
-  config = config.for_layers(max(map(len, found.values())))
-  for path, names in found.items():
+  parts = parts_of(config)
+  _check_apart(params, parts)
+  if text_tokens is not None and all(part.method != "prompt" for part in parts):
+    methods = "+".join(part.method for part in parts)
+    raise ValueError(f"text_tokens are for method='prompt', found {methods!r}")
+  adapter: dict[str, Any] = {}
+  for part in parts:
+    if part.method == "prompt":
+      nodes = prompt.init(key, params, part, text_tokens=text_tokens, model=model)
+    elif part.method in STANDING:
+      nodes = STANDING[part.method](key, params, part)
+    else:
+      began = started if part.changes_base else None
+      params, nodes = _at_matrices(key, params, part, store, began)
+    if part.modules_to_save:
+      nodes = {**nodes, **replaced.init(params, functools.partial(base, params), part, nodes)}
+    adapter |= nodes
+  return params, tree.unflatten(adapter)
+
+
+def _at_matrices(key, params, config, store, started):
+  """(params, {path: node}) of a method that adapts matrices."""
+  bases, nodes, names_at = {}, {}, targeted(params, config)
+  config = config.for_layers(max(map(len, names_at.values())))
+  for path, names in names_at.items():
     bases[path] = base(params, path)
     if started is not None:
-      adapter[path] = started[path]
+      nodes[path] = started[path]
       continue
     keep = {"store": store(path)} if store and config.changes_base else {}
-    changed, adapter[path] = METHODS[config.method](key, bases[path], names, config, **keep)
+    changed, nodes[path] = METHODS[config.method](key, bases[path], names, config, **keep)
     if path in tree.flatten(params):
       params = tree.put(params, path, changed)
   if config.method in SHARED:
-    adapter |= SHARED[config.method](bases, adapter, config)
-  if config.modules_to_save:
-    at = functools.partial(base, params)
-    adapter |= replaced.init(params, at, config, adapter)
-  return params, tree.unflatten(adapter)
+    nodes |= SHARED[config.method](bases, nodes, config)
+  return params, nodes
+
+
+def paths(params: Any, config: AdapterConfig) -> list[str]:
+  """Where an adapter of this config has its nodes; params may be shapes.
+
+  Raises:
+    ValueError: a target, pattern or layer that matches nothing.
+  """
+  whole = replaced.paths(params, config)
+  if config.method in STANDING_AT:
+    return [STANDING_AT[config.method], *whole]
+  shared = [vera.PATH] if config.method in SHARED else []
+  return [*targeted(params, config), *shared, *whole]
+
+
+def _check_apart(params: Any, parts: Sequence[AdapterConfig]) -> None:
+  """Raises ValueError where two of the methods would have a node at one path."""
+  owners: dict[str, str] = {}
+  for part in parts if len(parts) > 1 else ():
+    for path in paths(params, part):
+      if path in owners:
+        raise ValueError(
+          f"{owners[path]} and {part.method} both adapt {path}, and of what trains together a path has one: leave it "
+          "out of one of them (exclude_modules, modules_to_save), or train the one over the other, frozen"
+        )
+      owners[path] = part.method
 
 
 def bind(params: Any, adapter: Any, *, key: Array | None = None, rows: Any = None) -> Any:
@@ -142,10 +178,11 @@ def original(params: Any, adapter: Any) -> Any:
   )
 
 
-def hooks(config: AdapterConfig | None, steps: int) -> Hooks | None:
-  """What the config's method adds to a training step of `steps` updates; None for most, and for no adapter."""
-  made = None if config is None else HOOKS.get(config.method)
-  return None if made is None or config is None else made(config, steps)
+def hooks(config: AnyConfig | None, steps: int) -> Hooks | None:
+  """What the config's methods add to a training step of `steps` updates; None for most, and for no adapter."""
+  parts = () if config is None else parts_of(config)
+  # one method has hooks, and a method is in a config once
+  return next((HOOKS[part.method](part, steps) for part in parts if part.method in HOOKS), None)
 
 
 def merge(params: Any, adapter: Any | None = None) -> Any:
