@@ -107,7 +107,7 @@ def test_theirs_gives_equal_scores_here(scored, method, tmp_path):
   close(scores_of(params, adapter, tokens, config), theirs_of(model, tokens))
 
 
-# --- methods that train together ----------------------------------------------------------------------------------------
+# --- methods that train together --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("standing", ["prompt", "prefix"])
