@@ -184,6 +184,7 @@ def test_what_is_asked_of_a_config_is_asked_of_a_combination():
   starts = [c.starts_as_its_base for c in (AdapterConfig(), plain, prompt, long, config)]
   assert starts == [True, False, False, False, False]
   assert Combination((AdapterConfig(), PARTS["vera"])).starts_as_its_base
+  assert not Combination((AdapterConfig(), prompt)).starts_as_its_base
   began = Combination((PARTS["vera"], PARTS["pissa"]))
   assert began.changes_base
   assert began.starting is PARTS["pissa"]
@@ -195,6 +196,18 @@ def test_what_is_asked_of_a_config_is_asked_of_a_combination():
   assert deep.parts[1].rank("layers.2.mlp.up_proj") == 4
   assert parts_of(plain) == (plain,)
   assert parts_of(config) == config.parts == (text, long)
+
+
+def test_a_batch_mixes_a_combination_with_others():
+  model, params = families.make("llama")
+  plain = PARTS["lora"].replace(modules_to_save=())
+  both = moved(adapters.init(KEY, params, [PARTS["prompt"], plain])[1], size=0.2)
+  alone = moved(adapters.init(KEY, params, plain)[1], seed=4, size=0.2)
+  tokens = families.tokens(3, 9)
+  bound = adapters.bind(params, adapters.stack([both, alone]), rows=np.asarray([1, 0, -1]))
+  found = decoder.forward(bound, tokens, model)
+  for row, adapter in enumerate((alone, both, {})):
+    close(found[row], logits(params, adapter, tokens[row : row + 1], model)[0], 2e-5)
 
 
 def test_adaloras_hooks_see_its_nodes_among_others():

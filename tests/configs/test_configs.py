@@ -54,9 +54,13 @@ def test_its_fields_make_an_adapter_and_an_optimizer(name):
   assert assemble.adapter_config(load(name, "adapter=none")) is None
 
 
+SAVED = ("embed_tokens", "norm", "layernorm")
+
+
 @pytest.mark.parametrize("method", OPTIONS)
 def test_every_method_reads_its_section_and_trains_a_head_beside(method):
   section = load("sft.py", f"adapter={method}").adapter.to_dict()
+  assert section["modules_to_save"] == (SAVED if method == "longlora" else ())
   config = adapters.from_section(section, whole=("score",), steps=100)
   assert config.method == method
   assert config.modules_to_save[-1] == "score"
