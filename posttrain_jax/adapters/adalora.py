@@ -171,8 +171,8 @@ def check(config: AdapterConfig) -> None:
   if not c.lora_alpha > 0:
     raise ValueError(f"lora_alpha={c.lora_alpha}: adalora wants it above 0")
   for name in ("beta1", "beta2"):
-    if not 0 < getattr(c, name) < 1:
-      raise ValueError(f"{name}={getattr(c, name)}: write a number between 0 and 1")
+    if not 0 < vars(c)[name] < 1:
+      raise ValueError(f"{name}={vars(c)[name]}: write a number between 0 and 1")
   if not 0 <= c.orth_reg_weight < float("inf"):
     raise ValueError(f"orth_reg_weight={c.orth_reg_weight}: write a finite number of at least 0")
   if c.deltaT < 1 or c.tinit < 0 or c.tfinal < 0:

@@ -11,7 +11,8 @@ import jax
 from jax.sharding import PartitionSpec
 
 from posttrain_jax.adapters import adalora, allocation, ia3, inits, prefix, prompt, replaced, vera
-from posttrain_jax.adapters.config import AdapterConfig, AnyConfig, parts_of
+from posttrain_jax.adapters.combination import AnyConfig, parts_of
+from posttrain_jax.adapters.config import AdapterConfig
 from posttrain_jax.adapters.hooks import Hooks
 from posttrain_jax.adapters.node import Change, Common, Node, PerRow, Standing
 from posttrain_jax.core import tree, weight

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 ALL_LINEAR = "all-linear"
@@ -130,8 +130,8 @@ class AdapterConfig:
           f"lora_alpha and the values of alpha_pattern must be finite, found {alpha}"
         )
     for name in ("target_modules", "exclude_modules", "feedforward_modules", "modules_to_save"):
-      if isinstance(getattr(self, name), list | set):
-        object.__setattr__(self, name, tuple(sorted(getattr(self, name))))
+      if isinstance(vars(self)[name], list | set):
+        object.__setattr__(self, name, tuple(sorted(vars(self)[name])))
     layers = self.layers_to_transform
     layers = (layers,) if isinstance(layers, int) else tuple(layers or ()) or None
     object.__setattr__(self, "layers_to_transform", layers)
@@ -144,7 +144,7 @@ class AdapterConfig:
       raise ValueError(f"unknown adapter method {self.method!r}; known: {', '.join(OPTIONS)}")
     for option, meant in MEANINGS.get(self.method, {}).items():
       default = AdapterConfig.__dataclass_fields__[option].default
-      given = getattr(self, option)
+      given = vars(self)[option]
       if given not in (default, meant) and not str(given).startswith(f"{meant}_niter_"):
         raise ValueError(f"method={self.method!r} means {option}={meant!r}, found {given!r}")
       if given == default:
@@ -154,9 +154,9 @@ class AdapterConfig:
         continue
       made = field.default_factory
       default = field.default if made is dataclasses.MISSING else made()
-      if getattr(self, field.name) != default:
+      if vars(self)[field.name] != default:
         raise ValueError(
-          f"{field.name}={getattr(self, field.name)!r}: the method {self.method!r} has no such option; "
+          f"{field.name}={vars(self)[field.name]!r}: the method {self.method!r} has no such option; "
           f"it reads {', '.join(OPTIONS[self.method][1:])}"
         )
 
@@ -253,141 +253,6 @@ class AdapterConfig:
 
   def replace(self, **changes: Any) -> AdapterConfig:
     return dataclasses.replace(self, **changes)
-
-
-@dataclasses.dataclass(frozen=True)
-class Combination:
-  """Several methods in one trained adapter, at paths apart: a soft prompt with LoRA, say.
-
-  It is asked as an AdapterConfig is; `parts_of` gives the configs of either.
-  """
-
-  parts: tuple[AdapterConfig, ...]
-
-  def __post_init__(self):
-    methods = [part.method for part in self.parts]
-    if len(methods) < 2 or len(set(methods)) < len(methods):
-      raise ValueError(
-        f"{'+'.join(methods) or 'no method'}: a combination is of two methods or more, each once; for other ranks of "
-        "some modules write rank_pattern"
-      )
-    if sum(part.changes_base for part in self.parts) > 1:
-      starts = [part.method for part in self.parts if part.changes_base]
-      raise ValueError(
-        f"{' and '.join(starts)} each start with a part of the base; of one adapter only one can"
-      )
-
-  @property
-  def method(self) -> str:
-    return "+".join(part.method for part in self.parts)
-
-  @property
-  def starting(self) -> AdapterConfig | None:
-    """The part that starts with a part of the base, if one does."""
-    return next((part for part in self.parts if part.changes_base), None)
-
-  @property
-  def changes_base(self) -> bool:
-    return self.starting is not None
-
-  @property
-  def starts_as_its_base(self) -> bool:
-    return all(part.starts_as_its_base for part in self.parts)
-
-  @property
-  def in_weights(self) -> bool:
-    return all(part.in_weights for part in self.parts)
-
-  @property
-  def lora_dropout(self) -> float:
-    """The largest of its parts'."""
-    return max(part.lora_dropout for part in self.parts)
-
-  @property
-  def attention_group(self) -> int:
-    return max(part.attention_group for part in self.parts)
-
-  @property
-  def context_length(self) -> int:
-    return max(part.context_length for part in self.parts)
-
-  @property
-  def modules_to_save(self) -> tuple[str, ...]:
-    return tuple(name for part in self.parts for name in part.modules_to_save)
-
-  @property
-  def prompt_tuning_init_text(self) -> str | None:
-    texts = [part.prompt_tuning_init_text for part in self.parts]
-    return next((text for text in texts if text is not None), None)
-
-  def for_layers(self, layers: int) -> Combination:
-    return Combination(tuple(part.for_layers(layers) for part in self.parts))
-
-
-AnyConfig = AdapterConfig | Combination
-
-
-def parts_of(config: AnyConfig | Sequence[AdapterConfig]) -> tuple[AdapterConfig, ...]:
-  """The configs of an adapter, method by method: one for most."""
-  if isinstance(config, AdapterConfig):
-    return (config,)
-  return config.parts if isinstance(config, Combination) else tuple(config)
-
-
-def together(parts: Sequence[AdapterConfig]) -> AnyConfig:
-  """The config of an adapter that has those parts."""
-  return parts[0] if len(parts) == 1 else Combination(tuple(parts))
-
-
-def from_section(
-  section: Mapping[str, Any], *, whole: Sequence[str] = (), steps: int | None = None
-) -> AnyConfig | None:
-  """The config that a run's section describes; None for method "none", full fine-tuning.
-
-  {"method": "lora", "r": 8} holds a method's options.  {"method": "prompt+lora", "prompt": {...}, "lora": {...}} holds
-  those of each part under its name.  What such files write differently from AdapterConfig: "uniform" for the default
-  start of LoRA, "" and () for what is not set.
-
-  >>> from_section({"method": "prompt+lora", "prompt": {}, "lora": {"r": 4}}).parts[1].r
-  4
-
-  Args:
-    whole: names that train whole beside what the section says, such as a new head; the first part has them.
-    steps: updates of the run, with which AdaLoRA's schedule ends where it does not say.
-  """
-  methods = str(section["method"]).split("+")
-  if methods == ["none"]:
-    return None
-  options = dict(section)
-  del options["method"]
-  if len(methods) == 1:
-    return _from_options(methods[0], options, whole, steps)
-  if unknown := sorted(set(options) ^ set(methods)):
-    raise ValueError(
-      f"method={section['method']!r} goes with one section for each of {', '.join(methods)}; found "
-      f"{', '.join(options) or 'none'}, which differs in {', '.join(unknown)}"
-    )
-  first = lambda i: whole if i == 0 else ()
-  return together(
-    [_from_options(name, options[name], first(i), steps) for i, name in enumerate(methods)]
-  )
-
-
-def _from_options(
-  method: str, options: Mapping[str, Any], whole: Sequence[str], steps: int | None
-) -> AdapterConfig:
-  fields = {name: _option(name, value) for name, value in options.items()}
-  if whole:
-    fields[WHOLE] = tuple(dict.fromkeys([*fields.get(WHOLE, ()), *whole]))
-  if method == "adalora":  # its file says when its schedule ends
-    fields.setdefault("total_step", steps)
-  return AdapterConfig(method=method, **fields)
-
-
-def _option(name: str, value: Any) -> Any:
-  if name == "init_lora_weights" and value == "uniform":
-    return True
-  return None if name in ("layers_to_transform", "prompt_tuning_init_text") and not value else value
 
 
 def depth_ranks(first: int, last: int, layers: int) -> dict[str, int]:

@@ -26,7 +26,8 @@ import safetensors
 from posttrain_jax.adapters.bind import paths
 from posttrain_jax.adapters.codecs import adalora, ia3, lora, standing, vera
 from posttrain_jax.adapters.codecs.codec import Codec, Folder
-from posttrain_jax.adapters.config import OPTIONS, AdapterConfig, AnyConfig, parts_of, together
+from posttrain_jax.adapters.combination import AnyConfig, parts_of, together
+from posttrain_jax.adapters.config import OPTIONS, AdapterConfig
 from posttrain_jax.core import files, tree
 from posttrain_jax.models import decoder
 from posttrain_jax.models.config import ModelConfig

@@ -7,8 +7,14 @@ import numpy as np
 import pytest
 
 from posttrain_jax import adapters
-from posttrain_jax.adapters import AdapterConfig, Combination, peft_format
-from posttrain_jax.adapters.config import from_section, parts_of, together
+from posttrain_jax.adapters import (
+  AdapterConfig,
+  Combination,
+  from_section,
+  parts_of,
+  peft_format,
+  together,
+)
 from posttrain_jax.core import files, tree
 from posttrain_jax.models import decoder
 from tests.adapters.kinds import moved

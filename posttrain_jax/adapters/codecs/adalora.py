@@ -54,7 +54,7 @@ def write(adapter: Any, config: AdapterConfig, model_config: ModelConfig) -> Wri
     lora_dropout=config.lora_dropout,
     # PEFT wants the end of a schedule from a finished adapter too
     total_step=config.total_step or config.tinit + config.tfinal + 1,
-    **{name: getattr(config, name) for name in SCHEDULE},
+    **{name: vars(config)[name] for name in SCHEDULE},
     rank_pattern=None if all(map(all, patterns.values())) else patterns,
     bias="none",
     fan_in_fan_out=False,

@@ -96,7 +96,7 @@ def write(adapter: Any, config: AdapterConfig, model_config: ModelConfig) -> Wri
   )
   record = dict(began_with=config.init_lora_weights) if config.changes_base else {}
   if config.method == "longlora":
-    record |= {field: getattr(config, field) for field in LONG}
+    record |= {field: vars(config)[field] for field in LONG}
   return Written({**modules.tensors(parts, {**NAMES, **MAGNITUDE}), **whole}, described, record)
 
 

@@ -57,7 +57,7 @@ def write(adapter: Any, config: AdapterConfig, model_config: ModelConfig) -> Wri
     modules_to_save=to_save,
     **modules.targets(list(parts), model_config),
   )
-  stored = {name: np.asarray(getattr(pair, field)).T for field, name in PAIR.items()}
+  stored = {name: np.asarray(vars(pair)[field]).T for field, name in PAIR.items()}
   return Written(modules.tensors(parts, NAMES) | stored | whole, described)
 
 
@@ -81,7 +81,7 @@ CODEC = Codec("VERA", ("vera",), write, read)
 
 
 def _split(node: vera.VeRA) -> list[dict[str, np.ndarray]]:
-  fields = {name: np.atleast_2d(getattr(node, name)) for name in NAMES}
+  fields = {name: np.atleast_2d(vars(node)[name]) for name in NAMES}
   return [
     {name: array[i] for name, array in fields.items()} if rank else {}
     for i, rank in enumerate(np.atleast_1d(node.ranks()))
