@@ -134,7 +134,7 @@ def _merge(found: runs.Run, source: Path, out: Path, merge_base: str) -> None:
   folder = fetch.resolve(found.field("model.name"))
   params, config = hf.load(folder, storage="dense")
   adapter, chosen = peft_format.load(source, params, config)
-  if chosen.method in ("prompt", "prefix"):
+  if not chosen.in_weights:
     raise ValueError(
       f"merge: a {chosen.method} stands before the text and is in no weight, so no merged model can hold it; export "
       "without merge, and load the folder as an adapter: posttrain chat --adapter=DIR, or peft"
