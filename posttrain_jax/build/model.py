@@ -40,7 +40,8 @@ def load(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh | None = Non
   on_host = config.optimizer.offload == "params"
   place = functools.partial(layout.place, mesh=mesh, on_host=on_host)
   adapter_config = adapter.described(config)
-  starting, started = adapter_config and adapter_config.starting, None
+  starting = None if adapter_config is None else adapter_config.starting
+  started = None
   if starting is not None:
     key = jax.random.key(config.seed)
     started = start.plan(key, starting, hf.read_config(folder), config.model.base)
