@@ -186,7 +186,8 @@ def _merged_onto_original(found, params, adapter, merge_base) -> Any:
 
 
 def _starts_from_base(found: runs.Run) -> bool:
-  said = f"{found.field('adapter.method')} {found.field('adapter.init_lora_weights')}"
+  starts = {options.get("init_lora_weights") for options in found.adapters().values()}
+  said = " ".join(map(str, [*found.adapters(), *starts]))
   return any(name in said for name in START_FROM_BASE)
 
 
