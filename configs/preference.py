@@ -37,9 +37,8 @@ def get_config(arg=None):
   o.weighting = False  # WPO: pairs count by how likely the policy is to write them
   o.running_shift = False  # BCO's running mean of rewards
   common.reference(o)
-  o.sync_every = (
-    0  # TR-DPO, in full fine-tuning: updates from one step of the reference to the next
-  )
+  # TR-DPO: updates from one step of the reference towards the policy to the next; 0: it stays
+  o.sync_every = 0
   o.sync_mix = 0.6
   c.data = common.answers(arg, "triples" if "gold" in names else "pairs")
   c.data.length = 1024

@@ -34,12 +34,10 @@ class Answers:
   count: int
   values: Mapping[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
   steps: np.ndarray | None = None  # float32, a label where a step ends, NaN elsewhere
-  reference: np.ndarray | None = (
-    None  # float32, log-probabilities under the reference, of trained tokens
-  )
-  companion: Answers | None = (
-    None  # an answer to another prompt behind this one (KTO's estimate of the KL)
-  )
+  # float32, log-probabilities under the reference, of trained tokens
+  reference: np.ndarray | None = None
+  # an answer to another prompt behind this one (KTO's estimate of the KL)
+  companion: Answers | None = None
   channel: str | None = None
   origin: str = ""
   is_chat: bool = False
@@ -378,9 +376,7 @@ def _check_classes(made: list[Answers]) -> None:
     )
 
 
-def with_companions(
-  examples: Sequence[Answers], limit: int, share: bool = True
-) -> list[Answers]:
+def with_companions(examples: Sequence[Answers], limit: int, share: bool = True) -> list[Answers]:
   """Each example with the answers of the nearest one before it that has another prompt, behind its own prompt.
 
   TRL takes the one before it, which of a pair told apart into labels has the same prompt.

@@ -56,9 +56,8 @@ class State:
 class Ready:
   """Parameters as generation wants them, made by `prepare`: once, where they are used for several calls."""
 
-  stacked: (
-    Params  # reads the prompt: a scan compiles in a tenth of the time that separate layers take
-  )
+  # reads the prompt: a scan compiles in a tenth of the time that separate layers take
+  stacked: Params
   layers_apart: Params  # decodes
 
 

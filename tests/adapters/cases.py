@@ -105,9 +105,8 @@ def trained(adapter: Any, seed: int = 0) -> Any:
     moved = node.replace(a=jnp.asarray(a, jnp.float32), b=jnp.asarray(b, jnp.float32))
     if not isinstance(node, dora.DoRA):
       return moved
-    used = (
-      mask if node.mask is None else np.max(mask, axis=-2)
-    )  # a layer without ranks has no magnitude to train
+    # a layer without ranks has no magnitude to train
+    used = mask if node.mask is None else np.max(mask, axis=-2)
     factors = 1 + 0.3 * used * draw.uniform(-1, 1, node.magnitude.shape)
     return moved.replace(magnitude=jnp.asarray(node.magnitude * factors, jnp.float32))
 
