@@ -4,13 +4,13 @@ posttrain train --config=configs/kto.py:data=LABELS.jsonl --workdir=runs/kto
 """
 
 import common
+import ml_collections
 
 
 def get_config(arg=None):
   arg = common.parse(arg, model="smollm2", data="", adapter="lora", base="dense", smoke=False)
   c = common.run(arg)
-  c.objective = {"name": "kto"}
-  o = c.objective
+  o = c.objective = ml_collections.ConfigDict({"name": "kto"})
   o.beta = 0.1  # weight of the KL to the reference
   # desirable_weight n_desirable / (undesirable_weight n_undesirable) is best between 1 and 4/3
   o.desirable_weight = 1.0

@@ -267,7 +267,7 @@ def spread(values: Sequence[float], form: str) -> str:
 
 
 def value(curve: dict[Any, float], step: int) -> float:
-  return curve.get(step, curve.get(str(step)))  # a JSON file has the steps as text
+  return curve[step] if step in curve else curve[str(step)]  # a JSON file has the steps as text
 
 
 def steps_to(curve: dict[Any, float], loss: float) -> float:
