@@ -98,3 +98,28 @@ def test_a_reference_follows_the_policy(kind):
   plain = make(model)
   (_, metrics), _ = told(plain, before, Context(reference=compared), examples)
   assert float(margins[3].total) == pytest.approx(float(metrics["rewards/chosen"].total), rel=1e-4)
+
+
+def test_a_reference_follows_an_adapter():
+  """TR-DPO with LoRA: the trained factors are mixed; the base and the adapter's scale stay what they are."""
+  objective, trainable, context, examples = setup("dpo")
+  objective = dataclasses.replace(objective, sync_every=1, sync_mix=0.25)
+  optimizer, given = optax.sgd(0.5), batch(examples)
+  state = state_lib.start(trainable, optimizer, context.fixed, objective.start(trainable))
+  run = jax.jit(step.make(objective, optimizer))
+  first, metrics = run(state, context, given)
+  assert read(metrics)["rewards/margins"] == pytest.approx(0, abs=1e-5)  # the base's would not be
+  follower = jax.tree.map(lambda new, old: 0.25 * new + 0.75 * old, first.trainable, trainable)
+  near = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+  jax.tree.map(near, first.memory["reference"].trainable, follower)
+  _, metrics = run(first, context, given)
+  # what the second step compares with: the base bound to the mixed factors
+  params = adapters.bind(context.base, tree.combine(follower, context.fixed))
+  fixed = dataclasses.replace(objective, sync_every=0)
+  (_, expected), _ = told(
+    fixed, first.trainable, dataclasses.replace(context, reference=params), given
+  )
+  found, wanted = read(metrics), read(expected)
+  for name in ("loss", "rewards/chosen", "rewards/margins"):
+    assert found[name] == pytest.approx(wanted[name], rel=1e-3, abs=1e-6)
+  assert abs(wanted["rewards/chosen"]) > 1e-3
