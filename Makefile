@@ -62,7 +62,7 @@ compose: .venv/ready ## 500 random combinations of everything: run, learn, shard
 check: .venv/ready ## format, lint, types, examples in docstrings
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/ty check posttrain_jax
+	$(BIN)/ty check
 	$(BIN)/python -m pytest --doctest-modules posttrain_jax
 
 format: .venv/ready

@@ -59,11 +59,28 @@ def chosen(name, value, known):
 
 
 def adapter(method):
-  """The options of an adapter method, under PEFT's names: a method has those that it reads and no other."""
+  """The options of an adapter method, under PEFT's names: a method has those that it reads and no other.
+
+  Several methods that train together, "prompt+lora", have a section each: adapter.prompt, adapter.lora.
+  """
   a = ml_collections.ConfigDict()
+  names = method.split("+")
+  if len(names) == 1:
+    return _options(a, method)
+  a.method = method
+  for name in names:
+    if names.count(name) > 1 or name == "none":
+      raise ValueError(f"config argument adapter={method!r}: write two methods, each once")
+    a[name] = _options(ml_collections.ConfigDict(), name)
+    del a[name].method
+  return a
+
+
+def _options(a, method):
   a.method = chosen("adapter", method, ADAPTERS)
   if method == "none":
     return a
+  a.modules_to_save = ()  # name endings of what trains whole beside it
   if method in ("prompt", "prefix"):
     a.num_virtual_tokens = 20
     if method == "prompt":
@@ -104,15 +121,12 @@ def adapter(method):
   a.init_lora_weights = method if method in ("pissa", "olora", "loftq") else "uniform"
   a.use_dora = method == "dora"
   a.loftq_iter = 1  # rounds of quantisation and SVD
-  a.modules_to_save = ()  # name endings of what trains whole
   if method == "longlora":
     a.modules_to_save = ("embed_tokens", "norm", "layernorm")
-    a.attention_group = (
-      64  # tokens of a group of the shifted attention in training; 0: full attention
-    )
-    a.context_length = (
-      0  # tokens of a context that positions are interpolated to; 0: the model's own
-    )
+    # tokens of a group of the shifted attention in training; 0: full attention
+    a.attention_group = 64
+    # tokens of a context that positions are interpolated to; 0: the model's own
+    a.context_length = 0
   return a
 
 
@@ -126,9 +140,8 @@ def run(arg):
   c.model.name = arg.model  # "smollm2", a Hugging Face folder or hub name
   c.model.base = chosen("base", arg.base, BASES)  # how frozen matrices are stored
   c.model.dtype = "auto"  # of the computation: bfloat16 on accelerators, float32 on CPU
-  c.model.template = (
-    "tokenizer"  # chat template: the tokenizer's own, or chatml llama3 llama2 mistral vicuna gemma
-  )
+  # chat template: the tokenizer's own, or chatml llama3 llama2 mistral vicuna gemma
+  c.model.template = "tokenizer"
   c.model.remat = "auto"  # what the backward pass recomputes: none, names, dots, full
 
   c.adapter = adapter(arg.adapter)
@@ -198,9 +211,8 @@ def text(arg):
   """Where rows come from, and how they become batches."""
   d = ml_collections.ConfigDict()
   d.train = arg.data  # a built-in task, a .jsonl .json .parquet path, or a hub name
-  d.eval = (
-    ""  # the same; "": the task's own evaluation split, or the last `eval_rows` rows of train
-  )
+  # the same; "": the task's own evaluation split, or the last `eval_rows` rows of train
+  d.eval = ""
   d.eval_rows = 64
   d.columns = ml_collections.ConfigDict()  # this schema's name -> the file's column(s)
   d.chat = True  # prompt and completion strings become a user's and an assistant's turn

@@ -6,6 +6,8 @@ Rows: {"prompt": ..., "completions": [...], "scores": [...]}.
 """
 
 import common
+import ml_collections
+from ml_collections import config_dict
 
 # loss, aggregation, advantage, epsilon_high
 METHODS = {
@@ -25,11 +27,15 @@ def get_config(arg=None):
   )
   c = common.run(arg)
   loss, aggregation, advantage, high = METHODS[common.chosen("method", arg.method, METHODS)]
-  c.objective = {"name": "grouped", "loss": loss, "aggregation": aggregation}
-  o = c.objective
+  o = c.objective = ml_collections.ConfigDict(
+    {"name": "grouped", "loss": loss, "aggregation": aggregation}
+  )
   o.advantage = advantage  # group, batch, none (of a deviation to divide by), leave_one_out
   o.epsilon = 3e-4 if loss == "gspo" else 0.2
   o.epsilon_high = high
+  o.dual_clip = config_dict.placeholder(
+    float
+  )  # PPO's loss of a bad answer is at most this times -A
   o.ceiling = 5.0  # CISPO's bound on the ratio
   o.kl_weight = 0.0  # of k3 to the reference
   o.sft_weight = 0.0  # of the likelihood of the better (those with a positive advantage) answers, beside the loss

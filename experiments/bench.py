@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 RANK, ALPHA, LR = 16, 32, 1e-4
 ROWS, LENGTH = 4, 256  # the fixed shape: rows of tokens, every one real and trained
@@ -47,7 +48,7 @@ def jax_jobs() -> Jobs:
   from posttrain_jax.data import loader
   from posttrain_jax.models import decoder, hf
   from posttrain_jax.objectives import Context
-  from posttrain_jax.optim import build
+  from posttrain_jax.optim import chain
   from posttrain_jax.train import state as state_lib
   from posttrain_jax.train import step
 
@@ -55,7 +56,7 @@ def jax_jobs() -> Jobs:
   fresh = lambda seed, **options: adapters.init(
     jax.random.key(seed), params, adapters.AdapterConfig(lora_alpha=ALPHA, **options)
   )[1]
-  optimizer, _ = build.build("adamw", lr=LR, steps=1000, schedule="constant", clip=None)
+  optimizer, _ = chain.chain("adamw", lr=LR, steps=1000, schedule="constant", clip=None)
   update = jax.jit(step.make(objectives.Sft(config, remat="names"), optimizer), donate_argnums=0)
 
   @functools.cache  # made when its job first runs: the peak memory of the jobs before is their own
@@ -218,14 +219,17 @@ class Worker:
     self.process = subprocess.Popen(
       command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
     )
-    self.jobs = json.loads(self.process.stdout.readline() or "null")
+    assert self.process.stdin is not None  # both are pipes
+    assert self.process.stdout is not None
+    self.requests, self.answers = self.process.stdin, self.process.stdout
+    self.jobs = json.loads(self.answers.readline() or "null")
     if self.jobs is None:
       raise RuntimeError(f"the {library} worker ended before it began")
 
   def run(self, job: str) -> dict:
-    self.process.stdin.write(f"{job}\n")
-    self.process.stdin.flush()
-    line = self.process.stdout.readline()
+    self.requests.write(f"{job}\n")
+    self.requests.flush()
+    line = self.answers.readline()
     if not line:
       raise RuntimeError(
         f"a worker ended in {job} with code {self.process.wait()}; -9: out of memory"
@@ -233,7 +237,7 @@ class Worker:
     return json.loads(line)
 
   def close(self) -> None:
-    self.process.stdin.close()
+    self.requests.close()
     self.process.wait()
 
 
@@ -253,7 +257,7 @@ def turn(worker: Worker, job: str) -> dict:
 def compare(repeats: int) -> dict:
   """{job: {library: tokens/s, ...}}: first runs (compilation) apart, then `repeats` pairs in turn."""
   workers = {library: Worker(library) for library in ("jax", "torch")}
-  results = {}
+  results: dict[str, dict[str, Any]] = {}
   for job in workers["jax"].jobs:
     first = {library: worker.run(job) for library, worker in workers.items()}
     pairs = []
@@ -303,7 +307,7 @@ def gpu() -> dict:
   from posttrain_jax.core import tree
   from posttrain_jax.models import decoder, shapes
   from posttrain_jax.objectives import Context
-  from posttrain_jax.optim import build
+  from posttrain_jax.optim import chain
   from posttrain_jax.train import state as state_lib
   from posttrain_jax.train import step
 
@@ -320,7 +324,7 @@ def gpu() -> dict:
       jax.random.key(1), params, adapters.AdapterConfig(r=RANK, lora_alpha=ALPHA)
     )
     trainable, fixed = tree.partition(adapter)
-    optimizer, _ = build.build("adamw", lr=LR, steps=1000, schedule="constant")
+    optimizer, _ = chain.chain("adamw", lr=LR, steps=1000, schedule="constant")
     objective = objectives.Sft(config, dtype=jnp.bfloat16, remat="names")
     state, context = state_lib.start(trainable, optimizer), Context(params, fixed)
     tokens = (

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from posttrain_jax.build import adapter, decisions, layout, start
+from posttrain_jax.adapters import layout
+from posttrain_jax.build import adapter, decisions, start
 from posttrain_jax.data import chat
 from posttrain_jax.models import decoder, fetch, hf, rotary
 from posttrain_jax.models.config import ModelConfig
@@ -39,10 +40,11 @@ def load(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh | None = Non
   on_host = config.optimizer.offload == "params"
   place = functools.partial(layout.place, mesh=mesh, on_host=on_host)
   adapter_config = adapter.described(config)
+  starting = None if adapter_config is None else adapter_config.starting
   started = None
-  if adapter_config is not None and adapter_config.changes_base:
+  if starting is not None:
     key = jax.random.key(config.seed)
-    started = start.plan(key, adapter_config, hf.read_config(folder), config.model.base)
+    started = start.plan(key, starting, hf.read_config(folder), config.model.base)
   # what the optimizer updates is float32; a frozen base is stored as it is computed with
   params, model_config = hf.load(
     folder,
@@ -72,13 +74,19 @@ def template_of(tokenizer: Any, name: str) -> Any:
 
 def _with_score(config, params, model_config, mesh):
   """A language model gets a new score head; a reward model keeps its own, which has one score."""
+  writes = decisions.writes(config)
   if not model_config.scores:
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
-    params, model_config = decoder.scored(key, params, model_config)
+    params, model_config = decoder.scored(key, params, model_config, writes=writes)
     placed_head = layout.place("score/weight", params["score"]["weight"], mesh=mesh)
     return {**params, "score": {"weight": placed_head}}, model_config
   if model_config.scores != 1:
     raise ConfigError(
       f"{config.model.name} has {model_config.scores} scores a token; a reward is one number"
+    )
+  if writes and not (model_config.tied or model_config.writes):
+    raise ConfigError(
+      f"{config.model.name} is a reward model without a head to write with, which objective.sft_weight and losses of"
+      " log-probabilities read; write --config.objective.sft_weight=0.0, or start from the language model"
     )
   return params, model_config

@@ -154,21 +154,20 @@ def build(config: ml_collections.ConfigDict, devices: jax.sharding.Mesh | None) 
 
 def jitted_step(
   config: ml_collections.ConfigDict,
-  adapter_config: adapters.AdapterConfig | None,
+  adapter_config: adapters.AnyConfig | None,
   loss: Scorer,
   updates: optax.GradientTransformation,
   shapes: State,
 ) -> Any:
   """The training step, jitted once for all states of these shapes: its result lies as its argument does."""
-  function = step.make(
+  return step.jitted(
     loss,
     updates,
+    shapes,
     accumulate=config.batch.accumulate,
     seed=config.seed,
     hooks=adapters.hooks(adapter_config, config.steps),
   )
-  where = jax.tree.map(lambda x: x.sharding, shapes)
-  return jax.jit(function, donate_argnums=0, out_shardings=(where, None))
 
 
 def _introduce(pieces: Pieces, say: Say) -> None:
@@ -365,7 +364,7 @@ def _check_start(pieces: Pieces, say: Say) -> None:
   bound, plain = logits(policy(trees.trainable, context)), logits(trees.context.base)
   change = float(jnp.max(jnp.abs(bound - plain)) / jnp.max(jnp.abs(plain)))
   method = trees.adapter_config.method
-  if method in ("prompt", "prefix"):
+  if not trees.adapter_config.in_weights:
     say(f"the fresh {method} changes the logits by {change:.2f} of their size")
   elif not change <= TOLERANCE:
     raise ValueError(

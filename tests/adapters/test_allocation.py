@@ -11,7 +11,7 @@ from posttrain_jax.core import metrics as metrics_lib
 from posttrain_jax.core import tree
 from posttrain_jax.models import decoder
 from posttrain_jax.objectives import Context, Sft
-from posttrain_jax.optim import build
+from posttrain_jax.optim import chain
 from posttrain_jax.train import state as state_lib
 from posttrain_jax.train import step
 from tests import tiny
@@ -177,7 +177,7 @@ def run(accumulate=1, steps=8, spoil=None, **options):
   params = decoder.init(jax.random.key(0), model, std=tiny.STD)
   _, adapter = adapters.init(jax.random.key(1), params, config)
   part, fixed = tree.partition(adapter)
-  optimizer, _ = build.build("adamw", lr=0.02, steps=steps)
+  optimizer, _ = chain.chain("adamw", lr=0.02, steps=steps)
   made = step.make(
     Sft(model), optimizer, accumulate=accumulate, hooks=adapters.hooks(config, steps)
   )
@@ -217,9 +217,8 @@ def test_the_penalty_counts_once_an_optimizer_batch():
 
 
 def test_an_update_that_is_skipped_moves_no_importance_and_no_mask():
-  found, metrics = run(
-    init_r=12, tinit=1, tfinal=3, deltaT=3, spoil=4
-  )  # the fifth update is the end
+  # the fifth update is the end
+  found, metrics = run(init_r=12, tinit=1, tfinal=3, deltaT=3, spoil=4)
   jax.tree.map(np.testing.assert_array_equal, found[4], found[3])
   assert metrics[4]["skipped"] == 1
   assert metrics[4]["adalora/mean_rank"] == metrics[3]["adalora/mean_rank"]

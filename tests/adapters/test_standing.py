@@ -9,10 +9,9 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from posttrain_jax import adapters, objectives, quant
-from posttrain_jax.adapters import AdapterConfig, peft_format
-from posttrain_jax.build import layout
+from posttrain_jax.adapters import AdapterConfig, layout, peft_format
 from posttrain_jax.core import sharding, tree
-from posttrain_jax.models import before, decoder
+from posttrain_jax.models import before, decoder, partition
 from posttrain_jax.objectives import Context
 from posttrain_jax.rollout import engine
 from tests import tiny
@@ -194,15 +193,15 @@ def test_the_gradient_is_the_same_on_eight_devices_and_with_recomputation(method
   jax.tree.map(close, gradient(adapter, params, "names"), expected)
   mesh = sharding.mesh(**shape)
   with jax.set_mesh(mesh):
-    placed = tree.unflatten((p, layout.placed(p, x, mesh)) for p, x in tree.items(params))
-    found = gradient(layout.placed_adapter(adapter, mesh), placed, "none")
+    placed = layout.laid_out(params, mesh)
+    found = gradient(layout.laid_out(adapter, mesh), placed, "none")
   jax.tree.map(functools.partial(close, rtol=2e-5), jax.device_get(found), expected)
 
 
 def test_specs():
   prompt, prefix = made("llama", "prompt")[3], made("llama", "prefix")[3]
   assert prompt["prompt"]["embeddings"].partition_specs(P()).embeddings == P()
-  rules = [*decoder.RULES, *adapters.RULES]
+  rules = partition.RULES
   spec = sharding.spec_for(before.PREFIX, rules)
   node = prefix["layers"]["self_attn"]["prefix"].partition_specs(spec)
   assert node.k == node.v == P(None, None, "tensor")  # with the heads of keys

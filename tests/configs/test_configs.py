@@ -1,12 +1,14 @@
 """Every config file: it loads, its arguments are checked, each of its points differs from the others."""
 
+import dataclasses
 import json
 import pathlib
 import re
 
 import pytest
 
-from posttrain_jax import settings
+from posttrain_jax import adapters, settings
+from posttrain_jax.adapters.config import OPTIONS
 from posttrain_jax.build import adapter, optimizer
 from posttrain_jax.models.shapes import SHAPES
 from posttrain_jax.settings import ConfigError
@@ -46,10 +48,50 @@ def test_its_smoke_run_is_small(name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_its_fields_make_an_adapter_and_an_optimizer(name):
-  config = load(name)
-  optimizer.make(config, SHAPES["llama3-8b"])
-  assert adapter.described(config).r == config.adapter.r
+  config = load(name, "", ["adapter.r=5", "optimizer.lr=0.25", "optimizer.schedule=constant"])
+  _, rate = optimizer.make(config, SHAPES["llama3-8b"])
+  assert rate(config.steps // 2) == 0.25
+  assert adapter.described(config).r == 5
   assert adapter.described(load(name, "adapter=none")) is None
+
+
+SAVED = ("embed_tokens", "norm", "layernorm")
+
+
+@pytest.mark.parametrize("method", OPTIONS)
+def test_every_method_reads_its_section_and_trains_a_head_beside(method):
+  section = load("sft.py", f"adapter={method}").adapter.to_dict()
+  assert section["modules_to_save"] == (SAVED if method == "longlora" else ())
+  config = adapters.from_section(section, whole=("score",), steps=100)
+  assert config.method == method
+  assert config.modules_to_save[-1] == "score"
+
+
+def test_methods_that_train_together_have_a_section_each():
+  section = load("sft.py", "adapter=prompt+lora").adapter
+  assert sorted(section) == ["lora", "method", "prompt"]
+  config = adapters.from_section(section.to_dict())
+  apart = [load("sft.py", f"adapter={name}").adapter.to_dict() for name in ("prompt", "lora")]
+  assert config.parts == tuple(adapters.from_section(one) for one in apart)
+  for wrong in ("lora+lora", "none+lora"):
+    with pytest.raises(ConfigError, match="write two methods, each once"):
+      load("sft.py", f"adapter={wrong}")
+
+
+@pytest.mark.parametrize("method", ["lora", "vera", "adalora", "longlora", "prompt", "prefix"])
+def test_every_number_of_an_adapter_reaches_it(method):
+  """One at a time, one higher than it was, and nothing else moves."""
+  before = load("sft.py", f"adapter={method}")
+  plain = dataclasses.asdict(adapter.described(before))
+  numbers = {k: v for k, v in before.adapter.items() if type(v) in (int, float)}
+  assert numbers
+  for field, value in numbers.items():
+    overrides = [settings.override(f"adapter.{field}", type(value)(value + 1))]
+    if field == "lora_dropout":
+      overrides = ["adapter.lora_dropout=0.5"]
+    after = dataclasses.asdict(adapter.described(load("sft.py", f"adapter={method}", overrides)))
+    moved = {name for name in after if after[name] != plain[name]}
+    assert moved == {field}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -58,6 +100,7 @@ def test_its_fields_make_an_adapter_and_an_optimizer(name):
   [
     ("adaptr=lora", "unknown config argument 'adaptr'.*did you mean 'adapter'"),
     ("adapter=lorra", "adapter='lorra': known are none, lora"),
+    ("adapter=prompt+lorra", "adapter='lorra': known are none, lora"),
     ("base=int3", "base='int3': known are dense, nf4, fp4, int8"),
     ("smoke=perhaps", "write true or false"),
   ],

@@ -1,5 +1,7 @@
 """What tests of the memory-saving optimizers update: a small tree of every kind of parameter, away from zero."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +9,8 @@ import optax
 
 from posttrain_jax.core import sharding
 from posttrain_jax.core.tree import items
-from posttrain_jax.models import decoder
-from posttrain_jax.optim import build
+from posttrain_jax.models import decoder, partition
+from posttrain_jax.optim import chain
 from tests import tiny
 
 # heads of 16 in a model 64 wide with 6 query and 2 key heads: head_dim is not hidden / heads
@@ -32,9 +34,11 @@ def like(tree, seed, scale=1.0):
 
 
 def made(name, **options):
-  defaults = dict(lr=0.02, steps=20, schedule="constant", weight_decay=0.1, rank=8, update_gap=2)
+  defaults: dict[str, Any] = dict(
+    lr=0.02, steps=20, schedule="constant", weight_decay=0.1, rank=8, update_gap=2
+  )
   defaults |= dict(axes=AXES, head_dim=HEADS)
-  return build.build(name, **(defaults | options))[0]
+  return chain.chain(name, **(defaults | options))[0]
 
 
 def after(optimizer, params, gradients, *, state=None):
@@ -53,7 +57,7 @@ def after(optimizer, params, gradients, *, state=None):
 
 def spread(params, mesh):
   """params laid out as the decoder's rules say."""
-  rules = decoder.RULES
+  rules = partition.RULES
   put = lambda path, x: jax.device_put(
     x, sharding.named(mesh, sharding.spec_for(path, rules), x.shape)
   )

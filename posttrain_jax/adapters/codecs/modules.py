@@ -22,9 +22,8 @@ from posttrain_jax.core import tree, weight
 from posttrain_jax.models import decoder
 from posttrain_jax.models.config import ModelConfig
 
-Names = Mapping[
-  str, tuple[str, str]
-]  # field -> what a linear layer and an embedding call its tensor
+# field -> what a linear layer and an embedding call its tensor
+Names = Mapping[str, tuple[str, str]]
 Parts = dict[str, dict[str, np.ndarray]]  # module -> field -> array
 PREFIX = "base_model.model."
 
@@ -161,7 +160,7 @@ def check_targets(folder: Folder, config: AdapterConfig, found: Parts, params: A
 
 def bare(key: str) -> str:
   """A tensor's name without what differs with the model class that was trained and with torch.compile."""
-  return re.sub(r"^(base_model\.model\.)?((_orig_mod|model|language_model)\.)*", "", key)
+  return re.sub(r"^(base_model\.)?((_orig_mod|model|language_model)\.)*", "", key)
 
 
 def _parse(key: str, known: Sequence[str], names: Names, path: Path) -> tuple[str, str]:

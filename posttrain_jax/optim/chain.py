@@ -16,7 +16,7 @@ SCHEDULES = ("constant", "linear", "cosine")
 WHOLE = ("adafactor",)  # their state mixes layers: nothing of them can be moved layer by layer
 
 
-def build(
+def chain(
   name: str,
   *,
   lr: float,
@@ -198,7 +198,6 @@ def matrices(params: Any) -> Any:
   """True for leaves that weight decay applies to: those with two axes or more besides the stacked layers'."""
 
   def decays(path, leaf):
-    stacked = getattr(path[0], "key", None) == "layers"
-    return jnp.ndim(leaf) - stacked >= 2
+    return jnp.ndim(leaf) - paths.stacked(path) >= 2
 
   return jax.tree_util.tree_map_with_path(decays, params)
