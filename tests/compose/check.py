@@ -115,7 +115,7 @@ def _learn(d, config, folder, whole: road.Result, scratch):
     yield "nothing that is trained moved"
   if whole.programs > 1 and not (d["mixture"] != "none" and not d["packing"]):
     yield f"the step is {whole.programs} programs"
-  if d["mixture"] != "none" or "adapter.lora_dropout" in d["fields"]:
+  if d["mixture"] != "none" or any("lora_dropout" in field for field in d["fields"]):
     return  # another batch, or other noise, at each step
   if (
     d["method"].startswith("grouped:")
@@ -201,7 +201,8 @@ def _resume(d, config, folder, whole: road.Result, scratch):
 def _export(d, config, folder, whole: road.Result, scratch):
   """The files that the run left give the outputs of what was trained."""
   storage, trained = config.model.base, whole.policy
-  starts = d["adapter"] in ("pissa", "olora", "loftq") or "pissa" in d["fields"].values()
+  methods = {*d["adapter"].split("+"), *map(str, d["fields"].values())}
+  starts = methods & {"pissa", "olora", "loftq"}
   if starts and storage != "dense":
     # written for the base as it was before a start was taken out and the rest was quantised
     storage, trained = "dense", road.onto_original(config, whole.start, whole.policy)
@@ -209,7 +210,5 @@ def _export(d, config, folder, whole: road.Result, scratch):
   found = road.outputs(config, road.reloaded(config, folder, storage))
   apart = np.max(np.abs(found - wanted)) / np.max(np.abs(wanted))
   # DoRA's norms are those of the base that was trained on, and of that as it was before
-  if not apart <= (
-    0.3 if starts and d["adapter"] == "dora" and config.model.base != "dense" else 1e-4
-  ):
+  if not apart <= (0.3 if starts and "dora" in methods and config.model.base != "dense" else 1e-4):
     yield f"read again, outputs differ by {apart:.1e} of their size"

@@ -32,6 +32,7 @@ BASES = ("dense", "nf4", "fp4", "int8")
 OPTIMIZERS = (
   *("adamw", "adafactor", "lion", "sgd", "adamw8bit", "adam_mini", "galore", "galore8bit"),
 )
+STANDING = ("prompt", "prefix")  # which stand before the text
 NO_MATRICES = ("vera", "ia3", "prompt", "prefix")  # in whose layers GaLore has nothing to project
 MESHES = {  # devices along data, fsdp and tensor
   "none": (1, 1, 1),
@@ -57,9 +58,11 @@ def draw(seed: int) -> Draw:
   d: Draw = {"seed": seed, "family": pick(*FAMILIES), "fields": {}}
   d["method"] = _method(rng, pick)
   d["adapter"] = "none" if chance(0.2) else pick(*ADAPTERS)
+  if d["adapter"] != "none" and chance(0.15):
+    d["adapter"] += f"+{pick(*(other for other in ADAPTERS if other != d['adapter']))}"
   d["base"] = pick(*BASES) if d["adapter"] != "none" or chance(0.1) else "dense"
   d["optimizer"] = pick(*OPTIMIZERS)
-  if d["adapter"] in NO_MATRICES and chance(0.8):
+  if set(d["adapter"].split("+")) <= set(NO_MATRICES) and chance(0.8):
     d["optimizer"] = pick(*OPTIMIZERS[:6])
   d["offload"] = _offload(d, pick, chance)
   d["remat"] = pick("auto", "none", "names", "dots", "full")
@@ -76,7 +79,7 @@ def draw(seed: int) -> Draw:
     d["truncate"] = pick("error", "error", "drop", "keep_start")
   else:
     d["truncate"] = pick("error", "error", "drop", "prompt")
-    d["share_prompt"] = chance(0.6)
+    d["share_prompt"] = chance(0.1 if "longlora" in d["adapter"] else 0.6)
   d["fields"] |= _objective(d["method"], pick, chance)
   d["fields"] |= _adapter(d["adapter"], pick, chance)
   d["fields"] |= _optimizer(d, pick, chance)
@@ -108,7 +111,7 @@ def kind_of(method: str) -> str:
 
 
 def _offload(d: Draw, pick, chance) -> str:
-  if not chance(0.3):
+  if not chance(0.05 if d["optimizer"] == "adafactor" else 0.3):
     return "none"
   return "params" if chance(0.5 if d["adapter"] == "none" else 0.05) else "state"
 
@@ -153,49 +156,66 @@ def _objective(method: str, pick, chance) -> dict[str, Any]:
       fields["objective.reference_base"] = pick(*BASES)
   elif name != "grouped" and chance(0.2):
     fields["objective.sync_every"] = 1
-    fields["objective.cache_reference"] = chance(0.1)
+    fields["objective.cache_reference"] = chance(0.05)
   return fields
 
 
-def _adapter(method: str, pick, chance) -> dict[str, Any]:
-  """Sizes that suit a tiny model, and options that are away from their defaults."""
-  if method == "none":
-    return {}
-  if method in ("prompt", "prefix"):
-    fields: dict[str, Any] = {"adapter.num_virtual_tokens": 4}
-    if method == "prompt":
-      init = pick("RANDOM", "SAMPLE_VOCAB", "TEXT")
-      fields["adapter.prompt_tuning_init"] = init
-      if init == "TEXT":
-        fields["adapter.prompt_tuning_init_text"] = "be brief"
-    return fields
+def _adapter(name: str, pick, chance) -> dict[str, Any]:
+  """The fields of config.adapter, of two methods in a section each and at modules apart."""
+  methods = name.split("+")
+  if len(methods) == 1:
+    fields = _options(name, pick, chance)
+    return {f"adapter.{field}": value for field, value in fields.items()}
   fields = {}
-  if method != "ia3":
-    fields["adapter.target_modules"] = pick(
-      "all-linear", "('q_proj','v_proj','down_proj')", "('o_proj','up_proj')", ".*(k|gate)_proj"
-    )
-    if chance(0.15):
-      fields["adapter.lora_dropout"] = 0.1
-  if chance(0.15) and method not in ("vera",):
-    fields["adapter.layers_to_transform"] = "(1,)"
+  for method, modules in zip(methods, ("('q_proj','v_proj')", "('k_proj','down_proj')")):
+    own = _options(method, pick, chance) | {"modules_to_save": "()"}
+    own.pop("rank_pattern", None)
+    if method not in STANDING:
+      own["target_modules"] = modules
+    if method == "ia3":
+      own["feedforward_modules"] = "()" if "q_proj" in modules else "('down_proj',)"
+    fields |= {f"adapter.{method}.{field}": value for field, value in own.items()}
+  return fields
+
+
+def _options(method: str, pick, chance) -> dict[str, Any]:
+  """Sizes that suit a tiny model, and options that are away from their defaults."""
+  fields: dict[str, Any] = {}
+  if method == "none":
+    return fields
+  if chance(0.15) and method != "longlora":
+    fields["modules_to_save"] = pick("('embed_tokens',)", "('lm_head',)", "('norm',)")
+  if method in STANDING:
+    fields["num_virtual_tokens"] = 4
+    if method == "prompt":
+      fields["prompt_tuning_init"] = pick("RANDOM", "SAMPLE_VOCAB", "TEXT")
+      if fields["prompt_tuning_init"] == "TEXT":
+        fields["prompt_tuning_init_text"] = "be brief"
+    return fields
+  if chance(0.15):
+    fields["layers_to_transform"] = "(1,)"
+  if method == "ia3":
+    return fields
+  fields["target_modules"] = pick(
+    "all-linear", "('q_proj','v_proj','down_proj')", "('o_proj','up_proj')", ".*(k|gate)_proj"
+  )
+  if chance(0.15):
+    fields["lora_dropout"] = 0.1
   if method == "vera":
-    fields["adapter.r"] = 8
-  elif method == "adalora":
-    fields |= {"adapter.init_r": 4, "adapter.target_r": 2, "adapter.lora_alpha": 4.0}
-  elif method != "ia3":
-    fields |= {"adapter.r": 4, "adapter.lora_alpha": 4.0}
-    if chance(0.2):
-      fields["adapter.use_rslora"] = True
-    if chance(0.2):
-      fields["adapter.depth_ranks"] = "(2,4)"
-    if chance(0.2) and method != "longlora":
-      fields["adapter.modules_to_save"] = pick("('embed_tokens',)", "('lm_head',)", "('norm',)")
-    if chance(0.1):
-      fields["adapter.rank_pattern"] = "{'v_proj':2}"
-    if method in ("lora", "dora") and chance(0.3):
-      fields["adapter.init_lora_weights"] = pick("gaussian", "zero_a", "pissa")
+    return fields | {"r": 8}
+  if method == "adalora":
+    return fields | {"init_r": 4, "target_r": 2, "lora_alpha": 4.0}
+  fields |= {"r": 4, "lora_alpha": 4.0}
+  if chance(0.2):
+    fields["use_rslora"] = True
+  if chance(0.2):
+    fields["depth_ranks"] = "(2,4)"
+  if chance(0.2) and ("all" in fields["target_modules"] or "v_proj" in fields["target_modules"]):
+    fields["rank_pattern"] = "{'v_proj':2}"
+  if method in ("lora", "dora") and chance(0.3):
+    fields["init_lora_weights"] = pick("gaussian", "zero_a", "pissa")
   if method == "longlora":
-    fields["adapter.attention_group"] = 16
+    fields["attention_group"] = 16
   return fields
 
 

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 ROOT = pathlib.Path(__file__).parents[2]
-SECONDS = 240  # of a draw, until its process is ended
+SECONDS = 400  # of a draw, until its process is ended
 DRAWS = 25  # of a process, until another takes its place
 AXES = (
   *("method", "family", "adapter", "base", "optimizer", "offload", "remat", "accumulate"),
