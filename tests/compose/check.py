@@ -141,8 +141,8 @@ def _is_no_measure(config) -> bool:
 
 def _starts_apart(d) -> bool:
   """Whether the policy is not its reference at the start."""
-  standing = set(d["adapter"].split("+")) & set(draws.STANDING)
-  return bool(standing) or d["fields"].get("objective.reference", "base") != "base"
+  apart = set(d["adapter"].split("+")) & {*draws.STANDING, "longlora"}
+  return bool(apart) or d["fields"].get("objective.reference", "base") != "base"
 
 
 def _advantage(config, params, d) -> float:
