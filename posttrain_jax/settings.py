@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import difflib
 import importlib.util
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,17 @@ import ml_collections
 
 class ConfigError(ValueError):
   """The user's mistake in a config file, its arguments or an override."""
+
+
+@contextlib.contextmanager
+def section(name: str) -> Generator[None]:
+  """What a library says is wrong with its arguments is said of the config's section that they come from."""
+  try:
+    yield
+  except ConfigError:
+    raise
+  except ValueError as error:
+    raise ConfigError(f"{name}: {error}") from error
 
 
 def load(config: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:

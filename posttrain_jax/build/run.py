@@ -17,7 +17,7 @@ import numpy as np
 import optax
 import rich
 
-from posttrain_jax import adapters
+from posttrain_jax import adapters, settings
 from posttrain_jax.adapters import peft_format
 from posttrain_jax.build import (
   adapter,
@@ -130,10 +130,14 @@ def build(config: ml_collections.ConfigDict, devices: jax.sharding.Mesh | None) 
   """The pieces of a run; an optimizer that these parameters do not suit says so here."""
   base = model.load(config, devices)
   rows = data.read(config, base)
-  trees = adapter.make(config, base, reference.in_step(config, base, devices), devices)
-  loss = objective.make(config, base, rows.channels)
-  updates, schedule = optimizer.make(config, base.config)
-  shapes = state_lib.abstract(trees.trainable, updates, trees.carried, loss, devices)
+  other = reference.in_step(config, base, devices)
+  with settings.section("adapter"):
+    trees = adapter.make(config, base, other, devices)
+  with settings.section("objective"):
+    loss = objective.make(config, base, rows.channels)
+  with settings.section("optimizer"):
+    updates, schedule = optimizer.make(config, base.config)
+    shapes = state_lib.abstract(trees.trainable, updates, trees.carried, loss, devices)
   return Pieces(
     config=config,
     mesh=devices,
@@ -150,7 +154,7 @@ def build(config: ml_collections.ConfigDict, devices: jax.sharding.Mesh | None) 
 
 def jitted_step(
   config: ml_collections.ConfigDict,
-  adapter_config: adapters.AdapterConfig | None,
+  adapter_config: adapters.AnyConfig | None,
   loss: Scorer,
   updates: optax.GradientTransformation,
   shapes: State,
@@ -360,7 +364,7 @@ def _check_start(pieces: Pieces, say: Say) -> None:
   bound, plain = logits(policy(trees.trainable, context)), logits(trees.context.base)
   change = float(jnp.max(jnp.abs(bound - plain)) / jnp.max(jnp.abs(plain)))
   method = trees.adapter_config.method
-  if method in ("prompt", "prefix"):
+  if not trees.adapter_config.in_weights:
     say(f"the fresh {method} changes the logits by {change:.2f} of their size")
   elif not change <= TOLERANCE:
     raise ValueError(

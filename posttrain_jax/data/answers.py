@@ -340,10 +340,13 @@ def _fitted(made: Answers, limit: int, truncate: str) -> Answers:
   excess = len(made.tokens) - limit
   if excess <= 0:
     return made
-  prompt = int(np.argmax(made.mask)) - 1
-  shared = int((made.answer == SHARED).sum())
-  if truncate == "prompt" and excess <= (shared or (prompt if made.count == 1 else 0)):
-    return cut(made, excess)
+  # of a shared beginning all can go, of a prompt that stands before each answer all but its last token
+  copies = 1 if made.shares else made.count
+  each = -(-excess // copies)
+  prompts = [len(_prompt(made, i)) for i in range(made.count)]
+  room = int((made.answer == SHARED).sum()) if made.shares else min(prompts) - 1
+  if truncate == "prompt" and each <= room:
+    return cut(made, each)
   answers = "answers" if made.count > 1 else "answer"
   raise RowError(
     "too long",
@@ -353,15 +356,16 @@ def _fitted(made: Answers, limit: int, truncate: str) -> Answers:
   )
 
 
-def cut(made: Answers, excess: int) -> Answers:
-  """made without its first `excess` tokens, which are of the prompt."""
+def cut(made: Answers, count: int) -> Answers:
+  """made without the first `count` tokens of its prompt, of each copy of it where answers do not share it."""
+  kept = made.positions >= count
   return dataclasses.replace(
     made,
-    tokens=made.tokens[excess:],
-    mask=made.mask[excess:],
-    answer=made.answer[excess:],
-    positions=made.positions[excess:] - excess,
-    steps=None if made.steps is None else made.steps[excess:],
+    tokens=made.tokens[kept],
+    mask=made.mask[kept],
+    answer=made.answer[kept],
+    positions=made.positions[kept] - count,
+    steps=None if made.steps is None else made.steps[kept],
     is_cut=True,
   )
 

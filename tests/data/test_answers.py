@@ -105,6 +105,10 @@ def test_an_answer_is_never_cut():
   assert len(cut) == 40
   assert cut.positions.min() == 0
   assert text(cut, 0) == ("p" * 32 + "yes<|im_end|>", "yes<|im_end|>")
+  (apart,) = encode(long, max_length=60, truncate="prompt", share=False)
+  assert len(apart) in (59, 60)
+  assert text(apart, 0)[1] == "yes<|im_end|>"
+  assert text(apart, 0)[0].count("p") == text(apart, 1)[0].count("p")
   with pytest.raises(RowError, match="tokens, prompt and answers together"):
     encode(row(prompt="p", chosen="y" * 30, rejected="n" * 30), max_length=40, truncate="prompt")
   with pytest.raises(ValueError, match="kept whole"):
