@@ -34,7 +34,7 @@ def get_config(arg=None):
   o.epsilon_high = high
   o.ceiling = 5.0  # CISPO's bound on the ratio
   o.kl_weight = 0.0  # of k3 to the reference
-  o.sft_weight = 0.0  # of the likelihood of the better (those with a positive advantage) answers, beside the loss
+  o.sft_weight = 0.0  # of the likelihood of answers with a positive advantage, beside the loss
   o.old = "policy"  # who wrote the answers: policy (every ratio is 1 at first) or reference
   common.reference(o)
   c.data = common.answers(arg, "scored")
