@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
@@ -84,23 +83,47 @@ def read(config: ml_collections.ConfigDict, model: Model) -> Data:
 def with_advantages(
   config: ml_collections.ConfigDict, examples: Sequence[answers.Answers]
 ) -> Sequence[answers.Answers]:
-  """Groups of scored answers with the advantage of each, as config.objective.advantage says."""
+  """Groups of scored answers with the advantage of each, as config.objective.advantage says.
+
+  "batch" divides by one deviation over the data: what is in an optimizer batch is not known yet.
+  """
   how = config.objective.advantage
   if not examples:
     return examples
-  scores = [jnp.asarray(example.values["score"], jnp.float32) for example in examples]
+  scores = _padded([example.values["score"] for example in examples])
   if how == "leave_one_out":
-    advantages = [advantage.leave_one_out(each) for each in scores]
-  elif how == "batch":
-    # one deviation over the data: what is in an optimizer batch is not known yet
-    centred = [advantage.group_relative(each, scale="none") for each in scores]
-    deviation = np.nanstd(np.concatenate(scores), ddof=1)
-    advantages = [each / (deviation + advantage.EPSILON) for each in centred]
+    advantages = advantage.leave_one_out(scores)
   else:
-    advantages = [advantage.group_relative(each, scale=how) for each in scores]
-  spread = [[float(np.nan_to_num(np.nanstd(each, ddof=1)))] * len(each) for each in scores]
-  examples = answers.with_values(examples, "deviation", spread)
-  return answers.with_values(examples, "advantage", [each.tolist() for each in advantages])
+    advantages = advantage.group_relative(scores, scale=how)
+  examples = answers.with_values(examples, "deviation", _trimmed(_deviations(scores), examples))
+  return answers.with_values(examples, "advantage", _trimmed(advantages, examples))
+
+
+def _padded(groups: Sequence[Sequence[float]]) -> np.ndarray:
+  """[groups, largest group] float32, NaN behind smaller ones.
+
+  Raises:
+    ValueError: a group has one answer.
+  """
+  if min(map(len, groups)) < 2:
+    raise ValueError("a row of scored answers has one: its advantage is over others to its prompt")
+  padded = np.full((len(groups), max(map(len, groups))), np.nan, np.float32)
+  for row, group in zip(padded, groups):
+    row[: len(group)] = group
+  return padded
+
+
+def _deviations(scores: np.ndarray) -> np.ndarray:
+  """The standard deviation of each group, at each of its answers; 0 where it agrees, or has one score."""
+  centred = np.asarray(advantage.group_relative(scores, scale="none"))
+  count = np.sum(~np.isnan(scores), axis=1, keepdims=True)
+  squares = np.sum(centred**2, axis=1, keepdims=True)
+  return np.broadcast_to(np.sqrt(squares / np.maximum(count - 1, 1)), scores.shape)
+
+
+def _trimmed(values: Any, examples: Sequence[answers.Answers]) -> list[list[float]]:
+  """Of each group, what is not padding."""
+  return [row[: e.count].tolist() for row, e in zip(np.asarray(values), examples, strict=True)]
 
 
 def _sources(config: ml_collections.ConfigDict, model: Model) -> tuple[Any, list[str]]:

@@ -20,7 +20,7 @@ from tests import tiny
 from tests.adapters.cases import trained
 from tests.commands.test_train import CONFIG
 from tests.marks import slow
-from tests.objectives.test_objectives import assert_same, gradient, placed
+from tests.objectives.batches import assert_same, gradient, placed
 from tests.train.test_kinds import lines, weights
 
 KEY = jax.random.key(0)

@@ -1,5 +1,6 @@
 """`posttrain train` from end to end: what a run leaves, how it goes on, and what it says when it cannot."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -134,7 +135,7 @@ def test_full_fine_tuning_exports_a_model(shared, tmp_path):
   assert train(shared, tmp_path, **fields) == 0
   params, config = hf.load(tmp_path / "model")
   before, _ = hf.load(shared / "model")
-  assert config == tiny.config() or config.num_layers == 2
+  assert dataclasses.replace(config, source="") == dataclasses.replace(tiny.config(), source="")
   assert not jnp.array_equal(params["norm"]["weight"], before["norm"]["weight"])
   assert (tmp_path / "model" / "tokenizer.json").exists()
 

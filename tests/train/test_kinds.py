@@ -21,7 +21,7 @@ from posttrain_jax.train import step
 from tests import tiny
 from tests.adapters.kinds import moved
 from tests.commands.test_train import CONFIG
-from tests.objectives.test_objectives import assert_same, gradient, placed
+from tests.objectives.batches import assert_same, gradient, placed
 
 TARGETS = ("q_proj", "v_proj", "down_proj")
 OPTIONS = {

@@ -1,38 +1,27 @@
 """Contributions add up: one batch, micro-batches and devices give the same gradient as the plain formula."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from posttrain_jax import adapters, objectives
-from posttrain_jax.adapters import layout
-from posttrain_jax.core import distributed, sharding, tree
+from posttrain_jax.core import distributed, sharding
 from posttrain_jax.core import metrics as metrics_lib
 from posttrain_jax.data.packing import pack
 from posttrain_jax.losses import logprob
 from posttrain_jax.models import decoder
-from posttrain_jax.objectives import Context, Sft
-from posttrain_jax.train import step
+from posttrain_jax.objectives import Sft
 from tests import tiny
+from tests.objectives.batches import assert_same, gradient, placed
 
 KINDS = ("full", "lora", "qlora")
-TOLERANCE = 1e-5  # relative, in the gradient of each leaf
 SPECIAL = (100, 101, 102)
 
 
 def make(kind, **options):
   model, trainable, context = tiny.setup(kind)
   return Sft(model, channels=tiny.CHANNELS, special_tokens=SPECIAL, **options), trainable, context
-
-
-def gradient(objective, trainable, context, batch, accumulate=1):
-  key, memory = jax.random.key(0), objective.start(trainable)
-  run = jax.jit(functools.partial(step.gradient, objective, accumulate=accumulate))
-  grads, metrics = run(trainable, context, batch, key, memory=memory)
-  return grads, metrics_lib.read(metrics)
 
 
 def plainly(objective, trainable, context, batch):
@@ -52,24 +41,6 @@ def plainly(objective, trainable, context, batch):
     return jnp.sum(nll * batch["loss_mask"][:, 1:]) / batch["loss_mask"].sum()
 
   return jax.jit(jax.value_and_grad(loss))(trainable, context, batch)
-
-
-def placed(trainable, context, mesh):
-  """As a run lays them out."""
-  if context.fixed is None:
-    return layout.laid_out(trainable, mesh), context
-  adapter = layout.laid_out(tree.combine(trainable, context.fixed), mesh)
-  trainable, fixed = tree.partition(adapter)
-  return trainable, Context(layout.laid_out(context.base, mesh), fixed)
-
-
-def assert_same(found, wanted, tolerance=TOLERANCE):
-  assert jax.tree.structure(found) == jax.tree.structure(wanted)
-  for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(wanted)):
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    error, size = np.linalg.norm(a - b), np.linalg.norm(b)
-    assert error <= tolerance * size, f"{jax.tree_util.keystr(path)}: {error:.2e} of {size:.2e}"
-    assert size > 0
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,97 @@
+"""Objectives on answers: nothing depends on how a batch is divided, packed, ordered or laid out."""
+
+import jax
+import numpy as np
+import pytest
+
+from posttrain_jax.core import distributed, sharding
+from posttrain_jax.data import answers
+from posttrain_jax.data.packing import best_fit
+from posttrain_jax.objectives import (
+  Context,
+  Preference,
+)
+from posttrain_jax.objectives import rows as rows_lib
+from tests import tiny
+from tests.marks import slow
+from tests.objectives.batches import (
+  CASES,
+  FAST,
+  LENGTH,
+  alone,
+  assert_same,
+  batch,
+  example,
+  gradient,
+  pairs,
+  placed,
+  rows_of,
+  setup,
+  whole,
+)
+
+ALL = [name if name in FAST else slow(name) for name in CASES]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_eight_micro_batches_are_one_batch(name):
+  objective, trainable, context, examples = setup(name)
+  grads, metrics = gradient(objective, trainable, context, batch(examples), accumulate=8)
+  assert_same(grads, whole(name)[0])
+  assert metrics == pytest.approx(whole(name)[1], rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", [slow(name) if name == "aot_unpaired" else name for name in ALL])
+def test_neither_order_nor_packing_nor_a_shared_prompt_changes_anything(name):
+  objective, trainable, context, examples = setup(name)
+  order = np.random.default_rng(0).permutation(len(examples))
+  fitted = best_fit([len(examples[i]) for i in order], 2 * LENGTH)
+  rows = [[int(order[i]) for i in row] for row in fitted]
+  grads, metrics = gradient(objective, trainable, context, rows_of(examples, rows, 2 * LENGTH))
+  assert_same(grads, whole(name)[0])
+  assert metrics["loss"] == pytest.approx(whole(name)[1]["loss"], rel=1e-5)
+  if CASES[name][2] is pairs:
+    apart = pairs(share=False)
+    assert sum(map(len, apart)) > sum(map(len, examples))
+    grads, _ = gradient(objective, trainable, context, batch(apart))
+    assert_same(grads, whole(name)[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_eight_devices_are_one(name):
+  objective, trainable, context, examples = setup(name)
+  mesh = sharding.mesh(data=2, fsdp=2, tensor=2)
+  with jax.set_mesh(mesh):
+    trainable, moved = placed(trainable, context, mesh)
+    there = distributed.global_batch(mesh, batch(examples))
+    grads, metrics = gradient(objective, trainable, moved, there, accumulate=2)
+  assert_same(jax.device_get(grads), whole(name)[0])
+  assert metrics["loss"] == pytest.approx(whole(name)[1]["loss"], rel=1e-5)
+
+
+def test_sums_are_those_of_each_answer_alone():
+  """Against the whole decoder on one answer a row, without packing."""
+  model, trainable, _ = tiny.setup("full")
+  rng = np.random.default_rng(3)
+  prompt = rng.integers(3, 250, 5)
+  several = [example(rng, prompt, n) for n in (3, 6, 1)]
+  made = answers.join(several)
+  objective = Preference(model)
+  packed = rows_of([made, made], [[0, 1]])
+
+  @jax.jit
+  def sums(trainable, packed):
+    at = rows_lib.spans(packed)
+    forward = objective.forward(trainable, Context(), packed, None, training=False)
+    return at.per_answer(objective.scores(forward, packed, at.mask).logp)
+
+  found = sums(trainable, packed)
+  for i, one in enumerate(several * 2):
+    logits = np.asarray(alone(trainable, one.tokens, model), np.float64)
+    logps = (logits - np.log(np.exp(logits).sum(-1, keepdims=True)))[
+      np.arange(len(one) - 1), one.tokens[1:]
+    ]
+    expected = logps[one.mask[1:]].sum()
+    assert float(found[0, i]) == pytest.approx(expected, rel=1e-5)
+  assert made.lengths == (3, 6, 1)
