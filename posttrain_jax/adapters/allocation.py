@@ -31,7 +31,7 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-  """Ranks in all that are left after update number `step`, counted from 1; the `end` is the last that prunes."""
+  """How many ranks in all are left after update number `step`, counted from 1; the `end` is the last that prunes."""
 
   first: int  # ranks of all modules at the start
   target: int

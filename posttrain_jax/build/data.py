@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
@@ -92,9 +93,9 @@ def with_advantages(
     return examples
   scores = _padded([example.values["score"] for example in examples])
   if how == "leave_one_out":
-    advantages = advantage.leave_one_out(scores)
+    advantages = advantage.leave_one_out(jnp.asarray(scores))
   else:
-    advantages = advantage.group_relative(scores, scale=how)
+    advantages = advantage.group_relative(jnp.asarray(scores), scale=how)
   examples = answers.with_values(examples, "deviation", _trimmed(_deviations(scores), examples))
   return answers.with_values(examples, "advantage", _trimmed(advantages, examples))
 
@@ -115,14 +116,14 @@ def _padded(groups: Sequence[Sequence[float]]) -> np.ndarray:
 
 def _deviations(scores: np.ndarray) -> np.ndarray:
   """The standard deviation of each group, at each of its answers; 0 where it agrees, or has one score."""
-  centred = np.asarray(advantage.group_relative(scores, scale="none"))
+  centred = np.asarray(advantage.group_relative(jnp.asarray(scores), scale="none"))
   count = np.sum(~np.isnan(scores), axis=1, keepdims=True)
   squares = np.sum(centred**2, axis=1, keepdims=True)
   return np.broadcast_to(np.sqrt(squares / np.maximum(count - 1, 1)), scores.shape)
 
 
 def _trimmed(values: Any, examples: Sequence[answers.Answers]) -> list[list[float]]:
-  """Of each group, what is not padding."""
+  """What is not padding of each group."""
   return [row[: e.count].tolist() for row, e in zip(np.asarray(values), examples, strict=True)]
 
 

@@ -240,7 +240,7 @@ def _leaf(reader: stream.Tensors, path: str, config: ModelConfig) -> Any:
 
 @jax.jit
 def _merged(base, node):
-  """In float32, whatever the base's dtype: rounded once, with the result."""
+  """The base with its adapter in float32, whatever the base's dtype: it is rounded once, with the result."""
   return weight.dense(Adapted(base.astype(jnp.float32), node), jnp.float32)
 
 

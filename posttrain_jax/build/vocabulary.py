@@ -62,7 +62,7 @@ def _counts(layout: Layout) -> str:
 
 
 def _tokenizers(found: Recipe, folders: Mapping[ModelRef, Path]) -> dict[ModelRef, Any]:
-  """Of every model; one without files of a tokenizer has the leading model's, as in mergekit."""
+  """The tokenizer of every model; one without files of its own has the leading model's, as in mergekit."""
   made = {found.leading: chat.load_tokenizer(folders[found.leading])}
   for model in found.models():
     if model in made:

@@ -186,7 +186,7 @@ class Checkpoints:
     return sorted(int(folder.name) for folder in found if folder.name.isdecimal())
 
   def _prune(self) -> None:
-    """Renames before it deletes (orbax does not): a kill half-way must not leave half a step that looks complete."""
+    """Old steps are renamed before they are deleted: a kill half-way must not leave half a step that looks complete."""
     for step in self._complete()[: -self._keep]:
       if step not in self._keep_steps:
         leftover = self.directory / f"{step}.deleted{UNFINISHED}"
@@ -244,7 +244,7 @@ def _leaves(state: Tree) -> dict[str, Any]:
 
 @jax.jit
 def _sum(x: jax.Array) -> jax.Array:
-  """Changes when any one element does, and does not depend on the sharding: integer addition is associative."""
+  """A sum that changes when any one element does, whatever the sharding: integer addition is associative."""
   x = memory.fetch(x)
   if x.dtype.itemsize < 8 and not jnp.issubdtype(x.dtype, jnp.floating):
     words = x.astype(jnp.uint32)

@@ -57,7 +57,7 @@ EDGES = np.concatenate([-_STEPS[::-1], [0.0], _STEPS])
 
 
 def histogram(values: Array, mask: Array) -> Histogram:
-  """Of the values where mask is True."""
+  """The histogram of the values where mask is True."""
   where = jnp.searchsorted(jnp.asarray(EDGES), values.ravel())
   counts = jnp.zeros(len(EDGES) + 1).at[where].add(mask.ravel().astype(jnp.float32))
   return Histogram(counts)

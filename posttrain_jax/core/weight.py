@@ -34,7 +34,7 @@ class Weight(Leaf):
 
   @property
   def dtype(self) -> Any:
-    """Of the matrix that it stands for."""
+    """The dtype of the matrix that it stands for."""
     raise TypeError(f"{type(self).__name__} has no dtype")
 
   def apply(self, x: Array) -> Array:

@@ -247,7 +247,7 @@ class _Encoder:
     return start + found[-1] + 1 if len(found) else stop
 
   def _framed(self, tokens, mask, row):
-    """With exactly one BOS where the tokenizer wants one, and an EOS that is trained."""
+    """The example with exactly one BOS where the tokenizer wants one, and an EOS that is trained."""
     if self.eos is None:
       raise RowError(
         "no EOS", row.origin, "the tokenizer has no EOS token, so text could not be made to end"

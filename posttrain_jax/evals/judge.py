@@ -55,7 +55,7 @@ class Judge:
     ).examples
 
   def rewards(self, examples: Sequence[answer_lib.Answers]) -> list[list[float]]:
-    """Of each example, in order: one number an answer, or where it is told apart into steps, one a step."""
+    """The rewards of each example, in order: one number an answer, or where it is told apart into steps, one a step."""
     return _scored(self.params, self.config, examples)
 
 

@@ -77,7 +77,7 @@ class TokenRow:
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-  """By which vocabulary models are merged token by token: a model's, or None, all models' together."""
+  """The vocabulary by which models are merged token by token: a model's, or (None) all models' together."""
 
   source: ModelRef | None
   tokens: Mapping[str, TokenRow]

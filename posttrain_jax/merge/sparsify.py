@@ -156,7 +156,7 @@ def _threefry(first, second, low):
 
 
 def _places(shape):
-  """Of each entry its number in the flat order, without a reshape, which would gather what devices share."""
+  """The number of each entry in the flat order, without a reshape, which would gather what devices share."""
   strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
   own = [
     jax.lax.broadcasted_iota(jnp.uint32, shape, a) * np.uint32(s) for a, s in enumerate(strides)
@@ -178,7 +178,7 @@ def by_rank(x: Array, density: Array | float, epsilon: Array | float) -> Array:
 
 
 def _ranks(row):
-  """Of each entry its place in the sorted row.
+  """The place of each entry in the sorted row.
 
   Sorting numbers of 64 bits, the entry above and its place below, takes a fifth of sorting pairs on CPUs.
   """
@@ -191,7 +191,7 @@ def _ranks(row):
 
 
 def _ranks_by_blocks(rows):
-  """So many rows at once that what sorting keeps is small beside the array."""
+  """`_ranks` of so many rows at once that what sorting keeps is small beside the array."""
   return jax.lax.map(_ranks, rows, batch_size=max(1, BLOCK // max(1, rows.shape[-1])))
 
 

@@ -201,7 +201,7 @@ def run(
 
 
 def _digest(made: Plan, opened: Mapping[ModelRef, Tensors], parts) -> str:
-  """Of all that the bytes follow from: the recipe, the files it reads, how the result is cut."""
+  """A digest of all that the bytes follow from: the recipe, the files it reads, how the result is cut."""
   inputs = sorted({str(path.resolve()) for held in opened.values() for path in held.where.values()})
   stamps = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in inputs]
   said = [repr(made.recipe), stamps, [(file, list(part)) for file, part in parts.items()]]

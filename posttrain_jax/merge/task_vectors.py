@@ -310,7 +310,7 @@ def sce(
 
 @jax.jit
 def _variance(models, base):
-  """Of each entry, among models."""
+  """The variance of each entry among models."""
   # about the first delta, so that equal ones have no variance at all
   wide = _wide(base)
   deltas = [_wide(x) - wide for x in models]
@@ -407,7 +407,7 @@ def _joined(deltas, weights, rule):
 
 
 def _agree(votes, election):
-  """Of each model, where its vote has the elected sign; a zero never has."""
+  """Where the vote of each model has the elected sign; a zero never has."""
   positive = sum(votes if election == "sum" else map(jnp.sign, votes)) >= 0
   return [jnp.where(positive, x > 0, x < 0) for x in votes]
 

@@ -263,7 +263,7 @@ class Preference(Compared):
     return DIVERGENCES[self.divergence](log_ratio, **options)
 
   def compare(self, trainable: Any, context: Context, batch: Batch) -> dict[str, Array]:
-    """Of each pair, [rows, pairs]: implicit rewards, log-ratios to the reference (drifts), lengths, presence."""
+    """What each pair says, [rows, pairs]: implicit rewards, log-ratios to the reference (drifts), lengths, presence."""
     forward = self.forward(trainable, context, batch, None, training=False)
     pairs = self.pairs(forward, context, batch, spans(batch), training=False)
     chosen, rejected = self._rewards(pairs)

@@ -42,11 +42,11 @@ class Reward(Scorer):
       raise ValueError(f"kind={self.kind!r}: a reward model learns from pairs, outcomes or steps")
 
   def rewards(self, params: Any, batch: Batch) -> Array:
-    """[rows, slots]: of each answer, read at its last token."""
+    """The reward of each answer, [rows, slots], read at its last token."""
     return self._of_answers(Forward(params, self.hidden(params, batch)), batch)
 
   def of_tokens(self, params: Any, batch: Batch) -> Array:
-    """[rows, time]: of the text up to each token; where a step ends, the step's."""
+    """The reward of the text up to each token, [rows, time]; where a step ends, the step's."""
     return _of_tokens(Forward(params, self.hidden(params, batch)))
 
   def _of_answers(self, forward: Forward, batch: Batch) -> Array:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,7 +24,7 @@ from posttrain_jax.train import step
 from tests import tiny
 
 LENGTH = 48
-PAIRS = {
+PAIRS: dict[str, dict[str, Any]] = {
   "dpo": dict(losses=(("dpo", 1.0),)),
   "several": dict(losses=(("ipo", 0.5), ("bco", 0.3), ("sft", 1.0)), label_smoothing=0.1),
   "aot": dict(losses=(("aot", 1.0),)),
@@ -87,7 +88,7 @@ def batch(examples):
   return rows_of(examples, [*rows, []], 2 * LENGTH)
 
 
-CASES = {
+CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
   **{name: (Preference, options, pairs) for name, options in PAIRS.items()},
   "kto": (Labelled, dict(undesirable_weight=1.3), labels),
   "grpo": (Grouped, dict(aggregation="sequence_mean", old="reference", kl_weight=0.1), scored),

@@ -142,7 +142,7 @@ def channel_quotas(n: int) -> dict[str, int]:
 
 
 def _fair(question: Question, facts: sqlite3.Connection, twin: sqlite3.Connection) -> bool:
-  """Has an answer, which is another on the twin, needs each condition for it, and leaves no tie to chance."""
+  """Whether it has an answer, and another on the twin, needs each condition for it, and leaves no tie to chance."""
   answer, other = (db.execute(question.gold).fetchall() for db in (facts, twin))
   if answer == other:  # or a query that says the answer would be right
     return False
