@@ -48,7 +48,7 @@ def jax_jobs() -> Jobs:
   from posttrain_jax.data import loader
   from posttrain_jax.models import decoder, hf
   from posttrain_jax.objectives import Context
-  from posttrain_jax.optim import build
+  from posttrain_jax.optim import chain
   from posttrain_jax.train import state as state_lib
   from posttrain_jax.train import step
 
@@ -56,7 +56,7 @@ def jax_jobs() -> Jobs:
   fresh = lambda seed, **options: adapters.init(
     jax.random.key(seed), params, adapters.AdapterConfig(lora_alpha=ALPHA, **options)
   )[1]
-  optimizer, _ = build.build("adamw", lr=LR, steps=1000, schedule="constant", clip=None)
+  optimizer, _ = chain.chain("adamw", lr=LR, steps=1000, schedule="constant", clip=None)
   update = jax.jit(step.make(objectives.Sft(config, remat="names"), optimizer), donate_argnums=0)
 
   @functools.cache  # made when its job first runs: the peak memory of the jobs before is their own
@@ -307,7 +307,7 @@ def gpu() -> dict:
   from posttrain_jax.core import tree
   from posttrain_jax.models import decoder, shapes
   from posttrain_jax.objectives import Context
-  from posttrain_jax.optim import build
+  from posttrain_jax.optim import chain
   from posttrain_jax.train import state as state_lib
   from posttrain_jax.train import step
 
@@ -324,7 +324,7 @@ def gpu() -> dict:
       jax.random.key(1), params, adapters.AdapterConfig(r=RANK, lora_alpha=ALPHA)
     )
     trainable, fixed = tree.partition(adapter)
-    optimizer, _ = build.build("adamw", lr=LR, steps=1000, schedule="constant")
+    optimizer, _ = chain.chain("adamw", lr=LR, steps=1000, schedule="constant")
     objective = objectives.Sft(config, dtype=jnp.bfloat16, remat="names")
     state, context = state_lib.start(trainable, optimizer), Context(params, fixed)
     tokens = (

@@ -49,7 +49,7 @@ def jax_jobs() -> bench.Jobs:
   from posttrain_jax.data import answers, chat, loader
   from posttrain_jax.models import fetch, hf
   from posttrain_jax.objectives import Context, reference_cache
-  from posttrain_jax.optim import build
+  from posttrain_jax.optim import chain
   from posttrain_jax.train import state as state_lib
   from posttrain_jax.train import step
 
@@ -64,7 +64,7 @@ def jax_jobs() -> bench.Jobs:
   objective = objectives.Preference(config, beta=BETA, remat="names")
   chosen = adapters.AdapterConfig(r=bench.RANK, lora_alpha=bench.ALPHA)
   trainable, fixed = tree.partition(adapters.init(jax.random.key(0), params, chosen)[1])
-  optimizer, _ = build.build("adamw", lr=bench.LR, steps=1000, schedule="constant", clip=None)
+  optimizer, _ = chain.chain("adamw", lr=bench.LR, steps=1000, schedule="constant", clip=None)
   update = jax.jit(step.make(objective, optimizer), donate_argnums=0)
   state = state_lib.start(trainable, optimizer, fixed)
   context = Context(params)

@@ -2,7 +2,6 @@
 
 from posttrain_jax.adapters import peft_format
 from posttrain_jax.adapters.bind import (
-  RULES,
   Hooks,
   bind,
   count,
@@ -14,11 +13,10 @@ from posttrain_jax.adapters.bind import (
 )
 from posttrain_jax.adapters.combination import AnyConfig, Combination, parts_of, together
 from posttrain_jax.adapters.config import AdapterConfig, depth_ranks
-from posttrain_jax.adapters.section import from_section
+from posttrain_jax.adapters.config_section import from_section
 from posttrain_jax.adapters.stacked import stack
 
 __all__ = [
-  "RULES",
   "AdapterConfig",
   "AnyConfig",
   "Combination",

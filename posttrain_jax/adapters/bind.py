@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import PartitionSpec
 
 from posttrain_jax.adapters import adalora, allocation, ia3, inits, prefix, prompt, replaced, vera
 from posttrain_jax.adapters.combination import AnyConfig, parts_of
@@ -33,8 +32,6 @@ METHODS: dict[str, Callable[..., tuple[Any, Any]]] = {
 # method -> shared(weights, nodes, config) -> {path: value}: what the nodes of a tree read in common.  It stands in the
 # tree once, under SHARED_PATH; a node takes it by its verb `completed(adapter)`, and params have no such path.
 SHARED_PATH = "shared/"
-# Where what is no matrix of the base lies on a mesh; nodes at a base's path inherit its axes.
-RULES = ((rf"{SHARED_PATH}.*", PartitionSpec()), *before.RULES)
 SHARED: dict[str, Callable[..., dict[str, Any]]] = {"vera": vera.shared}
 # method -> init(key, params, config) -> {path: node}: nodes without `apply`, which stand alone (soft prompts, prefixes)
 STANDING: dict[str, Callable[..., dict[str, Any]]] = {"prompt": prompt.init, "prefix": prefix.init}

@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from posttrain_jax.adapters.bind import RULES as ADAPTER_RULES
+from posttrain_jax.adapters.bind import SHARED_PATH
 from posttrain_jax.core import memory, sharding, tree
-from posttrain_jax.models import decoder
+from posttrain_jax.models import partition
 
-RULES: sharding.Rules = (*decoder.RULES, *ADAPTER_RULES)
+# what stands at a base's path inherits its axes
+RULES: sharding.Rules = (*partition.RULES, (rf"{SHARED_PATH}.*", PartitionSpec()))
 LAYERS = "layers/"  # what is kept on the host where parameters are offloaded
 
 

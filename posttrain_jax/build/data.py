@@ -91,11 +91,11 @@ def with_advantages(
   how = config.objective.advantage
   if not examples:
     return examples
-  scores = _padded([example.values["score"] for example in examples])
+  scores = jnp.asarray(_padded([example.values["score"] for example in examples]))
   if how == "leave_one_out":
-    advantages = advantage.leave_one_out(jnp.asarray(scores))
+    advantages = advantage.leave_one_out(scores)
   else:
-    advantages = advantage.group_relative(jnp.asarray(scores), scale=how)
+    advantages = advantage.group_relative(scores, scale=how)
   examples = answers.with_values(examples, "deviation", _trimmed(_deviations(scores), examples))
   return answers.with_values(examples, "advantage", _trimmed(advantages, examples))
 
@@ -114,10 +114,10 @@ def _padded(groups: Sequence[Sequence[float]]) -> np.ndarray:
   return padded
 
 
-def _deviations(scores: np.ndarray) -> np.ndarray:
+def _deviations(scores: jax.Array) -> np.ndarray:
   """The standard deviation of each group, at each of its answers; 0 where it agrees, or has one score."""
-  centred = np.asarray(advantage.group_relative(jnp.asarray(scores), scale="none"))
-  count = np.sum(~np.isnan(scores), axis=1, keepdims=True)
+  centred = np.asarray(advantage.group_relative(scores, scale="none"))
+  count = np.sum(~np.isnan(np.asarray(scores)), axis=1, keepdims=True)
   squares = np.sum(centred**2, axis=1, keepdims=True)
   return np.broadcast_to(np.sqrt(squares / np.maximum(count - 1, 1)), scores.shape)
 

@@ -37,6 +37,12 @@ def has_score(config: ml_collections.ConfigDict) -> bool:
   return o.name == "reward" or (o.name == "preference" and "reward" in o.losses)
 
 
+def writes(config: ml_collections.ConfigDict) -> bool:
+  """Whether the loss reads what the model would write, and so needs its head for logits beside any for scores."""
+  o = config.objective
+  return o.name != "reward" or bool(o.sft_weight)
+
+
 def has_companions(config: ml_collections.ConfigDict) -> bool:
   """Whether each row brings another prompt's answer, from which KTO estimates its KL."""
   o = config.objective

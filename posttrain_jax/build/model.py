@@ -74,13 +74,19 @@ def template_of(tokenizer: Any, name: str) -> Any:
 
 def _with_score(config, params, model_config, mesh):
   """A language model gets a new score head; a reward model keeps its own, which has one score."""
+  writes = decisions.writes(config)
   if not model_config.scores:
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
-    params, model_config = decoder.scored(key, params, model_config)
+    params, model_config = decoder.scored(key, params, model_config, writes=writes)
     placed_head = layout.place("score/weight", params["score"]["weight"], mesh=mesh)
     return {**params, "score": {"weight": placed_head}}, model_config
   if model_config.scores != 1:
     raise ConfigError(
       f"{config.model.name} has {model_config.scores} scores a token; a reward is one number"
+    )
+  if writes and not (model_config.tied or model_config.writes):
+    raise ConfigError(
+      f"{config.model.name} is a reward model without a head to write with, which objective.sft_weight and losses of"
+      " log-probabilities read; write --config.objective.sft_weight=0.0, or start from the language model"
     )
   return params, model_config

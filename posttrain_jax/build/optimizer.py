@@ -8,14 +8,14 @@ import optax
 from posttrain_jax.core import tree
 from posttrain_jax.models import decoder
 from posttrain_jax.models.config import ModelConfig
-from posttrain_jax.optim import build
+from posttrain_jax.optim import chain
 
 
 def make(
   config: ml_collections.ConfigDict, model: ModelConfig
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
   o = config.optimizer
-  return build.build(
+  return chain.chain(
     o.name,
     lr=o.lr,
     steps=config.steps,

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from posttrain_jax.commands import options
+from posttrain_jax.commands import common
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-  options.add_config(parser, required=False)
+  common.add_config(parser, required=False)
   parser.add_argument("--workdir", metavar="DIR", help="a run folder: its model, adapter and data")
   parser.add_argument("--model", metavar="NAME_OR_DIR")
   parser.add_argument(
@@ -32,7 +32,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
   """Prints the results as JSON; a run's folder keeps them as `eval.json`."""
-  options.cache_compilations()
+  common.cache_compilations()
   import rich
 
   from posttrain_jax.build import evaluation

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from posttrain_jax.commands import options
+from posttrain_jax.commands import common
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +29,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
-  options.cache_compilations()
+  common.cache_compilations()
   from posttrain_jax.build import merge
 
   out = merge.merge(

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from posttrain_jax.commands import options
+from posttrain_jax.commands import common
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +27,7 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
   Raises:
     ConfigError: the file is there already, or every answer was right.
   """
-  options.cache_compilations()
+  common.cache_compilations()
   from posttrain_jax.build import evaluation
   from posttrain_jax.core import files
   from posttrain_jax.evals import pairs

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from posttrain_jax.commands import options
+from posttrain_jax.commands import common
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-  options.add_config(parser)
+  common.add_config(parser)
   parser.add_argument(
     "--topology", metavar="NAME", help="a TPU topology such as v5p:2x2x1; default this machine"
   )

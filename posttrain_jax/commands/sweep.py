@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from posttrain_jax.commands import options
+from posttrain_jax.commands import common
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-  options.add_config(parser)
+  common.add_config(parser)
   parser.add_argument("--workdir", required=True, metavar="DIR")
   parser.add_argument("--jobs", type=int, default=1, help="points at the same time")
   parser.add_argument(

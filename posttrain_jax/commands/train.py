@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from posttrain_jax.commands import options
+from posttrain_jax.commands import common
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-  options.add_config(parser)
+  common.add_config(parser)
   parser.add_argument(
     "--workdir", metavar="DIR", help="the folder that becomes the run; again: continue it"
   )
@@ -20,7 +20,7 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
   from posttrain_jax.core import distributed
 
   distributed.initialize()
-  options.cache_compilations()
+  common.cache_compilations()
   from posttrain_jax import settings
   from posttrain_jax.build import run as runs
 

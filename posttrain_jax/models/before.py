@@ -12,14 +12,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 
 from posttrain_jax.core.sharding import constrain
 
 Array = jax.Array
 Params = Any
 PROMPT, PREFIX = "prompt/embeddings", "layers/self_attn/prefix"
-RULES = ((PROMPT, P()), (PREFIX, P(None, None, "tensor")))  # where they live on a mesh
 
 
 def slots(params: Params) -> int:

@@ -64,6 +64,7 @@ class ModelConfig:
   eos_token_ids: tuple[int, ...] = ()
   pad_token_id: int | None = None
   scores: int = 0  # of a reward model: numbers a token, in place of logits
+  writes: bool = False  # of a reward model: it has a head for logits of its own, too
   source: str = "{}"  # the config.json it came from, as JSON
 
   @property

@@ -33,6 +33,7 @@ from posttrain_jax.core.weight import (
 from posttrain_jax.models import attention, before, rotary
 from posttrain_jax.models.cache import Cache, empty_cache
 from posttrain_jax.models.config import SLIDING, ModelConfig
+from posttrain_jax.models.partition import RULES
 
 Array = jax.Array
 Params = Any
@@ -89,25 +90,9 @@ def specs(config: ModelConfig) -> Params:
   leaves["norm/weight"] = norm(c.hidden_size)
   if c.scores:
     leaves["score/weight"] = Spec((c.hidden_size, c.scores), "embed scores", "normal")
-  elif not c.tied:
+  if not c.tied and (c.writes or not c.scores):
     leaves["lm_head/weight"] = Spec((c.hidden_size, c.vocab_size), "embed vocab", "normal")
   return tree.unflatten(leaves)
-
-
-# Where each logical axis of a parameter lives on the mesh; (pattern, PartitionSpec) over every path.
-RULES = (
-  (r"embed_tokens/weight", P("tensor", "fsdp")),
-  (r"lm_head/weight", P("fsdp", "tensor")),
-  (r"score/weight", P("fsdp", None)),
-  (r"layers/self_attn/[qkv]_proj/weight", P(None, "fsdp", "tensor")),
-  (r"layers/self_attn/o_proj/weight", P(None, "tensor", "fsdp")),
-  (r"layers/mlp/(gate|up)_proj/weight", P(None, "fsdp", "tensor")),
-  (r"layers/mlp/down_proj/weight", P(None, "tensor", "fsdp")),
-  (r"layers/self_attn/[qkv]_proj/bias", P(None, "tensor")),
-  (r"layers/mlp/(gate|up)_proj/bias", P(None, "tensor")),
-  (r"layers/.*(bias|norm/weight)", P()),
-  (r"norm/weight", P()),
-)
 
 
 def abstract(config: ModelConfig, dtype: Any = jnp.float32) -> Params:
@@ -291,15 +276,18 @@ def head(params: Params) -> Any:
 
 
 def scored(
-  key: Array, params: Params, config: ModelConfig, count: int = 1
+  key: Array, params: Params, config: ModelConfig, count: int = 1, *, writes: bool = False
 ) -> tuple[Params, ModelConfig]:
-  """(params, config) of a reward model on a language model's base: a new, random score head in place of the head."""
+  """(params, config) of a reward model on a language model's base, with a new, random score head.
+
+  writes: whether it keeps the language model's head beside that, to write as well as to judge.
+  """
   std = json.loads(config.source).get("initializer_range", 0.02)
-  kept = {name: part for name, part in params.items() if name != "lm_head"}
+  kept = {name: part for name, part in params.items() if writes or name != "lm_head"}
   dtype = params["norm"]["weight"].dtype
   value = std * jax.random.normal(key, (config.hidden_size, count), jnp.float32)
   return {**kept, "score": {"weight": value.astype(dtype)}}, dataclasses.replace(
-    config, scores=count
+    config, scores=count, writes=writes
   )
 
 
@@ -421,8 +409,7 @@ def _gathered(p):
   """One layer's parameters whole along fsdp; inside the layer, so that the backward pass gathers them again."""
   if not sharding.active():
     return p
-  rules = [*RULES, *before.RULES]
-  specs = {path: sharding.spec_for(f"layers/{path}", rules) for path, _ in tree.items(p)}
+  specs = {path: sharding.spec_for(f"layers/{path}", RULES) for path, _ in tree.items(p)}
   return tree.unflatten((path, _whole(leaf, P(*specs[path][1:]))) for path, leaf in tree.items(p))
 
 

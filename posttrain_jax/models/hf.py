@@ -77,10 +77,10 @@ def load(
       read or cannot become `storage`; the message names it.
   """
   folder = fetch.resolve(name_or_dir)
-  config = read_config(folder)
+  reader = shards.Reader(folder)
+  config = _written(read_config(folder), reader)
   place = place or (lambda _, leaf: jax.tree.map(jnp.asarray, leaf))
   specs = dict(tree.items(decoder.specs(config)))
-  reader = shards.Reader(folder)
   located = _match(specs, reader, config, folder)
   kept = quantised.storages(folder, specs, located, reader.where, storage, exclude)
   leaves = {
@@ -88,6 +88,12 @@ def load(
     for path, names in located.items()
   }
   return tree.unflatten(leaves), config
+
+
+def _written(config: ModelConfig, reader: shards.Reader) -> ModelConfig:
+  """The config of a reward model whose files hold a head for logits beside that for scores."""
+  writes = bool(config.scores) and not config.tied and hf_name("lm_head/weight") in reader.where
+  return dataclasses.replace(config, writes=True) if writes else config
 
 
 def read_config(folder: str | Path) -> ModelConfig:

@@ -95,7 +95,7 @@ def build(config: ml_collections.ConfigDict, target: Target) -> Program:
   if adapter_config is not None:
     model_config = rotary.stretched(model_config, adapter_config.context_length)
   if decisions.has_score(config):
-    model_config = dataclasses.replace(model_config, scores=1)
+    model_config = dataclasses.replace(model_config, scores=1, writes=decisions.writes(config))
   mesh = None
   if len(target.devices) > 1:
     m = config.mesh

@@ -11,7 +11,7 @@ from posttrain_jax.core import metrics as metrics_lib
 from posttrain_jax.core import tree
 from posttrain_jax.models import decoder
 from posttrain_jax.objectives import Context, Sft
-from posttrain_jax.optim import build
+from posttrain_jax.optim import chain
 from posttrain_jax.train import state as state_lib
 from posttrain_jax.train import step
 from tests import tiny
@@ -177,7 +177,7 @@ def run(accumulate=1, steps=8, spoil=None, **options):
   params = decoder.init(jax.random.key(0), model, std=tiny.STD)
   _, adapter = adapters.init(jax.random.key(1), params, config)
   part, fixed = tree.partition(adapter)
-  optimizer, _ = build.build("adamw", lr=0.02, steps=steps)
+  optimizer, _ = chain.chain("adamw", lr=0.02, steps=steps)
   made = step.make(
     Sft(model), optimizer, accumulate=accumulate, hooks=adapters.hooks(config, steps)
   )

@@ -9,7 +9,7 @@ from jax.sharding import SingleDeviceSharding
 from posttrain_jax import adapters, quant
 from posttrain_jax.adapters import AdapterConfig, layout
 from posttrain_jax.core import memory, sharding, tree
-from posttrain_jax.models import decoder
+from posttrain_jax.models import partition
 from tests.models import families
 
 KEY = jax.random.key(0)
@@ -39,7 +39,7 @@ def test_parameters_lie_as_the_rules_say(storage):
   same(placed, params)
   for path in (Q, DOWN):
     (first, *_) = jax.tree.leaves(tree.get(placed, path))
-    assert first.sharding.spec == sharding.spec_for(path, decoder.RULES)
+    assert first.sharding.spec == sharding.spec_for(path, partition.RULES)
   assert placed["norm"]["weight"].sharding.is_fully_replicated
 
 

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from posttrain_jax import adapters, objectives, quant
 from posttrain_jax.adapters import AdapterConfig, layout, peft_format
 from posttrain_jax.core import sharding, tree
-from posttrain_jax.models import before, decoder
+from posttrain_jax.models import before, decoder, partition
 from posttrain_jax.objectives import Context
 from posttrain_jax.rollout import engine
 from tests import tiny
@@ -201,7 +201,7 @@ def test_the_gradient_is_the_same_on_eight_devices_and_with_recomputation(method
 def test_specs():
   prompt, prefix = made("llama", "prompt")[3], made("llama", "prefix")[3]
   assert prompt["prompt"]["embeddings"].partition_specs(P()).embeddings == P()
-  rules = [*decoder.RULES, *adapters.RULES]
+  rules = partition.RULES
   spec = sharding.spec_for(before.PREFIX, rules)
   node = prefix["layers"]["self_attn"]["prefix"].partition_specs(spec)
   assert node.k == node.v == P(None, None, "tensor")  # with the heads of keys

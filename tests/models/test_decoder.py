@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from posttrain_jax.core import sharding, tree
-from posttrain_jax.models import decoder, rotary
+from posttrain_jax.models import decoder, partition, rotary
 from posttrain_jax.models.config import Rope
 from tests.models import families, golden
 from tests.models.families import FAMILIES, LONGEST, WINDOW
@@ -297,7 +297,7 @@ def test_every_parameter_is_declared_once_and_covered(name):
   for path, spec in tree.items(decoder.specs(config)):
     assert tree.get(abstract, path).shape == spec.shape
     assert len(spec.axes.split()) == len(spec.shape), path
-    assert len(sharding.spec_for(path, decoder.RULES)) <= len(spec.shape), path
+    assert len(sharding.spec_for(path, partition.RULES)) <= len(spec.shape), path
 
 
 def test_fresh_norms_are_neutral_biases_zero_and_matrices_drawn():
@@ -319,9 +319,9 @@ def test_every_rule_is_used():
   configs = [families.config(name) for name in FAMILIES]
   configs.append(dataclasses.replace(configs[0], scores=1))  # a reward model
   paths = {path for config in configs for path in tree.flatten(decoder.specs(config))}
-  for i, (pattern, _) in enumerate(decoder.RULES):
-    alone = [p for p in paths if _covered([decoder.RULES[i]], p)]
-    before = [p for p in alone if _covered(decoder.RULES[:i], p)]
+  for i, (pattern, _) in enumerate(partition.DECODER):
+    alone = [p for p in paths if _covered([partition.DECODER[i]], p)]
+    before = [p for p in alone if _covered(partition.DECODER[:i], p)]
     assert set(alone) - set(before), pattern
 
 
@@ -363,10 +363,10 @@ def test_parameter_counts_are_the_published_ones():
 
 
 def spread(mesh, params):
-  """params, arrays or abstract, where `decoder.RULES` puts them."""
+  """params, arrays or abstract, where `partition.RULES` puts them."""
 
   def place(path, leaf):
-    where = sharding.named(mesh, sharding.spec_for(path, decoder.RULES), leaf.shape)
+    where = sharding.named(mesh, sharding.spec_for(path, partition.RULES), leaf.shape)
     if isinstance(leaf, jax.ShapeDtypeStruct):
       return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
     return jax.device_put(leaf, where)

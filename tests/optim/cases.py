@@ -9,8 +9,8 @@ import optax
 
 from posttrain_jax.core import sharding
 from posttrain_jax.core.tree import items
-from posttrain_jax.models import decoder
-from posttrain_jax.optim import build
+from posttrain_jax.models import decoder, partition
+from posttrain_jax.optim import chain
 from tests import tiny
 
 # heads of 16 in a model 64 wide with 6 query and 2 key heads: head_dim is not hidden / heads
@@ -38,7 +38,7 @@ def made(name, **options):
     lr=0.02, steps=20, schedule="constant", weight_decay=0.1, rank=8, update_gap=2
   )
   defaults |= dict(axes=AXES, head_dim=HEADS)
-  return build.build(name, **(defaults | options))[0]
+  return chain.chain(name, **(defaults | options))[0]
 
 
 def after(optimizer, params, gradients, *, state=None):
@@ -57,7 +57,7 @@ def after(optimizer, params, gradients, *, state=None):
 
 def spread(params, mesh):
   """params laid out as the decoder's rules say."""
-  rules = decoder.RULES
+  rules = partition.RULES
   put = lambda path, x: jax.device_put(
     x, sharding.named(mesh, sharding.spec_for(path, rules), x.shape)
   )

@@ -14,7 +14,7 @@ from posttrain_jax.adapters import AdapterConfig
 from posttrain_jax.core import distributed, sharding, tree
 from posttrain_jax.models import decoder
 from posttrain_jax.objectives import Context, Sft
-from posttrain_jax.optim import build
+from posttrain_jax.optim import chain
 from posttrain_jax.runs.journal import Journal
 from posttrain_jax.train import state as state_lib
 from posttrain_jax.train import step
@@ -65,7 +65,7 @@ def test_eight_devices_are_one(method):
 @pytest.mark.slow
 def test_ranks_are_spent_the_same_over_eight_devices():
   objective, part, context, config = setup("adalora")
-  optimizer, _ = build.build("adamw", lr=0.02, steps=4)
+  optimizer, _ = chain.chain("adamw", lr=0.02, steps=4)
   made = jax.jit(step.make(objective, optimizer, hooks=adapters.hooks(config, 4)))
 
   def masks(part, context, batch):

@@ -9,7 +9,7 @@ from posttrain_jax.adapters import lora
 from posttrain_jax.core import metrics as metrics_lib
 from posttrain_jax.core import tree
 from posttrain_jax.objectives import Context, Sft
-from posttrain_jax.optim import build
+from posttrain_jax.optim import chain
 from posttrain_jax.train import state as state_lib
 from posttrain_jax.train import step
 from tests import tiny
@@ -34,7 +34,7 @@ class Quadratic:
 
 
 def quadratic(optimizer="adamw", accumulate=1, **options):
-  made, _ = build.build(optimizer, lr=0.1, steps=100, schedule="constant")
+  made, _ = chain.chain(optimizer, lr=0.1, steps=100, schedule="constant")
   run = jax.jit(step.make(Quadratic(), made, accumulate=accumulate, **options), donate_argnums=0)
   return run, state_lib.start({"x": jnp.asarray([1.0, 2.0, 3.0])}, made)
 
@@ -124,7 +124,7 @@ def test_rows_must_split_into_micro_batches():
 
 def test_a_step_trains_the_adapter_and_only_what_of_it_trains():
   model, trainable, context = tiny.setup("lora")
-  optimizer, _ = build.build("adamw", lr=0.01, steps=10)
+  optimizer, _ = chain.chain("adamw", lr=0.01, steps=10)
   run = jax.jit(step.make(Sft(model), optimizer), donate_argnums=0)
   state = state_lib.start(jax.tree.map(jnp.copy, trainable), optimizer)
   losses = []

@@ -16,7 +16,7 @@ SCHEDULES = ("constant", "linear", "cosine")
 WHOLE = ("adafactor",)  # their state mixes layers: nothing of them can be moved layer by layer
 
 
-def build(
+def chain(
   name: str,
   *,
   lr: float,

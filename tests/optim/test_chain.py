@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from posttrain_jax.adapters.lora import LoRA
-from posttrain_jax.optim import build
+from posttrain_jax.optim import chain
 from tests.optim import cases
 
 NAMES = ("adamw", "adafactor", "lion", "sgd", *cases.NEW)
@@ -18,7 +18,7 @@ OPTIONS = dict(rank=2, axes=cases.AXES | AXES, head_dim=1)
 
 
 def rates(steps=10, lr=2.0, warmup=0.3, schedule="cosine"):
-  rate = build.learning_rate(lr, steps=steps, warmup=warmup, schedule=schedule)
+  rate = chain.learning_rate(lr, steps=steps, warmup=warmup, schedule=schedule)
   return np.asarray([rate(step) for step in range(steps + 1)])
 
 
@@ -44,7 +44,7 @@ def test_a_run_that_only_warms_up_ends_at_its_peak():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_optimizer_finds_a_minimum(name):
-  optimizer, _ = build.build(name, lr=0.05, steps=60, warmup=0.1, scale=1.0, **OPTIONS)
+  optimizer, _ = chain.chain(name, lr=0.05, steps=60, warmup=0.1, scale=1.0, **OPTIONS)
   params = {"layers": {"w": jnp.full((2, 3, 4), 1.5)}, "norm": jnp.full((4,), -1.0)}
   loss = lambda p: sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(p))
 
@@ -62,7 +62,7 @@ def test_each_optimizer_finds_a_minimum(name):
 def test_adamw_is_the_published_update():
   """Loshchilov & Hutter 2019, algorithm 2, with the gradient clipped before."""
   lr, b1, b2, eps, decay, clip = 0.1, 0.8, 0.95, 1e-8, 0.3, 0.5
-  optimizer, _ = build.build(
+  optimizer, _ = chain.chain(
     "adamw", lr=lr, steps=3, schedule="constant", weight_decay=decay, clip=clip, b1=b1, b2=b2
   )
   w = np.asarray([[1.0, -2.0]])
@@ -86,7 +86,7 @@ def test_adamw_is_the_published_update():
   ],
 )
 def test_only_a_large_gradient_is_clipped(clip, gradient, update):
-  optimizer, _ = build.build("sgd", lr=1.0, steps=1, clip=clip, b1=0.0)
+  optimizer, _ = chain.chain("sgd", lr=1.0, steps=1, clip=clip, b1=0.0)
   params = {"w": jnp.zeros(2)}
   found, _ = optimizer.update({"w": jnp.asarray(gradient)}, optimizer.init(params), params)
   np.testing.assert_allclose(found["w"], update, rtol=1e-6)
@@ -106,7 +106,7 @@ def test_matrices_decay_and_nothing_else(name):
     "norm": {"weight": jnp.ones(4)},
     "lm_head": {"weight": node().replace(scale=None)},
   }
-  optimizer, _ = build.build(
+  optimizer, _ = chain.chain(
     name, lr=0.1, steps=5, schedule="constant", weight_decay=0.5, **OPTIONS
   )
   zero = jax.tree.map(jnp.zeros_like, params)
@@ -134,7 +134,7 @@ def test_matrices_decay_and_nothing_else(name):
 )
 def test_mistakes_are_explained(wrong, message):
   with pytest.raises(ValueError, match=message):
-    build.build(**(dict(name="adamw", lr=1e-3, steps=10) | wrong))
+    chain.chain(**(dict(name="adamw", lr=1e-3, steps=10) | wrong))
 
 
 def adapter():
@@ -160,7 +160,7 @@ def test_lora_plus_multiplies_the_rate_of_b(name, offloaded):
   gradient = cases.like(params, 3)
 
   def first(**more):
-    optimizer, _ = build.build(name, **options, **more)
+    optimizer, _ = chain.chain(name, **options, **more)
     return jax.jit(optimizer.update)(gradient, optimizer.init(params), params)[0]
 
   one, plus = first(), first(loraplus_lr_ratio=16.0, loraplus_lr_embedding=0.001)
@@ -174,7 +174,7 @@ def test_lora_plus_multiplies_the_rate_of_b(name, offloaded):
 def test_lora_plus_keeps_its_rates_to_the_end_and_clips_once():
   """The norm that clips is that of all groups together; both rates follow the schedule."""
   options = OPTIONS | dict(lr=1.0, steps=2, warmup=0.0, schedule="linear", clip=1.0, b1=0.0)
-  optimizer, _ = build.build("sgd", **options, loraplus_lr_ratio=4.0)
+  optimizer, _ = chain.chain("sgd", **options, loraplus_lr_ratio=4.0)
   params = adapter()
   state, norm = optimizer.init(params), np.sqrt(sum(x.size for x in jax.tree.leaves(params)))
   for rate in (1.0, 0.5):
@@ -192,7 +192,7 @@ def test_lora_plus_keeps_its_rates_to_the_end_and_clips_once():
   ],
 )
 def test_mistakes_with_lora_plus_are_explained(ratio, params, message):
-  optimizer, _ = build.build("adamw", lr=1.0, steps=1, loraplus_lr_ratio=ratio)
+  optimizer, _ = chain.chain("adamw", lr=1.0, steps=1, loraplus_lr_ratio=ratio)
   with pytest.raises(ValueError, match=message):
     optimizer.init(params())
 
@@ -206,7 +206,7 @@ def test_eight_optimizers_have_the_state_that_they_promise():
   size = cases.nbytes(params) / 4
   options = OPTIONS | dict(rank=16)
   bytes_each = lambda name: (
-    cases.nbytes(build.build(name, lr=1.0, steps=1, **options)[0].init(params)) / size
+    cases.nbytes(chain.chain(name, lr=1.0, steps=1, **options)[0].init(params)) / size
   )
   projection, projected = 4 * 16 / 512, 16 / 256
   expected = {
