@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from posttrain_jax.build import decisions
+from posttrain_jax.build import decisions, self_checks
 from posttrain_jax.build.model import Model
 from posttrain_jax.core import distributed
-from posttrain_jax.data import answers, chat, loader, mixture, schema
+from posttrain_jax.data import answers, chat, companions, loader, mixture, schema
 from posttrain_jax.evals import tasks
 from posttrain_jax.losses import advantage
 from posttrain_jax.settings import ConfigError
@@ -76,7 +76,7 @@ def read(config: ml_collections.ConfigDict, model: Model) -> Data:
   if d.kind == "scored":
     data = data.map(functools.partial(with_advantages, config))
   if model.template is not None and d.kind != "steps":
-    chat.assert_end_of_turn_trained(data.examples, model.tokenizer, model.template)
+    self_checks.end_of_turn(data.examples, model.tokenizer, model.template)
   channels = loader.channel_names(data.examples, held_out)
   return dataclasses.replace(data, channels=channels)
 
@@ -159,8 +159,11 @@ def _encoded(config, source, split, model, mapping) -> tuple[Sequence[Any], list
   if d.kind == "text":
     examples = chat.encode_all(rows, model.tokenizer, model.template, **how)
   else:
-    how |= dict(kind=d.kind, share=d.share_prompt, companions=decisions.has_companions(config))
+    how |= dict(kind=d.kind, share=d.share_prompt)
     examples = answers.encode_all(list(rows), model.tokenizer, model.template, **how)
+  if decisions.has_companions(config):
+    beside = companions.beside(examples.examples, d.length, share=d.share_prompt)
+    examples = dataclasses.replace(examples, examples=tuple(beside))
   skipped = [f"{source}: {part}" for part in (rows.skipped, examples.skipped) if len(part)]
   return examples.examples, skipped
 

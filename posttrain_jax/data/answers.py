@@ -56,6 +56,11 @@ class Answers:
     """Whether there is a beginning that the answers have in common."""
     return bool((self.answer == SHARED).any())
 
+  def prompt(self, i: int) -> np.ndarray:
+    """The tokens that answer i stands behind."""
+    seen = (self.answer == SHARED) | (self.answer == i)
+    return self.tokens[seen][: int(np.argmax(self.mask[seen]))]
+
   def segments(self) -> tuple[np.ndarray, np.ndarray, int]:
     """(segment ids from 1, the one more segment that a token sees or 0, how many segments)."""
     shared = self.answer == SHARED
@@ -112,7 +117,6 @@ def encode_all(
   truncate: str = "error",
   on_error: str = "raise",
   share: bool = True,
-  companions: bool = False,
 ) -> chat.Encoded:
   """The Answers of many rows, in order.
 
@@ -125,8 +129,6 @@ def encode_all(
       (prompt, completions, labels), "scored" (prompt, completions, scores); "judged" takes any of these, and prompts
       with one completion, for a reward model to score.
     share: whether answers to a prompt share its tokens, or repeat them.
-    companions: of labels and pairs, whether each brings another prompt's answers behind its own (KTO's estimate of the
-      KL); pairs then say their labels, 1 and 0.
 
   Raises:
     RowError: a row of another schema, answers that are equal, an empty one, one that does not fit.
@@ -165,10 +167,6 @@ def encode_all(
     raise ValueError(f"no row gave an example; {skipped}")
   if kind in ("labels", "outcomes"):
     _check_classes(made)
-  if companions:
-    if kind == "pairs":
-      made = with_values(made, "label", [(1.0, 0.0)] * len(made))
-    made = with_companions(made, max_length, share)
   return chat.Encoded(tuple(made), skipped)
 
 
@@ -343,7 +341,7 @@ def _fitted(made: Answers, limit: int, truncate: str) -> Answers:
   # of a shared beginning all can go, of a prompt that stands before each answer all but its last token
   copies = 1 if made.shares else made.count
   each = -(-excess // copies)
-  prompts = [len(_prompt(made, i)) for i in range(made.count)]
+  prompts = [len(made.prompt(i)) for i in range(made.count)]
   room = int((made.answer == SHARED).sum()) if made.shares else min(prompts) - 1
   if truncate == "prompt" and each <= room:
     return cut(made, each)
@@ -378,55 +376,6 @@ def _check_classes(made: list[Answers]) -> None:
       f"all {len(made)} completions are labelled {have}: two classes are weighed against each other; add the other"
       " class, or fine-tune on the desirable ones (objective sft)"
     )
-
-
-def with_companions(examples: Sequence[Answers], limit: int, share: bool = True) -> list[Answers]:
-  """Each example with the answers of the nearest one before it that has another prompt, behind its own prompt.
-
-  TRL takes the one before it, which of a pair told apart into labels has the same prompt.
-
-  Raises:
-    ValueError: all prompts are one.
-  """
-  prompts = [_prompt(example, 0).tobytes() for example in examples]
-  if len(set(prompts)) < 2:
-    raise ValueError(
-      "all answers are to one prompt: KTO estimates its KL from answers to other prompts; add rows with others, or"
-      " write --config.objective.estimate_kl=false"
-    )
-  result, other = [], 0
-  # the nearest before the first is looked for from the end
-  for at in range(len(examples) - 1, -1, -1):
-    if prompts[at] != prompts[0]:
-      other = at
-      break
-  for at, example in enumerate(examples):
-    if at and prompts[at - 1] != prompts[at]:
-      other = at - 1
-    companion = _companion(example, examples[other], limit, share)
-    result.append(dataclasses.replace(example, companion=companion))
-  return result
-
-
-def _companion(example: Answers, other: Answers, limit: int, share: bool) -> Answers:
-  """The answers of `other` behind the prompt of `example`; where they do not fit, less of the prompt."""
-  answers = [other.tokens[other.mask & (other.answer == i)] for i in range(example.count)]
-  # a prompt is what can be spared: of the answers all is scored; its last token stands before each of them
-  left = limit - sum(map(len, answers))
-  room = left - example.count + 1 if share else left // example.count
-  parts = []
-  for i, answer in enumerate(answers):
-    prompt = _prompt(example, i)[-room:]
-    mask = np.arange(len(prompt) + len(answer)) >= len(prompt)
-    parts.append(Example(np.concatenate([prompt, answer]), mask, origin=example.origin))
-  return join(parts, share=share)
-
-
-def _prompt(example: Answers, i: int) -> np.ndarray:
-  """The tokens that answer i stands behind."""
-  seen = (example.answer == SHARED) | (example.answer == i)
-  tokens, mask = example.tokens[seen], example.mask[seen]
-  return tokens[: int(np.argmax(mask))]
 
 
 def with_values(made: Iterable[Answers], name: str, values: Iterable[Sequence[float]]) -> list:

@@ -365,35 +365,6 @@ def _piece(example, at, limit):
   )
 
 
-def assert_end_of_turn_trained(examples: Iterable[Any], tokenizer, template=None):
-  """Raises unless each trained span ends with the token that ends a turn (or the EOS of a text).
-
-  A model that never trains on it never learns to stop.  Examples that were cut are exempt.
-  """
-  ending = None if template is None else templates.end_of_turn(tokenizer, template)
-  for example in examples:
-    wanted = ending if example.is_chat else tokenizer.eos_token_id
-    if example.is_chat and template is None:
-      raise ValueError(
-        f"{example.origin} is a conversation: pass the chat template it was made with"
-      )
-    if wanted is None and template is not None:
-      raise ValueError(
-        f"template {template.name!r} ends an assistant's turn with {template.turn_ending!r}, which starts with no"
-        " special token; a model trained on it would not learn to stop"
-      )
-    if not example.is_cut and not _spans_end_with(example, wanted):
-      raise ValueError(
-        f"{example.origin}: a trained span does not end with {tokenizer.decode([wanted])!r}, so the"
-        f" model would not learn to stop:\n{describe(example, tokenizer)}"
-      )
-
-
-def _spans_end_with(example, token):
-  ends = np.flatnonzero(example.mask & ~np.append(example.mask[1:], False))
-  return len(ends) > 0 and bool((example.tokens[ends] == token).all())
-
-
 def describe(example: Example, tokenizer, *, marks=("[[", "]]")) -> str:
   """The decoded example, its trained tokens between marks."""
   edges = np.flatnonzero(np.diff(example.mask.astype(int), prepend=0, append=0))

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from posttrain_jax.data import answers, chat, schema
+from posttrain_jax.data import answers, chat, companions, schema
 from posttrain_jax.data.answers import Answers
 from posttrain_jax.data.mixture import Mixture
 from posttrain_jax.data.packing import Batch, best_fit, bucket_edges, pack, pack_answers
@@ -268,10 +268,9 @@ def read(
   if kind == "text":
     examples = chat.encode_all(rows, tokenizer, template, max_length=length)
   else:
-    companions = kind == "labels"
-    examples = answers.encode_all(
-      rows, tokenizer, template, kind=kind, max_length=length, companions=companions
-    )
+    examples = answers.encode_all(rows, tokenizer, template, kind=kind, max_length=length).examples
+    if kind == "labels":
+      examples = companions.beside(examples, length)
   return Loader(examples, batch_size=batch_size, length=length, packing=packing, seed=seed)
 
 

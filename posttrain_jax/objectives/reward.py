@@ -36,6 +36,9 @@ class Reward(Scorer):
 
   kind: str = "pairs"  # pairs, outcomes, steps
   centering: float = 0.0  # weight of (r_w + r_l)^2
+  answers: int = (
+    2  # in an example of pairs: chosen, rejected, and perhaps a gold one, which is not compared
+  )
 
   def __post_init__(self) -> None:
     if self.kind not in KINDS:
@@ -67,7 +70,8 @@ class Reward(Scorer):
   ) -> Totals:
     if self.kind == "steps":
       return {"count": jnp.sum(~jnp.isnan(batch["steps"]))}
-    return {"count": jnp.sum(batch["present"]) / (2 if self.kind == "pairs" else 1)}
+    each = self.answers if self.kind == "pairs" else 1
+    return {"count": jnp.sum(batch["present"][:, ::each])}
 
   def contribution(
     self, forward: Forward, context: Context, batch: Batch, totals: Totals, *, training: bool
@@ -87,10 +91,10 @@ class Reward(Scorer):
     return loss, metrics
 
   def _paired(self, rewards: Array, batch: Batch) -> tuple[Array, Array, Metrics]:
-    chosen, rejected = rewards[:, ::2], rewards[:, 1::2]
-    margin = batch["margin"][:, ::2] if "margin" in batch else 0.0
+    chosen, rejected = rewards[:, :: self.answers], rewards[:, 1 :: self.answers]
+    margin = batch["margin"][:, :: self.answers] if "margin" in batch else 0.0
     each, stats = reward.bradley_terry(chosen, rejected, margin=margin, centering=self.centering)
-    present = batch["present"][:, ::2]
+    present = batch["present"][:, :: self.answers]
     mean = lambda x: metrics_lib.mean(jax.lax.stop_gradient(x), present)
     metrics = {
       "accuracy": mean(stats.correct),

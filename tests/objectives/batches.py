@@ -10,7 +10,7 @@ import numpy as np
 from posttrain_jax.adapters import layout
 from posttrain_jax.core import metrics as metrics_lib
 from posttrain_jax.core import tree
-from posttrain_jax.data import answers
+from posttrain_jax.data import answers, companions
 from posttrain_jax.data.chat import Example
 from posttrain_jax.data.packing import pack_answers, slots
 from posttrain_jax.models import decoder
@@ -63,7 +63,7 @@ def labels(count=8):
   made = groups(count, (1,), label=lambda rng, n: [float(rng.integers(2))])
   made[0] = dataclasses.replace(made[0], values={"label": (1.0,)})
   made[1] = dataclasses.replace(made[1], values={"label": (0.0,)})
-  return answers.with_companions(made, LENGTH)
+  return companions.beside(made, LENGTH)
 
 
 def scored(count=6):
