@@ -59,11 +59,28 @@ def chosen(name, value, known):
 
 
 def adapter(method):
-  """The options of an adapter method, under PEFT's names: a method has those that it reads and no other."""
+  """The options of an adapter method, under PEFT's names: a method has those that it reads and no other.
+
+  Several methods that train together, "prompt+lora", have a section each: adapter.prompt, adapter.lora.
+  """
   a = ml_collections.ConfigDict()
+  names = method.split("+")
+  if len(names) == 1:
+    return _options(a, method)
+  a.method = method
+  for name in names:
+    if names.count(name) > 1 or name == "none":
+      raise ValueError(f"config argument adapter={method!r}: write two methods, each once")
+    a[name] = _options(ml_collections.ConfigDict(), name)
+    del a[name].method
+  return a
+
+
+def _options(a, method):
   a.method = chosen("adapter", method, ADAPTERS)
   if method == "none":
     return a
+  a.modules_to_save = ()  # name endings of what trains whole beside it
   if method in ("prompt", "prefix"):
     a.num_virtual_tokens = 20
     if method == "prompt":
@@ -104,7 +121,6 @@ def adapter(method):
   a.init_lora_weights = method if method in ("pissa", "olora", "loftq") else "uniform"
   a.use_dora = method == "dora"
   a.loftq_iter = 1  # rounds of quantisation and SVD
-  a.modules_to_save = ()  # name endings of what trains whole
   if method == "longlora":
     a.modules_to_save = ("embed_tokens", "norm", "layernorm")
     a.attention_group = (

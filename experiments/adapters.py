@@ -11,6 +11,7 @@ experiments/results/adapters.{md,json,png}.
 from __future__ import annotations
 
 import argparse
+import collections
 import dataclasses
 import itertools
 import math
@@ -366,13 +367,20 @@ def figure(results: Sequence[dict[str, Any]]) -> Figure:
   return drawing
 
 
+def progress(results: Sequence[dict[str, Any]]) -> str:
+  """How many of a task's points are finished, task by task, whichever data sets this machine has."""
+  planned = sum(method.seeds for method in METHODS)
+  done = collections.Counter(result["task"] for result in results)
+  return ", ".join(f"{done[task]} of {planned} points of {task}" for task in sorted(done))
+
+
 def report(results: Sequence[dict[str, Any]]) -> None:
   """experiments/results/adapters.{json,md,png}."""
   machine = f"{os.cpu_count()} cores, {platform.machine()}, jax {jax.__version__}, float32"
   lines = [
     f"# SmolLM2-135M-Instruct, {STEPS} steps of 1,024 tokens, rank {RANK} where there is a rank",
     "",
-    f"Written by `experiments/adapters.py`: {len(results)} of {len(points())} points; {machine}.",
+    f"Written by `experiments/adapters.py`: {progress(results)}; {machine}.",
   ]
   for task in ("sql", "gsm8k"):
     if any(r["task"] == task for r in results):

@@ -11,20 +11,27 @@ from posttrain_jax.adapters.bind import (
   original,
   summary,
 )
+from posttrain_jax.adapters.combination import AnyConfig, Combination, parts_of, together
 from posttrain_jax.adapters.config import AdapterConfig, depth_ranks
+from posttrain_jax.adapters.section import from_section
 from posttrain_jax.adapters.stacked import stack
 
 __all__ = [
   "RULES",
   "AdapterConfig",
+  "AnyConfig",
+  "Combination",
   "Hooks",
   "bind",
   "count",
   "depth_ranks",
+  "from_section",
   "hooks",
   "init",
   "merge",
   "original",
+  "parts_of",
   "stack",
   "summary",
+  "together",
 ]

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec
 
 from posttrain_jax.adapters.config import AdapterConfig
 from posttrain_jax.adapters.dropout import dropout
+from posttrain_jax.adapters.node import Change
 from posttrain_jax.core import struct, weight
 from posttrain_jax.core.weight import embed, linear
 
@@ -34,7 +35,7 @@ class Factors:
 
 
 @struct.dataclass
-class AdaLoRA:
+class AdaLoRA(Change):
   """x @ W + scale * ((x @ a) * e) @ b, with a: [in, rank], e: [rank], b: [rank, out].
 
   `mask` is 1 for the ranks that are kept.  It does not act in the product: as in PEFT a rank is out when its e is set
@@ -170,8 +171,8 @@ def check(config: AdapterConfig) -> None:
   if not c.lora_alpha > 0:
     raise ValueError(f"lora_alpha={c.lora_alpha}: adalora wants it above 0")
   for name in ("beta1", "beta2"):
-    if not 0 < getattr(c, name) < 1:
-      raise ValueError(f"{name}={getattr(c, name)}: write a number between 0 and 1")
+    if not 0 < vars(c)[name] < 1:
+      raise ValueError(f"{name}={vars(c)[name]}: write a number between 0 and 1")
   if not 0 <= c.orth_reg_weight < float("inf"):
     raise ValueError(f"orth_reg_weight={c.orth_reg_weight}: write a finite number of at least 0")
   if c.deltaT < 1 or c.tinit < 0 or c.tfinal < 0:

@@ -159,7 +159,7 @@ def _moved(node: AdaLoRA, gradient: AdaLoRA, config: AdapterConfig, moving: Arra
     return jnp.where(moving, new, average), jnp.where(moving, spread, distance)
 
   pairs = {
-    name: one(*[getattr(x, name) for x in (node, gradient, node.importance, node.uncertainty)])
+    name: one(*[vars(x)[name] for x in (node, gradient, node.importance, node.uncertainty)])
     for name in AdaLoRA.TRAINED
   }
   return dataclasses.replace(

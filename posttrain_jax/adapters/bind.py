@@ -11,8 +11,10 @@ import jax
 from jax.sharding import PartitionSpec
 
 from posttrain_jax.adapters import adalora, allocation, ia3, inits, prefix, prompt, replaced, vera
+from posttrain_jax.adapters.combination import AnyConfig, parts_of
 from posttrain_jax.adapters.config import AdapterConfig
 from posttrain_jax.adapters.hooks import Hooks
+from posttrain_jax.adapters.node import Change, Common, Node, PerRow, Standing
 from posttrain_jax.core import tree, weight
 from posttrain_jax.core.weight import Adapted
 from posttrain_jax.models import before, decoder
@@ -36,6 +38,7 @@ RULES = ((rf"{SHARED_PATH}.*", PartitionSpec()), *before.RULES)
 SHARED: dict[str, Callable[..., dict[str, Any]]] = {"vera": vera.shared}
 # method -> init(key, params, config) -> {path: node}: nodes without `apply`, which stand alone (soft prompts, prefixes)
 STANDING: dict[str, Callable[..., dict[str, Any]]] = {"prompt": prompt.init, "prefix": prefix.init}
+STANDING_AT = {"prompt": before.PROMPT, "prefix": before.PREFIX}
 # method -> (config, steps) -> Hooks
 HOOKS: dict[str, Callable[[AdapterConfig, int], Hooks]] = {"adalora": allocation.hooks}
 
@@ -43,7 +46,7 @@ HOOKS: dict[str, Callable[[AdapterConfig, int], Hooks]] = {"adalora": allocation
 def init(
   key: Array,
   params: Any,
-  config: AdapterConfig,
+  config: AnyConfig | Sequence[AdapterConfig],
   *,
   store: Callable[[str], Callable[[Array], Any] | None] | None = None,
   started: Mapping[str, Any] | None = None,
@@ -55,7 +58,7 @@ def init(
   Args:
     key: each module draws from its own fold of it, by name: adding a module changes no other's start.
     params: the base; some methods return it changed (what they move into the adapter is taken out).
-    config: which modules, which rank.
+    config: which modules, which rank; several for methods that train together, each at paths of its own.
     store: path -> how a base that the method changes is kept, a function of one layer's matrix; None: as it came.
     started: nodes of methods that change the base, by path, where params are what they left of it.
     text_tokens: what a soft prompt with prompt_tuning_init="TEXT" starts from: the ids of prompt_tuning_init_text.
@@ -65,35 +68,70 @@ def init(
     The base and a tree with one node at each adapted path.
 
   Raises:
-    ValueError: a method that does not exist, or a target, pattern or layer that matches nothing.
+    ValueError: a target, pattern or layer that matches nothing, or two methods at one path.
   """
-  if config.method == "prompt":
-    made = prompt.init(key, params, config, text_tokens=text_tokens, model=model)
-    return params, tree.unflatten(made)
-  if text_tokens is not None:
-    raise ValueError(f"text_tokens are for method='prompt', found {config.method!r}")
-  if config.method in STANDING:
-    return params, tree.unflatten(STANDING[config.method](key, params, config))
-  if config.method not in METHODS:
-    known = ", ".join([*METHODS, *STANDING])
-    raise ValueError(f"unknown adapter method {config.method!r}; known: {known}")
-  bases, adapter, found = {}, {}, targeted(params, config)
-  config = config.for_layers(max(map(len, found.values())))
-  for path, names in found.items():
+  parts = parts_of(config)
+  _check_apart(params, parts)
+  if text_tokens is not None and all(part.method != "prompt" for part in parts):
+    methods = "+".join(part.method for part in parts)
+    raise ValueError(f"text_tokens are for method='prompt', found {methods!r}")
+  adapter: dict[str, Any] = {}
+  for part in parts:
+    if part.method == "prompt":
+      nodes = prompt.init(key, params, part, text_tokens=text_tokens, model=model)
+    elif part.method in STANDING:
+      nodes = STANDING[part.method](key, params, part)
+    else:
+      began = started if part.changes_base else None
+      params, nodes = _at_matrices(key, params, part, store, began)
+    if part.modules_to_save:
+      nodes = {**nodes, **replaced.init(params, functools.partial(base, params), part, nodes)}
+    adapter |= nodes
+  return params, tree.unflatten(adapter)
+
+
+def _at_matrices(key, params, config, store, started):
+  """(params, {path: node}) of a method that adapts matrices."""
+  bases, nodes, names_at = {}, {}, targeted(params, config)
+  config = config.for_layers(max(map(len, names_at.values())))
+  for path, names in names_at.items():
     bases[path] = base(params, path)
     if started is not None:
-      adapter[path] = started[path]
+      nodes[path] = started[path]
       continue
     keep = {"store": store(path)} if store and config.changes_base else {}
-    changed, adapter[path] = METHODS[config.method](key, bases[path], names, config, **keep)
+    changed, nodes[path] = METHODS[config.method](key, bases[path], names, config, **keep)
     if path in tree.flatten(params):
       params = tree.put(params, path, changed)
   if config.method in SHARED:
-    adapter |= SHARED[config.method](bases, adapter, config)
-  if config.modules_to_save:
-    at = functools.partial(base, params)
-    adapter |= replaced.init(params, at, config, adapter)
-  return params, tree.unflatten(adapter)
+    nodes |= SHARED[config.method](bases, nodes, config)
+  return params, nodes
+
+
+def paths(params: Any, config: AdapterConfig) -> list[str]:
+  """Where an adapter of this config has its nodes; params may be shapes.
+
+  Raises:
+    ValueError: a target, pattern or layer that matches nothing.
+  """
+  whole = replaced.paths(params, config)
+  if config.method in STANDING_AT:
+    return [STANDING_AT[config.method], *whole]
+  shared = [vera.PATH] if config.method in SHARED else []
+  return [*targeted(params, config), *shared, *whole]
+
+
+def _check_apart(params: Any, parts: Sequence[AdapterConfig]) -> None:
+  """Raises ValueError where two of the methods would have a node at one path."""
+  owners: dict[str, str] = {}
+  for part in parts if len(parts) > 1 else ():
+    for path in paths(params, part):
+      if path in owners:
+        raise ValueError(
+          f"{owners[path]} and {part.method} both adapt {path}, and of what trains together a path has one: leave it "
+          "out of one of them (exclude_modules, modules_to_save), or train the one over the other, frozen"
+        )
+      owners[path] = part.method
 
 
 def bind(params: Any, adapter: Any, *, key: Array | None = None, rows: Any = None) -> Any:
@@ -105,23 +143,29 @@ def bind(params: Any, adapter: Any, *, key: Array | None = None, rows: Any = Non
   """
   standing = [path for path in (before.PROMPT, before.PREFIX) if path in tree.flatten(params)]
   for path, node in tree.items(adapter):
-    if path.startswith(SHARED_PATH):
+    if isinstance(node, Common):
       continue
-    if path in standing:
+    if isinstance(node, Standing) and path in standing:
       raise ValueError(f"params have a node at {path} already, and it does not nest")
-    if hasattr(node, "of_rows") != (rows is not None):
+    if isinstance(node, PerRow) != (rows is not None):
       raise ValueError("rows go with what adapters.stack made, and what it made with rows")
-    if hasattr(node, "of_rows"):
+    if isinstance(node, PerRow):
       node = node.of_rows(rows)
-    if hasattr(node, "completed"):
-      node = node.completed(adapter)
-    for other, leaf in node.beside(path, params).items() if hasattr(node, "beside") else ():
-      params = tree.put(params, other, leaf)
-    if hasattr(node, "apply"):
-      frozen = base(params, path)
-      node = Adapted(frozen, node, _keys(key, path, node, frozen))
-    params = tree.put(params, path, node)
+    params = (
+      _changed(params, adapter, path, node, key)
+      if isinstance(node, Change)
+      else tree.put(params, path, node)
+    )
   return params
+
+
+def _changed(params, adapter, path, node, key):
+  """params with the weight at path adapted, and what goes with it."""
+  node = node.completed(adapter)
+  for other, leaf in node.beside(path, params).items():
+    params = tree.put(params, other, leaf)
+  frozen = base(params, path)
+  return tree.put(params, path, Adapted(frozen, node, _keys(key, path, node, frozen)))
 
 
 def original(params: Any, adapter: Any) -> Any:
@@ -129,16 +173,17 @@ def original(params: Any, adapter: Any) -> Any:
 
   The fixed part of an adapter will do; params themselves where nothing was taken out.
   """
-  taken = {path: node.at_start() for path, node in tree.items(adapter) if hasattr(node, "at_start")}
+  taken = {path: node.at_start() for path, node in tree.items(adapter) if isinstance(node, Change)}
   return bind(
     params, tree.unflatten((path, node) for path, node in taken.items() if node is not None)
   )
 
 
-def hooks(config: AdapterConfig | None, steps: int) -> Hooks | None:
-  """What the config's method adds to a training step of `steps` updates; None for most, and for no adapter."""
-  made = None if config is None else HOOKS.get(config.method)
-  return None if made is None or config is None else made(config, steps)
+def hooks(config: AnyConfig | None, steps: int) -> Hooks | None:
+  """What the config's methods add to a training step of `steps` updates; None for most, and for no adapter."""
+  parts = () if config is None else parts_of(config)
+  # one method has hooks, and a method is in a config once
+  return next((HOOKS[part.method](part, steps) for part in parts if part.method in HOOKS), None)
 
 
 def merge(params: Any, adapter: Any | None = None) -> Any:
@@ -151,13 +196,15 @@ def merge(params: Any, adapter: Any | None = None) -> Any:
   if "lm_head" not in bound and isinstance(tree.get(bound, EMBEDDING), Adapted):
     bound = tree.put(bound, HEAD, decoder.head(bound))
   dense = jax.jit(weight.dense)
-  plain = lambda leaf: dense(leaf) if hasattr(leaf, "dense") else leaf
+  plain = lambda leaf: dense(leaf) if isinstance(leaf, weight.Weight) else leaf
   return tree.unflatten((path, plain(leaf)) for path, leaf in tree.items(bound))
 
 
 def count(adapter: Any) -> int:
   """Trained parameters in effect (a masked rank does not count)."""
-  return sum(leaf.size() if callable(leaf.size) else leaf.size for _, leaf in tree.items(adapter))
+  return sum(
+    leaf.size() if isinstance(leaf, Node) else leaf.size for _, leaf in tree.items(adapter)
+  )
 
 
 def summary(params: Any, adapter: Any) -> str:
@@ -224,14 +271,14 @@ def _check(config: AdapterConfig, names: list[str]) -> None:
       f"layers_to_transform={config.layers_to_transform}: the model has layers 0 to {max(layers)}"
     )
   for option in ("rank_pattern", "alpha_pattern"):
-    for pattern in getattr(config, option):
+    for pattern in vars(config)[option]:
       alone = AdapterConfig(rank_pattern={pattern: config.r + 1}, r=config.r)
       if not any(alone.rank(name) != config.r for name in adapted):
         raise ValueError(f"{option}: {tree.unknown(pattern, adapted, 'adapted module')}")
 
 
 def _keys(key, path, node, base):
-  if key is None or not getattr(node, "dropout", 0.0):
+  if key is None or not node.dropout:
     return None
   own = jax.random.fold_in(key, zlib.crc32(path.encode()))
   lead = weight.shape(base)[:-2]

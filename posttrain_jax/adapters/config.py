@@ -11,7 +11,8 @@ from typing import Any
 ALL_LINEAR = "all-linear"
 WHERE = ("method", "target_modules", "exclude_modules", "layers_to_transform")
 RANKED = (*WHERE, "r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora")
-LORA = (*RANKED, "depth_ranks", "init_lora_weights", "use_dora", "loftq_iter", "modules_to_save")
+WHOLE = "modules_to_save"  # every method has it
+LORA = (*RANKED, "depth_ranks", "init_lora_weights", "use_dora", "loftq_iter", WHOLE)
 # method -> the options that it reads; another one away from its default is an error
 OPTIONS: dict[str, tuple[str, ...]] = {
   "lora": LORA,
@@ -20,15 +21,22 @@ OPTIONS: dict[str, tuple[str, ...]] = {
   "olora": LORA,
   "loftq": LORA,
   "longlora": (*LORA, "attention_group", "context_length"),
-  "vera": (*WHERE, "r", "lora_dropout", "d_initial", "projection_prng_key"),
+  "vera": (*WHERE, "r", "lora_dropout", "d_initial", "projection_prng_key", WHOLE),
   "adalora": (
     *(*WHERE, "lora_alpha", "lora_dropout", "init_r", "target_r", "tinit", "tfinal", "deltaT"),
-    *("beta1", "beta2", "orth_reg_weight", "total_step"),
+    *("beta1", "beta2", "orth_reg_weight", "total_step", WHOLE),
   ),
-  "ia3": (*WHERE, "feedforward_modules"),
-  "prompt": ("method", "num_virtual_tokens", "prompt_tuning_init", "prompt_tuning_init_text"),
-  "prefix": ("method", "num_virtual_tokens"),
+  "ia3": (*WHERE, "feedforward_modules", WHOLE),
+  "prompt": (
+    "method",
+    "num_virtual_tokens",
+    "prompt_tuning_init",
+    "prompt_tuning_init_text",
+    WHOLE,
+  ),
+  "prefix": ("method", "num_virtual_tokens", WHOLE),
 }
+STANDING = ("prompt", "prefix")  # stand before every text, and are no change of a weight
 # Methods that are LoRA with one option set: what the name means.
 MEANINGS: dict[str, dict[str, Any]] = {
   "dora": {"use_dora": True},
@@ -122,8 +130,8 @@ class AdapterConfig:
           f"lora_alpha and the values of alpha_pattern must be finite, found {alpha}"
         )
     for name in ("target_modules", "exclude_modules", "feedforward_modules", "modules_to_save"):
-      if isinstance(getattr(self, name), list | set):
-        object.__setattr__(self, name, tuple(sorted(getattr(self, name))))
+      if isinstance(vars(self)[name], list | set):
+        object.__setattr__(self, name, tuple(sorted(vars(self)[name])))
     layers = self.layers_to_transform
     layers = (layers,) if isinstance(layers, int) else tuple(layers or ()) or None
     object.__setattr__(self, "layers_to_transform", layers)
@@ -136,7 +144,7 @@ class AdapterConfig:
       raise ValueError(f"unknown adapter method {self.method!r}; known: {', '.join(OPTIONS)}")
     for option, meant in MEANINGS.get(self.method, {}).items():
       default = AdapterConfig.__dataclass_fields__[option].default
-      given = getattr(self, option)
+      given = vars(self)[option]
       if given not in (default, meant) and not str(given).startswith(f"{meant}_niter_"):
         raise ValueError(f"method={self.method!r} means {option}={meant!r}, found {given!r}")
       if given == default:
@@ -146,9 +154,9 @@ class AdapterConfig:
         continue
       made = field.default_factory
       default = field.default if made is dataclasses.MISSING else made()
-      if getattr(self, field.name) != default:
+      if vars(self)[field.name] != default:
         raise ValueError(
-          f"{field.name}={getattr(self, field.name)!r}: the method {self.method!r} has no such option; "
+          f"{field.name}={vars(self)[field.name]!r}: the method {self.method!r} has no such option; "
           f"it reads {', '.join(OPTIONS[self.method][1:])}"
         )
 
@@ -157,6 +165,21 @@ class AdapterConfig:
     """Subspace iterations of PiSSA's fast SVD; 0: exact, or no PiSSA."""
     found = re.fullmatch(r"pissa_niter_([1-9]\d*)", str(self.init_lora_weights))
     return int(found[1]) if found else 0
+
+  @property
+  def starting(self) -> AdapterConfig | None:
+    """The config that starts with a part of the base, itself or None."""
+    return self if self.changes_base else None
+
+  @property
+  def starts_as_its_base(self) -> bool:
+    """Whether a fresh adapter leaves what training computes as it was."""
+    return not (self.lora_dropout or self.attention_group or not self.in_weights)
+
+  @property
+  def in_weights(self) -> bool:
+    """Whether merged weights can hold all of it: a soft prompt or a prefix is in no weight."""
+    return self.method not in STANDING
 
   @property
   def changes_base(self) -> bool:

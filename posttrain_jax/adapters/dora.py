@@ -105,7 +105,7 @@ def over(node: LoRA, base: Any) -> DoRA:
   else:
     layers = [_columns(weight.layer(base, i), weight.layer(node, i)) for i in range(len(node.a))]
     norm, magnitude = (jnp.stack(columns) for columns in zip(*layers))
-  fields = {f.name: getattr(node, f.name) for f in dataclasses.fields(LoRA)}
+  fields: Any = {f.name: vars(node)[f.name] for f in dataclasses.fields(LoRA)}
   return DoRA(**fields, magnitude=magnitude, norm=norm)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from posttrain_jax.adapters.config import AdapterConfig
+from posttrain_jax.adapters.node import Change
 from posttrain_jax.core import struct, tree, weight
 from posttrain_jax.core.weight import embed, linear
 
@@ -19,7 +20,7 @@ Array = jax.Array
 
 
 @struct.dataclass
-class IA3:
+class IA3(Change):
   """(x @ W + bias) * gain with gain: [out]; feedforward: (x * gain) @ W + bias with gain: [in]."""
 
   gain: Array  # [layers, out or in], or without layers

@@ -98,7 +98,8 @@ def check_start(
       f"write exclude_modules={name!r}, or init_lora_weights=True"
     )
   if how == "loftq" and store is None:
-    wanted = "unquantised matrices" if hasattr(base, "dense") else "a quantised base"
+    stored = isinstance(base, weight.Weight)
+    wanted = "unquantised matrices" if stored else "a quantised base"
     raise ValueError(
       f"init_lora_weights='loftq' starts from what quantising {name!r} loses, and needs {wanted}: give the dense "
       "base and `store`, or in a run base=nf4, fp4 or int8"

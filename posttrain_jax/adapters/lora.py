@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 
 from posttrain_jax.adapters.config import AdapterConfig
 from posttrain_jax.adapters.dropout import dropout
+from posttrain_jax.adapters.node import Change
 from posttrain_jax.core import struct, weight
 from posttrain_jax.core.weight import embed, linear
 
@@ -34,7 +35,7 @@ class Start:
 
 
 @struct.dataclass
-class LoRA:
+class LoRA(Change):
   """x @ W + scale * (x @ a) @ b, with a: [in, rank], b: [rank, out].
 
   Ranks that differ by layer are stored at the largest; `mask` is 1 for the ranks in use, and a layer whose mask is all

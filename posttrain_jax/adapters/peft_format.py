@@ -4,6 +4,10 @@ The tensors are the truth for which modules are adapted and at what rank; a conf
 A head tied to an adapted embedding keeps to the base embedding, here as in PEFT; `ensure_weight_tying`, under which it
 would follow, is refused.  A folder is input: known keys are read, others refused, nothing is imported or unpickled.
 
+PEFT has one type in a folder.  An adapter of several methods is the folder of the first, in which each of the others
+has one under its method's name, as PEFT lays several adapters out: each is a valid adapter of PEFT by itself, and
+`load` reads them together.
+
 Each PEFT type has a codec, which says what its keys and tensors are: a new one is a file in `codecs/` and a line here.
 """
 
@@ -12,15 +16,18 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import safetensors
 
+from posttrain_jax.adapters.bind import paths
 from posttrain_jax.adapters.codecs import adalora, ia3, lora, standing, vera
 from posttrain_jax.adapters.codecs.codec import Codec, Folder
-from posttrain_jax.adapters.config import AdapterConfig
+from posttrain_jax.adapters.combination import AnyConfig, parts_of, together
+from posttrain_jax.adapters.config import OPTIONS, AdapterConfig
 from posttrain_jax.core import files, tree
 from posttrain_jax.models import decoder
 from posttrain_jax.models.config import ModelConfig
@@ -34,13 +41,15 @@ RECORD = (
 )
 HEADER_BYTES, CONFIG_BYTES = 32 * 2**20, 4 * 2**20  # larger ones are not read
 
+SCORE = "score/weight"  # the head of a reward model
+
 CODECS: tuple[Codec, ...] = (lora.CODEC, vera.CODEC, adalora.CODEC, ia3.CODEC, *standing.CODECS)
 
 
 def save(
   folder: str | Path,
   adapter: Any,
-  config: AdapterConfig,
+  config: AnyConfig,
   model_config: ModelConfig,
   *,
   base_name: str | None = None,
@@ -54,8 +63,44 @@ def save(
     config: what it was made from; its patterns are kept where they describe the ranks and scales that the adapter has.
     base_name: hub name or path of the base, for PEFT to find it.
   """
+  first, *others = parts_of(config)
+  trees = _apart(adapter, (first, *others), model_config)
+  with files.publish(folder) as new:
+    more = dict(with_methods=[other.method for other in others]) if others else {}
+    _write(new, trees[0], first, model_config, base_name, more)
+    for other, own in zip(others, trees[1:]):
+      (new / other.method).mkdir()
+      _write(new / other.method, own, other, model_config, base_name, {})
+
+
+def _apart(
+  adapter: Any, parts: Sequence[AdapterConfig], model_config: ModelConfig
+) -> list[dict[str, Any]]:
+  """The nodes of each part; a reward's head is written with every one, since PEFT wants it in each."""
+  if len(parts) == 1:
+    return [adapter]
+  params, nodes = decoder.abstract(model_config), tree.flatten(adapter)
+  found = [[path for path in paths(params, part) if path in nodes] for part in parts]
+  if unknown := sorted(set(nodes) - {path for own in found for path in own}):
+    raise ValueError(f"adapter at {', '.join(unknown)}: none of its configs has a node there")
+  head = [SCORE] if SCORE in nodes else []
+  return [
+    tree.unflatten({path: nodes[path] for path in dict.fromkeys([*own, *head])}) for own in found
+  ]
+
+
+def _write(
+  folder: Path,
+  adapter: Any,
+  config: AdapterConfig,
+  model_config: ModelConfig,
+  base_name: str | None,
+  record: dict[str, Any],
+) -> None:
+  """PEFT's two files and our record of one method."""
   codec = _codec(config.method)
   written = codec.write(adapter, config, model_config)
+  record = dict(format=1, base=_identity(model_config), **written.record, **record)
   described = dict(
     peft_type=codec.peft_type,
     task_type="SEQ_CLS" if model_config.scores else "CAUSAL_LM",
@@ -66,15 +111,13 @@ def save(
     **written.described,
   )
   as_stored = lambda array: (array.shape, str(array.dtype), lambda: array)
-  with files.publish(folder) as new:
-    files.write_safetensors(
-      new / TENSORS, {name: as_stored(array) for name, array in written.tensors.items()}
-    )
-    files.write_json(new / CONFIG, described)
-    files.write_json(new / RECORD, dict(format=1, base=_identity(model_config), **written.record))
+  stored = {name: as_stored(array) for name, array in written.tensors.items()}
+  files.write_safetensors(folder / TENSORS, stored)
+  files.write_json(folder / CONFIG, described)
+  files.write_json(folder / RECORD, record)
 
 
-def load(folder: str | Path, params: Any, model_config: ModelConfig) -> tuple[Any, AdapterConfig]:
+def load(folder: str | Path, params: Any, model_config: ModelConfig) -> tuple[Any, AnyConfig]:
   """(adapter, config) of a folder that PEFT or `save` wrote, its factors in float32.
 
   The folder of an adapter that has a name of its own may be given by its parent.
@@ -85,6 +128,25 @@ def load(folder: str | Path, params: Any, model_config: ModelConfig) -> tuple[An
       names the file and the key, tensor or module.
   """
   path = _locate(Path(folder))
+  others = _read_record(path / RECORD, model_config).get("with_methods", ())
+  if unknown := [name for name in others if name not in tuple(OPTIONS)]:
+    raise ValueError(f"{path / RECORD}: with_methods names {unknown[0]!r}, which is no method")
+  nodes, config = _read(path, params, model_config)
+  configs = [config]
+  for name in others:
+    own, config = _read(path / name, params, model_config)
+    if repeated := [at for at in own if at in nodes and at != SCORE]:
+      raise ValueError(f"{path} and its folder {name} both adapt {repeated[0]}")
+    nodes |= own
+    saved = [name for name in config.modules_to_save if name not in configs[0].modules_to_save]
+    configs.append(config.replace(modules_to_save=tuple(saved)))
+  return tree.unflatten(nodes), together(configs)
+
+
+def _read(
+  path: Path, params: Any, model_config: ModelConfig
+) -> tuple[dict[str, Any], AdapterConfig]:
+  """({path: node}, config) of one folder."""
   record = _read_record(path / RECORD, model_config)
   tensors = _read_tensors(path / TENSORS)
   described = _read_json(path / CONFIG)
@@ -94,8 +156,7 @@ def load(folder: str | Path, params: Any, model_config: ModelConfig) -> tuple[An
     raise ValueError(
       f"{path / CONFIG}: peft_type={kind!r} is not supported; supported: {', '.join(codecs)}"
     )
-  nodes, config = codecs[kind].read(Folder(path, tensors, described, record), params, model_config)
-  return tree.unflatten(nodes), config
+  return codecs[kind].read(Folder(path, tensors, described, record), params, model_config)
 
 
 def _codec(method: str) -> Codec:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from posttrain_jax.adapters.config import AdapterConfig
+from posttrain_jax.adapters.node import Standing
 from posttrain_jax.core import struct, weight
 from posttrain_jax.models import attention, before
 
@@ -17,7 +18,7 @@ Array = jax.Array
 
 
 @struct.dataclass
-class Prefix:
+class Prefix(Standing):
   """k, v: [layers, slots, kv_heads * head_dim], seen as they are: k is not rotated, positions go on behind it.
 
   PEFT's past_key_values, without its optional projection, which is a way to train them.

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from posttrain_jax.adapters.config import AdapterConfig
+from posttrain_jax.adapters.node import Standing
 from posttrain_jax.core import struct, weight
 from posttrain_jax.models import attention, before
 from posttrain_jax.models.config import ModelConfig
@@ -20,7 +21,7 @@ Array = jax.Array
 
 
 @struct.dataclass
-class SoftPrompt:
+class SoftPrompt(Standing):
   """embeddings: [slots, embed], put before the tokens' own as they are: no family scales it."""
 
   embeddings: Array

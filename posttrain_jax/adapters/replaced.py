@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from posttrain_jax.adapters.config import AdapterConfig, full_name
+from posttrain_jax.adapters.node import Change
 from posttrain_jax.core import struct, tree, weight
 from posttrain_jax.core.weight import embed, linear
 
@@ -19,7 +20,7 @@ Array = jax.Array
 
 
 @struct.dataclass
-class Replaced:
+class Replaced(Change):
   """x @ value in the place of x @ W, or value as a vector in the place of another; the base is not read.
 
   A head tied to a replaced embedding keeps to the base, as in PEFT: train `lm_head` too where it should follow.
@@ -74,19 +75,8 @@ def init(
   Raises:
     ValueError: a name that no module ends with, or a module that the adapter targets too.
   """
-  layers = weight.shape(params["layers"]["self_attn"]["q_proj"]["weight"])[0]
-  paths = dict.fromkeys([*tree.flatten(params), "lm_head/weight"])
-  names_at = {path: expand(path, layers) for path in paths}
-  wanted = lambda name, endings: any(full_name(name).endswith(ending) for ending in endings)
-  known = [name for names in names_at.values() for name in names]
-  for ending in config.modules_to_save:
-    if not any(wanted(name, (ending,)) for name in known):
-      raise ValueError(f"modules_to_save: {tree.unknown(ending, known, 'module')}")
   made = {}
-  for path, names in names_at.items():
-    chosen = np.asarray([wanted(name, config.modules_to_save) for name in names], np.float32)
-    if not chosen.any():
-      continue
+  for path, (names, chosen) in _named(params, config).items():
     if path in adapted:
       raise ValueError(
         f"modules_to_save: {names[int(chosen.argmax())]!r} is a target of the adapter as well; "
@@ -95,6 +85,28 @@ def init(
     value = jnp.array(weight.dense(base_at(path), jnp.float32), copy=True)
     made[path] = Replaced(value, None if chosen.all() else jnp.asarray(chosen))
   return made
+
+
+def paths(params: Any, config: AdapterConfig) -> list[str]:
+  """The paths of what `init` makes; params may be shapes."""
+  return list(_named(params, config))
+
+
+def _named(params: Any, config: AdapterConfig) -> dict[str, tuple[list[str], np.ndarray]]:
+  """path -> (its modules' names, 1 for each that config.modules_to_save names), of every leaf with one."""
+  if not config.modules_to_save:
+    return {}
+  layers = weight.shape(params["layers"]["self_attn"]["q_proj"]["weight"])[0]
+  leaves = dict.fromkeys([*tree.flatten(params), "lm_head/weight"])
+  names_at = {path: expand(path, layers) for path in leaves}
+  wanted = lambda name, endings: any(full_name(name).endswith(ending) for ending in endings)
+  known = [name for names in names_at.values() for name in names]
+  for ending in config.modules_to_save:
+    if not any(wanted(name, (ending,)) for name in known):
+      raise ValueError(f"modules_to_save: {tree.unknown(ending, known, 'module')}")
+  ones = lambda names: [wanted(name, config.modules_to_save) for name in names]
+  flags = {path: (names, np.asarray(ones(names), np.float32)) for path, names in names_at.items()}
+  return {path: pair for path, pair in flags.items() if pair[1].any()}
 
 
 def expand(path: str, layers: int) -> list[str]:

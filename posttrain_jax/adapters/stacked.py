@@ -20,6 +20,7 @@ from posttrain_jax.adapters.adalora import AdaLoRA
 from posttrain_jax.adapters.bind import base
 from posttrain_jax.adapters.dora import DoRA
 from posttrain_jax.adapters.lora import LoRA
+from posttrain_jax.adapters.node import Change, PerRow, Standing
 from posttrain_jax.adapters.prefix import Prefix
 from posttrain_jax.adapters.prompt import SoftPrompt
 from posttrain_jax.core import struct, tree, weight
@@ -30,7 +31,7 @@ Array = jax.Array
 
 
 @struct.dataclass
-class Stacked:
+class Stacked(Change, PerRow):
   """y = x @ W + (x @ a[n]) @ b[n], then y * columns[n], where n is the adapter of x's row.
 
   The last of the adapters is none.  On two CPU cores (batch 16, 8 adapters of rank 16, 576 x 576, 32 tokens a row) the
@@ -93,7 +94,7 @@ class Stacked:
 
 
 @struct.dataclass
-class StackedPrompts:
+class StackedPrompts(Standing, PerRow):
   """embeddings: [prompts + 1, slots, embed], used: [prompts + 1, slots], 1 for its own slots; the last is none."""
 
   embeddings: Array
@@ -126,7 +127,7 @@ class StackedPrompts:
 
 
 @struct.dataclass
-class StackedPrefixes:
+class StackedPrefixes(Standing, PerRow):
   """k, v: [layers, prefixes + 1, slots, kv_heads * head_dim], used: [layers, prefixes + 1, slots]; the last is none."""
 
   k: Array
@@ -225,7 +226,7 @@ def _check(path: str, i: int, node: Any) -> None:
       f"adapter {i} has a {type(node).__name__} at {path}: a batch can mix LoRA, DoRA, AdaLoRA, soft prompts and "
       "prefixes; serve this one alone, bound or merged"
     )
-  if getattr(node, "start", None) is not None:
+  if isinstance(node, LoRA) and node.start is not None:
     raise ValueError(
       f"adapter {i} began with a part of its base at {path}, so it has a base of its own: save it with "
       "peft_format.save and load it again, as a plain LoRA of the original base"

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec
 
 from posttrain_jax.adapters.config import AdapterConfig
 from posttrain_jax.adapters.dropout import dropout
+from posttrain_jax.adapters.node import Change, Common
 from posttrain_jax.core import struct, weight
 from posttrain_jax.core.weight import Shared, embed, linear
 
@@ -25,7 +26,7 @@ PATH = "shared/vera"  # of the pair in the adapter's tree
 
 
 @struct.dataclass
-class Projections:
+class Projections(Common):
   """a: [in, rank] and b: [rank, out] of the largest inputs and outputs; a module reads the corner that is its size.
 
   They stand once in the adapter's tree: memory and checkpoint hold one pair, which `bind` lends to every node.
@@ -46,7 +47,7 @@ class Projections:
 
 
 @struct.dataclass
-class VeRA:
+class VeRA(Change):
   """x @ W + lambda_b * ((lambda_d * (x @ A)) @ B), with A: [in, rank], B: [rank, out] from the shared pair."""
 
   lambda_b: Array  # [layers, out] or [out]

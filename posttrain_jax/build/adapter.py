@@ -10,41 +10,22 @@ from typing import TYPE_CHECKING, Any
 import jax
 import ml_collections
 
-from posttrain_jax import adapters
-from posttrain_jax.build import decisions, layout
+from posttrain_jax import adapters, settings
+from posttrain_jax.adapters import layout
+from posttrain_jax.build import decisions
 from posttrain_jax.core import tree
 from posttrain_jax.models import hf
 from posttrain_jax.objectives import Context
-from posttrain_jax.settings import ConfigError
 
 if TYPE_CHECKING:
   from posttrain_jax.build.model import Model
 
 
-def described(config: ml_collections.ConfigDict) -> adapters.AdapterConfig | None:
-  """The AdapterConfig of config.adapter; None for full fine-tuning."""
-  fields = {name: _option(name, value) for name, value in config.adapter.items()}
-  if decisions.is_full(config):
-    return None
-  if decisions.has_score(config):
-    if "modules_to_save" not in fields:
-      raise ConfigError(
-        f"adapter={fields['method']}: a reward model trains its score head whole, for which this method has no place;"
-        " write adapter=lora or another of its kind"
-      )
-    fields["modules_to_save"] = (*fields["modules_to_save"], "score")
-  if fields["method"] == "adalora":  # its schedule ends with the run, and its file says when
-    fields.setdefault("total_step", config.steps)
-  return adapters.AdapterConfig(**fields)
-
-
-def _option(name: str, value: Any) -> Any:
-  """A config field as AdapterConfig takes it."""
-  if isinstance(value, ml_collections.ConfigDict):
-    return value.to_dict()
-  if name == "init_lora_weights":
-    return True if value == "uniform" else value
-  return None if name in ("layers_to_transform", "prompt_tuning_init_text") and not value else value
+def described(config: ml_collections.ConfigDict) -> adapters.AnyConfig | None:
+  """The config of config.adapter; None for full fine-tuning."""
+  whole = ("score",) if decisions.has_score(config) else ()
+  with settings.section("adapter"):
+    return adapters.from_section(config.adapter.to_dict(), whole=whole, steps=config.steps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +35,7 @@ class Trees:
   trainable: Any
   carried: Any  # the fixed part of the adapter; None without one
   context: Context
-  adapter_config: adapters.AdapterConfig | None
+  adapter_config: adapters.AnyConfig | None
 
   @property
   def adapter(self) -> Any:
@@ -85,7 +66,7 @@ def make(
     text_tokens=None if text is None else model.tokenizer(text)["input_ids"],
     model=model.config,
   )
-  trainable, carried = tree.partition(layout.placed_adapter(adapter, mesh))
+  trainable, carried = tree.partition(layout.laid_out(adapter, mesh))
   return Trees(
     trainable,
     carried,
@@ -108,12 +89,3 @@ def resumed(
     model.folder, dtype=model.dtype, storage="dense", place=model.started.resume(nodes, place)
   )
   return dataclasses.replace(context, base=params)
-
-
-def starts_as_its_base(adapter_config: adapters.AdapterConfig | None) -> bool:
-  """Whether a fresh adapter leaves what training computes as it was; full fine-tuning starts there, too."""
-  return adapter_config is None or not (
-    adapter_config.lora_dropout
-    or adapter_config.attention_group
-    or adapter_config.method in ("prompt", "prefix")
-  )

@@ -25,7 +25,7 @@ from posttrain_jax.evals import losses as losses_lib
 from posttrain_jax.evals import margins, tasks
 from posttrain_jax.models import fetch, hf, rotary
 from posttrain_jax.models.config import ModelConfig
-from posttrain_jax.objectives import Context, Preference, Scorer, Sum, measured
+from posttrain_jax.objectives import Context, Preference, Scorer, Sum, evaluation, measured
 from posttrain_jax.runs import record
 from posttrain_jax.settings import ConfigError
 
@@ -173,7 +173,8 @@ def _on_answers(
     examples, batch_size=run.eval.rows, length=run.data.length, packing=run.data.packing
   )
   context = Context(reference=other)
-  metrics = measured(loss, params, batches, context, loss.start(None))
+  measure = jax.jit(evaluation(loss))
+  metrics = measured(measure, batches, params, context, loss.start(None))
   results: dict[str, Any] = {"model": name, "adapter": adapter, "examples": len(examples)}
   results |= metrics_lib.read(metrics)
   pairs = _preference(loss)

@@ -134,7 +134,7 @@ def _merge(found: runs.Run, source: Path, out: Path, merge_base: str) -> None:
   folder = fetch.resolve(found.field("model.name"))
   params, config = hf.load(folder, storage="dense")
   adapter, chosen = peft_format.load(source, params, config)
-  if chosen.method in ("prompt", "prefix"):
+  if not chosen.in_weights:
     raise ValueError(
       f"merge: a {chosen.method} stands before the text and is in no weight, so no merged model can hold it; export "
       "without merge, and load the folder as an adapter: posttrain chat --adapter=DIR, or peft"
@@ -186,7 +186,8 @@ def _merged_onto_original(found, params, adapter, merge_base) -> Any:
 
 
 def _starts_from_base(found: runs.Run) -> bool:
-  said = f"{found.field('adapter.method')} {found.field('adapter.init_lora_weights')}"
+  starts = {options.get("init_lora_weights") for options in found.adapters().values()}
+  said = " ".join(map(str, [*found.adapters(), *starts]))
   return any(name in said for name in START_FROM_BASE)
 
 

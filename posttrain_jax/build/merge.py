@@ -183,7 +183,7 @@ class _WithAdapter:
     config = hf.read_config(folder)
     leaves = ((path, _leaf(reader, path, config)) for path in _paths(reader, config))
     nodes, chosen = peft_format.load(adapter, tree.unflatten(leaves), config)
-    if chosen.method in ("prompt", "prefix"):
+    if not chosen.in_weights:
       raise RecipeError(f"{adapter}: a {chosen.method} stands before the text and is in no weight")
     self.places = {}
     for path, node in tree.items(nodes):

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from posttrain_jax.build import adapter, decisions, layout, start
+from posttrain_jax.adapters import layout
+from posttrain_jax.build import adapter, decisions, start
 from posttrain_jax.data import chat
 from posttrain_jax.models import decoder, fetch, hf, rotary
 from posttrain_jax.models.config import ModelConfig
@@ -39,10 +40,11 @@ def load(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh | None = Non
   on_host = config.optimizer.offload == "params"
   place = functools.partial(layout.place, mesh=mesh, on_host=on_host)
   adapter_config = adapter.described(config)
+  starting = None if adapter_config is None else adapter_config.starting
   started = None
-  if adapter_config is not None and adapter_config.changes_base:
+  if starting is not None:
     key = jax.random.key(config.seed)
-    started = start.plan(key, adapter_config, hf.read_config(folder), config.model.base)
+    started = start.plan(key, starting, hf.read_config(folder), config.model.base)
   # what the optimizer updates is float32; a frozen base is stored as it is computed with
   params, model_config = hf.load(
     folder,

@@ -55,7 +55,8 @@ def _own(config: Config) -> dict[str, Any]:
 
 def _compared(config: Config) -> dict[str, bool]:
   is_base = decisions.compares_with_base(config)
-  starts_there = is_base and adapter.starts_as_its_base(adapter.described(config))
+  adapter_config = adapter.described(config)
+  starts_there = is_base and (adapter_config is None or adapter_config.starts_as_its_base)
   return {"own_base": is_base, "starts_there": starts_there}
 
 

@@ -13,8 +13,8 @@ import ml_collections
 import numpy as np
 
 from posttrain_jax import adapters
-from posttrain_jax.adapters import peft_format
-from posttrain_jax.build import decisions, layout
+from posttrain_jax.adapters import layout, peft_format
+from posttrain_jax.build import decisions
 from posttrain_jax.build.data import Data
 from posttrain_jax.build.model import Model
 from posttrain_jax.core import tree
@@ -41,11 +41,11 @@ def params(config: ml_collections.ConfigDict, model: Model, mesh: jax.sharding.M
     if model.started is None:
       return model.params
     started = tree.unflatten(model.started.nodes.items())
-    return adapters.original(model.params, layout.placed_adapter(started, mesh))
+    return adapters.original(model.params, layout.laid_out(started, mesh))
   folder = Path(name).expanduser()
   if (folder / peft_format.CONFIG).exists():
     adapter, _ = peft_format.load(folder, model.params, model.config)
-    return adapters.bind(model.params, layout.placed_adapter(adapter, mesh))
+    return adapters.bind(model.params, layout.laid_out(adapter, mesh))
   place = functools.partial(layout.place, mesh=mesh)
   storage = config.objective.reference_base
   other, other_config = hf.load(

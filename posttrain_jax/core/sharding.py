@@ -14,6 +14,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from posttrain_jax.core.leaf import Leaf
+
 AXES = ("data", "fsdp", "tensor")
 Rules = Sequence[tuple[str, PartitionSpec]]
 
@@ -84,10 +86,14 @@ def gather(tree: Any, spec: PartitionSpec) -> Any:
   if not active():
     return tree
   spec = PartitionSpec(*[None if axis == "fsdp" else axis for axis in spec])
-  specs = tree.partition_specs(spec) if hasattr(tree, "partition_specs") else spec
   ambient = jax.sharding.get_abstract_mesh()
   pin = lambda x, spec: jax.lax.with_sharding_constraint(x, fitted(spec, x.shape, ambient))
-  return jax.tree.map(pin, tree, specs)
+  return jax.tree.map(pin, tree, specs(tree, spec))
+
+
+def specs(leaf: Any, spec: PartitionSpec) -> Any:
+  """The PartitionSpecs of a leaf's arrays, given that of the dense array: spec itself for a plain one."""
+  return leaf.partition_specs(spec) if isinstance(leaf, Leaf) else spec
 
 
 def spec_for(path: str, rules: Rules) -> PartitionSpec:

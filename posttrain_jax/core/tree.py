@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from posttrain_jax.core import weight
+from posttrain_jax.core.leaf import Leaf
 
 Tree = Any
 
@@ -113,11 +114,12 @@ def partition(tree: Tree) -> tuple[Tree, Tree]:
 
 
 def _partition(leaf):
-  if not dataclasses.is_dataclass(leaf):
+  if not isinstance(leaf, Leaf):
     return leaf, None
-  names = {f.name for f in dataclasses.fields(leaf) if f.metadata.get("pytree_node", True)}
-  trained = set(getattr(leaf, "TRAINED", ()))
-  without = lambda drop: dataclasses.replace(leaf, **dict.fromkeys(drop))
+  fields: Any = leaf
+  names = {f.name for f in dataclasses.fields(fields) if f.metadata.get("pytree_node", True)}
+  trained = set(leaf.TRAINED)
+  without = lambda drop: dataclasses.replace(fields, **dict.fromkeys(drop))
   return (without(names - trained) if trained else None), without(trained)
 
 
@@ -130,8 +132,7 @@ def combine(trained: Tree, fixed: Tree) -> Tree:
 def _combine(trained, fixed):
   if trained is None or fixed is None:
     return fixed if trained is None else trained
-  names = getattr(trained, "TRAINED", ())
-  return dataclasses.replace(fixed, **{name: getattr(trained, name) for name in names})
+  return dataclasses.replace(fixed, **{name: vars(trained)[name] for name in trained.TRAINED})
 
 
 def expand(path: str, layers: int) -> list[str]:

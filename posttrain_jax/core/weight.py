@@ -6,30 +6,52 @@ Axis names used across the project: `batch group pair time vocab embed in out ra
 
 from __future__ import annotations
 
-from typing import Any, Protocol, runtime_checkable
+import dataclasses
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from posttrain_jax.core import sharding, struct
+from posttrain_jax.core.leaf import Leaf
 
 Array = jax.Array
-# A Weight or a plain array; not their union, since a type checker cannot follow `hasattr`.
+# A Weight or a plain array; shapes alone stand for either in programs compiled without weights.
 AnyWeight = Any
 
 
-@runtime_checkable
-class Weight(Protocol):
-  """What a stored matrix `[in, out]` must be able to do."""
+class Weight(Leaf):
+  """What a stored matrix `[in, out]` must be able to do; it has a shape and a dtype, as an array has.
+
+  A base class and no Protocol: models ask at every product, and a class is told by one look.
+  """
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """The logical one, [..., in, out]."""
+    raise TypeError(f"{type(self).__name__} has no shape")
+
+  @property
+  def dtype(self) -> Any:
+    """Of the matrix that it stands for."""
+    raise TypeError(f"{type(self).__name__} has no dtype")
 
   def apply(self, x: Array) -> Array:
     """x: [..., in] -> [..., out], in the dtype of x."""
+    raise TypeError(f"{type(self).__name__} is no weight that multiplies")
 
   def rows(self, ids: Array) -> Array:
     """Embedding look-up: ids: [...] -> [..., out]."""
+    raise TypeError(f"{type(self).__name__} is no table of embeddings")
 
-  def dense(self, dtype: Any) -> Array:
-    """The matrix itself, [in, out]."""
+  def dense(self, dtype: Any = None) -> Array:
+    """The matrix itself, [in, out], in `dtype` or (None) in that of the weight."""
+    raise TypeError(f"{type(self).__name__} has no dense form")
+
+  def like(self, w: Array) -> Any:
+    """The matrix w stored as this one is."""
+    return w.astype(self.dtype)
 
 
 def linear(x: Array, w: AnyWeight) -> Array:
@@ -38,16 +60,16 @@ def linear(x: Array, w: AnyWeight) -> Array:
   Without a mesh the operand is flattened to two dimensions: on XLA:CPU the gradient of a low-rank factor from a
   three-dimensional operand measured 9x slower.  On a mesh it must not be, where time sharding would add an all-gather.
   """
-  if hasattr(w, "apply"):
+  if isinstance(w, Weight):
     return w.apply(x)
   return _product(x, w.astype(x.dtype), 0)
 
 
 def linear32(x: Array, w: AnyWeight) -> Array:
   """x @ w in float32, not rounded to x's dtype in between: for logits, where a bfloat16 step is 2^-8 of the value."""
-  if isinstance(w, Transposed) and not hasattr(w.base, "dense"):
+  if isinstance(w, Transposed) and not isinstance(w.base, Weight):
     return _product(x, w.base.astype(x.dtype), 1, jnp.float32)
-  if hasattr(w, "apply"):
+  if isinstance(w, Weight):
     return w.apply(x).astype(jnp.float32)
   return _product(x, w.astype(x.dtype), 0, jnp.float32)
 
@@ -65,14 +87,14 @@ def _product(x: Array, w: Array, contract: int, dtype: Any = None) -> Array:
 
 def embed(ids: Array, w: AnyWeight) -> Array:
   """Rows of w: ids: [...] of integers, w: [vocab, out] -> [..., out]."""
-  if hasattr(w, "rows"):
+  if isinstance(w, Weight):
     return w.rows(ids)
   return jnp.take(w, ids, axis=0, mode="clip")
 
 
 def dense(w: AnyWeight, dtype: Any = None) -> Array:
   """w as a plain [in, out] array, in `dtype` or (None) in the dtype it is stored in."""
-  if hasattr(w, "dense"):
+  if isinstance(w, Weight):
     return w.dense(dtype)
   return w if dtype is None else w.astype(dtype)
 
@@ -84,7 +106,7 @@ def shape(w: AnyWeight) -> tuple[int, ...]:
 
 def like(w: Array, base: AnyWeight) -> AnyWeight:
   """The matrix w stored as base is: quantised where base is quantised, rounded to its dtype where it is dense."""
-  return base.like(w) if hasattr(base, "like") else w.astype(base.dtype)
+  return base.like(w) if isinstance(base, Weight) else w.astype(base.dtype)
 
 
 @struct.dataclass
@@ -122,7 +144,7 @@ def take_rows(tree: Any, rows: Any) -> Any:
 
 
 @struct.dataclass
-class Adapted:
+class Adapted(Weight):
   """A frozen base and the adapter node that changes it; made by `adapters.bind`."""
 
   base: Any
@@ -146,9 +168,14 @@ class Adapted:
   def dense(self, dtype: Any = None) -> Array:
     return self.node.dense(self.base, dtype)
 
+  def partition_specs(self, spec: PartitionSpec) -> Self:
+    base, node = sharding.specs(self.base, spec), sharding.specs(self.node, spec)
+    key = None if self.key is None else PartitionSpec()
+    return dataclasses.replace(self, base=base, node=node, key=key)
+
 
 @struct.dataclass
-class Transposed:
+class Transposed(Weight):
   """The view w.T of a stored weight w: [out, in]; a tied head is `Transposed(embedding)`."""
 
   base: Any
@@ -170,6 +197,11 @@ class Transposed:
 
   def dense(self, dtype: Any = None) -> Array:
     return jnp.swapaxes(dense(self.base, dtype), -1, -2)
+
+  def partition_specs(self, spec: PartitionSpec) -> Self:
+    *lead, rows, columns = [*[None] * (len(self.shape) - len(spec)), *spec]
+    turned = PartitionSpec(*lead, columns, rows)
+    return dataclasses.replace(self, base=sharding.specs(self.base, turned))
 
 
 def layer(w: AnyWeight, index: int) -> AnyWeight:

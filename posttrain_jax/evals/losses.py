@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
+
 from posttrain_jax.core import metrics as metrics_lib
 from posttrain_jax.data import chat, loader, schema
 from posttrain_jax.evals import tasks
 from posttrain_jax.models import before
 from posttrain_jax.models.config import ModelConfig
-from posttrain_jax.objectives import Sft, measured
+from posttrain_jax.objectives import Context, Sft, evaluation, measured
 
 ROWS = 8  # examples in a batch
 
@@ -41,7 +43,8 @@ def losses(
     packing=False,
     channels=channels,
   )
-  metrics = measured(Sft(config, channels=channels), params, batches)
+  measure = jax.jit(evaluation(Sft(config, channels=channels)))
+  metrics = measured(measure, batches, params, Context())
   return {"examples": len(examples), **metrics_lib.read(metrics)}
 
 

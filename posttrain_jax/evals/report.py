@@ -159,13 +159,17 @@ def _adapter(found: Run) -> str | None:
   method = found.field("adapter.method")
   if method in (None, "none"):
     return method and "none: every parameter is trained"
-  values = {key: found.field(f"adapter.{key}") for key in SIZES}
-  options = [f"{key} {value}" for key, value in values.items() if value is not None]
-  count = parameters(found.folder / "adapter" / "adapter_model.safetensors")
+  parts = [_method(name, options) for name, options in found.adapters().items()]
+  count = sum(map(parameters, (found.folder / "adapter").rglob("adapter_model.safetensors")))
   stored = [f"{count:,} parameters"] if count else []
-  targets = found.field("adapter.target_modules")
-  where = [f"on {_words(targets)}"] if targets else []
-  return ", ".join([method, *options, *where, *stored])
+  return ", ".join([" + ".join(parts), *stored])
+
+
+def _method(name: str, options: Mapping[str, Any]) -> str:
+  """One method of an adapter, as large as it is and where."""
+  sizes = [f"{key} {options[key]}" for key in SIZES if options.get(key) is not None]
+  targets = options.get("target_modules")
+  return ", ".join([name, *sizes, *([f"on {_words(targets)}"] if targets else [])])
 
 
 def _words(value: Any) -> str:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from posttrain_jax.core import tree
+from posttrain_jax.core import tree, weight
 
 Array = jax.Array
 P = ParamSpec("P")
@@ -156,7 +156,7 @@ def _same_paths(label, first, other, leaves):
 
 def _array(label, path, leaf):
   if not isinstance(leaf, jax.Array | np.ndarray):
-    how = "; write weight.dense(leaf) in its place" if hasattr(leaf, "dense") else ""
+    how = "; write weight.dense(leaf) in its place" if isinstance(leaf, weight.Weight) else ""
     raise ValueError(f"{label} has a {type(leaf).__name__} at {path!r}: only arrays merge{how}")
   if not jnp.issubdtype(leaf.dtype, jnp.floating):
     raise ValueError(f"{label} has {leaf.dtype} at {path!r}: only floating arrays merge")

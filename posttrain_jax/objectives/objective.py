@@ -214,16 +214,18 @@ def evaluation(objective: Objective) -> Callable[[Any, Context, Memory, Batch], 
 
 
 def measured(
-  objective: Objective,
-  trainable: Any,
+  measure: Callable[[Any, Context, Memory, Batch], Metrics],
   batches: Iterable[Batch],
-  context: Context | None = None,
+  trainable: Any,
+  context: Context,
   memory: Memory = None,
 ) -> Metrics:
-  """The metrics of all batches together, to be read by `core.metrics`; {} for none."""
-  measure = jax.jit(evaluation(objective))
+  """The metrics of all batches together, to be read by `core.metrics`; {} for none.
+
+  measure: `evaluation` of an objective, jitted by who calls this more than once.
+  """
   total: Metrics = {}
   for batch in batches:
-    metrics = measure(trainable, context or Context(), memory, batch)
+    metrics = measure(trainable, context, memory, batch)
     total = jax.tree.map(lambda a, b: a + b, total, metrics) if total else metrics
   return total

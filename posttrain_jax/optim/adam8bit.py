@@ -14,6 +14,7 @@ import optax
 from jax.sharding import PartitionSpec
 
 from posttrain_jax.core import struct
+from posttrain_jax.core.leaf import Leaf
 from posttrain_jax.optim import paths
 from posttrain_jax.quant import blockwise
 
@@ -24,7 +25,7 @@ SEMANTICS = ("cuda", "cpu")
 
 
 @struct.dataclass
-class Blockwise:
+class Blockwise(Leaf):
   """map[codes] * absmax of the block, with codes: the parameter's shape, uint8; absmax: [..., blocks], float32.
 
   Blocks run over each matrix of a stack apart, flattened as we store it ([in, out]).  Rows that are whole numbers of

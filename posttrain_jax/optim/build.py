@@ -198,7 +198,6 @@ def matrices(params: Any) -> Any:
   """True for leaves that weight decay applies to: those with two axes or more besides the stacked layers'."""
 
   def decays(path, leaf):
-    stacked = getattr(path[0], "key", None) == "layers"
-    return jnp.ndim(leaf) - stacked >= 2
+    return jnp.ndim(leaf) - paths.stacked(path) >= 2
 
   return jax.tree_util.tree_map_with_path(decays, params)

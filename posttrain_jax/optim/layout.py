@@ -9,31 +9,37 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from posttrain_jax.core import memory, sharding
+from posttrain_jax.core.leaf import Leaf
 from posttrain_jax.optim import offload, paths
 
 
 def shardings(state: Any, params: Any, replicated: jax.sharding.Sharding) -> Any:
   """The sharding of each array of state; shapes will do.
 
-  The state of a parameter is known by its path, which ends in the parameter's, or goes on inside the node that stands
-  there.  An axis as long as the parameter's own is laid out as that; a node may say otherwise by `partition_specs`.
-  Counts are replicated.  What is offloaded lies so in the host's memory.
+  The state of a parameter is known by its path, which ends in the parameter's (that of an adapter's factor in the
+  field of its node), or goes on inside the leaf that stands there.  An axis as long as the parameter's own is laid out
+  as that; a `Leaf` that stands for a whole parameter says how by `partition_specs`.  Counts are replicated.  What is
+  offloaded lies so in the host's memory.
   """
   found, _ = jax.tree_util.tree_flatten_with_path(params)
   owners = {paths.names(path): leaf for path, leaf in found}
-  is_node = lambda x: hasattr(x, "partition_specs")
 
-  def one(path, node):
+  def one(path, leaf):
     owner = _owner(paths.names(path), owners)
+    if owner is None and isinstance(leaf, Leaf):  # an adapter's node: each field is a parameter
+      inner = lambda further, x: one((*path, *further), x)
+      return jax.tree_util.tree_map_with_path(
+        inner, leaf, is_leaf=lambda x: isinstance(x, Leaf) and x is not leaf
+      )
     if owner is None or not isinstance(owner.sharding, NamedSharding):
-      return jax.tree.map(lambda _: replicated, node)
+      return jax.tree.map(lambda _: replicated, leaf)
     mesh, spec = owner.sharding.mesh, owner.sharding.spec
-    if is_node(node):
-      specs = node.partition_specs(spec)
-      return jax.tree.map(lambda x, spec: sharding.named(mesh, spec, x.shape), node, specs)
-    return sharding.named(mesh, along(spec, owner.shape, node.shape), node.shape)
+    if isinstance(leaf, Leaf):
+      lay = lambda x, spec: sharding.named(mesh, spec, x.shape)
+      return jax.tree.map(lay, leaf, leaf.partition_specs(spec))
+    return sharding.named(mesh, along(spec, owner.shape, leaf.shape), leaf.shape)
 
-  placed = jax.tree_util.tree_map_with_path(one, state, is_leaf=is_node)
+  placed = jax.tree_util.tree_map_with_path(one, state, is_leaf=lambda x: isinstance(x, Leaf))
   return _hosted(placed, state)
 
 

@@ -6,28 +6,27 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.tree_util import DictKey, GetAttrKey
 
 
 def module(path: tuple[Any, ...]) -> str:
   """The path of the dicts alone: where a node lies, whichever of its fields is meant."""
-  return "/".join(str(key.key) for key in path if hasattr(key, "key"))
+  return "/".join(str(key.key) for key in path if isinstance(key, DictKey))
 
 
 def field(path: tuple[Any, ...]) -> str:
   """The field of the node at `module(path)`; "" for a plain array."""
-  return ".".join(key.name for key in path if hasattr(key, "name"))
+  return ".".join(key.name for key in path if isinstance(key, GetAttrKey))
 
 
 def stacked(path: tuple[Any, ...]) -> bool:
   """Whether the first axis counts layers."""
-  return getattr(path[0], "key", None) == "layers"
+  return isinstance(path[0], DictKey) and path[0].key == "layers"
 
 
 def names(path: tuple[Any, ...]) -> tuple[str, ...]:
   """Every key of the path as a word."""
-  return tuple(
-    str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", "")))) for key in path
-  )
+  return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
 
 
 def unzip(f: Callable[..., tuple], width: int, tree: Any, *rest: Any) -> tuple[Any, ...]:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from posttrain_jax.build import decisions
 from posttrain_jax.core import tree
+from posttrain_jax.core.weight import Weight
 from posttrain_jax.losses import logprob
 from posttrain_jax.models.config import ModelConfig
 from posttrain_jax.plan import program
@@ -91,7 +92,7 @@ def saved(model: ModelConfig, remat: str, itemsize: int) -> int:
 def largest_dense(built: Program, dtype: Any) -> int:
   """Bytes of the one matrix that a quantised base has dense at a time."""
   itemsize = jnp.dtype(dtype).itemsize
-  stacks = [leaf for _, leaf in tree.items(built.context.base or {}) if hasattr(leaf, "dense")]
+  stacks = [leaf for _, leaf in tree.items(built.context.base or {}) if isinstance(leaf, Weight)]
   return max((itemsize * math.prod(leaf.shape[-2:]) for leaf in stacks), default=0)
 
 

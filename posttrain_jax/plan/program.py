@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,11 @@ from jax.sharding import PartitionSpec as P
 from jax.sharding import SingleDeviceSharding
 
 from posttrain_jax import adapters, quant
+from posttrain_jax.adapters import layout
 from posttrain_jax.build import adapter, checks, decisions, objective, optimizer, start
 from posttrain_jax.build import run as runs
 from posttrain_jax.build.model import Model
-from posttrain_jax.core import memory, sharding, tree
+from posttrain_jax.core import sharding, tree
 from posttrain_jax.models import decoder, fetch, hf, rotary
 from posttrain_jax.models.config import ModelConfig
 from posttrain_jax.models.shapes import SHAPES
@@ -28,8 +28,6 @@ from posttrain_jax.objectives import Context
 from posttrain_jax.plan.topology import GIB, Target
 from posttrain_jax.train import state as state_lib
 from posttrain_jax.train.state import State
-
-Where = Callable[[P, Sequence[int]], jax.sharding.Sharding]  # (PartitionSpec, shape) -> sharding
 
 
 class OutOfMemory(RuntimeError):
@@ -102,28 +100,29 @@ def build(config: ml_collections.ConfigDict, target: Target) -> Program:
   if len(target.devices) > 1:
     m = config.mesh
     mesh = sharding.mesh(data=m.data, fsdp=m.fsdp, tensor=m.tensor, devices=target.devices)
-  where = functools.partial(_where, mesh, target.devices[0])
-  trainable, carried, context = parameters(config, model_config, where)
+  trainable, carried, context = parameters(config, model_config, mesh, target.devices[0])
   dtype = decisions.compute_dtype(config)
   model = Model(Path(), context.base, model_config, None, None, dtype)
   updates, _ = optimizer.make(config, model_config)
   loss = objective.make(config, model, ())
   state = state_lib.abstract(trainable, updates, carried, loss, mesh)
   jitted = runs.jitted_step(config, adapter_config, loss, updates, state)
-  return Program(config, model_config, jitted, state, context, _batch(config, where), mesh)
+  batch = _batch(config, mesh, target.devices[0])
+  return Program(config, model_config, jitted, state, context, batch, mesh)
 
 
 def parameters(
-  config: ml_collections.ConfigDict, model: ModelConfig, where: Where
+  config: ml_collections.ConfigDict,
+  model: ModelConfig,
+  mesh: jax.sharding.Mesh | None,
+  device: jax.Device,
 ) -> tuple[Any, Any, Context]:
   """(trainable, carried, context) of abstract arrays, as `build.adapter` makes them of real ones."""
   adapter_config = adapter.described(config)
+  placed = functools.partial(layout.abstract, mesh=mesh, device=device)
   if adapter_config is None:
-    params = _placed(decoder.abstract(model, jnp.float32), where)
-    if config.optimizer.offload == "params":
-      params["layers"] = jax.tree.map(
-        lambda x: x.update(sharding=memory.host(x.sharding)), params["layers"]
-      )
+    on_host = config.optimizer.offload == "params"
+    params = placed(decoder.abstract(model, jnp.float32), on_host=on_host)
     in_step = decisions.has_reference(config) and not (
       decisions.caches_reference(config) or decisions.follows(config)
     )
@@ -144,8 +143,8 @@ def parameters(
     params,
   )
   params = _stored(params, kind)
-  trainable, carried = tree.partition(_placed(nodes, where))
-  return trainable, carried, Context(_placed(params, where))
+  trainable, carried = tree.partition(placed(nodes))
+  return trainable, carried, Context(placed(params))
 
 
 def base(model: ModelConfig, dtype: Any, kind: str) -> Any:
@@ -187,27 +186,6 @@ def compile(program: Program) -> Compiled:
   )
 
 
-def _where(mesh, device, spec, shape):
-  return SingleDeviceSharding(device) if mesh is None else sharding.named(mesh, spec, shape)
-
-
-def _placed(params, where):
-  """params with the sharding that `decoder.RULES` give each path; an adapter has its base's."""
-
-  def one(path, leaf):
-    spec = sharding.spec_for(path, [*decoder.RULES, *adapters.RULES])
-    specs = leaf.partition_specs(spec) if hasattr(leaf, "partition_specs") else spec
-    return _with(leaf, jax.tree.map(lambda x, spec: where(spec, x.shape), leaf, specs))
-
-  return tree.unflatten((path, one(path, leaf)) for path, leaf in tree.items(params))
-
-
-def _with(arrays, shardings):
-  return jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), arrays, shardings
-  )
-
-
 # what answers of a kind carry, one number each
 VALUES = {
   "labels": ("label",),
@@ -217,7 +195,7 @@ VALUES = {
 SHARING = ("pairs", "triples", "scored")  # kinds whose rows have several answers to a prompt
 
 
-def _batch(config, where):
+def _batch(config, mesh, device):
   """One optimizer batch, as `data.packing` lays it out."""
   rows = (config.batch.rows, config.data.length)
   of = lambda shape, dtype, *names: {name: jax.ShapeDtypeStruct(shape, dtype) for name in names}
@@ -245,6 +223,9 @@ def _batch(config, where):
       companion = {name: x for name, x in batch.items() if name != "label"}
       batch["companion"] = companion
   spec = P(sharding.ACTIVATIONS["batch"])
-  return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where(spec, x.shape)), batch
-  )
+
+  def placed(x):
+    where = SingleDeviceSharding(device) if mesh is None else sharding.named(mesh, spec, x.shape)
+    return x.update(sharding=where)
+
+  return jax.tree.map(placed, batch)

@@ -64,7 +64,7 @@ def is_linear(path: str, leaf: Any) -> bool:
 
 def quantize(path: str, leaf: Any, storage: str, **options: Any) -> Any:
   """The weight at path, [in, out] or [layers, in, out], in a type of `STORAGES`; errors name the path."""
-  if hasattr(leaf, "apply"):
+  if isinstance(leaf, weight.Weight):
     raise ValueError(
       f"cannot quantise {path}: it is a {type(leaf).__name__} already; quantise the plain base, once, "
       f"before adapters are bound, or exclude it"

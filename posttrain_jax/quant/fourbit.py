@@ -26,7 +26,7 @@ Kind = TypeVar("Kind", bound="FourBit")
 
 
 @struct.dataclass
-class FourBit:
+class FourBit(weight.Weight):
   """w[i, o] = CODEBOOK[code[i, o]] * scale[i // block_size, o], with an optional leading [layers] axis.
 
   Two codes share a byte, the even row in the high half.  With double quantisation a scale is

@@ -26,7 +26,7 @@ SMALLEST = np.float32(
 
 
 @struct.dataclass
-class Int8:
+class Int8(weight.Weight):
   """w[i, o] = codes[i, o] * absmax[o] / 127, with an optional leading [layers] axis."""
 
   codes: Any  # int8 [..., in, out], -127 to 127

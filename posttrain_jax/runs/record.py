@@ -80,6 +80,12 @@ class Run:
       node = node.get(part) if isinstance(node, Mapping) else None
     return node
 
+  def adapters(self) -> dict[str, Mapping[str, Any]]:
+    """{method: its options} of the run's adapter, several where they train together; {} for full fine-tuning."""
+    section = self.field("adapter") or {}
+    methods = [name for name in section.get("method", "none").split("+") if name != "none"]
+    return {name: section if len(methods) == 1 else section.get(name, {}) for name in methods}
+
   def names(self) -> list[str]:
     """The metrics that some row has, in the order of their first appearance."""
     return list(dict.fromkeys(name for row in self.rows for name in row if name != "step"))

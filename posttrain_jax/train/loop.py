@@ -16,7 +16,7 @@ from posttrain_jax.core import distributed
 from posttrain_jax.core import metrics as metrics_lib
 from posttrain_jax.core.checkpoint import Checkpoints
 from posttrain_jax.data.loader import Loader
-from posttrain_jax.objectives import Context
+from posttrain_jax.objectives import Context, measured
 from posttrain_jax.runs.journal import Journal
 from posttrain_jax.train.progress import Bar
 from posttrain_jax.train.signals import Stop
@@ -166,12 +166,10 @@ def _evaluate(
   run: Run, state: State, progress: Progress, journal: Journal | None, bar: Bar
 ) -> None:
   """Metrics over every held-out example, `eval_` before each name; nothing without held-out data."""
-  total: dict[str, Any] | None = None
+  batches = (_placed(run, batch) for batch in run.eval_batches())
   context = state.context(run.context)
-  for batch in run.eval_batches():
-    metrics = run.evaluate(state.trainable, context, state.memory, _placed(run, batch))
-    total = metrics if total is None else jax.tree.map(lambda a, b: a + b, total, metrics)
-  if total is None:
+  total = measured(run.evaluate, batches, state.trainable, context, state.memory)
+  if not total:
     return
   named = lambda values: {f"eval_{name}": value for name, value in values.items()}
   values = named(metrics_lib.read(total))

@@ -5,9 +5,8 @@ import numpy as np
 import pytest
 
 from posttrain_jax import adapters, quant
-from posttrain_jax.adapters import AdapterConfig
-from posttrain_jax.build import layout
-from posttrain_jax.core import sharding, tree, weight
+from posttrain_jax.adapters import AdapterConfig, layout
+from posttrain_jax.core import sharding, weight
 from posttrain_jax.models import decoder
 from posttrain_jax.rollout import engine
 from tests.adapters.kinds import moved
@@ -110,8 +109,8 @@ def test_eight_devices_compute_the_same(shape):
   expected = run(params, stacked)
   mesh = sharding.mesh(**shape)
   with jax.set_mesh(mesh):
-    placed = tree.unflatten((p, layout.placed(p, x, mesh)) for p, x in tree.items(params))
-    found = run(placed, layout.placed_adapter(stacked, mesh))
+    placed = layout.laid_out(params, mesh)
+    found = run(placed, layout.laid_out(stacked, mesh))
   close(jax.device_get(found), expected, 2e-5)
 
 

@@ -9,8 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from posttrain_jax import adapters, objectives, quant
-from posttrain_jax.adapters import AdapterConfig, peft_format
-from posttrain_jax.build import layout
+from posttrain_jax.adapters import AdapterConfig, layout, peft_format
 from posttrain_jax.core import sharding, tree
 from posttrain_jax.models import before, decoder
 from posttrain_jax.objectives import Context
@@ -194,8 +193,8 @@ def test_the_gradient_is_the_same_on_eight_devices_and_with_recomputation(method
   jax.tree.map(close, gradient(adapter, params, "names"), expected)
   mesh = sharding.mesh(**shape)
   with jax.set_mesh(mesh):
-    placed = tree.unflatten((p, layout.placed(p, x, mesh)) for p, x in tree.items(params))
-    found = gradient(layout.placed_adapter(adapter, mesh), placed, "none")
+    placed = layout.laid_out(params, mesh)
+    found = gradient(layout.laid_out(adapter, mesh), placed, "none")
   jax.tree.map(functools.partial(close, rtol=2e-5), jax.device_get(found), expected)
 
 

@@ -7,7 +7,8 @@ import re
 
 import pytest
 
-from posttrain_jax import settings
+from posttrain_jax import adapters, settings
+from posttrain_jax.adapters.config import OPTIONS
 from posttrain_jax.build import adapter, optimizer
 from posttrain_jax.models.shapes import SHAPES
 from posttrain_jax.settings import ConfigError
@@ -70,12 +71,36 @@ def test_every_number_of_an_adapter_reaches_it(method):
     assert moved == {field}
 
 
+SAVED = ("embed_tokens", "norm", "layernorm")
+
+
+@pytest.mark.parametrize("method", OPTIONS)
+def test_every_method_reads_its_section_and_trains_a_head_beside(method):
+  section = load("sft.py", f"adapter={method}").adapter.to_dict()
+  assert section["modules_to_save"] == (SAVED if method == "longlora" else ())
+  config = adapters.from_section(section, whole=("score",), steps=100)
+  assert config.method == method
+  assert config.modules_to_save[-1] == "score"
+
+
+def test_methods_that_train_together_have_a_section_each():
+  section = load("sft.py", "adapter=prompt+lora").adapter
+  assert sorted(section) == ["lora", "method", "prompt"]
+  config = adapters.from_section(section.to_dict())
+  apart = [load("sft.py", f"adapter={name}").adapter.to_dict() for name in ("prompt", "lora")]
+  assert config.parts == tuple(adapters.from_section(one) for one in apart)
+  for wrong in ("lora+lora", "none+lora"):
+    with pytest.raises(ConfigError, match="write two methods, each once"):
+      load("sft.py", f"adapter={wrong}")
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [
     ("adaptr=lora", "unknown config argument 'adaptr'.*did you mean 'adapter'"),
     ("adapter=lorra", "adapter='lorra': known are none, lora"),
+    ("adapter=prompt+lorra", "adapter='lorra': known are none, lora"),
     ("base=int3", "base='int3': known are dense, nf4, fp4, int8"),
     ("smoke=perhaps", "write true or false"),
   ],

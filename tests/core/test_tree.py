@@ -9,13 +9,14 @@ import pytest
 from flax import struct
 
 from posttrain_jax.core import tree
+from posttrain_jax.core.leaf import Leaf
 from posttrain_jax.core.weight import Transposed
 
 TREE = {"embed": {"weight": 1}, "layers": {"q_proj": {"weight": 2, "bias": 3}}}
 
 
 @struct.dataclass
-class Node:
+class Node(Leaf):
   """Two trained fields, one fixed, one that is no array."""
 
   a: jax.Array

@@ -5,7 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import struct
+from jax.sharding import PartitionSpec as P
 
+from posttrain_jax.adapters.lora import LoRA
+from posttrain_jax.adapters.node import Change
 from posttrain_jax.core import sharding, weight
 from posttrain_jax.core.weight import Adapted, Transposed, Weight
 
@@ -13,7 +16,7 @@ IN, OUT = 4, 6
 
 
 @struct.dataclass
-class Doubled:
+class Doubled(Change):
   """2 W, the smallest adapter node."""
 
   def apply(self, x, base, key=None):
@@ -127,3 +130,13 @@ def test_operands_are_flat_without_a_mesh_and_not_with_one():
     assert ranks() == [3]
     found = weight.linear(x, w)
   np.testing.assert_allclose(found, np.asarray(x) @ np.asarray(w), rtol=1e-5, atol=1e-6)
+
+
+def test_a_bound_weight_lies_as_its_base_and_its_node_do():
+  base = drawn(IN, OUT)
+  pair = LoRA(drawn(IN, 2), drawn(2, OUT), jnp.float32(1))
+  spec, over = P("fsdp", "tensor"), Adapted(Transposed(base.T), pair)
+  specs = over.partition_specs(spec)
+  assert jax.tree.structure(specs) == jax.tree.structure(over)
+  assert specs.base.base == P("tensor", "fsdp")
+  assert (specs.node.a, specs.node.b) == (P("fsdp", None), P(None, "tensor"))

@@ -15,7 +15,7 @@ import pytest
 from safetensors import numpy as safetensors_numpy
 
 from posttrain_jax import quant
-from posttrain_jax.build import layout
+from posttrain_jax.adapters import layout
 from posttrain_jax.core import files, sharding, shards, tree
 from posttrain_jax.models import decoder, hf
 from posttrain_jax.quant import blockwise, bnb
@@ -152,7 +152,7 @@ def test_sharded_over_eight_devices_it_computes_the_same(tmp_path, storage):
   mesh = sharding.mesh(fsdp=4, tensor=2)
 
   def place(path, leaf):
-    return layout.placed(path, leaf, mesh)
+    return layout.place(path, leaf, mesh=mesh)
 
   placed, _ = hf.load(tmp_path / "plain", storage=storage, place=place)
   codes = placed["layers"]["mlp"]["up_proj"]["weight"].codes

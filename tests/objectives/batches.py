@@ -6,7 +6,7 @@ import functools
 import jax
 import numpy as np
 
-from posttrain_jax.build import layout
+from posttrain_jax.adapters import layout
 from posttrain_jax.core import metrics as metrics_lib
 from posttrain_jax.core import tree
 from posttrain_jax.data import answers
@@ -141,14 +141,11 @@ def alone(params, tokens, model):
 
 def placed(trainable, context, mesh):
   """As a run lays them out."""
-  lay = lambda params: tree.unflatten(
-    (path, layout.placed(path, leaf, mesh)) for path, leaf in tree.items(params)
-  )
   if context.fixed is None:
-    return lay(trainable), context
-  adapter = layout.placed_adapter(tree.combine(trainable, context.fixed), mesh)
+    return layout.laid_out(trainable, mesh), context
+  adapter = layout.laid_out(tree.combine(trainable, context.fixed), mesh)
   trainable, fixed = tree.partition(adapter)
-  return trainable, Context(lay(context.base), fixed)
+  return trainable, Context(layout.laid_out(context.base, mesh), fixed)
 
 
 def assert_same(found, wanted, tolerance=1e-5):

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from posttrain_jax.adapters import adalora
-from posttrain_jax.adapters.codecs import codec, lora, modules
+from posttrain_jax.adapters.codecs import codec, lora, modules, saved
 from posttrain_jax.adapters.codecs.codec import Codec, Folder, Keys, Written
 from posttrain_jax.adapters.config import AdapterConfig, full_name
 from posttrain_jax.core import weight
@@ -41,6 +41,7 @@ KEYS = Keys(
 
 def write(adapter: Any, config: AdapterConfig, model_config: ModelConfig) -> Written:
   """Each module at the ranks that act or are kept; one that is left with none has empty factors, as in PEFT."""
+  adapter, whole, to_save = saved.write(adapter, config, model_config)
   parts, nodes = modules.collect(adapter, model_config, (adalora.AdaLoRA,), _split, _shape)
   patterns = {
     f"{full_name(name)}.lora_E": _kept(node)[layer].tolist()
@@ -53,20 +54,21 @@ def write(adapter: Any, config: AdapterConfig, model_config: ModelConfig) -> Wri
     lora_dropout=config.lora_dropout,
     # PEFT wants the end of a schedule from a finished adapter too
     total_step=config.total_step or config.tinit + config.tfinal + 1,
-    **{name: getattr(config, name) for name in SCHEDULE},
+    **{name: vars(config)[name] for name in SCHEDULE},
     rank_pattern=None if all(map(all, patterns.values())) else patterns,
     bias="none",
     fan_in_fan_out=False,
-    modules_to_save=None,
+    modules_to_save=to_save,
     **modules.targets(list(parts), model_config),
   )
-  return Written(modules.tensors(parts, NAMES), described)
+  return Written(modules.tensors(parts, NAMES) | whole, described)
 
 
 def read(
   folder: Folder, params: Any, model_config: ModelConfig
 ) -> tuple[dict[str, Any], AdapterConfig]:
   del model_config
+  folder, whole, named = saved.read(folder, params)
   found = modules.parse(folder, NAMES, params)
   config = codec.config(folder, KEYS, "adalora", list(found))
   try:
@@ -77,7 +79,7 @@ def read(
   make = lambda base, names: _node(base, names, found, masks, config, folder)
   nodes = modules.nodes(found, params, make)
   modules.check_targets(folder, config, found, params)
-  return nodes, config
+  return nodes | whole, config.replace(**named)
 
 
 CODEC = Codec("ADALORA", ("adalora",), write, read)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from posttrain_jax.adapters import ia3
-from posttrain_jax.adapters.codecs import codec, modules
+from posttrain_jax.adapters.codecs import codec, modules, saved
 from posttrain_jax.adapters.codecs.codec import Codec, Folder, Keys, Written
 from posttrain_jax.adapters.config import AdapterConfig, full_name
 from posttrain_jax.core import weight
@@ -26,7 +26,7 @@ KEYS = Keys(
 
 
 def write(adapter: Any, config: AdapterConfig, model_config: ModelConfig) -> Written:
-  del config
+  adapter, whole, to_save = saved.write(adapter, config, model_config)
   parts, nodes = modules.collect(adapter, model_config, (ia3.IA3,), _split, _shape)
   targets = modules.targets(list(parts), model_config)
   names = targets["target_modules"]
@@ -39,21 +39,22 @@ def write(adapter: Any, config: AdapterConfig, model_config: ModelConfig) -> Wri
     exclude_modules=None,
     feedforward_modules=[name for name in names if name in feedforward],
     fan_in_fan_out=False,
-    modules_to_save=None,
+    modules_to_save=to_save,
   )
-  return Written(modules.tensors(parts, NAMES), described)
+  return Written(modules.tensors(parts, NAMES) | whole, described)
 
 
 def read(
   folder: Folder, params: Any, model_config: ModelConfig
 ) -> tuple[dict[str, Any], AdapterConfig]:
   del model_config
+  folder, whole, named = saved.read(folder, params)
   found = modules.parse(folder, NAMES, params)
   config = codec.config(folder, KEYS, "ia3", list(found))
   make = lambda base, names: _node(base, names, found, config, folder)
   nodes = modules.nodes(found, params, make)
   modules.check_targets(folder, config, found, params)
-  return nodes, config
+  return nodes | whole, config.replace(**named)
 
 
 CODEC = Codec("IA3", ("ia3",), write, read)

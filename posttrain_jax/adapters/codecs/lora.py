@@ -96,15 +96,14 @@ def write(adapter: Any, config: AdapterConfig, model_config: ModelConfig) -> Wri
   )
   record = dict(began_with=config.init_lora_weights) if config.changes_base else {}
   if config.method == "longlora":
-    record |= {field: getattr(config, field) for field in LONG}
+    record |= {field: vars(config)[field] for field in LONG}
   return Written({**modules.tensors(parts, {**NAMES, **MAGNITUDE}), **whole}, described, record)
 
 
 def read(
   folder: Folder, params: Any, model_config: ModelConfig
 ) -> tuple[dict[str, Any], AdapterConfig]:
-  endings = folder.described.get("modules_to_save") or ()
-  folder, whole = saved.read(folder, params)
+  folder, whole, named = saved.read(folder, params)
   with_magnitude = folder.described.get("use_dora") is True
   found = modules.parse(folder, {**NAMES, **MAGNITUDE} if with_magnitude else NAMES, params)
   method = "dora" if with_magnitude else "lora"
@@ -114,7 +113,7 @@ def read(
   modules.check_targets(folder, config, found, params)
   long = {field: folder.record[field] for field in LONG if field in folder.record}
   more = dict(method="longlora", **long) if long else {}
-  return nodes | whole, config.replace(modules_to_save=tuple(endings), **more)
+  return nodes | whole, config.replace(**named, **more)
 
 
 CODEC = Codec("LORA", ("lora", "dora", "pissa", "olora", "loftq", "longlora"), write, read)

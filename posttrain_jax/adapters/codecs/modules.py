@@ -161,7 +161,7 @@ def check_targets(folder: Folder, config: AdapterConfig, found: Parts, params: A
 
 def bare(key: str) -> str:
   """A tensor's name without what differs with the model class that was trained and with torch.compile."""
-  return re.sub(r"^(base_model\.model\.)?((_orig_mod|model|language_model)\.)*", "", key)
+  return re.sub(r"^(base_model\.)?((_orig_mod|model|language_model)\.)*", "", key)
 
 
 def _parse(key: str, known: Sequence[str], names: Names, path: Path) -> tuple[str, str]:

@@ -1,4 +1,9 @@
-"""PEFT's `modules_to_save`: whole tensors beside those of a LoRA, under the names that they have in the model."""
+"""PEFT's `modules_to_save`: whole tensors beside those of any type, under the names that they have in the model.
+
+PEFT wraps the model that a soft prompt or prefix stands before once, and one with adapted modules twice: `base_model.`
+and `base_model.model.` before the name.  For a sequence classifier it adds both of the names that heads have,
+`classifier` and `score`, of which a model has one.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +24,17 @@ from posttrain_jax.core import tree, weight
 from posttrain_jax.models import decoder
 from posttrain_jax.models.config import ModelConfig
 
+HEADS = ("classifier", "score")
+
 
 def write(
-  adapter: Any, config: AdapterConfig, model_config: ModelConfig
+  adapter: Any, config: AdapterConfig, model_config: ModelConfig, *, prefix: str = modules.PREFIX
 ) -> tuple[Any, dict[str, np.ndarray], list[str] | None]:
-  """(the adapter without them, {full name: tensor as stored}, modules_to_save as PEFT takes it)."""
+  """(the adapter without them, {full name: tensor as stored}, modules_to_save as PEFT takes it).
+
+  Args:
+    prefix: what PEFT's name of a tensor has before that of its module.
+  """
   nodes = {path: node for path, node in tree.items(adapter) if isinstance(node, Replaced)}
   params = decoder.abstract(model_config)
   tensors, names = {}, []
@@ -35,22 +46,24 @@ def write(
     leaf = path.rpartition("/")[2]
     for name, value in replaced.split(node, _names(path, model_config.num_layers)).items():
       names.append(name)
-      tensors[f"{modules.PREFIX}{full_name(name)}.{leaf}"] = _stored(name, value)
+      tensors[f"{prefix}{full_name(name)}.{leaf}"] = _stored(name, value)
   rest = tree.unflatten((path, node) for path, node in tree.items(adapter) if path not in nodes)
   return rest, tensors, _endings(names, config, params) if nodes else None
 
 
-def read(folder: Folder, params: Any) -> tuple[Folder, dict[str, Replaced]]:
-  """(the folder without them, {path: node}) of every tensor whose module `modules_to_save` names.
+def read(
+  folder: Folder, params: Any
+) -> tuple[Folder, dict[str, Replaced], dict[str, tuple[str, ...]]]:
+  """(the folder without them, {path: node}, {"modules_to_save": names}) of what `modules_to_save` names.
 
   Raises:
     ValueError: a name that matches no module, or a tensor that is missing or of another shape.
   """
-  endings = folder.described.get("modules_to_save") or []
+  paths = [*tree.flatten(params), *([] if "lm_head" in params else ["lm_head/weight"])]
+  endings = _named(folder, paths)
   layers = weight.shape(params["layers"]["self_attn"]["q_proj"]["weight"])[0]
   found: dict[str, dict[str, np.ndarray]] = collections.defaultdict(dict)
   rest = dict(folder.tensors)
-  paths = [*tree.flatten(params), *([] if "lm_head" in params else ["lm_head/weight"])]
   for path in paths:
     leaf = path.rpartition("/")[2]
     for name in _names(path, layers):
@@ -75,7 +88,18 @@ def read(folder: Folder, params: Any) -> tuple[Folder, dict[str, Replaced]]:
     _check_shapes(folder, values, matrix)
     nodes[path] = replaced.join(values, _names(path, layers), matrix)
   described = {**folder.described, "modules_to_save": None}
-  return dataclasses.replace(folder, tensors=rest, described=described), nodes
+  rest_of_it = dataclasses.replace(folder, tensors=rest, described=described)
+  return rest_of_it, nodes, {"modules_to_save": endings}
+
+
+def _named(folder: Folder, paths: Sequence[str]) -> tuple[str, ...]:
+  """The folder's modules_to_save; of a classifier's heads the one that there is."""
+  endings = folder.described.get("modules_to_save") or ()
+  if not isinstance(endings, list | tuple) or not all(isinstance(e, str) for e in endings):
+    raise ValueError(f"{folder.config_file}: modules_to_save={endings!r} is no list of names")
+  is_classifier = folder.described.get("task_type") == "SEQ_CLS"
+  lacks = lambda name: name in HEADS[:1] and f"{name}/weight" not in paths
+  return tuple(e for e in dict.fromkeys(endings) if not (is_classifier and lacks(e)))
 
 
 def _names(path: str, layers: int) -> list[str]:

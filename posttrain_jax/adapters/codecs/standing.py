@@ -1,4 +1,4 @@
-"""PEFT's PROMPT_TUNING and PREFIX_TUNING: one tensor, `prompt_embeddings`, and no module."""
+"""PEFT's PROMPT_TUNING and PREFIX_TUNING: one tensor, `prompt_embeddings`, and what trains whole beside it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from posttrain_jax.adapters.codecs import codec
+from posttrain_jax.adapters.codecs import codec, saved
 from posttrain_jax.adapters.codecs.codec import Codec, Folder, Keys, Written
 from posttrain_jax.adapters.config import AdapterConfig
 from posttrain_jax.adapters.prefix import Prefix
@@ -17,6 +17,7 @@ from posttrain_jax.models import before
 from posttrain_jax.models.config import ModelConfig
 
 TENSOR = "prompt_embeddings"
+PREFIX = "base_model."  # of the names of what trains whole: PEFT puts no tuner around the model
 OFF = {**codec.TASK, "modules_to_save": (None, []), "num_transformer_submodules": (None, 1)}
 SIZES = ("token_dim", "num_attention_heads", "num_layers")  # of the base, which its tensor says too
 PROMPT_KEYS = Keys(
@@ -40,6 +41,7 @@ def write_prompt(adapter: Any, config: AdapterConfig, model_config: ModelConfig)
 
   PEFT would want the tokenizer of a prompt that began as a text, so a text stands in our record alone.
   """
+  adapter, whole, to_save = saved.write(adapter, config, model_config, prefix=PREFIX)
   node = _only(adapter, before.PROMPT, SoftPrompt)
   if node.shape[1] != model_config.hidden_size:
     raise ValueError(
@@ -55,23 +57,26 @@ def write_prompt(adapter: Any, config: AdapterConfig, model_config: ModelConfig)
     token_dim=model_config.hidden_size,
     num_attention_heads=model_config.num_heads,
     **(dict(prompt_tuning_init="RANDOM", prompt_tuning_init_text=None) if is_text else started),
-    **_common(model_config),
+    **_common(model_config, to_save),
   )
-  return Written({TENSOR: np.asarray(node.embeddings)}, described, started if is_text else {})
+  tensors = {TENSOR: np.asarray(node.embeddings), **whole}
+  return Written(tensors, described, started if is_text else {})
 
 
 def read_prompt(
   folder: Folder, params: Any, model_config: ModelConfig
 ) -> tuple[dict[str, Any], AdapterConfig]:
-  del params
+  folder, whole, named = saved.read(folder, params)
   started = {key: folder.record[key] for key in PROMPT_KEYS.fields if key in folder.record}
   config = codec.config(folder, PROMPT_KEYS, "prompt", (), **started)
   shape = (config.num_virtual_tokens, model_config.hidden_size)
-  return {before.PROMPT: SoftPrompt(jnp.asarray(_tensor(folder, shape)))}, config
+  node = SoftPrompt(jnp.asarray(_tensor(folder, shape)))
+  return {before.PROMPT: node, **whole}, config.replace(**named)
 
 
 def write_prefix(adapter: Any, config: AdapterConfig, model_config: ModelConfig) -> Written:
   """[slots, layers * 2 * kv_heads * head_dim]: a layer's keys, its values, then the next layer's."""
+  adapter, whole, to_save = saved.write(adapter, config, model_config, prefix=PREFIX)
   node = _only(adapter, before.PREFIX, Prefix)
   wanted = (model_config.num_layers, node.k.shape[1], _width(model_config))
   if node.k.shape != wanted:
@@ -83,15 +88,16 @@ def write_prefix(adapter: Any, config: AdapterConfig, model_config: ModelConfig)
     num_attention_heads=model_config.num_kv_heads,
     encoder_hidden_size=_width(model_config),
     prefix_projection=False,
-    **_common(model_config),
+    **_common(model_config, to_save),
   )
-  return Written({TENSOR: both.transpose(2, 0, 1, 3).reshape(len(both[0, 0]), -1)}, described)
+  stored = both.transpose(2, 0, 1, 3).reshape(len(both[0, 0]), -1)
+  return Written({TENSOR: stored, **whole}, described)
 
 
 def read_prefix(
   folder: Folder, params: Any, model_config: ModelConfig
 ) -> tuple[dict[str, Any], AdapterConfig]:
-  del params
+  folder, whole, named = saved.read(folder, params)
   if folder.described.get("prefix_projection"):
     raise ValueError(
       f"{folder.config_file}: prefix_projection is not supported: the keys and values come out of a network that the "
@@ -101,7 +107,7 @@ def read_prefix(
   layers, slots, width = model_config.num_layers, config.num_virtual_tokens, _width(model_config)
   both = _tensor(folder, (slots, layers * 2 * width)).reshape(slots, layers, 2, width)
   k, v = (jnp.asarray(both[:, :, i].swapaxes(0, 1)) for i in range(2))
-  return {before.PREFIX: Prefix(k, v)}, config
+  return {before.PREFIX: Prefix(k, v), **whole}, config.replace(**named)
 
 
 CODECS = (
@@ -137,7 +143,7 @@ def _width(model_config: ModelConfig) -> int:
   return model_config.num_kv_heads * model_config.head_dim
 
 
-def _common(model_config: ModelConfig) -> dict[str, Any]:
+def _common(model_config: ModelConfig, to_save: list[str] | None) -> dict[str, Any]:
   return dict(
-    num_layers=model_config.num_layers, num_transformer_submodules=1, modules_to_save=None
+    num_layers=model_config.num_layers, num_transformer_submodules=1, modules_to_save=to_save
   )

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from posttrain_jax.adapters import vera
-from posttrain_jax.adapters.codecs import codec, modules
+from posttrain_jax.adapters.codecs import codec, modules, saved
 from posttrain_jax.adapters.codecs.codec import Codec, Folder, Keys, Written
 from posttrain_jax.adapters.config import AdapterConfig
 from posttrain_jax.core import tree, weight
@@ -42,6 +42,7 @@ KEYS = Keys(
 
 def write(adapter: Any, config: AdapterConfig, model_config: ModelConfig) -> Written:
   """The projections are always stored: no other library draws the same from the key."""
+  adapter, whole, to_save = saved.write(adapter, config, model_config)
   pair = tree.get(adapter, vera.PATH)
   own = {path: node for path, node in tree.items(adapter) if path != vera.PATH}
   parts, _ = modules.collect(tree.unflatten(own), model_config, (vera.VeRA,), _split, _shape)
@@ -53,17 +54,18 @@ def write(adapter: Any, config: AdapterConfig, model_config: ModelConfig) -> Wri
     vera_dropout=config.lora_dropout,
     bias="none",
     fan_in_fan_out=False,
-    modules_to_save=None,
+    modules_to_save=to_save,
     **modules.targets(list(parts), model_config),
   )
-  stored = {name: np.asarray(getattr(pair, field)).T for field, name in PAIR.items()}
-  return Written(modules.tensors(parts, NAMES) | stored, described)
+  stored = {name: np.asarray(vars(pair)[field]).T for field, name in PAIR.items()}
+  return Written(modules.tensors(parts, NAMES) | stored | whole, described)
 
 
 def read(
   folder: Folder, params: Any, model_config: ModelConfig
 ) -> tuple[dict[str, Any], AdapterConfig]:
   del model_config
+  folder, whole, named = saved.read(folder, params)
   rest = {k: array for k, array in folder.tensors.items() if k not in PAIR.values()}
   found = modules.parse(dataclasses.replace(folder, tensors=rest), NAMES, params)
   dropout = folder.described.get("vera_dropout") or 0.0
@@ -71,14 +73,15 @@ def read(
   make = lambda base, names: _node(base, names, found, config, folder)
   nodes = modules.nodes(found, params, make)
   modules.check_targets(folder, config, found, params)
-  return {**nodes, vera.PATH: _pair(folder, config, nodes, params)}, config
+  nodes[vera.PATH] = _pair(folder, config, nodes, params)
+  return nodes | whole, config.replace(**named)
 
 
 CODEC = Codec("VERA", ("vera",), write, read)
 
 
 def _split(node: vera.VeRA) -> list[dict[str, np.ndarray]]:
-  fields = {name: np.atleast_2d(getattr(node, name)) for name in NAMES}
+  fields = {name: np.atleast_2d(vars(node)[name]) for name in NAMES}
   return [
     {name: array[i] for name, array in fields.items()} if rank else {}
     for i, rank in enumerate(np.atleast_1d(node.ranks()))

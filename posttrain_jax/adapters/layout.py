@@ -1,0 +1,96 @@
+"""Parameters and adapters laid out over devices: each leaf as the rules say for its path, an adapter as its base.
+
+Without a mesh everything lies on one device.  `place` and `laid_out` are of real arrays, `abstract` is of shapes, for
+programs that are compiled without a weight.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from posttrain_jax.adapters.bind import RULES as ADAPTER_RULES
+from posttrain_jax.core import memory, sharding, tree
+from posttrain_jax.models import decoder
+
+RULES: sharding.Rules = (*decoder.RULES, *ADAPTER_RULES)
+LAYERS = "layers/"  # what is kept on the host where parameters are offloaded
+
+
+def shardings(path: str, leaf: Any, mesh: Mesh | None, *, device: Any = None) -> Any:
+  """leaf with the sharding of each of its arrays in its place; shapes will do.
+
+  Args:
+    path: of the leaf in its tree, which the rules are of.
+    leaf: an array, a weight of any type or an adapter's node.
+    mesh: None for a single device.
+    device: that device; None: the first of this process.
+  """
+  if mesh is None:
+    where = _single(device)
+    return jax.tree.map(lambda _: where, leaf)
+  specs = sharding.specs(leaf, sharding.spec_for(path, RULES))
+  return jax.tree.map(lambda x, spec: sharding.named(mesh, spec, np.shape(x)), leaf, specs)
+
+
+def place(path: str, leaf: Any, *, mesh: Mesh | None = None, on_host: bool = False) -> Any:
+  """A leaf on its devices; each process gives the shards that are its own, of an array that it has whole.
+
+  Args:
+    on_host: a leaf of the layers stays in the host's pinned memory, in the same layout.
+
+  Raises:
+    KeyError: when no rule covers the path.
+  """
+  where = shardings(path, leaf, mesh)
+  if on_host and path.startswith(LAYERS):
+    where = jax.tree.map(memory.host, where)
+  return jax.tree.map(_put, leaf, where)
+
+
+def _put(x: Any, where: jax.sharding.Sharding) -> jax.Array:
+  if isinstance(where, SingleDeviceSharding):
+    return jnp.asarray(x)  # what is there already is not copied
+  host = np.asarray(x)
+  return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
+
+
+def laid_out(params: Any, mesh: Mesh | None = None, *, on_host: bool = False) -> Any:
+  """A tree of parameters, or of an adapter's nodes, with every leaf on its devices."""
+  put = lambda path, leaf: place(path, leaf, mesh=mesh, on_host=on_host)
+  return tree.unflatten((path, put(path, leaf)) for path, leaf in tree.items(params))
+
+
+def abstract(
+  params: Any, mesh: Mesh | None = None, *, device: Any = None, on_host: bool = False
+) -> Any:
+  """The `jax.ShapeDtypeStruct`s of what `laid_out` gives, from shapes.
+
+  Args:
+    device: without a mesh, the device that the program is for; None: the first of this process.
+  """
+
+  def one(path, leaf):
+    where = shardings(path, leaf, mesh, device=device)
+    if on_host and path.startswith(LAYERS):
+      where = jax.tree.map(memory.host, where)
+    return jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), leaf, where
+    )
+
+  return tree.unflatten((path, one(path, leaf)) for path, leaf in tree.items(params))
+
+
+def replicated(mesh: Mesh | None, *, device: Any = None) -> jax.sharding.Sharding:
+  """Whole on every device: counts, metrics, keys."""
+  if mesh is None:
+    return _single(device)
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def _single(device):
+  return SingleDeviceSharding(jax.local_devices()[0] if device is None else device)
