@@ -58,7 +58,7 @@ test-newest: ## the fast suite on the newest jax, where a Python >= 3.12 is foun
 check: .venv/ready ## format, lint, types, examples in docstrings
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/ty check posttrain_jax
+	$(BIN)/ty check
 	$(BIN)/python -m pytest --doctest-modules posttrain_jax
 
 format: .venv/ready

@@ -123,12 +123,10 @@ def _options(a, method):
   a.loftq_iter = 1  # rounds of quantisation and SVD
   if method == "longlora":
     a.modules_to_save = ("embed_tokens", "norm", "layernorm")
-    a.attention_group = (
-      64  # tokens of a group of the shifted attention in training; 0: full attention
-    )
-    a.context_length = (
-      0  # tokens of a context that positions are interpolated to; 0: the model's own
-    )
+    # tokens of a group of the shifted attention in training; 0: full attention
+    a.attention_group = 64
+    # tokens of a context that positions are interpolated to; 0: the model's own
+    a.context_length = 0
   return a
 
 
@@ -142,9 +140,8 @@ def run(arg):
   c.model.name = arg.model  # "smollm2", a Hugging Face folder or hub name
   c.model.base = chosen("base", arg.base, BASES)  # how frozen matrices are stored
   c.model.dtype = "auto"  # of the computation: bfloat16 on accelerators, float32 on CPU
-  c.model.template = (
-    "tokenizer"  # chat template: the tokenizer's own, or chatml llama3 llama2 mistral vicuna gemma
-  )
+  # chat template: the tokenizer's own, or chatml llama3 llama2 mistral vicuna gemma
+  c.model.template = "tokenizer"
   c.model.remat = "auto"  # what the backward pass recomputes: none, names, dots, full
 
   c.adapter = adapter(arg.adapter)
@@ -214,9 +211,8 @@ def text(arg):
   """Where rows come from, and how they become batches."""
   d = ml_collections.ConfigDict()
   d.train = arg.data  # a built-in task, a .jsonl .json .parquet path, or a hub name
-  d.eval = (
-    ""  # the same; "": the task's own evaluation split, or the last `eval_rows` rows of train
-  )
+  # the same; "": the task's own evaluation split, or the last `eval_rows` rows of train
+  d.eval = ""
   d.eval_rows = 64
   d.columns = ml_collections.ConfigDict()  # this schema's name -> the file's column(s)
   d.chat = True  # prompt and completion strings become a user's and an assistant's turn

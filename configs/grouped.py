@@ -6,6 +6,7 @@ Rows: {"prompt": ..., "completions": [...], "scores": [...]}.
 """
 
 import common
+import ml_collections
 from ml_collections import config_dict
 
 # loss, aggregation, advantage, epsilon_high
@@ -26,8 +27,9 @@ def get_config(arg=None):
   )
   c = common.run(arg)
   loss, aggregation, advantage, high = METHODS[common.chosen("method", arg.method, METHODS)]
-  c.objective = {"name": "grouped", "loss": loss, "aggregation": aggregation}
-  o = c.objective
+  o = c.objective = ml_collections.ConfigDict(
+    {"name": "grouped", "loss": loss, "aggregation": aggregation}
+  )
   o.advantage = advantage  # group, batch, none (of a deviation to divide by), leave_one_out
   o.epsilon = 3e-4 if loss == "gspo" else 0.2
   o.epsilon_high = high

@@ -4,13 +4,13 @@ posttrain train --config=configs/kto.py:data=LABELS.jsonl --workdir=runs/kto
 """
 
 import common
+import ml_collections
 
 
 def get_config(arg=None):
   arg = common.parse(arg, model="smollm2", data="", adapter="lora", base="dense", smoke=False)
   c = common.run(arg)
-  c.objective = {"name": "kto"}
-  o = c.objective
+  o = c.objective = ml_collections.ConfigDict({"name": "kto"})
   o.beta = 0.1  # weight of the KL to the reference
   # desirable_weight n_desirable / (undesirable_weight n_undesirable) is best between 1 and 4/3
   o.desirable_weight = 1.0
@@ -18,9 +18,8 @@ def get_config(arg=None):
   o.estimate_kl = True  # False: APO-zero on labels
   o.sft_weight = 0.0  # of the likelihood of the desirable answers, beside the loss
   common.reference(o)
-  o.sync_every = (
-    0  # TR-DPO, in full fine-tuning: updates from one step of the reference to the next
-  )
+  # TR-DPO: updates from one step of the reference towards the policy to the next; 0: it stays
+  o.sync_every = 0
   o.sync_mix = 0.6
   c.data = common.answers(arg, "labels")
   c.data.length = 1024

@@ -9,6 +9,7 @@ dpo+sft RPO).
 """
 
 import common
+import ml_collections
 
 LEARNING_RATE = {"simpo": 5e-7, "orpo": 8e-6}  # of full fine-tuning, as the papers have them
 
@@ -26,8 +27,9 @@ def get_config(arg=None):
     names += ["sft"]
   elif names in (["tpo"], ["tpo_norm"]):
     names += ["gold"]
-  c.objective = {"name": "preference", "losses": dict.fromkeys(names, 1.0)}
-  o = c.objective
+  o = c.objective = ml_collections.ConfigDict(
+    {"name": "preference", "losses": dict.fromkeys(names, 1.0)}
+  )
   o.beta = 2.0 if names[0] in ("simpo", "tpo_norm") else 0.1  # weight of the KL to the reference
   o.label_smoothing = 1e-3 if "exo" in names else 0.0  # share of labels held to be wrong
   o.gamma_beta_ratio = 0.5 if names[0] in ("simpo", "tpo_norm") else 0.0  # target margin over beta
@@ -37,9 +39,8 @@ def get_config(arg=None):
   o.weighting = False  # WPO: pairs count by how likely the policy is to write them
   o.running_shift = False  # BCO's running mean of rewards
   common.reference(o)
-  o.sync_every = (
-    0  # TR-DPO, in full fine-tuning: updates from one step of the reference to the next
-  )
+  # TR-DPO: updates from one step of the reference towards the policy to the next; 0: it stays
+  o.sync_every = 0
   o.sync_mix = 0.6
   c.data = common.answers(arg, "triples" if "gold" in names else "pairs")
   c.data.length = 1024

@@ -4,6 +4,7 @@ posttrain train --config=configs/reward.py:data=PAIRS.jsonl,kind=pairs --workdir
 """
 
 import common
+import ml_collections
 
 
 def get_config(arg=None):
@@ -11,10 +12,10 @@ def get_config(arg=None):
     arg, model="smollm2", data="", adapter="lora", base="dense", kind="pairs", smoke=False
   )
   c = common.run(arg)
-  c.objective = {"name": "reward"}
-  c.objective.centering = 0.01 if arg.kind == "pairs" else 0.0  # weight of (r_w + r_l)^2
+  o = c.objective = ml_collections.ConfigDict({"name": "reward"})
+  o.centering = 0.01 if arg.kind == "pairs" else 0.0  # weight of (r_w + r_l)^2
   # of the likelihood of the better answers, beside the loss: the model goes on writing while it learns to judge
-  c.objective.sft_weight = 0.0
+  o.sft_weight = 0.0
   c.data = common.answers(arg, common.chosen("kind", arg.kind, ("pairs", "outcomes", "steps")))
   c.data.length = 1024
   c.optimizer.lr = 1e-4 if arg.adapter != "none" else 1e-5

@@ -35,6 +35,7 @@ from posttrain_jax.runs import record as runs
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "experiments" / "results" / "adapters"
+TASKS = ("sql", "gsm8k")
 STEPS, QUESTIONS, HELD_OUT = 24, 48, 48
 RANK = 8
 FIELDS = {
@@ -155,7 +156,7 @@ def gsm8k() -> Path | None:
   return Path(folder) / "gsm8k" if folder else None
 
 
-def points(only: Sequence[str] = ()) -> list[Point]:
+def points(only: Sequence[str] = (), *, tasks: Sequence[str]) -> list[Point]:
   """Every method once before any is repeated, so that what there is after an hour can be compared."""
   known = [method.name for method in METHODS]
   if unknown := set(only) - set(known):
@@ -163,7 +164,7 @@ def points(only: Sequence[str] = ()) -> list[Point]:
   return [
     Point(task, method, seed)
     for seed in range(max(method.seeds for method in METHODS))
-    for task in (("sql", "gsm8k") if gsm8k() else ("sql",))
+    for task in tasks
     for method in METHODS
     if seed < method.seeds and (not only or method.name in only)
   ]
@@ -267,7 +268,7 @@ def spread(values: Sequence[float], form: str) -> str:
 
 
 def value(curve: dict[Any, float], step: int) -> float:
-  return curve.get(step, curve.get(str(step)))  # a JSON file has the steps as text
+  return curve[step] if step in curve else curve[str(step)]  # a JSON file has the steps as text
 
 
 def steps_to(curve: dict[Any, float], loss: float) -> float:
@@ -382,7 +383,7 @@ def report(results: Sequence[dict[str, Any]]) -> None:
     "",
     f"Written by `experiments/adapters.py`: {progress(results)}; {machine}.",
   ]
-  for task in ("sql", "gsm8k"):
+  for task in TASKS:
     if any(r["task"] == task for r in results):
       lines += ["", f"## {task}", "", *table(results, task), "", *claims(results, task)]
   lines += ["", *LIMITS.splitlines()]
@@ -403,7 +404,8 @@ def main() -> int:
   if not gsm8k():
     print("POSTTRAIN_DATA is not set: GSM8K is left out")
   failed, results = 0, []
-  for point in points([name for name in args.only.split(",") if name]):
+  only = [name for name in args.only.split(",") if name]
+  for point in points(only, tasks=TASKS if gsm8k() else ("sql",)):
     if not args.report:
       print(point.folder, flush=True)
       failed += not train(point, args.workdir)

@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 RANK, ALPHA, LR = 16, 32, 1e-4
 ROWS, LENGTH = 4, 256  # the fixed shape: rows of tokens, every one real and trained
@@ -218,14 +219,17 @@ class Worker:
     self.process = subprocess.Popen(
       command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
     )
-    self.jobs = json.loads(self.process.stdout.readline() or "null")
+    assert self.process.stdin is not None  # both are pipes
+    assert self.process.stdout is not None
+    self.requests, self.answers = self.process.stdin, self.process.stdout
+    self.jobs = json.loads(self.answers.readline() or "null")
     if self.jobs is None:
       raise RuntimeError(f"the {library} worker ended before it began")
 
   def run(self, job: str) -> dict:
-    self.process.stdin.write(f"{job}\n")
-    self.process.stdin.flush()
-    line = self.process.stdout.readline()
+    self.requests.write(f"{job}\n")
+    self.requests.flush()
+    line = self.answers.readline()
     if not line:
       raise RuntimeError(
         f"a worker ended in {job} with code {self.process.wait()}; -9: out of memory"
@@ -233,7 +237,7 @@ class Worker:
     return json.loads(line)
 
   def close(self) -> None:
-    self.process.stdin.close()
+    self.requests.close()
     self.process.wait()
 
 
@@ -253,7 +257,7 @@ def turn(worker: Worker, job: str) -> dict:
 def compare(repeats: int) -> dict:
   """{job: {library: tokens/s, ...}}: first runs (compilation) apart, then `repeats` pairs in turn."""
   workers = {library: Worker(library) for library in ("jax", "torch")}
-  results = {}
+  results: dict[str, dict[str, Any]] = {}
   for job in workers["jax"].jobs:
     first = {library: worker.run(job) for library, worker in workers.items()}
     pairs = []

@@ -177,8 +177,7 @@ def report(results: list[dict[str, Any]]) -> None:
 def verdict(results: list[dict[str, Any]]) -> list[str]:
   """What playbooks claim of beta, and what these numbers say: does the KL fall as beta rises, at each rank?"""
   said = [
-    "Playbooks say both that a higher beta pushes the policy away from its reference and that it holds it there (claim"
-    " 21). Here:",
+    "Playbooks say both that a higher beta pushes the policy away from its reference and that it holds it there. Here:",
     "",
   ]
   falls = steps = 0
@@ -214,7 +213,8 @@ def verdict(results: list[dict[str, Any]]) -> list[str]:
     f" {max(r['margin'] for r in results):.1f} at beta {max(results, key=lambda r: r['margin'])['beta']} stands"
     f" {max(results, key=lambda r: r['margin'])['margin_nats']:.0f} nats, and the widest gap in nats,"
     f" {max(r['margin_nats'] for r in results):.0f}, is at beta {max(results, key=lambda r: r['margin_nats'])['beta']}."
-    f" Mean margins above 5, where claim 22 sees over-optimisation: {len(wide)} of {len(results)} points.",
+    " Playbooks take very large margins for a sign of over-optimisation; the mean margin is above 5 at"
+    f" {len(wide)} of {len(results)} points.",
   ]
   return said
 

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import os
 
-os.environ["JAX_PLATFORMS"] = (
-  "cpu"  # libtpu only compiles here; with it installed JAX would look for a TPU
-)
+# libtpu only compiles here; with it installed JAX would look for a TPU
+os.environ["JAX_PLATFORMS"] = "cpu"
 
 import gc
 import platform

@@ -155,7 +155,8 @@ def report(results: list[dict[str, Any]]) -> None:
     "Margins are those that each loss compares (per token in the last two); SimPO has no reference, so "
     "those of the base are taken off. A method that had learned the query alone would have the same "
     "margin in all three forms. The comment is part of what was preferred, so none can be blind to it; "
-    "the question is how much of the margin it makes (claim 23).",
+    "the question is how much of the margin it makes. Playbooks say that DPO's implicit "
+    "reward, a sum over tokens, makes length a hidden axis, and that means per token control it.",
   ]
   OUT.parent.mkdir(exist_ok=True)
   files.write_json(OUT.with_suffix(".json"), {"results": results})

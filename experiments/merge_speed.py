@@ -59,17 +59,17 @@ DRAWN = ("della",)  # at random, so that two libraries' results are not one
 
 
 def shapes() -> dict[str, tuple[int, ...]]:
-  c = CONFIG
+  c: dict[str, Any] = CONFIG
   d, ff, kv = c["hidden_size"], c["intermediate_size"], c["num_key_value_heads"] * c["head_dim"]
-  found = {"model.embed_tokens.weight": (c["vocab_size"], d)}
+  sizes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (c["vocab_size"], d)}
   for i in range(c["num_hidden_layers"]):
     at = f"model.layers.{i}."
-    found |= {f"{at}self_attn.{n}_proj.weight": (d, d) for n in "qo"}
-    found |= {f"{at}self_attn.{n}_proj.weight": (kv, d) for n in "kv"}
-    found |= {f"{at}mlp.{n}_proj.weight": (ff, d) for n in ("gate", "up")}
-    found |= {f"{at}mlp.down_proj.weight": (d, ff)}
-    found |= {f"{at}{n}.weight": (d,) for n in ("input_layernorm", "post_attention_layernorm")}
-  return {**found, "model.norm.weight": (d,)}
+    sizes |= {f"{at}self_attn.{n}_proj.weight": (d, d) for n in "qo"}
+    sizes |= {f"{at}self_attn.{n}_proj.weight": (kv, d) for n in "kv"}
+    sizes |= {f"{at}mlp.{n}_proj.weight": (ff, d) for n in ("gate", "up")}
+    sizes |= {f"{at}mlp.down_proj.weight": (d, ff)}
+    sizes |= {f"{at}{n}.weight": (d,) for n in ("input_layernorm", "post_attention_layernorm")}
+  return {**sizes, "model.norm.weight": (d,)}
 
 
 def write_models(folder: Path) -> None:

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "experiments" / "results" / "optimizers"
@@ -89,7 +90,7 @@ def main() -> int:
   if not chosen:
     parser.error(f"--only={args.only}: known are {', '.join(OPTIMIZERS)}")
   path = args.out.with_suffix(".json")
-  record = json.loads(path.read_text()) if path.exists() else {"results": {}}
+  record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"results": {}}
   for name in chosen:
     done = record["results"].get(name)
     if done and done["steps"] == args.steps:

@@ -1,5 +1,6 @@
 """Where the delta lives: adapter nodes, and the verbs that make, bind and merge a tree of them."""
 
+from posttrain_jax.adapters import peft_format
 from posttrain_jax.adapters.bind import (
   RULES,
   Hooks,
@@ -31,6 +32,7 @@ __all__ = [
   "merge",
   "original",
   "parts_of",
+  "peft_format",
   "stack",
   "summary",
   "together",

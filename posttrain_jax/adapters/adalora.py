@@ -47,9 +47,8 @@ class AdaLoRA(Change):
   e: Array
   scale: Array  # [layers] or []: alpha / (init_r + 1e-5) however many ranks are left; 0 where not adapted
   mask: Array  # [layers, rank]
-  importance: Factors | None = (
-    None  # moving average of |parameter * gradient|; None: not in training
-  )
+  # moving average of |parameter * gradient|; None: not in training
+  importance: Factors | None = None
   uncertainty: Factors | None = None  # moving average of its distance from that
   adapted: tuple[bool, ...] = struct.field(pytree_node=False, default=(True,))  # for each layer
   dropout: float = struct.field(pytree_node=False, default=0.0)

@@ -67,25 +67,21 @@ class AdapterConfig:
   target_modules: str | tuple[str, ...] = ALL_LINEAR
   exclude_modules: str | tuple[str, ...] = ()
   layers_to_transform: tuple[int, ...] | None = None  # None: every layer
-  rank_pattern: Mapping[str, int] = dataclasses.field(
-    default_factory=dict
-  )  # name ending or regex -> rank
+  # name ending or regex -> rank
+  rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
   # ranks of the first and the last layer, linear between; what rank_pattern matches keeps to it; (): r everywhere
   depth_ranks: tuple[int, ...] = ()
   alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
   use_rslora: bool = False  # scale by lora_alpha / sqrt(r)
-  init_lora_weights: bool | str = (
-    True  # one of INITS, or "pissa_niter_N": PiSSA by N subspace iterations
-  )
+  # one of INITS, or "pissa_niter_N": PiSSA by N subspace iterations
+  init_lora_weights: bool | str = True
   use_dora: bool = False  # LoRA of the direction, with a trained magnitude of each output (DoRA)
   loftq_iter: int = 1  # rounds of quantisation and SVD
   modules_to_save: tuple[str, ...] = ()  # name endings of what trains whole beside the adapter
-  attention_group: int = (
-    0  # LongLoRA: tokens of a group of the shifted attention in training; 0: full attention
-  )
-  context_length: int = (
-    0  # LongLoRA: tokens of a context that positions are interpolated to; 0: the model's own
-  )
+  # LongLoRA: tokens of a group of the shifted attention in training; 0: full attention
+  attention_group: int = 0
+  # LongLoRA: tokens of a context that positions are interpolated to; 0: the model's own
+  context_length: int = 0
   d_initial: float = 0.1  # VeRA: the start of its lambda_d
   projection_prng_key: int = 0  # VeRA: the seed of its frozen projections
   init_r: int = 12  # AdaLoRA: rank at the start, and on average at the end

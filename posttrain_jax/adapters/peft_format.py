@@ -36,9 +36,8 @@ log = logging.getLogger(__name__)
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
-RECORD = (
-  "posttrain.json"  # ours: what the adapter was made for; PEFT rejects keys that it does not know
-)
+# ours: what the adapter was made for; PEFT rejects keys that it does not know
+RECORD = "posttrain.json"
 HEADER_BYTES, CONFIG_BYTES = 32 * 2**20, 4 * 2**20  # larger ones are not read
 
 SCORE = "score/weight"  # the head of a reward model

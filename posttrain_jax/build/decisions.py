@@ -37,6 +37,14 @@ def has_score(config: ml_collections.ConfigDict) -> bool:
   return o.name == "reward" or (o.name == "preference" and "reward" in o.losses)
 
 
+def reads_head(config: ml_collections.ConfigDict) -> bool:
+  """Whether the loss reads log-probabilities of tokens; a reward model's alone reads scores."""
+  o = config.objective
+  if o.name == "reward":
+    return o.sft_weight > 0
+  return o.name != "preference" or {*o.losses} != {"reward"}
+
+
 def has_companions(config: ml_collections.ConfigDict) -> bool:
   """Whether each row brings another prompt's answer, from which KTO estimates its KL."""
   o = config.objective

@@ -73,12 +73,19 @@ def template_of(tokenizer: Any, name: str) -> Any:
 
 
 def _with_score(config, params, model_config, mesh):
-  """A language model gets a new score head; a reward model keeps its own, which has one score."""
+  """A language model gets a new score head, beside its own where a loss reads that; a reward model keeps its score."""
+  reads_head = decisions.reads_head(config)
   if not model_config.scores:
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
-    params, model_config = decoder.scored(key, params, model_config)
-    placed_head = layout.place("score/weight", params["score"]["weight"], mesh=mesh)
-    return {**params, "score": {"weight": placed_head}}, model_config
+    scored, model_config = decoder.scored(key, params, model_config)
+    scored["score"] = {"weight": layout.place("score/weight", scored["score"]["weight"], mesh=mesh)}
+    if reads_head and "lm_head" in params:
+      scored["lm_head"] = params["lm_head"]
+    return scored, model_config
+  if reads_head and not model_config.tied:
+    raise ConfigError(
+      f"{config.model.name} is a reward model, which has no head that writes: train it with the reward's loss alone"
+    )
   if model_config.scores != 1:
     raise ConfigError(
       f"{config.model.name} has {model_config.scores} scores a token; a reward is one number"

@@ -160,15 +160,14 @@ def jitted_step(
   shapes: State,
 ) -> Any:
   """The training step, jitted once for all states of these shapes: its result lies as its argument does."""
-  function = step.make(
+  return step.jitted(
     loss,
     updates,
+    shapes,
     accumulate=config.batch.accumulate,
     seed=config.seed,
     hooks=adapters.hooks(adapter_config, config.steps),
   )
-  where = jax.tree.map(lambda x: x.sharding, shapes)
-  return jax.jit(function, donate_argnums=0, out_shardings=(where, None))
 
 
 def _introduce(pieces: Pieces, say: Say) -> None:

@@ -34,12 +34,10 @@ class Answers:
   count: int
   values: Mapping[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
   steps: np.ndarray | None = None  # float32, a label where a step ends, NaN elsewhere
-  reference: np.ndarray | None = (
-    None  # float32, log-probabilities under the reference, of trained tokens
-  )
-  companion: Answers | None = (
-    None  # an answer to another prompt behind this one (KTO's estimate of the KL)
-  )
+  # float32, log-probabilities under the reference, of trained tokens
+  reference: np.ndarray | None = None
+  # an answer to another prompt behind this one (KTO's estimate of the KL)
+  companion: Answers | None = None
   channel: str | None = None
   origin: str = ""
   is_chat: bool = False

@@ -7,11 +7,13 @@ in a step does not depend on how many processes there are.
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from posttrain_jax.data import answers, chat, schema
 from posttrain_jax.data.answers import Answers
 from posttrain_jax.data.mixture import Mixture
 from posttrain_jax.data.packing import Batch, best_fit, bucket_edges, pack, pack_answers
@@ -243,6 +245,34 @@ class Loader:
       full = len(some) if at == len(self.edges) - 1 else len(some) - len(some) % self.batch_size
       rows[edge], left = some[:full], some[full:]
     return rows
+
+
+def read(
+  source: str | Path | Sequence[Mapping[str, Any]],
+  tokenizer: Any,
+  *,
+  kind: str = "text",
+  batch_size: int,
+  length: int,
+  packing: bool = False,
+  seed: int = 0,
+) -> Loader:
+  """An endless stream of batches of a file's rows, or of rows in a list, rendered by the tokenizer's chat template.
+
+  Args:
+    kind: "text" for rows to imitate; of answers, what `answers.encode_all` calls them ("pairs", "labels", ...).
+    length: tokens of the longest row; what does not fit is an error that names its row.
+  """
+  template = chat.template(tokenizer) if tokenizer.chat_template else None
+  rows = schema.read(source, chat=template is not None)
+  if kind == "text":
+    examples = chat.encode_all(rows, tokenizer, template, max_length=length)
+  else:
+    companions = kind == "labels"
+    examples = answers.encode_all(
+      rows, tokenizer, template, kind=kind, max_length=length, companions=companions
+    )
+  return Loader(examples, batch_size=batch_size, length=length, packing=packing, seed=seed)
 
 
 def eval_batches(

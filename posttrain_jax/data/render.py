@@ -155,9 +155,8 @@ def _serve():
 
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
   seconds = opening["cpu_seconds"]
-  signal.setitimer(
-    signal.ITIMER_PROF, seconds
-  )  # SIGPROF unhandled ends the process, whatever it does
+  # SIGPROF unhandled ends the process, whatever it does
+  signal.setitimer(signal.ITIMER_PROF, seconds)
   try:
     template = _compiled(opening["template"])
   except Exception as error:

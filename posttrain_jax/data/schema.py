@@ -105,7 +105,7 @@ class Rows(Sequence):
 
 
 def read(
-  source: str | Path,
+  source: str | Path | Sequence[Mapping[str, Any]],
   *,
   split: str = "train",
   on_error: str = "raise",
@@ -114,7 +114,7 @@ def read(
   system: str | None = None,
   channel: str | None = None,
 ) -> Rows:
-  """The checked rows of a file, of a built-in task, or of a hub dataset (`owner/name[:config]`).
+  """The checked rows of a file, of a built-in task, of a hub dataset (`owner/name[:config]`), or given as they are.
 
   Files end in .jsonl, .json (one array) or .parquet, the first two also with .gz.  `columns` maps a
   schema's names to the file's.  `chat` turns a prompt and a completion given as strings into a
@@ -128,7 +128,7 @@ def read(
   if system is not None and not chat:
     raise ValueError("system= has no effect on rows that stay strings: add chat=True")
   rows, skipped = [], Skipped()
-  for origin, found in files.raw_rows(source, split):
+  for origin, found in _raw(source, split):
     try:
       fields = check_row(found, origin, columns)
       if chat:
@@ -141,8 +141,17 @@ def read(
         raise
       skipped.add(error)
   if not rows:
-    raise ValueError(f"{source}: holds no usable row; {skipped}")
+    held = source if isinstance(source, str | Path) else "the list"
+    raise ValueError(f"{held}: holds no usable row; {skipped}")
   return Rows(tuple(rows), skipped)
+
+
+def _raw(
+  source: str | Path | Sequence[Mapping[str, Any]], split: str
+) -> Iterable[tuple[str, object]]:
+  if isinstance(source, str | Path):
+    return files.raw_rows(source, split)
+  return ((f"row {i}", row) for i, row in enumerate(source))
 
 
 def check_row(found: Any, origin: str, columns=None) -> dict[str, Any]:

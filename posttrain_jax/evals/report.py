@@ -109,9 +109,8 @@ def use_command(found: Run) -> str | None:
   if template not in (None, "tokenizer"):
     options.append(f"--template={template}")
   if task in tasks.TASKS:
-    options.append(
-      f"--system={tasks.TASKS[task].system}"
-    )  # without it the prompts are not those of training
+    # without it the prompts are not those of training
+    options.append(f"--system={tasks.TASKS[task].system}")
   return shlex.join(["posttrain", "chat", *options])
 
 

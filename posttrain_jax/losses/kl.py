@@ -11,9 +11,8 @@ import jax
 import jax.numpy as jnp
 
 Array = jax.Array
-LIMIT = (
-  20.0  # nats: exp of a log-ratio past this is taken at this, 4.9e8, long before float32 ends at 88
-)
+# nats: exp of a log-ratio past this is taken at this, 4.9e8, long before float32 ends at 88
+LIMIT = 20.0
 
 
 def k1(logps: Array, ref_logps: Array, mask: Array | None = None) -> Array:

@@ -18,9 +18,8 @@ class Spans:
   """
 
   mask: Array  # [rows, time] whether a token is scored
-  answer: (
-    Array  # [rows, time] the slot of a token's answer, or the number of slots where it is none's
-  )
+  # [rows, time] the slot of a token's answer, or the number of slots where it is none's
+  answer: Array
   present: Array  # [rows, slots] whether there is an answer
 
   def per_answer(self, values: Array) -> Array:

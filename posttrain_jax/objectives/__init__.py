@@ -1,5 +1,6 @@
 """Objectives join model, data and loss, and add up exactly: one file a kind of rows."""
 
+from posttrain_jax.core.metrics import read
 from posttrain_jax.objectives.groups import Grouped
 from posttrain_jax.objectives.imitation import Imitation
 from posttrain_jax.objectives.labels import Labelled
@@ -35,5 +36,6 @@ __all__ = [
   "evaluation",
   "measured",
   "policy",
+  "read",
   "targets",
 ]

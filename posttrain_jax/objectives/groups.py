@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,15 @@ from posttrain_jax.core.metrics import Mean
 from posttrain_jax.losses import kl, policy
 from posttrain_jax.losses.policy import PolicyStats
 from posttrain_jax.losses.spans import Spans
-from posttrain_jax.objectives.objective import Metrics, Scorer, Totals
+from posttrain_jax.objectives.objective import (
+  Batch,
+  Context,
+  Forward,
+  Memory,
+  Metrics,
+  Scorer,
+  Totals,
+)
 from posttrain_jax.objectives.reference import reference_logps
 from posttrain_jax.objectives.rows import spans
 
@@ -38,7 +47,7 @@ class Grouped(Scorer):
   max_length: int = 512  # of constant_length
   old: str = "policy"
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     for field, value, known in (
       ("loss", self.loss_name, POLICY_LOSSES),
       ("aggregation", self.aggregation, AGGREGATIONS),
@@ -51,10 +60,21 @@ class Grouped(Scorer):
   def needs_reference(self) -> bool:
     return self.kl_weight > 0 or self.old == "reference"
 
-  def totals(self, trainable, context, batch, key, *, memory, training):
+  def totals(
+    self,
+    trainable: Any,
+    context: Context,
+    batch: Batch,
+    key: Array | None,
+    *,
+    memory: Memory,
+    training: bool,
+  ) -> Totals:
     return {"tokens": jnp.sum(spans(batch).mask), "count": jnp.sum(batch["present"])}
 
-  def contribution(self, forward, context, batch, totals, *, training):
+  def contribution(
+    self, forward: Forward, context: Context, batch: Batch, totals: Totals, *, training: bool
+  ) -> tuple[Array, Metrics]:
     at = spans(batch)
     scores = self.scores(forward, batch, at.mask, entropy=not training)
     logps = scores.logp
@@ -106,7 +126,9 @@ class Grouped(Scorer):
         return policy.constant_length(at, answers=answers, length=self.max_length)
     return policy.sequence_sum(at, answers=answers)
 
-  def _metrics(self, loss, stats, batch, at: Spans, totals: Totals) -> Metrics:
+  def _metrics(
+    self, loss: Array, stats: PolicyStats, batch: Batch, at: Spans, totals: Totals
+  ) -> Metrics:
     present, score = batch["present"], batch["score"]
     mean = lambda x, where=present: metrics_lib.mean(x, where)
     return {

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from posttrain_jax.core import metrics as metrics_lib
 from posttrain_jax.losses import supervised
-from posttrain_jax.objectives.objective import Batch, Scorer
+from posttrain_jax.objectives.objective import (
+  Batch,
+  Context,
+  Forward,
+  Memory,
+  Metrics,
+  Scorer,
+  Totals,
+)
 from posttrain_jax.objectives.rows import spans
 
 Array = jax.Array
@@ -40,10 +49,21 @@ class Imitation(Scorer):
     good = jnp.broadcast_to(good, at.present.shape) & at.present
     return at.mask & (at.per_token(good.astype(jnp.float32)) > 0)
 
-  def totals(self, trainable, context, batch, key, *, memory, training):
+  def totals(
+    self,
+    trainable: Any,
+    context: Context,
+    batch: Batch,
+    key: Array | None,
+    *,
+    memory: Memory,
+    training: bool,
+  ) -> Totals:
     return {"count": jnp.sum(self._mask(batch))}
 
-  def contribution(self, forward, context, batch, totals, *, training):
+  def contribution(
+    self, forward: Forward, context: Context, batch: Batch, totals: Totals, *, training: bool
+  ) -> tuple[Array, Metrics]:
     mask = self._mask(batch)
     logps = self.scores(forward, batch, mask).logp
     loss = supervised.negative_log_likelihood(logps, mask, tokens=totals["count"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from posttrain_jax.core import metrics as metrics_lib
 from posttrain_jax.core.metrics import Difference, Mean
 from posttrain_jax.losses import preference
 from posttrain_jax.losses.spans import Spans
-from posttrain_jax.objectives.objective import Batch, Context, Forward
+from posttrain_jax.objectives.objective import Batch, Context, Forward, Memory, Metrics, Totals
 from posttrain_jax.objectives.reference import Compared, reference_logps
 from posttrain_jax.objectives.rows import spans
 
@@ -34,7 +35,16 @@ class Labelled(Compared):
   def needs_reference(self) -> bool:
     return True
 
-  def totals(self, trainable, context, batch, key, *, memory, training):
+  def totals(
+    self,
+    trainable: Any,
+    context: Context,
+    batch: Batch,
+    key: Array | None,
+    *,
+    memory: Memory,
+    training: bool,
+  ) -> Totals:
     totals = {"count": jnp.sum(batch["present"])}
     if self.estimate_kl:
       companion = batch["companion"]
@@ -53,7 +63,9 @@ class Labelled(Compared):
     ref_logps = reference_logps(self, context, batch, at.mask)
     return at.per_answer(logps), at.per_answer(ref_logps)
 
-  def contribution(self, forward, context, batch, totals, *, training):
+  def contribution(
+    self, forward: Forward, context: Context, batch: Batch, totals: Totals, *, training: bool
+  ) -> tuple[Array, Metrics]:
     at, present = spans(batch), batch["present"]
     own, ref = self._sums(forward, context, batch, at)
     desirable = batch["label"] > 0.5

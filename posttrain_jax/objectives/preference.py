@@ -124,7 +124,7 @@ class Preference(Compared):
   running_shift: bool = False  # BCO's
   answers: int = 2  # in an example: chosen, rejected, and a gold one
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     unknown = [name for name in self.names if name not in KNOWN]
     if unknown:
       raise ValueError(f"losses has {unknown[0]!r}: known are {', '.join(KNOWN)}")
@@ -162,7 +162,16 @@ class Preference(Compared):
     memory = super().after_update(trainable, memory, totals)
     return {**memory, "shift": totals["shift"]} if self.running_shift else memory
 
-  def totals(self, trainable, context, batch, key, *, memory, training):
+  def totals(
+    self,
+    trainable: Any,
+    context: Context,
+    batch: Batch,
+    key: Array | None,
+    *,
+    memory: Memory,
+    training: bool,
+  ) -> Totals:
     at = spans(batch)
     totals: Totals = {"count": jnp.sum(batch["present"][:, :: self.answers])}
     for name in self.names:
@@ -197,7 +206,9 @@ class Preference(Compared):
       return pairs.chosen - pairs.rejected, pairs.ref_chosen - pairs.ref_rejected
     return pairs.log_ratios
 
-  def contribution(self, forward, context, batch, totals, *, training):
+  def contribution(
+    self, forward: Forward, context: Context, batch: Batch, totals: Totals, *, training: bool
+  ) -> tuple[Array, Metrics]:
     at = spans(batch)
     pairs = self.pairs(forward, context, batch, at, training=training)
     metrics: Metrics = {}
@@ -311,7 +322,9 @@ class Preference(Compared):
       logits=None if training else self._mean_logits(forward, at),
     )
 
-  def _reference(self, forward, context, batch, mask, training) -> tuple[Array, Array | None]:
+  def _reference(
+    self, forward: Forward, context: Context, batch: Batch, mask: Array, training: bool
+  ) -> tuple[Array, Array | None]:
     """(log-probabilities, KL of the policy's next-token distributions to the reference's or None), [rows, time].
 
     The KL is for evaluation, where the reference is at hand: its logits are needed, and a cache holds none.

@@ -17,7 +17,7 @@ from safetensors import numpy as safetensors_numpy
 from posttrain_jax.core import distributed, files
 from posttrain_jax.data.answers import Answers
 from posttrain_jax.data.packing import bucket_edges, pack_answers
-from posttrain_jax.objectives.objective import Forward, Scorer
+from posttrain_jax.objectives.objective import Batch, Forward, Scorer
 from posttrain_jax.objectives.rows import spans
 
 TOKENS = 4096  # in a batch
@@ -70,7 +70,7 @@ def _identity(params: Any) -> str:
   """A digest of the values of all parameters, from two sums of each."""
 
   @jax.jit
-  def sums(params):
+  def sums(params: Any) -> list[tuple[jax.Array, jax.Array]]:
     floats = [x.astype(jnp.float32) for x in jax.tree.leaves(params)]
     return [(jnp.sum(x), jnp.sum(jnp.abs(x))) for x in floats]
 
@@ -86,11 +86,13 @@ def _digest(examples: Sequence[Answers], of: str) -> str:
   return digest.hexdigest()
 
 
-def _computed(examples, scorer, params, mesh) -> list[np.ndarray]:
+def _computed(
+  examples: Sequence[Answers], scorer: Scorer, params: Any, mesh: jax.sharding.Mesh | None
+) -> list[np.ndarray]:
   """float32 [time] each; 0 where a token is not scored."""
 
   @jax.jit
-  def logps(params, batch):
+  def logps(params: Any, batch: Batch) -> jax.Array:
     forward = Forward(params, scorer.hidden(params, batch))
     return scorer.scores(forward, batch, spans(batch).mask).logp
 
@@ -103,7 +105,9 @@ def _computed(examples, scorer, params, mesh) -> list[np.ndarray]:
   return found
 
 
-def _batches(examples, mesh) -> Iterator[tuple[list[int], Any]]:
+def _batches(
+  examples: Sequence[Answers], mesh: jax.sharding.Mesh | None
+) -> Iterator[tuple[list[int], Any]]:
   """One example a row, rows of a length together."""
   bare = [dataclasses.replace(e, values={}, companion=None, steps=None) for e in examples]
   lengths = np.array([len(e.tokens) for e in bare])

@@ -12,7 +12,16 @@ from posttrain_jax.core import metrics as metrics_lib
 from posttrain_jax.losses import reward
 from posttrain_jax.losses.spans import Spans
 from posttrain_jax.models import decoder
-from posttrain_jax.objectives.objective import Batch, Forward, Metrics, Scorer, following
+from posttrain_jax.objectives.objective import (
+  Batch,
+  Context,
+  Forward,
+  Memory,
+  Metrics,
+  Scorer,
+  Totals,
+  following,
+)
 
 Array = jax.Array
 KINDS = ("pairs", "outcomes", "steps")
@@ -28,7 +37,7 @@ class Reward(Scorer):
   kind: str = "pairs"  # pairs, outcomes, steps
   centering: float = 0.0  # weight of (r_w + r_l)^2
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if self.kind not in KINDS:
       raise ValueError(f"kind={self.kind!r}: a reward model learns from pairs, outcomes or steps")
 
@@ -46,12 +55,23 @@ class Reward(Scorer):
     at = Spans(is_last, batch["answer"], batch["present"])
     return at.per_answer(_of_tokens(forward))
 
-  def totals(self, trainable, context, batch, key, *, memory, training):
+  def totals(
+    self,
+    trainable: Any,
+    context: Context,
+    batch: Batch,
+    key: Array | None,
+    *,
+    memory: Memory,
+    training: bool,
+  ) -> Totals:
     if self.kind == "steps":
       return {"count": jnp.sum(~jnp.isnan(batch["steps"]))}
     return {"count": jnp.sum(batch["present"]) / (2 if self.kind == "pairs" else 1)}
 
-  def contribution(self, forward, context, batch, totals, *, training):
+  def contribution(
+    self, forward: Forward, context: Context, batch: Batch, totals: Totals, *, training: bool
+  ) -> tuple[Array, Metrics]:
     if self.kind == "pairs":
       each, present, metrics = self._paired(self._of_answers(forward, batch), batch)
     elif self.kind == "outcomes":

@@ -7,9 +7,18 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from posttrain_jax.core.metrics import Mean
-from posttrain_jax.objectives.objective import Context, Memory, Metrics, Scorer, Totals
+from posttrain_jax.objectives.objective import (
+  Batch,
+  Context,
+  Forward,
+  Memory,
+  Metrics,
+  Scorer,
+  Totals,
+)
 
 Array = jax.Array
 
@@ -43,7 +52,16 @@ class Sum(Scorer):
       name: part.after_update(trainable, memory[name], totals[name]) for name, part, _ in self.parts
     }
 
-  def totals(self, trainable, context, batch, key, *, memory, training):
+  def totals(
+    self,
+    trainable: Any,
+    context: Context,
+    batch: Batch,
+    key: Array | None,
+    *,
+    memory: Memory,
+    training: bool,
+  ) -> Totals:
     totals: Totals = {
       name: part.totals(
         trainable, context, batch, key, memory=memory and memory[name], training=training
@@ -53,7 +71,9 @@ class Sum(Scorer):
     first, _, _ = self.parts[0]
     return {**totals, "count": totals[first]["count"]}
 
-  def contribution(self, forward, context, batch, totals, *, training):
+  def contribution(
+    self, forward: Forward, context: Context, batch: Batch, totals: Totals, *, training: bool
+  ) -> tuple[Array, Metrics]:
     contributions = [
       part.contribution(forward, context, batch, totals[name], training=training)
       for name, part, _ in self.parts
@@ -61,7 +81,8 @@ class Sum(Scorer):
     metrics: Metrics = {}
     for (name, _, _), (_, theirs) in zip(self.parts, contributions):
       metrics = {**theirs, **metrics, f"loss/{name}": theirs["loss"]}
-    total = sum(weight * loss for (_, _, weight), (loss, _) in zip(self.parts, contributions))
+    losses = [weight * loss for (_, _, weight), (loss, _) in zip(self.parts, contributions)]
+    total = sum(losses, start=jnp.zeros(()))
     # contributions are already divided by the whole batch's counts: the sum is the loss
     count = contributions[0][1]["loss"].count
     metrics["loss"] = Mean(jax.lax.stop_gradient(total) * totals["count"], count)

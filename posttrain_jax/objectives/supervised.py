@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from posttrain_jax.core import metrics as metrics_lib
-from posttrain_jax.losses import supervised
-from posttrain_jax.objectives.objective import Scorer, following, targets
+from posttrain_jax.losses import logprob, supervised
+from posttrain_jax.objectives.objective import (
+  Batch,
+  Context,
+  Forward,
+  Memory,
+  Metrics,
+  Scorer,
+  Totals,
+  following,
+  targets,
+)
+
+Array = jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,18 +37,31 @@ class Sft(Scorer):
   channels: tuple[str, ...] = ()  # names of the batch's channel indices
   special_tokens: tuple[int, ...] = ()
 
-  def totals(self, trainable, context, batch, key, *, memory, training):
+  def totals(
+    self,
+    trainable: Any,
+    context: Context,
+    batch: Batch,
+    key: Array | None,
+    *,
+    memory: Memory,
+    training: bool,
+  ) -> Totals:
     return {"count": jnp.sum(batch["loss_mask"].astype(jnp.float32))}
 
-  def contribution(self, forward, context, batch, totals, *, training):
+  def contribution(
+    self, forward: Forward, context: Context, batch: Batch, totals: Totals, *, training: bool
+  ) -> tuple[Array, Metrics]:
     labels, mask = targets(batch)
     scores = self.scores(forward, batch, mask, entropy=not training)
     loss = supervised.negative_log_likelihood(scores.logp, mask, tokens=totals["count"])
     return loss, self._metrics(scores, labels, mask, batch, training)
 
-  def _metrics(self, scores, labels, mask, batch, training):
+  def _metrics(
+    self, scores: logprob.Scores, labels: Array, mask: Array, batch: Batch, training: bool
+  ) -> Metrics:
     nll = jax.lax.stop_gradient(-scores.logp)
-    metrics = {
+    metrics: Metrics = {
       "loss": metrics_lib.mean(nll, mask),
       "mean_token_accuracy": metrics_lib.mean(scores.correct, mask),
       "tokens": jnp.sum(batch["segment_ids"] > 0),  # a plain array is a sum

@@ -122,7 +122,7 @@ def parameters(
   placed = functools.partial(layout.abstract, mesh=mesh, device=device)
   if adapter_config is None:
     on_host = config.optimizer.offload == "params"
-    params = placed(decoder.abstract(model, jnp.float32), on_host=on_host)
+    params = placed(_abstract(config, model, jnp.float32), on_host=on_host)
     dtype = decisions.compute_dtype(config)
     other = _other(config, model, dtype, placed)
     if reference.is_in_step(config) and decisions.compares_with_base(config):
@@ -130,7 +130,9 @@ def parameters(
     return params, None, Context(reference=other)
   kind, dtype = config.model.base, decisions.compute_dtype(config)
   # a start is taken out of the dense matrix, and the rest is stored
-  params = base(model, dtype, "dense" if adapter_config.changes_base else kind)
+  params = _stored(
+    _abstract(config, model, dtype), "dense" if adapter_config.changes_base else kind
+  )
   params, nodes = jax.eval_shape(
     lambda params: adapters.init(
       jax.random.key(0),
@@ -158,6 +160,14 @@ def _other(config: ml_collections.ConfigDict, model: ModelConfig, dtype: Any, pl
   if reference.is_adapter(config.objective.reference):
     return None
   return placed(base(dataclasses.replace(model, scores=0), dtype, config.objective.reference_base))
+
+
+def _abstract(config: ml_collections.ConfigDict, model: ModelConfig, dtype: Any) -> Any:
+  """The parameters of a model; one with scores keeps its head beside them where a loss reads it."""
+  params = decoder.abstract(model, dtype)
+  if model.scores and not model.tied and decisions.reads_head(config):
+    params["lm_head"] = decoder.abstract(dataclasses.replace(model, scores=0), dtype)["lm_head"]
+  return params
 
 
 def base(model: ModelConfig, dtype: Any, kind: str) -> Any:

@@ -38,14 +38,12 @@ class FourBit(weight.Weight):
 
   codes: Any  # uint8 [..., in / 2, out]
   scales: Any  # float32 [..., in / block_size, out]; uint8 under double quantisation
-  nested_absmax: Any = (
-    None  # float32 [..., ceil(scales of one matrix / 256)]; None without double quantisation
-  )
+  # float32 [..., ceil(scales of one matrix / 256)]; None without double quantisation
+  nested_absmax: Any = None
   offset: Any = None  # float32 [...]: the mean of the scales; None without double quantisation
   block_size: int = struct.field(pytree_node=False, default=64)
-  dtype: Any = struct.field(
-    pytree_node=False, default=jnp.dtype(jnp.float32)
-  )  # before quantisation
+  # before quantisation
+  dtype: Any = struct.field(pytree_node=False, default=jnp.dtype(jnp.float32))
   # what bitsandbytes' files call the type
   name: str = struct.field(pytree_node=False, default="")
 

@@ -20,9 +20,8 @@ from posttrain_jax.quant import stack
 Array = jax.Array
 
 STEP = np.float32(1 / 127)
-SMALLEST = np.float32(
-  2.0**-119
-)  # 127 over a smaller scale is no float32; such a channel counts as zero
+# 127 over a smaller scale is no float32; such a channel counts as zero
+SMALLEST = np.float32(2.0**-119)
 
 
 @struct.dataclass
@@ -31,9 +30,8 @@ class Int8(weight.Weight):
 
   codes: Any  # int8 [..., in, out], -127 to 127
   absmax: Any  # float32 [..., out]
-  dtype: Any = struct.field(
-    pytree_node=False, default=jnp.dtype(jnp.float32)
-  )  # before quantisation
+  # before quantisation
+  dtype: Any = struct.field(pytree_node=False, default=jnp.dtype(jnp.float32))
 
   @property
   def shape(self) -> tuple[int, ...]:

@@ -11,9 +11,8 @@ import numpy as np
 from jax.core import Tracer
 
 Array = jax.Array
-Quantizer = Callable[
-  [Array], tuple[Any, Array]
-]  # [..., in, out] -> (weight, largest absolute value)
+# [..., in, out] -> (weight, largest absolute value)
+Quantizer = Callable[[Array], tuple[Any, Array]]
 
 DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 LARGEST = np.float32(2.0**126)  # the reciprocal of a larger scale is subnormal, which XLA flushes

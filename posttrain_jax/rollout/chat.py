@@ -168,7 +168,14 @@ def load(
   )
 
 
-def _converse(speaker, opening, key, stdin, stdout, stderr):
+def _converse(
+  speaker: Speaker,
+  opening: list[dict],
+  key: jax.Array,
+  stdin: TextIO,
+  stdout: TextIO,
+  stderr: TextIO,
+) -> None:
   print(HELP, file=stderr)
   messages = opening
   for turn in itertools.count():
@@ -182,13 +189,12 @@ def _converse(speaker, opening, key, stdin, stdout, stderr):
       try:
         said = _say(speaker, asked, jax.random.fold_in(key, turn), stdout)
         messages = [*asked, dict(role="assistant", content=said)]
-      except (
-        ValueError
-      ) as error:  # too long, or not what the template takes: the turn did not happen
+      except ValueError as error:
+        # too long, or not what the template takes: the turn did not happen
         print(error, file=stderr)
 
 
-def _ask(stdin, stdout) -> str:
+def _ask(stdin: TextIO, stdout: TextIO) -> str:
   """The next line, '' at the end of input or at Ctrl-C."""
   stdout.write("> ")
   stdout.flush()
@@ -198,7 +204,7 @@ def _ask(stdin, stdout) -> str:
     return ""
 
 
-def _say(speaker, messages, key, stdout) -> str:
+def _say(speaker: Speaker, messages: list[dict], key: jax.Array, stdout: TextIO) -> str:
   said = ""
   with contextlib.suppress(KeyboardInterrupt):
     for piece in speaker.stream(messages, key):

@@ -56,9 +56,8 @@ class State:
 class Ready:
   """Parameters as generation wants them, made by `prepare`: once, where they are used for several calls."""
 
-  stacked: (
-    Params  # reads the prompt: a scan compiles in a tenth of the time that separate layers take
-  )
+  # reads the prompt: a scan compiles in a tenth of the time that separate layers take
+  stacked: Params
   layers_apart: Params  # decodes
 
 
@@ -171,7 +170,15 @@ def bucket(length: int) -> int:
 
 
 def _start(
-  params, prompts, keys, stopped, max_new_tokens, stop_tokens, config, sampling, dtype
+  params: Params,
+  prompts: Sequence[Sequence[int]],
+  keys: Array,
+  stopped: np.ndarray,
+  max_new_tokens: int,
+  stop_tokens: Sequence[int],
+  config: ModelConfig,
+  sampling: Sampling,
+  dtype: Any,
 ) -> State:
   """The prompts read, one token of each row drawn."""
   shared = _shared_length(params, prompts)
@@ -191,14 +198,15 @@ def _start(
   return _prefill(params, *read, keys, stopped, stops, slots, config, sampling, dtype)
 
 
-def _shared_length(params, prompts) -> int:
+def _shared_length(params: Params, prompts: Sequence[Sequence[int]]) -> int:
   """How many tokens all prompts begin with, in steps of SHARED so that few shapes compile; at least one is left over.
 
   Rows that share a system message read it once.
   """
   if len(prompts) == 1 or weight.batch_rows(params) is not None:
     return 0
-  ends = min(prompts), max(prompts)  # what the first and last in order share, all do
+  in_order = sorted(map(tuple, prompts))
+  ends = in_order[0], in_order[-1]  # what the first and last in order share, all do
   most = min(map(len, prompts)) - 1
   same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*(end[:most] for end in ends)))
   return sum(1 for _ in same) // SHARED * SHARED
@@ -206,18 +214,18 @@ def _shared_length(params, prompts) -> int:
 
 @functools.partial(jax.jit, static_argnames=("slots", "config", "sampling", "dtype"))
 def _prefill(
-  params,
-  beginning,
-  tokens,
-  segments,
-  keys,
-  stopped,
-  stop_tokens,
-  slots,
-  config,
-  sampling,
-  dtype,
-):
+  params: Params,
+  beginning: Array,
+  tokens: Array,
+  segments: Array,
+  keys: Array,
+  stopped: Array,
+  stop_tokens: Array,
+  slots: int,
+  config: ModelConfig,
+  sampling: Sampling,
+  dtype: Any,
+) -> State:
   batch = tokens.shape[0]
   cache_dtype = dtype or params["embed_tokens"]["weight"].dtype
   if beginning.shape[1]:
@@ -243,28 +251,36 @@ def _prefill(
 @functools.partial(
   jax.jit, static_argnames=("config", "sampling", "dtype"), donate_argnames=("state",)
 )
-def _decode(params, state, count, config, sampling, dtype):
+def _decode(
+  params: Params,
+  state: State,
+  count: Array | int,
+  config: ModelConfig,
+  sampling: Sampling,
+  dtype: Any,
+) -> State:
   """state with `count` tokens drawn, or fewer where every row has stopped."""
 
-  def going(state):
+  def going(state: State) -> Array:
     return (state.count < count) & ~jnp.all(state.stopped)
 
-  def body(state):
+  def body(state: State) -> State:
     last = jax.lax.dynamic_slice_in_dim(state.tokens, state.count - 1, 1, axis=1)
     x, cache = decoder.step(params, last, config, state.cache, dtype=dtype)
-    return _draw(params, state.replace(cache=cache), x, config, sampling)
+    return _draw(params, dataclasses.replace(state, cache=cache), x, config, sampling)
 
   return jax.lax.while_loop(going, body, state)
 
 
-def _draw(params, state, x, config, sampling):
+def _draw(params: Params, state: State, x: Array, config: ModelConfig, sampling: Sampling) -> State:
   """state with the token that follows the last hidden state of x: [batch, time, embed]."""
   keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.count)
   logits = decoder.logits(params, x[:, -1], config)
   token, logp = samplers.sample(keys, logits, sampling)
   write = lambda buffer, new: jax.lax.dynamic_update_slice(buffer, new[:, None], (0, state.count))
   ends = jnp.any(token[:, None] == state.stop_tokens, axis=1)
-  return state.replace(
+  return dataclasses.replace(
+    state,
     tokens=write(state.tokens, token),
     logps=write(state.logps, logp),
     lengths=state.lengths + ~state.stopped,
@@ -273,10 +289,10 @@ def _draw(params, state, x, config, sampling):
   )
 
 
-def _batches(lengths, batch_size):
+def _batches(lengths: Sequence[int], batch_size: int) -> np.ndarray:
   """Row indices by rising length, in batches of one size (one compilation); -1 fills the first up."""
   if not lengths:
-    return []
+    return np.zeros((0, 0), np.int64)
   count = -(-len(lengths) // batch_size)
   size = -(-len(lengths) // count)
   order = np.argsort(lengths, kind="stable")
@@ -284,7 +300,7 @@ def _batches(lengths, batch_size):
   return order.reshape(count, size)
 
 
-def _row_keys(key, sampling, rows):
+def _row_keys(key: Array | None, sampling: Sampling, rows: int) -> Array:
   if key is None:
     if sampling.temperature > 0:
       raise ValueError("sampling at a temperature above 0 needs a key, such as jax.random.key(0)")
@@ -292,7 +308,9 @@ def _row_keys(key, sampling, rows):
   return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
 
 
-def _check(prompts, max_new_tokens, config, params):
+def _check(
+  prompts: Sequence[Sequence[int]], max_new_tokens: int, config: ModelConfig, params: Params
+) -> None:
   rows = weight.batch_rows(params)
   if rows is not None and rows != len(prompts):
     raise ValueError(f"{len(prompts)} prompts, but the parameters are bound for {rows} rows")

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from posttrain_jax.core import struct
+from posttrain_jax.core import struct, tree
 from posttrain_jax.objectives import Context, Objective
 from posttrain_jax.optim import layout as optimizer_layout
 
@@ -28,6 +28,11 @@ class State:
   skipped: Array  # updates left out because a gradient was not finite
   skipped_in_a_row: Array
   memory: Any = None  # what the objective carries from step to step
+
+  @property
+  def adapter(self) -> Any:
+    """The adapter as it stands, whole; in full fine-tuning the parameters."""
+    return self.trainable if self.carried is None else tree.combine(self.trainable, self.carried)
 
   def context(self, context: Context) -> Context:
     """The context with what the state carries of the adapter."""

@@ -15,9 +15,11 @@ from posttrain_jax.core import memory, sharding, tree
 from posttrain_jax.core import metrics as metrics_lib
 from posttrain_jax.objectives import Batch, Context, Objective
 from posttrain_jax.optim import offload
+from posttrain_jax.train import state as state_lib
 from posttrain_jax.train.state import State
 
 Array = jax.Array
+Step = Callable[[State, Context, Batch], tuple[State, dict[str, Any]]]
 
 
 def make(
@@ -27,8 +29,8 @@ def make(
   accumulate: int = 1,
   seed: int = 0,
   hooks: adapters.Hooks | None = None,
-) -> Callable[[State, Context, Batch], tuple[State, dict[str, Any]]]:
-  """The training step; jit it with the state donated.
+) -> Step:
+  """The training step; `jitted` is the same, compiled.
 
   The batch's rows are taken `accumulate` micro-batches at a time; gradients are summed in float32.  A gradient that is
   not finite leaves parameters and optimizer as they were and is counted.  Randomness is fold_in(seed, step).
@@ -78,6 +80,45 @@ def make(
     return new, metrics
 
   return step
+
+
+def jitted(
+  objective: Objective,
+  optimizer: optax.GradientTransformation,
+  state: State,
+  *,
+  accumulate: int = 1,
+  seed: int = 0,
+  hooks: adapters.Hooks | None = None,
+) -> Step:
+  """`make`, jitted once for all states that lie as this one (or these shapes) does; the state is donated."""
+  function = make(objective, optimizer, accumulate=accumulate, seed=seed, hooks=hooks)
+  where = jax.tree.map(lambda x: x.sharding, state)
+  return jax.jit(function, donate_argnums=0, out_shardings=(where, None))
+
+
+def begin(
+  objective: Objective,
+  optimizer: optax.GradientTransformation,
+  adapter: Any,
+  *,
+  accumulate: int = 1,
+  seed: int = 0,
+  hooks: adapters.Hooks | None = None,
+) -> tuple[State, Step]:
+  """(the first state of an adapter's training on one device, the jitted step that moves it).
+
+    state, step = train.begin(objective, optax.adamw(1e-3), adapter)
+    state, metrics = step(state, Context(base), batch)
+
+  Args:
+    adapter: what `adapters.init` made, or in full fine-tuning the parameters; its arrays are the state's from here on.
+    hooks: `adapters.hooks(config, steps)`, where the adapter's method changes anything but by the gradient.
+  """
+  trainable, fixed = tree.partition(adapter)
+  carried = fixed if jax.tree.leaves(fixed) else None
+  state = state_lib.first(trainable, optimizer, carried, objective, None)
+  return state, jitted(objective, optimizer, state, accumulate=accumulate, seed=seed, hooks=hooks)
 
 
 def gradient(

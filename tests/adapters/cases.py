@@ -3,6 +3,7 @@
 Also `trained`, which moves an adapter away from its start, where most of them change nothing.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -52,7 +53,7 @@ def _dora(key, base, lora_node):
   """Its magnitudes away from the column norms."""
   node = dora.over(lora_node, base)
   factors = jax.random.uniform(jax.random.fold_in(key, 7), (OUT,), minval=0.5, maxval=2)
-  return base, node.replace(magnitude=node.magnitude * factors)
+  return base, dataclasses.replace(node, magnitude=node.magnitude * factors)
 
 
 def dora_case(key):
@@ -102,13 +103,12 @@ def trained(adapter: Any, seed: int = 0) -> Any:
       mask + 0 * node.b[..., :1], -1, -2
     )
     b = node.b + 0.3 * draw.standard_normal(node.b.shape) * mask
-    moved = node.replace(a=jnp.asarray(a, jnp.float32), b=jnp.asarray(b, jnp.float32))
+    moved = dataclasses.replace(node, a=jnp.asarray(a, jnp.float32), b=jnp.asarray(b, jnp.float32))
     if not isinstance(node, dora.DoRA):
       return moved
-    used = (
-      mask if node.mask is None else np.max(mask, axis=-2)
-    )  # a layer without ranks has no magnitude to train
+    # a layer without ranks has no magnitude to train
+    used = mask if node.mask is None else np.max(mask, axis=-2)
     factors = 1 + 0.3 * used * draw.uniform(-1, 1, node.magnitude.shape)
-    return moved.replace(magnitude=jnp.asarray(node.magnitude * factors, jnp.float32))
+    return dataclasses.replace(moved, magnitude=jnp.asarray(node.magnitude * factors, jnp.float32))
 
   return tree.unflatten((path, move(node)) for path, node in tree.items(adapter))

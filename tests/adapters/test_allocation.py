@@ -217,9 +217,8 @@ def test_the_penalty_counts_once_an_optimizer_batch():
 
 
 def test_an_update_that_is_skipped_moves_no_importance_and_no_mask():
-  found, metrics = run(
-    init_r=12, tinit=1, tfinal=3, deltaT=3, spoil=4
-  )  # the fifth update is the end
+  # the fifth update is the end
+  found, metrics = run(init_r=12, tinit=1, tfinal=3, deltaT=3, spoil=4)
   jax.tree.map(np.testing.assert_array_equal, found[4], found[3])
   assert metrics[4]["skipped"] == 1
   assert metrics[4]["adalora/mean_rank"] == metrics[3]["adalora/mean_rank"]

@@ -25,9 +25,8 @@ def weights(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-  "name", ["adamw", "adam_mini"]
-)  # 8-bit codes would round last bits away or up
+# 8-bit codes would round last bits away or up
+@pytest.mark.parametrize("name", ["adamw", "adam_mini"])
 def test_an_offloaded_run_ends_where_others_do(name, shared, tmp_path):
   for mode in ("none", "params"):
     options = dict(optimizer__name=name, optimizer__offload=mode)

@@ -55,22 +55,6 @@ def test_its_fields_make_an_adapter_and_an_optimizer(name):
   assert adapter.described(load(name, "adapter=none")) is None
 
 
-@pytest.mark.parametrize("method", ["lora", "vera", "adalora", "longlora", "prompt", "prefix"])
-def test_every_number_of_an_adapter_reaches_it(method):
-  """One at a time, one higher than it was, and nothing else moves."""
-  before = load("sft.py", f"adapter={method}")
-  plain = dataclasses.asdict(adapter.described(before))
-  numbers = {k: v for k, v in before.adapter.items() if type(v) in (int, float)}
-  assert numbers
-  for field, value in numbers.items():
-    overrides = [settings.override(f"adapter.{field}", type(value)(value + 1))]
-    if field == "lora_dropout":
-      overrides = ["adapter.lora_dropout=0.5"]
-    after = dataclasses.asdict(adapter.described(load("sft.py", f"adapter={method}", overrides)))
-    moved = {name for name in after if after[name] != plain[name]}
-    assert moved == {field}
-
-
 SAVED = ("embed_tokens", "norm", "layernorm")
 
 
@@ -92,6 +76,22 @@ def test_methods_that_train_together_have_a_section_each():
   for wrong in ("lora+lora", "none+lora"):
     with pytest.raises(ConfigError, match="write two methods, each once"):
       load("sft.py", f"adapter={wrong}")
+
+
+@pytest.mark.parametrize("method", ["lora", "vera", "adalora", "longlora", "prompt", "prefix"])
+def test_every_number_of_an_adapter_reaches_it(method):
+  """One at a time, one higher than it was, and nothing else moves."""
+  before = load("sft.py", f"adapter={method}")
+  plain = dataclasses.asdict(adapter.described(before))
+  numbers = {k: v for k, v in before.adapter.items() if type(v) in (int, float)}
+  assert numbers
+  for field, value in numbers.items():
+    overrides = [settings.override(f"adapter.{field}", type(value)(value + 1))]
+    if field == "lora_dropout":
+      overrides = ["adapter.lora_dropout=0.5"]
+    after = dataclasses.asdict(adapter.described(load("sft.py", f"adapter={method}", overrides)))
+    moved = {name for name in after if after[name] != plain[name]}
+    assert moved == {field}
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -99,9 +99,8 @@ TEMPLATE = chat.template(CHATML, "chatml")
 
 @settings(max_examples=60, deadline=None)
 @given(words, words)
-@hypothesis.example(
-  "h", "e"
-)  # one token, "he": the first token of a row is no target, whatever it holds
+# one token, "he": the first token of a row is no target, whatever it holds
+@hypothesis.example("h", "e")
 def test_strings_are_tokenised_whole_and_the_completion_is_trained(prompt, completion):
   example = chat.encode(row(prompt=prompt, completion=completion), CHATML, max_length=4096)
   ids = CHATML(prompt + completion, add_special_tokens=False)["input_ids"]

@@ -7,8 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from posttrain_jax.data.chat import Example
-from posttrain_jax.data.loader import Loader, channel_names, eval_batches
+from posttrain_jax.data.files import RowError
+from posttrain_jax.data.loader import Loader, channel_names, eval_batches, read
 from posttrain_jax.data.mixture import replay
+from tests import tiny
 
 
 def data(count=37, longest=30, seed=0):
@@ -26,8 +28,8 @@ BUCKETED = {"batch_size": 4, "length": 32, "packing": False, "edges": (8, 16, 32
 KINDS = pytest.mark.parametrize("kind", [PACKED, BUCKETED], ids=["packed", "bucketed"])
 
 
-def take(loader, count):
-  return [next(loader) for _ in range(count)]
+def take(batches, count):
+  return [next(batches) for _ in range(count)]
 
 
 def seen(batches):
@@ -234,3 +236,30 @@ def test_what_cannot_be_loaded(change, message):
     Loader(EXAMPLES, **{**PACKED, **change})
   with pytest.raises(ValueError, match="at least one example"):
     Loader([], **PACKED)
+
+
+def test_rows_in_a_list_are_those_of_a_file(tmp_path):
+  rows = tiny.rows(6)
+  path = tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
+  how = dict(batch_size=2, length=64)
+  tokenizer = tiny.tokenizer()
+  listed, filed = read(rows, tokenizer, **how), read(path, tokenizer, **how)
+  assert_equal(take(listed, 5), take(filed, 5))
+  text = tokenizer.decode(listed.examples[0].tokens)
+  assert text == "<|im_start|>user\nsay a<|im_end|>\n<|im_start|>assistant\naaa<|im_end|>\n"
+
+
+def test_rows_of_answers_in_a_list():
+  rows = [{"prompt": f"say {x}", "chosen": x, "rejected": "no"} for x in "abc"]
+  batches = read(rows, tiny.tokenizer(), kind="pairs", batch_size=3, length=64)
+  assert next(batches)["present"].tolist() == [[True, True]] * 3
+  labels = read(rows, tiny.tokenizer(), kind="labels", batch_size=6, length=64)
+  assert next(labels)["companion"]["present"].all()  # KTO's other prompts
+
+
+def test_a_row_in_a_list_that_cannot_be_used_is_named():
+  rows = [{"prompt": "a", "completion": "b"}, {"prompt": "a"}]
+  with pytest.raises(RowError, match="row 1"):
+    read(rows, tiny.tokenizer(), batch_size=1, length=64)
+  with pytest.raises(ValueError, match="the list: holds no usable row"):
+    read([], tiny.tokenizer(), batch_size=1, length=64)

@@ -56,9 +56,8 @@ def test_what_their_gradients_are_the_gradient_of(distributions):
 
 
 def test_k3_and_its_gradient_end_where_exp_would():
-  logps = jnp.asarray(
-    [-93.0, -20.5, -19.5, 93.0]
-  )  # of tokens that the reference gives for sure, but the last
+  # of tokens that the reference gives for sure, but the last
+  logps = jnp.asarray([-93.0, -20.5, -19.5, 93.0])
   value, slope = jax.vjp(lambda x: kl.k3(x, jnp.zeros(4)), logps)
   most = np.exp(20) - 21
   np.testing.assert_allclose(value, [most, most, np.exp(19.5) - 20.5, 92], rtol=1e-5)

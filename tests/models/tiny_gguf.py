@@ -27,7 +27,8 @@ def vocabulary() -> tuple[list[str], list[str]]:
     show_progress=False,
   )
   tokenizer.train_from_iterator(CORPUS, trainer)
-  tokens = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
+  ids = tokenizer.get_vocab()
+  tokens = sorted(ids, key=lambda token: ids[token])
   seen = set(SPECIAL) | set(pre_tokenizers.ByteLevel.alphabet())
   merges = []
   for token in tokens:
@@ -114,13 +115,15 @@ def write(
       writer.add_array(key, value)
   # The names of one architecture serve all: those that exist are the same.
   names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, LAYERS)
-  tensors = {}
+  tensors: dict[str, np.ndarray] = {}
   for name, array in weights(arch, tied=tied).items():
     if arch == "llama" and (".q_proj." in name or ".k_proj." in name):
       heads = HEADS if ".q_proj." in name else KV_HEADS
       array = interleave(array, heads)
-    tensors[names.get_name(name, try_suffixes=(".weight", ".bias"))] = array
-  tensors |= replace or {}
+    known = names.get_name(name, try_suffixes=(".weight", ".bias"))
+    assert known is not None, name
+    tensors[known] = array
+  tensors.update(replace or {})
   for name, array in tensors.items():
     if name == drop:
       continue

@@ -1,5 +1,7 @@
 """What tests of the memory-saving optimizers update: a small tree of every kind of parameter, away from zero."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,7 +34,9 @@ def like(tree, seed, scale=1.0):
 
 
 def made(name, **options):
-  defaults = dict(lr=0.02, steps=20, schedule="constant", weight_decay=0.1, rank=8, update_gap=2)
+  defaults: dict[str, Any] = dict(
+    lr=0.02, steps=20, schedule="constant", weight_decay=0.1, rank=8, update_gap=2
+  )
   defaults |= dict(axes=AXES, head_dim=HEADS)
   return build.build(name, **(defaults | options))[0]
 

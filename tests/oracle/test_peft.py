@@ -105,12 +105,13 @@ def tied(tmp_path_factory):
   return saved("llama3", tmp_path_factory)
 
 
+# where a tied head matters
 ENDS = [
   "embedding_and_head",
   "embedding_alone",
   "head_and_a_layer",
   "dora_of_both_ends",
-]  # where a tied head matters
+]
 
 
 @pytest.fixture

@@ -12,9 +12,8 @@ from tests.marks import slow
 from tests.plan.test_estimate import TINY, config, one_cpu
 
 WIDE = dataclasses.replace(TINY, hidden_size=256, head_dim=64, intermediate_size=1024)
-LAYER = 4 * (
-  (2 * 4 + 2 * 2) * 64 * 256 + 3 * 256 * 1024
-)  # bytes of the matrices of one, in float32
+# bytes of the matrices of one, in float32
+LAYER = 4 * ((2 * 4 + 2 * 2) * 64 * 256 + 3 * 256 * 1024)
 
 
 @functools.cache

@@ -47,9 +47,8 @@ def full_logps(config, params, prompt, tokens, temperature=1.0):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_greedy_is_the_argmax_of_the_full_forward_pass(name):
   config, params = families.make(name)
-  stacked = engine.Ready(
-    params, params
-  )  # compiles sooner; all other tests decode with layers apart
+  # compiles sooner; all other tests decode with layers apart
+  stacked = engine.Ready(params, params)
   found = generate((stacked, config), PROMPTS[:3])
   for prompt, tokens, logps in zip(PROMPTS, found.tokens, found.logps):
     assert len(tokens) == NEW

@@ -29,9 +29,8 @@ class Keys:
   """The keys of `adapter_config.json` that a PEFT type has; any other with a value is refused."""
 
   fields: Mapping[str, tuple[type, ...]]  # those that are fields of AdapterConfig: their JSON types
-  off: Mapping[
-    str, tuple[Any, ...]
-  ]  # what we do not compute: values that switch it off, default first
+  # what we do not compute: values that switch it off, default first
+  off: Mapping[str, tuple[Any, ...]]
   unread: tuple[str, ...] = UNREAD
 
 

@@ -22,9 +22,8 @@ from posttrain_jax.core import tree, weight
 from posttrain_jax.models import decoder
 from posttrain_jax.models.config import ModelConfig
 
-Names = Mapping[
-  str, tuple[str, str]
-]  # field -> what a linear layer and an embedding call its tensor
+# field -> what a linear layer and an embedding call its tensor
+Names = Mapping[str, tuple[str, str]]
 Parts = dict[str, dict[str, np.ndarray]]  # module -> field -> array
 PREFIX = "base_model.model."
 
