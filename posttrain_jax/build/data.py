@@ -91,7 +91,7 @@ def with_advantages(
   how = config.objective.advantage
   if not examples:
     return examples
-  scores = jnp.asarray(_padded([example.values["score"] for example in examples]))
+  scores = _padded([example.values["score"] for example in examples])
   if how == "leave_one_out":
     advantages = advantage.leave_one_out(scores)
   else:
@@ -100,7 +100,7 @@ def with_advantages(
   return answers.with_values(examples, "advantage", _trimmed(advantages, examples))
 
 
-def _padded(groups: Sequence[Sequence[float]]) -> np.ndarray:
+def _padded(groups: Sequence[Sequence[float]]) -> jax.Array:
   """[groups, largest group] float32, NaN behind smaller ones.
 
   Raises:
@@ -111,15 +111,15 @@ def _padded(groups: Sequence[Sequence[float]]) -> np.ndarray:
   padded = np.full((len(groups), max(map(len, groups))), np.nan, np.float32)
   for row, group in zip(padded, groups):
     row[: len(group)] = group
-  return padded
+  return jnp.asarray(padded)
 
 
-def _deviations(scores: jax.Array) -> np.ndarray:
+def _deviations(scores: jax.Array) -> jax.Array:
   """The standard deviation of each group, at each of its answers; 0 where it agrees, or has one score."""
-  centred = np.asarray(advantage.group_relative(scores, scale="none"))
-  count = np.sum(~np.isnan(np.asarray(scores)), axis=1, keepdims=True)
-  squares = np.sum(centred**2, axis=1, keepdims=True)
-  return np.broadcast_to(np.sqrt(squares / np.maximum(count - 1, 1)), scores.shape)
+  centred = advantage.group_relative(scores, scale="none")
+  count = jnp.sum(~jnp.isnan(scores), axis=1, keepdims=True)
+  squares = jnp.sum(centred**2, axis=1, keepdims=True)
+  return jnp.broadcast_to(jnp.sqrt(squares / jnp.maximum(count - 1, 1)), scores.shape)
 
 
 def _trimmed(values: Any, examples: Sequence[answers.Answers]) -> list[list[float]]:
