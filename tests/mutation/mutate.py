@@ -2,7 +2,7 @@
 
   make mutate FOLDER=losses SAMPLE=25
   python -m tests.mutation.mutate --folder=losses --sample=0 --workers=2
-  python -m tests.mutation.mutate --only=losses/kl.py:k3:arithmetic:0
+  python -m tests.mutation.mutate --only=losses/kl.py:k3:arithmetic:0  # or losses/kl.py: all whose names begin so
 
 One process imports the heavy libraries and starts no jax backend; every fault then is a fork of it, in which an import
 hook serves the broken module and pytest runs the files that ran the broken function before, the mirrored one first. No
@@ -318,7 +318,7 @@ def measure(folder: str, chosen: list[breaks.Break], workers: int, out: Path, ag
     work = lambda scratch, one=one, files=files: _broken_run(one.name, folder, files, scratch)
     facts[one.name] = fact
     jobs.append((one.name, work if files else (lambda scratch: {"passed": True}), limit))
-  for name, result in in_children(jobs, workers, silent=not again):
+  for name, result in in_children(jobs, workers, silent=len(jobs) > 1 or not again):
     passed = result.pop("passed")
     fact = {**facts[name], "status": "survived" if passed else "killed", **result}
     with out.open("a") as file:
@@ -382,10 +382,12 @@ def main() -> None:
   found = {folder: all_breaks(folder) for folder in ([args.folder] if args.folder else FOLDERS)}
   drawn = {folder: sample(some, args.sample, args.seed) for folder, some in found.items()}
   if args.only:
-    drawn = {f: [b for b in some if b.name == args.only] for f, some in found.items()}
+    drawn = {f: [b for b in some if b.name.startswith(args.only)] for f, some in found.items()}
     drawn = {folder: some for folder, some in drawn.items() if some}
     if not drawn:
-      sys.exit(f"mutate: no break is called {args.only!r}; --list --sample=0 prints the names")
+      sys.exit(
+        f"mutate: no break's name begins with {args.only!r}; --list --sample=0 prints the names"
+      )
   if args.list:
     print(
       "\n".join(f"{b.name}  line {b.line}  {b.change}" for some in drawn.values() for b in some)
