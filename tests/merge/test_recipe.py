@@ -94,6 +94,12 @@ def test_a_value_is_a_number_a_gradient_over_the_layers_or_the_first_filter_that
   assert recipe.value(given, "layers.3.mlp.up_proj", at) == expected
 
 
+def test_a_gradient_may_stand_in_a_filter():
+  given = [{"filter": "mlp", "value": [0, 1.5]}, {"value": True}]
+  found = read(parameters={"weight": [1, 2], "t": given})
+  assert found.parameters == {"weight": [1, 2], "t": given}
+
+
 NAMES = (
   "embed.weight",
   "layers.0.mlp",
@@ -162,6 +168,7 @@ def test_a_vocabulary_is_a_models_or_everybodys():
   assert read(tokenizer_source="base").vocabulary.source == A
   assert read(tokenizer_source="base", base_model="base").vocabulary.source == BASE
   assert read(tokenizer_source="b").vocabulary.source == B
+  assert read(tokenizer={"source": "union"}).vocabulary == recipe.Vocabulary(None, {}, 1)
   assert read(tokenizer={"pad_to_multiple_of": 1}).vocabulary == recipe.Vocabulary(None, {}, 1)
 
 
@@ -195,6 +202,7 @@ ONE = {"model": "a"}
     (dict(parameters={"t": [1, "2"]}), "parameters.t=.*: write a number"),
     (dict(parameters={"t": float("nan")}), "parameters.t=nan: write a number"),
     (dict(parameters={"t": [{"filter": "mlp"}]}), "parameters.t=.*: write a number"),
+    (dict(parameters={"t": [{"value": 1}, 3]}), "parameters.t=.*: write a number"),
     (dict(parameters={"t": [{"value": 1, "fliter": "mlp"}]}), "unknown key parameters.t.fliter"),
     (dict(models=None, slices="ab"), "slices: expected a list"),
     (dict(models=None, slices=[SOURCES]), r"slices\[0\]: expected a mapping with `sources`"),
@@ -236,6 +244,10 @@ ONE = {"model": "a"}
     (dict(tokenizer={"pad_to_multiple_of": -8}), "pad_to_multiple_of=-8: write a whole number"),
     (
       dict(tokenizer={"tokens": {"x": "a"}}),
+      "tokenizer.tokens.x: expected a mapping with `source`",
+    ),
+    (
+      dict(tokenizer={"tokens": {"x": {"force": True}}}),
       "tokenizer.tokens.x: expected a mapping with `source`",
     ),
     (

@@ -317,7 +317,9 @@ def measure(folder: str, chosen: list[breaks.Break], workers: int, out: Path, ag
     limit = 60 + 3 * sum(runs[file]["seconds"] for file in files)
     work = lambda scratch, one=one, files=files: _broken_run(one.name, folder, files, scratch)
     facts[one.name] = fact
-    jobs.append((one.name, work if files else (lambda scratch: {"passed": True, "by": "no test"}), limit))
+    jobs.append(
+      (one.name, work if files else (lambda scratch: {"passed": True, "by": "no test"}), limit)
+    )
   for name, result in in_children(jobs, workers, silent=len(jobs) > 1 or not again):
     passed = result.pop("passed")
     fact = {**facts[name], "status": "survived" if passed else "killed", **result}
@@ -346,7 +348,9 @@ def table(
   survivors = []
   for folder, chosen in drawn.items():
     ran = [(b, known[b.name]) for b in chosen if b.name in known and not is_equivalent(b, named)]
-    count = collections.Counter("timeout" if f.get("by") == "timeout" else f["status"] for _, f in ran)
+    count = collections.Counter(
+      "timeout" if f.get("by") == "timeout" else f["status"] for _, f in ran
+    )
     count |= {"breaks": len(found[folder]), "drawn": len(chosen)}
     count["equal"] = sum(is_equivalent(b, named) for b in chosen)
     rows.append(f"{folder:12}" + "".join(f"{count[name]:>9}" for name in columns))
