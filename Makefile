@@ -7,9 +7,10 @@ WORKDIR ?= runs/quickstart
 STAGE ?= sft# sft, or dpo: the second stage too
 # Large pages for large arrays, where Linux leaves that to the program: 8 and 18 % of two DPO steps on CPU.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+DRAWS ?= 500# of make compose
 WORKERS ?= 2# test processes; a file of tests stays in one, for what its tests share
 
-.PHONY: help quickstart test test-all test-newest check format oracle bench compile-70b offload optimizers mutate clean
+.PHONY: help quickstart test test-all test-newest check format oracle bench compile-70b offload optimizers mutate compose clean
 help:
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 16
 
@@ -54,6 +55,9 @@ test-newest: ## the fast suite on the newest jax, where a Python >= 3.12 is foun
 	$$newest -m venv .venv-newest && .venv-newest/bin/python -m pip install $(PIP_FLAGS) -U jax -e '.[dev]' && \
 	.venv-newest/bin/python -c 'import jax, sys; print("jax", jax.__version__, "on Python", sys.version.split()[0])' && \
 	.venv-newest/bin/python -m pytest -m "not slow and not oracle" -n $(WORKERS) --dist loadfile
+
+compose: .venv/ready ## 500 random combinations of everything: run, learn, shard, resume, export; DRAW=123 repeats one
+	$(BIN)/python -m tests.compose.run $(if $(DRAW),--draw=$(DRAW),--draws=$(DRAWS) --workers=$(WORKERS))
 
 check: .venv/ready ## format, lint, types, examples in docstrings
 	$(BIN)/ruff format --check .

@@ -1,0 +1,102 @@
+"""What drawn runs train on: six tiny models with a tokenizer each, and eight rows of every kind."""
+
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+from posttrain_jax.models.config import FULL, SLIDING, ModelConfig
+from tests import tiny
+from tests.compose import draws, road
+
+WINDOW = 16
+GEMMA = dict(
+  head_dim=16,
+  query_pre_attn_scalar=24,
+  hidden_activation="gelu_pytorch_tanh",
+  tie_word_embeddings=True,
+  sliding_window=WINDOW,
+)
+FAMILIES: dict[str, dict[str, Any]] = {
+  "llama": dict(family="llama", rope_theta=10_000.0),
+  "qwen2": dict(family="qwen2", rope_theta=1e6, tie_word_embeddings=True),
+  "qwen3": dict(family="qwen3", head_dim=16, rope_parameters=dict(rope_theta=1e6)),
+  "gemma2": dict(GEMMA, family="gemma2", attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
+  "gemma3": dict(
+    GEMMA,
+    family="gemma3_text",
+    layer_types=[SLIDING, FULL],
+    rope_parameters={
+      FULL: dict(rope_type="linear", factor=8.0, rope_theta=1e6),
+      SLIDING: dict(rope_type="default", rope_theta=100.0),
+    },
+  ),
+  "mistral": dict(family="mistral", sliding_window=WINDOW),
+}
+
+
+def make(folder: pathlib.Path) -> pathlib.Path:
+  """The folder with all that draws read; made once."""
+  done = folder / "done"
+  if done.exists():
+    return folder
+  for name in draws.FAMILIES:
+    path = folder / "models" / name
+    for seed, of in enumerate((path, path.with_name(f"{name}-other"))):
+      road.save_model(of, config(name), seed)
+      tiny.tokenizer().save_pretrained(of)
+    road.save_adapter(path.with_name(f"{name}-adapter"), path)
+  for kind, row in ROWS.items():
+    for name, count, first in (("", 8, 0), ("-other", 4, 8)):
+      tiny.write_jsonl(
+        folder / f"{kind}{name}.jsonl", [row(i, "") for i in range(first, first + count)]
+      )
+    long = [row(i, "now " * 40 if i == 5 else "") for i in range(8)]
+    tiny.write_jsonl(folder / f"{kind}-long.jsonl", long)
+  done.touch()
+  return folder
+
+
+def config(name: str) -> ModelConfig:
+  return tiny.config(**FAMILIES[name])
+
+
+def _text(i: int, before: str) -> dict[str, Any]:
+  letter = "abcdefg"[i % 7]
+  return {
+    "prompt": f"{before}say {letter * (1 + i % 4)}",
+    "completion": letter * (2 + i % 3),
+    "channel": tiny.CHANNELS[i % 2],
+  }
+
+
+def _pair(i: int, before: str) -> dict[str, Any]:
+  text = _text(i, before)
+  return {"prompt": text["prompt"], "chosen": text["completion"], "rejected": "z" * (1 + i % 4)}
+
+
+def _labelled(i: int, before: str) -> dict[str, Any]:
+  pair = _pair(i, before)
+  return {
+    "prompt": pair["prompt"],
+    "completion": pair["chosen" if i % 2 else "rejected"],
+    "label": bool(i % 2),
+  }
+
+
+ROWS: dict[str, Callable[[int, str], dict[str, Any]]] = {
+  "text": _text,
+  "pairs": _pair,
+  "triples": lambda i, before: _pair(i, before) | {"reference": "say " + "abcdefg"[i % 7]},
+  "labels": _labelled,
+  "outcomes": _labelled,
+  "steps": lambda i, before: {
+    "prompt": _text(i, before)["prompt"],
+    "completions": ["ab", "cd"],
+    "labels": [True, bool(i % 2)],
+  },
+  "scored": lambda i, before: {
+    "prompt": _text(i, before)["prompt"],
+    "completions": [_pair(i, "")["chosen"], _pair(i, "")["rejected"], "q"],
+    "scores": [1.0, 0.0, float(i % 2)],
+  },
+}
