@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from posttrain_jax.build import mesh
 from posttrain_jax.build import run as runs
 from posttrain_jax.evals import tasks
 from tests import tiny
@@ -34,8 +35,10 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
+def alone(tmp_path, monkeypatch):
+  """A cache of its own, and one device of the eight: a program for it compiles sooner."""
   monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path / "cache"))
+  monkeypatch.setattr(mesh, "make", lambda config: None)
 
 
 @pytest.fixture
@@ -163,12 +166,14 @@ def grouped(folder, out, **fields):
   return lines(out)
 
 
+@pytest.mark.slow  # `test_methods` has every aggregation and CISPO's ceiling
 def test_an_aggregation_scales_the_gradient(folder, tmp_path):
   """A sum over answers against the same by the constant data.length."""
   of = lambda name: grouped(folder, tmp_path / name, objective__aggregation=name)[0]["grad_norm"]
   assert of("sequence_sum") == pytest.approx(of("constant_length") * 120, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_ceiling_below_1_weakens_every_token(folder, tmp_path):
   """CISPO at its start, where every ratio is 1."""
   of = lambda name, ceiling: grouped(
