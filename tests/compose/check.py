@@ -117,11 +117,9 @@ def _learn(d, config, folder, whole: road.Result, scratch):
     yield f"the step is {whole.programs} programs"
   if d["mixture"] != "none" or any("lora_dropout" in field for field in d["fields"]):
     return  # another batch, or other noise, at each step
-  if (
-    d["method"].startswith("grouped:")
-    and config.objective.old == "policy"
-    and (config.objective.loss != "reinforce")
-  ):
+  if d["method"].startswith("grouped:") and _is_no_measure(config):
+    if config.objective.old == "reference" and _starts_apart(d):
+      return  # ratios weigh the answers from the start
     before, after = (_advantage(config, params, d) for params in (whole.start, whole.policy))
     if not after > before:
       yield f"better answers did not become likelier: {before:.6f} -> {after:.6f}"
@@ -133,6 +131,18 @@ def _learn(d, config, folder, whole: road.Result, scratch):
     return
   if not second["loss"] < first["loss"]:
     yield f"the loss did not fall: {first['loss']:.7f} -> {second['loss']:.7f}"
+
+
+def _is_no_measure(config) -> bool:
+  """Whether the loss's value says nothing: ratios to the policy itself are 1, and CISPO's are held fixed."""
+  o = config.objective
+  return o.loss == "cispo" or (o.old == "policy" and o.loss != "reinforce")
+
+
+def _starts_apart(d) -> bool:
+  """Whether the policy is not its reference at the start."""
+  standing = set(d["adapter"].split("+")) & set(draws.STANDING)
+  return bool(standing) or d["fields"].get("objective.reference", "base") != "base"
 
 
 def _advantage(config, params, d) -> float:

@@ -112,12 +112,16 @@ def reloaded(config: Any, folder: pathlib.Path, storage: str) -> Any:
 
 
 def onto_original(config: Any, start: Any, policy: Any) -> Any:
-  """The dense base with the change from one bound tree to another."""
-  params, _ = hf.load(config.model.name, storage="dense")
+  """The tree `policy` over the dense base: its layers' matrices with the change from `start`, all else as it is."""
+  params = tree.flatten(hf.load(config.model.name, storage="dense")[0])
   dense = lambda bound, path: weight.dense(tree.get(bound, path), jnp.float32)
-  changed = lambda path, leaf: leaf + dense(policy, path) - dense(start, path)
-  moved = tree.unflatten((path, changed(path, leaf)) for path, leaf in tree.items(params))
-  return moved | {name: policy[name] for name in policy if name == "score"}
+
+  def moved(path, leaf):
+    if not path.startswith("layers/") or path not in params:
+      return leaf
+    return params[path] + dense(policy, path) - dense(start, path)
+
+  return tree.unflatten((path, moved(path, leaf)) for path, leaf in tree.items(policy))
 
 
 def outputs(config: Any, params: Any) -> np.ndarray:
