@@ -6,6 +6,7 @@ import ast
 import contextlib
 import difflib
 import importlib.util
+import re
 import sys
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
@@ -26,7 +27,8 @@ def section(name: str) -> Generator[None]:
   except ConfigError:
     raise
   except ValueError as error:
-    raise ConfigError(f"{name}: {error}") from error
+    begins_with_field = re.match(r"[a-z]\w*[=:]", str(error))
+    raise ConfigError(f"{name}{'.' if begins_with_field else ': '}{error}") from error
 
 
 def load(config: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:

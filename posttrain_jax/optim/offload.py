@@ -158,5 +158,5 @@ def _check(state, layers):
   shapes = [x.shape for x in jax.tree.leaves((state, layers)) if x.ndim]
   if wrong := [shape for shape in shapes if len(counts) != 1 or shape[0] not in counts]:
     raise ValueError(
-      f"optimizer.offload: {list(wrong[0])} does not belong to single layers, of which there are {sorted(counts)}"
+      f"offload: {list(wrong[0])} does not belong to single layers, of which there are {sorted(counts)}"
     )
