@@ -56,11 +56,6 @@ def make(
   """
   adapter_config = described(config)
   if adapter_config is None:
-    if {"score", "lm_head"} <= {*model.params}:
-      raise settings.ConfigError(
-        "full fine-tuning would train a score head and a head that writes, and a folder of a model holds one of them:"
-        " write adapter=lora, or leave one of the two losses out"
-      )
     return Trees(model.params, None, Context(reference=reference), None)
   text = adapter_config.prompt_tuning_init_text
   params, adapter = adapters.init(

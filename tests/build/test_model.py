@@ -1,5 +1,6 @@
 """config.model: which heads a base has, by what the losses of a run read."""
 
+import dataclasses
 import pathlib
 
 import jax
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from posttrain_jax import settings
-from posttrain_jax.build import adapter, model
+from posttrain_jax.build import model
 from posttrain_jax.models import decoder, hf
 from tests import tiny
 
@@ -44,10 +45,13 @@ def test_the_head_that_writes_stays_where_a_loss_reads_it(config, fields, heads,
     np.testing.assert_array_equal(decoder.head(loaded.params), decoder.head(params))
 
 
-def test_two_heads_are_not_trained_whole(folder):
-  config = load(folder, "preference.py:loss=dpo+reward,adapter=none")
-  with pytest.raises(settings.ConfigError, match="a folder of a model holds one of them"):
-    adapter.make(config, model.load(config), None, None)
+def test_a_folder_holds_both_heads(folder, tmp_path):
+  loaded = model.load(load(folder, "preference.py:loss=dpo+reward,adapter=none"))
+  hf.save(tmp_path / "both", loaded.params, loaded.config, tokenizer_from=folder)
+  params, config = hf.load(tmp_path / "both")
+  assert dataclasses.replace(config, source="") == dataclasses.replace(loaded.config, source="")
+  for head in BOTH:
+    np.testing.assert_array_equal(params[head]["weight"], loaded.params[head]["weight"])
 
 
 def test_a_reward_model_that_cannot_write_is_not_asked_to(folder, tmp_path):
@@ -56,5 +60,5 @@ def test_a_reward_model_that_cannot_write_is_not_asked_to(folder, tmp_path):
   assert {"lm_head", "score"} & {
     *model.load(load(tmp_path / "judge", "reward.py:kind=pairs")).params
   } == ONE
-  with pytest.raises(settings.ConfigError, match="has no head that writes"):
+  with pytest.raises(settings.ConfigError, match="a reward model without a head to write with"):
     model.load(load(tmp_path / "judge", "preference.py:loss=dpo+reward"))
