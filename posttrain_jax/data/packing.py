@@ -47,15 +47,15 @@ def best_fit(lengths: ArrayLike, capacity: int) -> list[list[int]]:
   rooms: list[int] = []  # the keys of with_room, sorted
   for index in np.argsort(-lengths, kind="stable").tolist():
     length = int(lengths[index])
-    found = bisect.bisect_left(rooms, length)
-    if found == len(rooms):
+    place = bisect.bisect_left(rooms, length)
+    if place == len(rooms):
       row, room = len(rows), capacity
       rows.append([])
     else:
-      room = rooms[found]
+      room = rooms[place]
       row = with_room[room].pop()
       if not with_room[room]:
-        del with_room[room], rooms[found]
+        del with_room[room], rooms[place]
     rows[row].append(index)
     left = room - length
     if left:
