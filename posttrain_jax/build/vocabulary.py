@@ -57,7 +57,9 @@ def lay_out(
 
 
 def _counts(layout: Layout) -> str:
-  counts = {model: int((rows != vocabulary.MISSING).sum()) for model, rows in layout.own.items()}
+  counts = {
+    model: int((rows != vocabulary.MISSING).sum()) for model, rows in layout.own_rows.items()
+  }
   return ", ".join(f"{model} {count}" for model, count in counts.items())
 
 
