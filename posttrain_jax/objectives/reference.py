@@ -108,8 +108,8 @@ class Compared(Scorer):
     if not (self.starts_there and self.needs_reference and self.beta):
       return
     sides = [side for side in ("chosen", "rejected") if f"rewards/{side}" in metrics]
-    each = [abs(metrics[f"rewards/{s}"]) / self.beta / metrics[f"lengths/{s}"] for s in sides]
-    drift = max(each, default=0.0)
+    drifts = [abs(metrics[f"rewards/{s}"]) / self.beta / metrics[f"lengths/{s}"] for s in sides]
+    drift = max(drifts, default=0.0)
     allowed = ROUNDING.get(jnp.dtype(self.dtype or jnp.float32).name, ROUNDING["bfloat16"])
     if not drift <= allowed:
       raise ValueError(
