@@ -35,7 +35,7 @@ class Answers:
   values: Mapping[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
   steps: np.ndarray | None = None  # float32, a label where a step ends, NaN elsewhere
   # float32, log-probabilities under the reference, of trained tokens
-  reference: np.ndarray | None = None
+  ref_logps: np.ndarray | None = None
   # an answer to another prompt behind this one (KTO's estimate of the KL)
   companion: Answers | None = None
   channel: str | None = None
@@ -193,12 +193,12 @@ def _wrong(row: Row, wanted: str) -> RowError:
   )
 
 
-def _pairs(row: Row, gold: bool = False) -> list[_Job]:
+def _pairs(row: Row, with_gold: bool = False) -> list[_Job]:
   if row.kind != "preference":
     raise _wrong(row, '"chosen" and "rejected", with or without "prompt"')
   fields = row.fields
   texts = [fields["chosen"], fields["rejected"]]
-  if gold:
+  if with_gold:
     if "reference" not in fields:
       raise _wrong(row, 'a third answer, "reference", beside "chosen" and "rejected"')
     texts.append(fields["reference"])
@@ -274,7 +274,7 @@ SEPARATOR = "\n"  # after each step of a process; its score is read there
 
 _SPLIT = {
   "pairs": _pairs,
-  "triples": lambda row: _pairs(row, gold=True),
+  "triples": lambda row: _pairs(row, with_gold=True),
   "labels": _labels,
   "outcomes": _labels,
   "scored": _scored,

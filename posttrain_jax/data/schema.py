@@ -170,19 +170,19 @@ def check_row(raw: Any, origin: str, columns=None) -> dict[str, Any]:
 
 def kind(fields: Mapping[str, Any], origin: str) -> str:
   """The schema that a row's columns fit: a key of KINDS."""
-  present = set(fields)
-  fits = [(name, need) for name, forms in KINDS.items() for need in forms if need <= present]
+  columns = set(fields)
+  fits = [(name, need) for name, forms in KINDS.items() for need in forms if need <= columns]
   largest = [(name, need) for name, need in fits if not any(need < other for _, other in fits)]
   names = sorted({name for name, _ in largest})
   if not names:
     raise RowError(
-      "unknown columns", origin, f"no schema has {sorted(present)}; write one of\n{KNOWN}"
+      "unknown columns", origin, f"no schema has {sorted(columns)}; write one of\n{KNOWN}"
     )
   if len(names) > 1:
     raise RowError(
       "ambiguous columns",
       origin,
-      f"{sorted(present)} could be {' or '.join(names)}; pick the columns to use with columns=",
+      f"{sorted(columns)} could be {' or '.join(names)}; pick the columns to use with columns=",
     )
   return names[0]
 

@@ -333,10 +333,10 @@ class Preference(Compared):
       return reference_logps(self, context, batch, mask), None
     params = reference(context)
     theirs = Forward(params, self.hidden(params, batch))
-    if "reference" in batch:
-      logps = reference_logps(self, context, batch, mask)
+    if "ref_logps" in batch:
+      ref_logps = reference_logps(self, context, batch, mask)
     else:
-      logps = self.scores(theirs, batch, mask).logp
+      ref_logps = self.scores(theirs, batch, mask).logp
     divergence = logprob.kl_divergence(
       forward.hidden,
       decoder.head(forward.params),
@@ -345,7 +345,7 @@ class Preference(Compared):
       mask=mask,
       softcap=self.model.final_softcap,
     )
-    return logps, divergence
+    return ref_logps, divergence
 
   def _mean_logits(self, forward: Forward, at: Spans) -> Array | None:
     """[rows, slots]: over the vocabulary and an answer's scored tokens, which a linear head gives of their mean."""
@@ -382,7 +382,7 @@ class Preference(Compared):
     present = pairs.present
     chosen, rejected = self._rewards(pairs)
     mean = lambda x, where=present: metrics_lib.mean(x, where)
-    accuracy = (chosen > rejected).astype(jnp.float32)
+    correct = (chosen > rejected).astype(jnp.float32)
     longer = pairs.lengths[0] > pairs.lengths[1]
     shorter = pairs.lengths[0] < pairs.lengths[1]
     metrics = {
@@ -390,9 +390,9 @@ class Preference(Compared):
       "rewards/rejected": mean(rejected),
       "rewards/margins": mean(chosen - rejected),
       "rewards/margins_histogram": metrics_lib.histogram(chosen - rejected, present),
-      "rewards/accuracies": mean(accuracy),
-      "rewards/accuracies/chosen_longer": mean(accuracy, present & longer),
-      "rewards/accuracies/chosen_shorter": mean(accuracy, present & shorter),
+      "rewards/accuracies": mean(correct),
+      "rewards/accuracies/chosen_longer": mean(correct, present & longer),
+      "rewards/accuracies/chosen_shorter": mean(correct, present & shorter),
       "logps/chosen": mean(pairs.chosen),
       "logps/rejected": mean(pairs.rejected),
       "lengths/chosen": mean(pairs.lengths[0]),
@@ -401,9 +401,9 @@ class Preference(Compared):
       "tokens": jnp.sum(batch["segment_ids"] > 0),
     }
     if self.needs_reference:
-      drifts = pairs.log_ratios
-      metrics["logps/chosen_drift"] = mean(drifts[0])
-      metrics["logps/rejected_drift"] = mean(drifts[1])
+      log_ratios = pairs.log_ratios
+      metrics["logps/chosen_drift"] = mean(log_ratios[0])
+      metrics["logps/rejected_drift"] = mean(log_ratios[1])
     if pairs.kl is not None:
       metrics["kl"] = metrics_lib.mean(pairs.kl, at.mask)
     if pairs.logits is not None:

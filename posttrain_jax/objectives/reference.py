@@ -45,8 +45,8 @@ def reference(context: Context) -> Any:
 
 def reference_logps(scorer: Scorer, context: Context, batch: Batch, mask: Array) -> Array:
   """[rows, time] log-probabilities of the tokens after each position: cached with the batch, or computed."""
-  if "reference" in batch:
-    return jnp.where(mask, following(batch["reference"]), 0.0)
+  if "ref_logps" in batch:
+    return jnp.where(mask, following(batch["ref_logps"]), 0.0)
   params = reference(context)
   return stop(scorer.scores(Forward(params, scorer.hidden(params, batch)), batch, mask).logp)
 

@@ -32,7 +32,7 @@ def scored(
   mesh: jax.sharding.Mesh | None = None,
   say: Callable[[str], None] = print,
 ) -> list[Answers]:
-  """examples with `reference`, and their companions with theirs, from the cache or from params.
+  """examples with `ref_logps`, and their companions with theirs, from the cache or from params.
 
   Args:
     cache: a folder; the file in it is named by what it depends on: tokens, parameters, dtype.
@@ -61,8 +61,8 @@ def scored(
   for example, ref_logps in zip(examples, of_examples):
     companion = example.companion
     if companion is not None:
-      companion = dataclasses.replace(companion, reference=next(of_companions))
-    with_logps.append(dataclasses.replace(example, reference=ref_logps, companion=companion))
+      companion = dataclasses.replace(companion, ref_logps=next(of_companions))
+    with_logps.append(dataclasses.replace(example, ref_logps=ref_logps, companion=companion))
   return with_logps
 
 

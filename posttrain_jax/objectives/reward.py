@@ -112,6 +112,6 @@ def _of_tokens(forward: Forward) -> Array:
 
 
 def _judged(rewards: Array, labels: Array, present: Array) -> tuple[Array, Metrics]:
-  losses, accuracy = reward.binary_cross_entropy(rewards, labels)
+  losses, correct = reward.binary_cross_entropy(rewards, labels)
   mean = lambda x: metrics_lib.mean(jax.lax.stop_gradient(x), present)
-  return losses, {"accuracy": mean(accuracy), "mean_reward": mean(rewards)}
+  return losses, {"accuracy": mean(correct), "mean_reward": mean(rewards)}

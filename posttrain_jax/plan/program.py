@@ -229,7 +229,7 @@ def _batch(config, loss, mesh, device):
     if kind == "steps":
       batch |= of(rows, jnp.float32, "steps")
     if loss.needs_reference and decisions.caches_reference(config):
-      batch |= of(rows, jnp.float32, "reference")
+      batch |= of(rows, jnp.float32, "ref_logps")
     if decisions.has_companions(config):
       if kind == "pairs":
         batch |= of(slots, jnp.float32, "label")
