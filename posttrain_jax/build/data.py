@@ -56,8 +56,8 @@ def read(config: ml_collections.ConfigDict, model: Model) -> Data:
     train = train[: d.limit]
   held_out: Sequence[Any]
   if d.eval or d.train in tasks.TASKS:
-    held_out, more = _encoded(config, d.eval or d.train, "eval", model, d.columns)
-    skipped += more
+    held_out, also_skipped = _encoded(config, d.eval or d.train, "eval", model, d.columns)
+    skipped += also_skipped
     held_out = held_out[: d.eval_rows] if d.eval_rows else held_out
   elif d.eval_rows:
     if len(train) <= d.eval_rows:
@@ -69,8 +69,8 @@ def read(config: ml_collections.ConfigDict, model: Model) -> Data:
   else:
     held_out = ()
   if d.replay:
-    general, more = _encoded(config, d.replay, "train", model, d.replay_columns)
-    skipped += more
+    general, also_skipped = _encoded(config, d.replay, "train", model, d.replay_columns)
+    skipped += also_skipped
     train = mixture.replay(train, general, d.replay_fraction, by=d.replay_by, seed=config.seed)
   data = Data(train, held_out, (), "; ".join(map(str, skipped)))
   if d.kind == "scored":
@@ -139,8 +139,8 @@ def _sources(config: ml_collections.ConfigDict, model: Model) -> tuple[Any, list
       fractions[name] = float(fraction)
     except ValueError:
       raise ConfigError(f"data.train={text!r}: write a mixture as FIRST*0.7+SECOND*0.3") from None
-    sources[name], more = _encoded(config, name, "train", model, columns)
-    skipped += more
+    sources[name], also_skipped = _encoded(config, name, "train", model, columns)
+    skipped += also_skipped
   return mixture.Mixture(sources, fractions, by="tokens", seed=config.seed), skipped
 
 

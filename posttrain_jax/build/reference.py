@@ -103,7 +103,7 @@ def blank(
   """A batch of the shapes that `scored` gives, for a program that is compiled and not run."""
   if not (objective.needs_reference and decisions.caches_reference(config)):
     return batch
-  filled = {**batch, "reference": np.zeros(batch["tokens"].shape, np.float32)}
+  filled = {**batch, "ref_logps": np.zeros(batch["tokens"].shape, np.float32)}
   if "companion" in batch:
     filled["companion"] = blank(config, batch["companion"], objective)
   return filled

@@ -94,5 +94,5 @@ def _number(value: Any) -> float | None:
 
 def histograms(metrics: Mapping[str, Any]) -> dict[str, np.ndarray]:
   """{name: counts} of those metrics that are histograms, on the host."""
-  chosen = {name: m.counts for name, m in metrics.items() if isinstance(m, Histogram)}
-  return jax.device_get(chosen)
+  counts = {name: m.counts for name, m in metrics.items() if isinstance(m, Histogram)}
+  return jax.device_get(counts)

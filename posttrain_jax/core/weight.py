@@ -206,8 +206,8 @@ class Transposed(Weight):
 
 def layer(w: AnyWeight, index: int) -> AnyWeight:
   """One layer's matrix of a stacked weight."""
-  own = lambda leaf: leaf if is_shared(leaf) else leaf[index]
-  return jax.tree.map(own, w, is_leaf=is_shared)
+  of_layer = lambda leaf: leaf if is_shared(leaf) else leaf[index]
+  return jax.tree.map(of_layer, w, is_leaf=is_shared)
 
 
 def unadapted(w: AnyWeight) -> AnyWeight:

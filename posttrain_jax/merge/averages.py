@@ -219,9 +219,9 @@ def _karcher(models, weights, max_iter, tol, *, dtype):
   if len(models) == 1:
     return models[0].astype(dtype)
   points = jnp.stack([_wide(x) for x in models])
-  each = tuple(range(1, points.ndim))
-  beside = lambda of_models: jnp.expand_dims(of_models, each)
-  norms = jnp.sqrt(jnp.sum(points**2, axis=each))
+  axes = tuple(range(1, points.ndim))
+  beside = lambda of_models: jnp.expand_dims(of_models, axes)
+  norms = jnp.sqrt(jnp.sum(points**2, axis=axes))
   units = points / beside(jnp.where(norms == 0, 1.0, norms))
   shares = jnp.where(norms > tol, jnp.stack([jnp.float32(w) for w in weights]), 0.0)
   total = jnp.sum(shares)
@@ -233,7 +233,7 @@ def _karcher(models, weights, max_iter, tol, *, dtype):
 
   def step(carry):
     done, mean, _ = carry
-    cosine = jnp.clip(jnp.sum(units * mean, axis=each), -1.0, 1.0)
+    cosine = jnp.clip(jnp.sum(units * mean, axis=axes), -1.0, 1.0)
     angle = jnp.arccos(cosine)
     there = angle < tol
     pull = jnp.where(there, 0.0, shares * angle / jnp.sin(jnp.where(there, 1.0, angle)))

@@ -70,30 +70,30 @@ class Reward(Scorer):
   ) -> Totals:
     if self.kind == "steps":
       return {"count": jnp.sum(~jnp.isnan(batch["steps"]))}
-    each = self.answers if self.kind == "pairs" else 1
-    return {"count": jnp.sum(batch["present"][:, ::each])}
+    stride = self.answers if self.kind == "pairs" else 1
+    return {"count": jnp.sum(batch["present"][:, ::stride])}
 
   def contribution(
     self, forward: Forward, context: Context, batch: Batch, totals: Totals, *, training: bool
   ) -> tuple[Array, Metrics]:
     if self.kind == "pairs":
-      each, present, metrics = self._paired(self._of_answers(forward, batch), batch)
+      losses, present, metrics = self._paired(self._of_answers(forward, batch), batch)
     elif self.kind == "outcomes":
       present = batch["present"]
-      each, metrics = _judged(self._of_answers(forward, batch), batch["label"], present)
+      losses, metrics = _judged(self._of_answers(forward, batch), batch["label"], present)
     else:
       present = ~jnp.isnan(batch["steps"])
       labels = jnp.where(present, batch["steps"], 0.0)
-      each, metrics = _judged(_of_tokens(forward), labels, present)
-    loss = jnp.sum(jnp.where(present, each, 0.0)) / jnp.maximum(totals["count"], 1)
-    metrics["loss"] = metrics_lib.mean(jax.lax.stop_gradient(each), present)
+      losses, metrics = _judged(_of_tokens(forward), labels, present)
+    loss = jnp.sum(jnp.where(present, losses, 0.0)) / jnp.maximum(totals["count"], 1)
+    metrics["loss"] = metrics_lib.mean(jax.lax.stop_gradient(losses), present)
     metrics["tokens"] = jnp.sum(batch["segment_ids"] > 0)
     return loss, metrics
 
   def _paired(self, rewards: Array, batch: Batch) -> tuple[Array, Array, Metrics]:
     chosen, rejected = rewards[:, :: self.answers], rewards[:, 1 :: self.answers]
     margin = batch["margin"][:, :: self.answers] if "margin" in batch else 0.0
-    each, stats = reward.bradley_terry(chosen, rejected, margin=margin, centering=self.centering)
+    losses, stats = reward.bradley_terry(chosen, rejected, margin=margin, centering=self.centering)
     present = batch["present"][:, :: self.answers]
     mean = lambda x: metrics_lib.mean(jax.lax.stop_gradient(x), present)
     metrics = {
@@ -104,7 +104,7 @@ class Reward(Scorer):
       "rewards/chosen": mean(chosen),
       "rewards/rejected": mean(rejected),
     }
-    return each, present, metrics
+    return losses, present, metrics
 
 
 def _of_tokens(forward: Forward) -> Array:
@@ -112,6 +112,6 @@ def _of_tokens(forward: Forward) -> Array:
 
 
 def _judged(rewards: Array, labels: Array, present: Array) -> tuple[Array, Metrics]:
-  each, accuracy = reward.binary_cross_entropy(rewards, labels)
+  losses, correct = reward.binary_cross_entropy(rewards, labels)
   mean = lambda x: metrics_lib.mean(jax.lax.stop_gradient(x), present)
-  return each, {"accuracy": mean(accuracy), "mean_reward": mean(rewards)}
+  return losses, {"accuracy": mean(correct), "mean_reward": mean(rewards)}

@@ -111,15 +111,15 @@ def chain(
       f"offload: the state of {name} is not kept by layer; write offload=none (it is small), or one of "
       f"{', '.join(other for other in optimizers if other not in WHOLE)}"
     )
-  made = optimizers[name](rate)
+  optimizer = optimizers[name](rate)
   checks = []
   if name.startswith("galore"):
     checks.append(lambda params: galore.check(params, rank=rank, target=target))
   if loraplus_lr_ratio is not None:
     embedding = learning_rate(loraplus_lr_embedding, steps=steps, warmup=warmup, schedule=schedule)
-    made = optax.partition(
+    optimizer = optax.partition(
       {
-        "a": made,
+        "a": optimizer,
         "b": optimizers[name](lambda count: loraplus_lr_ratio * rate(count)),
         "embedding": optimizers[name](embedding),
       },
@@ -127,10 +127,10 @@ def chain(
     )
     checks.append(lambda params: _check_loraplus(params, loraplus_lr_ratio, axes))
   if offloaded:
-    made = offload.layerwise(made, clip=clip)
+    optimizer = offload.layerwise(optimizer, clip=clip)
   elif clip:
-    made = optax.chain(optax.clip_by_global_norm(clip), made)
-  return _checked(made, checks), rate
+    optimizer = optax.chain(optax.clip_by_global_norm(clip), optimizer)
+  return _checked(optimizer, checks), rate
 
 
 def _checked(optimizer, checks):

@@ -118,9 +118,7 @@ def adamw(
   if projection not in PROJECTIONS:
     raise ValueError(f"projection={projection!r}: known are {', '.join(PROJECTIONS)}")
   if rank < 1 or update_gap < 1:
-    raise ValueError(
-      f"rank={rank}, update_gap={update_gap}: both must be 1 or more"
-    )
+    raise ValueError(f"rank={rank}, update_gap={update_gap}: both must be 1 or more")
 
   def start(path, p):
     lead = paths.stacked(path)
@@ -196,10 +194,10 @@ def check(params: Any, *, rank: int, target: str) -> None:
   Raises:
     ValueError: names the parameter.
   """
-  found, _ = jax.tree_util.tree_flatten_with_path(params)
-  targets = [(paths.module(path), p.shape) for path, p in found if is_target(path, p, target)]
+  leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+  targets = [(paths.module(path), p.shape) for path, p in leaves if is_target(path, p, target)]
   if not targets:
-    known = ", ".join(dict.fromkeys(paths.module(path) for path, _ in found))
+    known = ", ".join(dict.fromkeys(paths.module(path) for path, _ in leaves))
     raise ValueError(f"target={target!r} matches no matrix of {known}")
   for name, shape in targets:
     if rank > min(shape[-2:]):

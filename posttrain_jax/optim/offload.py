@@ -41,12 +41,12 @@ def layerwise(
 
   def init(params):
     layers, rest = _split(params)
-    made = State(
+    state = State(
       inner.init(layers) if layers else None,
       {name: inner.init({name: branch}) for name, branch in rest.items()},
     )
-    _check(made.layers, layers)
-    return made
+    _check(state.layers, layers)
+    return state
 
   def update(updates, state, params=None, *, norm=None, finite=True, **_):
     size = global_norm(updates) if norm is None else norm

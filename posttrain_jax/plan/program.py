@@ -220,8 +220,8 @@ def _batch(config, loss, mesh, device):
     batch |= of(rows, jnp.int32, "channel")
   else:
     # how many answers a row has room for is the data's to say; as many as answers of 64 tokens
-    each = {"pairs": 2, "triples": 3}.get(kind, 1)
-    slots = (rows[0], each * max(1, rows[1] // (64 * each)))
+    answers = {"pairs": 2, "triples": 3}.get(kind, 1)
+    slots = (rows[0], answers * max(1, rows[1] // (64 * answers)))
     batch |= of(rows, jnp.int32, "answer") | of(slots, jnp.bool_, "present")
     if config.data.share_prompt and kind in SHARING:
       batch |= of(rows, jnp.int32, "prefix_ids")
@@ -229,7 +229,7 @@ def _batch(config, loss, mesh, device):
     if kind == "steps":
       batch |= of(rows, jnp.float32, "steps")
     if loss.needs_reference and decisions.caches_reference(config):
-      batch |= of(rows, jnp.float32, "reference")
+      batch |= of(rows, jnp.float32, "ref_logps")
     if decisions.has_companions(config):
       if kind == "pairs":
         batch |= of(slots, jnp.float32, "label")

@@ -35,7 +35,9 @@ _PAIRS = (
   "sum mean, min max, minimum maximum, argmin argmax, any all, floor ceil, zeros ones, "
   "zeros_like ones_like, cumsum cumprod, exp log, logical_and logical_or"
 )
-NAMES = {a: b for pair in _PAIRS.split(", ") for a, b in (pair.split(), pair.split()[::-1])}
+NAMES: dict[str, str] = {
+  a: b for pair in _PAIRS.split(", ") for a, b in (pair.split(), pair.split()[::-1])
+}
 # Calls whose first argument alone is a plausible slip: f(x, ...) becomes x.
 UNWRAPPED = {"stop_gradient", "abs", "sqrt", "sort", "square", "clip", "round", "softmax"}
 # Swapping their arguments changes nothing, or leaves nothing that runs.
