@@ -117,7 +117,8 @@ def _serve(waiting: "queue.SimpleQueue[int]", ended) -> None:
       process, given = _started(), 0
     given += 1
     asked, answered = process.stdin, process.stdout
-    assert asked is not None and answered is not None
+    assert asked is not None
+    assert answered is not None
     asked.write(f"{seed}\n")
     asked.flush()
     began = time.monotonic()
