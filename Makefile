@@ -10,7 +10,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 DRAWS ?= 500# of make compose
 WORKERS ?= 2# test processes; a file of tests stays in one, for what its tests share
 
-.PHONY: help quickstart test test-all test-newest compose check format oracle bench compile-70b offload optimizers clean
+.PHONY: help quickstart test test-all test-newest check format oracle bench compile-70b offload optimizers mutate compose clean
 help:
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 16
 
@@ -64,6 +64,12 @@ check: .venv/ready ## format, lint, types, examples in docstrings
 	$(BIN)/ruff check .
 	$(BIN)/ty check
 	$(BIN)/python -m pytest --doctest-modules posttrain_jax
+
+FOLDER ?=# of `make mutate`: losses, objectives, merge, optim, quant, adapters; all when empty
+SAMPLE ?= 25# breaks drawn per folder; 0: all of them
+
+mutate: .venv/ready ## small faults put into the code one at a time, and those that no test notices; FOLDER=losses SAMPLE=25
+	$(BIN)/python -m tests.mutation.mutate --sample=$(SAMPLE) --workers=$(WORKERS) $(if $(FOLDER),--folder=$(FOLDER))
 
 format: .venv/ready
 	$(BIN)/ruff format .

@@ -33,12 +33,11 @@ def get_config(arg=None):
   o.advantage = advantage  # group, batch, none (of a deviation to divide by), leave_one_out
   o.epsilon = 3e-4 if loss == "gspo" else 0.2
   o.epsilon_high = high
-  o.dual_clip = config_dict.placeholder(
-    float
-  )  # PPO's loss of a bad answer is at most this times -A
+  # PPO's loss of a bad answer is at most this times -A
+  o.dual_clip = config_dict.placeholder(float)
   o.ceiling = 5.0  # CISPO's bound on the ratio
   o.kl_weight = 0.0  # of k3 to the reference
-  o.sft_weight = 0.0  # of the likelihood of the better (those with a positive advantage) answers, beside the loss
+  o.sft_weight = 0.0  # of the likelihood of answers with a positive advantage, beside the loss
   o.old = "policy"  # who wrote the answers: policy (every ratio is 1 at first) or reference
   common.reference(o)
   c.data = common.answers(arg, "scored")

@@ -35,7 +35,6 @@ from posttrain_jax.runs import record as runs
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "experiments" / "results" / "adapters"
-TASKS = ("sql", "gsm8k")
 STEPS, QUESTIONS, HELD_OUT = 24, 48, 48
 RANK = 8
 FIELDS = {
@@ -156,7 +155,7 @@ def gsm8k() -> Path | None:
   return Path(folder) / "gsm8k" if folder else None
 
 
-def points(only: Sequence[str] = (), *, tasks: Sequence[str]) -> list[Point]:
+def points(only: Sequence[str] = ()) -> list[Point]:
   """Every method once before any is repeated, so that what there is after an hour can be compared."""
   known = [method.name for method in METHODS]
   if unknown := set(only) - set(known):
@@ -164,7 +163,7 @@ def points(only: Sequence[str] = (), *, tasks: Sequence[str]) -> list[Point]:
   return [
     Point(task, method, seed)
     for seed in range(max(method.seeds for method in METHODS))
-    for task in tasks
+    for task in (("sql", "gsm8k") if gsm8k() else ("sql",))
     for method in METHODS
     if seed < method.seeds and (not only or method.name in only)
   ]
@@ -383,7 +382,7 @@ def report(results: Sequence[dict[str, Any]]) -> None:
     "",
     f"Written by `experiments/adapters.py`: {progress(results)}; {machine}.",
   ]
-  for task in TASKS:
+  for task in ("sql", "gsm8k"):
     if any(r["task"] == task for r in results):
       lines += ["", f"## {task}", "", *table(results, task), "", *claims(results, task)]
   lines += ["", *LIMITS.splitlines()]
@@ -404,8 +403,7 @@ def main() -> int:
   if not gsm8k():
     print("POSTTRAIN_DATA is not set: GSM8K is left out")
   failed, results = 0, []
-  only = [name for name in args.only.split(",") if name]
-  for point in points(only, tasks=TASKS if gsm8k() else ("sql",)):
+  for point in points([name for name in args.only.split(",") if name]):
     if not args.report:
       print(point.folder, flush=True)
       failed += not train(point, args.workdir)

@@ -6,6 +6,7 @@ import ast
 import contextlib
 import difflib
 import importlib.util
+import re
 import sys
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
@@ -26,7 +27,8 @@ def section(name: str) -> Generator[None]:
   except ConfigError:
     raise
   except ValueError as error:
-    raise ConfigError(f"{name}: {error}") from error
+    begins_with_field = re.match(r"[a-z]\w*[=:]", str(error))
+    raise ConfigError(f"{name}{'.' if begins_with_field else ': '}{error}") from error
 
 
 def load(config: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
@@ -44,8 +46,8 @@ def load(config: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDic
     raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from error
   opened = {field for field, value in flat(plain(resolved)).items() if value == {}}
   for text in overrides:
-    name, given, value = text.removeprefix("--").removeprefix("config.").partition("=")
-    if not given:
+    name, equals, value = text.removeprefix("--").removeprefix("config.").partition("=")
+    if not equals:
       raise ConfigError(f"{text!r}: write --config.{name}=value")
     _set(resolved, name, value, opened)
   return resolved.lock()
@@ -71,8 +73,8 @@ def _set(config: ml_collections.ConfigDict, name: str, text: str, opened: set[st
     raise ConfigError(f"--config.{name}={text}: expected {_expected(old)}, like {old!r}") from None
   with node.unlocked(), node.ignore_type():
     # patterns over module names (rank_pattern) have dots in them
-    made = lambda keys: ml_collections.ConfigDict(keys, allow_dotted_keys=True)
-    node[last] = made(value) if isinstance(value, dict) else value
+    as_section = lambda keys: ml_collections.ConfigDict(keys, allow_dotted_keys=True)
+    node[last] = as_section(value) if isinstance(value, dict) else value
 
 
 def _typed(text: str, old: Any) -> Any:

@@ -121,9 +121,9 @@ def init(
     b = STD * jax.random.normal(second, (rank, columns))
     return a, b, jnp.zeros(rank)
 
-  found = [draw(module) if config.targets(module) else None for module in modules]
+  triples = [draw(module) if config.targets(module) else None for module in modules]
   kept = [np.ones(rank)] * len(modules)
-  node = join(found, kept, config, stacked=bool(lead))
+  node = join(triples, kept, config, stacked=bool(lead))
   zeros = Factors(*[jnp.zeros_like(x) for x in (node.a, node.b, node.e)])
   # two arrays: a donated state must not hold one twice
   other = jax.tree.map(jnp.zeros_like, zeros)
@@ -131,20 +131,20 @@ def init(
 
 
 def join(
-  found: Sequence[tuple[Any, Any, Any] | None],
+  triples: Sequence[tuple[Any, Any, Any] | None],
   kept: Sequence[Any],
   config: AdapterConfig,
   *,
   stacked: bool,
 ) -> AdaLoRA:
   """The AdaLoRA of one (a, b, e) and mask a module, None for one that is not adapted."""
-  some = next(factors for factors in found if factors is not None)
+  some = next(factors for factors in triples if factors is not None)
   zeros = [jnp.zeros_like(x) for x in some]
   a, b, e = (
-    jnp.stack([jnp.asarray((factors or zeros)[i], jnp.float32) for factors in found])
+    jnp.stack([jnp.asarray((factors or zeros)[i], jnp.float32) for factors in triples])
     for i in range(3)
   )
-  adapted = tuple(factors is not None for factors in found)
+  adapted = tuple(factors is not None for factors in triples)
   mask = np.asarray(kept, np.float32) * np.asarray(adapted)[:, None]
   scale = config.lora_alpha / (config.init_r + 1e-5) * np.asarray(adapted)
   node = AdaLoRA(

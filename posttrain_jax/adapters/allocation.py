@@ -31,7 +31,7 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-  """Ranks in all that are left after update number `step`, counted from 1; the `end` is the last that prunes."""
+  """How many ranks in all are left after update number `step`, counted from 1; the `end` is the last that prunes."""
 
   first: int  # ranks of all modules at the start
   target: int
@@ -92,11 +92,11 @@ def hooks(config: AdapterConfig, steps: int) -> Hooks:
 
 def penalty(adapter: Any, weight: float) -> Array:
   """weight * mean over all a and b of |a.T a - I| and |b b.T - I|, Frobenius; pruned ranks count, as in PEFT."""
-  found = nodes(adapter)
+  adaloras = nodes(adapter)
   total = jnp.zeros(())
-  for node in found.values():
+  for node in adaloras.values():
     total += _distance(node.a, node.adapted) + _distance(node.b.mT, node.adapted)
-  return weight * total / (2 * count(found))
+  return weight * total / (2 * count(adaloras))
 
 
 def _distance(factor: Array, adapted: tuple[bool, ...]) -> Array:
@@ -111,9 +111,9 @@ def nodes(adapter: Any) -> dict[str, AdaLoRA]:
   return {path: node for path, node in tree.items(adapter) if isinstance(node, AdaLoRA)}
 
 
-def count(found: Mapping[str, AdaLoRA]) -> int:
+def count(adaloras: Mapping[str, AdaLoRA]) -> int:
   """Adapted modules."""
-  return sum(sum(node.adapted) for node in found.values())
+  return sum(sum(node.adapted) for node in adaloras.values())
 
 
 def after_update(
@@ -126,22 +126,22 @@ def after_update(
     gradient: that the update was made of, before clipping, the penalty's in it.
     step: updates before this one.
   """
-  found = nodes(adapter)
-  plan = schedule(config, steps, count(found))
+  adaloras = nodes(adapter)
+  plan = schedule(config, steps, count(adaloras))
   number = step + 1
   moving = number < plan.end
-  found = {
-    path: _moved(node, tree.get(gradient, path), config, moving) for path, node in found.items()
+  adaloras = {
+    path: _moved(node, tree.get(gradient, path), config, moving) for path, node in adaloras.items()
   }
   # an end that was left out, its gradient not finite, is made up for by the next update
-  late = (number > plan.end) & (total_rank(found) > plan.target)
+  late = (number > plan.end) & (total_rank(adaloras) > plan.target)
   at = jnp.minimum(number, plan.end)
   steps_to_end = range(plan.end + 1)
   prune = jnp.asarray([plan.prunes(n) for n in steps_to_end])[at] & (number <= plan.end) | late
   budget = jnp.asarray([plan.budget(n) for n in steps_to_end])[at]
-  masks = _kept({path: scores(node) for path, node in found.items()}, found, budget)
+  masks = _kept({path: scores(node) for path, node in adaloras.items()}, adaloras, budget)
   done = (number >= plan.end) | prune
-  for path, node in found.items():
+  for path, node in adaloras.items():
     mask = jnp.where(prune, masks[path], node.mask)
     e = jnp.where(done & (mask == 0), 0.0, node.e)
     node = dataclasses.replace(node, mask=mask, e=e)
@@ -175,10 +175,10 @@ def scores(node: AdaLoRA) -> Array:
   return of.e + (of.a.mean(-2) + of.b.mean(-1))
 
 
-def _kept(scored, found, budget):
+def _kept(scored, adaloras, budget):
   """{path: mask}: the scores above the (all - budget)-th smallest of all adapted layers; ties at it are cut with it."""
   there = {
-    path: np.asarray(found[path].adapted).reshape(x.shape[:-1]) for path, x in scored.items()
+    path: np.asarray(adaloras[path].adapted).reshape(x.shape[:-1]) for path, x in scored.items()
   }
   every = jnp.sort(jnp.concatenate([x[there[path]].ravel() for path, x in scored.items()]))
   cut = every.size - budget
@@ -189,12 +189,12 @@ def _kept(scored, found, budget):
   }
 
 
-def total_rank(found: Mapping[str, AdaLoRA]) -> Array:
+def total_rank(adaloras: Mapping[str, AdaLoRA]) -> Array:
   """Ranks that are kept, over all modules."""
-  return sum((jnp.sum(node.mask) for node in found.values()), jnp.zeros(()))
+  return sum((jnp.sum(node.mask) for node in adaloras.values()), jnp.zeros(()))
 
 
 def metrics(adapter: Any) -> dict[str, Array]:
   """The mean rank of the adapted modules."""
-  found = nodes(adapter)
-  return {"adalora/mean_rank": total_rank(found) / count(found)}
+  adaloras = nodes(adapter)
+  return {"adalora/mean_rank": total_rank(adaloras) / count(adaloras)}

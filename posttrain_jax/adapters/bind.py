@@ -277,6 +277,6 @@ def _check(config: AdapterConfig, names: list[str]) -> None:
 def _keys(key, path, node, base):
   if key is None or not node.dropout:
     return None
-  own = jax.random.fold_in(key, zlib.crc32(path.encode()))
+  node_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
   lead = weight.shape(base)[:-2]
-  return jax.random.split(own, lead) if lead else own
+  return jax.random.split(node_key, lead) if lead else node_key

@@ -38,8 +38,8 @@ def concatenate(
     ValueError: weights unlike adapters, a node that is no LoRA, shapes that are of different bases.
   """
   weights, nodes = _checked(adapters, weights, dora=False)
-  made = {path: _side_by_side(found, weights) for path, found in nodes.items()}
-  return tree.unflatten(made), _config(made)
+  merged = {path: _side_by_side(loras, weights) for path, loras in nodes.items()}
+  return tree.unflatten(merged), _config(merged)
 
 
 def compress(
@@ -65,15 +65,15 @@ def compress(
   if rank < 1:
     raise ValueError(f"rank={rank}: write at least 1")
   weights, nodes = _checked(adapters, weights, dora=params is not None)
-  made = {}
-  for path, found in nodes.items():
-    plain = all(node is None or not isinstance(node, DoRA) for node in found)
+  merged = {}
+  for path, loras in nodes.items():
+    plain = all(node is None or not isinstance(node, DoRA) for node in loras)
     if operator is None and plain:
-      made[path] = _truncated(_side_by_side(found, weights), rank)
+      merged[path] = _truncated(_side_by_side(loras, weights), rank)
     else:
       base = None if params is None else base_at(params, path)
-      made[path] = _from_changes(found, weights, operator, base, rank)
-  return tree.unflatten(made), _config(made)
+      merged[path] = _from_changes(loras, weights, operator, base, rank)
+  return tree.unflatten(merged), _config(merged)
 
 
 def factors(
@@ -88,17 +88,17 @@ def factors(
     ValueError: as `concatenate`; ranks or targets that differ.
   """
   weights, nodes = _checked(adapters, weights, dora=False)
-  made = {}
-  for path, found in nodes.items():
-    ranks = [None if node is None else np.unique(node.ranks()).tolist() for node in found]
+  merged = {}
+  for path, loras in nodes.items():
+    ranks = [None if node is None else np.unique(node.ranks()).tolist() for node in loras]
     if any(r != ranks[0] or r is None or len(r) != 1 for r in ranks):
       raise ValueError(
         f"{path}: ranks {ranks} differ, or an adapter has no such target; factors are merged entry by entry: use"
         " concatenate, or compress to one rank"
       )
-    scales = [w * np.asarray(node.scale) for w, node in zip(weights, found)]
-    made[path] = _by_factor(found, scales, operator)
-  return tree.unflatten(made), _config(made)
+    scales = [w * np.asarray(node.scale) for w, node in zip(weights, loras)]
+    merged[path] = _by_factor(loras, scales, operator)
+  return tree.unflatten(merged), _config(merged)
 
 
 def _checked(adapters, weights, *, dora: bool) -> tuple[list[float], dict[str, list[Any]]]:
@@ -112,8 +112,8 @@ def _checked(adapters, weights, *, dora: bool) -> tuple[list[float], dict[str, l
   nodes = {
     path: [one.get(path) for one in flat] for path in dict.fromkeys(p for f in flat for p in f)
   }
-  for path, found in nodes.items():
-    present = [node for node in found if node is not None]
+  for path, loras in nodes.items():
+    present = [node for node in loras if node is not None]
     for node in present:
       if not isinstance(node, LoRA):
         raise ValueError(
@@ -137,8 +137,8 @@ def _plain(node: LoRA) -> tuple[Array, Array]:
   return jnp.asarray(node.a, jnp.float32) * scales, jnp.asarray(node.b, jnp.float32)
 
 
-def _side_by_side(found: Sequence[LoRA | None], weights: Sequence[float]) -> LoRA:
-  pairs = [(w, *_plain(node), node) for w, node in zip(weights, found) if node is not None]
+def _side_by_side(loras: Sequence[LoRA | None], weights: Sequence[float]) -> LoRA:
+  pairs = [(w, *_plain(node), node) for w, node in zip(weights, loras) if node is not None]
   a = jnp.concatenate([w * a for w, a, _, _ in pairs], axis=-1)
   b = jnp.concatenate([b for _, _, b, _ in pairs], axis=-2)
   masks = [_mask(node) for *_, node in pairs]
@@ -164,16 +164,16 @@ def _truncated(node: LoRA, rank: int) -> LoRA:
   return _layered(one, node.a, node.b)
 
 
-def _from_changes(found, weights, operator, base, rank: int) -> LoRA:
+def _from_changes(loras, weights, operator, base, rank: int) -> LoRA:
   """The same of whatever the operator makes of the changes, layer by layer."""
-  present = [(w, node) for w, node in zip(weights, found) if node is not None]
-  own = [w for w, _ in present]
+  present = [(w, node) for w, node in zip(weights, loras) if node is not None]
+  present_weights = [w for w, _ in present]
   operator = operator or (lambda changes, weights: sum(w * x for w, x in zip(weights, changes)))
 
   @jax.jit
   def one(nodes, base):
     changes = [_change(node, base) for node in nodes]
-    u, values, v = jnp.linalg.svd(operator(changes, own), full_matrices=False)
+    u, values, v = jnp.linalg.svd(operator(changes, present_weights), full_matrices=False)
     return _halves(u, values, v, rank)
 
   nodes = [node for _, node in present]
@@ -204,21 +204,21 @@ def _halves(u: Array, values: Array, v: Array, rank: int) -> tuple[Array, Array]
 
 def _layered(function, a: Array, b: Array) -> LoRA:
   """Layer after layer: two batched QR and the products behind them never end on two CPU cores (jaxlib 0.10.2)."""
-  each = lambda a, b: jax.lax.map(lambda pair: function(*pair), (a, b))
-  return _joined(*jax.jit(each if a.ndim == 3 else function)(a, b))
+  over_layers = lambda a, b: jax.lax.map(lambda pair: function(*pair), (a, b))
+  return _joined(*jax.jit(over_layers if a.ndim == 3 else function)(a, b))
 
 
 def _joined(a: Array, b: Array) -> LoRA:
   return LoRA(a, b, jnp.ones(a.shape[:-2], jnp.float32))
 
 
-def _by_factor(found: Sequence[LoRA], scales: Sequence[np.ndarray], operator: Operator) -> LoRA:
-  node = found[0]
+def _by_factor(loras: Sequence[LoRA], scales: Sequence[np.ndarray], operator: Operator) -> LoRA:
+  node = loras[0]
   if node.a.ndim == 2:
-    return _joined(*_both(found, [float(s) for s in scales], operator))
+    return _joined(*_both(loras, [float(s) for s in scales], operator))
   layers = [
     _both(
-      [dataclasses.replace(n, a=n.a[i], b=n.b[i]) for n in found], [s[i] for s in scales], operator
+      [dataclasses.replace(n, a=n.a[i], b=n.b[i]) for n in loras], [s[i] for s in scales], operator
     )
     for i in range(len(node.a))
   ]
@@ -232,8 +232,8 @@ def _both(nodes, scales, operator) -> tuple[Array, Array]:
   return a, operator([jnp.asarray(n.b, jnp.float32) for n in nodes], roots)
 
 
-def _config(made: dict[str, Any]) -> AdapterConfig:
+def _config(nodes: dict[str, Any]) -> AdapterConfig:
   """A config of the largest rank; the file's patterns come from the nodes themselves."""
-  rank = max(node.a.shape[-1] for node in made.values())
-  names = sorted({path.removesuffix("/weight").rpartition("/")[2] for path in made})
+  rank = max(node.a.shape[-1] for node in nodes.values())
+  names = sorted({path.removesuffix("/weight").rpartition("/")[2] for path in nodes})
   return AdapterConfig(r=rank, lora_alpha=float(rank), target_modules=tuple(names))

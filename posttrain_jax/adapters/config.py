@@ -140,16 +140,16 @@ class AdapterConfig:
       raise ValueError(f"unknown adapter method {self.method!r}; known: {', '.join(OPTIONS)}")
     for option, meant in MEANINGS.get(self.method, {}).items():
       default = AdapterConfig.__dataclass_fields__[option].default
-      given = vars(self)[option]
-      if given not in (default, meant) and not str(given).startswith(f"{meant}_niter_"):
-        raise ValueError(f"method={self.method!r} means {option}={meant!r}, found {given!r}")
-      if given == default:
+      value = vars(self)[option]
+      if value not in (default, meant) and not str(value).startswith(f"{meant}_niter_"):
+        raise ValueError(f"method={self.method!r} means {option}={meant!r}, found {value!r}")
+      if value == default:
         object.__setattr__(self, option, meant)
     for field in dataclasses.fields(self):
       if field.name in OPTIONS[self.method]:
         continue
-      made = field.default_factory
-      default = field.default if made is dataclasses.MISSING else made()
+      factory = field.default_factory
+      default = field.default if factory is dataclasses.MISSING else factory()
       if vars(self)[field.name] != default:
         raise ValueError(
           f"{field.name}={vars(self)[field.name]!r}: the method {self.method!r} has no such option; "
@@ -159,8 +159,8 @@ class AdapterConfig:
   @property
   def pissa_iterations(self) -> int:
     """Subspace iterations of PiSSA's fast SVD; 0: exact, or no PiSSA."""
-    found = re.fullmatch(r"pissa_niter_([1-9]\d*)", str(self.init_lora_weights))
-    return int(found[1]) if found else 0
+    match = re.fullmatch(r"pissa_niter_([1-9]\d*)", str(self.init_lora_weights))
+    return int(match[1]) if match else 0
 
   @property
   def starting(self) -> AdapterConfig | None:

@@ -86,17 +86,17 @@ def init(key: Array, base: Any, modules: Sequence[str], config: AdapterConfig) -
   feedforward = is_feedforward(targeted, config)
   *lead, rows, columns = weight.shape(base)
   gain = jnp.ones(rows if feedforward else columns)
-  found = [gain if module in targeted else None for module in modules]
-  return base, join(found, stacked=bool(lead), feedforward=feedforward)
+  gains = [gain if module in targeted else None for module in modules]
+  return base, join(gains, stacked=bool(lead), feedforward=feedforward)
 
 
-def join(found: Sequence[Any], *, stacked: bool, feedforward: bool) -> IA3:
+def join(gains: Sequence[Any], *, stacked: bool, feedforward: bool) -> IA3:
   """The (IA)3 of one gain a module, None for one that is not adapted."""
-  ones = jnp.ones_like(next(gain for gain in found if gain is not None))
-  gains = jnp.stack([jnp.asarray(ones if g is None else g, jnp.float32) for g in found])
-  adapted = [gain is not None for gain in found]
+  ones = jnp.ones_like(next(gain for gain in gains if gain is not None))
+  filled = jnp.stack([jnp.asarray(ones if g is None else g, jnp.float32) for g in gains])
+  adapted = [gain is not None for gain in gains]
   mask = None if all(adapted) else jnp.asarray(adapted, jnp.float32)
-  node = IA3(gains, mask, feedforward)
+  node = IA3(filled, mask, feedforward)
   return node if stacked else jax.tree.map(lambda leaf: leaf[0], node)
 
 

@@ -70,9 +70,9 @@ def _take_out(key, base, modules, config, store):
   for i, module in enumerate(modules):
     rank = lora.rank_of(module, config, rows, columns)
     scale = config.scale(module) if rank else 0.0
-    own = jax.random.fold_in(key, zlib.crc32(module.encode()))
+    module_key = jax.random.fold_in(key, zlib.crc32(module.encode()))
     w = _wide(weight.layer(base, i) if stacked else base)
-    pair, out = _factors(own, w, rank, scale, config, store) if rank else _nothing(w)
+    pair, out = _factors(module_key, w, rank, scale, config, store) if rank else _nothing(w)
     pairs.append(pair)
     taken.append(out)
     scales.append(scale)

@@ -133,9 +133,9 @@ def init(key: Array, base: Any, modules: Sequence[str], config: AdapterConfig) -
   rows, columns = weight.shape(base)[-2:]
   pairs, scales = [], []
   for module in modules:
-    own = jax.random.fold_in(key, zlib.crc32(module.encode()))
+    module_key = jax.random.fold_in(key, zlib.crc32(module.encode()))
     rank = rank_of(module, config, rows, columns)
-    pairs.append(_draw(own, module, rows, columns, rank, config.init_lora_weights))
+    pairs.append(_draw(module_key, module, rows, columns, rank, config.init_lora_weights))
     scales.append(config.scale(module) if rank else 0.0)
   stacked = len(weight.shape(base)) == 3
   return base, join(pairs, scales, stacked=stacked, dropout=config.lora_dropout)

@@ -65,11 +65,11 @@ def save(
   first, *others = parts_of(config)
   trees = _apart(adapter, (first, *others), model_config)
   with files.publish(folder) as new:
-    more = dict(with_methods=[other.method for other in others]) if others else {}
-    _write(new, trees[0], first, model_config, base_name, more)
-    for other, own in zip(others, trees[1:]):
+    record = dict(with_methods=[other.method for other in others]) if others else {}
+    _write(new, trees[0], first, model_config, base_name, record)
+    for other, part_nodes in zip(others, trees[1:]):
       (new / other.method).mkdir()
-      _write(new / other.method, own, other, model_config, base_name, {})
+      _write(new / other.method, part_nodes, other, model_config, base_name, {})
 
 
 def _apart(
@@ -79,12 +79,13 @@ def _apart(
   if len(parts) == 1:
     return [adapter]
   params, nodes = decoder.abstract(model_config), tree.flatten(adapter)
-  found = [[path for path in paths(params, part) if path in nodes] for part in parts]
-  if unknown := sorted(set(nodes) - {path for own in found for path in own}):
+  paths_by_part = [[path for path in paths(params, part) if path in nodes] for part in parts]
+  if unknown := sorted(set(nodes) - {path for part_paths in paths_by_part for path in part_paths}):
     raise ValueError(f"adapter at {', '.join(unknown)}: none of its configs has a node there")
   head = [SCORE] if SCORE in nodes else []
   return [
-    tree.unflatten({path: nodes[path] for path in dict.fromkeys([*own, *head])}) for own in found
+    tree.unflatten({path: nodes[path] for path in dict.fromkeys([*part_paths, *head])})
+    for part_paths in paths_by_part
   ]
 
 
@@ -133,10 +134,10 @@ def load(folder: str | Path, params: Any, model_config: ModelConfig) -> tuple[An
   nodes, config = _read(path, params, model_config)
   configs = [config]
   for name in others:
-    own, config = _read(path / name, params, model_config)
-    if repeated := [at for at in own if at in nodes and at != SCORE]:
+    part_nodes, config = _read(path / name, params, model_config)
+    if repeated := [at for at in part_nodes if at in nodes and at != SCORE]:
       raise ValueError(f"{path} and its folder {name} both adapt {repeated[0]}")
-    nodes |= own
+    nodes |= part_nodes
     saved = [name for name in config.modules_to_save if name not in configs[0].modules_to_save]
     configs.append(config.replace(modules_to_save=tuple(saved)))
   return tree.unflatten(nodes), together(configs)
@@ -159,11 +160,11 @@ def _read(
 
 
 def _codec(method: str) -> Codec:
-  found = [codec for codec in CODECS if method in codec.methods]
-  if not found:
+  codecs = [codec for codec in CODECS if method in codec.methods]
+  if not codecs:
     known = ", ".join(method for codec in CODECS for method in codec.methods)
     raise ValueError(f"method={method!r} has no form in PEFT's files; those that have: {known}")
-  return found[0]
+  return codecs[0]
 
 
 def fingerprint(model_config: ModelConfig) -> str:
@@ -208,10 +209,12 @@ def _read_record(path: Path, model_config: ModelConfig) -> dict:
   """Our record of what the adapter was made for, {} where PEFT wrote the folder."""
   if not path.exists():
     return {}
-  record, own = _read_json(path), _identity(model_config)
+  record, identity = _read_json(path), _identity(model_config)
   made_for = record.get("base")
-  if not isinstance(made_for, dict) or made_for.get("fingerprint") != own["fingerprint"]:
-    raise ValueError(f"{path}: the adapter was made for a base of {made_for}, this base is {own}")
+  if not isinstance(made_for, dict) or made_for.get("fingerprint") != identity["fingerprint"]:
+    raise ValueError(
+      f"{path}: the adapter was made for a base of {made_for}, this base is {identity}"
+    )
   return record
 
 

@@ -56,5 +56,5 @@ def init(key: Array, params: Any, config: AdapterConfig) -> dict[str, Prefix]:
   """{path: prefix} of num_virtual_tokens slots, keys and values ~ normal(0, 1) as in PEFT, float32."""
   layers, _, width = weight.shape(params["layers"]["self_attn"]["k_proj"]["weight"])
   shape = (layers, config.num_virtual_tokens, width)
-  k, v = (jax.random.normal(own, shape) for own in jax.random.split(key))
+  k, v = (jax.random.normal(array_key, shape) for array_key in jax.random.split(key))
   return {before.PREFIX: Prefix(k, v)}

@@ -76,16 +76,16 @@ def init(
       else f"text_tokens are for prompt_tuning_init='TEXT', found {how!r}"
     )
   if how == "RANDOM":
-    made = jax.random.normal(key, (slots, weight.shape(table)[1]))
+    embeddings = jax.random.normal(key, (slots, weight.shape(table)[1]))
   elif how == "SAMPLE_VOCAB":
     ids = jax.random.randint(key, (slots,), 0, weight.shape(table)[0])
-    made = _embedded(ids, params, model)
+    embeddings = _embedded(ids, params, model)
   else:
     ids = np.asarray(text_tokens, np.int32)
     if not ids.size:
       raise ValueError("prompt_tuning_init_text has no token")
-    made = _embedded(np.resize(ids, slots), params, model)
-  return {before.PROMPT: SoftPrompt(made)}
+    embeddings = _embedded(np.resize(ids, slots), params, model)
+  return {before.PROMPT: SoftPrompt(embeddings)}
 
 
 def _embedded(ids, params, model):

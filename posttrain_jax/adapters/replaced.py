@@ -75,16 +75,16 @@ def init(
   Raises:
     ValueError: a name that no module ends with, or a module that the adapter targets too.
   """
-  made = {}
-  for path, (names, chosen) in _named(params, config).items():
+  nodes = {}
+  for path, (names, is_saved) in _named(params, config).items():
     if path in adapted:
       raise ValueError(
-        f"modules_to_save: {names[int(chosen.argmax())]!r} is a target of the adapter as well; "
+        f"modules_to_save: {names[int(is_saved.argmax())]!r} is a target of the adapter as well; "
         "name it in exclude_modules, or leave it out"
       )
     value = jnp.array(weight.dense(base_at(path), jnp.float32), copy=True)
-    made[path] = Replaced(value, None if chosen.all() else jnp.asarray(chosen))
-  return made
+    nodes[path] = Replaced(value, None if is_saved.all() else jnp.asarray(is_saved))
+  return nodes
 
 
 def paths(params: Any, config: AdapterConfig) -> list[str]:

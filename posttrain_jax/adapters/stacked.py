@@ -57,10 +57,10 @@ class Stacked(Change, PerRow):
 
   def rows(self, ids: Array, base: Any, key: Array | None = None) -> Array:
     index = _rows_of(self.index, ids.shape[0])
-    found = embed(ids, base)
+    embedded = embed(ids, base)
     down = self.a[index.reshape(-1, *[1] * (ids.ndim - 1)), ids]
-    y = found + jnp.einsum("n...r,nro->n...o", down, self.b[index])
-    return self._scaled(y, index, base, found.dtype)
+    y = embedded + jnp.einsum("n...r,nro->n...o", down, self.b[index])
+    return self._scaled(y, index, base, embedded.dtype)
 
   def _scaled(self, y, index, base, dtype):
     columns = self.columns
@@ -68,8 +68,8 @@ class Stacked(Change, PerRow):
       columns = _factors(self.dora, base, jnp.float32)
     if columns is None:
       return y.astype(dtype)
-    own = columns[index].reshape(y.shape[0], *[1] * (y.ndim - 2), y.shape[-1])
-    return (y * own).astype(dtype)
+    row_columns = columns[index].reshape(y.shape[0], *[1] * (y.ndim - 2), y.shape[-1])
+    return (y * row_columns).astype(dtype)
 
   def dense(self, base: Any, dtype: Any = None) -> Array:
     raise ValueError("a stack of adapters is many matrices: merge its adapters one at a time")
@@ -160,9 +160,9 @@ class StackedPrefixes(Standing, PerRow):
   def partition_specs(self, spec: PartitionSpec) -> StackedPrefixes:
     *lead, columns = [*[None] * (self.k.ndim - 1 - len(spec)), *spec]
     none = PartitionSpec()
-    own = PartitionSpec(*lead[:-1], None, lead[-1], columns)
+    kv_spec = PartitionSpec(*lead[:-1], None, lead[-1], columns)
     index = None if self.index is None else Rows(none)
-    return dataclasses.replace(self, k=own, v=own, used=none, index=index)
+    return dataclasses.replace(self, k=kv_spec, v=kv_spec, used=none, index=index)
 
 
 def stack(adapters: Sequence[Any], params: Any = None) -> Any:
@@ -182,7 +182,7 @@ def stack(adapters: Sequence[Any], params: Any = None) -> Any:
   flat = [tree.flatten(adapter) for adapter in adapters]
   stacked = {}
   for path in dict.fromkeys(path for nodes in flat for path in nodes):
-    nodes = [own.get(path) for own in flat]
+    nodes = [adapter_nodes.get(path) for adapter_nodes in flat]
     if path == before.PROMPT:
       stacked[path] = _prompts(nodes)
     elif path == before.PREFIX:
@@ -205,17 +205,17 @@ def _matrices(path: str, nodes: Sequence[Any], params: Any) -> Stacked:
   widths = [(0, 0)] * len(lead)
   padded_a = [jnp.pad(a, [*widths, (0, 0), (0, rank - a.shape[-1])]) for a, _ in pairs]
   padded_b = [jnp.pad(b, [*widths, (0, rank - b.shape[-2]), (0, 0)]) for _, b in pairs]
-  made = Stacked(jnp.stack(padded_a, len(lead)), jnp.stack(padded_b, len(lead)))
+  factors = Stacked(jnp.stack(padded_a, len(lead)), jnp.stack(padded_b, len(lead)))
   if not any(isinstance(node, DoRA) for node in nodes):
-    return made
-  dora = _doras(made, nodes, lead, columns)
+    return factors
+  dora = _doras(factors, nodes, lead, columns)
   if params is None:
-    return dataclasses.replace(made, dora=dora)
+    return dataclasses.replace(factors, dora=dora)
   matrix, of = base(params, path), jax.jit(_factors, static_argnums=2)
   if not lead:
-    return dataclasses.replace(made, columns=of(dora, matrix, jnp.float32))
+    return dataclasses.replace(factors, columns=of(dora, matrix, jnp.float32))
   layers = [of(weight.layer(dora, i), weight.layer(matrix, i), jnp.float32) for i in range(lead[0])]
-  return dataclasses.replace(made, columns=jnp.stack(layers))
+  return dataclasses.replace(factors, columns=jnp.stack(layers))
 
 
 def _check(path: str, i: int, node: Any) -> None:
@@ -240,7 +240,7 @@ def _pair(node: Any) -> tuple[Array, Array]:
   return jnp.asarray(node.a, jnp.float32), node.b * scales[..., None]
 
 
-def _doras(made: Stacked, nodes, lead, columns) -> DoRA:
+def _doras(factors: Stacked, nodes, lead, columns) -> DoRA:
   """The adapters as DoRA nodes, adapters behind layers; masked where an adapter is none."""
   one = jnp.ones((*lead, columns))
   magnitudes, norms, masks = [], [], []
@@ -249,12 +249,12 @@ def _doras(made: Stacked, nodes, lead, columns) -> DoRA:
     magnitudes.append(node.magnitude if is_dora else one)
     norms.append(node.norm if is_dora else one)
     adapted = (node.ranks() > 0) if is_dora else np.zeros(lead, bool)
-    rank = made.a.shape[-1]
+    rank = factors.a.shape[-1]
     masks.append(jnp.asarray(np.broadcast_to(adapted[..., None], (*lead, rank)), jnp.float32))
   axis = len(lead)
   fields = dict(zip(("magnitude", "norm", "mask"), (magnitudes, norms, masks)))
   stacked: Any = {name: jnp.stack(values, axis) for name, values in fields.items()}
-  return DoRA(made.a, made.b, jnp.ones(made.a.shape[: axis + 1]), **stacked)
+  return DoRA(factors.a, factors.b, jnp.ones(factors.a.shape[: axis + 1]), **stacked)
 
 
 def _factors(dora: DoRA, base: Any, dtype: Any) -> Array:
@@ -263,28 +263,28 @@ def _factors(dora: DoRA, base: Any, dtype: Any) -> Array:
 
 
 def _prompts(nodes: Sequence[SoftPrompt | None]) -> StackedPrompts:
-  found = [None if node is None else (node.embeddings,) for node in nodes]
-  (embeddings,), used = _padded(found)
+  per_adapter = [None if node is None else (node.embeddings,) for node in nodes]
+  (embeddings,), used = _padded(per_adapter)
   return StackedPrompts(embeddings, used)
 
 
 def _prefixes(nodes: Sequence[Prefix | None]) -> StackedPrefixes:
-  found = [None if node is None else (node.k, node.v) for node in nodes]
-  (k, v), used = _padded(found)
+  per_adapter = [None if node is None else (node.k, node.v) for node in nodes]
+  (k, v), used = _padded(per_adapter)
   return StackedPrefixes(k, v, jnp.broadcast_to(used, (len(k), *used.shape)))
 
 
-def _padded(found):
+def _padded(per_adapter):
   """([each array stacked before its slots, padded to the most], used: [adapters + 1, slots])."""
-  some = next(arrays for arrays in found if arrays is not None)
-  lengths = [0 if arrays is None else arrays[0].shape[-2] for arrays in [*found, None]]
+  some = next(arrays for arrays in per_adapter if arrays is not None)
+  lengths = [0 if arrays is None else arrays[0].shape[-2] for arrays in [*per_adapter, None]]
   most = max(lengths)
   stacked = []
   for i, like in enumerate(some):
     none = jnp.zeros((*like.shape[:-2], 0, like.shape[-1]))
-    own = [none if arrays is None else arrays[i] for arrays in [*found, None]]
+    filled = [none if arrays is None else arrays[i] for arrays in [*per_adapter, None]]
     pad = lambda x: jnp.pad(x, [*[(0, 0)] * (x.ndim - 2), (0, most - x.shape[-2]), (0, 0)])
-    stacked.append(jnp.stack([pad(x) for x in own], like.ndim - 2))
+    stacked.append(jnp.stack([pad(x) for x in filled], like.ndim - 2))
   used = np.arange(most) < np.asarray(lengths)[:, None]
   return stacked, jnp.asarray(used, jnp.int32)
 

@@ -41,7 +41,7 @@ class Projections(Common):
     return 0
 
   def partition_specs(self, spec: PartitionSpec) -> Projections:
-    """On every device whole: 59 MB for the 70B shape at rank 256, and each module reads another corner."""
+    """Specs that leave both whole on every device: 59 MB for 70B at rank 256, and each module reads another corner."""
     del spec
     return dataclasses.replace(self, a=PartitionSpec(), b=PartitionSpec())
 
@@ -131,14 +131,16 @@ def init(key: Array, base: Any, modules: Sequence[str], config: AdapterConfig) -
   )
 
 
-def join(found: Sequence[Mapping[str, Any] | None], *, stacked: bool, dropout: float = 0.0) -> VeRA:
+def join(
+  per_module: Sequence[Mapping[str, Any] | None], *, stacked: bool, dropout: float = 0.0
+) -> VeRA:
   """The VeRA of one {lambda_b, lambda_d} a module, None for one that is not adapted."""
-  some = next(vectors for vectors in found if vectors is not None)
+  some = next(vectors for vectors in per_module if vectors is not None)
   zeros = {name: jnp.zeros_like(vector) for name, vector in some.items()}
   stack = lambda name: jnp.stack(
-    [jnp.asarray((vectors or zeros)[name], jnp.float32) for vectors in found]
+    [jnp.asarray((vectors or zeros)[name], jnp.float32) for vectors in per_module]
   )
-  adapted = [vectors is not None for vectors in found]
+  adapted = [vectors is not None for vectors in per_module]
   mask = None if all(adapted) else jnp.asarray(adapted, jnp.float32)
   node = VeRA(stack("lambda_b"), stack("lambda_d"), mask, dropout=dropout)
   return node if stacked else jax.tree.map(lambda leaf: leaf[0], node)

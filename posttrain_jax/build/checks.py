@@ -20,8 +20,8 @@ ADVANTAGES = ("group", "batch", "none", "leave_one_out")
 
 def check(config: Config) -> None:
   """Raises ConfigError for the first sections that do not fit one another."""
-  for each in CHECKS:
-    each(config)
+  for check_one in CHECKS:
+    check_one(config)
 
 
 def _one_of(config: Config, field: str, known: Sequence[str]) -> None:

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from posttrain_jax.build import decisions
+from posttrain_jax.build import decisions, self_checks
 from posttrain_jax.build.model import Model
 from posttrain_jax.core import distributed
-from posttrain_jax.data import answers, chat, loader, mixture, schema
+from posttrain_jax.data import answers, chat, companions, loader, mixture, schema
 from posttrain_jax.evals import tasks
 from posttrain_jax.losses import advantage
 from posttrain_jax.settings import ConfigError
@@ -56,8 +56,8 @@ def read(config: ml_collections.ConfigDict, model: Model) -> Data:
     train = train[: d.limit]
   held_out: Sequence[Any]
   if d.eval or d.train in tasks.TASKS:
-    held_out, more = _encoded(config, d.eval or d.train, "eval", model, d.columns)
-    skipped += more
+    held_out, also_skipped = _encoded(config, d.eval or d.train, "eval", model, d.columns)
+    skipped += also_skipped
     held_out = held_out[: d.eval_rows] if d.eval_rows else held_out
   elif d.eval_rows:
     if len(train) <= d.eval_rows:
@@ -69,14 +69,14 @@ def read(config: ml_collections.ConfigDict, model: Model) -> Data:
   else:
     held_out = ()
   if d.replay:
-    general, more = _encoded(config, d.replay, "train", model, d.replay_columns)
-    skipped += more
+    general, also_skipped = _encoded(config, d.replay, "train", model, d.replay_columns)
+    skipped += also_skipped
     train = mixture.replay(train, general, d.replay_fraction, by=d.replay_by, seed=config.seed)
   data = Data(train, held_out, (), "; ".join(map(str, skipped)))
   if d.kind == "scored":
     data = data.map(functools.partial(with_advantages, config))
   if model.template is not None and d.kind != "steps":
-    chat.assert_end_of_turn_trained(data.examples, model.tokenizer, model.template)
+    self_checks.end_of_turn(data.examples, model.tokenizer, model.template)
   channels = loader.channel_names(data.examples, held_out)
   return dataclasses.replace(data, channels=channels)
 
@@ -91,7 +91,7 @@ def with_advantages(
   how = config.objective.advantage
   if not examples:
     return examples
-  scores = jnp.asarray(_padded([example.values["score"] for example in examples]))
+  scores = _padded([example.values["score"] for example in examples])
   if how == "leave_one_out":
     advantages = advantage.leave_one_out(scores)
   else:
@@ -100,7 +100,7 @@ def with_advantages(
   return answers.with_values(examples, "advantage", _trimmed(advantages, examples))
 
 
-def _padded(groups: Sequence[Sequence[float]]) -> np.ndarray:
+def _padded(groups: Sequence[Sequence[float]]) -> jax.Array:
   """[groups, largest group] float32, NaN behind smaller ones.
 
   Raises:
@@ -111,19 +111,19 @@ def _padded(groups: Sequence[Sequence[float]]) -> np.ndarray:
   padded = np.full((len(groups), max(map(len, groups))), np.nan, np.float32)
   for row, group in zip(padded, groups):
     row[: len(group)] = group
-  return padded
+  return jnp.asarray(padded)
 
 
-def _deviations(scores: jax.Array) -> np.ndarray:
+def _deviations(scores: jax.Array) -> jax.Array:
   """The standard deviation of each group, at each of its answers; 0 where it agrees, or has one score."""
-  centred = np.asarray(advantage.group_relative(scores, scale="none"))
-  count = np.sum(~np.isnan(np.asarray(scores)), axis=1, keepdims=True)
-  squares = np.sum(centred**2, axis=1, keepdims=True)
-  return np.broadcast_to(np.sqrt(squares / np.maximum(count - 1, 1)), scores.shape)
+  centred = advantage.group_relative(scores, scale="none")
+  count = jnp.sum(~jnp.isnan(scores), axis=1, keepdims=True)
+  squares = jnp.sum(centred**2, axis=1, keepdims=True)
+  return jnp.broadcast_to(jnp.sqrt(squares / jnp.maximum(count - 1, 1)), scores.shape)
 
 
 def _trimmed(values: Any, examples: Sequence[answers.Answers]) -> list[list[float]]:
-  """Of each group, what is not padding."""
+  """What is not padding of each group."""
   return [row[: e.count].tolist() for row, e in zip(np.asarray(values), examples, strict=True)]
 
 
@@ -139,8 +139,8 @@ def _sources(config: ml_collections.ConfigDict, model: Model) -> tuple[Any, list
       fractions[name] = float(fraction)
     except ValueError:
       raise ConfigError(f"data.train={text!r}: write a mixture as FIRST*0.7+SECOND*0.3") from None
-    sources[name], more = _encoded(config, name, "train", model, columns)
-    skipped += more
+    sources[name], also_skipped = _encoded(config, name, "train", model, columns)
+    skipped += also_skipped
   return mixture.Mixture(sources, fractions, by="tokens", seed=config.seed), skipped
 
 
@@ -159,8 +159,11 @@ def _encoded(config, source, split, model, mapping) -> tuple[Sequence[Any], list
   if d.kind == "text":
     examples = chat.encode_all(rows, model.tokenizer, model.template, **how)
   else:
-    how |= dict(kind=d.kind, share=d.share_prompt, companions=decisions.has_companions(config))
+    how |= dict(kind=d.kind, share=d.share_prompt)
     examples = answers.encode_all(list(rows), model.tokenizer, model.template, **how)
+  if decisions.has_companions(config):
+    beside = companions.beside(examples.examples, d.length, share=d.share_prompt)
+    examples = dataclasses.replace(examples, examples=tuple(beside))
   skipped = [f"{source}: {part}" for part in (rows.skipped, examples.skipped) if len(part)]
   return examples.examples, skipped
 

@@ -40,7 +40,9 @@ def has_score(config: ml_collections.ConfigDict) -> bool:
 def writes(config: ml_collections.ConfigDict) -> bool:
   """Whether the loss reads what the model would write, and so needs its head for logits beside any for scores."""
   o = config.objective
-  return o.name != "reward" or bool(o.sft_weight)
+  if o.name == "reward":
+    return bool(o.sft_weight)
+  return o.name != "preference" or {*o.losses} != {"reward"}
 
 
 def has_companions(config: ml_collections.ConfigDict) -> bool:

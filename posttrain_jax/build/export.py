@@ -61,37 +61,37 @@ def export(
     raise FileNotFoundError(
       f"{workdir} has no {runs.CONFIG}: it is no run's folder; give the --workdir of a `posttrain train`"
     )
-  found = runs.read(workdir)
+  run = runs.read(workdir)
   if out.exists() and not (out.is_dir() and not any(out.iterdir())):
     raise FileExistsError(f"{out} exists; name a new folder, or remove it first")
-  is_full = found.field("adapter.method") == "none"
+  is_full = run.field("adapter.method") == "none"
   source = workdir / (MODEL if is_full else ADAPTER)
   if not source.is_dir():
-    raise FileNotFoundError(f"{source} does not exist: {_how_far(found)}")
-  if found.done is None:
-    log.warning("%s holds what was saved so far: %s", source, _how_far(found))
+    raise FileNotFoundError(f"{source} does not exist: {_how_far(run)}")
+  if run.done is None:
+    log.warning("%s holds what was saved so far: %s", source, _how_far(run))
   if is_full:
     _check_model(source)
   else:
     _check_adapter(source)
   with files.publish(out) as new:
     if merge and not is_full:
-      _merge(found, source, new, merge_base)
+      _merge(run, source, new, merge_base)
     else:
       shutil.copytree(source, new, dirs_exist_ok=True)
-    template = found.field("model.template")
+    template = run.field("model.template")
     if (merge or is_full) and template not in (None, "tokenizer"):
       write_template(new, template)
   return out
 
 
-def _how_far(found: runs.Run) -> str:
-  if found.done is not None:
-    return f"the run is finished after {found.steps} steps, and the folder was removed since"
-  wanted = found.field("steps")
-  command = found.record.get("command")
+def _how_far(run: runs.Run) -> str:
+  if run.done is not None:
+    return f"the run is finished after {run.steps} steps, and the folder was removed since"
+  wanted = run.field("steps")
+  command = run.record.get("command")
   finish = f"; to finish it: {command}" if command else "; run its command again to finish it"
-  return f"the run is at step {found.steps}{f' of {wanted}' if wanted else ''}{finish}"
+  return f"the run is at step {run.steps}{f' of {wanted}' if wanted else ''}{finish}"
 
 
 # Checks
@@ -130,37 +130,37 @@ def _check_finite(where: Path, name: str, array: np.ndarray) -> None:
 # Merging
 
 
-def _merge(found: runs.Run, source: Path, out: Path, merge_base: str) -> None:
-  folder = fetch.resolve(found.field("model.name"))
+def _merge(run: runs.Run, source: Path, out: Path, merge_base: str) -> None:
+  folder = fetch.resolve(run.field("model.name"))
   params, config = hf.load(folder, storage="dense")
-  adapter, chosen = peft_format.load(source, params, config)
-  if not chosen.in_weights:
+  adapter, adapter_config = peft_format.load(source, params, config)
+  if not adapter_config.in_weights:
     raise ValueError(
-      f"merge: a {chosen.method} stands before the text and is in no weight, so no merged model can hold it; export "
-      "without merge, and load the folder as an adapter: posttrain chat --adapter=DIR, or peft"
+      f"merge: a {adapter_config.method} stands before the text and is in no weight, so no merged model can hold it;"
+      " export without merge, and load the folder as an adapter: posttrain chat --adapter=DIR, or peft"
     )
-  config = rotary.stretched(config, chosen.context_length)
-  base = found.field("model.base")
+  config = rotary.stretched(config, adapter_config.context_length)
+  base = run.field("model.base")
   if base in (None, "dense"):
     merged = adapters.merge(params, adapter)
-  elif _starts_from_base(found):
-    merged = _merged_onto_original(found, params, adapter, merge_base)
+  elif _starts_from_base(run):
+    merged = _merged_onto_original(run, params, adapter, merge_base)
   else:
     stored, _ = hf.load(folder, storage=base)
     text = chat.load_tokenizer(folder)(PROBE)["input_ids"][: config.max_length]
     # DoRA's node holds norms of its base: that of the stored one is another
-    own, _ = peft_format.load(source, stored, config)
-    merged = _merged_onto(merge_base, base, params, stored, adapter, own, config, text)
+    stored_adapter, _ = peft_format.load(source, stored, config)
+    merged = _merged_onto(merge_base, base, params, stored, adapter, stored_adapter, config, text)
   for path, leaf in tree.items(merged):
     _check_finite(source, path, leaf)
   hf.save(out, merged, config, tokenizer_from=folder)
 
 
-def _merged_onto(merge_base, base, params, stored, adapter, own, config, text) -> Any:
+def _merged_onto(merge_base, base, params, stored, adapter, stored_adapter, config, text) -> Any:
   """The adapter in what is asked for, of the dense params and the stored ones; the error of either is logged."""
   logits = jax.jit(functools.partial(decoder.forward, config=config, dtype=jnp.float32))
   tokens = jnp.asarray(text, jnp.int32)[None]
-  trained = logits(adapters.bind(stored, own), tokens)
+  trained = logits(adapters.bind(stored, stored_adapter), tokens)
   makers = {"original": lambda: params, "dequantised": lambda: adapters.merge(stored)}
   log.warning("trained on a base in %s, merged onto the %s weights", base, merge_base)
   merged = None
@@ -174,8 +174,8 @@ def _merged_onto(merge_base, base, params, stored, adapter, own, config, text) -
   return merged
 
 
-def _merged_onto_original(found, params, adapter, merge_base) -> Any:
-  method = found.field("adapter.method")
+def _merged_onto_original(run, params, adapter, merge_base) -> Any:
+  method = run.field("adapter.method")
   if merge_base != "original":
     raise ValueError(
       f"merge_base={merge_base!r}: {method} took its start out of the base before that was quantised, and what was "
@@ -185,9 +185,9 @@ def _merged_onto_original(found, params, adapter, merge_base) -> Any:
   return adapters.merge(params, adapter)
 
 
-def _starts_from_base(found: runs.Run) -> bool:
-  starts = {options.get("init_lora_weights") for options in found.adapters().values()}
-  said = " ".join(map(str, [*found.adapters(), *starts]))
+def _starts_from_base(run: runs.Run) -> bool:
+  starts = {options.get("init_lora_weights") for options in run.adapters().values()}
+  said = " ".join(map(str, [*run.adapters(), *starts]))
   return any(name in said for name in START_FROM_BASE)
 
 

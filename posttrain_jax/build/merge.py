@@ -20,7 +20,8 @@ from posttrain_jax.build import vocabulary as vocabularies
 from posttrain_jax.core import files, shards, tree, weight
 from posttrain_jax.core.weight import Adapted
 from posttrain_jax.evals import losses, merges, tasks
-from posttrain_jax.merge import methods, recipe, stream, vocabulary
+from posttrain_jax.merge import methods, stream, vocabulary
+from posttrain_jax.merge import recipe as recipes
 from posttrain_jax.merge.recipe import ModelRef, Recipe, RecipeError, Wanted
 from posttrain_jax.models import decoder, fetch, hf
 from posttrain_jax.models.config import ModelConfig
@@ -52,8 +53,8 @@ def merge(
   out, began = Path(out), time.monotonic()
   if out.exists():
     raise FileExistsError(f"{out} exists; name a new folder, or remove it first")
-  found = read(recipe_path)
-  methods.check(found)
+  recipe = read(recipe_path)
+  methods.check(recipe)
   if workers < 1:
     raise RecipeError(f"--workers={workers}: at least one tensor is computed at a time")
   measured = [source for source in evaluate.split(",") if source]
@@ -61,40 +62,40 @@ def merge(
     if source not in tasks.TASKS and not Path(source).exists():
       known = ", ".join(tasks.TASKS)
       raise RecipeError(f"--evaluate={source}: no such file, and no built-in task ({known})")
-  folders = {model: fetch.resolve(model.name) for model in found.models()}
-  if found.vocabulary is not None and found.vocabulary.source is not None:
-    folders.setdefault(found.vocabulary.source, fetch.resolve(found.vocabulary.source.name))
-  opened = {model: _opened(model, folders[model]) for model in found.models()}
-  opened, tokenizer = vocabularies.lay_out(found, opened, folders)
-  made = stream.plan(found, opened)
-  methods.rehearse(found, made.wanted)
-  names = ", ".join(map(str, found.models()))
+  folders = {model: fetch.resolve(model.name) for model in recipe.models()}
+  if recipe.vocabulary is not None and recipe.vocabulary.source is not None:
+    folders.setdefault(recipe.vocabulary.source, fetch.resolve(recipe.vocabulary.source.name))
+  opened = {model: _opened(model, folders[model]) for model in recipe.models()}
+  opened, tokenizer = vocabularies.lay_out(recipe, opened, folders)
+  plan = stream.plan(recipe, opened)
+  methods.rehearse(recipe, plan.wanted)
+  names = ", ".join(map(str, recipe.models()))
   log.info(
-    "%s of %s: %d tensors, %.2f GB", found.method, names, len(made.wanted), made.nbytes() / 1e9
+    "%s of %s: %d tensors, %.2f GB", recipe.method, names, len(plan.wanted), plan.nbytes() / 1e9
   )
   operator = functools.partial(
-    _operator, found, dict(zip((w.name for w in made.wanted), made.dtypes))
+    _operator, recipe, dict(zip((w.name for w in plan.wanted), plan.dtypes))
   )
-  finish = functools.partial(_finish, made, folders, tokenizer)
-  stream.run(made, opened, operator, out, finish=finish, workers=workers)
+  finish = functools.partial(_finish, plan, folders, tokenizer)
+  stream.run(plan, opened, operator, out, finish=finish, workers=workers)
   log.info("written in %.1f s: %s", time.monotonic() - began, out)
   if measured:
-    _report(made, opened, out, measured, limit)
+    _report(plan, opened, out, measured, limit)
   return out
 
 
 def _report(
-  made: stream.Plan,
+  plan: stream.Plan,
   opened: Mapping[ModelRef, stream.Tensors],
   out: Path,
   sources: Sequence[str],
   limit: int,
 ) -> None:
   """Scores of every model and of the merge, and how the task vectors meet."""
-  models = made.recipe.models()
-  base = made.recipe.base or models[0]
+  models = plan.recipe.models()
+  base = plan.recipe.base or models[0]
   others = [model for model in models if model != base]
-  by_layer = merges.overlaps(_side_by_side(made, opened, base, others), len(others))
+  by_layer = merges.overlaps(_side_by_side(plan, opened, base, others), len(others))
   scores = {str(model): _scores(model.name, model.adapter, sources, limit) for model in models}
   scores["merge"] = _scores(str(out), None, sources, limit)
   merges.write(out, [str(model) for model in others], by_layer, scores)
@@ -113,12 +114,12 @@ def _scores(
   }
 
 
-def _side_by_side(made: stream.Plan, opened, base: ModelRef, others: Sequence[ModelRef]):
+def _side_by_side(plan: stream.Plan, opened, base: ModelRef, others: Sequence[ModelRef]):
   """(layer, base's tensor, the others') of every tensor that all of them hold."""
   for name in sorted(opened[base].where, key=stream.order):
     if all(name in opened[model].where for model in others):
-      match = recipe.LAYER.fullmatch(name)
-      layer = match[2] if match else "embedding" if recipe.precedes(name) else "end"
+      match = recipes.LAYER.fullmatch(name)
+      layer = match[2] if match else "embedding" if recipes.precedes(name) else "end"
       yield layer, opened[base].get(name), [opened[model].get(name) for model in others]
 
 
@@ -128,16 +129,16 @@ def read(path: str) -> Recipe:
   if not name.endswith(".py"):
     if not Path(path).is_file():
       raise RecipeError(f"{path} does not exist: write a YAML recipe, or a config file (.py)")
-    return recipe.load(path)
-  return recipe.read(settings.plain(settings.module(name).get_config(arguments or None)))
+    return recipes.load(path)
+  return recipes.read(settings.plain(settings.module(name).get_config(arguments or None)))
 
 
 def _operator(
-  found: Recipe, dtypes: Mapping[str, str], wanted: Wanted, arrays: Sequence[np.ndarray]
+  recipe: Recipe, dtypes: Mapping[str, str], wanted: Wanted, arrays: Sequence[np.ndarray]
 ) -> Any:
   # the arrays are this merge's own: nobody will write to what XLA reads in place
   taken = [jax.device_put(array, may_alias=True) for array in arrays]
-  return methods.apply(found, wanted, taken, dtype=dtypes[wanted.name])
+  return methods.apply(recipe, wanted, taken, dtype=dtypes[wanted.name])
 
 
 def _opened(model: ModelRef, folder: Path) -> stream.Tensors:
@@ -153,8 +154,14 @@ class _Dequantised:
   def __init__(self, reader: stream.Tensors):
     self.reader = reader
     parts = {name: bnb.parts(name, reader.where) for name in reader.where}
-    self.parts = {name: own for name, own in parts.items() if bnb.storage(own) != "dense"}
-    inner = {part for own in self.parts.values() for what, part in own.items() if what}
+    self.parts = {
+      name: tensor_names
+      for name, tensor_names in parts.items()
+      if bnb.storage(tensor_names) != "dense"
+    }
+    inner = {
+      part for tensor_names in self.parts.values() for what, part in tensor_names.items() if what
+    }
     self.where = {name: path for name, path in reader.where.items() if name not in inner}
 
   def shape(self, name: str) -> tuple[int, ...]:
@@ -171,7 +178,7 @@ class _Dequantised:
     return np.asarray(weight.dense(jax.tree.map(jnp.asarray, self._weight(name)))).T
 
   def _weight(self, name: str) -> Any:
-    tensors = {part: self.reader.get(own) for part, own in self.parts[name].items()}
+    tensors = {part: self.reader.get(tensor_name) for part, tensor_name in self.parts[name].items()}
     return bnb.read(name, tensors, bnb.shape(tensors))
 
 
@@ -182,9 +189,11 @@ class _WithAdapter:
     self.reader, self.where = reader, reader.where
     config = hf.read_config(folder)
     leaves = ((path, _leaf(reader, path, config)) for path in _paths(reader, config))
-    nodes, chosen = peft_format.load(adapter, tree.unflatten(leaves), config)
-    if not chosen.in_weights:
-      raise RecipeError(f"{adapter}: a {chosen.method} stands before the text and is in no weight")
+    nodes, adapter_config = peft_format.load(adapter, tree.unflatten(leaves), config)
+    if not adapter_config.in_weights:
+      raise RecipeError(
+        f"{adapter}: a {adapter_config.method} stands before the text and is in no weight"
+      )
     self.places = {}
     for path, node in tree.items(nodes):
       if path == "lm_head/weight" and config.tied:
@@ -206,9 +215,9 @@ class _WithAdapter:
     if name not in self.places:
       return array
     path, i, node = self.places[name]
-    own = node if i is None else weight.layer(node, i)
+    layer_node = node if i is None else weight.layer(node, i)
     turn = (lambda x: x.T) if tree.turned(path) else (lambda x: x)
-    return np.asarray(turn(_merged(jnp.asarray(turn(array)), own)))
+    return np.asarray(turn(_merged(jnp.asarray(turn(array)), layer_node)))
 
 
 class _Stacked:
@@ -240,44 +249,44 @@ def _leaf(reader: stream.Tensors, path: str, config: ModelConfig) -> Any:
 
 @jax.jit
 def _merged(base, node):
-  """In float32, whatever the base's dtype: rounded once, with the result."""
+  """The base with its adapter in float32, whatever the base's dtype: it is rounded once, with the result."""
   return weight.dense(Adapted(base.astype(jnp.float32), node), jnp.float32)
 
 
-def _finish(made: stream.Plan, folders: Mapping[ModelRef, Path], tokenizer: Any, out: Path) -> None:
+def _finish(plan: stream.Plan, folders: Mapping[ModelRef, Path], tokenizer: Any, out: Path) -> None:
   """Config and tokenizer of the merged model."""
-  found = made.recipe
-  leading = found.leading
+  recipe = plan.recipe
+  leading = recipe.leading
   described = files.read_json(folders[leading] / "config.json")
-  described["dtype"] = made.dtypes[0]
+  described["dtype"] = plan.dtypes[0]
   for key in ("torch_dtype", QUANTISED):
     described.pop(key, None)
-  if not found.whole:
+  if not recipe.whole:
     kinds = described.get("layer_types")
-    described["num_hidden_layers"] = made.layers
+    described["num_hidden_layers"] = plan.layers
     if kinds:
-      described["layer_types"] = _layer_types(found, folders)
+      described["layer_types"] = _layer_types(recipe, folders)
   if tokenizer is not None:
-    shapes = dict(zip((wanted.name for wanted in made.wanted), made.shapes))
+    shapes = dict(zip((wanted.name for wanted in plan.wanted), plan.shapes))
     described["vocab_size"] = shapes[vocabulary.ROWS[0]][0]
   files.write_json(out / "config.json", described)
-  chosen = found.vocabulary.source if found.vocabulary is not None else None
-  folder = folders[chosen or leading]
+  tokenizer_from = recipe.vocabulary.source if recipe.vocabulary is not None else None
+  folder = folders[tokenizer_from or leading]
   if tokenizer is None:
     hf.copy_tokenizer(folder, out)
   else:
     tokenizer.save_pretrained(out)
     hf.copy_tokenizer(folder, out, ("generation_config.json",))
-  if found.chat_template not in (None, "auto"):
-    export.write_template(out, found.chat_template)
+  if recipe.chat_template not in (None, "auto"):
+    export.write_template(out, recipe.chat_template)
 
 
-def _layer_types(found: Recipe, folders: Mapping[ModelRef, Path]) -> list[str]:
+def _layer_types(recipe: Recipe, folders: Mapping[ModelRef, Path]) -> list[str]:
   """Which layers attend how, of the layers that the slices take."""
   kinds = []
-  for part in found.slices:
+  for part in recipe.slices:
     source = part.sources[0]
-    own = files.read_json(folders[source.model] / "config.json").get("layer_types") or []
-    first, end = source.layers or (0, len(own))
-    kinds += own[first:end]
+    layer_types = files.read_json(folders[source.model] / "config.json").get("layer_types") or []
+    first, end = source.layers or (0, len(layer_types))
+    kinds += layer_types[first:end]
   return kinds

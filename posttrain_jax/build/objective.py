@@ -68,8 +68,8 @@ def _preference(config: Config, model: Model, how: Mapping[str, Any]) -> Parts:
   losses = {name: float(weight) for name, weight in o.losses.items()}
   pairs = tuple((name, weight) for name, weight in losses.items() if name not in SUMMED)
   parts: list[tuple[str, Scorer, float]] = []
+  answers = 3 if config.data.kind == "triples" else 2
   if pairs:
-    answers = 3 if config.data.kind == "triples" else 2
     main = objectives.Preference(
       model.config, losses=pairs, answers=answers, **_own(config), **how, **compared
     )
@@ -79,7 +79,8 @@ def _preference(config: Config, model: Model, how: Mapping[str, Any]) -> Parts:
     kto = objectives.Labelled(model.config, beta=o.beta, **follower, **how, **compared)
     parts.append(("kto", kto, losses["kto"]))
   if "reward" in losses:
-    parts.append(("reward", objectives.Reward(model.config, kind="pairs", **how), losses["reward"]))
+    reward = objectives.Reward(model.config, kind="pairs", answers=answers, **how)
+    parts.append(("reward", reward, losses["reward"]))
   return tuple(parts)
 
 

@@ -23,10 +23,20 @@ from posttrain_jax.objectives import Scorer, reference_cache
 from posttrain_jax.settings import ConfigError
 
 
+def is_in_step(config: ml_collections.ConfigDict) -> bool:
+  """Whether each step computes the reference's log-probabilities, of parameters that stay."""
+  beforehand = decisions.caches_reference(config) or decisions.follows(config)
+  return decisions.has_reference(config) and not beforehand
+
+
+def is_adapter(name: str) -> bool:
+  """Whether config.objective.reference is the folder of an adapter on the base."""
+  return (Path(name).expanduser() / peft_format.CONFIG).exists()
+
+
 def in_step(config: ml_collections.ConfigDict, model: Model, mesh: jax.sharding.Mesh | None) -> Any:
   """The parameters that a step compares with, where they are not the base under the adapter; else None."""
-  cached, follows = decisions.caches_reference(config), decisions.follows(config)
-  if not decisions.has_reference(config) or cached or follows:
+  if not is_in_step(config):
     return None
   if not decisions.compares_with_base(config):
     return params(config, model, mesh)
@@ -42,9 +52,8 @@ def params(config: ml_collections.ConfigDict, model: Model, mesh: jax.sharding.M
       return model.params
     started = tree.unflatten(model.started.nodes.items())
     return adapters.original(model.params, layout.laid_out(started, mesh))
-  folder = Path(name).expanduser()
-  if (folder / peft_format.CONFIG).exists():
-    adapter, _ = peft_format.load(folder, model.params, model.config)
+  if is_adapter(name):
+    adapter, _ = peft_format.load(Path(name).expanduser(), model.params, model.config)
     return adapters.bind(model.params, layout.laid_out(adapter, mesh))
   place = functools.partial(layout.place, mesh=mesh)
   storage = config.objective.reference_base
@@ -94,7 +103,7 @@ def blank(
   """A batch of the shapes that `scored` gives, for a program that is compiled and not run."""
   if not (objective.needs_reference and decisions.caches_reference(config)):
     return batch
-  filled = {**batch, "reference": np.zeros(batch["tokens"].shape, np.float32)}
+  filled = {**batch, "ref_logps": np.zeros(batch["tokens"].shape, np.float32)}
   if "companion" in batch:
     filled["companion"] = blank(config, batch["companion"], objective)
   return filled

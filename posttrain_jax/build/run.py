@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
@@ -28,6 +27,7 @@ from posttrain_jax.build import (
   objective,
   optimizer,
   reference,
+  self_checks,
 )
 from posttrain_jax.build.adapter import Trees
 from posttrain_jax.build.data import Data
@@ -36,8 +36,8 @@ from posttrain_jax.core import distributed, files, memory, tree
 from posttrain_jax.core.checkpoint import Checkpoints
 from posttrain_jax.data import chat, loader
 from posttrain_jax.evals import report, tasks
-from posttrain_jax.models import decoder, hf
-from posttrain_jax.objectives import Scorer, evaluation, policy
+from posttrain_jax.models import hf
+from posttrain_jax.objectives import Scorer, evaluation
 from posttrain_jax.runs import folder as run_folder
 from posttrain_jax.runs import record
 from posttrain_jax.settings import ConfigError
@@ -45,7 +45,6 @@ from posttrain_jax.train import loop, signals, step
 from posttrain_jax.train import state as state_lib
 from posttrain_jax.train.state import State
 
-TOLERANCE = 1e-5  # of a fresh adapter's logits against the base's, relative to their size
 Say = Callable[[str], None]
 
 
@@ -220,7 +219,7 @@ class _Training:
     if checkpoints.latest() is not None:
       state, progress = self._resumed(checkpoints, state)
     else:
-      _check_start(self.pieces, self.say)
+      self_checks.fresh_adapter(self.pieces, self.say)
       if config.eval.before:
         self._evaluate_task("before", state)
     state, progress, complete = loop.loop(self._run(), state, progress, checkpoints)
@@ -348,28 +347,6 @@ def _on_its_base(pieces: Pieces, state: State) -> Pieces:
 
 def _abstract(state: State) -> Any:
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-
-
-def _check_start(pieces: Pieces, say: Say) -> None:
-  """Cheap and fatal: a fresh adapter leaves the logits unchanged; what stands before the text may not, and says so.
-
-  What took its start out of the base was compared with the original as that was read (`build.start`).
-  """
-  trees, base = pieces.trees, pieces.model
-  if trees.adapter_config is None or base.started is not None:
-    return
-  tokens = jnp.asarray(np.arange(16, dtype=np.int32)[None] % base.config.vocab_size)
-  logits = jax.jit(lambda params: decoder.forward(params, tokens, base.config, dtype=base.dtype))
-  context = dataclasses.replace(trees.context, fixed=trees.carried)
-  bound, plain = logits(policy(trees.trainable, context)), logits(trees.context.base)
-  change = float(jnp.max(jnp.abs(bound - plain)) / jnp.max(jnp.abs(plain)))
-  method = trees.adapter_config.method
-  if not trees.adapter_config.in_weights:
-    say(f"the fresh {method} changes the logits by {change:.2f} of their size")
-  elif not change <= TOLERANCE:
-    raise ValueError(
-      f"the fresh adapter changes the logits by {change:.1e} of their size before any training"
-    )
 
 
 def _whole(arrays: Any, devices: jax.sharding.Mesh | None) -> Any:

@@ -108,16 +108,16 @@ def run(
 def expand(config: str, overrides: Sequence[str] = ()) -> list[Point]:
   """The points of a config's sweep, every one of them resolved."""
   path, _, base = config.partition(":")
-  found = [
+  points = [
     _point(path, base, arguments, fields, overrides)
     for arguments, fields in settings.points(config)
   ]
-  if not found:
+  if not points:
     raise ConfigError(f"the sweep of {path} has no points")
-  for i, point in enumerate(found):
-    if any(point.name == other.name for other in found[:i]):
+  for i, point in enumerate(points):
+    if any(point.name == other.name for other in points[:i]):
       raise ConfigError(f"the sweep of {path} has two points named {point.name}: they must differ")
-  return found
+  return points
 
 
 def _point(path, base, arguments, fields, overrides) -> Point:
@@ -125,16 +125,22 @@ def _point(path, base, arguments, fields, overrides) -> Point:
     field = text.removeprefix("--").removeprefix("config.").partition("=")[0]
     if field in fields:
       raise ConfigError(f"{text}: the sweep sets {field} itself; leave it out here or there")
-  own = _arguments(arguments)
-  merged = ",".join({**_arguments(base), **own}.values())
+  point_arguments = _arguments(arguments)
+  merged = ",".join({**_arguments(base), **point_arguments}.values())
   full = f"{path}:{merged}" if merged else path
-  given = (*overrides, *(settings.override(field, value) for field, value in fields.items()))
+  all_overrides = (
+    *overrides,
+    *(settings.override(field, value) for field, value in fields.items()),
+  )
   return Point(
-    name=_name(list(own.values()), fields),
+    name=_name(list(point_arguments.values()), fields),
     config=full,
-    overrides=tuple(given),
-    resolved=settings.plain(settings.load(full, given)),
-    values={**{name: text.partition("=")[2] or True for name, text in own.items()}, **fields},
+    overrides=tuple(all_overrides),
+    resolved=settings.plain(settings.load(full, all_overrides)),
+    values={
+      **{name: text.partition("=")[2] or True for name, text in point_arguments.items()},
+      **fields,
+    },
   )
 
 
@@ -347,9 +353,9 @@ def _summary(point: Point, code: int, folder: Path) -> dict[str, Any]:
   row: dict[str, Any] = dict(point=point.name, status=status)
   row |= dict(values=dict(point.values), steps=0, metrics={})
   if code == 0:
-    found = runs.read(folder)
-    row |= dict(steps=found.steps, metrics=found.final())
-    for when, result in (("before", found.before), ("after", found.after)):
+    run = runs.read(folder)
+    row |= dict(steps=run.steps, metrics=run.final())
+    for when, result in (("before", run.before), ("after", run.after)):
       if result is not None:
         row["metrics"][f"accuracy/{when}"] = result.accuracy
   return row
@@ -360,15 +366,15 @@ def _write_summary(rows, swept, workdir, metric, console) -> bool:
   files.write_json(workdir / "summary.json", rows)
   files.write_text(workdir / "summary.csv", _csv(rows))
   known = dict.fromkeys(itertools.chain.from_iterable(row["metrics"] for row in rows))
-  chosen = metric or next((name for name in METRICS if name in known), None)
-  console.print(_table(rows, swept, chosen))
+  shown_metric = metric or next((name for name in METRICS if name in known), None)
+  console.print(_table(rows, swept, shown_metric))
   if metric is not None and known and metric not in known:
     message = f"no finished point has a metric {metric!r}; they have {', '.join(known)}"
     console.print(rich.text.Text(message), style="red")
     return False
-  shown = [{**row["values"], **row["metrics"]} for row in rows if chosen in row["metrics"]]
-  if chosen is not None and shown:
-    figures.save_png(figures.sweep(shown, swept, chosen), workdir / "summary.png")
+  shown = [{**row["values"], **row["metrics"]} for row in rows if shown_metric in row["metrics"]]
+  if shown_metric is not None and shown:
+    figures.save_png(figures.sweep(shown, swept, shown_metric), workdir / "summary.png")
   return True
 
 
@@ -404,11 +410,11 @@ def _table(rows, swept, metric) -> rich.table.Table:
 
 def _best(rows, metric) -> Mapping[str, Any] | None:
   """The row to print bold, where the metric's name says which way is better."""
-  found = [row for row in rows if metric in row["metrics"]]
+  comparable = [row for row in rows if metric in row["metrics"]]
   value = lambda row: row["metrics"][metric]
-  found = [row for row in found if value(row) == value(row)]  # not NaN
-  if not found:
+  comparable = [row for row in comparable if value(row) == value(row)]  # not NaN
+  if not comparable:
     return None
   if "loss" in metric:
-    return min(found, key=value)
-  return max(found, key=value) if "accuracy" in metric or "reward" in metric else None
+    return min(comparable, key=value)
+  return max(comparable, key=value) if "accuracy" in metric or "reward" in metric else None

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 def lay_out(
-  found: Recipe, opened: Mapping[ModelRef, Tensors], folders: Mapping[ModelRef, Path]
+  recipe: Recipe, opened: Mapping[ModelRef, Tensors], folders: Mapping[ModelRef, Path]
 ) -> tuple[Mapping[ModelRef, Tensors], Any]:
   """(the models' tensors by one vocabulary, the merge's tokenizer or None where a model's own will do).
 
@@ -29,52 +29,54 @@ def lay_out(
   Raises:
     RecipeError: a tokenizer that cannot be read, or `tokens` that are not there; no embedding to lay out.
   """
-  wanted = found.vocabulary
+  wanted = recipe.vocabulary
   if wanted is None:
-    _warn(found, opened, folders)
+    _warn(recipe, opened, folders)
     return opened, None
-  own = _tokenizers(found, folders)
-  vocabularies = {model: each.get_vocab() for model, each in own.items()}
+  tokenizer_of = _tokenizers(recipe, folders)
+  vocabularies = {model: other.get_vocab() for model, other in tokenizer_of.items()}
   rows = {model: _rows(model, held) for model, held in opened.items()}
-  source = found.leading if wanted.source is None else wanted.source
-  tokenizer = own.get(source)
+  source = recipe.leading if wanted.source is None else wanted.source
+  tokenizer = tokenizer_of.get(source)
   if tokenizer is None:
     tokenizer = chat.load_tokenizer(folders[source])
-  first = vocabularies[found.leading]
-  alike = all(each == first for each in (*vocabularies.values(), tokenizer.get_vocab()))
+  first = vocabularies[recipe.leading]
+  alike = all(known == first for known in (*vocabularies.values(), tokenizer.get_vocab()))
   if alike and len(set(rows.values())) == 1 and not wanted.tokens and wanted.multiple == 1:
     return opened, None
   # a copy: other models' tokenizers are still asked for their tokens
   merged = chat.load_tokenizer(folders[source])
   if wanted.source is None:
-    for model, each in own.items():
-      _add(merged, each, rows[model])
+    for model, other in tokenizer_of.items():
+      _add(merged, other, rows[model])
   known = merged.get_vocab()
   merged.add_tokens([token for token in wanted.tokens if token not in known])
-  layout = vocabulary.layout(wanted, merged.get_vocab(), vocabularies, rows, found.base)
+  layout = vocabulary.layout(wanted, merged.get_vocab(), vocabularies, rows, recipe.base)
   log.info("%d tokens in %d rows, of %s", len(merged.get_vocab()), layout.size, _counts(layout))
   return {model: vocabulary.LaidOut(layout, model, opened) for model in opened}, merged
 
 
 def _counts(layout: Layout) -> str:
-  own = {model: int((rows != vocabulary.MISSING).sum()) for model, rows in layout.own.items()}
-  return ", ".join(f"{model} {count}" for model, count in own.items())
+  counts = {
+    model: int((rows != vocabulary.MISSING).sum()) for model, rows in layout.own_rows.items()
+  }
+  return ", ".join(f"{model} {count}" for model, count in counts.items())
 
 
-def _tokenizers(found: Recipe, folders: Mapping[ModelRef, Path]) -> dict[ModelRef, Any]:
-  """Of every model; one without files of a tokenizer has the leading model's, as in mergekit."""
-  made = {found.leading: chat.load_tokenizer(folders[found.leading])}
-  for model in found.models():
-    if model in made:
+def _tokenizers(recipe: Recipe, folders: Mapping[ModelRef, Path]) -> dict[ModelRef, Any]:
+  """The tokenizer of every model; one without files of its own has the leading model's, as in mergekit."""
+  tokenizer_of = {recipe.leading: chat.load_tokenizer(folders[recipe.leading])}
+  for model in recipe.models():
+    if model in tokenizer_of:
       continue
     try:
-      made[model] = chat.load_tokenizer(folders[model])
+      tokenizer_of[model] = chat.load_tokenizer(folders[model])
     except FileNotFoundError:
-      log.warning("%s has no tokenizer: taken to have that of %s", model, found.leading)
-      made[model] = made[found.leading]
+      log.warning("%s has no tokenizer: taken to have that of %s", model, recipe.leading)
+      tokenizer_of[model] = tokenizer_of[recipe.leading]
     except ValueError as error:
       raise RecipeError(f"tokenizer_source: {error}") from error
-  return made
+  return tokenizer_of
 
 
 def _add(merged: Any, other: Any, rows: int) -> None:
@@ -94,10 +96,10 @@ def _rows(model: ModelRef, held: Tensors) -> int:
 
 
 def _warn(
-  found: Recipe, opened: Mapping[ModelRef, Tensors], folders: Mapping[ModelRef, Path]
+  recipe: Recipe, opened: Mapping[ModelRef, Tensors], folders: Mapping[ModelRef, Path]
 ) -> None:
   """Says where rows of one number are of different tokens."""
-  paths = {model: folders[model] / "tokenizer.json" for model in found.models()}
+  paths = {model: folders[model] / "tokenizer.json" for model in recipe.models()}
   embedded = [model for model, held in opened.items() if vocabulary.ROWS[0] in held.where]
   paths = {model: path for model, path in paths.items() if model in embedded and path.exists()}
   if len({path.read_bytes() for path in paths.values()}) < 2:

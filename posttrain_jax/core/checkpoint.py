@@ -157,8 +157,8 @@ class Checkpoints:
       )
       arrays = tree.flatten(restored["state"])
       data, sums = restored["data"]["data"], restored["data"]["sums"]
-      found = {"data": _text_sum(data), "state": _sums({path: arrays[path] for path in wanted})}
-      _check_sums(sums, found)
+      computed = {"data": _text_sum(data), "state": _sums({path: arrays[path] for path in wanted})}
+      _check_sums(sums, computed)
     structure = jax.tree.structure(abstract_state)
     return structure.unflatten([arrays[path] for path in wanted]), data, step
 
@@ -182,11 +182,11 @@ class Checkpoints:
       self._orbax.close()
 
   def _complete(self) -> list[int]:
-    found = self.directory.iterdir() if self.directory.is_dir() else ()
-    return sorted(int(folder.name) for folder in found if folder.name.isdecimal())
+    folders = self.directory.iterdir() if self.directory.is_dir() else ()
+    return sorted(int(folder.name) for folder in folders if folder.name.isdecimal())
 
   def _prune(self) -> None:
-    """Renames before it deletes (orbax does not): a kill half-way must not leave half a step that looks complete."""
+    """Old steps are renamed before they are deleted: a kill half-way must not leave half a step that looks complete."""
     for step in self._complete()[: -self._keep]:
       if step not in self._keep_steps:
         leftover = self.directory / f"{step}.deleted{UNFINISHED}"
@@ -244,7 +244,7 @@ def _leaves(state: Tree) -> dict[str, Any]:
 
 @jax.jit
 def _sum(x: jax.Array) -> jax.Array:
-  """Changes when any one element does, and does not depend on the sharding: integer addition is associative."""
+  """A sum that changes when any one element does, whatever the sharding: integer addition is associative."""
   x = memory.fetch(x)
   if x.dtype.itemsize < 8 and not jnp.issubdtype(x.dtype, jnp.floating):
     words = x.astype(jnp.uint32)
@@ -267,12 +267,12 @@ def _text_sum(data: Mapping[str, Any]) -> int:
   return zlib.crc32(json.dumps(data, sort_keys=True).encode())
 
 
-def _check_sums(saved: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-  wrong = [path for path, value in found["state"].items() if saved["state"].get(path) != value]
-  wrong += ["data"] if saved["data"] != found["data"] else []
+def _check_sums(saved: Mapping[str, Any], computed: Mapping[str, Any]) -> None:
+  wrong = [path for path, value in computed["state"].items() if saved["state"].get(path) != value]
+  wrong += ["data"] if saved["data"] != computed["data"] else []
   if wrong:
-    more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
-    raise ValueError(f"the content of {', '.join(wrong[:SHOWN])}{more} is not what was written")
+    rest = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
+    raise ValueError(f"the content of {', '.join(wrong[:SHOWN])}{rest} is not what was written")
 
 
 def _check_global(leaves: Mapping[str, Any]) -> None:
@@ -310,16 +310,16 @@ def _check_same(saved: Mapping[str, Any], wanted: Mapping[str, Any], folder: Pat
   """Orbax alone would cast another dtype, and says of another shape or structure what it means to Orbax."""
   wrong = []
   for path in [*wanted, *(path for path in saved if path not in wanted)]:
-    found, asked = (
+    saved_kind, asked_kind = (
       _kind(leaves[path]) if path in leaves else "nothing" for leaves in (saved, wanted)
     )
-    if found != asked:
-      wrong.append(f"  {path}: found {found}, expected {asked}")
+    if saved_kind != asked_kind:
+      wrong.append(f"  {path}: found {saved_kind}, expected {asked_kind}")
   if wrong:
-    more = [f"  and {len(wrong) - SHOWN} more"] if len(wrong) > SHOWN else []
+    rest = [f"  and {len(wrong) - SHOWN} more"] if len(wrong) > SHOWN else []
     raise ValueError(
       "\n".join(
-        [f"checkpoint {folder} is of another model, adapter or optimizer:", *wrong[:SHOWN], *more]
+        [f"checkpoint {folder} is of another model, adapter or optimizer:", *wrong[:SHOWN], *rest]
         + ["use the config that wrote it, or another directory"]
       )
     )

@@ -27,27 +27,27 @@ def initialize() -> None:
     ValueError: when only some of the variables are set, or one is no number.
   """
   names = (COORDINATOR, PROCESSES, PROCESS_ID)
-  found = {name: os.environ[name] for name in names if os.environ.get(name)}
+  values = {name: os.environ[name] for name in names if os.environ.get(name)}
   auto = os.environ.get(DISTRIBUTED, "")
   if auto not in ("", "auto"):
     raise ValueError(f"{DISTRIBUTED}={auto}: write 'auto', or leave it unset")
-  if not found and not auto:
+  if not values and not auto:
     return
-  if found and auto:
-    raise ValueError(f"{DISTRIBUTED}=auto and {', '.join(found)} are both set; unset one of them")
+  if values and auto:
+    raise ValueError(f"{DISTRIBUTED}=auto and {', '.join(values)} are both set; unset one of them")
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
   # its SIGTERM handler would compete with train.signals
   jax.config.update("jax_enable_preemption_service", False)
   if auto:
     jax.distributed.initialize()
     return
-  if len(found) < len(names):
-    missing = ", ".join(name for name in names if name not in found)
-    raise ValueError(f"{', '.join(found)} set without {missing}; set all three or none")
-  count, index = (_number(name, found[name]) for name in (PROCESSES, PROCESS_ID))
+  if len(values) < len(names):
+    missing = ", ".join(name for name in names if name not in values)
+    raise ValueError(f"{', '.join(values)} set without {missing}; set all three or none")
+  count, index = (_number(name, values[name]) for name in (PROCESSES, PROCESS_ID))
   if not 0 <= index < count:
     raise ValueError(f"{PROCESS_ID}={index} must be at least 0 and less than {PROCESSES}={count}")
-  jax.distributed.initialize(found[COORDINATOR], num_processes=count, process_id=index)
+  jax.distributed.initialize(values[COORDINATOR], num_processes=count, process_id=index)
 
 
 def _number(name: str, value: str) -> int:

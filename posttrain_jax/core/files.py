@@ -141,9 +141,9 @@ def read_array(path: str | Path, start: int, shape: tuple[int, ...], dtype: str)
   held = room[first : first + wanted]
   with Path(path).open("rb") as f:
     f.seek(start)
-    found = f.readinto(held.data)
-  if found != wanted:
-    raise ValueError(f"{path} ends after {start + found} bytes of {start + wanted}: fetch it again")
+    count = f.readinto(held.data)
+  if count != wanted:
+    raise ValueError(f"{path} ends after {start + count} bytes of {start + wanted}: fetch it again")
   return held.view(numpy_dtype(dtype)).reshape(shape)
 
 

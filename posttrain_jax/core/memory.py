@@ -42,7 +42,7 @@ def host(sharding: jax.sharding.Sharding) -> NamedSharding:
   if KIND not in kinds:
     raise ValueError(
       f"offload: {device.device_kind} knows the memories {', '.join(sorted(kinds))}, and not {KIND}; "
-      f"write optimizer.offload=none"
+      f"write offload=none"
     )
   if isinstance(sharding, NamedSharding):
     return sharding.with_memory_kind(KIND)

@@ -57,7 +57,7 @@ EDGES = np.concatenate([-_STEPS[::-1], [0.0], _STEPS])
 
 
 def histogram(values: Array, mask: Array) -> Histogram:
-  """Of the values where mask is True."""
+  """The histogram of the values where mask is True."""
   where = jnp.searchsorted(jnp.asarray(EDGES), values.ravel())
   counts = jnp.zeros(len(EDGES) + 1).at[where].add(mask.ravel().astype(jnp.float32))
   return Histogram(counts)
@@ -94,5 +94,5 @@ def _number(value: Any) -> float | None:
 
 def histograms(metrics: Mapping[str, Any]) -> dict[str, np.ndarray]:
   """{name: counts} of those metrics that are histograms, on the host."""
-  chosen = {name: m.counts for name, m in metrics.items() if isinstance(m, Histogram)}
-  return jax.device_get(chosen)
+  counts = {name: m.counts for name, m in metrics.items() if isinstance(m, Histogram)}
+  return jax.device_get(counts)

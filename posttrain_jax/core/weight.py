@@ -34,7 +34,7 @@ class Weight(Leaf):
 
   @property
   def dtype(self) -> Any:
-    """Of the matrix that it stands for."""
+    """The dtype of the matrix that it stands for."""
     raise TypeError(f"{type(self).__name__} has no dtype")
 
   def apply(self, x: Array) -> Array:
@@ -206,8 +206,8 @@ class Transposed(Weight):
 
 def layer(w: AnyWeight, index: int) -> AnyWeight:
   """One layer's matrix of a stacked weight."""
-  own = lambda leaf: leaf if is_shared(leaf) else leaf[index]
-  return jax.tree.map(own, w, is_leaf=is_shared)
+  of_layer = lambda leaf: leaf if is_shared(leaf) else leaf[index]
+  return jax.tree.map(of_layer, w, is_leaf=is_shared)
 
 
 def unadapted(w: AnyWeight) -> AnyWeight:

@@ -35,7 +35,7 @@ class Answers:
   values: Mapping[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
   steps: np.ndarray | None = None  # float32, a label where a step ends, NaN elsewhere
   # float32, log-probabilities under the reference, of trained tokens
-  reference: np.ndarray | None = None
+  ref_logps: np.ndarray | None = None
   # an answer to another prompt behind this one (KTO's estimate of the KL)
   companion: Answers | None = None
   channel: str | None = None
@@ -55,6 +55,11 @@ class Answers:
   def shares(self) -> bool:
     """Whether there is a beginning that the answers have in common."""
     return bool((self.answer == SHARED).any())
+
+  def prompt(self, i: int) -> np.ndarray:
+    """The tokens that answer i stands behind."""
+    seen = (self.answer == SHARED) | (self.answer == i)
+    return self.tokens[seen][: int(np.argmax(self.mask[seen]))]
 
   def segments(self) -> tuple[np.ndarray, np.ndarray, int]:
     """(segment ids from 1, the one more segment that a token sees or 0, how many segments)."""
@@ -94,7 +99,7 @@ def join(
       [np.arange(common), *(np.arange(common, len(e.tokens)) for e in examples)]
     ).astype(np.int32),
     count=len(examples),
-    values={name: tuple(map(float, each)) for name, each in (values or {}).items()},
+    values={name: tuple(map(float, numbers)) for name, numbers in (values or {}).items()},
     channel=first.channel,
     origin=first.origin,
     is_chat=first.is_chat,
@@ -112,7 +117,6 @@ def encode_all(
   truncate: str = "error",
   on_error: str = "raise",
   share: bool = True,
-  companions: bool = False,
 ) -> chat.Encoded:
   """The Answers of many rows, in order.
 
@@ -125,8 +129,6 @@ def encode_all(
       (prompt, completions, labels), "scored" (prompt, completions, scores); "judged" takes any of these, and prompts
       with one completion, for a reward model to score.
     share: whether answers to a prompt share its tokens, or repeat them.
-    companions: of labels and pairs, whether each brings another prompt's answers behind its own (KTO's estimate of the
-      KL); pairs then say their labels, 1 and 0.
 
   Raises:
     RowError: a row of another schema, answers that are equal, an empty one, one that does not fit.
@@ -136,7 +138,7 @@ def encode_all(
     raise ValueError(
       f"truncate={truncate!r}: answers are kept whole; write one of {', '.join(TRUNCATE)}"
     )
-  made, skipped = [], Skipped()
+  kept, skipped = [], Skipped()
   split = _SPLIT[kind]
   for start in range(0, len(rows), _BATCH):
     jobs: list[Any] = []
@@ -156,20 +158,16 @@ def encode_all(
         joined = _joined(job, examples, share)
         if job.steps is not None:
           joined = _process(joined, job.steps, tokenizer)
-        made.append(_fitted(joined, max_length, truncate))
+        kept.append(_fitted(joined, max_length, truncate))
       except RowError as error:
         if on_error == "raise" and not (truncate == "drop" and error.reason == "too long"):
           raise
         skipped.add(error)
-  if not made:
+  if not kept:
     raise ValueError(f"no row gave an example; {skipped}")
   if kind in ("labels", "outcomes"):
-    _check_classes(made)
-  if companions:
-    if kind == "pairs":
-      made = with_values(made, "label", [(1.0, 0.0)] * len(made))
-    made = with_companions(made, max_length, share)
-  return chat.Encoded(tuple(made), skipped)
+    _check_classes(kept)
+  return chat.Encoded(tuple(kept), skipped)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,12 +193,12 @@ def _wrong(row: Row, wanted: str) -> RowError:
   )
 
 
-def _pairs(row: Row, gold: bool = False) -> list[_Job]:
+def _pairs(row: Row, with_gold: bool = False) -> list[_Job]:
   if row.kind != "preference":
     raise _wrong(row, '"chosen" and "rejected", with or without "prompt"')
   fields = row.fields
   texts = [fields["chosen"], fields["rejected"]]
-  if gold:
+  if with_gold:
     if "reference" not in fields:
       raise _wrong(row, 'a third answer, "reference", beside "chosen" and "rejected"')
     texts.append(fields["reference"])
@@ -276,7 +274,7 @@ SEPARATOR = "\n"  # after each step of a process; its score is read there
 
 _SPLIT = {
   "pairs": _pairs,
-  "triples": lambda row: _pairs(row, gold=True),
+  "triples": lambda row: _pairs(row, with_gold=True),
   "labels": _labels,
   "outcomes": _labels,
   "scored": _scored,
@@ -319,15 +317,15 @@ def _joined(job: _Job, examples, share) -> Answers:
   return join(examples, share=share, values=job.values)
 
 
-def _process(made: Answers, steps, tokenizer) -> Answers:
-  """made with its answer told apart into steps, each tokenised with its separator, labelled at its last token."""
-  prompt = made.tokens[: int(np.argmax(made.mask))]
+def _process(example: Answers, steps, tokenizer) -> Answers:
+  """The example, its answer told apart into steps, each tokenised with its separator and labelled at its last token."""
+  prompt = example.tokens[: int(np.argmax(example.mask))]
   pieces = tokenizer([text + SEPARATOR for text, _ in steps], add_special_tokens=False)["input_ids"]
   tokens = np.concatenate([prompt, *pieces]).astype(np.int32)
   labels = np.full(len(tokens), np.nan, np.float32)
   labels[len(prompt) + np.cumsum(list(map(len, pieces))) - 1] = [label for _, label in steps]
   return dataclasses.replace(
-    made,
+    example,
     tokens=tokens,
     mask=np.arange(len(tokens)) >= len(prompt),
     answer=np.zeros(len(tokens), np.int32),
@@ -336,102 +334,53 @@ def _process(made: Answers, steps, tokenizer) -> Answers:
   )
 
 
-def _fitted(made: Answers, limit: int, truncate: str) -> Answers:
-  excess = len(made.tokens) - limit
+def _fitted(example: Answers, limit: int, truncate: str) -> Answers:
+  excess = len(example.tokens) - limit
   if excess <= 0:
-    return made
+    return example
   # of a shared beginning all can go, of a prompt that stands before each answer all but its last token
-  copies = 1 if made.shares else made.count
-  each = -(-excess // copies)
-  prompts = [len(_prompt(made, i)) for i in range(made.count)]
-  room = int((made.answer == SHARED).sum()) if made.shares else min(prompts) - 1
-  if truncate == "prompt" and each <= room:
-    return cut(made, each)
-  answers = "answers" if made.count > 1 else "answer"
+  copies = 1 if example.shares else example.count
+  per_copy = -(-excess // copies)
+  prompts = [len(example.prompt(i)) for i in range(example.count)]
+  room = int((example.answer == SHARED).sum()) if example.shares else min(prompts) - 1
+  if truncate == "prompt" and per_copy <= room:
+    return cut(example, per_copy)
+  answers = "answers" if example.count > 1 else "answer"
   raise RowError(
     "too long",
-    made.origin,
-    f"{len(made.tokens)} tokens, prompt and {answers} together, but a row has {limit}; raise data.length, or write"
+    example.origin,
+    f"{len(example.tokens)} tokens, prompt and {answers} together, but a row has {limit}; raise data.length, or write"
     ' data.truncate="prompt" (cuts the beginning of the prompt, where that is enough) or "drop"',
   )
 
 
-def cut(made: Answers, count: int) -> Answers:
-  """made without the first `count` tokens of its prompt, of each copy of it where answers do not share it."""
-  kept = made.positions >= count
+def cut(example: Answers, count: int) -> Answers:
+  """The example without the first `count` tokens of its prompt, of each copy of it where answers do not share it."""
+  kept = example.positions >= count
   return dataclasses.replace(
-    made,
-    tokens=made.tokens[kept],
-    mask=made.mask[kept],
-    answer=made.answer[kept],
-    positions=made.positions[kept] - count,
-    steps=None if made.steps is None else made.steps[kept],
+    example,
+    tokens=example.tokens[kept],
+    mask=example.mask[kept],
+    answer=example.answer[kept],
+    positions=example.positions[kept] - count,
+    steps=None if example.steps is None else example.steps[kept],
     is_cut=True,
   )
 
 
-def _check_classes(made: list[Answers]) -> None:
-  labels = {example.values["label"][0] for example in made}
+def _check_classes(examples: list[Answers]) -> None:
+  labels = {example.values["label"][0] for example in examples}
   if len(labels) < 2:
     have = "desirable" if labels == {1.0} else "undesirable"
     raise ValueError(
-      f"all {len(made)} completions are labelled {have}: two classes are weighed against each other; add the other"
+      f"all {len(examples)} completions are labelled {have}: two classes are weighed against each other; add the other"
       " class, or fine-tune on the desirable ones (objective sft)"
     )
 
 
-def with_companions(examples: Sequence[Answers], limit: int, share: bool = True) -> list[Answers]:
-  """Each example with the answers of the nearest one before it that has another prompt, behind its own prompt.
-
-  TRL takes the one before it, which of a pair told apart into labels has the same prompt.
-
-  Raises:
-    ValueError: all prompts are one.
-  """
-  prompts = [_prompt(example, 0).tobytes() for example in examples]
-  if len(set(prompts)) < 2:
-    raise ValueError(
-      "all answers are to one prompt: KTO estimates its KL from answers to other prompts; add rows with others, or"
-      " write --config.objective.estimate_kl=false"
-    )
-  result, other = [], 0
-  # the nearest before the first is looked for from the end
-  for at in range(len(examples) - 1, -1, -1):
-    if prompts[at] != prompts[0]:
-      other = at
-      break
-  for at, example in enumerate(examples):
-    if at and prompts[at - 1] != prompts[at]:
-      other = at - 1
-    companion = _companion(example, examples[other], limit, share)
-    result.append(dataclasses.replace(example, companion=companion))
-  return result
-
-
-def _companion(example: Answers, other: Answers, limit: int, share: bool) -> Answers:
-  """The answers of `other` behind the prompt of `example`; where they do not fit, less of the prompt."""
-  answers = [other.tokens[other.mask & (other.answer == i)] for i in range(example.count)]
-  # a prompt is what can be spared: of the answers all is scored; its last token stands before each of them
-  left = limit - sum(map(len, answers))
-  room = left - example.count + 1 if share else left // example.count
-  parts = []
-  for i, answer in enumerate(answers):
-    prompt = _prompt(example, i)[-room:]
-    mask = np.arange(len(prompt) + len(answer)) >= len(prompt)
-    parts.append(Example(np.concatenate([prompt, answer]), mask, origin=example.origin))
-  return join(parts, share=share)
-
-
-def _prompt(example: Answers, i: int) -> np.ndarray:
-  """The tokens that answer i stands behind."""
-  seen = (example.answer == SHARED) | (example.answer == i)
-  tokens, mask = example.tokens[seen], example.mask[seen]
-  return tokens[: int(np.argmax(mask))]
-
-
-def with_values(made: Iterable[Answers], name: str, values: Iterable[Sequence[float]]) -> list:
+def with_values(examples: Iterable[Answers], name: str, values: Iterable[Sequence[float]]) -> list:
   """Each with one more number an answer."""
   return [
-    dataclasses.replace(one, values={**one.values, name: tuple(map(float, each))})
-    for one, each in zip(made, values, strict=True)
+    dataclasses.replace(example, values={**example.values, name: tuple(map(float, numbers))})
+    for example, numbers in zip(examples, values, strict=True)
   ]

@@ -33,8 +33,8 @@ def load_tokenizer(folder: str | Path):
   if not any(
     (path / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")
   ):
-    found = ", ".join(sorted(p.name for p in path.iterdir())[:12]) or "nothing"
-    raise FileNotFoundError(f"{folder} holds no tokenizer.json; found {found}")
+    listed = ", ".join(sorted(p.name for p in path.iterdir())[:12]) or "nothing"
+    raise FileNotFoundError(f"{folder} holds no tokenizer.json; found {listed}")
   tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
   if tokenizer is None or not tokenizer.is_fast:
     raise ValueError(
@@ -181,19 +181,19 @@ class _Encoder:
   def _plans(self, rows):
     turns = [_turns(row) for row in rows]
     jobs, owners = [], []
-    for at, (row, found) in enumerate(zip(rows, turns)):
-      if isinstance(found, _Turns):
+    for at, (row, parsed) in enumerate(zip(rows, turns)):
+      if isinstance(parsed, _Turns):
         if self.template is None:
           raise RowError("no template", row.origin, "the row holds messages: pass a chat template")
-        new = _jobs(found)
+        new = _jobs(parsed)
         jobs += new
         owners += [at] * len(new)
     rendered: dict[int, list] = {}
     for at, text in zip(owners, self.template.render_all(jobs) if jobs else []):
       rendered.setdefault(at, []).append(text)
     return [
-      self._chat_plan(row, found, rendered[at]) if isinstance(found, _Turns) else found
-      for at, (row, found) in enumerate(zip(rows, turns))
+      self._chat_plan(row, parsed, rendered[at]) if isinstance(parsed, _Turns) else parsed
+      for at, (row, parsed) in enumerate(zip(rows, turns))
     ]
 
   def _chat_plan(self, row, turns, texts):
@@ -241,13 +241,13 @@ class _Encoder:
 
   def _last_end_of_turn(self, tokens, start, stop):
     """Where the model stops; what a template writes after it (a newline) is not the model's."""
-    found = (
+    ends = (
       np.flatnonzero(tokens[start:stop] == self.end_of_turn) if self.end_of_turn is not None else ()
     )
-    return start + found[-1] + 1 if len(found) else stop
+    return start + ends[-1] + 1 if len(ends) else stop
 
   def _framed(self, tokens, mask, row):
-    """With exactly one BOS where the tokenizer wants one, and an EOS that is trained."""
+    """The example with exactly one BOS where the tokenizer wants one, and an EOS that is trained."""
     if self.eos is None:
       raise RowError(
         "no EOS", row.origin, "the tokenizer has no EOS token, so text could not be made to end"
@@ -363,35 +363,6 @@ def _piece(example, at, limit):
   return dataclasses.replace(
     example, tokens=example.tokens[at : at + limit], mask=mask, is_cut=True
   )
-
-
-def assert_end_of_turn_trained(examples: Iterable[Any], tokenizer, template=None):
-  """Raises unless each trained span ends with the token that ends a turn (or the EOS of a text).
-
-  A model that never trains on it never learns to stop.  Examples that were cut are exempt.
-  """
-  ending = None if template is None else templates.end_of_turn(tokenizer, template)
-  for example in examples:
-    wanted = ending if example.is_chat else tokenizer.eos_token_id
-    if example.is_chat and template is None:
-      raise ValueError(
-        f"{example.origin} is a conversation: pass the chat template it was made with"
-      )
-    if wanted is None and template is not None:
-      raise ValueError(
-        f"template {template.name!r} ends an assistant's turn with {template.turn_ending!r}, which starts with no"
-        " special token; a model trained on it would not learn to stop"
-      )
-    if not example.is_cut and not _spans_end_with(example, wanted):
-      raise ValueError(
-        f"{example.origin}: a trained span does not end with {tokenizer.decode([wanted])!r}, so the"
-        f" model would not learn to stop:\n{describe(example, tokenizer)}"
-      )
-
-
-def _spans_end_with(example, token):
-  ends = np.flatnonzero(example.mask & ~np.append(example.mask[1:], False))
-  return len(ends) > 0 and bool((example.tokens[ends] == token).all())
 
 
 def describe(example: Example, tokenizer, *, marks=("[[", "]]")) -> str:

@@ -140,8 +140,8 @@ _NOT_BLANK = re.compile(r"[^ \t\r\n]")
 
 
 def _skip_blank(text, at):
-  found = _NOT_BLANK.search(text, at)
-  return found.start() if found else len(text)
+  match = _NOT_BLANK.search(text, at)
+  return match.start() if match else len(text)
 
 
 def _seen(text, at):
@@ -227,5 +227,5 @@ def _nearby(path):
 
 def _listed(folder):
   names = sorted(p.name for p in folder.iterdir() if p.name.endswith(SUFFIXES))
-  more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-  return (", ".join(names[:8]) or "no data file") + more
+  rest = f" and {len(names) - 8} more" if len(names) > 8 else ""
+  return (", ".join(names[:8]) or "no data file") + rest

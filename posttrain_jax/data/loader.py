@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from posttrain_jax.data import answers, chat, schema
+from posttrain_jax.data import answers, chat, companions, schema
 from posttrain_jax.data.answers import Answers
 from posttrain_jax.data.mixture import Mixture
 from posttrain_jax.data.packing import Batch, best_fit, bucket_edges, pack, pack_answers
@@ -101,9 +101,9 @@ class Loader:
     edge, rows = self._plan(self._epoch)[self._batch]
     self._batch += 1
     if isinstance(self.examples[0], Answers):
-      own = self._own(rows)
-      return pack_answers(self.examples, own, edge, self._slots, shares=self._shares)
-    return pack(self.examples, self._own(rows), edge, self.channels)
+      local_rows = self._local(rows)
+      return pack_answers(self.examples, local_rows, edge, self._slots, shares=self._shares)
+    return pack(self.examples, self._local(rows), edge, self.channels)
 
   @property
   def epoch(self) -> float:
@@ -197,7 +197,7 @@ class Loader:
         f" more than a row's {limit}; encode it with max_length={limit}"
       )
 
-  def _own(self, rows):
+  def _local(self, rows):
     """This process's rows: its slice of each micro-batch, in turn."""
     index, count = self.shard
     share = self.batch_size // (self.accumulate * count)
@@ -268,10 +268,9 @@ def read(
   if kind == "text":
     examples = chat.encode_all(rows, tokenizer, template, max_length=length)
   else:
-    companions = kind == "labels"
-    examples = answers.encode_all(
-      rows, tokenizer, template, kind=kind, max_length=length, companions=companions
-    )
+    examples = answers.encode_all(rows, tokenizer, template, kind=kind, max_length=length).examples
+    if kind == "labels":
+      examples = companions.beside(examples, length)
   return Loader(examples, batch_size=batch_size, length=length, packing=packing, seed=seed)
 
 

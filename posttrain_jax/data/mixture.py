@@ -91,7 +91,7 @@ class Mixture:
   def report(self, epoch: int = 0) -> list[Share]:
     """What each source gives to an epoch, in the order of the sources."""
     drawn = {name: self._drawn(name, epoch) for name in self.names}
-    tokens = {name: int(self._lengths[chosen].sum()) for name, chosen in drawn.items()}
+    tokens = {name: int(self._lengths[indices].sum()) for name, indices in drawn.items()}
     amount = tokens if self.by == "tokens" else {name: len(drawn[name]) for name in self.names}
     total = sum(amount.values())
     return [
@@ -112,13 +112,13 @@ class Mixture:
     weights = self._weights(name)
     first = self._place(name, epoch * target, weights.sum())
     last = self._place(name, (epoch + 1) * target, weights.sum())
-    members, chosen = self._members[name], []
+    members, stretches = self._members[name], []
     for turn in range(first[0], last[0] + 1):
       start = first[1] if turn == first[0] else 0
       stop = last[1] if turn == last[0] else len(members)
       if stop > start:
-        chosen.append(members[self._order(name, turn)[start:stop]])
-    return np.concatenate(chosen) if chosen else members[:0]
+        stretches.append(members[self._order(name, turn)[start:stop]])
+    return np.concatenate(stretches) if stretches else members[:0]
 
   def _place(self, name, amount, per_pass):
     """(pass, offset in it) of the first example that begins at or after `amount` of the stream."""

@@ -14,7 +14,7 @@ Rows of answers (`data.answers`) have more, in the order of the answers of a row
   answer       int32  which answer of the row the token belongs to; the number of slots where it is none's
   present      bool   [batch, slots] whether there is an answer
   <value>      float32 [batch, slots] label, score, advantage, margin, weight
-  reference    float32 log-probabilities under the reference, where they were computed beforehand
+  ref_logps    float32 log-probabilities under the reference, where they were computed beforehand
   steps        float32 labels of steps where they end, NaN elsewhere
   companion    such a batch again, of the answers' companions
 """
@@ -47,15 +47,15 @@ def best_fit(lengths: ArrayLike, capacity: int) -> list[list[int]]:
   rooms: list[int] = []  # the keys of with_room, sorted
   for index in np.argsort(-lengths, kind="stable").tolist():
     length = int(lengths[index])
-    found = bisect.bisect_left(rooms, length)
-    if found == len(rooms):
+    place = bisect.bisect_left(rooms, length)
+    if place == len(rooms):
       row, room = len(rows), capacity
       rows.append([])
     else:
-      room = rooms[found]
+      room = rooms[place]
       row = with_room[room].pop()
       if not with_room[room]:
-        del with_room[room], rooms[found]
+        del with_room[room], rooms[place]
     rows[row].append(index)
     left = room - length
     if left:
@@ -136,8 +136,8 @@ def pack_answers(
   }
   if shares:
     batch["prefix_ids"] = np.zeros(time, np.int32)
-  if first.reference is not None:
-    batch["reference"] = np.zeros(time, np.float32)
+  if first.ref_logps is not None:
+    batch["ref_logps"] = np.zeros(time, np.float32)
   if first.steps is not None:
     batch["steps"] = np.full(time, np.nan, np.float32)
   for r, row in enumerate(rows):
@@ -158,7 +158,7 @@ def pack_answers(
       batch["present"][r, answers : answers + example.count] = True
       for name, values in example.values.items():
         batch[name][r, answers : answers + example.count] = values
-      for name, values in (("reference", example.reference), ("steps", example.steps)):
+      for name, values in (("ref_logps", example.ref_logps), ("steps", example.steps)):
         if values is not None:
           batch[name][here] = values
       start, segments, answers = start + n, segments + count, answers + example.count

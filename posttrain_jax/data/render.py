@@ -132,8 +132,12 @@ def _compiled(text):
     trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
   )
   environment.filters["tojson"] = tojson
-  own = {"raise_exception": raise_exception, "strftime_now": now.strftime, "namespace": Namespace}
-  return environment.from_string(text, globals=own)
+  functions = {
+    "raise_exception": raise_exception,
+    "strftime_now": now.strftime,
+    "namespace": Namespace,
+  }
+  return environment.from_string(text, globals=functions)
 
 
 def _render(template, variables, job):

@@ -128,9 +128,9 @@ def read(
   if system is not None and not chat:
     raise ValueError("system= has no effect on rows that stay strings: add chat=True")
   rows, skipped = [], Skipped()
-  for origin, found in _raw(source, split):
+  for origin, raw in _raw(source, split):
     try:
-      fields = check_row(found, origin, columns)
+      fields = check_row(raw, origin, columns)
       if chat:
         fields = as_chat(fields, origin, system)
       if channel is not None and fields.get("channel") is None:
@@ -154,35 +154,35 @@ def _raw(
   return ((f"row {i}", row) for i, row in enumerate(source))
 
 
-def check_row(found: Any, origin: str, columns=None) -> dict[str, Any]:
+def check_row(raw: Any, origin: str, columns=None) -> dict[str, Any]:
   """The fields of one raw row, renamed by `columns`, with every value of its kind checked."""
-  if isinstance(found, RowError):
-    raise found
-  if not isinstance(found, dict):
+  if isinstance(raw, RowError):
+    raise raw
+  if not isinstance(raw, dict):
     raise RowError(
       "not an object",
       origin,
-      f"expected an object with named columns, found {_shown(found)}",
+      f"expected an object with named columns, found {_shown(raw)}",
     )
-  fields = dict(found) if columns is None else _renamed(found, columns, origin)
+  fields = dict(raw) if columns is None else _renamed(raw, columns, origin)
   return validate(fields, origin)
 
 
 def kind(fields: Mapping[str, Any], origin: str) -> str:
   """The schema that a row's columns fit: a key of KINDS."""
-  present = set(fields)
-  fits = [(name, need) for name, forms in KINDS.items() for need in forms if need <= present]
+  columns = set(fields)
+  fits = [(name, need) for name, forms in KINDS.items() for need in forms if need <= columns]
   largest = [(name, need) for name, need in fits if not any(need < other for _, other in fits)]
   names = sorted({name for name, _ in largest})
   if not names:
     raise RowError(
-      "unknown columns", origin, f"no schema has {sorted(present)}; write one of\n{KNOWN}"
+      "unknown columns", origin, f"no schema has {sorted(columns)}; write one of\n{KNOWN}"
     )
   if len(names) > 1:
     raise RowError(
       "ambiguous columns",
       origin,
-      f"{sorted(present)} could be {' or '.join(names)}; pick the columns to use with columns=",
+      f"{sorted(columns)} could be {' or '.join(names)}; pick the columns to use with columns=",
     )
   return names[0]
 
@@ -225,18 +225,18 @@ def as_chat(fields: dict[str, Any], origin: str, system: str | None) -> dict[str
   return {**fields, **said, "prompt": opening + [{"role": "user", "content": fields["prompt"]}]}
 
 
-def _renamed(found, columns, origin):
-  renamed = {key: found[key] for key in CARRIED if key in found}
+def _renamed(raw, columns, origin):
+  renamed = {key: raw[key] for key in CARRIED if key in raw}
   for name, of in columns.items():
     wanted = [of] if isinstance(of, str) else list(of)
-    missing = [column for column in wanted if column not in found]
+    missing = [column for column in wanted if column not in raw]
     if missing:
       raise RowError(
         "missing column",
         origin,
-        f"columns={dict(columns)!r} asks for {missing[0]!r}, the row has {sorted(found)}",
+        f"columns={dict(columns)!r} asks for {missing[0]!r}, the row has {sorted(raw)}",
       )
-    parts = [found[column] for column in wanted]
+    parts = [raw[column] for column in wanted]
     if len(parts) == 1:
       renamed[name] = parts[0]
       continue
@@ -376,8 +376,8 @@ def _completion(value, key, origin):
 def _same_form(fields, keys, origin):
   forms = {key: "a string" if isinstance(fields[key], str) else "messages" for key in keys}
   if len(set(forms.values())) > 1:
-    found = ", ".join(f"{key!r} is {form}" for key, form in forms.items())
-    raise RowError("mixed forms", origin, f"{found}; write all as strings or all as messages")
+    described = ", ".join(f"{key!r} is {form}" for key, form in forms.items())
+    raise RowError("mixed forms", origin, f"{described}; write all as strings or all as messages")
 
 
 def _messages(value, key, origin):

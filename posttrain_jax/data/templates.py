@@ -161,14 +161,14 @@ def bind(tokenizer, name: str | None = None) -> Template:
 
   A named template must end a turn with one token of this tokenizer: generation stops at a token.
   """
-  found = _bound(tokenizer, name)
-  if name in NAMED and end_of_turn(tokenizer, found) is None:
+  template = _bound(tokenizer, name)
+  if name in NAMED and end_of_turn(tokenizer, template) is None:
     fits = [n for n in NAMED if end_of_turn(tokenizer, _bound(tokenizer, n)) is not None]
     raise ValueError(
-      f"template {name!r} ends a turn with {found.turn_ending or 'nothing'!r}, which is not one token"
+      f"template {name!r} ends a turn with {template.turn_ending or 'nothing'!r}, which is not one token"
       f" of this tokenizer; templates that fit it: {', '.join(fits) or 'none'}"
     )
-  return found
+  return template
 
 
 def _bound(tokenizer, name):

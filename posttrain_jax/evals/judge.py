@@ -55,7 +55,7 @@ class Judge:
     ).examples
 
   def rewards(self, examples: Sequence[answer_lib.Answers]) -> list[list[float]]:
-    """Of each example, in order: one number an answer, or where it is told apart into steps, one a step."""
+    """The rewards of each example, in order: one number an answer, or where it is told apart into steps, one a step."""
     return _scored(self.params, self.config, examples)
 
 
@@ -75,12 +75,12 @@ def _scored(params: Any, config: ModelConfig, examples) -> list[list[float]]:
     length = -(-len(examples[some[-1]]) // 64) * 64
     rows = [[i] for i in some] + [[]] * (ROWS - len(some))
     values = np.asarray(score(params, pack_answers(examples, rows, length, slots)))
-    for own, i in zip(values, some):
+    for row_values, i in zip(values, some):
       example = examples[i]
       wanted = np.arange(example.count)
       if example.steps is not None:
         wanted = np.flatnonzero(~np.isnan(example.steps))
-      rewards[i] = own[wanted].tolist()
+      rewards[i] = row_values[wanted].tolist()
   return rewards
 
 
@@ -161,7 +161,7 @@ def best_of(
 
   Beside it: the share of all answers that are right (one drawn at random), and of questions with any right answer.
   """
-  rows, given = tasks.answer(
+  rows, answers = tasks.answer(
     params,
     config,
     tokenizer,
@@ -181,10 +181,10 @@ def best_of(
       f"answer {i}",
       "prompt_completion",
     )
-    for i, a in enumerate(given)
+    for i, a in enumerate(answers)
   ]
   values = np.concatenate(judge.rewards(judge.encode(asked))).reshape(len(rows), samples)
-  right = np.asarray([a["correct"] for a in given]).reshape(len(rows), samples)
+  right = np.asarray([a["correct"] for a in answers]).reshape(len(rows), samples)
   best = values.argmax(1)
   return {
     "questions": len(rows),

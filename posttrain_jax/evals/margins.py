@@ -92,12 +92,12 @@ def _correlation(a: np.ndarray, b: np.ndarray) -> float:
   return float(np.corrcoef(a, b)[0, 1])
 
 
-def _findings(found: dict[str, Any]) -> list[str]:
-  said, drift = [], found.get("drift")
-  n, correlation = found["pairs"], found["length_correlation"]
-  if found["large_margins"] > 0.8:
+def _findings(diagnosis: dict[str, Any]) -> list[str]:
+  said, drift = [], diagnosis.get("drift")
+  n, correlation = diagnosis["pairs"], diagnosis["length_correlation"]
+  if diagnosis["large_margins"] > 0.8:
     said.append(
-      f"Over-optimised: {found['large_margins']:.0%} of the pairs have margins above {LARGE:g}, where hardly any"
+      f"Over-optimised: {diagnosis['large_margins']:.0%} of the pairs have margins above {LARGE:g}, where hardly any"
       " gradient is left; stop earlier, lower the rate, or take ipo."
     )
   # twice the standard error of no correlation at all
@@ -107,16 +107,16 @@ def _findings(found: dict[str, Any]) -> list[str]:
       f"Length-driven: margins go with the difference in length (correlation {correlation:+.2f}): the model prefers"
       f" {which} answers; compare dpo_norm or simpo, or balance the lengths of the data."
     )
-  if drift and found["near_ties"] > 0.5 and drift["per_token"] < 0.01:
+  if drift and diagnosis["near_ties"] > 0.5 and drift["per_token"] < 0.01:
     said.append(
-      f"Hardly moved: {found['near_ties']:.0%} of the pairs are near ties and log-probabilities moved by"
+      f"Hardly moved: {diagnosis['near_ties']:.0%} of the pairs are near ties and log-probabilities moved by"
       f" {drift['per_token']:.4f} nats a token; too few steps, too low a rate, or beta too high, which holds the policy"
       " to its reference."
     )
-  elif found["near_ties"] > 0.5:
+  elif diagnosis["near_ties"] > 0.5:
     said.append(
-      f"Undecided: {found['near_ties']:.0%} of the pairs are near ties though the policy moved; the pairs may differ in"
-      " nothing that it can learn."
+      f"Undecided: {diagnosis['near_ties']:.0%} of the pairs are near ties though the policy moved; the pairs may"
+      " differ in nothing that it can learn."
     )
   if drift and drift["per_token"] > 0.5:
     said.append(
@@ -128,9 +128,9 @@ def _findings(found: dict[str, Any]) -> list[str]:
       f"Likelihood displacement: the chosen answers themselves became less likely, by {-drift['chosen']:.1f} nats on"
       f" average (rejected ones by {-drift['rejected']:.1f}); add +sft to the loss, or raise beta."
     )
-  if found["accuracy"] < 0.5 and n >= 10:
+  if diagnosis["accuracy"] < 0.5 and n >= 10:
     said.append(
-      f"Worse than chance: {found['accuracy']:.0%} of the pairs are ordered right; are chosen and rejected swapped?"
+      f"Worse than chance: {diagnosis['accuracy']:.0%} of the pairs are ordered right; are chosen and rejected swapped?"
     )
   return said or ["Nothing stands out."]
 
@@ -157,7 +157,7 @@ BODY = """\
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
 <title>{{ title }}</title><style>{{ style }}</style></head><body>
 <h1>{{ title }}</h1>
-{% for sentence in found.findings %}<p class="verdict">{{ sentence }}</p>{% endfor %}
+{% for sentence in diagnosis.findings %}<p class="verdict">{{ sentence }}</p>{% endfor %}
 <img alt="margins" src="{{ picture }}">
 <table class="narrow">
 {% for name, value in rows %}<tr><td>{{ name }}</td><td class="number">{{ value }}</td></tr>
@@ -176,8 +176,8 @@ BODY = """\
 
 def write(folder: str | Path, pairs: Compared) -> tuple[dict[str, Any], Path]:
   """(the diagnosis, the page): `preference.json` and `preference.html` in a folder."""
-  found, folder = diagnose(pairs), Path(folder)
-  files.write_json(folder / "preference.json", found)
+  diagnosis, folder = diagnose(pairs), Path(folder)
+  files.write_json(folder / "preference.json", diagnosis)
   order = np.argsort(pairs.margin, kind="stable")
   shown = lambda indices: [
     dict(
@@ -193,11 +193,11 @@ def write(folder: str | Path, pairs: Compared) -> tuple[dict[str, Any], Path]:
   ]
   environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
   html = environment.from_string(BODY).render(
-    title=f"{folder.absolute().name}: {found['pairs']} pairs",
+    title=f"{folder.absolute().name}: {diagnosis['pairs']} pairs",
     style=page.STYLE,
-    found=found,
+    diagnosis=diagnosis,
     picture=figures.data_uri(figure(pairs)),
-    rows=_rows(found),
+    rows=_rows(diagnosis),
     ends=[
       ("Lowest margins", shown(order[:ENDS])),
       ("Highest margins", shown(order[::-1][:ENDS])),
@@ -205,16 +205,16 @@ def write(folder: str | Path, pairs: Compared) -> tuple[dict[str, Any], Path]:
   )
   path = folder / "preference.html"
   files.write_text(path, html)
-  return found, path
+  return diagnosis, path
 
 
 def _short(text: str, longest: int = 600) -> str:
   return text if len(text) <= longest else text[:longest] + " ..."
 
 
-def _rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+def _rows(diagnosis: dict[str, Any]) -> list[tuple[str, str]]:
   rows = []
-  for name, value in found.items():
+  for name, value in diagnosis.items():
     if isinstance(value, dict):
       rows += [(f"{name}, {part}", f"{number:.4g}") for part, number in value.items()]
     elif isinstance(value, float | int):

@@ -41,14 +41,14 @@ def overlaps(
   tensors: Iterable[tuple[str, np.ndarray, Sequence[np.ndarray]]], models: int
 ) -> dict[str, Overlap]:
   """{layer: Overlap}, of (layer, base's tensor, models' tensors); layers in the order of their first tensor."""
-  found: dict[str, Overlap] = {}
+  by_layer: dict[str, Overlap] = {}
   for layer, base, others in tensors:
     gram, conflicts, shared = jax.device_get(_sums(base, list(others)))
-    own = found.setdefault(layer, Overlap(np.zeros((models, models))))
-    own.gram += gram
-    own.conflicts += float(conflicts)
-    own.shared += float(shared)
-  return found
+    overlap = by_layer.setdefault(layer, Overlap(np.zeros((models, models))))
+    overlap.gram += gram
+    overlap.conflicts += float(conflicts)
+    overlap.shared += float(shared)
+  return by_layer
 
 
 @jax.jit
@@ -71,34 +71,36 @@ def write(
     names: of the models whose task vectors were compared.
     scores: {model or merge: {measure: value}}.
   """
-  found = {
+  report = {
     "models": list(names),
     "layers": {
-      layer: {"conflict_rate": each.conflict_rate(), "cosine": each.cosine().tolist()}
-      for layer, each in by_layer.items()
+      layer: {"conflict_rate": overlap.conflict_rate(), "cosine": overlap.cosine().tolist()}
+      for layer, overlap in by_layer.items()
     },
-    "scores": {name: dict(own) for name, own in scores.items()},
+    "scores": {name: dict(numbers) for name, numbers in scores.items()},
   }
-  files.write_json(folder / f"{NAME}.json", found)
-  files.write_text(folder / f"{NAME}.md", _page(found))
+  files.write_json(folder / f"{NAME}.json", report)
+  files.write_text(folder / f"{NAME}.md", _page(report))
   figures.save_png(figure(names, by_layer, scores), folder / f"{NAME}.png")
-  return found
+  return report
 
 
-def _page(found: dict[str, Any]) -> str:
-  scores = found["scores"]
-  measures = list(dict.fromkeys(m for own in scores.values() for m in own))
+def _page(report: dict[str, Any]) -> str:
+  scores = report["scores"]
+  measures = list(dict.fromkeys(m for numbers in scores.values() for m in numbers))
   lines = ["# The merge", ""]
   if measures:
     lines += ["| model | " + " | ".join(measures) + " |", "|---" * (len(measures) + 1) + "|"]
     lines += [
-      f"| {name} | " + " | ".join(_shown(own.get(m)) for m in measures) + " |"
-      for name, own in scores.items()
+      f"| {name} | " + " | ".join(_shown(numbers.get(m)) for m in measures) + " |"
+      for name, numbers in scores.items()
     ]
     lines.append("")
   lines += ["| layer | sign conflicts | mean cosine of task vectors |", "|---|---|---|"]
-  for layer, own in found["layers"].items():
-    lines.append(f"| {layer} | {own['conflict_rate']:.3f} | {_mean_cosine(own['cosine']):+.3f} |")
+  for layer, numbers in report["layers"].items():
+    lines.append(
+      f"| {layer} | {numbers['conflict_rate']:.3f} | {_mean_cosine(numbers['cosine']):+.3f} |"
+    )
   return "\n".join(lines) + "\n"
 
 
@@ -118,7 +120,7 @@ def figure(
   by_layer: Mapping[str, Overlap],
   scores: Mapping[str, Mapping[str, Any]],
 ) -> Figure:
-  measures = list(dict.fromkeys(m for own in scores.values() for m in own))
+  measures = list(dict.fromkeys(m for numbers in scores.values() for m in numbers))
   with figures.style():
     drawing = Figure(figsize=(4 + 3.2 * max(len(measures), 1), 3), layout="constrained")
     axes = drawing.subplots(1, 1 + len(measures), squeeze=False)[0]
@@ -132,8 +134,8 @@ def figure(
     axes[0].set(title=f"{len(names)} task vectors, layer by layer")
     axes[0].legend()
     for axis, measure in zip(axes[1:], measures):
-      own = {name: each[measure] for name, each in scores.items() if measure in each}
-      axis.barh(list(own), list(own.values()), color=figures.BLUE, height=0.6)
+      bars = {name: numbers[measure] for name, numbers in scores.items() if measure in numbers}
+      axis.barh(list(bars), list(bars.values()), color=figures.BLUE, height=0.6)
       axis.invert_yaxis()
       axis.set(title=measure)
   return drawing

@@ -61,7 +61,7 @@ def make(
   """
   if samples < 1:
     raise ValueError(f"samples={samples}: draw at least one answer to a question")
-  rows, given = tasks.answer(
+  rows, answers = tasks.answer(
     params,
     config,
     tokenizer,
@@ -76,21 +76,21 @@ def make(
     dtype=dtype,
     progress=progress,
   )
-  made, all_right, none_right, unused = [], 0, 0, 0
+  pairs, all_right, none_right, unused = [], 0, 0, 0
   for i, row in enumerate(rows):
-    own = given[i * samples : (i + 1) * samples]
+    attempts = answers[i * samples : (i + 1) * samples]
     # an empty answer is nothing to compare with
-    wrong = [a for a in own if not a["correct"] and a["answer"].strip()]
+    wrong = [a for a in attempts if not a["correct"] and a["answer"].strip()]
     if not wrong:
       all_right += 1
       continue
-    right = [a for a in own if a["correct"]]
+    right = [a for a in attempts if a["correct"]]
     none_right += not right
     chosen = right[0]["answer"] if right else row["gold"]
     rejected = next((a for a in wrong if a["finished"]), wrong[0])["answer"]
     unused += len({a["answer"] for a in wrong}) - 1
     turn = lambda text: [{"role": "assistant", "content": text}]
-    made.append(
+    pairs.append(
       dict(
         prompt=row["prompt"],
         chosen=turn(chosen),
@@ -98,4 +98,4 @@ def make(
         channel=row["channel"],
       )
     )
-  return Pairs(made, len(rows), all_right, none_right, unused)
+  return Pairs(pairs, len(rows), all_right, none_right, unused)

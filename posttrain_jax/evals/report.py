@@ -49,33 +49,33 @@ def write(workdir: str | Path, *, done: Mapping[str, Any] | None = None) -> Path
   Raises:
     FileNotFoundError: the folder holds no run.
   """
-  found = record.read(workdir)
-  found = found if done is None else dataclasses.replace(found, done=done)
-  drawn = [(name, draw(found)) for name, draw in FIGURES.items()]
+  run = record.read(workdir)
+  run = run if done is None else dataclasses.replace(run, done=done)
+  drawn = [(name, draw(run)) for name, draw in FIGURES.items()]
   html = page.render(
-    title=found.folder.absolute().name,
-    state=_state(found),
-    facts=_facts(found),
-    accuracy=_accuracy(found),
+    title=run.folder.absolute().name,
+    state=_state(run),
+    facts=_facts(run),
+    accuracy=_accuracy(run),
     figures=[(name, figures.data_uri(figure)) for name, figure in drawn if figure is not None],
-    final=[(name, _number(value)) for name, value in sorted(found.final().items())],
-    groups=_groups(found),
-    use=use_command(found),
-    command=found.record.get("command"),
-    config=_json(found.record.get("config")),
+    final=[(name, _number(value)) for name, value in sorted(run.final().items())],
+    groups=_groups(run),
+    use=use_command(run),
+    command=run.record.get("command"),
+    config=_json(run.record.get("config")),
   )
-  path = found.folder / NAME
+  path = run.folder / NAME
   files.write_text(path, html)
   return path
 
 
 def summary_table(workdir: str | Path) -> rich.table.Table:
   """Accuracy before and after with counts, by channel and overall; without an evaluation, the last metrics."""
-  found = record.read(workdir)
-  accuracy = _accuracy(found)
+  run = record.read(workdir)
+  accuracy = _accuracy(run)
   if accuracy is None:
     return _table(
-      ["metric", "last value"], [(k, _number(v)) for k, v in sorted(found.final().items())]
+      ["metric", "last value"], [(k, _number(v)) for k, v in sorted(run.final().items())]
     )
   return _table(["channel", *accuracy["heads"]], accuracy["rows"], last="bold")
 
@@ -92,20 +92,20 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, last: str | N
   return table
 
 
-def use_command(found: Run) -> str | None:
+def use_command(run: Run) -> str | None:
   """The command that talks to what the run made, or scores with a reward model; None before there is something."""
-  name = found.field("model.name")
-  if found.field("objective.name") == "reward":
-    made = next((p for p in (found.folder / "adapter", found.folder / "model") if p.is_dir()), None)
-    scored = [f"--reward={made}", f"--data={found.field('data.train')}", "--out=scores.jsonl"]
-    return None if made is None else shlex.join(["posttrain", "eval", *scored])
-  if (found.folder / "adapter").is_dir() and name is not None:
-    options = [f"--model={name}", f"--adapter={found.folder / 'adapter'}"]
-  elif (found.folder / "model").is_dir():
-    options = [f"--model={found.folder / 'model'}"]
+  name = run.field("model.name")
+  if run.field("objective.name") == "reward":
+    result = next((p for p in (run.folder / "adapter", run.folder / "model") if p.is_dir()), None)
+    scored = [f"--reward={result}", f"--data={run.field('data.train')}", "--out=scores.jsonl"]
+    return None if result is None else shlex.join(["posttrain", "eval", *scored])
+  if (run.folder / "adapter").is_dir() and name is not None:
+    options = [f"--model={name}", f"--adapter={run.folder / 'adapter'}"]
+  elif (run.folder / "model").is_dir():
+    options = [f"--model={run.folder / 'model'}"]
   else:
     return None
-  template, task = found.field("model.template"), found.field("data.train")
+  template, task = run.field("model.template"), run.field("data.train")
   if template not in (None, "tokenizer"):
     options.append(f"--template={template}")
   if task in tasks.TASKS:
@@ -117,34 +117,34 @@ def use_command(found: Run) -> str | None:
 # Facts
 
 
-def _state(found: Run) -> str:
-  wanted = found.field("steps")
-  if found.done is not None:
-    return f"Finished after {found.steps:,} steps."
-  return f"Not finished: {found.steps:,} steps done" + (f" of {wanted:,}." if wanted else ".")
+def _state(run: Run) -> str:
+  wanted = run.field("steps")
+  if run.done is not None:
+    return f"Finished after {run.steps:,} steps."
+  return f"Not finished: {run.steps:,} steps done" + (f" of {wanted:,}." if wanted else ".")
 
 
-def _facts(found: Run) -> list[tuple[str, str]]:
-  seconds, tokens = ((found.done or {}).get(name) for name in ("seconds", "tokens"))
-  speed = found.series("tokens_per_second")[1]
+def _facts(run: Run) -> list[tuple[str, str]]:
+  seconds, tokens = ((run.done or {}).get(name) for name in ("seconds", "tokens"))
+  speed = run.series("tokens_per_second")[1]
   facts = {
-    "Model": _model(found),
-    "Adapter": _adapter(found),
-    "Trained": found.record.get("trainable"),
-    "Data": _data(found),
-    "Objective": found.field("objective.name"),
-    "Optimizer": _optimizer(found),
+    "Model": _model(run),
+    "Adapter": _adapter(run),
+    "Trained": run.record.get("trainable"),
+    "Data": _data(run),
+    "Objective": run.field("objective.name"),
+    "Optimizer": _optimizer(run),
     "Time": None if seconds is None else _duration(seconds),
     "Tokens": f"{tokens:,}" if tokens else None,
     "Speed": f"{sorted(speed)[len(speed) // 2]:,.0f} tokens per second (median)" if speed else None,
-    "Commit": found.record.get("commit"),
-    "Versions": ", ".join(f"{k} {v}" for k, v in (found.record.get("versions") or {}).items()),
+    "Commit": run.record.get("commit"),
+    "Versions": ", ".join(f"{k} {v}" for k, v in (run.record.get("versions") or {}).items()),
   }
   return [(name, str(value)) for name, value in facts.items() if value]
 
 
-def _model(found: Run) -> str | None:
-  name, base = found.field("model.name"), found.field("model.base")
+def _model(run: Run) -> str | None:
+  name, base = run.field("model.name"), run.field("model.base")
   return (
     f"{name}, frozen matrices in {base.upper()}" if name and base not in (None, "dense") else name
   )
@@ -154,12 +154,12 @@ def _model(found: Run) -> str | None:
 SIZES = ("r", "init_r", "target_r", "lora_alpha", "num_virtual_tokens")
 
 
-def _adapter(found: Run) -> str | None:
-  method = found.field("adapter.method")
+def _adapter(run: Run) -> str | None:
+  method = run.field("adapter.method")
   if method in (None, "none"):
     return method and "none: every parameter is trained"
-  parts = [_method(name, options) for name, options in found.adapters().items()]
-  count = sum(map(parameters, (found.folder / "adapter").rglob("adapter_model.safetensors")))
+  parts = [_method(name, options) for name, options in run.adapters().items()]
+  count = sum(map(parameters, (run.folder / "adapter").rglob("adapter_model.safetensors")))
   stored = [f"{count:,} parameters"] if count else []
   return ", ".join([" + ".join(parts), *stored])
 
@@ -187,19 +187,19 @@ def parameters(path: Path) -> int:
     return sum(math.prod(f.get_slice(name).get_shape()) for name in names)
 
 
-def _data(found: Run) -> str | None:
-  train, replay = found.field("data.train"), found.field("data.replay")
+def _data(run: Run) -> str | None:
+  train, replay = run.field("data.train"), run.field("data.replay")
   if train and replay:
-    share, unit = found.field("data.replay_fraction"), found.field("data.replay_by")
+    share, unit = run.field("data.replay_fraction"), run.field("data.replay_by")
     return f"{train}, with {share:.0%} of the {unit} from {replay}"
   return train
 
 
-def _optimizer(found: Run) -> str | None:
-  name, rows = found.field("optimizer.name"), found.field("batch.rows")
+def _optimizer(run: Run) -> str | None:
+  name, rows = run.field("optimizer.name"), run.field("batch.rows")
   if name is None:
     return None
-  rate = f", peak learning rate {found.field('optimizer.lr')}"
+  rate = f", peak learning rate {run.field('optimizer.lr')}"
   return f"{name}{rate}" + (f", {rows} rows a batch" if rows else "")
 
 
@@ -228,8 +228,8 @@ def _json(value: Any) -> str | None:
 # Accuracy
 
 
-def _accuracy(found: Run) -> dict[str, Any] | None:
-  results = {"before": found.before, "after": found.after}
+def _accuracy(run: Run) -> dict[str, Any] | None:
+  results = {"before": run.before, "after": run.after}
   known = {when: result for when, result in results.items() if result is not None}
   if not known:
     return None
@@ -300,14 +300,14 @@ def interval(correct: int, total: int, z: float = 1.959964) -> tuple[float, floa
 # Answers
 
 
-def _groups(found: Run) -> list[dict[str, Any]]:
-  if found.before is None or found.after is None:
-    one = found.after or found.before
-    when = "after" if found.after else "before"
+def _groups(run: Run) -> list[dict[str, Any]]:
+  if run.before is None or run.after is None:
+    one = run.after or run.before
+    when = "after" if run.after else "before"
     return [] if one is None else _one_sided(one, when)
-  asked = {(a["question"], a["gold"]): a for a in found.before.answers}
+  asked = {(a["question"], a["gold"]): a for a in run.before.answers}
   kinds: dict[tuple[bool, bool], list] = {kind: [] for kind in KINDS}
-  for after in found.after.answers:
+  for after in run.after.answers:
     before = asked.get((after["question"], after["gold"]))
     if before is not None:
       kinds[before["correct"], after["correct"]].append({"before": before, "after": after})

@@ -85,7 +85,7 @@ def evaluate(
   """
   started = time.monotonic()
   members = len(ensemble) or 1
-  _, given = answer(
+  _, verified = answer(
     params,
     config,
     tokenizer,
@@ -100,7 +100,7 @@ def evaluate(
     dtype=dtype,
     progress=progress,
   )
-  ballots = [given[i : i + members] for i in range(0, len(given), members)]
+  ballots = [verified[i : i + members] for i in range(0, len(verified), members)]
   answers = [ballot[vote.majority([a["answer"] for a in ballot])] for ballot in ballots]
   return TaskResult(
     task=task,
@@ -111,8 +111,8 @@ def evaluate(
     reasons=dict(Counter(a["reason"].partition(":")[0] for a in answers).most_common()),
     answers=[{k: v for k, v in a.items() if k != "tokens"} for a in answers],
     seconds=time.monotonic() - started,
-    new_tokens=sum(a["tokens"] for a in given),
-    by_member=tuple(sum(a["correct"] for a in given[i::members]) for i in range(len(ensemble))),
+    new_tokens=sum(a["tokens"] for a in verified),
+    by_member=tuple(sum(a["correct"] for a in verified[i::members]) for i in range(len(ensemble))),
   )
 
 
@@ -144,10 +144,10 @@ def answer(
     raise ValueError(f"limit={limit}: ask for at least one question, or None for the whole split")
   if batch_size < 1:
     raise ValueError(f"batch_size must be at least 1, found {batch_size}")
-  chosen = TASKS[task]
+  built_in = TASKS[task]
   if not isinstance(template, Template):
     template = chat.template(tokenizer, template)
-  rows = chosen.examples(split, n=limit)
+  rows = built_in.examples(split, n=limit)
   jobs = [templates.job(row["prompt"], True) for row in rows]
   prompts = [_tokens(text, tokenizer) for text in template.render_all(jobs)]
   ends = templates.end_of_turn(tokenizer, template)
@@ -163,12 +163,12 @@ def answer(
     progress,
     key,
     sampling=sampling,
-    max_new_tokens=chosen.max_new_tokens if max_new_tokens is None else max_new_tokens,
+    max_new_tokens=built_in.max_new_tokens if max_new_tokens is None else max_new_tokens,
     stop_tokens=tuple(sorted(stops)),
     dtype=dtype,
   )
   return rows, [
-    _answer(rows[i // copies], ids, finished, tokenizer, chosen)
+    _answer(rows[i // copies], ids, finished, tokenizer, built_in)
     for i, (ids, finished) in enumerate(drawn)
   ]
 
@@ -187,9 +187,9 @@ def _generate(params, config, prompts, batch_size, progress, key, **options):
     # the batch's, since a row draws with its own number in it
     options["key"] = None if key is None else jax.random.fold_in(key, number)
     some = [prompts[i] for i in batch]
-    own = weight.take_rows(params, np.asarray(batch))
-    made = engine.generate(own, config, some, batch_size=len(some), **options)
-    drawn.update(zip(batch, zip(made.tokens, made.finished)))
+    batch_params = weight.take_rows(params, np.asarray(batch))
+    generation = engine.generate(batch_params, config, some, batch_size=len(some), **options)
+    drawn.update(zip(batch, zip(generation.tokens, generation.finished)))
     if progress is not None:
       progress(len(drawn), len(prompts))
   return [drawn[i] for i in range(len(prompts))]

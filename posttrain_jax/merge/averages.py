@@ -148,11 +148,12 @@ def multislerp(
   normalize: bool = True,
   dtype: Any = None,
 ) -> Array:
-  """exp_m(sum_i w_i (u_i - <u_i, m> m)) sum_i w_i |x_i|, u_i = x_i / |x_i|, m the direction of sum_i w_i u_i.
+  """m sum_i w_i |x_i|, m the direction of sum_i w_i u_i, u_i = x_i / |x_i|.
 
-  One step from the mean direction in its tangent plane, of what each model adds to the base where there is one.
+  Of what each model adds to the base where there is one.  mergekit, whose method this is, then takes one step in the
+  tangent plane of m, sum_i w_i (u_i - <u_i, m> m); it is zero, since sum_i w_i u_i lies along m.
   Where the directions cancel (|sum_i w_i u_i| below 1e-6 sum_i |w_i|, some of float32's roundings) the straight line
-  sum_i w_i x_i; mergekit, whose method this is, looks for 1e-8, and there stops with an error if models are three.
+  sum_i w_i x_i; mergekit looks for 1e-8, and there stops with an error if models are three.
 
   Args:
     normalize: divide the weights by their sum first.
@@ -172,18 +173,13 @@ def multislerp(
 def _multislerp(models, base, weights, *, dtype):
   if len(models) == 1:
     return models[0].astype(dtype)
-  eps = 1e-8
   least = 1e-6 * sum(jnp.abs(w) for w in weights)
   points = [_from(base, x) for x in models]
   norms = [_norm(x) for x in points]
-  units = [x / (norm + eps) for x, norm in zip(points, norms)]
   blend = lambda xs: sum(w * x for w, x in zip(weights, xs))
-  mean = blend(units)
+  mean = blend([x / (norm + 1e-8) for x, norm in zip(points, norms)])
   length = _norm(mean)
-  mean = mean / jnp.where(length < least, 1.0, length)
-  tangent = blend([u - jnp.sum(u * mean) * mean for u in units])
-  angle = _norm(tangent) + eps
-  curved = (mean * jnp.cos(angle) + tangent * (jnp.sin(angle) / angle)) * blend(norms)
+  curved = mean / jnp.where(length < least, 1.0, length) * blend(norms)
   return _onto(base, jnp.where(length < least, blend(points), curved)).astype(dtype)
 
 
@@ -223,9 +219,9 @@ def _karcher(models, weights, max_iter, tol, *, dtype):
   if len(models) == 1:
     return models[0].astype(dtype)
   points = jnp.stack([_wide(x) for x in models])
-  each = tuple(range(1, points.ndim))
-  beside = lambda of_models: jnp.expand_dims(of_models, each)
-  norms = jnp.sqrt(jnp.sum(points**2, axis=each))
+  axes = tuple(range(1, points.ndim))
+  beside = lambda of_models: jnp.expand_dims(of_models, axes)
+  norms = jnp.sqrt(jnp.sum(points**2, axis=axes))
   units = points / beside(jnp.where(norms == 0, 1.0, norms))
   shares = jnp.where(norms > tol, jnp.stack([jnp.float32(w) for w in weights]), 0.0)
   total = jnp.sum(shares)
@@ -237,7 +233,7 @@ def _karcher(models, weights, max_iter, tol, *, dtype):
 
   def step(carry):
     done, mean, _ = carry
-    cosine = jnp.clip(jnp.sum(units * mean, axis=each), -1.0, 1.0)
+    cosine = jnp.clip(jnp.sum(units * mean, axis=axes), -1.0, 1.0)
     angle = jnp.arccos(cosine)
     there = angle < tol
     pull = jnp.where(there, 0.0, shares * angle / jnp.sin(jnp.where(there, 1.0, angle)))

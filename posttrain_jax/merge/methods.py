@@ -22,9 +22,9 @@ DEFAULT = None
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-  """mergekit's names of parameters, with defaults: `each` of a model, `whole` of a tensor."""
+  """mergekit's names of parameters, with defaults: `per_model` those of a model, `whole` those of a tensor."""
 
-  each: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  per_model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   whole: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   needs_base: bool = False
   draws: bool = False  # at random, from the recipe's seed
@@ -33,16 +33,16 @@ class Method:
   base_is_model: bool = False
 
 
-def _sparse(normalize: bool | None = DEFAULT, draws: bool = False, **each: Any) -> Method:
+def _sparse(normalize: bool | None = DEFAULT, draws: bool = False, **per_model: Any) -> Method:
   whole = {
     "normalize": normalize,
     "lambda": 1.0,
     "rescale": DEFAULT,
     "int8_mask": False,  # of mergekit's memory; changes no number
   }
-  if "gamma" not in each:
+  if "gamma" not in per_model:
     whole["semantics"] = DEFAULT
-  return Method({"weight": REQUIRED, **each}, whole, needs_base=True, draws=draws)
+  return Method({"weight": REQUIRED, **per_model}, whole, needs_base=True, draws=draws)
 
 
 METHODS: Mapping[str, Method] = {
@@ -80,11 +80,11 @@ def check(recipe: Recipe) -> Method:
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise RecipeError(f"merge_method={recipe.method!r}: known are {', '.join(METHODS)}{hint}")
   method = METHODS[recipe.method]
-  known = [*method.each, *method.whole]
-  given = [recipe.parameters, recipe.module]
+  known = [*method.per_model, *method.whole]
+  sections = [recipe.parameters, recipe.module]
   for part in recipe.slices:
-    given += [part.parameters, *(source.parameters for source in part.sources)]
-  for name in (name for each in given for name in each):
+    sections += [part.parameters, *(source.parameters for source in part.sources)]
+  for name in (name for section in sections for name in section):
     if name not in known:
       raise RecipeError(f"parameter {name!r}: {recipe.method} reads {', '.join(known) or 'none'}")
   if method.needs_base and recipe.base is None:
@@ -140,20 +140,21 @@ def rehearse(recipe: Recipe, wanted: Sequence[Wanted]) -> None:
   """
   method, seen = METHODS[recipe.method], set()
   if method.needs_base and all(
-    _weightless(_options(recipe, method, each, _sources(recipe, method, each))) for each in wanted
+    _weightless(_options(recipe, method, tensor, _sources(recipe, method, tensor)))
+    for tensor in wanted
   ):
     raise RecipeError("all weights are zero: the merge would be the base; give a model a weight")
-  for each in wanted:
+  for tensor in wanted:
     settings = [
-      recipe.setting(name, each.name, each.at, each.part, source)
-      for source in (None, *(source for source, _ in each.inputs))
-      for name in (*method.whole, *method.each)
+      recipe.setting(name, tensor.name, tensor.at, tensor.part, source)
+      for source in (None, *(source for source, _ in tensor.inputs))
+      for name in (*method.whole, *method.per_model)
     ]
-    key = (repr(settings), len(each.inputs))
+    key = (repr(settings), len(tensor.inputs))
     if key not in seen:
       seen.add(key)
-      arrays = [np.eye(2, dtype=np.float32) * (2 + i) for i in range(len(each.inputs))]
-      apply(recipe, each, arrays, dtype="float32")
+      arrays = [np.eye(2, dtype=np.float32) * (2 + i) for i in range(len(tensor.inputs))]
+      apply(recipe, tensor, arrays, dtype="float32")
 
 
 def _sources(recipe: Recipe, method: Method, wanted: Wanted) -> list[Source]:
@@ -169,16 +170,16 @@ def _weightless(options: Mapping[str, Any]) -> bool:
 
 def _counts(method: Method, source: Source) -> bool:
   """Whether a source of the base is merged as a model: it is one, and says how."""
-  return method.base_is_model and (not method.each or bool(source.parameters))
+  return method.base_is_model and (not method.per_model or bool(source.parameters))
 
 
 def _options(recipe: Recipe, method: Method, wanted: Wanted, sources: Sequence[Source]) -> dict:
-  found: dict[str, Any] = {}
+  options: dict[str, Any] = {}
   for name, default in method.whole.items():
-    found[name] = _setting(recipe, wanted, name, default, None)
-  for name, default in method.each.items():
-    found[name] = [_setting(recipe, wanted, name, default, source) for source in sources]
-  return found
+    options[name] = _setting(recipe, wanted, name, default, None)
+  for name, default in method.per_model.items():
+    options[name] = [_setting(recipe, wanted, name, default, source) for source in sources]
+  return options
 
 
 def _setting(recipe: Recipe, wanted: Wanted, name: str, default: Any, source: Source | None) -> Any:
@@ -193,24 +194,24 @@ def _setting(recipe: Recipe, wanted: Wanted, name: str, default: Any, source: So
 
 def _called(name: str, models: Sequence[Array], options: dict[str, Any]) -> Array:
   """The operator, with mergekit's names of parameters turned to its own."""
-  given = {own: value for own, value in options.items() if value is not None}
-  given.pop("int8_mask", None)
+  arguments = {option: value for option, value in options.items() if value is not None}
+  arguments.pop("int8_mask", None)
   for theirs, ours in RENAMED.items():
-    if theirs in given:
-      given[ours] = given.pop(theirs)
+    if theirs in arguments:
+      arguments[ours] = arguments.pop(theirs)
   if name == "slerp":
-    return OPERATORS[name](given.pop("base"), *models, **given)
+    return OPERATORS[name](arguments.pop("base"), *models, **arguments)
   if name == "nuslerp":
-    flat, rows = given.pop("nuslerp_flatten"), given.pop("nuslerp_row_wise")
-    given["along"] = "all" if flat else "out" if rows else "in"
-    return OPERATORS[name](*models, **given)
+    flat, rows = arguments.pop("nuslerp_flatten"), arguments.pop("nuslerp_row_wise")
+    arguments["along"] = "all" if flat else "out" if rows else "in"
+    return OPERATORS[name](*models, **arguments)
   if name == "passthrough":
-    (scale,) = given.pop("scale", [None])
-    given.pop("base", None)
-    return OPERATORS[name](*models, **given, scale=scale)
+    (scale,) = arguments.pop("scale", [None])
+    arguments.pop("base", None)
+    return OPERATORS[name](*models, **arguments, scale=scale)
   if name in ("linear", "karcher"):
-    given.pop("base", None)
-  return OPERATORS[name](models, **given)
+    arguments.pop("base", None)
+  return OPERATORS[name](models, **arguments)
 
 
 RENAMED = {

@@ -77,7 +77,7 @@ class TokenRow:
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-  """By which vocabulary models are merged token by token: a model's, or None, all models' together."""
+  """The vocabulary by which models are merged token by token: a model's, or (None) all models' together."""
 
   source: ModelRef | None
   tokens: Mapping[str, TokenRow]
@@ -115,15 +115,15 @@ class Recipe:
   ) -> Any:
     """The value of a parameter for a tensor that lies `at` (0 to 1) of the layers; None where none is given."""
     levels = [part.parameters, self.module, self.parameters]
-    for given in [source.parameters, *levels] if source else levels:
-      if name in given:
-        found = value(given[name], tensor, at)
-        if found is not None:
-          return found
+    for level in [source.parameters, *levels] if source else levels:
+      if name in level:
+        resolved = value(level[name], tensor, at)
+        if resolved is not None:
+          return resolved
     return None
 
 
-def value(given: Any, tensor: str, at: float) -> Any:
+def value(parameter: Any, tensor: str, at: float) -> Any:
   """A parameter as one tensor has it; None where no filter fits.
 
   >>> value([0.0, 1.0], "model.layers.3.mlp.up_proj.weight", 0.25)
@@ -131,14 +131,14 @@ def value(given: Any, tensor: str, at: float) -> Any:
   >>> value([{"filter": "mlp", "value": 0.1}, {"value": 0.9}], "model.norm.weight", 1.0)
   0.9
   """
-  if not isinstance(given, list | tuple):
-    return given
-  if all(_is_number(x) for x in given):
-    place = at * (len(given) - 1)
+  if not isinstance(parameter, list | tuple):
+    return parameter
+  if all(_is_number(x) for x in parameter):
+    place = at * (len(parameter) - 1)
     low = int(place)
-    high = min(low + 1, len(given) - 1)
-    return (1 - (place - low)) * given[low] + (place - low) * given[high]
-  for case in given:
+    high = min(low + 1, len(parameter) - 1)
+    return (1 - (place - low)) * parameter[low] + (place - low) * parameter[high]
+  for case in parameter:
     pattern = case.get("filter")
     if pattern in (None, "*") or pattern in tensor:
       return value(case["value"], tensor, at)
@@ -153,41 +153,41 @@ def load(path: str | Path) -> Recipe:
   """
   path = Path(path)
   try:
-    found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    data = yaml.safe_load(path.read_text(encoding="utf-8"))
   except yaml.YAMLError as error:
     raise RecipeError(f"{path} is not YAML: {error}") from error
   try:
-    return read(found)
+    return read(data)
   except RecipeError as error:
     raise RecipeError(f"{path}: {error}") from error
 
 
-def read(found: Any) -> Recipe:
+def read(data: Any) -> Recipe:
   """The recipe that plain data describes, checked.
 
   Raises:
     RecipeError: an unknown key, a missing one, or a value of another kind.
   """
-  if not isinstance(found, Mapping):
+  if not isinstance(data, Mapping):
     raise RecipeError("a recipe is a mapping with merge_method and one of models, slices, modules")
-  _known(found, FIELDS, "")
-  method = found.get("merge_method")
+  _known(data, FIELDS, "")
+  method = data.get("merge_method")
   if not isinstance(method, str):
     raise RecipeError("merge_method is missing: the name of a method, such as ties")
-  base = _model(found["base_model"], "base_model") if found.get("base_model") else None
-  bodies = [name for name in BODIES if found.get(name)]
+  base = _model(data["base_model"], "base_model") if data.get("base_model") else None
+  bodies = [name for name in BODIES if data.get(name)]
   if len(bodies) != 1:
-    given = " and ".join(bodies) or "none"
-    raise RecipeError(f"write exactly one of models, slices and modules; here is {given}")
-  module, body = {}, found
+    listed = " and ".join(bodies) or "none"
+    raise RecipeError(f"write exactly one of models, slices and modules; here is {listed}")
+  module, body = {}, data
   if bodies == ["modules"]:
-    body, module = _module(found["modules"])
+    body, module = _module(data["modules"])
   whole = bool(body.get("models"))
   slices = _whole(body["models"], base) if whole else _slices(body["slices"])
   for name in ("dtype", "out_dtype"):
-    if found.get(name) is not None and found[name] not in DTYPES:
-      raise RecipeError(f"{name}={found[name]!r}: known are {', '.join(DTYPES)}")
-  seed = found.get("random_seed", 0)
+    if data.get(name) is not None and data[name] not in DTYPES:
+      raise RecipeError(f"{name}={data[name]!r}: known are {', '.join(DTYPES)}")
+  seed = data.get("random_seed", 0)
   if isinstance(seed, bool) or not isinstance(seed, int):
     raise RecipeError(f"random_seed={seed!r}: write a whole number")
   return Recipe(
@@ -196,43 +196,41 @@ def read(found: Any) -> Recipe:
     slices=slices,
     whole=whole,
     module=module,
-    parameters=_parameters(found.get("parameters"), "parameters"),
-    dtype=found.get("out_dtype") or found.get("dtype"),
-    vocabulary=_vocabulary(found, base or slices[0].sources[0].model),
-    chat_template=found.get("chat_template"),
+    parameters=_parameters(data.get("parameters"), "parameters"),
+    dtype=data.get("out_dtype") or data.get("dtype"),
+    vocabulary=_vocabulary(data, base or slices[0].sources[0].model),
+    chat_template=data.get("chat_template"),
     seed=seed,
   )
 
 
-def _known(found: Mapping[str, Any], known: Sequence[str], where: str) -> None:
-  for name in found:
+def _known(data: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+  for name in data:
     if name not in known:
       near = difflib.get_close_matches(str(name), known, n=1)
       hint = f"; did you mean {near[0]!r}?" if near else ""
       raise RecipeError(f"unknown key {where}{name}: known are {', '.join(known)}{hint}")
 
 
-def _model(found: Any, where: str) -> ModelRef:
+def _model(data: Any, where: str) -> ModelRef:
   """`name` or `name+adapter`, or mergekit's nested form of it."""
-  if isinstance(found, Mapping):
-    _known(found, ("model", "lora"), f"{where}.")
+  if isinstance(data, Mapping):
+    _known(data, ("model", "lora"), f"{where}.")
     path = lambda part: part["path"] if isinstance(part, Mapping) else part
-    return ModelRef(
-      str(path(found.get("model"))), path(found["lora"]) if found.get("lora") else None
-    )
-  if not isinstance(found, str) or not found:
-    raise RecipeError(f"{where}: expected a model's name or folder, found {found!r}")
-  name, plus, adapter = found.rpartition("+")
-  return ModelRef(name, adapter) if plus else ModelRef(found)
+    return ModelRef(str(path(data.get("model"))), path(data["lora"]) if data.get("lora") else None)
+  if not isinstance(data, str) or not data:
+    raise RecipeError(f"{where}: expected a model's name or folder, found {data!r}")
+  name, plus, adapter = data.rpartition("+")
+  return ModelRef(name, adapter) if plus else ModelRef(data)
 
 
-def _source(found: Any, where: str, *fields: str) -> Source:
-  if not isinstance(found, Mapping):
-    raise RecipeError(f"{where}: expected a mapping with `model`, found {found!r}")
-  _known(found, ("model", "parameters", *fields), f"{where}.")
-  if "model" not in found:
+def _source(data: Any, where: str, *fields: str) -> Source:
+  if not isinstance(data, Mapping):
+    raise RecipeError(f"{where}: expected a mapping with `model`, found {data!r}")
+  _known(data, ("model", "parameters", *fields), f"{where}.")
+  if "model" not in data:
     raise RecipeError(f"{where}: there is no `model`")
-  layers = found.get("layer_range")
+  layers = data.get("layer_range")
   if "layer_range" in fields:
     numbers = isinstance(layers, list | tuple) and len(layers) == 2
     if not numbers or not all(isinstance(x, int) for x in layers) or not 0 <= layers[0] < layers[1]:
@@ -240,44 +238,46 @@ def _source(found: Any, where: str, *fields: str) -> Source:
         f"{where}.layer_range={layers!r}: write [first, end], of which the end is not included"
       )
   return Source(
-    _model(found["model"], f"{where}.model"),
-    _parameters(found.get("parameters"), f"{where}.parameters"),
+    _model(data["model"], f"{where}.model"),
+    _parameters(data.get("parameters"), f"{where}.parameters"),
     None if layers is None else (layers[0], layers[1]),
   )
 
 
-def _whole(found: Any, base: ModelRef | None) -> tuple[Slice, ...]:
-  if not isinstance(found, Sequence) or isinstance(found, str) or not found:
+def _whole(data: Any, base: ModelRef | None) -> tuple[Slice, ...]:
+  if not isinstance(data, Sequence) or isinstance(data, str) or not data:
     raise RecipeError("models: expected a list")
-  sources = [_source(each, f"models[{i}]") for i, each in enumerate(found)]
+  sources = [_source(entry, f"models[{i}]") for i, entry in enumerate(data)]
   if base is not None and base not in [source.model for source in sources]:
     sources.append(Source(base, {}))
   return (Slice(tuple(sources), {}),)
 
 
-def _slices(found: Any) -> tuple[Slice, ...]:
-  if not isinstance(found, Sequence) or isinstance(found, str) or not found:
+def _slices(data: Any) -> tuple[Slice, ...]:
+  if not isinstance(data, Sequence) or isinstance(data, str) or not data:
     raise RecipeError("slices: expected a list")
-  made = []
-  for i, each in enumerate(found):
+  slices = []
+  for i, entry in enumerate(data):
     where = f"slices[{i}]"
-    if not isinstance(each, Mapping) or not each.get("sources"):
+    if not isinstance(entry, Mapping) or not entry.get("sources"):
       raise RecipeError(f"{where}: expected a mapping with `sources`, a list")
-    _known(each, ("sources", "parameters"), f"{where}.")
+    _known(entry, ("sources", "parameters"), f"{where}.")
     sources = [
-      _source(one, f"{where}.sources[{j}]", "layer_range") for j, one in enumerate(each["sources"])
+      _source(one, f"{where}.sources[{j}]", "layer_range") for j, one in enumerate(entry["sources"])
     ]
     counts = {end - first for first, end in (s.layers for s in sources if s.layers)}
     if len(counts) > 1:
       raise RecipeError(f"{where}: its sources have layer ranges of different lengths")
-    made.append(Slice(tuple(sources), _parameters(each.get("parameters"), f"{where}.parameters")))
-  return tuple(made)
+    slices.append(
+      Slice(tuple(sources), _parameters(entry.get("parameters"), f"{where}.parameters"))
+    )
+  return tuple(slices)
 
 
-def _module(found: Any) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-  if not isinstance(found, Mapping) or len(found) != 1:
+def _module(data: Any) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+  if not isinstance(data, Mapping) or len(data) != 1:
     raise RecipeError("modules: one module is merged, the language model; write a mapping of one")
-  ((name, body),) = found.items()
+  ((name, body),) = data.items()
   if not isinstance(body, Mapping):
     raise RecipeError(f"modules.{name}: expected a mapping with models or slices")
   _known(body, ("models", "slices", "parameters"), f"modules.{name}.")
@@ -286,31 +286,31 @@ def _module(found: Any) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
   return body, _parameters(body.get("parameters"), f"modules.{name}.parameters")
 
 
-def _parameters(found: Any, where: str) -> dict[str, Any]:
-  if found is None:
+def _parameters(data: Any, where: str) -> dict[str, Any]:
+  if data is None:
     return {}
-  if not isinstance(found, Mapping):
-    raise RecipeError(f"{where}: expected a mapping, found {found!r}")
-  return {str(name): _setting(each, f"{where}.{name}") for name, each in found.items()}
+  if not isinstance(data, Mapping):
+    raise RecipeError(f"{where}: expected a mapping, found {data!r}")
+  return {str(name): _setting(parameter, f"{where}.{name}") for name, parameter in data.items()}
 
 
-def _setting(found: Any, where: str) -> Any:
-  if isinstance(found, bool | str) or _is_number(found):
-    return found
-  if isinstance(found, Sequence) and found:
-    if all(_is_number(x) for x in found):
-      return list(found)
-    if all(isinstance(x, Mapping) and "value" in x for x in found):
-      for case in found:
+def _setting(data: Any, where: str) -> Any:
+  if isinstance(data, bool | str) or _is_number(data):
+    return data
+  if isinstance(data, Sequence) and data:
+    if all(_is_number(x) for x in data):
+      return list(data)
+    if all(isinstance(x, Mapping) and "value" in x for x in data):
+      for case in data:
         _known(case, ("filter", "value"), f"{where}.")
-      return [{**case, "value": _setting(case["value"], where)} for case in found]
+      return [{**case, "value": _setting(case["value"], where)} for case in data]
   raise RecipeError(
-    f"{where}={found!r}: write a number, a list of numbers (a gradient over the layers), or a list of filter and value"
+    f"{where}={data!r}: write a number, a list of numbers (a gradient over the layers), or a list of filter and value"
   )
 
 
-def _vocabulary(found: Mapping[str, Any], leading: ModelRef) -> Vocabulary | None:
-  source, section = found.get("tokenizer_source"), found.get("tokenizer")
+def _vocabulary(data: Mapping[str, Any], leading: ModelRef) -> Vocabulary | None:
+  source, section = data.get("tokenizer_source"), data.get("tokenizer")
   if source and section:
     raise RecipeError("write tokenizer_source or tokenizer, not both")
   if not source and not section:
@@ -321,11 +321,11 @@ def _vocabulary(found: Mapping[str, Any], leading: ModelRef) -> Vocabulary | Non
       raise RecipeError("tokenizer: expected a mapping with `source`")
     _known(section, ("source", "tokens", "pad_to_multiple_of"), "tokenizer.")
     source = section.get("source", "union")
-    given, multiple = section.get("tokens") or {}, section.get("pad_to_multiple_of") or 1
-    if not isinstance(given, Mapping):
+    listed, multiple = section.get("tokens") or {}, section.get("pad_to_multiple_of") or 1
+    if not isinstance(listed, Mapping):
       raise RecipeError("tokenizer.tokens: expected a mapping of tokens")
     tokens = {
-      str(token): _token(each, f"tokenizer.tokens.{token}") for token, each in given.items()
+      str(token): _token(entry, f"tokenizer.tokens.{token}") for token, entry in listed.items()
     }
     if type(multiple) is not int or multiple < 1:
       raise RecipeError(
@@ -333,16 +333,16 @@ def _vocabulary(found: Mapping[str, Any], leading: ModelRef) -> Vocabulary | Non
       )
   if source == "union":
     return Vocabulary(None, tokens, multiple)
-  chosen = leading if source == "base" else _model(source, "tokenizer_source")
-  return Vocabulary(chosen, tokens, multiple)
+  model = leading if source == "base" else _model(source, "tokenizer_source")
+  return Vocabulary(model, tokens, multiple)
 
 
-def _token(found: Any, where: str) -> TokenRow:
+def _token(data: Any, where: str) -> TokenRow:
   """mergekit's source of a token's row: a model, a token of a model, or zeros."""
-  if not isinstance(found, Mapping) or "source" not in found:
-    raise RecipeError(f"{where}: expected a mapping with `source`, found {found!r}")
-  _known(found, ("source", "force"), f"{where}.")
-  source, force = found["source"], bool(found.get("force", False))
+  if not isinstance(data, Mapping) or "source" not in data:
+    raise RecipeError(f"{where}: expected a mapping with `source`, found {data!r}")
+  _known(data, ("source", "force"), f"{where}.")
+  source, force = data["source"], bool(data.get("force", False))
   if not isinstance(source, Mapping) or "kind" not in source:
     return TokenRow(_model(source, f"{where}.source"), force=force)
   if source["kind"] == "zero":
@@ -388,7 +388,7 @@ def tensors(recipe: Recipe, names: Sequence[str], layers: int) -> Iterator[Wante
   same = lambda part, name: tuple((source, name) for source in part.sources)
   first, last = recipe.slices[0], recipe.slices[-1]
   yield from (Wanted(name, same(first, name), first, 0.0) for name in before)
-  made = 0
+  depth = 0
   for part in recipe.slices:
     ranges = [source.layers or (0, layers) for source in part.sources]
     count = ranges[0][1] - ranges[0][0]
@@ -398,8 +398,8 @@ def tensors(recipe: Recipe, names: Sequence[str], layers: int) -> Iterator[Wante
         inputs = tuple(
           (source, f"{head}{start + i}{tail}") for source, (start, _) in zip(part.sources, ranges)
         )
-        yield Wanted(f"{head}{made + i}{tail}", inputs, part, at)
-    made += count
+        yield Wanted(f"{head}{depth + i}{tail}", inputs, part, at)
+    depth += count
   yield from (Wanted(name, same(last, name), last, 0.0) for name in after)
 
 

@@ -40,9 +40,9 @@ def greedy_soup(
   kept, soup, reached = [best], _soup([models[best]], dtype=dtype), alone[best]
   for i in others:
     tried = _soup([models[j] for j in (*kept, i)], dtype=dtype)
-    found = _number(score(tried), f"the mean of models {[*kept, i]}")
-    if found >= reached:
-      kept, soup, reached = [*kept, i], tried, found
+    value = _number(score(tried), f"the mean of models {[*kept, i]}")
+    if value >= reached:
+      kept, soup, reached = [*kept, i], tried, value
   return soup, kept
 
 

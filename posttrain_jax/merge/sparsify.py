@@ -109,16 +109,16 @@ def _end(x, minus, level, room, equal=None):
   # so many rows are before the end with all that they have, the next with a part
   whole = jnp.sum(until <= room)
   row = jnp.minimum(whole, len(equal) - 1)
-  own = jax.tree.map(lambda x: _row(x, row), (x, minus))
-  return (whole, *_end(*own, level, room - (until - equal)[row]))
+  in_row = jax.tree.map(lambda x: _row(x, row), (x, minus))
+  return (whole, *_end(*in_row, level, room - (until - equal)[row]))
 
 
 def _row(x, row):
   """x[row].  Indexing would gather what devices share, so on accelerators it is a sum of which one term is not zero."""
 
   def summed(x):
-    own = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0) == row
-    return jnp.sum(jnp.where(own, x, jnp.zeros((), x.dtype)), axis=0)
+    is_row = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0) == row
+    return jnp.sum(jnp.where(is_row, x, jnp.zeros((), x.dtype)), axis=0)
 
   indexed = lambda x: jax.lax.dynamic_index_in_dim(x, row, keepdims=False)
   return jax.lax.platform_dependent(x, cpu=indexed, default=summed)
@@ -156,12 +156,12 @@ def _threefry(first, second, low):
 
 
 def _places(shape):
-  """Of each entry its number in the flat order, without a reshape, which would gather what devices share."""
+  """The number of each entry in the flat order, without a reshape, which would gather what devices share."""
   strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-  own = [
+  along_axes = [
     jax.lax.broadcasted_iota(jnp.uint32, shape, a) * np.uint32(s) for a, s in enumerate(strides)
   ]
-  return sum(own, jnp.zeros(shape, jnp.uint32))
+  return sum(along_axes, jnp.zeros(shape, jnp.uint32))
 
 
 def by_rank(x: Array, density: Array | float, epsilon: Array | float) -> Array:
@@ -178,20 +178,20 @@ def by_rank(x: Array, density: Array | float, epsilon: Array | float) -> Array:
 
 
 def _ranks(row):
-  """Of each entry its place in the sorted row.
+  """The place of each entry in the sorted row.
 
   Sorting numbers of 64 bits, the entry above and its place below, takes a fifth of sorting pairs on CPUs.
   """
-  own = jax.lax.iota(jnp.int32, row.size)
+  places = jax.lax.iota(jnp.int32, row.size)
   with jax.enable_x64(True):
     wide = lambda x: jax.lax.convert_element_type(x, jnp.int64)
-    pairs = jax.lax.sort(jax.lax.shift_left(wide(row), jnp.int64(32)) | wide(own))
+    pairs = jax.lax.sort(jax.lax.shift_left(wide(row), jnp.int64(32)) | wide(places))
     order = jax.lax.convert_element_type(pairs, jnp.int32)  # the lower half
-  return jnp.zeros_like(row).at[order].set(own, unique_indices=True)
+  return jnp.zeros_like(row).at[order].set(places, unique_indices=True)
 
 
 def _ranks_by_blocks(rows):
-  """So many rows at once that what sorting keeps is small beside the array."""
+  """`_ranks` of so many rows at once that what sorting keeps is small beside the array."""
   return jax.lax.map(_ranks, rows, batch_size=max(1, BLOCK // max(1, rows.shape[-1])))
 
 

@@ -51,8 +51,8 @@ class Plan:
   layers: int
 
   def nbytes(self) -> int:
-    each = zip(self.shapes, self.dtypes)
-    return sum(shards.nbytes((shape, dtype, _unmade)) for shape, dtype in each)
+    entries = zip(self.shapes, self.dtypes)
+    return sum(shards.nbytes((shape, dtype, _unmade)) for shape, dtype in entries)
 
 
 def _unmade() -> np.ndarray:
@@ -87,9 +87,9 @@ def plan(recipe: Recipe, opened: Mapping[ModelRef, Tensors]) -> Plan:
   if recipe.whole:
     _check_nothing_left(recipe, opened, set(names), leading)
   shapes, dtypes = [], []
-  for each in wanted:
-    shapes.append(_one_shape(each, opened))
-    source, name = each.inputs[0]
+  for tensor in wanted:
+    shapes.append(_one_shape(tensor, opened))
+    source, name = tensor.inputs[0]
     dtypes.append(recipe.dtype or shards.FLOATS[opened[source.model].stored(name)])
   total = sum(_count(part, counts) for part in recipe.slices)
   return Plan(recipe, wanted, tuple(shapes), tuple(dtypes), total)
@@ -101,8 +101,8 @@ def _count(part: recipes.Slice, counts: Mapping[ModelRef, int]) -> int:
 
 
 def _layers(names: Mapping[str, Any]) -> int:
-  found = [int(m[2]) for name in names if (m := recipes.LAYER.fullmatch(name))]
-  return max(found, default=-1) + 1
+  numbers = [int(m[2]) for name in names if (m := recipes.LAYER.fullmatch(name))]
+  return max(numbers, default=-1) + 1
 
 
 def order(name: str) -> tuple[int, int, str]:
@@ -117,9 +117,9 @@ def _check_nothing_left(recipe, opened, names, leading) -> None:
   for model, held in opened.items():
     extra = sorted(set(held.where) - names)
     if extra:
-      more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
+      rest = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
       raise RecipeError(
-        f"{model} holds {extra[0]}{more}, which {leading} does not: these models are not of one structure"
+        f"{model} holds {extra[0]}{rest}, which {leading} does not: these models are not of one structure"
       )
 
 
@@ -134,24 +134,26 @@ def _one_shape(wanted: Wanted, opened: Mapping[ModelRef, Tensors]) -> tuple[int,
         f"{source.model}: {name!r} is {held.stored(name)}, not one of {', '.join(shards.FLOATS)}; a quantised model is"
         " merged after `posttrain export --merge`, which makes it dense"
       )
-    found = held.shape(name)
-    if shape is not None and found != shape:
+    held_shape = held.shape(name)
+    if shape is not None and held_shape != shape:
       vocabulary = (
         "; their vocabularies differ: write tokenizer_source: union (or base), which merges them by token"
-        if len(found) == 2 and found[1] == shape[1] and ("embed" in name or "lm_head" in name)
+        if len(held_shape) == 2
+        and held_shape[1] == shape[1]
+        and ("embed" in name or "lm_head" in name)
         else ""
       )
       raise RecipeError(
-        f"{name!r} has shape {found} in {source.model} and {shape} in {first}{vocabulary}"
+        f"{name!r} has shape {held_shape} in {source.model} and {shape} in {first}{vocabulary}"
       )
-    shape, first = found, source.model
+    shape, first = held_shape, source.model
   if shape is None:
     raise RecipeError(f"{wanted.name}: its slice has no source")
   return shape
 
 
 def run(
-  made: Plan,
+  plan: Plan,
   opened: Mapping[ModelRef, Tensors],
   operator: Operator,
   out: Path,
@@ -177,11 +179,11 @@ def run(
     raise FileExistsError(f"{out} exists; name a new folder, or remove it first")
   entries = (
     (wanted.name, (shape, dtype, _unmade))
-    for wanted, shape, dtype in zip(made.wanted, made.shapes, made.dtypes)
+    for wanted, shape, dtype in zip(plan.wanted, plan.shapes, plan.dtypes)
   )
   parts = shards.split(entries, shard_bytes)
   scratch = out.absolute().parent / f".{out.name}.merging"
-  digest = _digest(made, opened, parts)
+  digest = _digest(plan, opened, parts)
   done = _done(scratch, digest, parts)
   left = {file: part for file, part in parts.items() if file not in done}
   _check_disk(scratch, sum(shards.nbytes(e) for part in left.values() for e in part.values()))
@@ -191,7 +193,7 @@ def run(
     files.write_json(scratch / RECORD, {"digest": digest})
   else:
     log.info("going on: %d of %d files are there", len(done), len(parts))
-  by_name = {wanted.name: wanted for wanted in made.wanted}
+  by_name = {wanted.name: wanted for wanted in plan.wanted}
   for file, part in left.items():
     _write(scratch, file, part, by_name, opened, operator, workers)
   shards.write_index(scratch, parts)
@@ -200,12 +202,12 @@ def run(
   scratch.rename(out)
 
 
-def _digest(made: Plan, opened: Mapping[ModelRef, Tensors], parts) -> str:
-  """Of all that the bytes follow from: the recipe, the files it reads, how the result is cut."""
+def _digest(plan: Plan, opened: Mapping[ModelRef, Tensors], parts) -> str:
+  """A digest of all that the bytes follow from: the recipe, the files it reads, how the result is cut."""
   inputs = sorted({str(path.resolve()) for held in opened.values() for path in held.where.values()})
   stamps = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in inputs]
-  said = [repr(made.recipe), stamps, [(file, list(part)) for file, part in parts.items()]]
-  return hashlib.blake2b(json.dumps([said, made.dtypes]).encode(), digest_size=16).hexdigest()
+  said = [repr(plan.recipe), stamps, [(file, list(part)) for file, part in parts.items()]]
+  return hashlib.blake2b(json.dumps([said, plan.dtypes]).encode(), digest_size=16).hexdigest()
 
 
 def _done(scratch: Path, digest: str, parts: Mapping[str, Any]) -> set[str]:
@@ -254,8 +256,10 @@ def _write(
       while waiting:
         yield waiting.popleft().result()
 
-    made = results()
-    tensors = {name: (shape, dtype, lambda: next(made)) for name, (shape, dtype, _) in part.items()}
+    arrays = results()
+    tensors = {
+      name: (shape, dtype, lambda: next(arrays)) for name, (shape, dtype, _) in part.items()
+    }
     try:
       files.write_safetensors(partial, tensors)
     finally:

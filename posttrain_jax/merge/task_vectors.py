@@ -181,7 +181,7 @@ def della(
   rule = Rule(_election(election), weighted, normalize, how)
   densities = checks.fractions("density", density, len(models))
   epsilons = [
-    _window(*pair) for pair in zip(densities, checks.each("epsilon", epsilon, len(models)))
+    _window(*pair) for pair in zip(densities, checks.per_model("epsilon", epsilon, len(models)))
   ]
   settings = lambda size: [
     (_fold(key, i), d, e) for i, (d, e) in enumerate(zip(densities, epsilons))
@@ -310,7 +310,7 @@ def sce(
 
 @jax.jit
 def _variance(models, base):
-  """Of each entry, among models."""
+  """The variance of each entry among models."""
   # about the first delta, so that equal ones have no variance at all
   wide = _wide(base)
   deltas = [_wide(x) - wide for x in models]
@@ -351,8 +351,8 @@ def _merge(models, base, weights, lambda_, find, settings, rule, dtype):
   kept = None
   if find is not None:
     kept = [
-      _kept(x, base, own, find=find, expected=rule.rescale == "expected")
-      for x, own in zip(models, settings(base.size))
+      _kept(x, base, setting, find=find, expected=rule.rescale == "expected")
+      for x, setting in zip(models, settings(base.size))
     ]
     if rule.rescale == "l1":
       kept = [(mask, _l1_scale(x, base, mask)) for x, (mask, _) in zip(models, kept)]
@@ -379,7 +379,7 @@ def _merged(models, base, weights, lambda_, kept, *, rule: Rule, dtype):
   wide = _wide(base)
   deltas = [_wide(x) - wide for x in models]
   if kept is not None:
-    deltas = [_sparse(delta, *own) for delta, own in zip(deltas, kept)]
+    deltas = [_sparse(delta, *mask_and_scale) for delta, mask_and_scale in zip(deltas, kept)]
   return (wide + lambda_ * _joined(deltas, weights, rule)).astype(dtype)
 
 
@@ -407,7 +407,7 @@ def _joined(deltas, weights, rule):
 
 
 def _agree(votes, election):
-  """Of each model, where its vote has the elected sign; a zero never has."""
+  """Where the vote of each model has the elected sign; a zero never has."""
   positive = sum(votes if election == "sum" else map(jnp.sign, votes)) >= 0
   return [jnp.where(positive, x > 0, x < 0) for x in votes]
 

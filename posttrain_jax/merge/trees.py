@@ -52,17 +52,17 @@ def lift(operator: Callable[P, Any]) -> Callable[P, Any]:
     options = dict(signature.bind(*args, **kwargs).arguments)
     key = options.pop("key", None)
     trees = {name: options.pop(name) for name in ("base", *positional) if name in options}
-    trees = {name: _leaves(name, given) for name, given in trees.items() if given is not None}
+    trees = {name: _leaves(name, value) for name, value in trees.items() if value is not None}
     first = _agreeing(trees)
 
     def one(path, layer):
       tensors = {
         name: _over(t, lambda t: _tensor(t[path], path, layer)) for name, t in trees.items()
       }
-      own = options | {name: t for name, t in tensors.items() if name not in positional}
+      arguments = options | {name: t for name, t in tensors.items() if name not in positional}
       if key is not None:
-        own["key"] = tensor_key(key, _name(path, layer))
-      return _turned(path, operator(*(tensors[name] for name in positional), **own))
+        arguments["key"] = tensor_key(key, _name(path, layer))
+      return _turned(path, operator(*(tensors[name] for name in positional), **arguments))
 
     merged = {path: _whole(path, leaf, one) for path, leaf in first.items()}
     return merged[""] if "" in merged else tree.unflatten(merged)
@@ -106,27 +106,27 @@ def passthrough(slices: Sequence[tuple[Any, int, int]]) -> Any:
   return tree.unflatten((path, stacked(path, leaf)) for path, leaf in slices[0][0].items())
 
 
-def _leaves(name, given):
-  several = isinstance(given, list | tuple)
+def _leaves(name, value):
+  several = isinstance(value, list | tuple)
   if several != (name == "models"):
-    want, found = ("a list of trees", "one") if name == "models" else ("one tree", "a list")
-    raise ValueError(f"{name} is {want}, not {found}")
-  return _over(given, tree.flatten)
+    want, got = ("a list of trees", "one") if name == "models" else ("one tree", "a list")
+    raise ValueError(f"{name} is {want}, not {got}")
+  return _over(value, tree.flatten)
 
 
-def _over(given, function):
+def _over(value, function):
   """function of the one tree, or of each of a sequence of them."""
-  return [function(t) for t in given] if isinstance(given, list | tuple) else function(given)
+  return [function(t) for t in value] if isinstance(value, list | tuple) else function(value)
 
 
 def _agreeing(trees, any_depth=False):
   """The first tree's leaves; a ValueError where another's are not alike."""
   labelled = {}
-  for name, given in trees.items():
-    if isinstance(given, Mapping):
-      labelled[name] = given
+  for name, value in trees.items():
+    if isinstance(value, Mapping):
+      labelled[name] = value
     else:
-      labelled |= {f"{name}[{i}]": leaves for i, leaves in enumerate(given)}
+      labelled |= {f"{name}[{i}]": leaves for i, leaves in enumerate(value)}
   if not labelled:
     raise ValueError("no models: write at least one")
   label, first = next(iter(labelled.items()))
@@ -162,11 +162,11 @@ def _array(label, path, leaf):
     raise ValueError(f"{label} has {leaf.dtype} at {path!r}: only floating arrays merge")
 
 
-def _unlike(path, label, shape, other, found):
-  said = f"{path!r} has shape {found} in {other}, {shape} in {label}: "
-  if len(shape) != len(found):
+def _unlike(path, label, shape, other, other_shape):
+  said = f"{path!r} has shape {other_shape} in {other}, {shape} in {label}: "
+  if len(shape) != len(other_shape):
     return said + "merge models of one architecture"
-  differ = {axis for axis in range(len(shape)) if shape[axis] != found[axis]}
+  differ = {axis for axis in range(len(shape)) if shape[axis] != other_shape[axis]}
   if path.startswith(LAYERS) and differ == {0}:
     return said + "the numbers of layers differ; take as many of each with merge.passthrough"
   if differ == {{"embed_tokens/weight": 0, "lm_head/weight": 1}.get(path)}:

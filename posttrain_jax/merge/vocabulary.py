@@ -28,13 +28,13 @@ MISSING = -1
 class Layout:
   """The rows of the merged vocabulary.
 
-  own: of each model, its row of each row of the result; MISSING where it lends one.
+  own_rows: of each model, its row of each row of the result; MISSING where it lends one.
   lent: of a row that some model lacks, the (model, row) whose mean it is; none: zeros.
   unnamed: the rows of no token.
   """
 
   size: int
-  own: Mapping[ModelRef, np.ndarray]
+  own_rows: Mapping[ModelRef, np.ndarray]
   lent: Mapping[int, Sequence[tuple[ModelRef, int]]]
   unnamed: np.ndarray
 
@@ -44,10 +44,10 @@ class Layout:
     Args:
       read: a model's tensor as it is stored.
     """
-    own, held = self.own[model], {model: read(model)}
+    own_rows, held = self.own_rows[model], {model: read(model)}
     out = np.zeros((self.size, *held[model].shape[1:]), np.float32)
-    has = own != MISSING
-    out[has] = held[model][own[has]]
+    has = own_rows != MISSING
+    out[has] = held[model][own_rows[has]]
     for row in np.flatnonzero(~has):
       lenders = self.lent.get(int(row), ())
       for lender, its_row in lenders:
@@ -71,8 +71,8 @@ class LaidOut:
     return self.opened[self.model].where
 
   def shape(self, name: str) -> tuple[int, ...]:
-    found = self.opened[self.model].shape(name)
-    return (self.layout.size, *found[1:]) if name in ROWS else found
+    shape = self.opened[self.model].shape(name)
+    return (self.layout.size, *shape[1:]) if name in ROWS else shape
 
   def stored(self, name: str) -> str:
     return self.opened[self.model].stored(name)
@@ -103,7 +103,7 @@ def layout(
   """
   count = max(out.values()) + 1
   size = -(-count // wanted.multiple) * wanted.multiple
-  own = {model: np.full(size, MISSING) for model in vocabularies}
+  own_rows = {model: np.full(size, MISSING) for model in vocabularies}
   lent: dict[int, list[tuple[ModelRef, int]]] = {}
   nobody = []
   for token, number in out.items():
@@ -115,8 +115,8 @@ def layout(
     asked = wanted.tokens.get(token)
     for model, row in having.items():
       if asked is None or not asked.force:
-        own[model][number] = row
-    if asked is not None and (asked.force or len(having) < len(own)):
+        own_rows[model][number] = row
+    if asked is not None and (asked.force or len(having) < len(own_rows)):
       lent[number] = _asked(asked, token, having, vocabularies, rows)
     elif base in having:
       lent[number] = [(base, having[base])]
@@ -126,8 +126,8 @@ def layout(
   if nobody:
     log.warning("no model has a row for %s: zeros", ", ".join(map(repr, nobody[:5])))
   unnamed = np.setdiff1d(np.arange(size), np.fromiter(out.values(), int))
-  lacking = np.flatnonzero(np.any([each == MISSING for each in own.values()], axis=0))
-  return Layout(size, own, {int(i): lent[int(i)] for i in lacking if int(i) in lent}, unnamed)
+  lacking = np.flatnonzero(np.any([places == MISSING for places in own_rows.values()], axis=0))
+  return Layout(size, own_rows, {int(i): lent[int(i)] for i in lacking if int(i) in lent}, unnamed)
 
 
 def _asked(

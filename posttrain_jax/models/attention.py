@@ -86,8 +86,8 @@ def attend(
   for start in range(0, time, size):
     end = min(start + size, time)
     seen = keys - (time - end) if causal else keys
-    own = (q[..., start:end, :], k[..., :seen, :], v[..., :seen, :], mask[:, start:end, :seen])
-    out.append(_span(*own, softcap))
+    span = (q[..., start:end, :], k[..., :seen, :], v[..., :seen, :], mask[:, start:end, :seen])
+    out.append(_span(*span, softcap))
   out = out[0] if len(out) == 1 else jnp.concatenate(out, axis=3)
   return out.transpose(0, 3, 1, 2, 4).reshape(batch, time, heads, dim)
 
@@ -119,8 +119,8 @@ def attend_shifted(
   for late, mask in enumerate(masks):
     halves = [jnp.split(x, [x.shape[2] // 2], axis=2) for x in (q, k, v)]
     grouped = [_groups(half[late], group, late) for half in halves]
-    found = attend(*grouped, mask, scale=scale, softcap=softcap)
-    out.append(_ungrouped(found, q.shape[:2], group, late))
+    attended = attend(*grouped, mask, scale=scale, softcap=softcap)
+    out.append(_ungrouped(attended, q.shape[:2], group, late))
   return jnp.concatenate(out, axis=2)
 
 
@@ -128,14 +128,14 @@ def shifted_masks(
   positions: Array, segments: Array, group: int, window: int | None = None
 ) -> tuple[Array, Array]:
   """What `attend_shifted` lets a query see, for either half of the heads: [batch * groups, group, group] each."""
-  made = []
+  half_masks = []
   for late in (False, True):
-    own = jnp.arange(positions.shape[1]) + (group - group // 2 if late else 0)
-    number = _groups(jnp.broadcast_to(own // group, positions.shape), group, late)
+    places = jnp.arange(positions.shape[1]) + (group - group // 2 if late else 0)
+    number = _groups(jnp.broadcast_to(places // group, positions.shape), group, late)
     where, which = (_groups(x, group, late) for x in (positions, segments))
     mask = visible(where, where, which, which, window)
-    made.append(mask & (number[:, :, None] == number[:, None, :]))
-  return made[0], made[1]
+    half_masks.append(mask & (number[:, :, None] == number[:, None, :]))
+  return half_masks[0], half_masks[1]
 
 
 def _groups(x, group, late):

@@ -73,9 +73,9 @@ def extend(layer: Params, batch: int) -> Callable[[Array, Array], tuple[Array, A
   if prefix is None:
     return lambda k, v: (k, v)
 
-  def joined(own, x):
-    own = own.reshape(*own.shape[:2], *x.shape[2:]).astype(x.dtype)
-    return jnp.concatenate([own, x], axis=1)
+  def joined(prefixed, x):
+    prefixed = prefixed.reshape(*prefixed.shape[:2], *x.shape[2:]).astype(x.dtype)
+    return jnp.concatenate([prefixed, x], axis=1)
 
   def both(k, v):
     keys, values = prefix.read(batch)

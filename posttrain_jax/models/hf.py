@@ -188,10 +188,10 @@ def hf_name(path: str, layer: int | None = None) -> str:
 
 def _check_stored(reader: shards.Reader, name: str, wanted: tuple[int, ...]) -> None:
   """Raises unless the tensor has that shape and holds floating-point numbers."""
-  found, dtype = reader.shape(name), reader.stored(name)
-  if found != wanted:
+  shape, dtype = reader.shape(name), reader.stored(name)
+  if shape != wanted:
     raise ValueError(
-      f"{reader.where[name]}: tensor {name!r} has shape {found}, config.json asks for {wanted}"
+      f"{reader.where[name]}: tensor {name!r} has shape {shape}, config.json asks for {wanted}"
     )
   if dtype not in shards.FLOATS:
     raise ValueError(
@@ -234,8 +234,8 @@ def _match(
 def _listed(what: str, names: list[str]) -> str:
   if not names:
     return ""
-  more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-  return f"{what} {', '.join(names[:5])}{more}. "
+  rest = f" and {len(names) - 5} more" if len(names) > 5 else ""
+  return f"{what} {', '.join(names[:5])}{rest}. "
 
 
 def _why_unread(name: str, config: ModelConfig) -> str | None:

@@ -19,8 +19,9 @@ DECODER = (
   (r"layers/.*(bias|norm/weight)", P()),
   (r"norm/weight", P()),
 )
+# what stands before the tokens of every text
 STANDING = (
   (PROMPT, P()),
   (PREFIX, P(None, None, "tensor")),
-)  # what stands before the tokens of every text
+)
 RULES = (*DECODER, *STANDING)

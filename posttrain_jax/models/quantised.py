@@ -47,17 +47,17 @@ def storages(
   known = [DENSE, *quant.STORAGES]
   if storage is not None and storage not in known:
     raise ValueError(f"storage={storage!r}: known are {', '.join(known)}")
-  found = {
+  stored = {
     path: [bnb.storage(bnb.parts(n, held)) for n in names] for path, names in located.items()
   }
-  kinds = sorted({kind for of_path in found.values() for kind in of_path} - {DENSE})
+  kinds = sorted({kind for of_path in stored.values() for kind in of_path} - {DENSE})
   if exclude and (storage in (None, DENSE) or kinds):
     raise ValueError(
       f"exclude={list(exclude)!r} says what storage= leaves dense, and "
       + (f"{folder} is quantised already ({kinds[0]})" if kinds else f"storage={storage!r}")
     )
   if not kinds:
-    quantised = quant.chosen(specs, exclude) if storage in quant.STORAGES else ()
+    quantised = quant.quantisable(specs, exclude) if storage in quant.STORAGES else ()
     return {path: str(storage) if path in quantised else DENSE for path in located}
   if storage == DENSE:
     log.info("%s: %s weights made plain, as storage='dense' asks", folder, " and ".join(kinds))
@@ -67,7 +67,7 @@ def storages(
       f"{folder} holds {' and '.join(kinds)} weights, and {storage} of them would lose twice; write "
       f"{kinds[0] if len(kinds) == 1 else DENSE!r}, or load the unquantised model"
     )
-  return {path: _one(folder, path, of_path) for path, of_path in found.items()}
+  return {path: _one(folder, path, of_path) for path, of_path in stored.items()}
 
 
 def _one(folder: Path, path: str, kinds: Sequence[str]) -> str:
@@ -122,7 +122,9 @@ def _matrix(reader, name, shape, turn, dtype):
   if bnb.storage(parts) == DENSE:
     tensor = reader.get(name)
     return np.asarray(tensor.T if turn else tensor, dtype and jnp.dtype(dtype))
-  weight = bnb.read(name, {part: reader.get(own) for part, own in parts.items()}, shape)
+  weight = bnb.read(
+    name, {part: reader.get(tensor_name) for part, tensor_name in parts.items()}, shape
+  )
   return weight if dtype is None else dataclasses.replace(weight, dtype=jnp.dtype(dtype))
 
 

@@ -83,13 +83,13 @@ class Grouped(Scorer):
       ref_logps = reference_logps(self, context, batch, at.mask)
     if self.old == "reference":
       old_logps = ref_logps
-    each, stats = self._surrogate(logps, old_logps, at.per_token(batch["advantage"]), at)
+    losses, stats = self._surrogate(logps, old_logps, at.per_token(batch["advantage"]), at)
     metrics: Metrics = {}
     if self.kl_weight:
       divergence = kl.k3(logps, ref_logps, at.mask)
-      each = each + self.kl_weight * divergence
+      losses = losses + self.kl_weight * divergence
       metrics["kl"] = metrics_lib.mean(jax.lax.stop_gradient(divergence), at.mask)
-    loss = jnp.sum(each * self._weights(at, totals))
+    loss = jnp.sum(losses * self._weights(at, totals))
     metrics |= self._metrics(loss, stats, batch, at, totals)
     if not training:
       metrics["entropy"] = metrics_lib.mean(scores.entropy, at.mask)

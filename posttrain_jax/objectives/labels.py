@@ -51,8 +51,8 @@ class Labelled(Compared):
       at = spans(companion)
       # without dropout: what is estimated is the policy's KL, not that of a thinned one
       forward = self.forward(trainable, context, companion, None, training=False)
-      own, ref = self._sums(forward, context, companion, at)
-      totals["kl"] = preference.mismatched_kl(own - ref, at.present)
+      logps, ref_logps = self._sums(forward, context, companion, at)
+      totals["kl"] = preference.mismatched_kl(logps - ref_logps, at.present)
     return totals
 
   def _sums(
@@ -67,25 +67,25 @@ class Labelled(Compared):
     self, forward: Forward, context: Context, batch: Batch, totals: Totals, *, training: bool
   ) -> tuple[Array, Metrics]:
     at, present = spans(batch), batch["present"]
-    own, ref = self._sums(forward, context, batch, at)
+    logps, ref_logps = self._sums(forward, context, batch, at)
     desirable = batch["label"] > 0.5
     weights = dict(
       desirable_weight=self.desirable_weight, undesirable_weight=self.undesirable_weight
     )
     kl = totals["kl"] if self.estimate_kl else 0.0
-    each, reward = preference.kto(own - ref, desirable, kl, beta=self.beta, **weights)
-    loss = jnp.sum(jnp.where(present, each, 0.0)) / jnp.maximum(totals["count"], 1)
+    losses, reward = preference.kto(logps - ref_logps, desirable, kl, beta=self.beta, **weights)
+    loss = jnp.sum(jnp.where(present, losses, 0.0)) / jnp.maximum(totals["count"], 1)
     mean = lambda x, where=present: metrics_lib.mean(jax.lax.stop_gradient(x), where)
     chosen, rejected = present & desirable, present & ~desirable
     rewards = mean(reward, chosen), mean(reward, rejected)
     metrics = {
-      "loss": mean(each),
+      "loss": mean(losses),
       "rewards/chosen": rewards[0],
       "rewards/rejected": rewards[1],
       # labels have no pairs: the difference of two means, as TRL
       "rewards/margins": Difference(*rewards),
-      "logps/chosen": mean(own, chosen),
-      "logps/rejected": mean(own, rejected),
+      "logps/chosen": mean(logps, chosen),
+      "logps/rejected": mean(logps, rejected),
       "lengths/chosen": mean(at.lengths, chosen),
       "lengths/rejected": mean(at.lengths, rejected),
       "tokens": jnp.sum(batch["segment_ids"] > 0),

@@ -176,7 +176,7 @@ class Scorer(abc.ABC):
     )
 
   def scores(self, forward: Forward, batch: Batch, mask: Array, **options: Any) -> logprob.Scores:
-    """Of the token after each position, where the mask says so; [rows, time]."""
+    """The scores of the token after each position, where the mask says so; [rows, time]."""
     labels, _ = targets(batch)
     return logprob.score(
       forward.hidden,
@@ -189,7 +189,7 @@ class Scorer(abc.ABC):
 
 
 def following(values: Array) -> Array:
-  """[rows, time]: of the token after each position; after the last one stands the first."""
+  """What is known of the token after each position, [rows, time]; after the last one stands the first."""
   return jnp.roll(values, -1, axis=1)
 
 

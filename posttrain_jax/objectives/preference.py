@@ -187,8 +187,8 @@ class Preference(Compared):
     """What ranking and the running shift take from all pairs of the optimizer batch; absent ones are +inf."""
     whole = {name: self._ranked(name, pairs) for name in self.names if name in SORTED}
     totals: Totals = {
-      name: tuple(jnp.where(pairs.present, values, jnp.inf) for values in each)
-      for name, each in whole.items()
+      name: tuple(jnp.where(pairs.present, values, jnp.inf) for values in sides)
+      for name, sides in whole.items()
     }
     if self.running_shift:
       shift = memory["shift"]
@@ -227,10 +227,10 @@ class Preference(Compared):
     metrics["loss"] = Mean(stop(total) * totals["count"], count)
     return total, metrics | self._metrics(pairs, batch, at, training)
 
-  def _mean(self, each: Array, pairs: Pairs, totals: Totals) -> Array:
+  def _mean(self, losses: Array, pairs: Pairs, totals: Totals) -> Array:
     """The part of these pairs in the weighted mean over all of the optimizer batch."""
     weight = pairs.present * pairs.weight / jnp.maximum(totals["count"], 1)
-    return jnp.sum(weight * jnp.where(pairs.present, each, 0.0))
+    return jnp.sum(weight * jnp.where(pairs.present, losses, 0.0))
 
   def _loss_of(self, name: str, pairs: Pairs, totals: Totals) -> Array:
     """The loss of each pair, [rows, pairs]."""
@@ -263,7 +263,7 @@ class Preference(Compared):
     return DIVERGENCES[self.divergence](log_ratio, **options)
 
   def compare(self, trainable: Any, context: Context, batch: Batch) -> dict[str, Array]:
-    """Of each pair, [rows, pairs]: implicit rewards, log-ratios to the reference (drifts), lengths, presence."""
+    """What each pair says, [rows, pairs]: implicit rewards, log-ratios to the reference (drifts), lengths, presence."""
     forward = self.forward(trainable, context, batch, None, training=False)
     pairs = self.pairs(forward, context, batch, spans(batch), training=False)
     chosen, rejected = self._rewards(pairs)
@@ -295,23 +295,23 @@ class Preference(Compared):
     if "sft_with_prompt" in self.names:
       mask = mask | self._nll_mask("sft_with_prompt", batch, at)
     scores = self.scores(forward, batch, mask, entropy=not training, collision=self.weighting)
-    own = self._sums(scores.logp, at)
-    ref, divergence = jnp.zeros_like(own), None
+    sums = self._sums(scores.logp, at)
+    ref_sums, divergence = jnp.zeros_like(sums), None
     if self.needs_reference:
-      logps, divergence = self._reference(forward, context, batch, at.mask, training)
-      ref = self._sums(logps, at)
+      ref_logps, divergence = self._reference(forward, context, batch, at.mask, training)
+      ref_sums = self._sums(ref_logps, at)
     side = lambda x, i: x[:, i :: self.answers]
     weight = (
-      side(batch["weight"], 0) if "weight" in batch else jnp.ones_like(own[:, :: self.answers])
+      side(batch["weight"], 0) if "weight" in batch else jnp.ones_like(sums[:, :: self.answers])
     )
     if self.weighting:
       aligned = at.per_answer(scores.logp - scores.log_collision) / at.lengths
       weight = weight * stop(jnp.exp(side(aligned, 0) + side(aligned, 1)))
     return Pairs(
-      chosen=side(own, 0),
-      rejected=side(own, 1),
-      ref_chosen=side(ref, 0),
-      ref_rejected=side(ref, 1),
+      chosen=side(sums, 0),
+      rejected=side(sums, 1),
+      ref_chosen=side(ref_sums, 0),
+      ref_rejected=side(ref_sums, 1),
       present=side(batch["present"], 0),
       weight=weight,
       lengths=(side(at.lengths, 0), side(at.lengths, 1)),
@@ -333,10 +333,10 @@ class Preference(Compared):
       return reference_logps(self, context, batch, mask), None
     params = reference(context)
     theirs = Forward(params, self.hidden(params, batch))
-    if "reference" in batch:
-      logps = reference_logps(self, context, batch, mask)
+    if "ref_logps" in batch:
+      ref_logps = reference_logps(self, context, batch, mask)
     else:
-      logps = self.scores(theirs, batch, mask).logp
+      ref_logps = self.scores(theirs, batch, mask).logp
     divergence = logprob.kl_divergence(
       forward.hidden,
       decoder.head(forward.params),
@@ -345,7 +345,7 @@ class Preference(Compared):
       mask=mask,
       softcap=self.model.final_softcap,
     )
-    return logps, divergence
+    return ref_logps, divergence
 
   def _mean_logits(self, forward: Forward, at: Spans) -> Array | None:
     """[rows, slots]: over the vocabulary and an answer's scored tokens, which a linear head gives of their mean."""
@@ -382,7 +382,7 @@ class Preference(Compared):
     present = pairs.present
     chosen, rejected = self._rewards(pairs)
     mean = lambda x, where=present: metrics_lib.mean(x, where)
-    accuracy = (chosen > rejected).astype(jnp.float32)
+    correct = (chosen > rejected).astype(jnp.float32)
     longer = pairs.lengths[0] > pairs.lengths[1]
     shorter = pairs.lengths[0] < pairs.lengths[1]
     metrics = {
@@ -390,9 +390,9 @@ class Preference(Compared):
       "rewards/rejected": mean(rejected),
       "rewards/margins": mean(chosen - rejected),
       "rewards/margins_histogram": metrics_lib.histogram(chosen - rejected, present),
-      "rewards/accuracies": mean(accuracy),
-      "rewards/accuracies/chosen_longer": mean(accuracy, present & longer),
-      "rewards/accuracies/chosen_shorter": mean(accuracy, present & shorter),
+      "rewards/accuracies": mean(correct),
+      "rewards/accuracies/chosen_longer": mean(correct, present & longer),
+      "rewards/accuracies/chosen_shorter": mean(correct, present & shorter),
       "logps/chosen": mean(pairs.chosen),
       "logps/rejected": mean(pairs.rejected),
       "lengths/chosen": mean(pairs.lengths[0]),
@@ -401,9 +401,9 @@ class Preference(Compared):
       "tokens": jnp.sum(batch["segment_ids"] > 0),
     }
     if self.needs_reference:
-      drifts = pairs.log_ratios
-      metrics["logps/chosen_drift"] = mean(drifts[0])
-      metrics["logps/rejected_drift"] = mean(drifts[1])
+      log_ratios = pairs.log_ratios
+      metrics["logps/chosen_drift"] = mean(log_ratios[0])
+      metrics["logps/rejected_drift"] = mean(log_ratios[1])
     if pairs.kl is not None:
       metrics["kl"] = metrics_lib.mean(pairs.kl, at.mask)
     if pairs.logits is not None:

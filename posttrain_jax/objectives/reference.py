@@ -45,8 +45,8 @@ def reference(context: Context) -> Any:
 
 def reference_logps(scorer: Scorer, context: Context, batch: Batch, mask: Array) -> Array:
   """[rows, time] log-probabilities of the tokens after each position: cached with the batch, or computed."""
-  if "reference" in batch:
-    return jnp.where(mask, following(batch["reference"]), 0.0)
+  if "ref_logps" in batch:
+    return jnp.where(mask, following(batch["ref_logps"]), 0.0)
   params = reference(context)
   return stop(scorer.scores(Forward(params, scorer.hidden(params, batch)), batch, mask).logp)
 
@@ -108,8 +108,8 @@ class Compared(Scorer):
     if not (self.starts_there and self.needs_reference and self.beta):
       return
     sides = [side for side in ("chosen", "rejected") if f"rewards/{side}" in metrics]
-    each = [abs(metrics[f"rewards/{s}"]) / self.beta / metrics[f"lengths/{s}"] for s in sides]
-    drift = max(each, default=0.0)
+    drifts = [abs(metrics[f"rewards/{s}"]) / self.beta / metrics[f"lengths/{s}"] for s in sides]
+    drift = max(drifts, default=0.0)
     allowed = ROUNDING.get(jnp.dtype(self.dtype or jnp.float32).name, ROUNDING["bfloat16"])
     if not drift <= allowed:
       raise ValueError(

@@ -32,7 +32,7 @@ def scored(
   mesh: jax.sharding.Mesh | None = None,
   say: Callable[[str], None] = print,
 ) -> list[Answers]:
-  """examples with `reference`, and their companions with theirs, from the cache or from params.
+  """examples with `ref_logps`, and their companions with theirs, from the cache or from params.
 
   Args:
     cache: a folder; the file in it is named by what it depends on: tokens, parameters, dtype.
@@ -55,15 +55,15 @@ def scored(
   ends = np.cumsum([len(e.tokens) for e in every])
   if len(flat) != ends[-1]:
     raise ValueError(f"{path} holds {len(flat)} values for {ends[-1]} tokens; delete it")
-  each = np.split(flat, ends[:-1])
-  own, others = each[: len(examples)], iter(each[len(examples) :])
-  made = []
-  for example, values in zip(examples, own):
+  per_example = np.split(flat, ends[:-1])
+  of_examples, of_companions = per_example[: len(examples)], iter(per_example[len(examples) :])
+  with_logps = []
+  for example, ref_logps in zip(examples, of_examples):
     companion = example.companion
     if companion is not None:
-      companion = dataclasses.replace(companion, reference=next(others))
-    made.append(dataclasses.replace(example, reference=values, companion=companion))
-  return made
+      companion = dataclasses.replace(companion, ref_logps=next(of_companions))
+    with_logps.append(dataclasses.replace(example, ref_logps=ref_logps, companion=companion))
+  return with_logps
 
 
 def _identity(params: Any) -> str:
@@ -96,13 +96,13 @@ def _computed(
     forward = Forward(params, scorer.hidden(params, batch))
     return scorer.scores(forward, batch, spans(batch).mask).logp
 
-  found: list[Any] = [None] * len(examples)
+  computed: list[Any] = [None] * len(examples)
   for rows, batch in _batches(examples, mesh):
     placed = batch if mesh is None else distributed.global_batch(mesh, batch)
     values = np.roll(np.asarray(logps(params, placed)), 1, axis=1)  # where the token stands
     for row, i in enumerate(rows):
-      found[i] = values[row, : len(examples[i].tokens)]
-  return found
+      computed[i] = values[row, : len(examples[i].tokens)]
+  return computed
 
 
 def _batches(

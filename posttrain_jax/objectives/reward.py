@@ -36,17 +36,20 @@ class Reward(Scorer):
 
   kind: str = "pairs"  # pairs, outcomes, steps
   centering: float = 0.0  # weight of (r_w + r_l)^2
+  answers: int = (
+    2  # in an example of pairs: chosen, rejected, and perhaps a gold one, which is not compared
+  )
 
   def __post_init__(self) -> None:
     if self.kind not in KINDS:
       raise ValueError(f"kind={self.kind!r}: a reward model learns from pairs, outcomes or steps")
 
   def rewards(self, params: Any, batch: Batch) -> Array:
-    """[rows, slots]: of each answer, read at its last token."""
+    """The reward of each answer, [rows, slots], read at its last token."""
     return self._of_answers(Forward(params, self.hidden(params, batch)), batch)
 
   def of_tokens(self, params: Any, batch: Batch) -> Array:
-    """[rows, time]: of the text up to each token; where a step ends, the step's."""
+    """The reward of the text up to each token, [rows, time]; where a step ends, the step's."""
     return _of_tokens(Forward(params, self.hidden(params, batch)))
 
   def _of_answers(self, forward: Forward, batch: Batch) -> Array:
@@ -67,30 +70,31 @@ class Reward(Scorer):
   ) -> Totals:
     if self.kind == "steps":
       return {"count": jnp.sum(~jnp.isnan(batch["steps"]))}
-    return {"count": jnp.sum(batch["present"]) / (2 if self.kind == "pairs" else 1)}
+    stride = self.answers if self.kind == "pairs" else 1
+    return {"count": jnp.sum(batch["present"][:, ::stride])}
 
   def contribution(
     self, forward: Forward, context: Context, batch: Batch, totals: Totals, *, training: bool
   ) -> tuple[Array, Metrics]:
     if self.kind == "pairs":
-      each, present, metrics = self._paired(self._of_answers(forward, batch), batch)
+      losses, present, metrics = self._paired(self._of_answers(forward, batch), batch)
     elif self.kind == "outcomes":
       present = batch["present"]
-      each, metrics = _judged(self._of_answers(forward, batch), batch["label"], present)
+      losses, metrics = _judged(self._of_answers(forward, batch), batch["label"], present)
     else:
       present = ~jnp.isnan(batch["steps"])
       labels = jnp.where(present, batch["steps"], 0.0)
-      each, metrics = _judged(_of_tokens(forward), labels, present)
-    loss = jnp.sum(jnp.where(present, each, 0.0)) / jnp.maximum(totals["count"], 1)
-    metrics["loss"] = metrics_lib.mean(jax.lax.stop_gradient(each), present)
+      losses, metrics = _judged(_of_tokens(forward), labels, present)
+    loss = jnp.sum(jnp.where(present, losses, 0.0)) / jnp.maximum(totals["count"], 1)
+    metrics["loss"] = metrics_lib.mean(jax.lax.stop_gradient(losses), present)
     metrics["tokens"] = jnp.sum(batch["segment_ids"] > 0)
     return loss, metrics
 
   def _paired(self, rewards: Array, batch: Batch) -> tuple[Array, Array, Metrics]:
-    chosen, rejected = rewards[:, ::2], rewards[:, 1::2]
-    margin = batch["margin"][:, ::2] if "margin" in batch else 0.0
-    each, stats = reward.bradley_terry(chosen, rejected, margin=margin, centering=self.centering)
-    present = batch["present"][:, ::2]
+    chosen, rejected = rewards[:, :: self.answers], rewards[:, 1 :: self.answers]
+    margin = batch["margin"][:, :: self.answers] if "margin" in batch else 0.0
+    losses, stats = reward.bradley_terry(chosen, rejected, margin=margin, centering=self.centering)
+    present = batch["present"][:, :: self.answers]
     mean = lambda x: metrics_lib.mean(jax.lax.stop_gradient(x), present)
     metrics = {
       "accuracy": mean(stats.correct),
@@ -100,7 +104,7 @@ class Reward(Scorer):
       "rewards/chosen": mean(chosen),
       "rewards/rejected": mean(rejected),
     }
-    return each, present, metrics
+    return losses, present, metrics
 
 
 def _of_tokens(forward: Forward) -> Array:
@@ -108,6 +112,6 @@ def _of_tokens(forward: Forward) -> Array:
 
 
 def _judged(rewards: Array, labels: Array, present: Array) -> tuple[Array, Metrics]:
-  each, accuracy = reward.binary_cross_entropy(rewards, labels)
+  losses, correct = reward.binary_cross_entropy(rewards, labels)
   mean = lambda x: metrics_lib.mean(jax.lax.stop_gradient(x), present)
-  return each, {"accuracy": mean(accuracy), "mean_reward": mean(rewards)}
+  return losses, {"accuracy": mean(correct), "mean_reward": mean(rewards)}

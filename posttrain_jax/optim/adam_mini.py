@@ -50,15 +50,15 @@ def blocks(axes: str | None, shape: tuple[int, ...], *, stacked: bool, head_dim:
   v for embedding and head.
   """
   names = axes.split()[stacked:] if axes else []
-  own = range(int(stacked), len(shape))
-  if len(own) < 2:
-    return Blocks(tuple(own) if names == ["norm"] else ())
+  matrix_axes = range(int(stacked), len(shape))
+  if len(matrix_axes) < 2:
+    return Blocks(tuple(matrix_axes) if names == ["norm"] else ())
   if names and names[-1] == "heads":
     if shape[-1] % head_dim:
       raise ValueError(f"adam_mini: {shape[-1]} outputs are no whole number of heads of {head_dim}")
-    return Blocks(tuple(own[:-1]), head_dim)
-  output = own[0] if names and names[0] in ROWS else own[-1]
-  return Blocks(tuple(axis for axis in own if axis != output))
+    return Blocks(tuple(matrix_axes[:-1]), head_dim)
+  output = matrix_axes[0] if names and names[0] in ROWS else matrix_axes[-1]
+  return Blocks(tuple(axis for axis in matrix_axes if axis != output))
 
 
 class State(NamedTuple):
@@ -77,7 +77,7 @@ def scale_by_adam_mini(
     head_dim: entries of a `heads` axis that make one head.
   """
 
-  def own(path, p):
+  def blocks_of(path, p):
     plain = not paths.field(path)
     named = axes.get(paths.module(path)) if plain else None
     if plain and named is None:
@@ -86,7 +86,7 @@ def scale_by_adam_mini(
 
   def init(params):
     zeros = lambda p: jnp.zeros(p.shape, jnp.float32)
-    least = lambda path, p: zeros(jax.eval_shape(own(path, p).mean, p))
+    least = lambda path, p: zeros(jax.eval_shape(blocks_of(path, p).mean, p))
     return State(
       jnp.zeros((), jnp.int32),
       jax.tree.map(zeros, params),
@@ -97,7 +97,7 @@ def scale_by_adam_mini(
     count = state.count + 1
 
     def one(path, g, m, v):
-      g, block = g.astype(jnp.float32), own(path, g)
+      g, block = g.astype(jnp.float32), blocks_of(path, g)
       m = b1 * m + (1 - b1) * g
       v = b2 * v + (1 - b2) * block.mean(g * g)
       h = block.spread(jnp.sqrt(v / adam8bit.left(b2, count)) + eps)

@@ -105,21 +105,21 @@ def chain(
     ),
   }
   if name not in optimizers:
-    raise ValueError(f"optimizer.name={name!r}: known are {', '.join(optimizers)}")
+    raise ValueError(f"name={name!r}: known are {', '.join(optimizers)}")
   if offloaded and name in WHOLE:
     raise ValueError(
-      f"optimizer.offload: the state of {name} is not kept by layer; write offload=none (it is small), or one of "
+      f"offload: the state of {name} is not kept by layer; write offload=none (it is small), or one of "
       f"{', '.join(other for other in optimizers if other not in WHOLE)}"
     )
-  made = optimizers[name](rate)
+  optimizer = optimizers[name](rate)
   checks = []
   if name.startswith("galore"):
     checks.append(lambda params: galore.check(params, rank=rank, target=target))
   if loraplus_lr_ratio is not None:
     embedding = learning_rate(loraplus_lr_embedding, steps=steps, warmup=warmup, schedule=schedule)
-    made = optax.partition(
+    optimizer = optax.partition(
       {
-        "a": made,
+        "a": optimizer,
         "b": optimizers[name](lambda count: loraplus_lr_ratio * rate(count)),
         "embedding": optimizers[name](embedding),
       },
@@ -127,10 +127,10 @@ def chain(
     )
     checks.append(lambda params: _check_loraplus(params, loraplus_lr_ratio, axes))
   if offloaded:
-    made = offload.layerwise(made, clip=clip)
+    optimizer = offload.layerwise(optimizer, clip=clip)
   elif clip:
-    made = optax.chain(optax.clip_by_global_norm(clip), made)
-  return _checked(made, checks), rate
+    optimizer = optax.chain(optax.clip_by_global_norm(clip), optimizer)
+  return _checked(optimizer, checks), rate
 
 
 def _checked(optimizer, checks):
@@ -163,22 +163,22 @@ def loraplus_groups(params: Any, axes: Mapping[str, str]) -> Any:
 
 def _check_loraplus(params, ratio, axes):
   if not ratio >= 1:
-    raise ValueError(f"optimizer.loraplus_lr_ratio={ratio}: write 1 or more")
+    raise ValueError(f"loraplus_lr_ratio={ratio}: write 1 or more")
   fields = {paths.field(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]}
   if "b" not in fields:
     raise ValueError(
-      "optimizer.loraplus_lr_ratio: nothing that is trained has a factor b; write 0, or train such an adapter (lora)"
+      "loraplus_lr_ratio: nothing that is trained has a factor b; write 0, or train such an adapter (lora)"
     )
 
 
 def learning_rate(lr: float, *, steps: int, warmup: float, schedule: str) -> optax.Schedule:
   """update -> learning rate: linear over the first `warmup` share of steps, then as `schedule` says."""
   if schedule not in SCHEDULES:
-    raise ValueError(f"optimizer.schedule={schedule!r}: known are {', '.join(SCHEDULES)}")
+    raise ValueError(f"schedule={schedule!r}: known are {', '.join(SCHEDULES)}")
   if not 0 <= lr < math.inf:
-    raise ValueError(f"optimizer.lr={lr}: write a finite number of at least 0")
+    raise ValueError(f"lr={lr}: write a finite number of at least 0")
   if not 0 <= warmup <= 1:
-    raise ValueError(f"optimizer.warmup={warmup}: a share of the steps, from 0 to 1")
+    raise ValueError(f"warmup={warmup}: a share of the steps, from 0 to 1")
   rising = round(warmup * steps)
   falling = max(steps - rising, 1)
   after = {

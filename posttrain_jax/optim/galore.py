@@ -116,11 +116,9 @@ def adamw(
     is_embedding: path -> whether PyTorch stores the matrix as we do.
   """
   if projection not in PROJECTIONS:
-    raise ValueError(f"optimizer.projection={projection!r}: known are {', '.join(PROJECTIONS)}")
+    raise ValueError(f"projection={projection!r}: known are {', '.join(PROJECTIONS)}")
   if rank < 1 or update_gap < 1:
-    raise ValueError(
-      f"optimizer.rank={rank}, optimizer.update_gap={update_gap}: both must be 1 or more"
-    )
+    raise ValueError(f"rank={rank}, update_gap={update_gap}: both must be 1 or more")
 
   def start(path, p):
     lead = paths.stacked(path)
@@ -196,15 +194,15 @@ def check(params: Any, *, rank: int, target: str) -> None:
   Raises:
     ValueError: names the parameter.
   """
-  found, _ = jax.tree_util.tree_flatten_with_path(params)
-  targets = [(paths.module(path), p.shape) for path, p in found if is_target(path, p, target)]
+  leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+  targets = [(paths.module(path), p.shape) for path, p in leaves if is_target(path, p, target)]
   if not targets:
-    known = ", ".join(dict.fromkeys(paths.module(path) for path, _ in found))
-    raise ValueError(f"optimizer.target={target!r} matches no matrix of {known}")
+    known = ", ".join(dict.fromkeys(paths.module(path) for path, _ in leaves))
+    raise ValueError(f"target={target!r} matches no matrix of {known}")
   for name, shape in targets:
     if rank > min(shape[-2:]):
       raise ValueError(
-        f"optimizer.rank={rank} is above the {min(shape[-2:])} of {name}, {list(shape[-2:])}; lower it, or leave "
+        f"rank={rank} is above the {min(shape[-2:])} of {name}, {list(shape[-2:])}; lower it, or leave "
         f"the matrix out with optimizer.target"
       )
 

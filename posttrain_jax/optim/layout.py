@@ -21,8 +21,8 @@ def shardings(state: Any, params: Any, replicated: jax.sharding.Sharding) -> Any
   as that; a `Leaf` that stands for a whole parameter says how by `partition_specs`.  Counts are replicated.  What is
   offloaded lies so in the host's memory.
   """
-  found, _ = jax.tree_util.tree_flatten_with_path(params)
-  owners = {paths.names(path): leaf for path, leaf in found}
+  leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+  owners = {paths.names(path): leaf for path, leaf in leaves}
 
   def one(path, leaf):
     owner = _owner(paths.names(path), owners)

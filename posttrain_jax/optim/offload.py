@@ -41,12 +41,12 @@ def layerwise(
 
   def init(params):
     layers, rest = _split(params)
-    made = State(
+    state = State(
       inner.init(layers) if layers else None,
       {name: inner.init({name: branch}) for name, branch in rest.items()},
     )
-    _check(made.layers, layers)
-    return made
+    _check(state.layers, layers)
+    return state
 
   def update(updates, state, params=None, *, norm=None, finite=True, **_):
     size = global_norm(updates) if norm is None else norm
@@ -158,5 +158,5 @@ def _check(state, layers):
   shapes = [x.shape for x in jax.tree.leaves((state, layers)) if x.ndim]
   if wrong := [shape for shape in shapes if len(counts) != 1 or shape[0] not in counts]:
     raise ValueError(
-      f"optimizer.offload: {list(wrong[0])} does not belong to single layers, of which there are {sorted(counts)}"
+      f"offload: {list(wrong[0])} does not belong to single layers, of which there are {sorted(counts)}"
     )

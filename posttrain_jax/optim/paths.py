@@ -37,7 +37,7 @@ def unzip(f: Callable[..., tuple], width: int, tree: Any, *rest: Any) -> tuple[A
 
 
 def unzip_with_path(f: Callable[..., tuple], width: int, tree: Any, *rest: Any) -> tuple[Any, ...]:
-  """As `unzip`, f(path, leaf, ...)."""
-  found, structure = jax.tree_util.tree_flatten_with_path(tree)
-  at = structure.unflatten([path for path, _ in found])
+  """`unzip` of f(path, leaf, ...)."""
+  leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+  at = structure.unflatten([path for path, _ in leaves])
   return unzip(lambda leaf, path, *others: f(path, leaf, *others), width, tree, at, *rest)

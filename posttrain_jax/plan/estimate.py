@@ -24,7 +24,7 @@ def figures(
   """Everything that `report` prints, for JSON; sizes in GiB a device."""
   chips = target(topology, devices)
   built = program.build(config, chips)
-  found = {
+  facts = {
     "model": config.model.name,
     "base": config.model.base,
     "adapter": config.adapter.method,
@@ -41,9 +41,9 @@ def figures(
   try:
     compiled = program.compile(built)
   except program.OutOfMemory as problem:
-    return {**found, "compiled": None, "out_of_memory": str(problem), "fits": False}
+    return {**facts, "compiled": None, "out_of_memory": str(problem), "fits": False}
   fits = None if chips.memory is None else compiled.peak / GIB <= chips.memory
-  return {**found, "compiled": compiled.figures(), "fits": fits}
+  return {**facts, "compiled": compiled.figures(), "fits": fits}
 
 
 def arithmetic(built: Program) -> dict[str, int]:
@@ -101,36 +101,36 @@ def logits(model: ModelConfig, tokens: int) -> int:
   return 2 * 4 * min(tokens, logprob.CHUNK) * model.vocab_size
 
 
-def report(found: dict[str, Any]) -> str:
+def report(facts: dict[str, Any]) -> str:
   """The figures as people read them."""
-  memory = found["device_gib"]
+  memory = facts["device_gib"]
   lines = [
-    f"{found['model']}, {found['base']} base, adapter {found['adapter']}, {found['rows']} rows x "
-    f"{found['length']} tokens, remat {found['remat']}",
-    f"on {found['devices']} x {found['target']}"
+    f"{facts['model']}, {facts['base']} base, adapter {facts['adapter']}, {facts['rows']} rows x "
+    f"{facts['length']} tokens, remat {facts['remat']}",
+    f"on {facts['devices']} x {facts['target']}"
     + (f", {memory:g} GiB each" if memory is not None else ", memory not known"),
     "",
     "by arithmetic, GiB a device:",
-    *_rows(found["arithmetic_gib"]),
-    f"  {'sum':<14}{sum(found['arithmetic_gib'].values()):>9.3f}",
+    *_rows(facts["arithmetic_gib"]),
+    f"  {'sum':<14}{sum(facts['arithmetic_gib'].values()):>9.3f}",
     "",
   ]
-  if found["compiled"] is None:
-    return "\n".join([*lines, f"DOES NOT FIT: {found['out_of_memory']}"])
+  if facts["compiled"] is None:
+    return "\n".join([*lines, f"DOES NOT FIT: {facts['out_of_memory']}"])
   sizes = {
     name.removesuffix("_gib"): size
-    for name, size in found["compiled"].items()
+    for name, size in facts["compiled"].items()
     if name.endswith("_gib")
   }
   verdict = {True: "fits", False: "DOES NOT FIT", None: "whether it fits is not known"}
   return "\n".join(
     [
       *lines,
-      f"as compiled by {found['compiler']}, GiB a device:",
+      f"as compiled by {facts['compiler']}, GiB a device:",
       *_rows(sizes),
-      f"  compiled in {found['compiled']['compile_seconds']} s",
+      f"  compiled in {facts['compiled']['compile_seconds']} s",
       "",
-      verdict[found["fits"]]
+      verdict[facts["fits"]]
       + (f": {sizes['peak']:.2f} of {memory:g} GiB" if memory is not None else ""),
     ]
   )

@@ -17,7 +17,7 @@ from jax.sharding import SingleDeviceSharding
 
 from posttrain_jax import adapters, quant
 from posttrain_jax.adapters import layout
-from posttrain_jax.build import adapter, checks, decisions, objective, optimizer, start
+from posttrain_jax.build import adapter, checks, decisions, objective, optimizer, reference, start
 from posttrain_jax.build import run as runs
 from posttrain_jax.build.model import Model
 from posttrain_jax.core import sharding, tree
@@ -107,7 +107,7 @@ def build(config: ml_collections.ConfigDict, target: Target) -> Program:
   loss = objective.make(config, model, ())
   state = state_lib.abstract(trainable, updates, carried, loss, mesh)
   jitted = runs.jitted_step(config, adapter_config, loss, updates, state)
-  batch = _batch(config, mesh, target.devices[0])
+  batch = _batch(config, loss, mesh, target.devices[0])
   return Program(config, model_config, jitted, state, context, batch, mesh)
 
 
@@ -123,10 +123,11 @@ def parameters(
   if adapter_config is None:
     on_host = config.optimizer.offload == "params"
     params = placed(decoder.abstract(model, jnp.float32), on_host=on_host)
-    in_step = decisions.has_reference(config) and not (
-      decisions.caches_reference(config) or decisions.follows(config)
-    )
-    return params, None, Context(reference=params if in_step else None)
+    dtype = decisions.compute_dtype(config)
+    other = _other(config, model, dtype, placed)
+    if reference.is_in_step(config) and decisions.compares_with_base(config):
+      other = params
+    return params, None, Context(reference=other)
   kind, dtype = config.model.base, decisions.compute_dtype(config)
   # a start is taken out of the dense matrix, and the rest is stored
   params = base(model, dtype, "dense" if adapter_config.changes_base else kind)
@@ -144,7 +145,19 @@ def parameters(
   )
   params = _stored(params, kind)
   trainable, carried = tree.partition(placed(nodes))
-  return trainable, carried, Context(placed(params))
+  return trainable, carried, Context(placed(params), reference=_other(config, model, dtype, placed))
+
+
+def _other(config: ml_collections.ConfigDict, model: ModelConfig, dtype: Any, placed: Any) -> Any:
+  """The parameters of another model that each step compares with; None where there is none.
+
+  Another adapter on the base is left out: its matrices are the base's.
+  """
+  if not reference.is_in_step(config) or decisions.compares_with_base(config):
+    return None
+  if reference.is_adapter(config.objective.reference):
+    return None
+  return placed(base(dataclasses.replace(model, scores=0), dtype, config.objective.reference_base))
 
 
 def base(model: ModelConfig, dtype: Any, kind: str) -> Any:
@@ -195,7 +208,7 @@ VALUES = {
 SHARING = ("pairs", "triples", "scored")  # kinds whose rows have several answers to a prompt
 
 
-def _batch(config, mesh, device):
+def _batch(config, loss, mesh, device):
   """One optimizer batch, as `data.packing` lays it out."""
   rows = (config.batch.rows, config.data.length)
   of = lambda shape, dtype, *names: {name: jax.ShapeDtypeStruct(shape, dtype) for name in names}
@@ -207,16 +220,16 @@ def _batch(config, mesh, device):
     batch |= of(rows, jnp.int32, "channel")
   else:
     # how many answers a row has room for is the data's to say; as many as answers of 64 tokens
-    each = {"pairs": 2, "triples": 3}.get(kind, 1)
-    slots = (rows[0], each * max(1, rows[1] // (64 * each)))
+    answers = {"pairs": 2, "triples": 3}.get(kind, 1)
+    slots = (rows[0], answers * max(1, rows[1] // (64 * answers)))
     batch |= of(rows, jnp.int32, "answer") | of(slots, jnp.bool_, "present")
     if config.data.share_prompt and kind in SHARING:
       batch |= of(rows, jnp.int32, "prefix_ids")
     batch |= of(slots, jnp.float32, *VALUES.get(kind, ()))
     if kind == "steps":
       batch |= of(rows, jnp.float32, "steps")
-    if decisions.caches_reference(config):
-      batch |= of(rows, jnp.float32, "reference")
+    if loss.needs_reference and decisions.caches_reference(config):
+      batch |= of(rows, jnp.float32, "ref_logps")
     if decisions.has_companions(config):
       if kind == "pairs":
         batch |= of(slots, jnp.float32, "label")

@@ -50,12 +50,12 @@ def target(topology: str | None = None, count: int | None = None) -> Target:
   Raises:
     ValueError: a topology that does not exist, more devices than it has, or a library that is not installed.
   """
-  found = _local() if topology is None else _tpu(topology)
+  chips = _local() if topology is None else _tpu(topology)
   if count is None:
-    return found
-  if not 1 <= count <= len(found.devices):
-    raise ValueError(f"devices={count}: {found.name} has 1 to {len(found.devices)}")
-  return dataclasses.replace(found, devices=found.devices[:count])
+    return chips
+  if not 1 <= count <= len(chips.devices):
+    raise ValueError(f"devices={count}: {chips.name} has 1 to {len(chips.devices)}")
+  return dataclasses.replace(chips, devices=chips.devices[:count])
 
 
 def _local() -> Target:

@@ -33,14 +33,14 @@ def quantize_params(
       adapted already, or one that the type cannot hold (the message names it).
   """
   leaves = tree.flatten(params)
-  linear = chosen(leaves, exclude)
+  linear = quantisable(leaves, exclude)
   quantised = lambda path, leaf: quantize(path, leaf, storage, **options)
   return tree.unflatten(
     (path, quantised(path, leaf) if path in linear else leaf) for path, leaf in leaves.items()
   )
 
 
-def chosen(leaves: Mapping[str, Any], exclude: Sequence[str] = ()) -> set[str]:
+def quantisable(leaves: Mapping[str, Any], exclude: Sequence[str] = ()) -> set[str]:
   """The paths that `quantize_params` would quantise; leaves need no more than a shape."""
   kept = {path for pattern in exclude for path in _matches(pattern, leaves)}
   linear = {path for path, leaf in leaves.items() if is_linear(path, leaf)} - kept

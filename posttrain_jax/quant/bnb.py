@@ -37,7 +37,10 @@ def parts(name: str, held: Any) -> dict[str, str]:
   {'': 'q.weight', 'SCB': 'q.SCB'}
   """
   known = {part: tensor(name, part) for part in (*UNDER, *BESIDE)}
-  return {"": name, **{part: own for part, own in known.items() if own in held}}
+  return {
+    "": name,
+    **{part: tensor_name for part, tensor_name in known.items() if tensor_name in held},
+  }
 
 
 def tensor(name: str, part: str) -> str:
@@ -225,8 +228,8 @@ def _scales(part: str, x: np.ndarray, count: int, dtype: Any) -> np.ndarray:
 
 
 def _same(part: str, tensors: Mapping[str, np.ndarray], wanted: np.ndarray) -> None:
-  found = _part(part, tensors).reshape(-1)
-  if not np.array_equal(found, wanted):
+  stored = _part(part, tensors).reshape(-1)
+  if not np.array_equal(stored, wanted):
     raise ValueError(
       f"its {part} is not bitsandbytes' own, so that our table would give other values; load the unquantised model"
     )
@@ -240,16 +243,16 @@ def write(weight: Any, layer: int | None = None) -> dict[str, Entry]:
 
   The makers take the arrays from the device, when the file is written.
   """
-  own = lambda x: np.asarray(x if layer is None else x[layer])
+  of_layer = lambda x: np.asarray(x if layer is None else x[layer])
   rows, out = weight.shape[-2:]
   if isinstance(weight, int8.Int8):
     return {
-      "": ((out, rows), "int8", lambda: own(weight.codes).T),
-      SCALES: ((out,), "float32", lambda: own(weight.absmax)),
+      "": ((out, rows), "int8", lambda: of_layer(weight.codes).T),
+      SCALES: ((out,), "float32", lambda: of_layer(weight.absmax)),
       FORMAT: _whole(np.zeros((), np.uint8)),
     }
   blocks = rows * out // weight.block_size
-  flat = lambda x: own(x).T.reshape(-1)
+  flat = lambda x: of_layer(x).T.reshape(-1)
   scales = str(np.dtype(weight.scales.dtype))
   entries: dict[str, Entry] = {
     "": ((rows * out // 2, 1), "uint8", lambda: flat(weight.codes)[:, None]),
@@ -264,12 +267,12 @@ def write(weight: Any, layer: int | None = None) -> dict[str, Entry]:
   )
   if weight.nested_absmax is not None:
     nested = (weight.nested_absmax.shape[-1],)
-    entries["nested_absmax"] = (nested, "float32", lambda: own(weight.nested_absmax))
+    entries["nested_absmax"] = (nested, "float32", lambda: of_layer(weight.nested_absmax))
     entries["nested_quant_map"] = _whole(blockwise.dynamic_map())
     state.update(
       nested_blocksize=fourbit.NESTED_BLOCK,
       nested_dtype="float32",
-      nested_offset=float(own(weight.offset)),
+      nested_offset=float(of_layer(weight.offset)),
     )
   entries[STATE + weight.name] = _whole(np.frombuffer(json.dumps(state).encode(), np.uint8))
   return entries

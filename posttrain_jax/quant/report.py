@@ -44,7 +44,7 @@ class StackError:
 
 @dataclasses.dataclass(frozen=True)
 class LogitError:
-  """How far logits [..., vocab] are from others; kl is KL(reference || found) in nats, a mean over tokens."""
+  """How far logits [..., vocab] are from others; kl is KL(reference || logits) in nats, a mean over tokens."""
 
   max_abs: float
   mean_abs: float
@@ -95,10 +95,10 @@ def report(
   matrices = {
     path: _over_layers(leaf, tree.get(stored, path))
     for path, leaf in tree.items(params)
-    if path in quant.chosen(tree.flatten(params), exclude)
+    if path in quant.quantisable(tree.flatten(params), exclude)
   }
-  found = None if logits is None else logit_error(logits(params), logits(stored))
-  return Report(storage, matrices, found)
+  of_logits = None if logits is None else logit_error(logits(params), logits(stored))
+  return Report(storage, matrices, of_logits)
 
 
 def error(w: Any, q: Any) -> MatrixError:
@@ -121,11 +121,11 @@ def _over_layers(w: Any, q: Any) -> StackError:
   return StackError(MatrixError(*map(float, mean)), layers[worst], worst)
 
 
-def logit_error(reference: Any, found: Any) -> LogitError:
-  """The error of found [..., vocab] against reference, in float32."""
-  reference, found = (jnp.asarray(x, jnp.float32) for x in (reference, found))
-  distance = jnp.abs(reference - found)
-  logp, logq = jax.nn.log_softmax(reference), jax.nn.log_softmax(found)
+def logit_error(reference: Any, logits: Any) -> LogitError:
+  """The error of logits [..., vocab] against reference, in float32."""
+  reference, logits = (jnp.asarray(x, jnp.float32) for x in (reference, logits))
+  distance = jnp.abs(reference - logits)
+  logp, logq = jax.nn.log_softmax(reference), jax.nn.log_softmax(logits)
   kl = jnp.sum(jnp.exp(logp) * (logp - logq), axis=-1).mean()
-  same = reference.argmax(-1) == found.argmax(-1)
+  same = reference.argmax(-1) == logits.argmax(-1)
   return LogitError(*(float(x) for x in (distance.max(), distance.mean(), kl, same.mean())))

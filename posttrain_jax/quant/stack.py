@@ -51,8 +51,8 @@ def fill(matrices: Iterable[Any], layers: int) -> Any:
     if stacked is None:
       structure = jax.tree.structure(matrix)
       stacked = jax.tree.map(lambda x: np.empty((layers, *x.shape), x.dtype), matrix)
-    if (found := jax.tree.structure(matrix)) != structure:
-      raise Unlike(f"layer {i} is stored as {found}, layer 0 as {structure}")
+    if (form := jax.tree.structure(matrix)) != structure:
+      raise Unlike(f"layer {i} is stored as {form}, layer 0 as {structure}")
     jax.tree.map(lambda whole, x, i=i: _set(whole, i, x), stacked, matrix)
   return stacked
 

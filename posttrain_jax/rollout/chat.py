@@ -144,12 +144,12 @@ def load(
   params, config = hf.load(folder)
   home = folder
   if adapter is not None:
-    node, found = peft_format.load(adapter, params, config)
-    config = rotary.stretched(config, found.context_length)
+    node, adapter_config = peft_format.load(adapter, params, config)
+    config = rotary.stretched(config, adapter_config.context_length)
     # once, here: fewer products at every step; a soft prompt or prefix has no weight and stays bound
     params = adapters.merge(params, node)
-    own = Path(adapter) / "chat_template.jinja"
-    template = str(own) if template is None and own.exists() else template
+    template_file = Path(adapter) / "chat_template.jinja"
+    template = str(template_file) if template is None and template_file.exists() else template
     home = Path(adapter) if (Path(adapter) / "tokenizer.json").exists() else folder
   tokenizer = conversations.load_tokenizer(home)
   has_template = template is not None or tokenizer.chat_template is not None

@@ -96,9 +96,9 @@ def generate(
     filled = np.maximum(rows, 0)  # -1 marks a row that only fills the batch
     some = [prompts[i] for i in filled]
     shared = (max_new_tokens, stop_tokens, config, sampling, dtype)
-    own = weight.take_rows(ready, filled)
-    state = _start(own.stacked, some, keys[filled], rows < 0, *shared)
-    state = _decode(own.layers_apart, state, max_new_tokens, config, sampling, dtype)
+    batch_params = weight.take_rows(ready, filled)
+    state = _start(batch_params.stacked, some, keys[filled], rows < 0, *shared)
+    state = _decode(batch_params.layers_apart, state, max_new_tokens, config, sampling, dtype)
     drawn = jax.device_get((state.tokens, state.logps, state.lengths, state.stopped))
     for row, ids, lps, length, stopped in zip(rows, *drawn):
       if row >= 0:

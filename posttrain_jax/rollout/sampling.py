@@ -68,8 +68,8 @@ def sample(keys: Array, logits: Array, sampling: Sampling) -> tuple[Array, Array
     scaled = logits / sampling.temperature
     kept = filter(scaled, top_k=sampling.top_k, top_p=sampling.top_p)
     token = _draw(keys, kept)
-  chosen = jnp.take_along_axis(scaled, token[:, None], axis=-1)[:, 0]
-  return token.astype(jnp.int32), chosen - jax.nn.logsumexp(scaled, axis=-1)
+  logit = jnp.take_along_axis(scaled, token[:, None], axis=-1)[:, 0]
+  return token.astype(jnp.int32), logit - jax.nn.logsumexp(scaled, axis=-1)
 
 
 def _keep(logits: Array, mass: Array | float, target: float) -> Array:

@@ -92,8 +92,8 @@ class Run:
 
   def series(self, name: str) -> tuple[list[int], list[float]]:
     """(steps, values) of one metric."""
-    found = [(row["step"], row[name]) for row in self.rows if name in row]
-    return [step for step, _ in found], [value for _, value in found]
+    points = [(row["step"], row[name]) for row in self.rows if name in row]
+    return [step for step, _ in points], [value for _, value in points]
 
   def final(self) -> dict[str, float]:
     """The last value of every metric: what done.json says, else what the rows do."""
@@ -118,8 +118,8 @@ def read(folder: str | Path) -> Run:
   """
   folder = Path(folder)
   if not (folder / CONFIG).exists() and not (folder / METRICS).exists():
-    found = ", ".join(sorted(p.name for p in folder.glob("*"))[:8]) if folder.is_dir() else ""
-    what = f"holds {found or 'nothing'}" if folder.is_dir() else "is no folder"
+    listed = ", ".join(sorted(p.name for p in folder.glob("*"))[:8]) if folder.is_dir() else ""
+    what = f"holds {listed or 'nothing'}" if folder.is_dir() else "is no folder"
     raise FileNotFoundError(
       f"{folder} {what}, expected {CONFIG} and {METRICS}; give the --workdir of a `posttrain train`"
     )

@@ -48,8 +48,10 @@ def make(
     )
     if hooks is not None:
       adapter = lambda trainable: tree.combine(trainable, state.carried)
-      penalty, more = jax.value_and_grad(lambda t: hooks.penalty(adapter(t)))(state.trainable)
-      gradient = jax.tree.map(jnp.add, gradient, more)
+      penalty, penalty_gradient = jax.value_and_grad(lambda t: hooks.penalty(adapter(t)))(
+        state.trainable
+      )
+      gradient = jax.tree.map(jnp.add, gradient, penalty_gradient)
       metrics = dict(metrics, penalty=penalty)
     norm = offload.global_norm(gradient)
     finite = jnp.isfinite(norm)
@@ -142,9 +144,9 @@ def _gradient(objective, trainable, context, batch, key, memory, accumulate):
   totals = objective.totals(trainable, context, batch, key, memory=memory, training=True)
 
   def one(microbatch, index):
-    own = jax.random.fold_in(key, index)
+    microbatch_key = jax.random.fold_in(key, index)
     loss = lambda trainable: objective.loss(
-      trainable, context, microbatch, totals, own, training=True
+      trainable, context, microbatch, totals, microbatch_key, training=True
     )
     grads, metrics = jax.grad(loss, has_aux=True)(trainable)
     return jax.tree.map(lambda g: g.astype(jnp.float32), grads), metrics

@@ -1,5 +1,6 @@
 """Which modules, ranks and scales the options mean; the same table runs against PEFT in tests/oracle/test_peft.py."""
 
+import dataclasses
 import math
 
 import pytest
@@ -117,6 +118,77 @@ def test_full_names_are_those_of_transformers():
 def test_what_cannot_be_meant_is_refused(options, message):
   with pytest.raises(ValueError, match=message):
     AdapterConfig(**options)
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    (dict(method="lorra"), "unknown adapter method 'lorra'; known: lora, "),
+    (
+      dict(method="pissa", init_lora_weights="olora"),
+      "means init_lora_weights='pissa', found 'olora'",
+    ),
+    (dict(method="olora", init_lora_weights="pissa_niter_4"), "means init_lora_weights='olora'"),
+    (dict(method="ia3", r=4), "r=4: the method 'ia3' has no such option; it reads target_modules"),
+    (dict(method="vera", rank_pattern={"q_proj": 2}), "'vera' has no such option"),
+    (dict(method="lora", attention_group=4), "'lora' has no such option"),
+    (dict(method="pissa", init_lora_weights="pissa_niter_0"), "write one of True"),
+    (dict(method="prompt", num_virtual_tokens=0), "num_virtual_tokens=0 must be at least 1"),
+    (
+      dict(method="prompt", prompt_tuning_init="ZEROS"),
+      "'ZEROS': write one of RANDOM, SAMPLE_VOCAB",
+    ),
+    (dict(method="prompt", prompt_tuning_init="TEXT"), "TEXT goes with a text"),
+    (dict(method="prompt", prompt_tuning_init_text="Say"), "a text with TEXT"),
+    (dict(method="longlora", attention_group=1), "attention_group=1: write at least 2 tokens"),
+    (dict(method="longlora", attention_group=-2), "attention_group=-2: write at least 2 tokens"),
+    (dict(method="longlora", context_length=-1), "context_length=-1 must not be negative"),
+  ],
+)
+def test_a_method_reads_its_own_options_and_says_so(options, message):
+  with pytest.raises(ValueError, match=message):
+    AdapterConfig(**options)
+
+
+def test_the_least_that_may_be_written():
+  for options in (
+    dict(method="prompt", num_virtual_tokens=1),
+    dict(method="prompt", prompt_tuning_init="TEXT", prompt_tuning_init_text=""),
+    dict(method="longlora", attention_group=2, context_length=1),
+    dict(method="longlora", attention_group=0),
+    dict(r=1, rank_pattern={"q_proj": 1}, depth_ranks=(1, 1)),
+  ):
+    fields = dataclasses.asdict(AdapterConfig(**options))
+    assert fields | options == fields
+
+
+def test_a_method_that_is_lora_with_an_option_sets_it():
+  assert AdapterConfig(method="dora").use_dora
+  for method in ("pissa", "olora", "loftq"):
+    config = AdapterConfig(method=method)
+    assert (config.init_lora_weights, config.pissa_iterations) == (method, 0)
+    assert config.changes_base
+    assert config == AdapterConfig(method=method, init_lora_weights=method)
+  fast = AdapterConfig(method="pissa", init_lora_weights="pissa_niter_16")
+  assert (fast.pissa_iterations, fast.changes_base) == (16, True)
+  assert AdapterConfig(init_lora_weights="pissa_niter_3").pissa_iterations == 3
+  for init in (True, "gaussian", "zero_a"):
+    assert not AdapterConfig(init_lora_weights=init).changes_base
+
+
+def test_defaults_are_pefts():
+  config = AdapterConfig()
+  assert (config.r, config.lora_alpha, config.lora_dropout, config.loftq_iter) == (8, 8, 0, 1)
+  assert (config.init_lora_weights, config.use_rslora, config.use_dora) == (True, False, False)
+  assert (config.d_initial, config.projection_prng_key) == (0.1, 0)
+  assert (config.init_r, config.target_r, config.tinit, config.tfinal, config.deltaT) == (
+    12,
+    8,
+    0,
+    0,
+    1,
+  )
+  assert (config.beta1, config.beta2, config.orth_reg_weight) == (0.85, 0.85, 0.5)
 
 
 # --- Ranks by depth ---------------------------------------------------------------------------------------------------

@@ -263,7 +263,7 @@ def test_a_dry_run_compiles_the_step_that_runs(config, kind, folder, tmp_path, m
   assert not (tmp_path / "run").exists()
   assert train(folder, tmp_path / "run", **how) == 0
   assert dry[-1] == run[0]
-  assert "reference" in run[0]
+  assert "ref_logps" in run[0]
 
 
 @pytest.mark.slow

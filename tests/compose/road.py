@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import io
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -91,7 +91,7 @@ def named(arrays: Any) -> dict[str, np.ndarray]:
 
 
 @contextlib.contextmanager
-def only(devices: int) -> Iterator[None]:
+def only(devices: int) -> Generator[None]:
   """The machine seems to have so many devices."""
   some = jax.devices()[:devices]
   with (

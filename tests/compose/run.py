@@ -116,12 +116,15 @@ def _serve(waiting: "queue.SimpleQueue[int]", ended) -> None:
       _end(process)
       process, given = _started(), 0
     given += 1
-    process.stdin.write(f"{seed}\n")
-    process.stdin.flush()
+    asked, answered = process.stdin, process.stdout
+    assert asked is not None
+    assert answered is not None
+    asked.write(f"{seed}\n")
+    asked.flush()
     began = time.monotonic()
     timer = threading.Timer(SECONDS, process.kill)
     timer.start()
-    line = process.stdout.readline()
+    line = answered.readline()
     timer.cancel()
     if not line:
       seconds = time.monotonic() - began
@@ -158,7 +161,7 @@ def _started() -> subprocess.Popen:
 
 
 def _end(process: subprocess.Popen | None) -> None:
-  if process is not None:
+  if process is not None and process.stdin is not None:
     process.stdin.close()
     process.wait()
 

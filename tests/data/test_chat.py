@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from posttrain_jax.build import self_checks
 from posttrain_jax.data import chat, schema, templates
 from posttrain_jax.data.files import RowError
 from posttrain_jax.data.schema import Row
@@ -58,7 +59,7 @@ def test_assistant_turns_and_their_endings_are_trained_and_nothing_else(name, to
   assert list(example.tokens).count(tokenizer.bos_token_id) == (
     2 if name == "llama2" else int(tokenizer.bos_token_id is not None)
   )
-  chat.assert_end_of_turn_trained([example], tokenizer, template)
+  self_checks.end_of_turn([example], tokenizer, template)
 
 
 @pytest.mark.parametrize("name", templates.NAMED)
@@ -128,7 +129,7 @@ def test_plain_text_has_one_bos_and_one_eos_and_is_all_trained(family, tokenizer
     assert (example.tokens == eos).sum() == 1
     assert bos is None or (example.tokens == bos).sum() == 1
     assert example.mask.tolist() == [False] + [True] * (len(example) - 1)
-    chat.assert_end_of_turn_trained([example], tokenizer)
+    self_checks.end_of_turn([example], tokenizer)
 
 
 def test_padding_that_equals_eos_stays_trained(tokenizers):
@@ -236,7 +237,7 @@ def test_a_template_without_an_ending_is_caught(tmp_path):
   template = own_template("{% for m in messages %}{{ m['content'] }}\n{% endfor %}", tmp_path)
   example = chat.encode(row(messages=talk("a", "b")), CHATML, template, max_length=99)
   with pytest.raises(ValueError, match="would not learn to stop"):
-    chat.assert_end_of_turn_trained([example], CHATML, template)
+    self_checks.end_of_turn([example], CHATML, template)
 
 
 def test_an_untrained_ending_is_caught(tokenizers):
@@ -245,7 +246,7 @@ def test_an_untrained_ending_is_caught(tokenizers):
   with pytest.raises(
     ValueError, match=r"talk.jsonl:7: a trained span does not end with '<\|im_end"
   ):
-    chat.assert_end_of_turn_trained([example], CHATML, TEMPLATE)
+    self_checks.end_of_turn([example], CHATML, TEMPLATE)
 
 
 def test_messages_need_a_template():
@@ -283,7 +284,7 @@ def test_the_embedded_models_own_template():
   expected = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
   assert example.tokens.tolist() == expected
   assert templates.end_of_turn(tokenizer, template) == tokenizer.convert_tokens_to_ids("<|im_end|>")
-  chat.assert_end_of_turn_trained([example], tokenizer, template)
+  self_checks.end_of_turn([example], tokenizer, template)
 
 
 def test_gsm8k_with_the_embedded_models_tokenizer():
@@ -297,7 +298,7 @@ def test_gsm8k_with_the_embedded_models_tokenizer():
   )
   encoded = chat.encode_all(rows, tokenizer, template, max_length=1024)
   assert len(encoded) == 1319
-  chat.assert_end_of_turn_trained(encoded, tokenizer, template)
+  self_checks.end_of_turn(encoded, tokenizer, template)
   for source, example in zip(rows, encoded):
     answer = source.fields["completion"][0]["content"]
     assert trained_texts(example, tokenizer) == [f"{answer}<|im_end|>"]
@@ -306,4 +307,4 @@ def test_gsm8k_with_the_embedded_models_tokenizer():
 def test_a_conversation_is_checked_with_its_template():
   example = chat.encode(row(messages=talk("a", "b")), CHATML, TEMPLATE, max_length=99)
   with pytest.raises(ValueError, match=r"talk.jsonl:7 is a conversation: pass the chat template"):
-    chat.assert_end_of_turn_trained([example], CHATML)
+    self_checks.end_of_turn([example], CHATML)

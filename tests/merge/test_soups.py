@@ -54,6 +54,13 @@ def test_the_mean_is_taken_of_the_models_not_of_rounded_means():
   np.testing.assert_allclose(soup["w"], exact, rtol=1e-6)
 
 
+def test_a_soup_of_one_has_the_dtype_asked_for_too():
+  models = [{"w": jnp.asarray([x], jnp.bfloat16)} for x in (1.0, 3.0)]
+  soup, kept = merge.greedy_soup(models, lambda tree: -float(tree["w"][0]), dtype=jnp.float32)
+  assert kept == [0]
+  assert soup["w"].dtype == jnp.float32
+
+
 def test_what_is_refused():
   with pytest.raises(ValueError, match="no models"):
     merge.greedy_soup([], lambda tree: 0.0)

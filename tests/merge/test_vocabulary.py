@@ -53,6 +53,35 @@ def test_a_recipe_says_whose_row_a_token_has():
   assert rows(A, b=TokenRow(B, number=3))[3] == 23
 
 
+class Held:
+  """A model's embedding and its final norm, as files hold them."""
+
+  def __init__(self, model):
+    self.tensors = {"model.embed_tokens.weight": TENSORS[model], "model.norm.weight": np.ones(2)}
+    self.where = dict.fromkeys(self.tensors, model.name)
+
+  def shape(self, name):
+    return self.tensors[name].shape
+
+  def stored(self, name):
+    return f"{name} of {self.where[name]}"
+
+  def get(self, name):
+    return self.tensors[name]
+
+
+def test_a_laid_out_model_has_its_rows_in_the_layout_and_the_rest_as_it_was():
+  held = {model: Held(model) for model in ROWS}
+  found = vocabulary.layout(Vocabulary(None, {}, 1), OUT, VOCABULARIES, ROWS, None)
+  laid = vocabulary.LaidOut(found, B, held)
+  embedding, norm = laid.where
+  assert laid.shape(embedding) == laid.get(embedding).shape == (6, 1)
+  assert laid.get(embedding).ravel().tolist() == rows(B)
+  assert laid.shape(norm) == (2,)
+  assert laid.get(norm) is held[B].tensors[norm]
+  assert laid.stored(embedding) == "model.embed_tokens.weight of b"
+
+
 @pytest.mark.parametrize(
   ("asked", "message"),
   [

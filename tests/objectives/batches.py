@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from posttrain_jax.adapters import layout
 from posttrain_jax.core import metrics as metrics_lib
 from posttrain_jax.core import tree
-from posttrain_jax.data import answers
+from posttrain_jax.data import answers, companions
 from posttrain_jax.data.chat import Example
 from posttrain_jax.data.packing import pack_answers, slots
 from posttrain_jax.models import decoder
@@ -23,7 +24,7 @@ from posttrain_jax.train import step
 from tests import tiny
 
 LENGTH = 48
-PAIRS = {
+PAIRS: dict[str, dict[str, Any]] = {
   "dpo": dict(losses=(("dpo", 1.0),)),
   "several": dict(losses=(("ipo", 0.5), ("bco", 0.3), ("sft", 1.0)), label_smoothing=0.1),
   "aot": dict(losses=(("aot", 1.0),)),
@@ -62,7 +63,7 @@ def labels(count=8):
   made = groups(count, (1,), label=lambda rng, n: [float(rng.integers(2))])
   made[0] = dataclasses.replace(made[0], values={"label": (1.0,)})
   made[1] = dataclasses.replace(made[1], values={"label": (0.0,)})
-  return answers.with_companions(made, LENGTH)
+  return companions.beside(made, LENGTH)
 
 
 def scored(count=6):
@@ -87,7 +88,7 @@ def batch(examples):
   return rows_of(examples, [*rows, []], 2 * LENGTH)
 
 
-CASES = {
+CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
   **{name: (Preference, options, pairs) for name, options in PAIRS.items()},
   "kto": (Labelled, dict(undesirable_weight=1.3), labels),
   "grpo": (Grouped, dict(aggregation="sequence_mean", old="reference", kl_weight=0.1), scored),

@@ -17,7 +17,7 @@ from posttrain_jax.build import data as data_build
 from posttrain_jax.build import decisions, objective
 from posttrain_jax.build.model import Model
 from posttrain_jax.core.metrics import read
-from posttrain_jax.data import answers
+from posttrain_jax.data import answers, companions
 from posttrain_jax.data.packing import pack
 from posttrain_jax.losses import preference, reward
 from posttrain_jax.objectives import Context, Scorer
@@ -56,8 +56,7 @@ def examples_of(config):
         del values["weight"]  # which pair's it would be, once sorted, is no formula's to say
       made = batches.pairs(**values)
       if decisions.has_companions(config):
-        made = answers.with_values(made, "label", [(1.0, 0.0)] * len(made))
-        made = answers.with_companions(made, batches.LENGTH)
+        made = companions.beside(made, batches.LENGTH)
       return made
     case "triples":
       return batches.groups(7, (3,))

@@ -64,7 +64,7 @@ def test_evaluation_tells_the_kl_and_the_mean_logits():
   assert found["kl"] > 0
   assert found["logits/chosen"] == pytest.approx(np.mean(logits[0]), rel=1e-3, abs=1e-6)
   assert found["logits/rejected"] == pytest.approx(np.mean(logits[1]), rel=1e-3, abs=1e-6)
-  cached = {**given, "reference": np.zeros_like(given["tokens"], np.float32)}
+  cached = {**given, "ref_logps": np.zeros_like(given["tokens"], np.float32)}
   assert measure(objective, context, cached)["kl"] == pytest.approx(found["kl"])
   elsewhere = dataclasses.replace(objective, own_base=False)
   assert "kl" not in measure(elsewhere, context, cached)

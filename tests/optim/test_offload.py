@@ -97,6 +97,16 @@ def test_a_mesh_changes_nothing(name, mode):
   assert kinds(state) <= ({DEVICE} if mode == "none" else {HOST})
 
 
+def test_an_optimizer_that_asks_for_no_parameters_is_given_none():
+  params = {"layers": {"w": jnp.ones((2, 3))}, "norm": jnp.ones(3)}
+  gradient = jax.tree.map(lambda x: 0.5 * x, params)
+  optimizer = offload.layerwise(optax.trace(decay=0.9))
+  updates, state = optimizer.update(gradient, start(optimizer, params))
+  again, _ = optimizer.update(gradient, state)
+  cases.assert_close(updates, gradient, rtol=1e-6, atol=0)
+  cases.assert_close(again, jax.tree.map(lambda g: 1.9 * g, gradient), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("mode", ["none", "state"])
 def test_moments_lie_as_their_parameters(mode):
   """up_proj is [layers, 64, 160], fsdp x tensor = 4 x 2."""

@@ -16,7 +16,7 @@ from safetensors import numpy as safetensors_numpy  # noqa: E402
 
 from posttrain_jax import objectives  # noqa: E402
 from posttrain_jax.core import tree  # noqa: E402
-from posttrain_jax.data import answers, packing, schema  # noqa: E402
+from posttrain_jax.data import answers, companions, packing, schema  # noqa: E402
 from posttrain_jax.models import fetch, hf  # noqa: E402
 from posttrain_jax.objectives import Context  # noqa: E402
 from posttrain_jax.train import step  # noqa: E402
@@ -349,9 +349,8 @@ def test_kto_is_trls(estimate_kl, models, tokenizer, tmp_path):
     undesirable_weight=1.2,
     estimate_kl=estimate_kl,
   )
-  examples = answers.encode_all(
-    rows(tmp_path, fields), tokenizer, kind="labels", max_length=160, companions=True
-  ).examples
+  labelled = answers.encode_all(rows(tmp_path, fields), tokenizer, kind="labels", max_length=160)
+  examples = companions.beside(labelled.examples, 160)
   same(ours(objective, models, examples), expected, tmp_path)
   same(ours(objective, models, examples, accumulate=4), expected, tmp_path)
   same(ours(objective, models, examples, packed=True), expected, tmp_path)

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from posttrain_jax.core import sharding, tree, weight
-from posttrain_jax.quant import int8, report
+from posttrain_jax.quant import fp4, int8, nf4, report
 from tests.quant.types import TYPES
 
 EACH = pytest.mark.parametrize("kind", TYPES, ids=str)
@@ -100,6 +100,21 @@ def test_stack_is_its_layers(kind):
       np.testing.assert_array_equal(leaves[0], leaves[1][i])
       np.testing.assert_array_equal(leaves[0], leaves[2][i])
     np.testing.assert_array_equal(stacked.dense()[i], one.dense())
+
+
+@EACH
+@pytest.mark.parametrize("where", [np.asarray, jnp.asarray], ids=["host", "device"])
+def test_a_stack_is_refused_for_the_value_of_one_layer(where, kind):
+  w = np.ones((2, 64, 2), np.float32)
+  w[1, 3, 1] = np.inf
+  with pytest.raises(ValueError, match="largest absolute value is inf"):
+    kind.quantize(where(w))
+
+
+@pytest.mark.parametrize("module", [nf4, fp4], ids=["nf4", "fp4"])
+def test_scales_are_quantised_too_unless_told_otherwise(module):
+  assert module.quantize(normal(64, 2)).nested_absmax is not None
+  assert module.abstract((64, 2)).nested_absmax is not None
 
 
 @EACH

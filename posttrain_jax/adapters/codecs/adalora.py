@@ -69,16 +69,16 @@ def read(
 ) -> tuple[dict[str, Any], AdapterConfig]:
   del model_config
   folder, whole, named = saved.read(folder, params)
-  found = modules.parse(folder, NAMES, params)
-  config = codec.config(folder, KEYS, "adalora", list(found))
+  parts = modules.parse(folder, NAMES, params)
+  config = codec.config(folder, KEYS, "adalora", list(parts))
   try:
     adalora.check(config)
   except ValueError as error:
     raise ValueError(f"{folder.config_file}: {error}") from error
-  masks = _masks(folder, found, config.init_r)
-  make = lambda base, names: _node(base, names, found, masks, config, folder)
-  nodes = modules.nodes(found, params, make)
-  modules.check_targets(folder, config, found, params)
+  masks = _masks(folder, parts, config.init_r)
+  make = lambda base, names: _node(base, names, parts, masks, config, folder)
+  nodes = modules.nodes(parts, params, make)
+  modules.check_targets(folder, config, parts, params)
   return nodes | whole, config.replace(**named)
 
 
@@ -104,9 +104,9 @@ def _shape(node: adalora.AdaLoRA) -> tuple[int, ...]:
   return (*node.a.shape[:-1], node.b.shape[-1])
 
 
-def _masks(folder: Folder, found: modules.Parts, rank: int) -> dict[str, np.ndarray]:
+def _masks(folder: Folder, parts: modules.Parts, rank: int) -> dict[str, np.ndarray]:
   """{module: which of its first ranks its tensors are}; without a pattern all of them."""
-  every = dict.fromkeys(found, np.ones(rank, bool))
+  every = dict.fromkeys(parts, np.ones(rank, bool))
   said = folder.described.get("rank_pattern")
   if said is None:
     return every
@@ -115,7 +115,7 @@ def _masks(folder: Folder, found: modules.Parts, rank: int) -> dict[str, np.ndar
   for key, flags in said.items():
     name = modules.bare(key).removesuffix(".default").removesuffix(".lora_E")
     flags = np.asarray(flags)
-    if name not in found:
+    if name not in parts:
       raise ValueError(f"{folder.config_file}: rank_pattern names {key!r}, which has no tensors")
     if flags.dtype != bool or flags.shape != (rank,):
       raise ValueError(
@@ -125,19 +125,19 @@ def _masks(folder: Folder, found: modules.Parts, rank: int) -> dict[str, np.ndar
   return every
 
 
-def _node(matrix, names, found, masks, config, folder) -> adalora.AdaLoRA:
+def _node(matrix, names, parts, masks, config, folder) -> adalora.AdaLoRA:
   rows, columns = weight.shape(matrix)[-2:]
   factors: list[tuple[np.ndarray, np.ndarray, np.ndarray] | None] = []
   for name in names:
-    if name not in found:
+    if name not in parts:
       factors.append(None)
       continue
-    mask, own = masks[name], found[name]
+    mask, tensors = masks[name], parts[name]
     left = int(mask.sum())
     shapes = {"a": (rows, left), "b": (left, columns), "e": (1, left)}
-    modules.check_shapes(own, shapes, NAMES, name, folder)
+    modules.check_shapes(tensors, shapes, NAMES, name, folder)
     a, b, e = np.zeros((rows, len(mask))), np.zeros((len(mask), columns)), np.zeros(len(mask))
-    a[:, mask], b[mask], e[mask] = own["a"], own["b"], own["e"][0]
+    a[:, mask], b[mask], e[mask] = tensors["a"], tensors["b"], tensors["e"][0]
     factors.append((a, b, e))
   none = np.zeros(config.init_r)
   kept = [masks.get(name, none) for name in names]

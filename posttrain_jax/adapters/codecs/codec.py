@@ -83,12 +83,12 @@ def config(
   """
   for key, value in folder.described.items():
     check_key(key, value, keys, folder.config_file)
-  found = {key: value for key, value in folder.described.items() if key in keys.fields}
-  found = {key: value for key, value in found.items() if value is not None}
+  options = {key: value for key, value in folder.described.items() if key in keys.fields}
+  options = {key: value for key, value in options.items() if value is not None}
   if adapted:
-    found.setdefault("target_modules", [full_name(name) for name in adapted])
+    options.setdefault("target_modules", [full_name(name) for name in adapted])
   try:
-    return AdapterConfig(method=method, **{**found, **fields})
+    return AdapterConfig(method=method, **{**options, **fields})
   except (TypeError, ValueError) as error:
     raise ValueError(f"{folder.config_file}: {error}") from error
 

@@ -49,11 +49,11 @@ def read(
 ) -> tuple[dict[str, Any], AdapterConfig]:
   del model_config
   folder, whole, named = saved.read(folder, params)
-  found = modules.parse(folder, NAMES, params)
-  config = codec.config(folder, KEYS, "ia3", list(found))
-  make = lambda base, names: _node(base, names, found, config, folder)
-  nodes = modules.nodes(found, params, make)
-  modules.check_targets(folder, config, found, params)
+  parts = modules.parse(folder, NAMES, params)
+  config = codec.config(folder, KEYS, "ia3", list(parts))
+  make = lambda base, names: _node(base, names, parts, config, folder)
+  nodes = modules.nodes(parts, params, make)
+  modules.check_targets(folder, config, parts, params)
   return nodes | whole, config.replace(**named)
 
 
@@ -73,11 +73,11 @@ def _shape(node: ia3.IA3) -> tuple[int | None, ...]:
   return (*lead, size, None) if node.feedforward else (*lead, None, size)
 
 
-def _node(matrix, names, found, config, folder) -> ia3.IA3:
+def _node(matrix, names, parts, config, folder) -> ia3.IA3:
   rows, columns = weight.shape(matrix)[-2:]
-  feedforward = ia3.is_feedforward([name for name in names if name in found], config)
+  feedforward = ia3.is_feedforward([name for name in names if name in parts], config)
   shapes = {"gain": (rows, 1) if feedforward else (1, columns)}
   for name in names:
-    modules.check_shapes(found.get(name, {}), shapes, NAMES, name, folder)
-  gains = [found[name]["gain"].reshape(-1) if name in found else None for name in names]
+    modules.check_shapes(parts.get(name, {}), shapes, NAMES, name, folder)
+  gains = [parts[name]["gain"].reshape(-1) if name in parts else None for name in names]
   return ia3.join(gains, stacked=len(weight.shape(matrix)) == 3, feedforward=feedforward)

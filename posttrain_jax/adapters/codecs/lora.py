@@ -105,15 +105,15 @@ def read(
 ) -> tuple[dict[str, Any], AdapterConfig]:
   folder, whole, named = saved.read(folder, params)
   with_magnitude = folder.described.get("use_dora") is True
-  found = modules.parse(folder, {**NAMES, **MAGNITUDE} if with_magnitude else NAMES, params)
+  parts = modules.parse(folder, {**NAMES, **MAGNITUDE} if with_magnitude else NAMES, params)
   method = "dora" if with_magnitude else "lora"
-  config = codec.config(folder, KEYS, method, list(found), **_start(folder))
-  make = lambda base, names: _node(base, names, found, config, folder.tensor_file)
-  nodes = modules.nodes(found, params, make)
-  modules.check_targets(folder, config, found, params)
+  config = codec.config(folder, KEYS, method, list(parts), **_start(folder))
+  make = lambda base, names: _node(base, names, parts, config, folder.tensor_file)
+  nodes = modules.nodes(parts, params, make)
+  modules.check_targets(folder, config, parts, params)
   long = {field: folder.record[field] for field in LONG if field in folder.record}
-  more = dict(method="longlora", **long) if long else {}
-  return nodes | whole, config.replace(**named, **more)
+  longlora = dict(method="longlora", **long) if long else {}
+  return nodes | whole, config.replace(**named, **longlora)
 
 
 CODEC = Codec("LORA", ("lora", "dora", "pissa", "olora", "loftq", "longlora"), write, read)
@@ -193,36 +193,40 @@ def _start(folder: Folder) -> dict[str, Any]:
   return dict(init_lora_weights=INITS[said])
 
 
-def _node(matrix, names, found, config, path) -> lora.LoRA:
+def _node(matrix, names, parts, config, path) -> lora.LoRA:
   """The LoRA of one weight's modules, absent ones at rank 0."""
   rows, columns = weight.shape(matrix)[-2:]
   pairs, scales = [], []
   for name in names:
-    if name not in found:
+    if name not in parts:
       pairs.append((np.zeros((rows, 0), np.float32), np.zeros((0, columns), np.float32)))
       scales.append(0.0)
       continue
-    pairs.append(_pair(name, found[name], rows, columns, config.rank(name), path))
+    pairs.append(_pair(name, parts[name], rows, columns, config.rank(name), path))
     scales.append(config.scale(name))
   stacked = len(weight.shape(matrix)) == 3
   node = lora.join(pairs, scales, stacked=stacked, dropout=config.lora_dropout)
-  return _with_magnitudes(node, matrix, names, found, path) if config.use_dora else node
+  return _with_magnitudes(node, matrix, names, parts, path) if config.use_dora else node
 
 
-def _with_magnitudes(node, matrix, names, found, path) -> dora.DoRA:
+def _with_magnitudes(node, matrix, names, parts, path) -> dora.DoRA:
   """The DoRA of node; a module that is not adapted has the magnitude of its base."""
-  made = dora.over(node, matrix)
-  own = np.array(np.atleast_2d(made.magnitude))
+  dora_node = dora.over(node, matrix)
+  magnitudes = np.array(np.atleast_2d(dora_node.magnitude))
   tensor = MAGNITUDE["magnitude"][0]
   for i, name in enumerate(names):
-    if name in found:
-      if "magnitude" not in found[name]:
+    if name in parts:
+      if "magnitude" not in parts[name]:
         raise ValueError(f"{path}: the module {name!r} has no {tensor}")
-      if found[name]["magnitude"].shape != own[i].shape:
-        shape = found[name]["magnitude"].shape
-        raise ValueError(f"{path}: {tensor} of {name!r} has shape {shape}, expected {own[i].shape}")
-      own[i] = found[name]["magnitude"]
-  return dataclasses.replace(made, magnitude=jnp.asarray(own.reshape(made.magnitude.shape)))
+      if parts[name]["magnitude"].shape != magnitudes[i].shape:
+        shape = parts[name]["magnitude"].shape
+        raise ValueError(
+          f"{path}: {tensor} of {name!r} has shape {shape}, expected {magnitudes[i].shape}"
+        )
+      magnitudes[i] = parts[name]["magnitude"]
+  return dataclasses.replace(
+    dora_node, magnitude=jnp.asarray(magnitudes.reshape(dora_node.magnitude.shape))
+  )
 
 
 def _pair(name, tensors, rows, columns, rank, path):

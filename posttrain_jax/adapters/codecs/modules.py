@@ -59,9 +59,13 @@ def collect(
       )
     if path not in names_at:
       raise ValueError(f"adapter: {tree.unknown(path, names_at, 'matrix of the model')}")
-    wanted, found = weight.shape(base_at(params, path)), tuple(shape(node))
-    if len(found) != len(wanted) or any(f not in (None, w) for f, w in zip(found, wanted)):
-      raise ValueError(f"adapter at {path} fits a base of {found}, model_config says {wanted}")
+    base_shape, node_shape = weight.shape(base_at(params, path)), tuple(shape(node))
+    if len(node_shape) != len(base_shape) or any(
+      f not in (None, w) for f, w in zip(node_shape, base_shape)
+    ):
+      raise ValueError(
+        f"adapter at {path} fits a base of {node_shape}, model_config says {base_shape}"
+      )
     for layer, (name, tensors) in enumerate(zip(names_at[path], split(node))):
       if tensors:
         parts[name], nodes[name] = tensors, (node, layer)
@@ -122,34 +126,34 @@ def parse(folder: Folder, names: Names, params: Any) -> Parts:
     ValueError: a tensor of an unknown name or module, two of one name, or another base's matrix.
   """
   known, path = all_names(params), folder.tensor_file
-  found: Parts = collections.defaultdict(dict)
+  parts: Parts = collections.defaultdict(dict)
   for key, array in folder.tensors.items():
     name, field = _parse(key, known, names, path)
     if field == "base":
       _check_stored_base(name, array, params, path)
-    elif field in found[name]:
+    elif field in parts[name]:
       raise ValueError(f"{path}: two tensors {names[field][0]} for the module {name!r}")
     else:
-      found[name][field] = array.T
-  return found
+      parts[name][field] = array.T
+  return parts
 
 
-def nodes(found: Parts, params: Any, make: Callable[[Any, Sequence[str]], Any]) -> dict[str, Any]:
-  """{path: make(base, names of its modules)} of every path with a module among those found."""
+def nodes(parts: Parts, params: Any, make: Callable[[Any, Sequence[str]], Any]) -> dict[str, Any]:
+  """{path: make(base, names of its modules)} of every path with a module among the parts."""
   return {
     path: make(base_at(params, path), names)
     for path, names in modules_of(params).items()
-    if any(name in found for name in names)
+    if any(name in parts for name in names)
   }
 
 
-def check_targets(folder: Folder, config: AdapterConfig, found: Parts, params: Any) -> None:
+def check_targets(folder: Folder, config: AdapterConfig, parts: Parts, params: Any) -> None:
   """The config targets what the tensors adapt."""
   targeted = {name for name in all_names(params) if config.targets(name)}
   config_file, tensor_file = folder.config_file.name, folder.tensor_file.name
   for missing, holds, lacks in (
-    (targeted - set(found), config_file, tensor_file),
-    (set(found) - targeted, tensor_file, config_file),
+    (targeted - set(parts), config_file, tensor_file),
+    (set(parts) - targeted, tensor_file, config_file),
   ):
     if missing:
       names = ", ".join(sorted(missing)[:5])
@@ -183,16 +187,16 @@ def _parse(key: str, known: Sequence[str], names: Names, path: Path) -> tuple[st
 def _check_stored_base(name: str, array: np.ndarray, params: Any, path: Path) -> None:
   """PEFT stores the embedding and the head beside an adapter of the embedding: they must be the base's own."""
   matrix = base_at(params, f"{name}/weight")
-  own = np.asarray(weight.dense(matrix), np.float32)
-  own = own.T if name == "lm_head" else own
-  if array.shape != own.shape:
+  expected = np.asarray(weight.dense(matrix), np.float32)
+  expected = expected.T if name == "lm_head" else expected
+  if array.shape != expected.shape:
     raise ValueError(
-      f"{path} holds a resized {name} of {array.shape}, the base has {own.shape}; "
+      f"{path} holds a resized {name} of {array.shape}, the base has {expected.shape}; "
       "merge the adapter with peft and load the merged model"
     )
   # Rounding to bfloat16 moves a matrix by 0.2 % of its norm, 4 bits by 10 %; another model's is further away.
   limit = 0.01 if tree.nbytes(matrix) > tree.size(matrix) else 0.15
-  distance = np.linalg.norm(array - own) / max(np.linalg.norm(own), 1e-30)
+  distance = np.linalg.norm(array - expected) / max(np.linalg.norm(expected), 1e-30)
   if not distance < limit:
     raise ValueError(
       f"{path} holds a {name} of its own that differs from the base's by {distance:.1%} of its norm: "

@@ -62,7 +62,7 @@ def read(
   paths = [*tree.flatten(params), *([] if "lm_head" in params else ["lm_head/weight"])]
   endings = _named(folder, paths)
   layers = weight.shape(params["layers"]["self_attn"]["q_proj"]["weight"])[0]
-  found: dict[str, dict[str, np.ndarray]] = collections.defaultdict(dict)
+  arrays_at: dict[str, dict[str, np.ndarray]] = collections.defaultdict(dict)
   rest = dict(folder.tensors)
   for path in paths:
     leaf = path.rpartition("/")[2]
@@ -75,7 +75,7 @@ def read(
           f"{folder.tensor_file}: modules_to_save={endings} names {name!r}, which has no {leaf}"
         )
       array = rest.pop(keys[0])
-      found[path][name] = _stored(name, array) if array.ndim == 2 else array
+      arrays_at[path][name] = _stored(name, array) if array.ndim == 2 else array
   for ending in endings:
     known = [full_name(name) for path in paths for name in _names(path, layers)]
     if not any(name.endswith(ending) for name in known):
@@ -83,10 +83,10 @@ def read(
         f"{folder.config_file}: modules_to_save: {tree.unknown(ending, known, 'module')}"
       )
   nodes = {}
-  for path, values in found.items():
+  for path, arrays in arrays_at.items():
     matrix = base_at(params, path)
-    _check_shapes(folder, values, matrix)
-    nodes[path] = replaced.join(values, _names(path, layers), matrix)
+    _check_shapes(folder, arrays, matrix)
+    nodes[path] = replaced.join(arrays, _names(path, layers), matrix)
   described = {**folder.described, "modules_to_save": None}
   rest_of_it = dataclasses.replace(folder, tensors=rest, described=described)
   return rest_of_it, nodes, {"modules_to_save": endings}

@@ -119,8 +119,10 @@ CODECS = (
 def _only(adapter, path, kind):
   nodes = tree.flatten(adapter)
   if list(nodes) != [path] or not isinstance(nodes[path], kind):
-    found = ", ".join(f"{type(node).__name__} at {at}" for at, node in nodes.items())
-    raise ValueError(f"PEFT's file of this kind holds one {kind.__name__} at {path}, found {found}")
+    listed = ", ".join(f"{type(node).__name__} at {at}" for at, node in nodes.items())
+    raise ValueError(
+      f"PEFT's file of this kind holds one {kind.__name__} at {path}, found {listed}"
+    )
   return nodes[path]
 
 
@@ -130,13 +132,13 @@ def _tensor(folder: Folder, shape: tuple[int, ...]) -> np.ndarray:
     raise ValueError(
       f"{folder.tensor_file}: expected the tensor {TENSOR!r} alone, found {', '.join(folder.tensors) or 'none'}"
     )
-  found = folder.tensors[TENSOR]
-  if found.shape != shape:
+  tensor = folder.tensors[TENSOR]
+  if tensor.shape != shape:
     raise ValueError(
-      f"{folder.tensor_file}: {TENSOR} has shape {found.shape}, expected {shape}: "
+      f"{folder.tensor_file}: {TENSOR} has shape {tensor.shape}, expected {shape}: "
       f"num_virtual_tokens={shape[0]} by {folder.config_file.name}, on this base"
     )
-  return found
+  return tensor
 
 
 def _width(model_config: ModelConfig) -> int:

@@ -44,8 +44,8 @@ def write(adapter: Any, config: AdapterConfig, model_config: ModelConfig) -> Wri
   """The projections are always stored: no other library draws the same from the key."""
   adapter, whole, to_save = saved.write(adapter, config, model_config)
   pair = tree.get(adapter, vera.PATH)
-  own = {path: node for path, node in tree.items(adapter) if path != vera.PATH}
-  parts, _ = modules.collect(tree.unflatten(own), model_config, (vera.VeRA,), _split, _shape)
+  nodes = {path: node for path, node in tree.items(adapter) if path != vera.PATH}
+  parts, _ = modules.collect(tree.unflatten(nodes), model_config, (vera.VeRA,), _split, _shape)
   described = dict(
     r=pair.a.shape[1],
     d_initial=config.d_initial,
@@ -67,12 +67,12 @@ def read(
   del model_config
   folder, whole, named = saved.read(folder, params)
   rest = {k: array for k, array in folder.tensors.items() if k not in PAIR.values()}
-  found = modules.parse(dataclasses.replace(folder, tensors=rest), NAMES, params)
+  parts = modules.parse(dataclasses.replace(folder, tensors=rest), NAMES, params)
   dropout = folder.described.get("vera_dropout") or 0.0
-  config = codec.config(folder, KEYS, "vera", list(found), lora_dropout=dropout)
-  make = lambda base, names: _node(base, names, found, config, folder)
-  nodes = modules.nodes(found, params, make)
-  modules.check_targets(folder, config, found, params)
+  config = codec.config(folder, KEYS, "vera", list(parts), lora_dropout=dropout)
+  make = lambda base, names: _node(base, names, parts, config, folder)
+  nodes = modules.nodes(parts, params, make)
+  modules.check_targets(folder, config, parts, params)
   nodes[vera.PATH] = _pair(folder, config, nodes, params)
   return nodes | whole, config.replace(**named)
 
@@ -92,13 +92,13 @@ def _shape(node: vera.VeRA) -> tuple[int | None, ...]:
   return (*node.lambda_b.shape[:-1], None, node.lambda_b.shape[-1])
 
 
-def _node(matrix, names, found, config, folder) -> vera.VeRA:
+def _node(matrix, names, parts, config, folder) -> vera.VeRA:
   shapes = {"lambda_b": (weight.shape(matrix)[-1],), "lambda_d": (config.r,)}
   for name in names:
-    modules.check_shapes(found.get(name, {}), shapes, NAMES, name, folder)
+    modules.check_shapes(parts.get(name, {}), shapes, NAMES, name, folder)
   stacked = len(weight.shape(matrix)) == 3
   return vera.join(
-    [found.get(name) for name in names], stacked=stacked, dropout=config.lora_dropout
+    [parts.get(name) for name in names], stacked=stacked, dropout=config.lora_dropout
   )
 
 

@@ -281,19 +281,19 @@ def score(answer: str, gold: str, *, connection: sqlite3.Connection | None = Non
 def _score(answer: str, gold: str, connections: Sequence[sqlite3.Connection]) -> Score:
   query = extract(answer)
   for i, connection in enumerate(connections):
-    wanted, reason = _rows(connection, gold)
+    gold_rows, reason = _rows(connection, gold)
     if reason != "ok":
       raise ValueError(f"the gold query fails ({reason}): {gold}")
-    if not wanted and i == 0:
+    if not gold_rows and i == 0:
       raise ValueError(
         f"the gold query returns no row, so any that returns none would be right: {gold}"
       )
     if not query:
       return Score(False, "no query")
-    found, reason = _rows(connection, query)
+    rows, reason = _rows(connection, query)
     if reason != "ok":
       return Score(False, reason)
-    if not _same_rows(found, wanted, ordered=_is_ordered(gold)):
+    if not _same_rows(rows, gold_rows, ordered=_is_ordered(gold)):
       return Score(False, "wrong result")
   return Score(True, "ok")
 

@@ -38,18 +38,18 @@ class Question:
 
 
 def _makes_sense(grid: str, ask: Ask, where: Where) -> bool:
-  asked, given = ask.key, {c.key for c in where.conditions}
+  asked, filtered = ask.key, {c.key for c in where.conditions}
   if grid == "lookup":
     if asked in ("height", "country"):
-      return "peak" in given
+      return "peak" in filtered
     return (
-      "peak" not in given
-      and not {asked} & given
-      and not (asked == "name" and "peak of country" in given)
+      "peak" not in filtered
+      and not {asked} & filtered
+      and not (asked == "name" and "peak of country" in filtered)
     )
   if grid == "group":  # a HAVING over filtered rows is more than one sentence should carry
-    return not (asked.startswith("HAVING") and given)
-  return {"currencies": "currency", "languages": "language"}.get(asked) not in given
+    return not (asked.startswith("HAVING") and filtered)
+  return {"currencies": "currency", "languages": "language"}.get(asked) not in filtered
 
 
 def combinations(split: str) -> dict[str, list[tuple[str, Ask, Where]]]:
@@ -58,7 +58,7 @@ def combinations(split: str) -> dict[str, list[tuple[str, Ask, Where]]]:
   >>> {split: sum(map(len, combinations(split).values())) for split in SPLITS}
   {'train': 485, 'eval': 99, 'test': 192}
   """
-  found: dict[str, list[tuple[str, Ask, Where]]] = {channel: [] for channel in CHANNELS}
+  by_channel: dict[str, list[tuple[str, Ask, Where]]] = {channel: [] for channel in CHANNELS}
   for grid, (asks, wheres) in GRIDS.items():
     for i, ask in enumerate(asks):
       columns = [j for j, where in enumerate(wheres) if _makes_sense(grid, ask, where)]
@@ -66,8 +66,8 @@ def combinations(split: str) -> dict[str, list[tuple[str, Ask, Where]]]:
         # What can be asked in one way only is trained, or its half would never be seen.
         if split == (DIAGONALS[(i + j) % len(DIAGONALS)] if len(columns) > 1 else "train"):
           channel = "join" if wheres[j].source == JOIN and grid != "lookup" else ask.channel
-          found[channel].append((grid, ask, wheres[j]))
-  return found
+          by_channel[channel].append((grid, ask, wheres[j]))
+  return by_channel
 
 
 def held_names(names: Sequence[str], split: str) -> list[str]:
@@ -124,9 +124,9 @@ def question(
 
 def cycle(rng: random.Random, split: str, channel: str) -> Iterator[tuple[str, Ask, Where]]:
   """The combinations of a channel without end, each once before any twice, in random order."""
-  found = combinations(split)[channel]
+  choices = combinations(split)[channel]
   while True:
-    yield from rng.sample(found, len(found))
+    yield from rng.sample(choices, len(choices))
 
 
 def channel_quotas(n: int) -> dict[str, int]:
@@ -142,7 +142,7 @@ def channel_quotas(n: int) -> dict[str, int]:
 
 
 def _fair(question: Question, facts: sqlite3.Connection, twin: sqlite3.Connection) -> bool:
-  """Has an answer, which is another on the twin, needs each condition for it, and leaves no tie to chance."""
+  """Whether it has an answer, and another on the twin, needs each condition for it, and leaves no tie to chance."""
   answer, other = (db.execute(question.gold).fetchall() for db in (facts, twin))
   if answer == other:  # or a query that says the answer would be right
     return False
@@ -184,13 +184,13 @@ def draw(
   rng, pools = random.Random(f"{split} {seed}"), _pools(facts, split)
   # No result may be common, or a query that says one constant would often be right.
   at_most = max(2, n // 100)
-  texts, results, found = set(), Counter(), []
+  texts, results, questions = set(), Counter(), []
   for channel, quota in channel_quotas(n).items():
     combinations = cycle(rng, split, channel)
-    wanted, misses = len(found) + quota, 0
-    while len(found) < wanted:
+    wanted, misses = len(questions) + quota, 0
+    while len(questions) < wanted:
       if misses > MAX_MISSES:
-        missing = f"{wanted - len(found)} of {quota} for {channel!r}"
+        missing = f"{wanted - len(questions)} of {quota} for {channel!r}"
         raise ValueError(
           f"the {split} split has no {n} questions with seed {seed}: {missing} missing; ask for fewer"
         )
@@ -202,6 +202,6 @@ def draw(
       misses = 0
       texts.add(asked.text)
       results[result] += 1
-      found.append(asked)
-  rng.shuffle(found)
-  return found
+      questions.append(asked)
+  rng.shuffle(questions)
+  return questions

@@ -1,0 +1,72 @@
+"""What must hold before the first step, cheap to see and fatal where it does not; objectives have `check_start`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from posttrain_jax.data import chat, templates
+from posttrain_jax.data.templates import Template
+from posttrain_jax.models import decoder
+from posttrain_jax.objectives import policy
+
+if TYPE_CHECKING:
+  from posttrain_jax.build.run import Pieces
+
+TOLERANCE = 1e-5  # of a fresh adapter's logits against the base's, relative to their size
+
+
+def fresh_adapter(pieces: Pieces, say: Callable[[str], None]) -> None:
+  """A fresh adapter leaves the logits unchanged; what stands before the text may not, and says so.
+
+  What took its start out of the base was compared with the original as that was read (`build.start`).
+  """
+  trees, base = pieces.trees, pieces.model
+  if trees.adapter_config is None or base.started is not None:
+    return
+  tokens = jnp.asarray(np.arange(16, dtype=np.int32)[None] % base.config.vocab_size)
+  logits = jax.jit(lambda params: decoder.forward(params, tokens, base.config, dtype=base.dtype))
+  context = dataclasses.replace(trees.context, fixed=trees.carried)
+  bound, plain = logits(policy(trees.trainable, context)), logits(trees.context.base)
+  change = float(jnp.max(jnp.abs(bound - plain)) / jnp.max(jnp.abs(plain)))
+  method = trees.adapter_config.method
+  if not trees.adapter_config.in_weights:
+    say(f"the fresh {method} changes the logits by {change:.2f} of their size")
+  elif not change <= TOLERANCE:
+    raise ValueError(
+      f"the fresh adapter changes the logits by {change:.1e} of their size before any training"
+    )
+
+
+def end_of_turn(examples: Iterable[Any], tokenizer: Any, template: Template | None = None) -> None:
+  """Raises unless each trained span ends with the token that ends a turn (or the EOS of a text).
+
+  A model that never trains on it never learns to stop.  Examples that were cut are exempt.
+  """
+  ending = None if template is None else templates.end_of_turn(tokenizer, template)
+  for example in examples:
+    wanted = ending if example.is_chat else tokenizer.eos_token_id
+    if example.is_chat and template is None:
+      raise ValueError(
+        f"{example.origin} is a conversation: pass the chat template it was made with"
+      )
+    if wanted is None and template is not None:
+      raise ValueError(
+        f"template {template.name!r} ends an assistant's turn with {template.turn_ending!r}, which starts with no"
+        " special token; a model trained on it would not learn to stop"
+      )
+    if not example.is_cut and not _spans_end_with(example, wanted):
+      raise ValueError(
+        f"{example.origin}: a trained span does not end with {tokenizer.decode([wanted])!r}, so the"
+        f" model would not learn to stop:\n{chat.describe(example, tokenizer)}"
+      )
+
+
+def _spans_end_with(example, token):
+  ends = np.flatnonzero(example.mask & ~np.append(example.mask[1:], False))
+  return len(ends) > 0 and bool((example.tokens[ends] == token).all())

@@ -1,0 +1,109 @@
+"""The planned program is the one that runs: state, context and batch of every config, shape by shape."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from posttrain_jax import settings
+from posttrain_jax.build import reference
+from posttrain_jax.build import run as runs
+from posttrain_jax.plan import program, topology
+from tests import tiny
+from tests.commands.test_train_answers import ROWS, pair
+from tests.marks import slow
+
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
+KINDS = {**ROWS, "triples": lambda i: {**pair(i), "reference": "ab" * (1 + i % 3)}}
+KINDS["outcomes"] = KINDS["labels"]
+FIELDS = {"data.length": 128, "batch.rows": 4, "data.eval_rows": 0}
+RANK = {"adapter.r": 4, "adapter.target_modules": "('q_proj','down_proj')"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """A tiny model, and rows of every kind."""
+  made = tmp_path_factory.mktemp("planned")
+  tiny.tiny_model_folder(made / "model")
+  for kind, make in KINDS.items():
+    tiny.write_jsonl(made / f"{kind}.jsonl", [make(i) for i in range(20)])
+  tiny.write_jsonl(made / "text.jsonl", tiny.rows(20))
+  return made
+
+
+LORA = [
+  ("sft", "text", "", {}),
+  ("sft", "text", ",base=nf4", {}),
+  slow("preference", "pairs", "", {}),
+  ("preference", "pairs", ",loss=simpo", {"data.share_prompt": False}),
+  ("preference", "pairs", ",loss=bco+kto", {"objective.running_shift": True}),
+  ("preference", "pairs", ",loss=dpo+reward", {"objective.cache_reference": False}),
+  ("preference", "pairs", "", {"objective.sync_every": 2, "objective.cache_reference": False}),
+  slow("preference", "triples", ",loss=tpo", {}),
+  ("kto", "labels", "", {}),
+  slow("kto", "labels", "", {"objective.estimate_kl": False}),
+  slow("reward", "pairs", "", {}),
+  slow("reward", "outcomes", ",kind=outcomes", {}),
+  ("reward", "steps", ",kind=steps", {"objective.sft_weight": 0.1}),
+  ("grouped", "scored", "", {"objective.kl_weight": 0.1}),
+  slow("grouped", "scored", ",method=reinforce", {}),
+]
+OTHER = [
+  ("sft", "text", ",adapter=none", {}),
+  ("preference", "pairs", ",adapter=none", {"objective.cache_reference": False}),
+  slow("kto", "labels", ",adapter=none", {}),
+  slow(
+    "preference",
+    "pairs",
+    ",adapter=none",
+    {"objective.sync_every": 2, "objective.cache_reference": False},
+  ),
+  slow("sft", "text", ",adapter=vera", {"adapter.r": 8}),
+  ("kto", "labels", ",adapter=vera", {"adapter.r": 8}),
+  slow("sft", "text", ",adapter=prompt", {}),
+  ("preference", "pairs", ",adapter=prompt", {}),
+  slow("grouped", "scored", ",adapter=prefix", {}),
+  slow("reward", "pairs", ",adapter=prompt", {}),
+]
+
+
+def load(folder, config, kind, arguments, fields):
+  ranked = "adapter=" not in arguments
+  given = FIELDS | (RANK if ranked else {}) | fields
+  where = f"{CONFIGS / config}.py:model={folder / 'model'},data={folder / kind}.jsonl{arguments}"
+  return settings.load(where, [settings.override(*item) for item in given.items()])
+
+
+def described(tree):
+  """Structure, shapes and dtypes; of a batch, how many answers a row has room for is the data's to say."""
+  is_batch = isinstance(tree, dict) and "present" in tree
+  room = tree["present"].shape[1] if is_batch else None
+
+  def one(x):
+    shape = (x.shape[0], "room") if is_batch and x.shape[1] == room else x.shape
+    return shape, jnp.dtype(x.dtype)
+
+  return jax.tree.map(one, tree)
+
+
+@pytest.mark.parametrize(("config", "kind", "arguments", "fields"), [*LORA, *OTHER])
+def test_a_plan_is_of_what_runs(config, kind, arguments, fields, folder):
+  c = load(folder, config, kind, arguments, fields)
+  planned = program.build(c, topology.target(count=1))
+  pieces = runs.build(c, None)
+  batch = reference.blank(c, next(pieces.batches), pieces.objective)
+  assert planned.model == pieces.model.config
+  assert described(planned.state) == described(pieces.abstract_state())
+  assert described(planned.state) == described(pieces.first_state())
+  assert described(planned.context) == described(pieces.trees.context)
+  assert described(planned.batch) == described(dict(batch))
+
+
+def test_a_reference_of_another_folder_is_planned(folder):
+  fields = {"objective.reference": folder / "model", "objective.cache_reference": False}
+  c = load(folder, "preference", "pairs", "", fields)
+  planned = program.build(c, topology.target(count=1))
+  pieces = runs.build(c, None)
+  assert pieces.trees.context.reference is not None
+  assert described(planned.context) == described(pieces.trees.context)
