@@ -60,6 +60,8 @@ def test_task_arithmetic(models, base):
   close(task_vectors.task_arithmetic(models, base=base), base + a + b + c)
   mean = task_vectors.task_arithmetic(models, base=base, weights=[1, 0.5, 1], normalize=True)
   close(mean, base + (a + 0.5 * b + c) / 2.5)
+  small = task_vectors.task_arithmetic(models, base=base, weights=[0.2, 0.1, 0.2], normalize=True)
+  close(small, mean, rtol=1e-6)  # weights count by their shares, whatever their sum
   level = task_vectors.task_arithmetic(models[:2], base=base, weights=[1, -1], normalize=True)
   close(level, base + a - b)  # no sum to divide by
 
