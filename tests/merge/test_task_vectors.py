@@ -151,6 +151,14 @@ def test_breadcrumbs_keep_their_density_before_they_drop_the_largest(models, bas
   close(small, base + trim(delta, 20))
 
 
+def test_breadcrumbs_may_keep_the_size_of_what_they_are_part_of(models, base):
+  (delta,) = deltas(models[:1], base)
+  kept = trim(delta, 20, above=4)
+  scale = np.abs(delta).sum() / np.abs(kept).sum()
+  found = task_vectors.breadcrumbs(models[:1], base=base, density=0.5, gamma=0.1, rescale=True)
+  close(found, base + scale * kept, rtol=1e-5)
+
+
 # --- drawing ---------------------------------------------------------------------------------------------------------
 
 
@@ -290,7 +298,7 @@ def test_model_stock_at_its_limits(base):
   across = np.where(np.arange(SHAPE[1]) % 2, 1, -1).astype(np.float32) * step
   zero = np.zeros(SHAPE, np.float32)  # at right angles: nothing in common
   np.testing.assert_allclose(task_vectors.model_stock([step, across], base=zero), 0, atol=1e-7)
-  opposite = task_vectors.model_stock([step, -step], base=zero)  # 1 + cos = 0
+  opposite = task_vectors.model_stock([step, -2 * step], base=zero)  # 1 + cos = 0
   np.testing.assert_array_equal(opposite, 0)
 
 
