@@ -22,6 +22,8 @@ SMOOTH = ("sgd", "adafactor")  # whose updates are as near to each other as the 
 # of a mesh's update to one device's, in norm: where updates are signs of gradients, some lie at a rounding's mercy
 UPDATES = {True: 2e-3, False: 0.1}
 METRICS = 2e-3  # relative to one device's, or to 0.1 where that is more
+VALUES = 1e-3  # relative to those of plain sequences, or to 1 nat where that is more
+STARTING = ("pissa", "olora", "loftq")  # adapters that begin with a part of the base
 # shares that a rounding moves by a whole pair, and clocks
 NOT_COMPARED = ("accurac", "clip_ratio", "per_second", "correct")
 # what of the loss is held fixed in its gradient moves from step to step, and the loss with it
@@ -50,6 +52,7 @@ def check(d: draws.Draw, shared: pathlib.Path, scratch: pathlib.Path) -> dict[st
   clock.lap("train")
   wrong, traces = [], []
   for name, what in (
+    ("values", _values),
     ("learn", _learn),
     ("one device", _same),
     ("resume", _resume),
@@ -141,20 +144,61 @@ def _is_no_measure(config) -> bool:
 
 def _starts_apart(d) -> bool:
   """Whether the policy is not its reference at the start."""
-  standing = set(d["adapter"].split("+")) & set(draws.STANDING)
-  return bool(standing) or d["fields"].get("objective.reference", "base") != "base"
+  apart = set(d["adapter"].split("+")) & {*draws.STANDING, "longlora"}
+  return bool(apart) or d["fields"].get("objective.reference", "base") != "base"
 
 
 def _advantage(config, params, d) -> float:
   """sum of A log pi over the scored answers, per token where the method's loss is."""
   per_token = config.objective.aggregation == "sequence_mean" or config.objective.loss == "gspo"
   rows = [folders.ROWS["scored"](i, "") for i in range(8)]
-  logps, lengths = road.likelihoods(config, params, rows)
+  prompts, answers = [row["prompt"] for row in rows], [row["completions"] for row in rows]
+  logps, lengths = road.likelihoods(config, params, prompts, answers)
   scores = np.array([row["scores"] for row in rows])
   advantages = scores - scores.mean(1, keepdims=True)
   if config.objective.advantage == "group":
     advantages = advantages / scores.std(1, ddof=1, keepdims=True)
   return float(np.sum(advantages * (logps / lengths if per_token else logps)))
+
+
+def _values(d, config, folder, whole: road.Result, scratch):
+  """The first step's figures are those of plain sequences, one an answer, under trees read from files."""
+  kind = draws.kind_of(d["method"])
+  if kind not in ("text", "pairs", "triples", "labels") or d["mixture"] != "none":
+    return
+  if d["truncate"] != "error" or "longlora" in d["adapter"] or "objective.ld_alpha" in d["fields"]:
+    return  # other tokens, or another attention
+  if any("lora_dropout" in field for field in d["fields"]):
+    return
+  first = _lines(folder)[0]
+  for name, wanted in _wanted(d, config, whole, kind).items():
+    if name in first and not abs(first[name] - wanted) <= VALUES * max(abs(wanted), 1.0):
+      yield f"{name} is {first[name]:.7g}, by hand {wanted:.7g}"
+
+
+def _wanted(d, config, whole: road.Result, kind: str) -> dict[str, float]:
+  """{metric: value} of the first step."""
+  rows = [folders.ROWS[kind](i, "") for i in range(8)]
+  prompts = [row["prompt"] for row in rows]
+  names = ("chosen", "rejected") if kind in ("pairs", "triples") else ("completion",)
+  answers = [[row[name] for name in names] for row in rows]
+  logps, lengths = road.likelihoods(config, whole.start, prompts, answers)
+  if kind == "text":
+    return {"loss": -logps.sum() / lengths.sum()}
+  if kind == "labels":
+    liked = np.array([row["label"] for row in rows])
+    by_side = lambda x: {"chosen": x[liked].mean(), "rejected": x[~liked].mean()}
+  else:
+    by_side = lambda x: {"chosen": x[:, 0].mean(), "rejected": x[:, 1].mean()}
+  values = {f"logps/{side}": value for side, value in by_side(logps).items()}
+  starts = set(d["adapter"].split("+")) & set(STARTING) or "pissa" in map(str, d["fields"].values())
+  if "objective.cache_reference" not in d["fields"] or (starts and config.model.base != "dense"):
+    return values
+  drift = logps - road.likelihoods(config, road.reference(config), prompts, answers)[0]
+  values |= {f"logps/{side}_drift": value for side, value in by_side(drift).items()}
+  if kind == "labels":
+    values |= {f"rewards/{side}": config.objective.beta * v for side, v in by_side(drift).items()}
+  return values
 
 
 def _change(new: Mapping[str, np.ndarray], old: Mapping[str, np.ndarray]) -> float:
@@ -212,7 +256,7 @@ def _export(d, config, folder, whole: road.Result, scratch):
   """The files that the run left give the outputs of what was trained."""
   storage, trained = config.model.base, whole.policy
   methods = {*d["adapter"].split("+"), *map(str, d["fields"].values())}
-  starts = methods & {"pissa", "olora", "loftq"}
+  starts = methods & set(STARTING)
   if starts and storage != "dense":
     # written for the base as it was before a start was taken out and the rest was quantised
     storage, trained = "dense", road.onto_original(config, whole.start, whole.policy)

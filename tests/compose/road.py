@@ -126,42 +126,56 @@ def onto_original(config: Any, start: Any, policy: Any) -> Any:
 
 def outputs(config: Any, params: Any) -> np.ndarray:
   """Logits, or the scores of a reward model, of a random text."""
-  return np.asarray(
-    logits_of(config, params, np.random.default_rng(0).integers(3, 250, (2, TOKENS)))
-  )
+  tokens = np.random.default_rng(0).integers(3, 250, (2, TOKENS))
+  return np.asarray(logits_of(config, params, tokens, scores=config.objective.name == "reward"))
 
 
-def logits_of(config: Any, params: Any, tokens: np.ndarray) -> jax.Array:
+def logits_of(config: Any, params: Any, tokens: np.ndarray, *, scores: bool) -> jax.Array:
   _, model = hf.load(config.model.name, place=lambda path, leaf: None)
 
   @jax.jit
   def forward(params, tokens):
-    if config.objective.name == "reward":
+    if scores:
       return decoder.scores(params, decoder.hidden(params, tokens, model))
     return decoder.forward(params, tokens, model)
 
   return forward(jax.tree.map(jnp.asarray, params), jnp.asarray(tokens, jnp.int32))
 
 
-def likelihoods(config: Any, params: Any, rows: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
-  """([rows, answers] log-probabilities of the answers to scored rows, [rows, answers] their tokens)."""
+def reference(config: Any) -> Any:
+  """The parameters that config.objective.reference names, read from its files."""
+  name = config.objective.reference
+  storage = config.model.base if name == "base" else config.objective.reference_base
+  if (pathlib.Path(name) / peft_format.CONFIG).exists():
+    params, model = hf.load(config.model.name, storage=config.model.base)
+    return adapters.bind(params, peft_format.load(name, params, model)[0])
+  return hf.load(config.model.name if name == "base" else name, storage=storage)[0]
+
+
+def likelihoods(
+  config: Any, params: Any, prompts: Sequence[str], answers: Sequence[Sequence[str]]
+) -> tuple[np.ndarray, np.ndarray]:
+  """([prompts, answers] log-probabilities of answers, end of turn included; [prompts, answers] their tokens).
+
+  One plain sequence an answer: without packing, shared prompts, masks or a mesh.
+  """
   tokenizer = chat.load_tokenizer(pathlib.Path(config.model.name))
   texts, starts = [], []
-  for row in rows:
-    turn = [{"role": "user", "content": row["prompt"]}]
-    prompt = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-    for answer in row["completions"]:
-      starts.append(len(tokenizer(prompt)["input_ids"]))
-      texts.append(tokenizer(f"{prompt}{answer}<|im_end|>")["input_ids"])
+  for prompt, some in zip(prompts, answers):
+    turn = [{"role": "user", "content": prompt}]
+    before = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    for answer in some:
+      starts.append(len(tokenizer(before)["input_ids"]))
+      texts.append(tokenizer(f"{before}{answer}<|im_end|>")["input_ids"])
   tokens = np.zeros((len(texts), max(map(len, texts))), np.int32)
   for line, text in zip(tokens, texts):
     line[: len(text)] = text
-  logits = np.asarray(logits_of(config, params, tokens), np.float64)
+  logits = np.asarray(logits_of(config, params, tokens, scores=False), np.float64)
   logps = logits - np.log(np.sum(np.exp(logits), -1, keepdims=True))
   each = np.take_along_axis(logps[:, :-1], tokens[:, 1:, None], -1)[..., 0]
   sums = [x[n - 1 : len(text) - 1].sum() for x, n, text in zip(each, starts, texts)]
   lengths = [len(text) - n for n, text in zip(starts, texts)]
-  return np.reshape(sums, (len(rows), -1)), np.reshape(lengths, (len(rows), -1))
+  return np.reshape(sums, (len(prompts), -1)), np.reshape(lengths, (len(prompts), -1))
 
 
 def save_model(folder: pathlib.Path, config: Any, seed: int) -> None:
