@@ -7,7 +7,7 @@ from jax.sharding import PartitionSpec as P
 
 from posttrain_jax import adapters, quant
 from posttrain_jax.adapters import AdapterConfig, layout
-from posttrain_jax.core import sharding, weight
+from posttrain_jax.core import sharding, tree, weight
 from posttrain_jax.models import decoder
 from posttrain_jax.rollout import engine
 from tests.adapters.kinds import moved

@@ -93,7 +93,7 @@ def test_only_a_large_gradient_is_clipped(clip, gradient, update):
 
 
 def test_a_large_gradient_is_clipped_to_one_unless_told_otherwise():
-  optimizer, _ = build.build("sgd", lr=1.0, steps=1, b1=0.0)
+  optimizer, _ = chain.chain("sgd", lr=1.0, steps=1, b1=0.0)
   params = {"w": jnp.zeros(2)}
   found, _ = optimizer.update({"w": jnp.asarray([3.0, 4.0])}, optimizer.init(params), params)
   np.testing.assert_allclose(found["w"], [-0.6, -0.8], rtol=1e-6)
