@@ -195,7 +195,7 @@ def answers(arg, kind):
   d = text(arg)
   d.kind = kind
   # whether a prompt's answers share its tokens, which are computed once; shifted attention has no room for it
-  d.share_prompt = arg.adapter != "longlora"
+  d.share_prompt = "longlora" not in arg.adapter
   d.truncate = "error"  # error, drop (counted), prompt (its beginning is cut; answers stay whole)
   return d
 

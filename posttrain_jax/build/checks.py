@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import ml_collections
 
-from posttrain_jax.build import decisions
+from posttrain_jax.build import adapter, decisions
 from posttrain_jax.models import decoder
 from posttrain_jax.objectives.groups import AGGREGATIONS, POLICY_LOSSES
 from posttrain_jax.objectives.preference import DIVERGENCES
@@ -79,10 +79,17 @@ def _mixture(config: Config) -> None:
 
 
 def _shifted_attention(config: Config) -> None:
-  group = "attention_group" in config.adapter and config.adapter.attention_group
-  if group and config.data.kind != "text" and config.data.share_prompt:
+  adapter_config = adapter.described(config)
+  if adapter_config is None or not adapter_config.attention_group:
+    return
+  if config.data.kind != "text" and config.data.share_prompt:
     raise ConfigError(
       "data.share_prompt: shifted attention (attention_group) has no room for a shared prompt; write false"
+    )
+  if not adapter_config.in_weights:
+    raise ConfigError(
+      f"adapter={adapter_config.method}: a soft prompt or prefix is seen by every token, which groups of shifted"
+      " attention are there to prevent; write one of them alone, or --config.adapter.longlora.attention_group=0"
     )
 
 

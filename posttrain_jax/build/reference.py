@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -38,10 +39,13 @@ def in_step(config: ml_collections.ConfigDict, model: Model, mesh: jax.sharding.
   """The parameters that a step compares with, where they are not the base under the adapter; else None."""
   if not is_in_step(config):
     return None
-  if not decisions.compares_with_base(config):
-    return params(config, model, mesh)
-  # what trains is donated from step to step
-  return jax.tree.map(jnp.copy, model.params) if decisions.is_full(config) else None
+  is_base = decisions.compares_with_base(config)
+  if decisions.is_full(config) and (is_base or is_adapter(config.objective.reference)):
+    # what trains is donated from step to step
+    model = dataclasses.replace(model, params=jax.tree.map(jnp.copy, model.params))
+  elif is_base:
+    return None
+  return params(config, model, mesh)
 
 
 def params(config: ml_collections.ConfigDict, model: Model, mesh: jax.sharding.Mesh | None) -> Any:

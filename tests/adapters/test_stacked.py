@@ -3,10 +3,11 @@
 import jax
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from posttrain_jax import adapters, quant
 from posttrain_jax.adapters import AdapterConfig, layout
-from posttrain_jax.core import sharding, weight
+from posttrain_jax.core import sharding, tree, weight
 from posttrain_jax.models import decoder
 from posttrain_jax.rollout import engine
 from tests.adapters.kinds import moved
@@ -112,6 +113,20 @@ def test_eight_devices_compute_the_same(shape):
     placed = layout.laid_out(params, mesh)
     found = run(placed, layout.laid_out(stacked, mesh))
   close(jax.device_get(found), expected, 2e-5)
+
+
+def test_stacked_prefixes_lie_with_the_heads_of_keys():
+  """[layers, prefixes + 1, slots, kv_heads * head_dim]: no device lacks an adapter."""
+  params = families.make("llama")[1]
+  made = several(params, [AdapterConfig(method="prefix", num_virtual_tokens=n) for n in (2, 4)])
+  (node,) = [x for path, x in tree.items(adapters.stack(made)) if path.endswith("prefix")]
+  for spec in (P(None, None, "tensor"), P("tensor")):
+    specs = node.partition_specs(spec)
+    assert specs.k == specs.v == P(None, None, None, "tensor")
+    assert specs.used == P()
+  assert node.partition_specs(P("fsdp", None, "tensor")).k == P("fsdp", None, None, "tensor")
+  for one in (node, node.of_rows(np.asarray([1, 0]))):
+    assert jax.tree.structure(one.partition_specs(P())) == jax.tree.structure(one)
 
 
 @pytest.mark.slow

@@ -167,6 +167,16 @@ def test_every_kind_of_run_is_whole(config, kind, arguments, metric, folder, tmp
   assert main(["eval", f"--workdir={out}"]) == 0
 
 
+def test_an_adapter_is_the_reference_of_what_trains_whole(folder, tmp_path):
+  """Bound to a base of its own: what trains is donated from step to step."""
+  assert train(folder, tmp_path / "first", steps=1) == 0
+  options = dict(
+    objective__reference=tmp_path / "first" / "adapter", objective__cache_reference=False
+  )
+  assert train(folder, tmp_path / "run", arguments=",adapter=none", steps=2, **options) == 0
+  assert len([line for line in lines(tmp_path / "run") if "loss" in line]) == 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("reference", ["adapter", "model"])
 def test_the_reference_may_be_another_adapter_or_model(reference, folder, tmp_path):
@@ -195,7 +205,6 @@ def test_the_reference_may_be_another_adapter_or_model(reference, folder, tmp_pa
     (dict(objective__reference="nowhere"), "nowhere"),
     (dict(data__length=20), "prompt and answers together"),
     (dict(data__truncate="keep_start"), "answers are kept whole"),
-    (dict(config="reward", arguments=",adapter=vera"), "score head"),
     (dict(config="grouped", kind="scored", objective__advantage="mean"), "known are group"),
   ],
 )

@@ -82,11 +82,20 @@ def test_slerp_stays_on_the_sphere():
   assert np.linalg.norm(averages.linear([a, b])) < 0.8 * np.linalg.norm(half)
 
 
+@pytest.mark.parametrize("size", [1e-4, 1e4])
+def test_slerp_keeps_lengths_of_any_size(three, size):
+  a, b = (np.float32(size) * x for x in three[:2])
+  close(averages.slerp(a, b, t=0.3), arc(*wide([a, b]), 0.3), rtol=1e-5)
+
+
 @pytest.mark.parametrize("factor", [1.0, 2.0, -1.0, -0.5])
 def test_slerp_of_parallel_and_opposite_vectors_is_a_straight_line(three, factor):
   a = three[0]
   found = averages.slerp(a, factor * a, t=0.25)
   close(found, (0.75 + 0.25 * factor) * wide([a])[0])
+  axis = np.float32([2, 0])  # a cosine without rounding: closer to 1 than 1e-16, or not at all
+  found = averages.nuslerp(axis, factor * axis, weights=[3, 1])
+  close(found, (0.75 + 0.25 * factor) * wide([axis])[0])
 
 
 def test_the_threshold_decides_what_is_parallel(three):
@@ -197,6 +206,9 @@ def test_karcher_leaves_out_what_has_no_direction(three):
   faint = np.float32(1e-7) * three[1]  # a norm of no more than tol
   close(averages.karcher([three[0], faint]), wide(three)[0] / 2)
   np.testing.assert_array_equal(averages.karcher([faint, faint]), 0)
+  # where directions cancel, the first that is one
+  axis = np.float32([2, 0])
+  close(averages.karcher([0 * axis, axis, -axis]), wide([axis])[0] * 2 / 3)
   np.testing.assert_array_equal(averages.karcher([three[0]]), three[0])
 
 

@@ -60,6 +60,8 @@ def test_task_arithmetic(models, base):
   close(task_vectors.task_arithmetic(models, base=base), base + a + b + c)
   mean = task_vectors.task_arithmetic(models, base=base, weights=[1, 0.5, 1], normalize=True)
   close(mean, base + (a + 0.5 * b + c) / 2.5)
+  small = task_vectors.task_arithmetic(models, base=base, weights=[0.2, 0.1, 0.2], normalize=True)
+  close(small, mean, rtol=1e-6)  # weights count by their shares, whatever their sum
   level = task_vectors.task_arithmetic(models[:2], base=base, weights=[1, -1], normalize=True)
   close(level, base + a - b)  # no sum to divide by
 
@@ -147,6 +149,14 @@ def test_breadcrumbs_keep_their_density_before_they_drop_the_largest(models, bas
   close(found, base + trim(delta, 38, above=2))
   small = task_vectors.breadcrumbs(models[:1], base=base, density=0.5)  # 1 % of 40 is none
   close(small, base + trim(delta, 20))
+
+
+def test_breadcrumbs_may_keep_the_size_of_what_they_are_part_of(models, base):
+  (delta,) = deltas(models[:1], base)
+  kept = trim(delta, 20, above=4)
+  scale = np.abs(delta).sum() / np.abs(kept).sum()
+  found = task_vectors.breadcrumbs(models[:1], base=base, density=0.5, gamma=0.1, rescale=True)
+  close(found, base + scale * kept, rtol=1e-5)
 
 
 # --- drawing ---------------------------------------------------------------------------------------------------------
@@ -288,7 +298,7 @@ def test_model_stock_at_its_limits(base):
   across = np.where(np.arange(SHAPE[1]) % 2, 1, -1).astype(np.float32) * step
   zero = np.zeros(SHAPE, np.float32)  # at right angles: nothing in common
   np.testing.assert_allclose(task_vectors.model_stock([step, across], base=zero), 0, atol=1e-7)
-  opposite = task_vectors.model_stock([step, -step], base=zero)  # 1 + cos = 0
+  opposite = task_vectors.model_stock([step, -2 * step], base=zero)  # 1 + cos = 0
   np.testing.assert_array_equal(opposite, 0)
 
 

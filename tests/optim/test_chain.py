@@ -92,6 +92,13 @@ def test_only_a_large_gradient_is_clipped(clip, gradient, update):
   np.testing.assert_allclose(found["w"], update, rtol=1e-6)
 
 
+def test_a_large_gradient_is_clipped_to_one_unless_told_otherwise():
+  optimizer, _ = chain.chain("sgd", lr=1.0, steps=1, b1=0.0)
+  params = {"w": jnp.zeros(2)}
+  found, _ = optimizer.update({"w": jnp.asarray([3.0, 4.0])}, optimizer.init(params), params)
+  np.testing.assert_allclose(found["w"], [-0.6, -0.8], rtol=1e-6)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_matrices_decay_and_nothing_else(name):
   """Without a gradient all that moves a parameter is its decay: norms and biases, stacked or not, stay."""
@@ -118,6 +125,9 @@ def test_matrices_decay_and_nothing_else(name):
   assert moved["lm_head"]["weight"] == LoRA(True, True, None)
   assert not moved["layers"]["input_layernorm"]["weight"]
   assert not moved["norm"]["weight"]
+  # lr * weight_decay of what is there; optax's adafactor takes the decay itself, whatever the rate
+  share = 0.5 if name == "adafactor" else 0.05
+  np.testing.assert_allclose(updates["embed_tokens"]["weight"], -share, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
