@@ -1,6 +1,9 @@
 """What drawn runs train on: six tiny models with a tokenizer each, and eight rows of every kind."""
 
+import contextlib
+import hashlib
 import pathlib
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -34,11 +37,21 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def make(folder: pathlib.Path) -> pathlib.Path:
-  """The folder with all that draws read; made once."""
-  done = folder / "done"
-  if done.exists():
-    return folder
+def make(parent: pathlib.Path) -> pathlib.Path:
+  """The folder in `parent` with all that draws read; made once, and anew where this file has changed."""
+  digest = hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest()[:8]
+  folder = parent / f"shared-{digest}"
+  if not folder.exists():
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=parent) as new:
+      _fill(pathlib.Path(new) / "whole")
+      # another process may have been as quick
+      with contextlib.suppress(OSError):
+        (pathlib.Path(new) / "whole").rename(folder)
+  return folder
+
+
+def _fill(folder: pathlib.Path) -> None:
   for name in draws.FAMILIES:
     path = folder / "models" / name
     for seed, of in enumerate((path, path.with_name(f"{name}-other"))):
@@ -47,13 +60,10 @@ def make(folder: pathlib.Path) -> pathlib.Path:
     road.save_adapter(path.with_name(f"{name}-adapter"), path)
   for kind, row in ROWS.items():
     for name, count, first in (("", 8, 0), ("-other", 4, 8)):
-      tiny.write_jsonl(
-        folder / f"{kind}{name}.jsonl", [row(i, "") for i in range(first, first + count)]
-      )
+      some = [row(i, "") for i in range(first, first + count)]
+      tiny.write_jsonl(folder / f"{kind}{name}.jsonl", some)
     long = [row(i, "now " * 40 if i == 5 else "") for i in range(8)]
     tiny.write_jsonl(folder / f"{kind}-long.jsonl", long)
-  done.touch()
-  return folder
 
 
 def config(name: str) -> ModelConfig:

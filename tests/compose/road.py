@@ -200,4 +200,4 @@ def save_adapter(folder: pathlib.Path, base: pathlib.Path) -> None:
   trained, fixed = tree.partition(adapter)
   noise = np.random.default_rng(3)
   trained = jax.tree.map(lambda x: x + 0.05 * noise.standard_normal(x.shape), trained)
-  peft_format.save(folder, tree.combine(trained, fixed), config, model, base_name=str(base))
+  peft_format.save(folder, tree.combine(trained, fixed), config, model)

@@ -181,7 +181,7 @@ def _checker():
   import tests.conftest  # noqa: F401
   from tests.compose import check, draws, folders
 
-  shared = folders.make(ROOT / ".cache" / "compose" / "shared")
+  shared = folders.make(ROOT / ".cache" / "compose")
 
   def result_of(seed: int) -> dict[str, Any]:
     d, began = draws.draw(seed), time.process_time()
@@ -193,11 +193,12 @@ def _checker():
 
 
 def _alone(seed: int) -> int:
-  from tests.compose import draws
+  import tests.conftest  # noqa: F401
+  from tests.compose import draws, folders
 
   d = draws.draw(seed)
   print(draws.shown(d))
-  config, overrides = draws.command(d, ROOT / ".cache" / "compose" / "shared")
+  config, overrides = draws.command(d, folders.make(ROOT / ".cache" / "compose"))
   print(" ".join(["posttrain train", f"--config=configs/{config}", *overrides]), flush=True)
   result = _checker()(seed)
   print(f"{result['outcome']} {result['seconds']}")
