@@ -108,14 +108,13 @@ def _at_matrices(key, params, config, store, started):
 def paths(params: Any, config: AdapterConfig) -> list[str]:
   """Where an adapter of this config has its nodes; params may be shapes.
 
-  Raises:
-    ValueError: a target, pattern or layer that matches nothing.
+  Whether every pattern matches something is not asked: a config `for_layers` has some of layers that it leaves alone.
   """
   whole = replaced.paths(params, config)
   if config.method in STANDING_AT:
     return [STANDING_AT[config.method], *whole]
   shared = [vera.PATH] if config.method in SHARED else []
-  return [*targeted(params, config), *shared, *whole]
+  return [*_targeted(modules(params), config), *shared, *whole]
 
 
 def _check_apart(params: Any, parts: Sequence[AdapterConfig]) -> None:
@@ -226,6 +225,10 @@ def targeted(params: Any, config: AdapterConfig) -> dict[str, list[str]]:
   """
   names_at = modules(params)
   _check(config, [name for names in names_at.values() for name in names])
+  return _targeted(names_at, config)
+
+
+def _targeted(names_at: dict[str, list[str]], config: AdapterConfig) -> dict[str, list[str]]:
   return {
     path: names for path, names in names_at.items() if any(config.targets(name) for name in names)
   }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import jax
 import ml_collections
 
 from posttrain_jax.build import adapter, decisions
@@ -103,6 +104,13 @@ def _following_reference(config: Config) -> None:
     )
 
 
+def _task(config: Config) -> None:
+  if config.eval.task and jax.process_count() > 1:
+    raise ConfigError(
+      "eval.task generates text in one process; run `posttrain eval` afterwards instead"
+    )
+
+
 def _accumulation(config: Config) -> None:
   if config.batch.rows % config.batch.accumulate:
     raise ConfigError(
@@ -118,5 +126,6 @@ CHECKS: tuple[Callable[[Config], None], ...] = (
   _mixture,
   _shifted_attention,
   _following_reference,
+  _task,
   _accumulation,
 )

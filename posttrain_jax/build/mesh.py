@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import ml_collections
 
@@ -9,11 +11,15 @@ from posttrain_jax.core import sharding
 from posttrain_jax.settings import ConfigError
 
 
-def make(config: ml_collections.ConfigDict) -> jax.sharding.Mesh | None:
-  """The mesh of config.mesh over every device; None on a single one."""
-  if jax.device_count() == 1:
+def make(
+  config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None
+) -> jax.sharding.Mesh | None:
+  """The mesh of config.mesh over the devices, all of this program's by default; None on a single one."""
+  devices = jax.devices() if devices is None else devices
+  if len(devices) == 1:
     return None
-  mesh = sharding.mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
+  m = config.mesh
+  mesh = sharding.mesh(data=m.data, fsdp=m.fsdp, tensor=m.tensor, devices=devices)
   shares = mesh.shape["data"] * mesh.shape["fsdp"]
   for field, rows, unit in (
     ("batch.rows", config.batch.rows, shares * config.batch.accumulate),

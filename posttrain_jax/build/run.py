@@ -40,7 +40,6 @@ from posttrain_jax.models import hf
 from posttrain_jax.objectives import Scorer, evaluation
 from posttrain_jax.runs import folder as run_folder
 from posttrain_jax.runs import record
-from posttrain_jax.settings import ConfigError
 from posttrain_jax.train import loop, signals, step
 from posttrain_jax.train import state as state_lib
 from posttrain_jax.train.state import State
@@ -285,10 +284,6 @@ class _Training:
     config, pieces, base = self.pieces.config, self.pieces, self.pieces.model
     if not config.eval.task:
       return
-    if jax.process_count() > 1:
-      raise ConfigError(
-        "eval.task generates text in one process; run `posttrain eval` afterwards instead"
-      )
     if pieces.trees.adapter_config is None:
       params = memory.fetch(state.trainable)
     else:

@@ -98,8 +98,3 @@ def _rows(mesh: Mesh) -> NamedSharding:
 def broadcast(tree: Any) -> Any:
   """The main process's tree of numbers or arrays in every process (a seed, a start time)."""
   return multihost_utils.broadcast_one_to_all(tree) if jax.process_count() > 1 else tree
-
-
-def barrier(name: str) -> None:
-  """Waits until every process is here; the name says where, in the error when one never comes."""
-  multihost_utils.sync_global_devices(name)

@@ -70,6 +70,34 @@ class Answers:
     return ids, prefixes, self.count + first
 
 
+# what is known of each answer of a kind, one number each; pairs may say `weight` and `margin` besides
+VALUES = {
+  "labels": ("label",),
+  "outcomes": ("label",),
+  "scored": ("score", "advantage", "deviation"),
+}
+SHARING = ("pairs", "triples", "scored")  # kinds of several answers to a prompt
+
+
+def blank(kind: str, *, with_ref_logps: bool, with_companion: bool) -> Answers:
+  """Answers of a kind of one token each, for programs that are compiled and not run."""
+  count = {"pairs": 2, "triples": 3}.get(kind, 1)
+  names = VALUES.get(kind, ("label",) if with_companion else ())
+  where = np.arange(count + 1, dtype=np.int32) - 1
+  example = Answers(
+    tokens=np.zeros(count + 1, np.int32),
+    mask=where >= 0,
+    answer=where,
+    positions=np.minimum(where + 1, 1),
+    count=count,
+    values=dict.fromkeys(names, (0.0,) * count),
+    steps=np.full(count + 1, np.nan, np.float32) if kind == "steps" else None,
+    ref_logps=np.zeros(count + 1, np.float32) if with_ref_logps else None,
+  )
+  companion = dataclasses.replace(example, values={}) if with_companion else None
+  return dataclasses.replace(example, companion=companion)
+
+
 def join(
   examples: Sequence[Example], *, share: bool = True, values: Mapping[str, Any] | None = None
 ) -> Answers:

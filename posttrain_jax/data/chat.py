@@ -15,8 +15,8 @@ import numpy as np
 
 from posttrain_jax.data import templates
 from posttrain_jax.data.files import RowError
-from posttrain_jax.data.render import TemplateError
 from posttrain_jax.data.schema import Row, Skipped
+from posttrain_jax.data.template_sandbox import TemplateError
 from posttrain_jax.data.templates import Template
 
 TRUNCATE = ("error", "keep_start", "drop", "split")

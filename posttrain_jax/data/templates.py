@@ -8,7 +8,7 @@ import dataclasses
 import functools
 from pathlib import Path
 
-from posttrain_jax.data.render import Renderer, TemplateError
+from posttrain_jax.data.template_sandbox import Renderer, TemplateError
 
 CHATML = """\
 {% for message in messages %}

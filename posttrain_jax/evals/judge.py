@@ -140,9 +140,11 @@ def agreement(kind: str, rows: Sequence[schema.Row], rewards: list[list[float]])
 def check_best_of(task: str, samples: int) -> None:
   """Raises ValueError where samples is below 2, or there is no such task."""
   if samples < 2:
-    raise ValueError(f"--best_of={samples}: draw at least two answers to choose among")
+    raise ValueError(f"samples={samples}: draw at least two answers to choose among")
   if task not in tasks.TASKS:
-    raise ValueError(f"--data={task}: --best_of answers a built-in task: {', '.join(tasks.TASKS)}")
+    raise ValueError(
+      f"task={task!r}: best of several answers a built-in task: {', '.join(tasks.TASKS)}"
+    )
 
 
 def best_of(

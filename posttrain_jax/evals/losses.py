@@ -63,4 +63,4 @@ def scores(
   answered = tasks.evaluate(
     params, config, tokenizer, task=source, split="test", limit=limit or None, template=template
   )
-  return {"right": answered.accuracy, "loss": lost["loss"]}
+  return {"accuracy": answered.accuracy, "loss": lost["loss"]}

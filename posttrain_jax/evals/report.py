@@ -16,7 +16,7 @@ import rich.text
 import safetensors
 
 from posttrain_jax.core import files
-from posttrain_jax.evals import figures, page, tasks
+from posttrain_jax.evals import figures, intervals, page, tasks
 from posttrain_jax.runs import record
 from posttrain_jax.runs.record import Run, TaskResult
 
@@ -275,26 +275,13 @@ def _sentence(before: TaskResult, after: TaskResult) -> str:
 
 
 def _note(results: Mapping[str, TaskResult]) -> str:
-  ranges = {when: interval(result.correct, result.total) for when, result in results.items()}
+  ranges = {
+    when: intervals.wilson(result.correct, result.total) for when, result in results.items()
+  }
   shown = ", ".join(
     f"{100 * low:.1f} to {100 * high:.1f} % {when}" for when, (low, high) in ranges.items()
   )
   return f"95 % intervals of the whole (Wilson): {shown}."
-
-
-def interval(correct: int, total: int, z: float = 1.959964) -> tuple[float, float]:
-  """Wilson's interval of a share, 95 % for the default z.  Wilson 1927.
-
-  >>> [round(x, 4) for x in interval(8, 10)]
-  [0.4902, 0.9433]
-  """
-  if total == 0:
-    return 0.0, 1.0
-  share = correct / total
-  centre = share + z * z / (2 * total)
-  half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-  scale = 1 + z * z / total
-  return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
 
 
 # Answers

@@ -280,6 +280,25 @@ def alpha_divergence(log_ratio: Array, *, alpha: float) -> Array:
 # --- pieces of log-probabilities -------------------------------------------------------------------------------------
 
 
+def wpo_weight(chosen: Array, rejected: Array) -> Array:
+  """exp(chosen + rejected), not differentiated: what a pair counts by how likely the policy is to write it.
+
+  Arguments are means per token of log pi(y_t) - log sum_v pi(v)^2.  Zhou et al. 2024 (WPO, arXiv 2406.11827),
+  with their sampled alignment.
+  """
+  return jax.lax.stop_gradient(jnp.exp(chosen + rejected))
+
+
+def running_mean(mean: Number, count: Number, values: Array, present: Array) -> tuple[Array, Array]:
+  """(mean, count) of all values seen, those of `values` that are present added: BCO's shift.
+
+  Jung et al. 2024 (BCO, arXiv 2404.04656): the reward shift.
+  """
+  added = jnp.sum(present)
+  total = mean * count + jnp.sum(jnp.where(present, values, 0.0))
+  return total / jnp.maximum(count + added, 1), count + added
+
+
 def length_desensitised(total: Array, head: Array, *, alpha: float) -> Array:
   """head + alpha (total - head): tokens past the length that both answers reach count alpha.
 

@@ -69,11 +69,16 @@ class Labelled(Compared):
     at, present = spans(batch), batch["present"]
     logps, ref_logps = self._sums(forward, context, batch, at)
     desirable = batch["label"] > 0.5
-    weights = dict(
-      desirable_weight=self.desirable_weight, undesirable_weight=self.undesirable_weight
+    how = dict(
+      beta=self.beta,
+      desirable_weight=self.desirable_weight,
+      undesirable_weight=self.undesirable_weight,
     )
-    kl = totals["kl"] if self.estimate_kl else 0.0
-    losses, reward = preference.kto(logps - ref_logps, desirable, kl, beta=self.beta, **weights)
+    log_ratio = logps - ref_logps
+    if self.estimate_kl:
+      losses, reward = preference.kto(log_ratio, desirable, totals["kl"], **how)
+    else:
+      losses, reward = preference.apo_zero_unpaired(log_ratio, desirable, **how)
     loss = jnp.sum(jnp.where(present, losses, 0.0)) / jnp.maximum(totals["count"], 1)
     mean = lambda x, where=present: metrics_lib.mean(jax.lax.stop_gradient(x), where)
     chosen, rejected = present & desirable, present & ~desirable

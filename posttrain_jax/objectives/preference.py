@@ -193,10 +193,9 @@ class Preference(Compared):
     if self.running_shift:
       shift = memory["shift"]
       if training:
-        rewards = self.beta * jnp.where(pairs.present, sum(pairs.log_ratios), 0.0)
-        count = shift.count + 2 * jnp.sum(pairs.present)
-        mean = (shift.mean * shift.count + jnp.sum(rewards)) / jnp.maximum(count, 1)
-        shift = Shift(mean, count)
+        rewards = self.beta * jnp.stack(pairs.log_ratios)
+        present = jnp.stack([pairs.present] * 2)
+        shift = Shift(*preference.running_mean(shift.mean, shift.count, rewards, present))
       totals["shift"] = shift
     return totals
 
@@ -306,7 +305,7 @@ class Preference(Compared):
     )
     if self.weighting:
       aligned = at.per_answer(scores.logp - scores.log_collision) / at.lengths
-      weight = weight * stop(jnp.exp(side(aligned, 0) + side(aligned, 1)))
+      weight = weight * preference.wpo_weight(side(aligned, 0), side(aligned, 1))
     return Pairs(
       chosen=side(sums, 0),
       rejected=side(sums, 1),

@@ -36,9 +36,8 @@ class Reward(Scorer):
 
   kind: str = "pairs"  # pairs, outcomes, steps
   centering: float = 0.0  # weight of (r_w + r_l)^2
-  answers: int = (
-    2  # in an example of pairs: chosen, rejected, and perhaps a gold one, which is not compared
-  )
+  # in an example of pairs: chosen, rejected, and perhaps a gold one, which is not compared
+  answers: int = 2
 
   def __post_init__(self) -> None:
     if self.kind not in KINDS:

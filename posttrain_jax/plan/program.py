@@ -12,15 +12,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 from jax.sharding import PartitionSpec as P
 from jax.sharding import SingleDeviceSharding
 
 from posttrain_jax import adapters, quant
 from posttrain_jax.adapters import layout
 from posttrain_jax.build import adapter, checks, decisions, objective, optimizer, reference, start
+from posttrain_jax.build import mesh as mesh_lib
 from posttrain_jax.build import run as runs
 from posttrain_jax.build.model import Model
 from posttrain_jax.core import sharding, tree
+from posttrain_jax.data import answers, packing
+from posttrain_jax.data.chat import Example
 from posttrain_jax.models import decoder, fetch, hf, rotary
 from posttrain_jax.models.config import ModelConfig
 from posttrain_jax.models.shapes import SHAPES
@@ -96,10 +100,7 @@ def build(config: ml_collections.ConfigDict, target: Target) -> Program:
     model_config = rotary.stretched(model_config, adapter_config.context_length)
   if decisions.has_score(config):
     model_config = dataclasses.replace(model_config, scores=1, writes=decisions.writes(config))
-  mesh = None
-  if len(target.devices) > 1:
-    m = config.mesh
-    mesh = sharding.mesh(data=m.data, fsdp=m.fsdp, tensor=m.tensor, devices=target.devices)
+  mesh = mesh_lib.make(config, target.devices)
   trainable, carried, context = parameters(config, model_config, mesh, target.devices[0])
   dtype = decisions.compute_dtype(config)
   model = Model(Path(), context.base, model_config, None, None, dtype)
@@ -199,42 +200,24 @@ def compile(program: Program) -> Compiled:
   )
 
 
-# what answers of a kind carry, one number each
-VALUES = {
-  "labels": ("label",),
-  "outcomes": ("label",),
-  "scored": ("score", "advantage", "deviation"),
-}
-SHARING = ("pairs", "triples", "scored")  # kinds whose rows have several answers to a prompt
-
-
 def _batch(config, loss, mesh, device):
-  """One optimizer batch, as `data.packing` lays it out."""
-  rows = (config.batch.rows, config.data.length)
-  of = lambda shape, dtype, *names: {name: jax.ShapeDtypeStruct(shape, dtype) for name in names}
-  batch: dict[str, Any] = of(rows, jnp.int32, "tokens", "segment_ids", "positions") | of(
-    rows, jnp.bool_, "loss_mask"
-  )
-  kind = config.data.kind
+  """One optimizer batch, of blank rows that are packed as a run's are."""
+  d, kind = config.data, config.data.kind
+  rows = [[0], *[[]] * (config.batch.rows - 1)]
   if kind == "text":
-    batch |= of(rows, jnp.int32, "channel")
+    example = Example(np.zeros(2, np.int32), np.asarray([False, True]))
+    packed = packing.pack([example], rows, d.length, ())
   else:
+    blank = answers.blank(
+      kind,
+      with_ref_logps=loss.needs_reference and decisions.caches_reference(config),
+      with_companion=decisions.has_companions(config),
+    )
     # how many answers a row has room for is the data's to say; as many as answers of 64 tokens
-    answers = {"pairs": 2, "triples": 3}.get(kind, 1)
-    slots = (rows[0], answers * max(1, rows[1] // (64 * answers)))
-    batch |= of(rows, jnp.int32, "answer") | of(slots, jnp.bool_, "present")
-    if config.data.share_prompt and kind in SHARING:
-      batch |= of(rows, jnp.int32, "prefix_ids")
-    batch |= of(slots, jnp.float32, *VALUES.get(kind, ()))
-    if kind == "steps":
-      batch |= of(rows, jnp.float32, "steps")
-    if loss.needs_reference and decisions.caches_reference(config):
-      batch |= of(rows, jnp.float32, "ref_logps")
-    if decisions.has_companions(config):
-      if kind == "pairs":
-        batch |= of(slots, jnp.float32, "label")
-      companion = {name: x for name, x in batch.items() if name != "label"}
-      batch["companion"] = companion
+    slots = blank.count * max(1, d.length // (64 * blank.count))
+    shares = d.share_prompt and kind in answers.SHARING
+    packed = packing.pack_answers([blank], rows, d.length, slots, shares=shares)
+  batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), packed)
   spec = P(sharding.ACTIVATIONS["batch"])
 
   def placed(x):

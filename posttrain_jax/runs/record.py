@@ -82,9 +82,11 @@ class Run:
 
   def adapters(self) -> dict[str, Mapping[str, Any]]:
     """{method: its options} of the run's adapter, several where they train together; {} for full fine-tuning."""
-    section = self.field("adapter") or {}
-    methods = [name for name in section.get("method", "none").split("+") if name != "none"]
-    return {name: section if len(methods) == 1 else section.get(name, {}) for name in methods}
+    section = self.field("adapter")
+    if section is None:
+      return {}
+    methods = [name for name in section["method"].split("+") if name != "none"]
+    return {name: section if len(methods) == 1 else section[name] for name in methods}
 
   def names(self) -> list[str]:
     """The metrics that some row has, in the order of their first appearance."""

@@ -17,7 +17,7 @@ from posttrain_jax.core import metrics as metrics_lib
 from posttrain_jax.core.checkpoint import Checkpoints
 from posttrain_jax.data.loader import Loader
 from posttrain_jax.objectives import Context, measured
-from posttrain_jax.runs.journal import Journal
+from posttrain_jax.runs.metrics_log import Journal
 from posttrain_jax.train.progress import Bar
 from posttrain_jax.train.signals import Stop
 from posttrain_jax.train.state import State

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from posttrain_jax.adapters import layout as adapter_layout
 from posttrain_jax.core import struct, tree
 from posttrain_jax.objectives import Context, Objective
 from posttrain_jax.optim import layout as optimizer_layout
@@ -84,11 +85,8 @@ def abstract(
     return start(trainable, optimizer, carried, objective.start(trainable))
 
   shapes = jax.eval_shape(make, trainable, carried)
-  if mesh is None:
-    leaf = jax.tree.leaves(trainable)[0]
-    replicated = jax.sharding.SingleDeviceSharding(next(iter(leaf.sharding.device_set)))
-  else:
-    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  device = next(iter(jax.tree.leaves(trainable)[0].sharding.device_set))
+  replicated = adapter_layout.replicated(mesh, device=device)
   where = layout(shapes, trainable, replicated, carried)
   return jax.tree.map(lambda x, sharding: x.update(sharding=sharding), shapes, where)
 

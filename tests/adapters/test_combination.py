@@ -262,3 +262,17 @@ def test_sections_make_configs():
 def test_sections_that_say_nothing_are_refused(section, message):
   with pytest.raises(ValueError, match=message):
     from_section(section)
+
+
+def test_ranks_by_depth_of_some_layers_are_written_too(tmp_path):
+  """`for_layers` writes the ranks of all layers; those that are left alone match no adapted module."""
+  model, params = families.make("llama")
+  lora = AdapterConfig(depth_ranks=(2, 4), layers_to_transform=(1,), target_modules=("q_proj",))
+  config = together([lora, PARTS["prompt"]])
+  _, adapter = adapters.init(KEY, params, config)
+  adapter = moved(adapter, size=0.2)
+  described = config.for_layers(model.num_layers)
+  peft_format.save(tmp_path / "both", adapter, described, model)
+  again, _ = peft_format.load(tmp_path / "both", params, model)
+  tokens = np.arange(3, 12)[None]
+  close(logits(params, again, tokens, model), logits(params, adapter, tokens, model))

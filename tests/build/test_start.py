@@ -15,7 +15,7 @@ from posttrain_jax.build import start
 from posttrain_jax.core import distributed, sharding, tree, weight
 from posttrain_jax.models import decoder, hf
 from posttrain_jax.objectives import Context, Sft
-from posttrain_jax.runs.journal import Journal
+from posttrain_jax.runs.metrics_log import Journal
 from tests import tiny
 from tests.adapters.cases import trained
 from tests.commands.test_train import CONFIG

@@ -19,7 +19,7 @@ from posttrain_jax.build import data as data_lib
 from posttrain_jax.core import checkpoint
 from posttrain_jax.models import hf
 from posttrain_jax.objectives import Sft
-from posttrain_jax.runs.journal import Journal
+from posttrain_jax.runs.metrics_log import Journal
 from tests import tiny
 
 ROOT = pathlib.Path(__file__).parents[2]

@@ -16,7 +16,7 @@ from posttrain_jax.adapters import peft_format
 from posttrain_jax.build import reference
 from posttrain_jax.evals import judge, margins, tasks
 from posttrain_jax.models import hf
-from posttrain_jax.runs.journal import Journal
+from posttrain_jax.runs.metrics_log import Journal
 from posttrain_jax.train import loop
 from tests import tiny
 from tests.commands.test_train import assert_equal, environment, lines, weights

@@ -182,6 +182,7 @@ def test_a_ceiling_below_1_weakens_every_token(folder, tmp_path):
   assert of("half", 0.5) == pytest.approx(0.5 * of("whole", 5.0), rel=1e-4)
 
 
+@pytest.mark.slow  # `test_methods` has the weight of the KL
 def test_the_kl_is_added_with_its_weight(folder, tmp_path):
   """After one update from where it is 0, with a gradient of 0: the second losses differ by it."""
   fields = dict(steps=2, arguments=",method=dapo", optimizer__warmup=0)
@@ -239,6 +240,7 @@ def test_a_task_is_answered_before_and_after(folder, tmp_path, asked, capsys):
   assert "sql after training: 3/3 correct" in said
 
 
+@pytest.mark.slow
 def test_a_task_may_be_left_out_before_training(folder, tmp_path, asked):
   fields = SHORT | dict(eval__task="sql", eval__task_limit=2, eval__before=False)
   assert test_train.train(folder, tmp_path / "run", **fields) == 0

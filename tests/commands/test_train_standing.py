@@ -10,7 +10,7 @@ from posttrain_jax import adapters
 from posttrain_jax.__main__ import main
 from posttrain_jax.adapters import peft_format
 from posttrain_jax.models import decoder, hf, rotary
-from posttrain_jax.runs.journal import Journal
+from posttrain_jax.runs.metrics_log import Journal
 from tests.commands.test_train import CONFIG, assert_equal, weights
 from tests.marks import slow
 

@@ -5,7 +5,7 @@ import pytest
 from tests.compose import check, draws, folders
 from tests.compose.run import ROOT
 
-SEEDS = (3, 25, 61, 77, 85)
+SEEDS = (25, 61, 77)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

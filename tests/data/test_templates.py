@@ -1,7 +1,7 @@
 import pytest
 
 from posttrain_jax.data import chat, templates
-from posttrain_jax.data.render import Renderer, TemplateError
+from posttrain_jax.data.template_sandbox import Renderer, TemplateError
 
 TALK = [
   {"role": "system", "content": "Be brief."},

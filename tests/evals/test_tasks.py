@@ -6,7 +6,7 @@ import types
 import jax
 import pytest
 
-from posttrain_jax.data import chat, templates
+from posttrain_jax.data import chat, files, templates
 from posttrain_jax.evals import tasks
 from posttrain_jax.rollout import engine
 from tests.data.conftest import make_tokenizer
@@ -135,3 +135,7 @@ def test_what_cannot_be_asked(tokenizer, config, options, message):
     tasks.evaluate(
       families.params(config), config, tokenizer, **{"limit": 3, "template": "chatml", **options}
     )
+
+
+def test_a_task_is_a_data_set_and_a_data_set_a_task():
+  assert set(tasks.TASKS) == set(files.BUILT_IN)

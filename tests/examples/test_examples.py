@@ -64,6 +64,7 @@ def test_dpo(example, shared, tmp_path, capsys):
   jax.tree.map(np.testing.assert_array_equal, saved, held["state"].adapter)
 
 
+@pytest.mark.slow
 def test_sft(example, shared, tmp_path, capsys):
   held = example("sft.py", shared / "model")
   losses = printed(capsys, "loss")
@@ -81,12 +82,14 @@ def test_sft_reads_a_file(example, shared, capsys):
   assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_own_loss(example, shared, capsys):
   example("own_loss.py", shared / "model")
   losses = printed(capsys, "loss")
   assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_merge(example, shared, tmp_path, capsys):
   config = tiny.config()
   base, _ = hf.load(shared / "model")

@@ -308,3 +308,21 @@ def test_ktos_kl_is_kept_fixed_and_not_negative():
   assert float(preference.mismatched_kl(ratios, jnp.zeros(3, bool))) == 0
   slope = jax.grad(lambda r: preference.mismatched_kl(r, mask))(ratios)
   np.testing.assert_array_equal(slope, 0)
+
+
+def test_a_pair_counts_by_how_likely_it_is_and_the_weight_has_no_gradient():
+  chosen, rejected = jnp.asarray([-0.1, -2.0]), jnp.asarray([-0.3, -1.0])
+  np.testing.assert_allclose(
+    preference.wpo_weight(chosen, rejected), np.exp([-0.4, -3.0]), rtol=1e-6
+  )
+  gradient = jax.grad(lambda x: jnp.sum(preference.wpo_weight(x, rejected)))(chosen)
+  np.testing.assert_array_equal(gradient, 0)
+
+
+def test_a_running_mean_is_that_of_all_values_that_were_there():
+  first, second = jnp.asarray([1.0, 2.0, jnp.nan]), jnp.asarray([6.0])
+  mean, count = preference.running_mean(0.0, 0.0, first, jnp.asarray([True, True, False]))
+  mean, count = preference.running_mean(mean, count, second, jnp.asarray([True]))
+  assert float(mean) == pytest.approx(3.0)
+  assert float(count) == 3
+  assert float(preference.running_mean(0.0, 0.0, second, jnp.asarray([False]))[0]) == 0.0

@@ -160,3 +160,10 @@ def test_a_child_that_raises_dies_or_hangs_kills_its_break():
   assert results["dies"]["by"] == "the process died (6)"
   assert results["hangs"]["by"] == "timeout"
   assert not any(results[label]["passed"] for label in ("raises", "dies", "hangs"))
+
+
+@pytest.mark.parametrize("folder", mutate.FOLDERS)
+def test_what_is_broken_and_who_is_asked_are_there(folder):
+  sources, tests = mutate.FOLDERS[folder]
+  assert all((mutate.PACKAGE / path).exists() for path in sources)
+  assert all(list((mutate.ROOT / "tests").glob(pattern)) for pattern in tests)

@@ -135,10 +135,10 @@ def test_matrices_decay_and_nothing_else(name):
   [
     (dict(name="adamv"), "adamv.*adamw"),
     (dict(schedule="cosin"), "cosin.*cosine"),
-    (dict(lr=float("nan")), "optimizer.lr=nan"),
-    (dict(lr=float("inf")), "optimizer.lr=inf"),
-    (dict(lr=-1.0), "optimizer.lr=-1"),
-    (dict(warmup=100), "optimizer.warmup=100.*share"),
+    (dict(lr=float("nan")), "lr=nan"),
+    (dict(lr=float("inf")), "lr=inf"),
+    (dict(lr=-1.0), "lr=-1"),
+    (dict(warmup=100), "warmup=100.*share"),
     (dict(name="adafactor", offloaded=True), "state of adafactor is not kept by layer.*adamw8bit"),
   ],
 )

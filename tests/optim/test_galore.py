@@ -136,9 +136,9 @@ def test_eight_bit_moments_stay_near_the_others():
 @pytest.mark.parametrize(
   ("wrong", "message"),
   [
-    (dict(rank=65), r"optimizer.rank=65 is above the 64 of layers/mlp/down_proj/weight"),
-    (dict(rank=0), r"optimizer.rank=0"),
-    (dict(update_gap=0), r"optimizer.update_gap=0"),
+    (dict(rank=65), r"rank=65 is above the 64 of layers/mlp/down_proj/weight"),
+    (dict(rank=0), r"rank=0"),
+    (dict(update_gap=0), r"update_gap=0"),
     (dict(projection="sideways"), r"sideways.*reverse_std"),
     (dict(target=r"layers/q_prj"), r"layers/q_prj.*matches no matrix of embed_tokens/weight"),
     (dict(target=r"norm/.*"), r"matches no matrix"),

@@ -8,7 +8,7 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from posttrain_jax.runs import folder as workdir
-from posttrain_jax.runs.journal import Journal
+from posttrain_jax.runs.metrics_log import Journal
 from posttrain_jax.settings import ConfigError
 
 CONFIG = ml_collections.ConfigDict({"steps": 3, "layers": (1, 2), "optimizer": {"lr": 0.1}})

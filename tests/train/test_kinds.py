@@ -15,7 +15,7 @@ from posttrain_jax.core import distributed, sharding, tree
 from posttrain_jax.models import decoder
 from posttrain_jax.objectives import Context, Sft
 from posttrain_jax.optim import chain
-from posttrain_jax.runs.journal import Journal
+from posttrain_jax.runs.metrics_log import Journal
 from posttrain_jax.train import state as state_lib
 from posttrain_jax.train import step
 from tests import tiny
