@@ -132,11 +132,10 @@ def _learn(d, config, folder, whole: road.Result, scratch):
     if not after > before:
       yield f"margins did not rise: {before:.6f} -> {after:.6f}"
     return
-  fall = config.optimizer.lr * first["grad_norm"] ** 2  # of plain gradient descent, to first order
-  if d["optimizer"] == "sgd" and fall < 1e-6 * abs(first["loss"]):
-    return  # less than float32 shows
-  if not second["loss"] < first["loss"]:
-    yield f"the loss did not fall: {first['loss']:.7f} -> {second['loss']:.7f}"
+  # AdaLoRA's penalty is descended with the loss
+  before, after = (line["loss"] + line.get("penalty", 0.0) for line in (first, second))
+  if not after < before:
+    yield f"the loss did not fall: {before:.7f} -> {after:.7f}"
 
 
 def _is_no_measure(config) -> bool:
