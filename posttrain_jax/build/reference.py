@@ -50,15 +50,15 @@ def in_step(config: ml_collections.ConfigDict, model: Model, mesh: jax.sharding.
 
 def params(config: ml_collections.ConfigDict, model: Model, mesh: jax.sharding.Mesh | None) -> Any:
   """The parameters of config.objective.reference: the base, the base with an adapter folder, or another model."""
-  name = config.objective.reference
-  if name == "base":
-    if model.started is None:
-      return model.params
+  name, base = config.objective.reference, model.params
+  if model.started is not None:  # what a start took out of the base is the reference's again
     started = tree.unflatten(model.started.nodes.items())
-    return adapters.original(model.params, layout.laid_out(started, mesh))
+    base = adapters.original(base, layout.laid_out(started, mesh))
+  if name == "base":
+    return base
   if is_adapter(name):
     adapter, _ = peft_format.load(Path(name).expanduser(), model.params, model.config)
-    return adapters.bind(model.params, layout.laid_out(adapter, mesh))
+    return adapters.bind(base, layout.laid_out(adapter, mesh))
   place = functools.partial(layout.place, mesh=mesh)
   storage = config.objective.reference_base
   other, other_config = hf.load(
