@@ -52,7 +52,8 @@ def params(config: ml_collections.ConfigDict, model: Model, mesh: jax.sharding.M
   """The parameters of config.objective.reference: the base, the base with an adapter folder, or another model."""
   name, base = config.objective.reference, model.params
   if model.started is not None:  # what a start took out of the base is the reference's again
-    started = tree.unflatten(model.started.nodes.items())
+    # copies: what the adapter carries of its start is donated from step to step
+    started = jax.tree.map(jnp.copy, tree.unflatten(model.started.nodes.items()))
     base = adapters.original(base, layout.laid_out(started, mesh))
   if name == "base":
     return base
