@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import jax
 import ml_collections
 
-from posttrain_jax.build import adapter, decisions
+from posttrain_jax.build import adapter, decisions, objective
 from posttrain_jax.models import decoder
 from posttrain_jax.objectives.groups import AGGREGATIONS, POLICY_LOSSES
 from posttrain_jax.objectives.preference import DIVERGENCES
@@ -15,7 +15,6 @@ from posttrain_jax.optim import offload
 from posttrain_jax.settings import ConfigError
 
 Config = ml_collections.ConfigDict
-OBJECTIVES = ("sft", "preference", "reward", "kto", "grouped")
 ADVANTAGES = ("group", "batch", "none", "leave_one_out")
 
 
@@ -36,7 +35,7 @@ def _one_of(config: Config, field: str, known: Sequence[str]) -> None:
 
 
 def _names(config: Config) -> None:
-  _one_of(config, "objective.name", OBJECTIVES)
+  _one_of(config, "objective.name", objective.NAMES)
   _one_of(config, "objective.advantage", ADVANTAGES)
   _one_of(config, "objective.divergence", tuple(DIVERGENCES))
   _one_of(config, "objective.loss", POLICY_LOSSES)

@@ -111,3 +111,4 @@ _PARTS: Mapping[str, Callable[[Config, Model, Mapping[str, Any]], Parts]] = {
   "kto": _labelled,
   "grouped": _grouped,
 }
+NAMES = ("sft", *_PARTS)  # of config.objective.name

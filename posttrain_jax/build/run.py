@@ -128,11 +128,11 @@ def build(config: ml_collections.ConfigDict, devices: jax.sharding.Mesh | None) 
   """The pieces of a run; an optimizer that these parameters do not suit says so here."""
   base = model.load(config, devices)
   rows = data.read(config, base)
-  other = reference.in_step(config, base, devices)
-  with settings.section("adapter"):
-    trees = adapter.make(config, base, other, devices)
   with settings.section("objective"):
     loss = objective.make(config, base, rows.channels)
+  other = reference.in_step(config, base, devices) if loss.needs_reference else None
+  with settings.section("adapter"):
+    trees = adapter.make(config, base, other, devices)
   with settings.section("optimizer"):
     updates, schedule = optimizer.make(config, base.config)
     shapes = state_lib.abstract(trees.trainable, updates, trees.carried, loss, devices)

@@ -28,7 +28,7 @@ from posttrain_jax.data.chat import Example
 from posttrain_jax.models import decoder, fetch, hf, rotary
 from posttrain_jax.models.config import ModelConfig
 from posttrain_jax.models.shapes import SHAPES
-from posttrain_jax.objectives import Context
+from posttrain_jax.objectives import Context, Scorer
 from posttrain_jax.plan.topology import GIB, Target
 from posttrain_jax.train import state as state_lib
 from posttrain_jax.train.state import State
@@ -101,11 +101,10 @@ def build(config: ml_collections.ConfigDict, target: Target) -> Program:
   if decisions.has_score(config):
     model_config = dataclasses.replace(model_config, scores=1, writes=decisions.writes(config))
   mesh = mesh_lib.make(config, target.devices)
-  trainable, carried, context = parameters(config, model_config, mesh, target.devices[0])
-  dtype = decisions.compute_dtype(config)
-  model = Model(Path(), context.base, model_config, None, None, dtype)
-  updates, _ = optimizer.make(config, model_config)
+  model = Model(Path(), None, model_config, None, None, decisions.compute_dtype(config))
   loss = objective.make(config, model, ())
+  trainable, carried, context = parameters(config, model_config, loss, mesh, target.devices[0])
+  updates, _ = optimizer.make(config, model_config)
   state = state_lib.abstract(trainable, updates, carried, loss, mesh)
   jitted = runs.jitted_step(config, adapter_config, loss, updates, state)
   batch = _batch(config, loss, mesh, target.devices[0])
@@ -115,6 +114,7 @@ def build(config: ml_collections.ConfigDict, target: Target) -> Program:
 def parameters(
   config: ml_collections.ConfigDict,
   model: ModelConfig,
+  loss: Scorer,
   mesh: jax.sharding.Mesh | None,
   device: jax.Device,
 ) -> tuple[Any, Any, Context]:
@@ -124,10 +124,7 @@ def parameters(
   if adapter_config is None:
     on_host = config.optimizer.offload == "params"
     params = placed(decoder.abstract(model, jnp.float32), on_host=on_host)
-    dtype = decisions.compute_dtype(config)
-    other = _other(config, model, dtype, placed)
-    if reference.is_in_step(config) and decisions.compares_with_base(config):
-      other = params
+    other = _other(config, model, loss, placed, params)
     return params, None, Context(reference=other)
   kind, dtype = config.model.base, decisions.compute_dtype(config)
   # a start is taken out of the dense matrix, and the rest is stored
@@ -146,18 +143,27 @@ def parameters(
   )
   params = _stored(params, kind)
   trainable, carried = tree.partition(placed(nodes))
-  return trainable, carried, Context(placed(params), reference=_other(config, model, dtype, placed))
+  other = _other(config, model, loss, placed, None)
+  return trainable, carried, Context(placed(params), reference=other)
 
 
-def _other(config: ml_collections.ConfigDict, model: ModelConfig, dtype: Any, placed: Any) -> Any:
-  """The parameters of another model that each step compares with; None where there is none.
+def _other(
+  config: ml_collections.ConfigDict, model: ModelConfig, loss: Scorer, placed: Any, trained: Any
+) -> Any:
+  """The parameters that each step compares with, where they are not the base under the adapter; else None.
 
   Another adapter on the base is left out: its matrices are the base's.
+
+  Args:
+    trained: in full fine-tuning what trains, of which the reference is a copy.
   """
-  if not reference.is_in_step(config) or decisions.compares_with_base(config):
+  if not (loss.needs_reference and reference.is_in_step(config)):
     return None
+  if decisions.compares_with_base(config):
+    return trained
   if reference.is_adapter(config.objective.reference):
     return None
+  dtype = decisions.compute_dtype(config)
   return placed(base(dataclasses.replace(model, scores=0), dtype, config.objective.reference_base))
 
 

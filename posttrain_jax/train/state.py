@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -65,11 +66,7 @@ def first(
     init = jax.jit(optimizer.init, out_shardings=where.optimizer)
     state = start(trainable, optimizer._replace(init=init), carried, objective.start(trainable))
     return jax.tree.map(jax.device_put, state, where)
-
-  def make(trainable, carried):
-    return start(trainable, optimizer, carried, objective.start(trainable))
-
-  return jax.jit(make, out_shardings=where)(trainable, carried)
+  return jax.jit(_maker(optimizer, objective), out_shardings=where)(trainable, carried)
 
 
 def abstract(
@@ -80,15 +77,17 @@ def abstract(
   mesh: jax.sharding.Mesh | None,
 ) -> State:
   """The first state as shapes on their devices; arrays with a sharding are given, or such shapes."""
-
-  def make(trainable, carried):
-    return start(trainable, optimizer, carried, objective.start(trainable))
-
-  shapes = jax.eval_shape(make, trainable, carried)
+  shapes = jax.eval_shape(_maker(optimizer, objective), trainable, carried)
   device = next(iter(jax.tree.leaves(trainable)[0].sharding.device_set))
   replicated = adapter_layout.replicated(mesh, device=device)
   where = layout(shapes, trainable, replicated, carried)
   return jax.tree.map(lambda x, sharding: x.update(sharding=sharding), shapes, where)
+
+
+def _maker(
+  optimizer: optax.GradientTransformation, objective: Objective
+) -> Callable[[Any, Any], State]:
+  return lambda trainable, carried: start(trainable, optimizer, carried, objective.start(trainable))
 
 
 def layout(

@@ -8,8 +8,9 @@ import pytest
 
 from posttrain_jax import adapters, settings
 from posttrain_jax.adapters import AdapterConfig, peft_format
-from posttrain_jax.build import model, reference
+from posttrain_jax.build import model, reference, run
 from posttrain_jax.models import decoder, hf
+from tests import tiny
 from tests.adapters.kinds import moved
 
 KEY = jax.random.key(0)
@@ -24,12 +25,25 @@ def test_an_adapter_as_the_reference_stands_on_the_whole_base(adapter, shared, t
   lora = AdapterConfig(r=2)
   node = moved(adapters.init(KEY, params, lora)[1], size=0.3)
   peft_format.save(tmp_path / "adapter", node, lora, config)
-  run = settings.load(
+  config_of_run = settings.load(
     f"{CONFIG}:model={shared / 'model'},adapter={adapter}",
     [f"--config.objective.reference={tmp_path / 'adapter'}", "--config.adapter.r=4"],
   )
-  base = model.load(run)
-  other = reference.params(run, base, None)
+  base = model.load(config_of_run)
+  other = reference.params(config_of_run, base, None)
   wanted = decoder.forward(adapters.bind(params, node), TOKENS, config)
   found = decoder.forward(other, TOKENS, config)
   np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize(("loss", "is_copied"), [("dpo", True), ("simpo", False)])
+def test_what_trains_is_copied_where_a_loss_compares_with_it_and_nowhere_else(
+  loss, is_copied, shared, tmp_path
+):
+  rows = [{"prompt": f"q{i}", "chosen": "yes", "rejected": "no"} for i in range(4)]
+  data = tiny.write_jsonl(tmp_path / "pairs.jsonl", rows)
+  arguments = f"model={shared / 'model'},data={data},adapter=none,loss={loss}"
+  fields = ["objective.cache_reference=false", "data.eval_rows=0", "data.length=64"]
+  config = settings.load(f"{CONFIG}:{arguments}", [f"--config.{field}" for field in fields])
+  pieces = run.build(config, None)
+  assert (pieces.trees.context.reference is not None) == is_copied

@@ -169,10 +169,11 @@ def test_every_kind_of_run_is_whole(config, kind, arguments, metric, folder, tmp
 
 def test_an_adapter_is_the_reference_of_what_trains_whole(folder, tmp_path):
   """Bound to a base of its own: what trains is donated from step to step."""
-  assert train(folder, tmp_path / "first", steps=1) == 0
-  options = dict(
-    objective__reference=tmp_path / "first" / "adapter", objective__cache_reference=False
-  )
+  params, config = hf.load(folder / "model")
+  lora = adapters.AdapterConfig(r=2)
+  _, node = adapters.init(jax.random.key(0), params, lora)
+  peft_format.save(tmp_path / "adapter", node, lora, config)
+  options = dict(objective__reference=tmp_path / "adapter", objective__cache_reference=False)
   assert train(folder, tmp_path / "run", arguments=",adapter=none", steps=2, **options) == 0
   assert len([line for line in lines(tmp_path / "run") if "loss" in line]) == 2
 

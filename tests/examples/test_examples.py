@@ -76,6 +76,7 @@ def test_sft(example, shared, tmp_path, capsys):
   assert float(abs(change).max()) > 1e-4
 
 
+@pytest.mark.slow
 def test_sft_reads_a_file(example, shared, capsys):
   example("sft.py", shared / "model", shared / "rows.jsonl")
   losses = printed(capsys, "loss")
