@@ -182,9 +182,9 @@ def _parquet(path):
     with parquet.ParquetFile(path) as file:
       number = 0
       for batch in file.iter_batches(batch_size=1024):
-        for row in batch.to_pylist():
+        for row in batch.to_pylist(maps_as_pydicts="lossy"):
           number += 1
-          yield f"{path}:{number}", row
+          yield f"{path}:{number}", _without_nulls(row)
   except (pyarrow.ArrowInvalid, OSError) as error:
     raise ValueError(f"{path} is a damaged parquet file, or none ({error})") from error
 
@@ -212,7 +212,16 @@ def _hub_rows(name, split):
       f" {split!r} cannot be loaded: {type(error).__name__}: {error}"
     ) from error
   for number, row in enumerate(rows, 1):
-    yield f"{name}/{split}:{number}", row
+    yield f"{name}/{split}:{number}", _without_nulls(row)
+
+
+def _without_nulls(value):
+  """What an Arrow row says: there a struct has every field of the column's type, null where the row has none."""
+  if isinstance(value, dict):
+    return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+  if isinstance(value, list):
+    return [_without_nulls(item) for item in value]
+  return value
 
 
 def _nearby(path):

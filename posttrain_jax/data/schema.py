@@ -6,15 +6,14 @@ them, and `columns=` says which columns of the file play which part.
 """
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from posttrain_jax.data import files
+from posttrain_jax.data import files, messages
 from posttrain_jax.data.files import RowError
-
-ROLES = ("system", "developer", "user", "assistant", "tool")
 
 # name -> the columns that make it; a row is the kind with the most columns among those that fit.
 KINDS = {
@@ -44,18 +43,10 @@ or say which columns play these parts, as in
 
 # What else a row may carry whatever its kind: kept when `columns` picks the others.
 # `reference` is a gold answer beside a pair (TPO), `margin` how much better its chosen answer is held to be.
-CARRIED = ("channel", "tools", "reference", "margin", "weight")
+# `chat_template_kwargs` are further variables of the chat template.
+TEMPLATE_VALUES = "chat_template_kwargs"
+CARRIED = ("channel", "tools", TEMPLATE_VALUES, "reference", "margin", "weight")
 ANSWERS = ("completion", "chosen", "rejected", "reference")
-
-# ShareGPT's conversations name their speakers in their own way.
-SHAREGPT_ROLES = {
-  "system": "system",
-  "human": "user",
-  "user": "user",
-  "gpt": "assistant",
-  "assistant": "assistant",
-  "tool": "tool",
-}
 
 
 class Row(NamedTuple):
@@ -158,11 +149,11 @@ def check_row(raw: Any, origin: str, columns=None) -> dict[str, Any]:
   """The fields of one raw row, renamed by `columns`, with every value of its kind checked."""
   if isinstance(raw, RowError):
     raise raw
-  if not isinstance(raw, dict):
+  if not (isinstance(raw, dict) and all(isinstance(key, str) for key in raw)):
     raise RowError(
       "not an object",
       origin,
-      f"expected an object with named columns, found {_shown(raw)}",
+      f"expected an object with named columns, found {messages.shown(raw)}",
     )
   fields = dict(raw) if columns is None else _renamed(raw, columns, origin)
   return validate(fields, origin)
@@ -176,13 +167,13 @@ def kind(fields: Mapping[str, Any], origin: str) -> str:
   names = sorted({name for name, _ in largest})
   if not names:
     raise RowError(
-      "unknown columns", origin, f"no schema has {sorted(columns)}; write one of\n{KNOWN}"
+      "unknown columns", origin, f"no schema has {messages.names(columns)}; write one of\n{KNOWN}"
     )
   if len(names) > 1:
     raise RowError(
       "ambiguous columns",
       origin,
-      f"{sorted(columns)} could be {' or '.join(names)}; pick the columns to use with columns=",
+      f"{messages.names(columns)} could be {' or '.join(names)}; pick the columns to use with columns=",
     )
   return names[0]
 
@@ -190,13 +181,17 @@ def kind(fields: Mapping[str, Any], origin: str) -> str:
 def validate(fields: dict[str, Any], origin: str) -> dict[str, Any]:
   """The fields with each value checked for its kind, messages in one form (role, content)."""
   checked = dict(fields)
-  for key in ("channel", "tools"):
+  for key in ("channel", "tools", TEMPLATE_VALUES):
     if checked.get(key) is None:
       checked.pop(key, None)
   if not isinstance(checked.get("channel", ""), str):
-    raise _wrong_type("channel", checked["channel"], "a string", origin)
-  if not isinstance(checked.get("tools", []), list):
-    raise _wrong_type("tools", checked["tools"], "a list of tool descriptions", origin)
+    raise messages.wrong_type("channel", checked["channel"], "a string", origin)
+  if "tools" in checked:
+    checked["tools"] = messages.tools(checked["tools"], origin)
+    if not checked["tools"]:
+      del checked["tools"]
+  if TEMPLATE_VALUES in checked:
+    checked[TEMPLATE_VALUES] = _template_values(checked[TEMPLATE_VALUES], origin)
   _VALIDATE[kind(checked, origin)](checked, origin)
   return checked
 
@@ -211,7 +206,7 @@ def as_chat(fields: dict[str, Any], origin: str, system: str | None) -> dict[str
     raise RowError(
       "no place for the system message",
       origin,
-      f"system= goes before a prompt and its answers in strings, found {sorted(fields)} (which are not all"
+      f"system= goes before a prompt and its answers in strings, found {messages.names(fields)} (which are not all"
       " strings); put the message into the rows, or leave system= out",
     )
   if not fields["prompt"].strip():
@@ -234,7 +229,7 @@ def _renamed(raw, columns, origin):
       raise RowError(
         "missing column",
         origin,
-        f"columns={dict(columns)!r} asks for {missing[0]!r}, the row has {sorted(raw)}",
+        f"columns={dict(columns)!r} asks for {missing[0]!r}, the row has {messages.names(raw)}",
       )
     parts = [raw[column] for column in wanted]
     if len(parts) == 1:
@@ -242,7 +237,7 @@ def _renamed(raw, columns, origin):
       continue
     for column, part in zip(wanted, parts):
       if not isinstance(part, str | None):
-        raise _wrong_type(column, part, "a string (several columns are joined)", origin)
+        raise messages.wrong_type(column, part, "a string (several columns are joined)", origin)
     renamed[name] = "\n".join(part for part in parts if part)
   return renamed
 
@@ -253,8 +248,19 @@ def _text(fields, origin):
     raise RowError("empty text", origin, "'text' is empty")
 
 
+def _template_values(value, origin):
+  if not isinstance(value, dict):
+    raise messages.wrong_type(TEMPLATE_VALUES, value, "an object of template variables", origin)
+  taken = value.keys() & {"messages", "tools", "add_generation_prompt"}
+  if taken:
+    raise RowError(
+      "taken variable", origin, f"{TEMPLATE_VALUES!r} sets {min(taken)!r}, which is the row's own"
+    )
+  return messages.plain(value, TEMPLATE_VALUES, origin)
+
+
 def _conversation(fields, origin):
-  fields["messages"] = _messages(fields["messages"], "messages", origin)
+  fields["messages"] = messages.checked(fields["messages"], "messages", origin)
 
 
 def _prompt(fields, origin):
@@ -264,6 +270,7 @@ def _prompt(fields, origin):
 def _prompt_completion(fields, origin):
   _prompt(fields, origin)
   fields["completion"] = _completion(fields["completion"], "completion", origin)
+  fields.update(_without_repeats(fields, ("completion",), origin))
   _same_form(fields, ("prompt", "completion"), origin)
 
 
@@ -279,8 +286,15 @@ def _preference(fields, origin):
       fields[key] = _completion(fields[key], key, origin)
   for key in ("margin", "weight"):
     value = fields.get(key)
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-      raise _wrong_type(key, value, "a number", origin)
+    if value is not None and not _is_number(value):
+      raise messages.wrong_type(key, value, "a finite number", origin)
+  if (fields.get("weight") or 0) < 0:
+    raise RowError(
+      "negative weight",
+      origin,
+      f"'weight' is {fields['weight']}, which would teach the pair's reverse; write 0 or more",
+    )
+  fields.update(_without_repeats(fields, tuple(k for k in keys if k != "prompt"), origin))
   _same_form(fields, keys, origin)
 
 
@@ -290,17 +304,17 @@ def _unpaired(fields, origin):
   else:
     _prompt_completion(fields, origin)
   if not isinstance(fields["label"], bool):
-    raise _wrong_type("label", fields["label"], "true or false", origin)
+    raise messages.wrong_type("label", fields["label"], "true or false", origin)
 
 
 def _steps(fields, origin):
   _string(fields, "prompt", origin)
   steps = fields["completions"]
   if not isinstance(steps, list) or not steps:
-    raise _wrong_type("completions", steps, "a list of strings with at least one", origin)
+    raise messages.wrong_type("completions", steps, "a list of strings with at least one", origin)
   for step in steps:
     if not isinstance(step, str):
-      raise _wrong_type("completions", step, "a list of strings", origin)
+      raise messages.wrong_type("completions", step, "a list of strings", origin)
     _completion(step, "completions", origin)
 
 
@@ -308,7 +322,7 @@ def _stepwise(fields, origin):
   _steps(fields, origin)
   steps, labels = fields["completions"], fields["labels"]
   if not isinstance(labels, list) or not all(isinstance(label, bool) for label in labels):
-    raise _wrong_type("labels", labels, "a list of true and false", origin)
+    raise messages.wrong_type("labels", labels, "a list of true and false", origin)
   if len(steps) != len(labels):
     raise RowError(
       "unequal steps", origin, f"{len(steps)} completions but {len(labels)} labels; each needs one"
@@ -319,18 +333,21 @@ def _scored(fields, origin):
   _prompt(fields, origin)
   answers, scores = fields["completions"], fields["scores"]
   if not isinstance(answers, list) or len(answers) < 2:
-    raise _wrong_type("completions", answers, "a list of at least two answers", origin)
-  numbers = isinstance(scores, list) and all(
-    score is None or (isinstance(score, int | float) and not isinstance(score, bool))
-    for score in scores
-  )
+    raise messages.wrong_type("completions", answers, "a list of at least two answers", origin)
+  numbers = isinstance(scores, list) and all(s is None or _is_number(s) for s in scores)
   if not numbers:
-    raise _wrong_type("scores", scores, "a list of numbers (null where an answer has none)", origin)
+    raise messages.wrong_type("scores", scores, "a list of finite numbers (null where an answer has none)", origin)
   if len(answers) != len(scores):
     raise RowError(
       "unequal scores", origin, f"{len(answers)} completions but {len(scores)} scores; each has one"
     )
   fields["completions"] = [_completion(answer, "completions", origin) for answer in answers]
+  numbered = {f"completions[{i}]": answer for i, answer in enumerate(fields["completions"])}
+  unrepeated = _without_repeats({"prompt": fields["prompt"], **numbered}, tuple(numbered), origin)
+  fields["prompt"], fields["completions"] = (
+    unrepeated["prompt"],
+    [unrepeated[key] for key in numbered],
+  )
   for answer in fields["completions"]:
     _same_form(
       {"prompt": fields["prompt"], "completions": answer}, ("prompt", "completions"), origin
@@ -350,17 +367,71 @@ _VALIDATE = {
 }
 
 
+def _without_repeats(fields, keys, origin):
+  """The fields, answers without the prompt that they all begin with: many files hold whole conversations there."""
+  prompt, answers = fields.get("prompt"), [fields[key] for key in keys]
+  if prompt is None or not all(isinstance(answer, list) for answer in answers):
+    return fields
+  if isinstance(prompt, str):
+    prompt = _up_to_question(prompt, answers[0])
+  count = len(prompt)
+  repeats = [bool(count) and answer[:count] == prompt for answer in answers]
+  if all(repeats):
+    short = [key for key, answer in zip(keys, answers) if len(answer) == count]
+    if short:
+      raise RowError("empty completion", origin, f"{short[0]!r} is the prompt and nothing else")
+    stripped = {key: answer[count:] for key, answer in zip(keys, answers)}
+    fields = {**fields, **stripped, "prompt": prompt}
+  elif any(repeats):
+    key = keys[repeats.index(True)]
+    raise RowError("repeated prompt", origin, f"{key!r} repeats 'prompt', and another answer does not")
+  for key in keys:
+    _check_answers(fields["prompt"], fields[key], key, origin)
+  return fields
+
+
+def _up_to_question(prompt, conversation):
+  """The beginning of a conversation that ends with the user's message `prompt`; [] where none does."""
+  for at, message in enumerate(conversation):
+    if message["role"] == "assistant":
+      break
+    if message["role"] == "user" and message.get("content") == prompt:
+      return conversation[: at + 1]
+  return []
+
+
+def _check_answers(prompt, answer, key, origin):
+  """Raises where a user's message follows the user's last one: the answer repeats some of the prompt, or is none."""
+  if prompt and isinstance(prompt, list) and prompt[-1]["role"] == answer[0]["role"] == "user":
+    raise RowError(
+      "repeated prompt",
+      origin,
+      f"{key!r} begins with a user's message behind the user's message that ends 'prompt'; it is the answer alone,"
+      " or repeats the whole prompt",
+    )
+
+
+def _is_number(value):
+  if isinstance(value, bool) or not isinstance(value, int | float):
+    return False
+  try:
+    return math.isfinite(float(value))
+  except OverflowError:
+    return False
+
+
 def _string(fields, key, origin):
   if not isinstance(fields[key], str):
-    raise _wrong_type(key, fields[key], "a string", origin)
+    raise messages.wrong_type(key, fields[key], "a string", origin)
+  messages.text(fields[key], key, origin)
 
 
 def _string_or_messages(value, key, origin):
   if isinstance(value, str):
-    return value
+    return messages.text(value, key, origin)
   if isinstance(value, list):
-    return _messages(value, key, origin)
-  raise _wrong_type(key, value, "a string or a list of messages", origin)
+    return messages.checked(value, key, origin)
+  raise messages.wrong_type(key, value, "a string or a list of messages", origin)
 
 
 def _completion(value, key, origin):
@@ -378,71 +449,6 @@ def _same_form(fields, keys, origin):
   if len(set(forms.values())) > 1:
     described = ", ".join(f"{key!r} is {form}" for key, form in forms.items())
     raise RowError("mixed forms", origin, f"{described}; write all as strings or all as messages")
-
-
-def _messages(value, key, origin):
-  if not isinstance(value, list):
-    raise _wrong_type(key, value, "a list of messages", origin)
-  if not value:
-    raise RowError("empty messages", origin, f"{key!r} is an empty list; a conversation has a turn")
-  return [_message(message, f"{key}[{i}]", origin) for i, message in enumerate(value)]
-
-
-def _message(message, where, origin):
-  if not isinstance(message, dict):
-    raise _wrong_type(where, message, 'a message {"role": ..., "content": ...}', origin)
-  # Columnar formats fill what a message lacks with nulls.
-  message = {key: value for key, value in message.items() if value is not None}
-  if "role" not in message and {"from", "value"} <= set(message):
-    speaker = message.pop("from")
-    role = SHAREGPT_ROLES.get(speaker, speaker) if isinstance(speaker, str) else speaker
-    message = {"role": role, "content": message.pop("value"), **message}
-  role = message.get("role")
-  if role is None:
-    raise RowError(
-      "message without role", origin, f"{where} has {sorted(message)}, but a message has a 'role'"
-    )
-  if role not in ROLES:
-    raise RowError(
-      "unknown role", origin, f"{where} has role {role!r}; roles are {', '.join(ROLES)}"
-    )
-  if "content" not in message and not message.get("tool_calls"):
-    raise RowError("message without content", origin, f"{where} has no 'content'")
-  if "content" in message:
-    message["content"] = _content(message["content"], where, origin)
-    if role == "assistant" and not message["content"].strip() and not message.get("tool_calls"):
-      raise RowError("empty completion", origin, f"{where}, an assistant's message, is empty")
-  if message.get("weight", 1) not in (0, 1):
-    raise RowError(
-      "unusable weight",
-      origin,
-      f"{where} has weight {message['weight']!r}; a message is trained (1) or not (0)",
-    )
-  return message
-
-
-def _content(content, where, origin):
-  if isinstance(content, str):
-    return content
-  if isinstance(content, list) and all(isinstance(part, dict) for part in content):
-    others = [part.get("type") for part in content if not isinstance(part.get("text"), str)]
-    if not others:
-      return "".join(part["text"] for part in content)
-    raise RowError(
-      "not text", origin, f"{where} holds {others[0]!r} content; only text is supported"
-    )
-  raise _wrong_type(f"{where}['content']", content, "a string", origin)
-
-
-def _wrong_type(key, value, expected, origin):
-  return RowError("wrong type", origin, f"{key!r} is {_shown(value)}, expected {expected}")
-
-
-def _shown(value):
-  names = {dict: "an object", list: "an array", str: "the string", type(None): "null"}
-  text = repr(value)
-  name = names.get(type(value), type(value).__name__)
-  return name if value is None else f"{name} {text if len(text) <= 60 else text[:57] + '...'}"
 
 
 def kinds(rows: Iterable[Row]) -> Counter:
