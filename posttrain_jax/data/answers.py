@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from posttrain_jax.data import chat, schema
+from posttrain_jax.data import borders, chat, schema
 from posttrain_jax.data.chat import Example
 from posttrain_jax.data.files import RowError
 from posttrain_jax.data.schema import Row, Skipped
@@ -167,7 +167,8 @@ def encode_all(
       f"truncate={truncate!r}: answers are kept whole; write one of {', '.join(TRUNCATE)}"
     )
   kept, skipped = [], Skipped()
-  split = _SPLIT[kind]
+  split = functools.partial(_SPLIT[kind], tokenizer=tokenizer)
+  encode = chat.each(tokenizer, template, max_length=max_length, any_prompt=truncate == "prompt")
   for start in range(0, len(rows), _BATCH):
     jobs: list[Any] = []
     for row in rows[start : start + _BATCH]:
@@ -176,7 +177,7 @@ def encode_all(
       except RowError as error:
         jobs.append(error)
     plain = [part for job in jobs if isinstance(job, _Job) for part in job.rows]
-    encoded = iter(chat.encode_each(plain, tokenizer, template))
+    encoded = iter(encode(plain))
     for job in jobs:
       try:
         if isinstance(job, RowError):
@@ -185,7 +186,7 @@ def encode_all(
         examples = [next(encoded) for _ in job.rows]
         joined = _joined(job, examples, share)
         if job.steps is not None:
-          joined = _process(joined, job.steps, tokenizer)
+          joined = _process(joined, examples[0].spans, job.steps)
         kept.append(_fitted(joined, max_length, truncate))
       except RowError as error:
         if on_error == "raise" and not (truncate == "drop" and error.reason == "too long"):
@@ -204,7 +205,8 @@ class _Job:
 
   rows: tuple[Row, ...]
   values: dict[str, tuple[float, ...]]
-  steps: tuple[tuple[str, bool], ...] | None = None
+  names: tuple[str, ...]  # of the answers, in the row
+  steps: tuple[bool, ...] | None = None  # the label of each step
   different: bool = False  # the first two answers must differ
 
 
@@ -221,35 +223,37 @@ def _wrong(row: Row, wanted: str) -> RowError:
   )
 
 
-def _pairs(row: Row, with_gold: bool = False) -> list[_Job]:
+def _pairs(row: Row, tokenizer, with_gold: bool = False) -> list[_Job]:
   if row.kind != "preference":
     raise _wrong(row, '"chosen" and "rejected", with or without "prompt"')
   fields = row.fields
-  texts = [fields["chosen"], fields["rejected"]]
+  names = ("chosen", "rejected")
   if with_gold:
     if "reference" not in fields:
       raise _wrong(row, 'a third answer, "reference", beside "chosen" and "rejected"')
-    texts.append(fields["reference"])
-  prompt = fields.get("prompt")
-  if prompt is None:
-    prompt, texts = _implicit(texts, row.origin)
+    names = (*names, "reference")
+  prompt, texts = _apart(fields.get("prompt"), [fields[name] for name in names], row, tokenizer)
   numbers = {
     name: (float(fields[name]),) * len(texts)
     for name in ("margin", "weight")
     if fields.get(name) is not None
   }
-  return [_Job(tuple(_row(row, prompt, text) for text in texts), numbers, different=True)]
+  return [_Job(tuple(_row(row, prompt, text) for text in texts), numbers, names, different=True)]
 
 
-def _labels(row: Row) -> list[_Job]:
+def _labels(row: Row, tokenizer) -> list[_Job]:
   """A pair is a desirable answer and an undesirable one."""
   fields = row.fields
   if row.kind == "preference":
-    (job,) = _pairs(row)
-    return [_Job((part,), {"label": (float(i == 0),)}) for i, part in enumerate(job.rows)]
+    (job,) = _pairs(row, tokenizer)
+    if job.rows[0].fields["completion"] == job.rows[1].fields["completion"]:
+      raise _identical(row.origin)
+    return [
+      _Job((part,), {"label": (float(i == 0),)}, (job.names[i],)) for i, part in enumerate(job.rows)
+    ]
   if row.kind != "unpaired":
     raise _wrong(row, '"prompt", "completion" and "label", or "messages" and "label", or pairs')
-  return [_Job((_answered(row),), {"label": (float(fields["label"]),)})]
+  return [_Job((_answered(row),), {"label": (float(fields["label"]),)}, ("completion",))]
 
 
 def _answered(row: Row) -> Row:
@@ -265,44 +269,44 @@ def _answered(row: Row) -> Row:
   return _row(row, messages[:-1], messages[-1:])
 
 
-def _scored(row: Row) -> list[_Job]:
+def _scored(row: Row, tokenizer) -> list[_Job]:
   if row.kind != "scored":
     raise _wrong(row, '"prompt", "completions" and "scores"')
   fields = row.fields
   scores = tuple(float("nan") if s is None else float(s) for s in fields["scores"])
   parts = tuple(_row(row, fields["prompt"], text) for text in fields["completions"])
-  return [_Job(parts, {"score": scores})]
+  names = tuple(f"completions[{i}]" for i in range(len(parts)))
+  return [_Job(parts, {"score": scores}, names)]
 
 
-def _steps(row: Row) -> list[_Job]:
+def _steps(row: Row, tokenizer) -> list[_Job]:
   if row.kind != "stepwise":
     raise _wrong(row, '"prompt", "completions" (the steps) and "labels"')
   return _in_steps(row, row.fields["labels"])
 
 
-def _judged(row: Row) -> list[_Job]:
+def _judged(row: Row, tokenizer) -> list[_Job]:
   """All answers of a row, with no number but where steps end."""
   if row.kind in ("stepwise", "steps"):
     return _in_steps(row, [False] * len(row.fields["completions"]))
   if row.kind in ("prompt_completion", "messages", "unpaired"):
-    return [_Job((_answered(row),), {})]
+    return [_Job((_answered(row),), {}, ("completion",))]
   if row.kind not in ("preference", "scored"):
     raise _wrong(row, "a prompt with its answer or answers")
-  (job,) = _pairs(row) if row.kind == "preference" else _scored(row)
-  return [_Job(job.rows, {})]
+  (job,) = _pairs(row, tokenizer) if row.kind == "preference" else _scored(row, tokenizer)
+  return [_Job(job.rows, {}, job.names)]
 
 
 def _in_steps(row: Row, labels: Sequence[bool]) -> list[_Job]:
-  steps = tuple(zip(row.fields["completions"], labels))
-  text = SEPARATOR.join(row.fields["completions"]) + SEPARATOR
-  return [_Job((_row(row, row.fields["prompt"], text),), {}, steps=steps)]
+  fields = {k: v for k, v in row.fields.items() if k in schema.CARRIED}
+  fields |= {"prompt": row.fields["prompt"], "completions": row.fields["completions"]}
+  parts = (Row(fields, row.origin, chat.IN_STEPS),)
+  return [_Job(parts, {}, ("completions",), steps=tuple(labels))]
 
-
-SEPARATOR = "\n"  # after each step of a process; its score is read there
 
 _SPLIT = {
   "pairs": _pairs,
-  "triples": lambda row: _pairs(row, with_gold=True),
+  "triples": functools.partial(_pairs, with_gold=True),
   "labels": _labels,
   "outcomes": _labels,
   "scored": _scored,
@@ -311,55 +315,75 @@ _SPLIT = {
 }
 
 
-def _implicit(texts, origin):
-  """(prompt, answers) of whole conversations or texts: what all of them begin with is the prompt."""
-  shortest = min(map(len, texts))
-  same = next(
-    (i for i in range(shortest) if any(text[i] != texts[0][i] for text in texts[1:])), shortest
+def _apart(prompt, answers, row, tokenizer):
+  """(prompt, answers): what all answers begin with and no assistant wrote is prompt, whether there is one or not."""
+  if isinstance(answers[0], str):
+    if prompt is None:
+      at = borders.common(answers, tokenizer)
+      if at == 0:
+        raise _no_prompt(row, "text")
+      prompt, answers = answers[0][:at], [answer[at:] for answer in answers]
+    return prompt, answers
+  known = prompt is not None
+  at = _same(answers, asked_alone=known)
+  if not known and at == 0:
+    raise _no_prompt(row, "message")
+  prompt, answers = [*(prompt or []), *answers[0][:at]], [answer[at:] for answer in answers]
+  for answer in answers:
+    if answer[0]["role"] not in ("assistant", "tool"):
+      raise RowError(
+        "different prompts",
+        row.origin,
+        f"the answers part at a message of the {answer[0]['role']}'s: they are to be answers to one prompt",
+      )
+  return prompt, answers
+
+
+def _same(answers, asked_alone):
+  """How many leading messages are the same; with asked_alone only those before the first that an assistant wrote."""
+  for at in range(
+    min(map(len, answers)) - 1
+  ):  # an answer is left; equal ones are found later, in words
+    first = answers[0][at]
+    if any(answer[at] != first for answer in answers) or (
+      asked_alone and first["role"] in ("assistant", "tool")
+    ):
+      return at
+  return min(map(len, answers)) - 1 if not asked_alone else 0
+
+
+def _no_prompt(row, what):
+  return RowError(
+    "no common prompt",
+    row.origin,
+    f"there is no 'prompt', and the answers do not begin with the same {what}; write the prompt as a column",
   )
-  if isinstance(texts[0], str):
-    same = texts[0].rfind(" ", 0, same) if same and " " in texts[0][:same] else 0
-    what = "text"
-  else:
-    same = min(same, shortest - 1)  # answers that are equal are found later, in words
-    what = "message"
-  if same <= 0:
-    raise RowError(
-      "no common prompt",
-      origin,
-      f"there is no 'prompt', and the answers do not begin with the same {what}; write the prompt as a column",
-    )
-  return texts[0][:same], [text[same:] for text in texts]
+
+
+def _identical(origin):
+  return RowError(
+    "identical answers",
+    origin,
+    "'chosen' and 'rejected' are the same; there is no preference to learn",
+  )
 
 
 def _joined(job: _Job, examples, share) -> Answers:
-  for example in examples:
+  for example, name in zip(examples, job.names):
     if isinstance(example, RowError):
-      raise example
+      # an answer was encoded as a completion, which is not what the row calls it
+      detail = example.detail.replace("completion[", f"{name}[")
+      raise RowError(example.reason, example.origin, detail)
   if job.different and np.array_equal(examples[0].tokens, examples[1].tokens):
-    raise RowError(
-      "identical answers",
-      examples[0].origin,
-      "'chosen' and 'rejected' are the same; there is no preference to learn",
-    )
+    raise _identical(examples[0].origin)
   return join(examples, share=share, values=job.values)
 
 
-def _process(example: Answers, steps, tokenizer) -> Answers:
-  """The example, its answer told apart into steps, each tokenised with its separator and labelled at its last token."""
-  prompt = example.tokens[: int(np.argmax(example.mask))]
-  pieces = tokenizer([text + SEPARATOR for text, _ in steps], add_special_tokens=False)["input_ids"]
-  tokens = np.concatenate([prompt, *pieces]).astype(np.int32)
-  labels = np.full(len(tokens), np.nan, np.float32)
-  labels[len(prompt) + np.cumsum(list(map(len, pieces))) - 1] = [label for _, label in steps]
-  return dataclasses.replace(
-    example,
-    tokens=tokens,
-    mask=np.arange(len(tokens)) >= len(prompt),
-    answer=np.zeros(len(tokens), np.int32),
-    positions=np.arange(len(tokens), dtype=np.int32),
-    steps=labels,
-  )
+def _process(example: Answers, spans, labels) -> Answers:
+  """The example with the label of each step at the step's last token."""
+  steps = np.full(len(example.tokens), np.nan, np.float32)
+  steps[[stop - 1 for _, stop in spans]] = labels
+  return dataclasses.replace(example, steps=steps)
 
 
 def _fitted(example: Answers, limit: int, truncate: str) -> Answers:

@@ -6,20 +6,28 @@ token id, so a padding token that equals EOS does not take the EOS out of traini
 """
 
 import dataclasses
-import sys
+import itertools
+import logging
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from posttrain_jax.data import templates
+from posttrain_jax.data import said, schema, templates
 from posttrain_jax.data.files import RowError
 from posttrain_jax.data.schema import Row, Skipped
-from posttrain_jax.data.template_sandbox import TemplateError
+from posttrain_jax.data.template_sandbox import MAX_CHARACTERS, TemplateError
 from posttrain_jax.data.templates import Template
 
+log = logging.getLogger(__name__)
+
 TRUNCATE = ("error", "keep_start", "drop", "split")
+TRAIN_ON = ("assistant", "last")
+IN_STEPS = "in steps"  # rows whose answer is told apart into steps: `answers` makes them
+SEPARATOR = "\n"  # after each step
+CHARACTERS = 64  # of a token, where texts are held to be too long by their beginning
 _BATCH = 1000  # rows tokenised together
 
 
@@ -59,6 +67,7 @@ class Example:
   origin: str = ""
   is_chat: bool = False
   is_cut: bool = False  # lost its end to the length limit, or is a piece of a split text
+  spans: tuple[tuple[int, int], ...] = ()  # where each answer, or step of one, begins and ends
 
   def __len__(self):
     return len(self.tokens)
@@ -90,14 +99,6 @@ class Encoded(Sequence):
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-  """A text, and the spans of it that are trained: each (prompt text, text up to its end)."""
-
-  text: str
-  spans: tuple[tuple[str, str], ...]
-
-
 def encode(row: Row, tokenizer, template: Template | None = None, *, max_length: int) -> Example:
   """The example of one row; one that does not fit is an error."""
   return encode_all([row], tokenizer, template, max_length=max_length)[0]
@@ -111,8 +112,12 @@ def encode_all(
   max_length: int,
   truncate: str = "error",
   on_error: str = "raise",
+  train_on: str = "assistant",
 ) -> Encoded:
   """The examples of many rows, in order.
+
+  What is trained of a conversation is what its assistant wrote, every message of it or with train_on="last" the last
+  one, each with its end of turn, and nothing else; of a prompt and its completion, the completion.
 
   A row longer than `max_length` is an error that names it, or is cut at the end
   (`truncate="keep_start"`), left out ("drop") or, for plain text, cut into pieces ("split").  A row
@@ -123,9 +128,11 @@ def encode_all(
     raise ValueError(f"truncate={truncate!r}: write one of {', '.join(TRUNCATE)}")
   if on_error not in ("raise", "skip"):
     raise ValueError(f"on_error={on_error!r}: write 'raise' or 'skip'")
+  if train_on not in TRAIN_ON:
+    raise ValueError(f"train_on={train_on!r}: write one of {', '.join(TRAIN_ON)}")
   if max_length < 2:
     raise ValueError(f"max_length={max_length}: a target needs a token before it, so at least 2")
-  encoder = _Encoder(tokenizer, template, max_length, truncate)
+  encoder = _Encoder(tokenizer, template, max_length, truncate, train_on)
   rows, examples, skipped = list(rows), [], Skipped()
   for start in range(0, len(rows), _BATCH):
     for result in encoder.batch(rows[start : start + _BATCH]):
@@ -137,38 +144,70 @@ def encode_all(
         raise result
   if not examples:
     raise ValueError(f"no row gave an example; {skipped}")
+  encoder.tell()
   return Encoded(tuple(examples), skipped)
 
 
-def encode_each(rows: Sequence[Row], tokenizer, template=None) -> list[Example | RowError]:
-  """The example of each row, or why there is none; of any length."""
-  encoder = _Encoder(tokenizer, template, sys.maxsize, "error")
-  results = encoder.batch(list(rows)) if rows else []
-  return [r if isinstance(r, RowError) else r[0] for r in results]
+def each(tokenizer, template=None, *, max_length: int, any_prompt: bool):
+  """A function from rows to the example of each, or why there is none.
+
+  What cannot fit into `max_length` tokens is told early, with any_prompt=True of answers alone; what is a little longer
+  is there as it is.
+  """
+  encoder = _Encoder(
+    tokenizer, template, max_length, "prompt" if any_prompt else "whole", train_on=None
+  )
+
+  def encode(rows: Sequence[Row]) -> list[Example | RowError]:
+    results = encoder.batch(list(rows)) if rows else []
+    encoder.tell()
+    return [r if isinstance(r, RowError) else r[0] for r in results]
+
+  return encode
 
 
 class _Encoder:
-  def __init__(self, tokenizer, template, max_length, truncate):
+  """Rows of one data set, turned into examples."""
+
+  def __init__(self, tokenizer, template, max_length, truncate, train_on="assistant"):
     self.tokenizer, self.template = tokenizer, template
-    self.max_length, self.truncate = max_length, truncate
+    self.max_length, self.truncate, self.train_on = max_length, truncate, train_on
     self.counted = {
       "drop": ("too long", "nothing to train after the cut"),
       "keep_start": ("nothing to train after the cut",),
     }.get(truncate, ())
     self.bos = [tokenizer.bos_token_id] if templates.adds_bos(tokenizer) else []
     self.eos = tokenizer.eos_token_id
-    self.end_of_turn = None if template is None else templates.end_of_turn(tokenizer, template)
+    self.dropped: dict[
+      said.Shape, set[tuple[int, str]]
+    ] = {}  # by a template, of conversations of a shape
+    self.unread: dict[
+      str, str
+    ] = {}  # fields of messages that no template reads, and where the first was
+    self._ends: dict[str, tuple[int | None, str]] = {}
+
+  def ending(self, has_tools: bool) -> tuple[int | None, str]:
+    """(the token that ends a turn or None, how it is written)."""
+    of = self.template.of(has_tools)
+    if of.name not in self._ends:
+      end = templates.end_of_turn(self.tokenizer, of)
+      written = "" if end is None else self.tokenizer.convert_ids_to_tokens(end)
+      self._ends[of.name] = end, written
+    return self._ends[of.name]
 
   def batch(self, rows: list[Row]) -> list[list[Example] | RowError]:
-    plans = self._plans(rows)
-    texts = [[p.text, *(t for s in p.spans for t in s)] for p in plans if isinstance(p, _Plan)]
+    plans = [self._bounded(row, plan) for row, plan in zip(rows, self._plans(rows))]
+    texts = [p.prefixes() for p in plans if isinstance(p, _Plan)]
     unique = list(dict.fromkeys(text for some in texts for text in some))
     ids = dict(zip(unique, self._ids(unique)))
-    return [p if isinstance(p, RowError) else self._attempt(r, p, ids) for r, p in zip(rows, plans)]
+    results = [self._attempt(row, plan, ids) for row, plan in zip(rows, plans)]
+    return self._checked(plans, results)
 
   def _attempt(self, row, plan, ids):
+    if isinstance(plan, RowError):
+      return plan
     try:
-      return self._examples(row, plan, ids)
+      return self._example(row, plan, ids)
     except RowError as error:
       return error
 
@@ -178,89 +217,336 @@ class _Encoder:
       self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
     )
 
+  def tell(self) -> None:
+    """Says once which fields of messages nothing reads."""
+    for key, origin in self.unread.items():
+      log.warning("messages have %r, which no template reads (first: %s)", key, origin)
+    self.unread = {}
+
+  # From rows to texts
+
   def _plans(self, rows):
-    turns = [_turns(row) for row in rows]
-    jobs, owners = [], []
-    for at, (row, parsed) in enumerate(zip(rows, turns)):
-      if isinstance(parsed, _Turns):
+    parsed = [self._turns(row) for row in rows]
+    jobs: list[dict] = []
+    for row, turns in zip(rows, parsed):
+      if isinstance(turns, _Turns):
         if self.template is None:
           raise RowError("no template", row.origin, "the row holds messages: pass a chat template")
-        new = _jobs(parsed)
-        jobs += new
-        owners += [at] * len(new)
-    rendered: dict[int, list] = {}
-    for at, text in zip(owners, self.template.render_all(jobs) if jobs else []):
-      rendered.setdefault(at, []).append(text)
-    return [
-      self._chat_plan(row, parsed, rendered[at]) if isinstance(parsed, _Turns) else parsed
-      for at, (row, parsed) in enumerate(zip(rows, turns))
+        jobs += turns.jobs()
+    new = self._new_shapes(parsed)
+    texts = iter(self.template.render_all(jobs + [job for job, _ in new.values()]) if jobs else [])
+    rendered = [
+      [next(texts) for _ in range(2 * len(turns.trained))] if isinstance(turns, _Turns) else []
+      for turns in parsed
     ]
+    for key, (_, marks) in new.items():
+      text = next(texts)
+      # a template that asks more of the words than that they are words says nothing of them here
+      self.dropped[key] = said.dropped(marks, text) if isinstance(text, str) else set()
+    return [
+      self._chat_plan(row, turns, some) if isinstance(turns, _Turns) else turns
+      for row, turns, some in zip(rows, parsed, rendered)
+    ]
+
+  def _new_shapes(self, parsed):
+    new: dict[said.Shape, tuple[dict, dict]] = {}
+    for turns in parsed:
+      if isinstance(turns, _Turns) and turns.shape not in self.dropped and turns.shape not in new:
+        messages, variables, marks = said.marked(turns.messages, turns.variables)
+        new[turns.shape] = templates.job(messages, False, **variables), marks
+    return new
+
+  def _turns(self, row: Row) -> "_Turns | _Plan | RowError":
+    fields = row.fields
+    if row.kind == "text":
+      return _Plan(fields["text"], ((0, len(fields["text"])),))
+    if row.kind == "prompt_completion" and isinstance(fields["prompt"], str):
+      prompt, text = fields["prompt"], fields["prompt"] + fields["completion"]
+      return _Plan(text, ((len(prompt), len(text)),))
+    if row.kind == IN_STEPS:
+      return _in_steps(fields["prompt"], fields["completions"])
+    if row.kind == "prompt_completion":
+      messages, first = fields["prompt"] + fields["completion"], len(fields["prompt"])
+    elif row.kind == "messages":
+      messages, first = fields["messages"], 0
+    else:
+      return RowError(
+        "wrong schema",
+        row.origin,
+        f"{row.kind!r} rows cannot be fine-tuned on; that takes text, messages or prompt and completion",
+      )
+    return self._conversation(row, messages, first)
+
+  def _conversation(self, row, messages, first):
+    size = sum(len(message.get("content") or "") for message in messages)
+    if size > MAX_CHARACTERS:
+      detail = f"the conversation has {size:,} characters, more than {MAX_CHARACTERS:,}"
+      return RowError("too long", row.origin, detail)
+    trained = tuple(
+      at
+      for at, message in enumerate(messages)
+      if at >= first and message["role"] == "assistant" and message.get("weight", 1)
+    )
+    if not trained:
+      return RowError(
+        "nothing to train", row.origin, "no assistant's message is there to be trained"
+      )
+    if self.train_on == "last":
+      trained = trained[-1:]
+    if trained[0] == 0:
+      return RowError(
+        "starts with the assistant",
+        row.origin,
+        "the first message is the assistant's, with no prompt",
+      )
+    variables = dict(row.fields.get(schema.TEMPLATE_VALUES, {}))
+    if row.fields.get("tools"):
+      variables["tools"] = row.fields["tools"]
+    # what follows the last trained message is seen by no trained token
+    messages = messages[: trained[-1] + 1]
+    if self.template is not None:
+      ending = self.ending("tools" in variables)[1]
+      messages = [_without_ending(message, ending) for message in messages]
+    for message in messages:
+      for key in message.keys() - said.IDENTIFIERS:
+        self.unread.setdefault(key, row.origin)
+    return _Turns(messages, first, trained, variables, said.shape(messages, variables))
 
   def _chat_plan(self, row, turns, texts):
     for text in texts:
       if isinstance(text, TemplateError):
-        return RowError("refused by the template", row.origin, f"the chat template says: {text}")
-    whole, spans = texts[0], []
-    for index, prompt, end in zip(turns.trained, texts[1::2], texts[2::2]):
-      shared = _common(end, whole)
-      if not (
-        whole.startswith(prompt) and end.startswith(prompt) and self._ended(end, prompt, shared)
-      ):
+        return self._refused(row, turns, text)
+    end, ending = self.ending("tools" in turns.variables)
+    whole, spans = texts[-1], []
+    if not whole.startswith(texts[-2]):
+      opened = _after_thoughts(texts[-2], whole, turns.messages[-1])
+      if opened is None:
+        return self._no_border(row, turns, texts[-2], whole)
+      whole = texts[-1] = opened
+    for index, prompt, text in zip(turns.trained, texts[0::2], texts[1::2]):
+      shared = _common(text, whole)
+      stop = _ended(text, len(prompt), shared, ending)
+      if not (whole.startswith(prompt) and text.startswith(prompt)) or stop is None:
+        advice = (
+          'write --config.data.train_on=last (or give the others "weight": 0) to train the last turn only, or name'
+          " another template"
+          if self.train_on is not None
+          else "an answer is to be one assistant's message, or name another template"
+        )
         return RowError(
           "template without prefixes",
           row.origin,
           f"message {index} is rendered differently once others follow it, so template"
-          f" {self.template.name!r} does not say which tokens the assistant wrote; train the last turn"
-          ' only (give the others "weight": 0) or name another template',
+          f" {self.template.name!r} does not say which tokens the assistant wrote; {advice}",
         )
-      spans.append((prompt, whole[:shared]))
-    return _Plan(whole, tuple(spans))
+      spans.append((len(prompt), stop))
+    lost = self._lost(turns, whole, spans)
+    if lost is not None:
+      return RowError("dropped by the template", row.origin, lost)
+    return _Plan(whole, tuple(spans), is_chat=True, end=end, ending=ending)
 
-  def _ended(self, end, prompt, shared):
-    """Whether the turn's ending lies in what the texts share: some close the last turn with more."""
-    if self.end_of_turn is None:
-      return len(end.rstrip()) <= shared and len(prompt) < shared
-    ending = self.tokenizer.convert_ids_to_tokens(self.end_of_turn)
-    at = end.rfind(ending)
-    return len(prompt) <= at and at + len(ending) <= shared
+  def _refused(self, row, turns, error):
+    calls = [at for at, message in enumerate(turns.messages) if message.get("tool_calls")]
+    cure = ""
+    if calls and self.template.of("tools" in turns.variables).call_form is None:
+      cure = "; " + self._advice(turns, turns.where(calls[0], "tool_calls"), "tool_calls")
+    return RowError(
+      "refused by the template", row.origin, f"the chat template says: {error}{cure}"
+    )
 
-  def _examples(self, row, plan, ids):
-    tokens = np.asarray(ids[plan.text], np.int32)
+  def _no_border(self, row, turns, prompt, whole):
+    rest = prompt[_common(prompt, whole) :]
+    return RowError(
+      "template without prefixes",
+      row.origin,
+      f"template {self.template.name!r} begins an answer with {rest[-60:]!r} when it asks for one, and writes"
+      f" {turns.where(turns.trained[-1])} without it, so what the assistant goes on from is never trained; name another"
+      " template",
+    )
+
+  def _lost(self, turns, whole, spans):
+    """What the row says and the text does not hold, in words; None for nothing."""
+    template = self.template.of("tools" in turns.variables)
+    span_of = dict(zip(turns.trained, spans))
+    dropped = self.dropped[turns.shape]
+    for at, message in enumerate(turns.messages):
+      text, kept = whole, said.past(message)
+      if at in span_of:
+        start, stop = span_of[at]
+        text, kept = whole[_before_opening(whole, start) : stop], message
+      for field in sorted(field for index, field in dropped if index == at):
+        is_past = at not in span_of and template.writes_reasoning
+        if field in said.REASONING and (is_past or said.holds(text, message[field])):
+          continue
+        return self._advice(turns, turns.where(at, field), field)
+      field = said.missing(kept, text)
+      if field is not None:
+        return self._advice(turns, turns.where(at, field), field)
+    if (-1, "tools") in dropped or not all(
+      said.holds(whole, _name(tool)) for tool in turns.variables.get("tools", ())
+    ):
+      return self._advice(turns, "'tools'", "tools")
+    return None
+
+  def _advice(self, turns, where, field):
+    cure = "name another template with --config.model.template=FILE.jinja"
+    if field != "content" and self.template.name != "chatml":
+      if self.template.with_tools is not None and "tools" not in turns.variables:
+        cure = "give the row its 'tools': rows that have them are rendered with the tokenizer's tool_use template"
+      elif templates.fitting(self.tokenizer, "chatml"):
+        cure = "name one that does with --config.model.template=chatml, or a .jinja file"
+    return (
+      f"template {self.template.of('tools' in turns.variables).name!r} does not write all of {where}, which would be"
+      f" left out of what is trained; {cure}, or take the field out of the rows"
+    )
+
+  # From texts to tokens
+
+  def _bounded(self, row, plan):
+    """The plan, or that its text cannot fit, which its beginning tells: a row may hold a library."""
+    if isinstance(plan, RowError):
+      return plan
+    start = plan.spans[0][0] if self.truncate == "prompt" else 0
+    head = (self.max_length + 16) * CHARACTERS
+    is_split = self.truncate == "split" and plan.spans[0] == (0, len(plan.text))
+    if len(plan.text) - start <= head or is_split:
+      return plan
+    (ids,) = self._ids([plan.text[start : start + head]])
+    if len(ids) <= self.max_length + 16:
+      return plan
+    if self.truncate == "keep_start":
+      spans = tuple((a, min(b, head)) for a, b in plan.spans if a < head)
+      if spans:
+        return dataclasses.replace(plan, text=plan.text[:head], spans=spans)
+    return _too_long(
+      row.origin, f"more than {self.max_length} tokens ({len(plan.text):,} characters)",
+      self.max_length, self.truncate,
+    )  # fmt: skip
+
+  def _example(self, row, plan, ids):
+    tokens = ids[plan.text]
+    spans = self._found(plan, tokens, ids) or self._cut(row, plan)
+    if isinstance(spans, tuple):
+      tokens, spans = spans
+    tokens = np.asarray(tokens, np.int32)
     mask = np.zeros(len(tokens), bool)
-    is_chat = _is_chat(row)
-    for prompt, end in plan.spans:
-      start, stop = (_agreeing(ids[text], ids[plan.text]) for text in (prompt, end))
-      mask[start : self._last_end_of_turn(tokens, start, stop) if is_chat else stop] = True
-    if not is_chat:
-      tokens, mask = self._framed(tokens, mask, row)
+    for start, stop in spans:
+      mask[start:stop] = True
+    if not plan.is_chat:
+      tokens, mask, moved = self._framed(tokens, mask, row, ends=row.kind != IN_STEPS)
+      spans = [(start + moved, stop + moved) for start, stop in spans]
     if len(mask):
       mask[0] = False  # nothing comes before it, so nothing predicts it
     if not mask.any():
       raise RowError("nothing to train", row.origin, "the row has no token to train")
-    return self._fitted(Example(tokens, mask, row.fields.get("channel"), row.origin, is_chat))
+    channel = row.fields.get("channel")
+    return [Example(tokens, mask, channel, row.origin, plan.is_chat, spans=tuple(spans))]
 
-  def _last_end_of_turn(self, tokens, start, stop):
-    """Where the model stops; what a template writes after it (a newline) is not the model's."""
-    ends = (
-      np.flatnonzero(tokens[start:stop] == self.end_of_turn) if self.end_of_turn is not None else ()
-    )
-    return start + ends[-1] + 1 if len(ends) else stop
+  def _found(self, plan, tokens, ids):
+    """The spans in tokens; None where a token lies across the beginning or the end of one."""
+    spans = []
+    for start, stop in plan.spans:
+      before = ids[plan.text[:start]] if start else []
+      first = len(before)
+      if tokens[:first] != before:
+        return None
+      if stop == len(plan.text):
+        last = len(tokens)
+      elif plan.end is not None:
+        last = first
+        for _ in range(plan.text.count(plan.ending, start, stop)):
+          last = tokens.index(plan.end, last) + 1
+      else:
+        before = ids[plan.text[:stop]]
+        last = len(before)
+        if tokens[:last] != before:
+          return None
+      spans.append((first, last))
+    return spans
 
-  def _framed(self, tokens, mask, row):
-    """The example with exactly one BOS where the tokenizer wants one, and an EOS that is trained."""
-    if self.eos is None:
+  def _cut(self, row, plan):
+    """(tokens, spans) of a text whose pieces are tokenised one by one, as a prompt is before its answer is written."""
+    places = sorted({0, len(plan.text), *(at for span in plan.spans for at in span)})
+    pieces = [plan.text[a:b] for a, b in itertools.pairwise(places)]
+    ids = [
+      self._ids([piece])[0] if i == 0 else self._going_on(piece) for i, piece in enumerate(pieces)
+    ]
+    tokens = list(itertools.chain.from_iterable(ids))
+    at = dict(zip(places, itertools.accumulate(map(len, ids), initial=0)))
+    if self._decoded([tokens]) != self._decoded(self._ids([plan.text])):
+      raise RowError(
+        "no border",
+        row.origin,
+        f"the tokenizer has no way to write {pieces[0][-20:]!r} and {pieces[-1][:20]!r} apart; put a space or a line"
+        " break between the prompt and its answer",
+      )
+    return tokens, [(at[start], at[stop]) for start, stop in plan.spans]
+
+  def _going_on(self, text):
+    """The tokens of a text that others come before."""
+    (ids,) = self._ids([text])
+    (twice,) = self._decoded([self._ids(["a"])[0] * 2])
+    if twice == "aa":
+      return ids
+    # SentencePiece puts a space before what begins a text; behind a line break it does not
+    line, both = self._ids(["\n", "\n" + text])
+    return both[len(line) :] if both[: len(line)] == line else ids
+
+  def _decoded(self, some):
+    return self.tokenizer.backend_tokenizer.decode_batch(some, skip_special_tokens=False)
+
+  def _checked(self, plans, results):
+    """The results, but for those whose trained tokens do not say the answer and its end."""
+    pieces = [
+      (at, example.tokens[start:stop].tolist(), plan.text[a:b])
+      for at, (plan, examples) in enumerate(zip(plans, results))
+      if not isinstance(examples, RowError)
+      for example in examples
+      for (start, stop), (a, b) in zip(example.spans, plan.spans)
+    ]
+    decoded = self._decoded([ids for _, ids, _ in pieces])
+    for (at, ids, text), read in zip(pieces, decoded):
+      if read != text and not isinstance(results[at], RowError) and not self._says(ids, read, text):
+        results[at] = RowError(
+          "not the answer",
+          results[at][0].origin,
+          f"the tokenizer reads {text[:60]!r} as {read[:60]!r}",
+        )
+    return [self._attempt_fit(result) for result in results]
+
+  def _says(self, ids, read, text):
+    """Whether tokens say a text, for tokenizers that do not keep every space, or change letters on the way."""
+    unknown = self.tokenizer.unk_token_id
+    if unknown is not None and ids.count(unknown) > text.count(self.tokenizer.unk_token):
+      return False
+    if read.lstrip(" ") == text.lstrip(" "):
+      return True
+    (again,) = self._decoded(self._ids([text]))
+    return again.strip() == read.strip()
+
+  def _attempt_fit(self, result):
+    if isinstance(result, RowError):
+      return result
+    try:
+      return self._fitted(result[0])
+    except RowError as error:
+      return error
+
+  def _framed(self, tokens, mask, row, *, ends):
+    """(tokens, mask, how far they moved): with one BOS where the tokenizer wants one, and an EOS that is trained."""
+    if self.eos is None and ends:
       raise RowError(
         "no EOS", row.origin, "the tokenizer has no EOS token, so text could not be made to end"
       )
     before = [] if list(tokens[:1]) == self.bos else self.bos
-    after = [] if len(tokens) and tokens[-1] == self.eos else [self.eos]
+    after = [] if not ends or (len(tokens) and tokens[-1] == self.eos) else [self.eos]
     tokens = np.concatenate([before, tokens, after]).astype(np.int32)
     mask = np.concatenate([np.zeros(len(before), bool), mask, np.ones(len(after), bool)])
-    return tokens, mask
+    return tokens, mask, len(before)
 
   def _fitted(self, example):
     length, limit = len(example), self.max_length
-    if length <= limit:
+    if length <= limit or self.truncate in ("prompt", "whole"):
       return [example]
     if self.truncate == "split" and not example.is_chat and example.mask[1:].all():
       return _split(example, limit)
@@ -276,66 +562,131 @@ class _Encoder:
     what = f"{length} tokens ({prompt} before the first trained one)"
     if prompt >= limit:
       what = f"a prompt of {prompt} tokens, {length} with the completion"
-    advice = 'raise max_length, or choose truncate="keep_start" or "drop"'
-    if self.truncate == "split":
-      advice = 'only plain text can be split; choose "keep_start" or "drop"'
-    raise RowError("too long", example.origin, f"{what}, but max_length is {limit}; {advice}")
+    raise _too_long(example.origin, what, limit, self.truncate)
+
+
+def _too_long(origin, what, limit, truncate):
+  if truncate in ("prompt", "whole"):
+    detail = f'{what}, but a row has {limit}; raise data.length, or write data.truncate="drop"'
+    return RowError("too long", origin, detail)
+  advice = 'raise max_length, or choose truncate="keep_start" or "drop"'
+  if truncate == "split":
+    advice = 'only plain text can be split; choose "keep_start" or "drop"'
+  return RowError("too long", origin, f"{what}, but max_length is {limit}; {advice}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+  """A text, and where in it what is trained begins and ends."""
+
+  text: str
+  spans: tuple[tuple[int, int], ...]
+  is_chat: bool = False
+  end: int | None = None  # the token that ends a turn
+  ending: str = ""  # how it is written
+
+  def prefixes(self) -> list[str]:
+    """The text, and what of it stands before a border that is to be found in tokens."""
+    borders = [start for start, _ in self.spans if start]
+    if self.end is None:
+      borders += [stop for _, stop in self.spans if stop < len(self.text)]
+    return [self.text, *(self.text[:at] for at in borders)]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Turns:
-  """A conversation and the indices of the messages that are trained."""
+  """A conversation up to its last trained message, and the indices of those that are trained."""
 
   messages: list[dict]
+  first: int  # the first message of the completion
   trained: tuple[int, ...]
   variables: dict
+  shape: said.Shape
+
+  def jobs(self) -> list[dict]:
+    """For each trained turn the prompt before it, and the text with it."""
+    jobs = []
+    for at in self.trained:
+      jobs.append(templates.job(self.messages[:at], True, **self.variables))
+      jobs.append(templates.job(self.messages[: at + 1], False, **self.variables))
+    return jobs
+
+  def where(self, at: int, field: str = "") -> str:
+    """The place of a message in its row, or of a field such as tool_calls[0] in it."""
+    name, bracket, rest = field.partition("[")
+    inside = f"[{name!r}]{bracket}{rest}" if field else ""
+    if not self.first:
+      return f"messages[{at}]{inside}"
+    place = f"prompt[{at}]" if at < self.first else f"completion[{at - self.first}]"
+    return place + inside
 
 
-def _turns(row: Row) -> "_Turns | _Plan | RowError":
-  fields = row.fields
-  if row.kind == "text":
-    return _Plan(fields["text"], (("", fields["text"]),))
-  if row.kind == "prompt_completion" and isinstance(fields["prompt"], str):
-    text = fields["prompt"] + fields["completion"]
-    return _Plan(text, ((fields["prompt"], text),))
-  if row.kind == "prompt_completion":
-    messages, first = fields["prompt"] + fields["completion"], len(fields["prompt"])
-  elif row.kind == "messages":
-    messages, first = fields["messages"], 0
-  else:
-    return RowError(
-      "wrong schema",
-      row.origin,
-      f"{row.kind!r} rows cannot be fine-tuned on; that takes text, messages or prompt and completion",
-    )
-  trained = tuple(
-    at
-    for at, message in enumerate(messages)
-    if at >= first and message["role"] == "assistant" and message.get("weight", 1)
+def _in_steps(prompt, steps):
+  ends = list(
+    itertools.accumulate((len(step) + len(SEPARATOR) for step in steps), initial=len(prompt))
   )
-  if not trained:
-    return RowError("nothing to train", row.origin, "no assistant's message is there to be trained")
-  if trained[0] == 0:
-    return RowError(
-      "starts with the assistant",
-      row.origin,
-      "the first message is the assistant's, with no prompt",
-    )
-  variables = {"tools": fields["tools"]} if "tools" in fields else {}
-  return _Turns(messages, trained, variables)
+  return _Plan(
+    prompt + "".join(step + SEPARATOR for step in steps), tuple(itertools.pairwise(ends))
+  )
 
 
-def _is_chat(row):
-  return row.kind == "messages" or not isinstance(row.fields.get("prompt", ""), str)
+def _without_ending(message, ending):
+  """The message without the end of turn that an answer may bring along: the template writes it."""
+  if message["role"] != "assistant" or not ending or "content" not in message:
+    return message
+  words = message["content"].rstrip()
+  return {**message, "content": words.removesuffix(ending)} if words.endswith(ending) else message
 
 
-def _jobs(turns):
-  """The whole conversation, then for each trained turn the prompt before it and the text with it."""
-  jobs = [templates.job(turns.messages, False, **turns.variables)]
-  for at in turns.trained:
-    jobs.append(templates.job(turns.messages[:at], True, **turns.variables))
-    jobs.append(templates.job(turns.messages[: at + 1], False, **turns.variables))
-  return jobs
+def _ended(text, start, shared, ending):
+  """Where the turn that begins at `start` ends; None where that is not in what the texts share.
+
+  Some templates close the last turn with more.
+  """
+  if not ending:
+    return shared if len(text.rstrip()) <= shared and start < shared else None
+  at = text.rfind(ending)
+  return at + len(ending) if start <= at and at + len(ending) <= shared else None
+
+
+def _before_opening(whole, start):
+  """Where a turn begins whose prompt has the first tag of it: `<think>`."""
+  near = max(start - 64, 0)
+  opened = _OPENS_THOUGHT.search(whole[near:start])
+  return start if opened is None else near + opened.start()
+
+
+_OPENS_THOUGHT = re.compile(r"<(\w+)>\s*\Z")
+
+
+def _after_thoughts(prompt, whole, message):
+  """The text of an answer that goes on from a prompt that opens its thoughts; None where the prompt opens none.
+
+  Such templates ask with `<think>` and write an answer without it, because it is past to them.  What follows is the
+  row's own thoughts, or as Qwen's template has it none: the block is closed at once.
+  """
+  opened = _OPENS_THOUGHT.search(prompt)
+  if opened is None or not whole.startswith(prompt[: opened.start()]):
+    return None
+  opening, closing = f"<{opened[1]}>", f"</{opened[1]}>"
+  words = message.get("content", "")
+  _, closed, answer = words.rpartition(closing)
+  answer = answer.strip()
+  rest = whole[opened.start() :]
+  at = rest.rfind(answer)
+  if not answer or at < 0 or not (not rest[:at].strip() or said.holds(words, rest[:at])):
+    return None
+  if closed:
+    said_before = words[: len(words.rstrip()) - len(answer)].lstrip().removeprefix(opening)
+    block = said_before.removeprefix("\n") if opened[0].endswith("\n") else said_before
+  else:
+    reasoning = next((message[key] for key in said.REASONING if message.get(key)), "")
+    block = f"{reasoning.strip(chr(10))}\n{closing}\n\n"
+  return prompt + block + rest[at:]
+
+
+def _name(tool):
+  return (tool["function"] if isinstance(tool.get("function"), dict) else tool)["name"]
 
 
 def _common(a, b):
@@ -343,13 +694,6 @@ def _common(a, b):
   if b.startswith(a):
     return len(a)
   return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
-
-
-def _agreeing(prefix, whole):
-  """How many leading tokens agree: fewer than the prefix has where a merge crosses its end."""
-  n = min(len(prefix), len(whole))
-  differ = np.flatnonzero(np.asarray(prefix[:n]) != np.asarray(whole[:n]))
-  return int(differ[0]) if len(differ) else n
 
 
 def _split(example, limit):
@@ -361,7 +705,7 @@ def _piece(example, at, limit):
   mask = example.mask[at : at + limit].copy()
   mask[0] = False
   return dataclasses.replace(
-    example, tokens=example.tokens[at : at + limit], mask=mask, is_cut=True
+    example, tokens=example.tokens[at : at + limit], mask=mask, is_cut=True, spans=()
   )
 
 

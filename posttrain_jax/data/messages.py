@@ -26,7 +26,11 @@ SHAREGPT_ROLES = {
   "tool": "tool",
 }
 
-REASONING = ("reasoning_content", "thinking", "reasoning")  # what templates call it, commonest first
+REASONING = (
+  "reasoning_content",
+  "thinking",
+  "reasoning",
+)  # what templates call it, commonest first
 MAX_DEPTH = 64  # of objects in objects, in what a template is given
 
 
@@ -116,7 +120,9 @@ def _message(message, where, origin):
     )
   if "function_call" in message:
     raise RowError(
-      "function_call", origin, f"{where} has a 'function_call'; write it as a list under 'tool_calls'"
+      "function_call",
+      origin,
+      f"{where} has a 'function_call'; write it as a list under 'tool_calls'",
     )
   if "tool_calls" in message:
     message["tool_calls"] = _calls(message["tool_calls"], f"{where}['tool_calls']", role, origin)

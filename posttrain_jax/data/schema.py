@@ -336,7 +336,9 @@ def _scored(fields, origin):
     raise messages.wrong_type("completions", answers, "a list of at least two answers", origin)
   numbers = isinstance(scores, list) and all(s is None or _is_number(s) for s in scores)
   if not numbers:
-    raise messages.wrong_type("scores", scores, "a list of finite numbers (null where an answer has none)", origin)
+    raise messages.wrong_type(
+      "scores", scores, "a list of numbers, all finite (null where an answer has none)", origin
+    )
   if len(answers) != len(scores):
     raise RowError(
       "unequal scores", origin, f"{len(answers)} completions but {len(scores)} scores; each has one"
@@ -384,7 +386,9 @@ def _without_repeats(fields, keys, origin):
     fields = {**fields, **stripped, "prompt": prompt}
   elif any(repeats):
     key = keys[repeats.index(True)]
-    raise RowError("repeated prompt", origin, f"{key!r} repeats 'prompt', and another answer does not")
+    raise RowError(
+      "repeated prompt", origin, f"{key!r} repeats 'prompt', and another answer does not"
+    )
   for key in keys:
     _check_answers(fields["prompt"], fields[key], key, origin)
   return fields

@@ -6,6 +6,7 @@ this file is also the program that renders: it gets no secrets (an empty environ
 its memory, and a limit on the CPU time of each rendering, held by the kernel.
 """
 
+import importlib.util
 import json
 import os
 import signal
@@ -18,6 +19,9 @@ from datetime import datetime
 CPU_SECONDS = 5.0  # for one conversation; they take well under a millisecond
 MEMORY_BYTES = 1 << 30
 MAX_CHARACTERS = 4_000_000  # of one rendered conversation, about a million tokens
+MAX_JOB = (
+  8 * MAX_CHARACTERS
+)  # of conversations as JSON that are sent together; a character takes up to six
 
 
 class TemplateError(ValueError):
@@ -37,10 +41,18 @@ class Renderer:
     """The text of each job (the template's variables), or the error it ran into, in order."""
     with self._lock:
       results: list[str | TemplateError] = []
-      while len(results) < len(jobs):
-        process = self._process or self._start()
-        results += self._exchange(process, jobs[len(results) :])
+      for some in _portions([json.dumps(job) for job in jobs]):
+        results += self._rendered(some)
       return results
+
+  def _rendered(self, jobs):
+    if len(jobs[0]) > MAX_JOB:
+      return [TemplateError(f"a conversation of more than {MAX_CHARACTERS:,} characters")]
+    results = []
+    while len(results) < len(jobs):
+      process = self._process or self._start()
+      results += self._exchange(process, jobs[len(results) :])
+    return results
 
   def _start(self):
     # Run by path and with -P: only jinja2 is imported, which takes a tenth of a second.
@@ -48,10 +60,10 @@ class Renderer:
       [sys.executable, "-P", __file__],
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
-      env={"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONIOENCODING": "utf-8"},
+      env={"PYTHONPATH": os.pathsep.join(_libraries()), "PYTHONIOENCODING": "utf-8"},
     )
     stop = weakref.finalize(self, _stop, process)
-    _send(process, self._opening)
+    _send(process, json.dumps(self._opening))
     reply = _receive(process)
     error = f"the renderer ended ({process.wait()})" if reply is None else reply.get("error")
     if error:
@@ -62,7 +74,7 @@ class Renderer:
 
   def _exchange(self, process, jobs):
     """Results until the last job, or until one that ended the process."""
-    _send(process, jobs)
+    _send(process, f"[{','.join(jobs)}]")
     results = []
     for _ in jobs:
       reply = _receive(process)
@@ -79,8 +91,27 @@ class Renderer:
     return TemplateError(f"the chat template's process ended with status {status}")
 
 
-def _send(process, value):
-  process.stdin.write(json.dumps(value).encode() + b"\n")
+def _libraries():
+  """Where jinja2 and what it imports lie: a file of the user's that is called types.py is not looked at."""
+  found = [importlib.util.find_spec(name) for name in ("jinja2", "markupsafe")]
+  return {os.path.dirname(os.path.dirname(spec.origin)) for spec in found if spec and spec.origin}
+
+
+def _portions(jobs):
+  """The jobs in lists that the renderer's memory has room for; one that is too large is alone."""
+  some, size = [], 0
+  for job in jobs:
+    if some and size + len(job) > MAX_JOB:
+      yield some
+      some, size = [], 0
+    some.append(job)
+    size += len(job)
+  if some:
+    yield some
+
+
+def _send(process, text):
+  process.stdin.write(text.encode() + b"\n")
   process.stdin.flush()
 
 

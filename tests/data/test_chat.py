@@ -100,22 +100,31 @@ TEMPLATE = chat.template(CHATML, "chatml")
 
 @settings(max_examples=60, deadline=None)
 @given(words, words)
-# one token, "he": the first token of a row is no target, whatever it holds
+# one token, "he", which is cut: a prompt is tokenised before there is an answer
 @hypothesis.example("h", "e")
-def test_strings_are_tokenised_whole_and_the_completion_is_trained(prompt, completion):
+def test_the_prompt_is_tokenised_as_it_is_asked_and_exactly_the_completion_is_trained(
+  prompt, completion
+):
   example = chat.encode(row(prompt=prompt, completion=completion), CHATML, max_length=4096)
+  asked = CHATML(prompt, add_special_tokens=False)["input_ids"]
+  assert example.tokens[: len(asked)].tolist() == asked
+  assert trained_texts(example, CHATML) == [completion + CHATML.eos_token]
   ids = CHATML(prompt + completion, add_special_tokens=False)["input_ids"]
-  assert example.tokens.tolist() == [*ids, CHATML.eos_token_id]
-  start = int(np.argmax(example.mask))
-  assert example.mask[start:].all()
-  assert start == 1 or prompt.startswith(CHATML.decode(ids[:start]))
+  if ids[: len(asked)] == asked:  # no token lies across the border, as mostly
+    assert example.tokens.tolist() == [*ids, CHATML.eos_token_id]
 
 
-def test_a_merge_across_the_boundary_is_trained(tokenizers):
+def test_a_token_across_the_border_is_cut(tokenizers):
   tokenizer = tokenizers["chatml"]
   assert len(tokenizer(" capital")["input_ids"]) == 1
   example = chat.encode(row(prompt="The cap", completion="ital"), tokenizer, max_length=99)
-  assert trained_texts(example, tokenizer) == [" capital<|endoftext|>"]
+  assert trained_texts(example, tokenizer) == ["ital<|endoftext|>"]
+  assert tokenizer.decode(example.tokens.tolist()) == "The capital<|endoftext|>"
+  # behind the line break that ends ChatML's opening of a turn, too
+  lines = tokenizer.backend_tokenizer
+  lines.add_tokens(["\n\n"])
+  example = chat.encode(row(messages=talk("a", "\n\nb")), tokenizer, TEMPLATE, max_length=99)
+  assert trained_texts(example, tokenizer) == ["\n\nb<|im_end|>"]
 
 
 @pytest.mark.parametrize("family", ["chatml", "llama3", "sentence", "gemma"])
