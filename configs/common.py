@@ -193,6 +193,7 @@ def run(arg):
 def answers(arg, kind):
   """Where answers to compare come from, and how they become batches."""
   d = text(arg)
+  del d.train_on  # an answer is scored whole
   d.kind = kind
   # whether a prompt's answers share its tokens, which are computed once; shifted attention has no room for it
   d.share_prompt = "longlora" not in arg.adapter
@@ -217,6 +218,8 @@ def text(arg):
   d.columns = ml_collections.ConfigDict()  # this schema's name -> the file's column(s)
   d.chat = True  # prompt and completion strings become a user's and an assistant's turn
   d.system = config_dict.placeholder(str)  # system message put before them
+  # what is trained of a conversation: assistant (each of its messages), last (the last of them)
+  d.train_on = "assistant"
   d.length = 512  # tokens in a row; no example may be longer
   d.truncate = "error"  # error, drop, keep_start, split (plain text)
   d.on_error = "raise"  # raise, skip (counted)

@@ -157,6 +157,7 @@ def _encoded(config, source, split, model, mapping) -> tuple[Sequence[Any], list
   )
   how: dict[str, Any] = dict(max_length=d.length, truncate=d.truncate, on_error=d.on_error)
   if d.kind == "text":
+    how |= dict(train_on=d.train_on)
     examples = chat.encode_all(rows, model.tokenizer, model.template, **how)
   else:
     how |= dict(kind=d.kind, share=d.share_prompt)

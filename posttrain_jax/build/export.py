@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from posttrain_jax.adapters import peft_format
 from posttrain_jax.core import files, tree
 from posttrain_jax.data import chat, templates
 from posttrain_jax.models import decoder, fetch, hf, rotary
+from posttrain_jax.models.config import as_ids
 from posttrain_jax.quant import report
 from posttrain_jax.runs import record as runs
 
@@ -79,9 +79,8 @@ def export(
       _merge(run, source, new, merge_base)
     else:
       shutil.copytree(source, new, dirs_exist_ok=True)
-    template = run.field("model.template")
-    if (merge or is_full) and template not in (None, "tokenizer"):
-      write_template(new, template)
+    if merge or is_full:
+      write_template(new, run.field("model.template"))
   return out
 
 
@@ -191,23 +190,33 @@ def _starts_from_base(run: runs.Run) -> bool:
   return any(name in said for name in START_FROM_BASE)
 
 
-def write_template(folder: Path, name: str) -> None:
-  """The chat template that the model was trained with, and its end of a turn among the ends of a text."""
+def write_template(folder: Path, name: str | None) -> None:
+  """The chat template that the model was trained with, and every end it was trained to write among the ends of a text.
+
+  The tokenizer's own template ("tokenizer") is there already, but its end of a turn need not be the tokenizer's EOS.
+  """
   tokenizer = chat.load_tokenizer(folder)
-  template = chat.template(tokenizer, name)
-  files.write_text(folder / "chat_template.jinja", template.text)
-  _edit(folder / "tokenizer_config.json", lambda old: {**old, "chat_template": template.text})
-  end = templates.end_of_turn(tokenizer, template)
-  if end is not None:
-    _edit(
-      folder / "generation_config.json", lambda old: _with_end(old, end, tokenizer.eos_token_id)
-    )
-
-
-def _with_end(old: Mapping[str, Any], end: int, eos: int | None) -> dict[str, Any]:
-  ids = old.get("eos_token_id", eos)
-  known = [ids] if isinstance(ids, int) else list(ids or [])
-  return {**old, "eos_token_id": known if end in known else [*known, end]}
+  own = name in (None, "tokenizer")
+  if own and not tokenizer.chat_template:
+    template = None
+  else:
+    template = chat.template(tokenizer, None if own else name)
+  if template is not None and not own:
+    files.write_text(folder / "chat_template.jinja", template.text)
+    _edit(folder / "tokenizer_config.json", lambda old: {**old, "chat_template": template.text})
+    # rows with tools were rendered with the template that was named, and with no other
+    shutil.rmtree(folder / "additional_chat_templates", ignore_errors=True)
+  turn = None if template is None else templates.end_of_turn(tokenizer, template)
+  written = [end for end in (turn, tokenizer.eos_token_id) if end is not None]
+  path = folder / "generation_config.json"
+  # without the one the other is read for it; beside an adapter stands neither
+  said = next((p for p in (path, folder / "config.json") if p.exists()), None)
+  old = {} if said is None else files.read_json(said)
+  known = as_ids(old.get("eos_token_id"))
+  if not {*written} <= {*known}:
+    beside = {key: old[key] for key in ("bos_token_id", "pad_token_id") if key in old}
+    ends = [*known, *dict.fromkeys(end for end in written if end not in known)]
+    _edit(path, lambda config: {**beside, **config, "eos_token_id": ends})
 
 
 def _edit(path: Path, change) -> None:

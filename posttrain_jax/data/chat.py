@@ -307,7 +307,9 @@ class _Encoder:
     if self.template is not None:
       ending = self.ending("tools" in variables)[1]
       messages = [_without_ending(message, ending) for message in messages]
-    for message in messages:
+    for at, message in enumerate(messages):
+      if at in trained and not (message.get("content", "").strip() or message.get("tool_calls")):
+        return RowError("empty completion", row.origin, f"message {at}, an assistant's, is empty")
       for key in message.keys() - said.IDENTIFIERS:
         self.unread.setdefault(key, row.origin)
     return _Turns(messages, first, trained, variables, said.shape(messages, variables))
@@ -350,9 +352,7 @@ class _Encoder:
     cure = ""
     if calls and self.template.of("tools" in turns.variables).call_form is None:
       cure = "; " + self._advice(turns, turns.where(calls[0], "tool_calls"), "tool_calls")
-    return RowError(
-      "refused by the template", row.origin, f"the chat template says: {error}{cure}"
-    )
+    return RowError("refused by the template", row.origin, f"the chat template says: {error}{cure}")
 
   def _no_border(self, row, turns, prompt, whole):
     rest = prompt[_common(prompt, whole) :]

@@ -42,6 +42,7 @@ TOKENIZER_FILES = (
   "special_tokens_map.json",
   "added_tokens.json",
   "chat_template.jinja",
+  "additional_chat_templates",  # a folder: what a tokenizer has beside its default, tool_use.jinja above all
   "tokenizer.model",
   "vocab.json",
   "merges.txt",
@@ -154,7 +155,9 @@ def save(
 
 def copy_tokenizer(source: Path, folder: Path, names: Sequence[str] = TOKENIZER_FILES) -> None:
   for name in names:
-    if (source / name).exists():
+    if (source / name).is_dir():
+      shutil.copytree(source / name, folder / name, dirs_exist_ok=True)
+    elif (source / name).exists():
       shutil.copy(source / name, folder / name)
 
 

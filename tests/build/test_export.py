@@ -251,3 +251,51 @@ def test_what_exists_is_not_overwritten(tmp_path, base, adapter):
 def test_an_unknown_merge_base(tmp_path):
   with pytest.raises(ValueError, match="merge_base='nf4': write one of original, dequantised"):
     export.export(tmp_path, tmp_path / "out", merge=True, merge_base="nf4")
+
+
+def ends(folder):
+  return json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+
+
+def test_the_end_of_a_turn_ends_a_text_whoever_named_the_template(tmp_path, base, adapter):
+  """A base model with a ChatML template of its own, whose EOS ends texts and not turns."""
+  own = shutil.copytree(base, tmp_path / "own")
+  tokenizer = chat.load_tokenizer(own)
+  tokenizer.chat_template = (
+    "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+  )
+  tokenizer.save_pretrained(own)
+  turn = tokenizer.convert_tokens_to_ids("<|im_end|>")
+  out = export.export(make_run(tmp_path / "run", own, adapter), tmp_path / "out", merge=True)
+  assert ends(out) == [0, turn]
+  # where no generation_config.json says more, the model's config does
+  (own / "generation_config.json").unlink()
+  config = json.loads((own / "config.json").read_text())
+  (own / "config.json").write_text(
+    json.dumps({**config, "eos_token_id": [5, 0], "pad_token_id": 7})
+  )
+  out = export.export(make_run(tmp_path / "run2", own, adapter), tmp_path / "out2", merge=True)
+  assert ends(out) == [5, 0, turn]
+  assert json.loads((out / "generation_config.json").read_text())["pad_token_id"] == 7
+  # what is trained on plain text ends with the tokenizer's EOS, which another file may not know
+  shutil.copytree(base, tmp_path / "plain")
+  (tmp_path / "plain" / "generation_config.json").write_text('{"eos_token_id": 9}')
+  run = make_run(tmp_path / "run3", tmp_path / "plain", adapter)
+  assert ends(export.export(run, tmp_path / "out3", merge=True)) == [9, 0]
+
+
+def test_templates_beside_the_default_go_with_the_model(tmp_path, base, adapter):
+  own = shutil.copytree(base, tmp_path / "own")
+  text = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+  (own / "chat_template.jinja").write_text(text)
+  (own / "additional_chat_templates").mkdir()
+  (own / "additional_chat_templates" / "tool_use.jinja").write_text(text + "{{ tools | tojson }}")
+  run = make_run(tmp_path / "run", own, adapter)
+  out = export.export(run, tmp_path / "out", merge=True)
+  loaded = chat.load_tokenizer(out).chat_template
+  assert loaded == chat.load_tokenizer(own).chat_template
+  assert set(loaded) == {"default", "tool_use"}
+  # one that was named was trained with for tools as well
+  named = make_run(tmp_path / "named", own, adapter, template="chatml")
+  out = export.export(named, tmp_path / "out2", merge=True)
+  assert "<tool_call>" in chat.load_tokenizer(out).chat_template

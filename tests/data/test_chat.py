@@ -121,8 +121,8 @@ def test_a_token_across_the_border_is_cut(tokenizers):
   assert trained_texts(example, tokenizer) == ["ital<|endoftext|>"]
   assert tokenizer.decode(example.tokens.tolist()) == "The capital<|endoftext|>"
   # behind the line break that ends ChatML's opening of a turn, too
-  lines = tokenizer.backend_tokenizer
-  lines.add_tokens(["\n\n"])
+  tokenizer = make_tokenizer("chatml")
+  tokenizer.add_tokens(["\n\n"])
   example = chat.encode(row(messages=talk("a", "\n\nb")), tokenizer, TEMPLATE, max_length=99)
   assert trained_texts(example, tokenizer) == ["\n\nb<|im_end|>"]
 
