@@ -195,8 +195,13 @@ class Template:
   @functools.cached_property
   def turn_ending(self) -> str:
     """What the template writes after an assistant's words: `<|im_end|>`, perhaps more."""
-    question = {"role": "user", "content": "Question"}
-    text = self.render([question, {"role": "assistant", "content": _PROBE}])
+    talk = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": _PROBE}]
+    try:
+      text = self.render(talk)
+    except TemplateError as error:
+      raise TemplateError(
+        f"the chat template {self.name!r} cannot write a question and its answer: {error}"
+      ) from None
     return text[text.rindex(_PROBE) + len(_PROBE) :].strip() if _PROBE in text else ""
 
   @functools.cached_property
