@@ -349,7 +349,7 @@ def _same(answers, asked_alone):
       asked_alone and first["role"] in ("assistant", "tool")
     ):
       return at
-  return min(map(len, answers)) - 1 if not asked_alone else 0
+  return min(map(len, answers)) - 1
 
 
 def _no_prompt(row, what):
