@@ -13,14 +13,23 @@ def common(texts: Sequence[str], tokenizer: Any) -> int:
 
   A word that answers begin with belongs to them, and so does the space before it; something is left of each.
   """
-  shortest = min(map(len, texts))
-  differs = (at for at, letters in enumerate(zip(*texts)) if len({*letters}) > 1)
-  at = min(next(differs, shortest), shortest - 1)
-  at = _before_word(texts, at)
+  at = _before_word(texts, min(_shared(texts), min(map(len, texts)) - 1))
   for place in range(at, max(at - TRIED, 0), -1):
     if _before_word(texts, place) == place and all(_is_border(t, place, tokenizer) for t in texts):
       return place
   return at
+
+
+def _shared(texts):
+  """How many leading characters are the same, found by halves: a text may be a library."""
+  same, differ = 0, min(map(len, texts)) + 1
+  while differ - same > 1:
+    middle = (same + differ) // 2
+    if all(text[same:middle] == texts[0][same:middle] for text in texts[1:]):
+      same = middle
+    else:
+      differ = middle
+  return same
 
 
 def _before_word(texts, at):

@@ -6,6 +6,7 @@ token id, so a padding token that equals EOS does not take the EOS out of traini
 """
 
 import dataclasses
+import functools
 import itertools
 import logging
 import re
@@ -27,6 +28,8 @@ TRUNCATE = ("error", "keep_start", "drop", "split")
 TRAIN_ON = ("assistant", "last")
 IN_STEPS = "in steps"  # rows whose answer is told apart into steps: `answers` makes them
 SEPARATOR = "\n"  # after each step
+MANY_SPANS = 16  # of a text: more are found piece by piece, and not by what stands before each
+MAX_RENDERED = 1_000_000  # messages, in all renderings of a row
 CHARACTERS = 64  # of a token, where texts are held to be too long by their beginning
 _BATCH = 1000  # rows tokenised together
 
@@ -278,10 +281,15 @@ class _Encoder:
     return self._conversation(row, messages, first)
 
   def _conversation(self, row, messages, first):
+    if self.truncate == "keep_start":
+      messages = messages[: self.max_length]  # each has a token at least
     size = sum(len(message.get("content") or "") for message in messages)
     if size > MAX_CHARACTERS:
       detail = f"the conversation has {size:,} characters, more than {MAX_CHARACTERS:,}"
       return RowError("too long", row.origin, detail)
+    if len(messages) > self.max_length:
+      what = f"{len(messages):,} messages"
+      return _too_long(row.origin, what, self.max_length, self.truncate)
     trained = tuple(
       at
       for at, message in enumerate(messages)
@@ -293,6 +301,13 @@ class _Encoder:
       )
     if self.train_on == "last":
       trained = trained[-1:]
+    if 2 * len(trained) * trained[-1] > MAX_RENDERED:
+      return RowError(
+        "too long",
+        row.origin,
+        f"{len(trained):,} messages to train of {trained[-1] + 1:,}, and the template is asked for each anew; part the"
+        " conversation into several rows, or train the last message only",
+      )
     if trained[0] == 0:
       return RowError(
         "starts with the assistant",
@@ -416,8 +431,13 @@ class _Encoder:
       return plan
     if self.truncate == "keep_start":
       spans = tuple((a, min(b, head)) for a, b in plan.spans if a < head)
-      if spans:
-        return dataclasses.replace(plan, text=plan.text[:head], spans=spans)
+      if not spans:
+        return RowError(
+          "nothing to train after the cut",
+          row.origin,
+          f"the prompt has {plan.spans[0][0]:,} characters, so nothing is left to train in {self.max_length} tokens",
+        )
+      return dataclasses.replace(plan, text=plan.text[:head], spans=spans)
     return _too_long(
       row.origin, f"more than {self.max_length} tokens ({len(plan.text):,} characters)",
       self.max_length, self.truncate,
@@ -443,8 +463,10 @@ class _Encoder:
     return [Example(tokens, mask, channel, row.origin, plan.is_chat, spans=tuple(spans))]
 
   def _found(self, plan, tokens, ids):
-    """The spans in tokens; None where a token lies across the beginning or the end of one."""
+    """The spans in tokens; None where a token lies across the beginning or the end of one, or they are many."""
     spans = []
+    if len(plan.spans) > MANY_SPANS:
+      return None
     for start, stop in plan.spans:
       before = ids[plan.text[:start]] if start else []
       first = len(before)
@@ -485,12 +507,16 @@ class _Encoder:
   def _going_on(self, text):
     """The tokens of a text that others come before."""
     (ids,) = self._ids([text])
-    (twice,) = self._decoded([self._ids(["a"])[0] * 2])
-    if twice == "aa":
+    if self._joins:
       return ids
     # SentencePiece puts a space before what begins a text; behind a line break it does not
     line, both = self._ids(["\n", "\n" + text])
     return both[len(line) :] if both[: len(line)] == line else ids
+
+  @functools.cached_property
+  def _joins(self):
+    """Whether the tokens of two texts, one behind the other, are those two texts."""
+    return self._decoded([self._ids(["a"])[0] * 2]) == ["aa"]
 
   def _decoded(self, some):
     return self.tokenizer.backend_tokenizer.decode_batch(some, skip_special_tokens=False)
@@ -587,6 +613,8 @@ class _Plan:
 
   def prefixes(self) -> list[str]:
     """The text, and what of it stands before a border that is to be found in tokens."""
+    if len(self.spans) > MANY_SPANS:
+      return [self.text]
     borders = [start for start, _ in self.spans if start]
     if self.end is None:
       borders += [stop for _, stop in self.spans if stop < len(self.text)]

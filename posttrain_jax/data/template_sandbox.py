@@ -41,7 +41,7 @@ class Renderer:
     """The text of each job (the template's variables), or the error it ran into, in order."""
     with self._lock:
       results: list[str | TemplateError] = []
-      for some in _portions([json.dumps(job) for job in jobs]):
+      for some in _portions(json.dumps(job) for job in jobs):
         results += self._rendered(some)
       return results
 
