@@ -324,7 +324,8 @@ class _Encoder:
       messages = [_without_ending(message, ending) for message in messages]
     for at, message in enumerate(messages):
       if at in trained and not (message.get("content", "").strip() or message.get("tool_calls")):
-        return RowError("empty completion", row.origin, f"message {at}, an assistant's, is empty")
+        what = f"{_place(first, at)}, an assistant's message, is empty"
+        return RowError("empty completion", row.origin, what)
       for key in message.keys() - said.IDENTIFIERS:
         self.unread.setdefault(key, row.origin)
     return _Turns(messages, first, trained, variables, said.shape(messages, variables))
@@ -642,11 +643,14 @@ class _Turns:
   def where(self, at: int, field: str = "") -> str:
     """The place of a message in its row, or of a field such as tool_calls[0] in it."""
     name, bracket, rest = field.partition("[")
-    inside = f"[{name!r}]{bracket}{rest}" if field else ""
-    if not self.first:
-      return f"messages[{at}]{inside}"
-    place = f"prompt[{at}]" if at < self.first else f"completion[{at - self.first}]"
-    return place + inside
+    return _place(self.first, at) + (f"[{name!r}]{bracket}{rest}" if field else "")
+
+
+def _place(first, at):
+  """A message of a row whose completion begins at `first`, 0 where the row is one conversation."""
+  if not first:
+    return f"messages[{at}]"
+  return f"prompt[{at}]" if at < first else f"completion[{at - first}]"
 
 
 def _in_steps(prompt, steps):

@@ -6,6 +6,7 @@ them, and `columns=` says which columns of the file play which part.
 """
 
 import dataclasses
+import logging
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +15,8 @@ from typing import Any, NamedTuple
 
 from posttrain_jax.data import files, messages
 from posttrain_jax.data.files import RowError
+
+log = logging.getLogger(__name__)
 
 # name -> the columns that make it; a row is the kind with the most columns among those that fit.
 KINDS = {
@@ -119,9 +122,12 @@ def read(
   if system is not None and not chat:
     raise ValueError("system= has no effect on rows that stay strings: add chat=True")
   rows, skipped = [], Skipped()
+  echoes: list[str] = []
   for origin, raw in _raw(source, split):
     try:
       fields = check_row(raw, origin, columns)
+      if _echoes(fields):
+        echoes.append(origin)
       if chat:
         fields = as_chat(fields, origin, system)
       if channel is not None and fields.get("channel") is None:
@@ -131,10 +137,29 @@ def read(
       if on_error == "raise":
         raise
       skipped.add(error)
+  if echoes:
+    log.warning(
+      "the answers of %d of %d rows begin with their whole prompt, which is trained as if they said it (first: %s); if"
+      " the file has whole texts there, leave the prompt out:"
+      " --config.data.columns.chosen=chosen --config.data.columns.rejected=rejected",
+      *(len(echoes), len(rows), echoes[0]),
+    )
   if not rows:
     held = source if isinstance(source, str | Path) else "the list"
     raise ValueError(f"{held}: holds no usable row; {skipped}")
   return Rows(tuple(rows), skipped)
+
+
+def _echoes(fields):
+  """Whether both answers of a pair in strings go on from the prompt instead of answering it."""
+  texts = [fields.get(key) for key in ("prompt", "chosen", "rejected")]
+  if not all(isinstance(text, str) and text.strip() for text in texts):
+    return False
+  prompt, *answers = texts
+  return all(
+    answer.startswith(prompt) and not (prompt[-1:] + answer[len(prompt) :][:1]).isalnum()
+    for answer in answers
+  )
 
 
 def _raw(

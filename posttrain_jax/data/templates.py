@@ -200,7 +200,7 @@ class Template:
       text = self.render(talk)
     except TemplateError as error:
       raise TemplateError(
-        f"the chat template {self.name!r} cannot write a question and its answer: {error}"
+        f"template {self.name!r}, given a question and its answer: {error}"
       ) from None
     return text[text.rindex(_PROBE) + len(_PROBE) :].strip() if _PROBE in text else ""
 

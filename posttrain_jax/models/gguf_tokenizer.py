@@ -47,7 +47,7 @@ def write(fields: dict, out_dir: Path, *, max_length: int) -> None:
 
   `fields` are the metadata of the GGUF file, by key.
   """
-  tokenizer, add_bos = _build(fields)
+  tokenizer, add_bos, add_eos = _build(fields)
   tokenizer.save(str(out_dir / "tokenizer.json"))
   special = {
     name: tokenizer.id_to_token(fields[f"tokenizer.ggml.{key}"])
@@ -63,7 +63,7 @@ def write(fields: dict, out_dir: Path, *, max_length: int) -> None:
   config = {
     **special,
     "add_bos_token": add_bos,
-    "add_eos_token": False,
+    "add_eos_token": add_eos,
     "add_prefix_space": False,
     "additional_special_tokens": [t for t in extra if t not in special.values()],
     "clean_up_tokenization_spaces": False,
@@ -71,13 +71,22 @@ def write(fields: dict, out_dir: Path, *, max_length: int) -> None:
     # The backend that takes tokenizer.json as it is; a named class would rebuild parts of it.
     "tokenizer_class": "PreTrainedTokenizerFast",
   }
-  if "tokenizer.chat_template" in fields:
-    config["chat_template"] = fields["tokenizer.chat_template"]
+  if templates := _templates(fields):
+    config["chat_template"] = templates
   files.write_json(out_dir / "tokenizer_config.json", config)
   files.write_json(out_dir / "special_tokens_map.json", special)
 
 
-def _build(fields: dict) -> tuple[tokenizers.Tokenizer, bool]:
+def _templates(fields: dict) -> str | list[dict[str, str]] | None:
+  """The chat template, or where there are several, as `tool_use` beside the default, each with its name."""
+  named = {"default": fields.get("tokenizer.chat_template")}
+  names = fields.get("tokenizer.chat_templates", ())
+  named |= {name: fields.get(f"tokenizer.chat_template.{name}") for name in names}
+  written = [{"name": name, "template": text} for name, text in named.items() if text is not None]
+  return written if len(written) > 1 else named["default"]
+
+
+def _build(fields: dict) -> tuple[tokenizers.Tokenizer, bool, bool]:
   model = _required(fields, "tokenizer.ggml.model")
   if model != "gpt2":
     raise ValueError(
@@ -125,14 +134,21 @@ def _build(fields: dict) -> tuple[tokenizers.Tokenizer, bool]:
   )
 
   add_bos = fields.get("tokenizer.ggml.add_bos_token", splitting.add_bos)
-  if add_bos:
-    bos = _required(fields, "tokenizer.ggml.bos_token_id")
+  add_eos = fields.get("tokenizer.ggml.add_eos_token", False)
+  before, after = (
+    [_required(fields, f"tokenizer.ggml.{name}_token_id")] if adds else []
+    for name, adds in (("bos", add_bos), ("eos", add_eos))
+  )
+  if before or after:
+    framed = [[*(tokens[i] for i in before), text, *(tokens[i] for i in after)] for text in "AB"]
+    first = [f"${part}" if part == "A" else part for part in framed[0]]
+    second = [f"${part}:1" if part == "B" else f"{part}:1" for part in framed[1]]
     tokenizer.post_processor = processors.TemplateProcessing(
-      single=f"{tokens[bos]} $A",
-      pair=f"{tokens[bos]} $A {tokens[bos]}:1 $B:1",
-      special_tokens=[(tokens[bos], bos)],
+      single=first,
+      pair=first + second,
+      special_tokens=[(tokens[i], i) for i in {*before, *after}],
     )
-  return tokenizer, add_bos
+  return tokenizer, add_bos, add_eos
 
 
 def _required(fields: dict, key: str):

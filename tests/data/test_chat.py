@@ -1,4 +1,5 @@
 import os
+import time
 from pathlib import Path
 
 import hypothesis
@@ -317,3 +318,51 @@ def test_a_conversation_is_checked_with_its_template():
   example = chat.encode(row(messages=talk("a", "b")), CHATML, TEMPLATE, max_length=99)
   with pytest.raises(ValueError, match=r"talk.jsonl:7 is a conversation: pass the chat template"):
     self_checks.end_of_turn([example], CHATML)
+
+
+WORDS = "word " * 3_000_000
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"text": WORDS}, "more than 99 tokens"),
+    ({"prompt": "a", "completion": WORDS}, "more than 99 tokens"),
+    ({"prompt": WORDS, "completion": "a"}, "more than 99 tokens"),
+    ({"messages": talk("a", WORDS)}, r"15,000,001 characters, more than 4,000,000"),
+    ({"messages": talk("a", WORDS[:3_000_000])}, "more than 99 tokens"),
+    ({"messages": talk("a", "b") * 20_000}, "40,000 messages"),
+  ],
+  ids=lambda x: str(x)[:30],
+)
+def test_a_row_of_any_size_is_refused_at_once(fields, message):
+  began = time.process_time()
+  with pytest.raises(RowError, match=rf"talk.jsonl:7: .*{message}"):
+    chat.encode(row(**fields), CHATML, TEMPLATE, max_length=99)
+  dropped = chat.encode_all(
+    [row(text="a"), row(**fields)], CHATML, TEMPLATE, max_length=99, truncate="drop"
+  )
+  assert dict(dropped.skipped.counts) == {"too long": 1}
+  assert time.process_time() - began < 5
+
+
+def test_a_beginning_of_any_row_is_kept():
+  rows = [row(text=WORDS), row(prompt="a", completion=WORDS), row(messages=talk("a", "b") * 900)]
+  kept = chat.encode_all(rows, CHATML, TEMPLATE, max_length=99, truncate="keep_start")
+  assert [len(example) for example in kept] == [99] * 3
+  rows = [row(text="a"), row(prompt=WORDS, completion="a")]
+  kept = chat.encode_all(rows, CHATML, TEMPLATE, max_length=99, truncate="keep_start")
+  assert dict(kept.skipped.counts) == {"nothing to train after the cut": 1}
+
+
+def test_a_conversation_of_very_many_turns_is_to_be_parted():
+  with pytest.raises(RowError, match=r"800 messages to train of 1,600.*part the"):
+    chat.encode(row(messages=talk("a", "b") * 800), CHATML, TEMPLATE, max_length=9999)
+
+
+def test_many_turns_are_found_piece_by_piece():
+  messages = talk("Hello there", "I am fine.", "capital", "\n\nof é") * 10
+  whole = chat.encode(row(messages=messages), CHATML, TEMPLATE, max_length=9999)
+  assert trained_texts(whole, CHATML) == ["I am fine.<|im_end|>", "\n\nof é<|im_end|>"] * 10
+  ids = CHATML(TEMPLATE.render(messages), add_special_tokens=False)["input_ids"]
+  assert CHATML.decode(whole.tokens) == CHATML.decode(ids)

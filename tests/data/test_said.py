@@ -331,7 +331,7 @@ def test_a_prompt_without_a_border_to_its_answer_is_said(tmp_path):
 def test_an_end_that_the_answer_brings_along_stands_once():
   row = {"messages": [ASKED, {"role": "assistant", "content": "dry<|im_end|>\n"}]}
   assert trained([row], chat.template(TOKENIZER)) == ["dry<|im_end|>"]
-  with pytest.raises(RowError, match="message 1, an assistant's, is empty"):
+  with pytest.raises(RowError, match=r"messages\[1\], an assistant's message, is empty"):
     trained(
       [{"messages": [ASKED, {**row["messages"][1], "content": "<|im_end|>"}]}],
       chat.template(TOKENIZER),

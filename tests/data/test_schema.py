@@ -1,5 +1,6 @@
 import gzip
 import json
+import logging
 import os
 from pathlib import Path
 
@@ -40,6 +41,14 @@ def test_each_schema_is_recognised(kind, fields, tmp_path):
   assert row.fields == fields
 
 
+def calls(made):
+  return {"messages": [USER, {"role": "assistant", "content": "", "tool_calls": made}]}
+
+
+DEEP: list = []
+for _ in range(200):
+  DEEP = [DEEP]
+
 BAD = [
   ("not JSON", b'{"text": "a"'),
   ("not JSON", b'{"text": NaN}'),
@@ -71,6 +80,35 @@ BAD = [
   ("unusable weight", {"messages": [{**ASSISTANT, "weight": 0.5}]}),
   ("mixed forms", {"prompt": "a", "completion": [ASSISTANT]}),
   ("mixed forms", {"prompt": [USER], "chosen": [ASSISTANT], "rejected": "b"}),
+  ("not an object", None),
+  ("wrong type", {"prompt": ["a"], "completion": "b"}),
+  ("wrong type", {"prompt": "a", "completions": ["b", None], "labels": [True, False]}),
+  ("wrong type", b'{"prompt": "a", "completions": ["b", "c"], "scores": [1e999, 0]}'),
+  ("wrong type", {"prompt": "a", "completions": ["b", "c"], "scores": [10**400, 0]}),
+  ("wrong type", {"prompt": "a", "chosen": "b", "rejected": "c", "margin": 10**400}),
+  ("negative weight", {"prompt": "a", "chosen": "b", "rejected": "c", "weight": -1}),
+  ("wrong type", {"messages": [USER, ASSISTANT], "tools": {"name": "f"}}),
+  ("wrong type", {"messages": [USER, ASSISTANT], "tools": [3]}),
+  ("not JSON", {"messages": [USER, ASSISTANT], "tools": "[{"}),
+  ("tool without name", {"messages": [USER, ASSISTANT], "tools": [{"function": {}}]}),
+  ("wrong type", {"messages": [USER, ASSISTANT], "chat_template_kwargs": []}),
+  ("wrong type", calls("f")),
+  ("wrong type", calls(["f"])),
+  ("wrong type", calls([{"function": "f"}])),
+  ("wrong type", calls([{"function": {"name": None}}])),
+  ("wrong type", calls([{"function": {"name": "f", "arguments": [1]}}])),
+  ("wrong type", calls([{"function": {"name": "f", "arguments": "[1]"}}])),
+  ("not JSON", calls([{"function": {"name": "f", "arguments": "{a: 1}"}}])),
+  ("not JSON", calls([{"function": {"name": "f", "arguments": '{"a": NaN}'}}])),
+  ("call without arguments", calls([{"function": {"name": "f", "parameters": {"a": 1}}}])),
+  ("nested too deeply", calls([{"function": {"name": "f", "arguments": {"a": DEEP}}}])),
+  ("nested too deeply", {"messages": [USER, {**ASSISTANT, "extra": DEEP}]}),
+  ("not text", calls([{"function": {"name": "f", "arguments": r'{"a": "\ud800"}'}}])),
+  ("call of another", {"messages": [{**USER, "tool_calls": [{"function": {"name": "f"}}]}]}),
+  ("function_call", {"messages": [USER, {**ASSISTANT, "function_call": {"name": "f"}}]}),
+  ("wrong type", {"messages": [USER, {**ASSISTANT, "reasoning_content": 3}]}),
+  ("message without content", {"messages": [USER, {"role": "assistant", "tool_calls": []}]}),
+  ("unknown role", {"messages": [{"role": ["user"], "content": "a"}]}),
   ("unequal steps", {"prompt": "a", "completions": ["b"], "labels": [True, False]}),
 ]
 
@@ -137,6 +175,48 @@ def test_messages_come_in_one_form(tmp_path):
   )
   for row in schema.read(path, columns={"messages": "conversations"}):
     assert row.fields == {"messages": [USER, ASSISTANT]}
+
+
+def test_calls_come_in_one_form():
+  call = {"type": "function", "function": {"name": "f", "arguments": {"a": None}}}
+  for made in (
+    [call],
+    [{"name": "f", "arguments": {"a": None}}],
+    [{"function": {"name": "f", "arguments": '{"a": null}', "x": None}, "id": None}],
+  ):
+    (row,) = schema.read([calls(made)])
+    assert row.fields["messages"][1]["tool_calls"] == [call]
+  for nothing in ({}, {"arguments": None}, {"arguments": ""}, {"arguments": "{}"}):
+    (row,) = schema.read([calls([{"name": "f", **nothing}])])
+    assert row.fields["messages"][1]["tool_calls"][0]["function"] == {"name": "f", "arguments": {}}
+  tools = [{"type": "function", "function": {"name": "f"}}]
+  for written in (tools, json.dumps(tools), [json.dumps(tools[0])]):
+    assert schema.validate({"text": "a", "tools": written}, "x")["tools"] == tools
+  assert "tools" not in schema.validate({"text": "a", "tools": []}, "x")
+
+
+def test_what_is_no_text_in_rows_of_a_list():
+  for text in ("\ud800", "a\udfff"):
+    for row in (
+      {"text": text},
+      {"prompt": "a", "completion": text},
+      {"messages": [{**USER, "content": text}]},
+    ):
+      with pytest.raises(RowError, match=r"row 0: .*half of a surrogate pair"):
+        schema.read([row])
+  with pytest.raises(RowError, match="row 0: expected an object with named columns"):
+    schema.read([{3: "a"}])
+
+
+def test_answers_in_strings_that_repeat_their_prompt_are_told(caplog):
+  pair = {"prompt": "Capital?", "chosen": "Capital? Paris", "rejected": "Capital? Lyon"}
+  with caplog.at_level(logging.WARNING):
+    schema.read([pair, {**pair, "rejected": "Lyon"}])
+  (record,) = caplog.records
+  assert "1 of 2 rows begin with their whole prompt" in record.getMessage()
+  caplog.clear()
+  schema.read([{"prompt": "a", "chosen": "abc", "rejected": "ab"}])
+  assert not caplog.records
 
 
 def test_every_container_gives_the_same_rows(tmp_path):

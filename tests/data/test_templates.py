@@ -1,6 +1,8 @@
+import sys
+
 import pytest
 
-from posttrain_jax.data import chat, templates
+from posttrain_jax.data import chat, template_sandbox, templates
 from posttrain_jax.data.template_sandbox import Renderer, TemplateError
 
 TALK = [
@@ -129,6 +131,23 @@ def test_one_bad_conversation_does_not_take_the_others_along():
   first, second, third = renderer.render([{"n": 1}, {"n": 50_000}, {"n": 3}])
   assert (first, third) == ("1", "3")
   assert "more than 0.3 s" in str(second)
+
+
+def test_conversations_are_rendered_by_the_portion(monkeypatch):
+  """The renderer's memory holds some of them and not all; one that is too large is refused alone."""
+  monkeypatch.setattr(template_sandbox, "MAX_JOB", 2000)
+  jobs = [{"messages": [], "text": "x" * size} for size in (10, 1500, 900, 3000, 20, 1900)]
+  found = Renderer("{{ text | length }}", {}).render(jobs)
+  assert [found[i] for i in (0, 1, 2, 4, 5)] == ["10", "1500", "900", "20", "1900"]
+  assert "more than 4,000,000 characters" in str(found[3])
+
+
+def test_a_file_of_the_users_does_not_stand_in_for_a_library(monkeypatch, tmp_path):
+  """A script's folder is the first of its sys.path."""
+  (tmp_path / "types.py").write_text("raise SystemExit")
+  (tmp_path / "jinja2.py").write_text("raise SystemExit")
+  monkeypatch.setattr("sys.path", [*sys.path, str(tmp_path)])
+  assert rendered("{{ 1 }}") == "1"
 
 
 def test_a_template_with_a_mistake_says_so():

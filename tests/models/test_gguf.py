@@ -177,6 +177,24 @@ def test_chat_template_renders_special_tokens(tmp_path):
   assert "<|im_" not in tokenizer.decode(ids, skip_special_tokens=True)
 
 
+def test_templates_beside_the_default_come_along(tmp_path):
+  named = {
+    "tokenizer__chat_templates": ["tool_use"],
+    "tokenizer__chat_template__tool_use": "tools: {{ tools }}",
+  }
+  path = tiny_gguf.write(tmp_path / "m.gguf", **named)
+  folder = gguf.convert(path, tmp_path / "out")
+  templates = transformers.AutoTokenizer.from_pretrained(folder).chat_template
+  assert templates == {"default": tiny_gguf.TEMPLATE, "tool_use": "tools: {{ tools }}"}
+
+
+def test_eos_is_added_where_the_file_says_so(tmp_path):
+  path = tiny_gguf.write(tmp_path / "m.gguf", tokenizer__ggml__add_eos_token=True)
+  tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.convert(path, tmp_path / "out"))
+  bare = tokenizer("Hi", add_special_tokens=False)["input_ids"]
+  assert tokenizer("Hi")["input_ids"] == [*bare, tokenizer.eos_token_id]
+
+
 def test_bos_is_added_where_the_file_says_so(tmp_path):
   path = tiny_gguf.write(tmp_path / "m.gguf", tokenizer__ggml__add_bos_token=True)
   tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.convert(path, tmp_path / "out"))
