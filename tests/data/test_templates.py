@@ -145,8 +145,7 @@ def test_conversations_are_rendered_by_the_portion(monkeypatch):
 def test_a_file_of_the_users_does_not_stand_in_for_a_library(monkeypatch, tmp_path):
   """A script's folder is the first of its sys.path."""
   (tmp_path / "types.py").write_text("raise SystemExit")
-  (tmp_path / "jinja2.py").write_text("raise SystemExit")
-  monkeypatch.setattr("sys.path", [*sys.path, str(tmp_path)])
+  monkeypatch.setattr("sys.path", [str(tmp_path), *sys.path])
   assert rendered("{{ 1 }}") == "1"
 
 
