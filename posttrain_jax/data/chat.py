@@ -701,12 +701,13 @@ def _after_thoughts(prompt, whole, message):
   if opened is None or not whole.startswith(prompt[: opened.start()]):
     return None
   opening, closing = f"<{opened[1]}>", f"</{opened[1]}>"
-  words = message.get("content", "")
+  words = message.get("content") or ""
   _, closed, answer = words.rpartition(closing)
   answer = answer.strip()
   rest = whole[opened.start() :]
-  at = rest.rfind(answer)
-  if not answer or at < 0 or not (not rest[:at].strip() or said.holds(words, rest[:at])):
+  at = rest.rfind(answer) if answer else 0
+  is_said = bool(answer or message.get("tool_calls"))
+  if not is_said or at < 0 or (rest[:at].strip() and not said.holds(words, rest[:at])):
     return None
   if closed:
     said_before = words[: len(words.rstrip()) - len(answer)].lstrip().removeprefix(opening)

@@ -272,6 +272,21 @@ def test_an_answer_goes_on_from_a_prompt_that_opens_its_thoughts(answer, expecte
   assert before == asked
 
 
+def test_a_call_goes_on_from_a_prompt_that_opens_its_thoughts(tmp_path):
+  text = template(
+    WRITES_TEXT.replace("m.content", "m.content.split('</think>')[-1]"), tmp_path
+  ).text
+  (tmp_path / "own.jinja").write_text(
+    text.replace("assistant\n{% endif", "assistant\n<think>\n{% endif")
+  )
+  spoken = chat.template(TOKENIZER, str(tmp_path / "own.jinja"))
+  call = 'weather{"city": "Oslo"}<|im_end|>'
+  rows = [
+    {"messages": [ASKED, calling(content=words)]} for words in ("", "<think>\nhm\n</think>\n\n")
+  ]
+  assert trained(rows, spoken) == [f"\n</think>\n\n{call}", f"hm\n</think>\n\n{call}"]
+
+
 def test_the_last_turn_alone_of_a_template_that_rewrites_the_others(tmp_path):
   text = (
     TURN
