@@ -108,9 +108,10 @@ def use_command(run: Run) -> str | None:
   template, task = run.field("model.template"), run.field("data.train")
   if template not in (None, "tokenizer"):
     options.append(f"--template={template}")
-  if task in tasks.TASKS:
-    # without it the prompts are not those of training
-    options.append(f"--system={tasks.TASKS[task].system}")
+  # without it the prompts are not those of training
+  system = tasks.TASKS[task].system if task in tasks.TASKS else run.field("data.system")
+  if system:
+    options.append(f"--system={system}")
   return shlex.join(["posttrain", "chat", *options])
 
 

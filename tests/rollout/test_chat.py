@@ -7,6 +7,7 @@ import pytest
 
 from posttrain_jax import adapters
 from posttrain_jax.adapters import AdapterConfig, peft_format
+from posttrain_jax.build import use
 from posttrain_jax.data import templates
 from posttrain_jax.models import hf
 from posttrain_jax.rollout import chat, engine
@@ -46,12 +47,18 @@ def adapter(base, tmp_path_factory):
   return folder, adapters.merge(params, node)
 
 
+def ready(*args, system=None, max_new_tokens=NEW, **options):
+  """(speaker, system message) as `posttrain chat` makes them."""
+  used = use.load(*map(str, args), **options)
+  return use.speaker(used, system=system, sampling=engine.GREEDY, max_new_tokens=max_new_tokens)
+
+
 def talk(*args, terminal=None, lines=None, **options):
   """(stdout, stderr) of a conversation."""
   stdin = io.StringIO(lines) if terminal is None else Terminal(terminal)
   out, err = io.StringIO(), io.StringIO()
-  options = dict(max_new_tokens=NEW) | options
-  chat.chat(*args, **options, stdin=stdin, stdout=out, stderr=err)
+  speaker, system = ready(*args, **options)
+  chat.chat(speaker, system=system, stdin=stdin, stdout=out, stderr=err)
   return out.getvalue(), err.getvalue()
 
 
@@ -127,9 +134,10 @@ def test_the_template_in_an_adapters_folder_comes_first(base, adapter):
   assert err == ""
 
 
-def test_a_base_model_continues_text_and_says_so(base):
+def test_a_base_model_continues_text_and_says_so(base, caplog):
   folder, params, config, tokenizer = base
-  out, err = talk(folder, lines="Hello there\n")
+  with caplog.at_level("INFO"):
+    out, _ = talk(folder, lines="Hello there\n")
   prompt = tokenizer("Hello there")["input_ids"]
   (tokens,) = engine.generate(
     params,
@@ -139,7 +147,7 @@ def test_a_base_model_continues_text_and_says_so(base):
     stop_tokens=engine.stop_tokens(config, tokenizer),
   ).tokens
   assert out == tokenizer.decode(tokens, skip_special_tokens=True) + "\n"
-  assert "has no chat template: it continues each line as text" in err
+  assert "has no chat template: it continues each line as text" in caplog.text
   with pytest.raises(ValueError, match=r"a system message has no place; give a template: chatml"):
     talk(folder, lines="", system="Be brief")
 
@@ -151,7 +159,7 @@ def test_a_conversation_that_fills_the_model_says_so_and_goes_on(base):
 
 
 def test_streamed_pieces_are_whole_characters(base):
-  speaker = chat.load(base[0], template="chatml", sampling=engine.GREEDY, max_new_tokens=40)
+  speaker, _ = ready(base[0], template="chatml", max_new_tokens=40)
   pieces = list(speaker.stream([user("Hello there")], None))
   (whole,) = speaker.answer([[user("Hello there")]], None)
   assert "".join(pieces) == whole
