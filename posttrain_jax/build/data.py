@@ -21,6 +21,7 @@ from posttrain_jax.data import answers, chat, companions, held_out, loader, mixt
 from posttrain_jax.data import bounds as bounds_lib
 from posttrain_jax.evals import tasks
 from posttrain_jax.losses import advantage
+from posttrain_jax.models import before as before_lib
 from posttrain_jax.runs import record
 from posttrain_jax.settings import ConfigError
 
@@ -76,7 +77,7 @@ def read(config: ml_collections.ConfigDict, model: Model) -> Data:
   data = Data(train, eval_examples, (), "; ".join(map(str, skipped)), tuple(notes))
   if model.template is not None and d.kind != "steps":
     self_checks.end_of_turn(data.examples, model.tokenizer, model.template)
-  return _finished(config, data)
+  return _finished(config, model, data)
 
 
 def evaluated(
@@ -103,7 +104,7 @@ def evaluated(
   if limit:
     rows = held_out.limited(rows, limit, seed=config.seed)
   data = Data((), rows, (), "; ".join(map(str, skipped)), notes)
-  return _finished(config, data)
+  return _finished(config, model, data)
 
 
 def _parted(
@@ -137,14 +138,14 @@ def _apart(general: Sequence[Any], eval_examples: Sequence[Any]) -> tuple[Sequen
   return others, [f"replay: {left_out} rows left out that are held out"] if left_out else []
 
 
-def _finished(config: ml_collections.ConfigDict, data: Data) -> Data:
+def _finished(config: ml_collections.ConfigDict, model: Model, data: Data) -> Data:
   """The data with what its examples say of one another, once it is decided which there are."""
   kind = config.data.kind
   if kind in ("labels", "outcomes"):
     for where, examples in (("trained on", data.examples), ("held out", data.eval)):
       _check_classes(where, examples)
   if decisions.has_companions(config):
-    data = data.map(functools.partial(_with_companions, config))
+    data = data.map(functools.partial(_with_companions, config, _bounds(config, model)))
   if kind == "scored":
     data = data.map(functools.partial(with_advantages, config))
   channels = loader.channel_names(data.examples, data.eval)
@@ -163,10 +164,16 @@ def _check_classes(where: str, examples: Sequence[Any]) -> None:
 
 
 def _with_companions(
-  config: ml_collections.ConfigDict, examples: Sequence[answers.Answers]
+  config: ml_collections.ConfigDict,
+  bounds: bounds_lib.Bounds,
+  examples: Sequence[answers.Answers],
 ) -> Sequence[answers.Answers]:
+  """Beside each row another prompt's answer, of those on its own side of the cut."""
   d = config.data
-  return tuple(companions.beside(examples, d.length, share=d.share_prompt)) if examples else ()
+  if not examples:
+    return ()
+  limit = min(d.length, bounds.room)
+  return tuple(companions.beside(examples, limit, share=d.share_prompt))
 
 
 def identity(data: Data) -> dict[str, Any]:
@@ -189,9 +196,9 @@ def check_held_out(folder: Path, config: ml_collections.ConfigDict, data: Data) 
   d = config.data
   if was is None:
     raise ConfigError(
-      f"{folder} was started by a version that held out the last rows of {d.train}; this one draws them, so that some"
-      " it trained on would be held out: write its last rows into a file and name that (posttrain eval --data=FILE), or"
-      " start over in another folder"
+      f"{folder} was started by a version that held out other rows of {d.eval or d.train} (the last ones of data.train,"
+      " the first of data.eval), and this one draws them: write those into a file and name it (eval --data=FILE),"
+      " or start over in another folder"
     )
   raise ConfigError(
     f"the held-out rows are not those that {folder} was started with: {was['held_out']} then, {now['held_out']} now,"
@@ -301,6 +308,8 @@ def _bounds(config: ml_collections.ConfigDict, model: Model) -> bounds_lib.Bound
   """What the model can read, with what the adapter puts before every text."""
   adapter_config = adapter.described(config)
   before = 0 if adapter_config is None else adapter.slots(adapter_config)
+  if model.params is not None:  # of what is used, they are bound already
+    before = max(before, before_lib.slots(model.params))
   return bounds_lib.Bounds(model.config.vocab_size, model.config.max_length, before)
 
 

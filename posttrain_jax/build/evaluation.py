@@ -20,7 +20,7 @@ from posttrain_jax.build import data as data_lib
 from posttrain_jax.build import model as model_lib
 from posttrain_jax.core import files, progress
 from posttrain_jax.core import metrics as metrics_lib
-from posttrain_jax.data import loader
+from posttrain_jax.data import loader, schema, turns
 from posttrain_jax.evals import judge as judge_lib
 from posttrain_jax.evals import margins, tasks
 from posttrain_jax.models import before, fetch, hf
@@ -69,8 +69,16 @@ def evaluate(
   elif not data:
     raise ConfigError("write --workdir=DIR (a run), or --model=NAME_OR_DIR and --data=SOURCE")
   manner = None if run is None else _manner(run)
+  if manner is not None and run is not None and run.model.base not in (manner.storage, "dense"):
+    log.info(
+      "the adapter took its start out of the base before that was stored in %s, which is no more:"
+      " it is judged on the base as it came, as whoever loads it will use it",
+      run.model.base,
+    )
   used = use.load(model, adapter, base=base, template=template, manner=manner)
-  how = _described(used) if run is None else run
+  how = run
+  if how is None:
+    how = _described(used, str(data))
   results: dict[str, Any] = {"model": str(used.folder), "adapter": adapter}
   results["base"] = used.storage
   results["data"] = data or how.data.eval or how.data.train
@@ -92,11 +100,14 @@ def _manner(run: ml_collections.ConfigDict) -> manners.Manner:
   return manners.of(settings.plain(run), changes_base=changes_base, chat=run.data.chat)
 
 
-def _described(used: use.Used) -> ml_collections.ConfigDict:
+def _described(used: use.Used, source: str) -> ml_collections.ConfigDict:
   """What a config says of rows to imitate, where there is none: what the model was trained with, and its own length."""
   params = used.members[0] if len(used.nodes) > 1 else used.bound
   length = used.config.max_length - before.slots(params)
   manner = used.manner
+  system = manner.system
+  if system is not None:
+    system = system if turns.in_strings(schema.read(source, split="eval"), source) else None
   return ml_collections.ConfigDict(
     {
       "seed": 0,
@@ -112,7 +123,7 @@ def _described(used: use.Used) -> ml_collections.ConfigDict:
         "kind": "text",
         "columns": {},
         "chat": manner.chat,
-        "system": manner.system,
+        "system": system,
         "length": length,
         "truncate": "error",
         "on_error": "raise",
@@ -223,8 +234,9 @@ def scores(
 ) -> dict[str, dict[str, float]]:
   """{source: {measure: value}} of a model: of a built-in task the share answered right, of any data the loss."""
   used = use.load(model, adapter)
-  config, results = _described(used), {}
+  results = {}
   for source in sources:
+    config = _described(used, source)
     lost = _measured(config, used, used.bound, source, limit, None)["loss"]
     right = _answered(used, source, limit, ()) if source in tasks.TASKS else {}
     results[source] = {name: right[name] for name in ("accuracy",) if right} | {"loss": lost}

@@ -11,8 +11,7 @@ import numpy as np
 
 from posttrain_jax.core import progress
 from posttrain_jax.data import answers as answer_lib
-from posttrain_jax.data import bounds, schema
-from posttrain_jax.data.files import RowError
+from posttrain_jax.data import bounds, held_out, schema, turns
 from posttrain_jax.data.packing import pack_answers
 from posttrain_jax.evals import tasks
 from posttrain_jax.models import before
@@ -52,13 +51,10 @@ class Judge:
 
   def read(self, source: str) -> Sequence[schema.Row]:
     """The rows of a file of answers, as the model was trained to read them."""
-    try:
-      return schema.read(source, chat=self.chat, system=self.system)
-    except RowError as error:
-      if error.reason != "no place for the system message":
-        raise
-      # rows that bring their messages bring their system message, too
-      return schema.read(source, chat=self.chat)
+    system = self.system
+    if system is not None and not turns.in_strings(schema.read(source), source):
+      system = None  # rows that bring their messages bring that one, too
+    return schema.read(source, chat=self.chat, system=system)
 
   def encode(self, rows: Sequence[schema.Row]) -> Sequence[answer_lib.Answers]:
     room = self.config.max_length
@@ -107,7 +103,8 @@ def score(judge: Judge, source: str, limit: int) -> tuple[list[dict[str, Any]], 
   Raises:
     ValueError: rows of several schemas.
   """
-  rows = list(judge.read(source))[: limit or None]
+  rows = judge.read(source)
+  rows = held_out.limited(rows, limit, seed=0) if limit else rows
   kinds = schema.kinds(rows)
   if len(kinds) > 1:
     raise ValueError(
@@ -192,6 +189,7 @@ def best_of(
     sampling=Sampling(temperature=1.0),
     key=jax.random.key(seed),
     batch_size=32,
+    dtype=judge.dtype,
   )
   turn = lambda text: [{"role": "assistant", "content": text}]
   asked = [
