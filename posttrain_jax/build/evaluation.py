@@ -12,13 +12,13 @@ import jax
 import ml_collections
 import numpy as np
 
-from posttrain_jax import settings
+from posttrain_jax import adapters, settings
 from posttrain_jax.adapters import peft_format
 from posttrain_jax.build import adapter as adapter_lib
 from posttrain_jax.build import checks, decisions, objective, reference, use
 from posttrain_jax.build import data as data_lib
 from posttrain_jax.build import model as model_lib
-from posttrain_jax.core import files, progress
+from posttrain_jax.core import files, progress, tree
 from posttrain_jax.core import metrics as metrics_lib
 from posttrain_jax.data import loader, schema, turns
 from posttrain_jax.evals import judge as judge_lib
@@ -69,13 +69,9 @@ def evaluate(
   elif not data:
     raise ConfigError("write --workdir=DIR (a run), or --model=NAME_OR_DIR and --data=SOURCE")
   manner = None if run is None else _manner(run)
-  if manner is not None and run is not None and run.model.base not in (manner.storage, "dense"):
-    log.info(
-      "the adapter took its start out of the base before that was stored in %s, which is no more:"
-      " it is judged on the base as it came, as whoever loads it will use it",
-      run.model.base,
-    )
   used = use.load(model, adapter, base=base, template=template, manner=manner)
+  if run is not None and base is None and used.nodes:
+    used = _on_its_rest(run, used)
   how = run
   if how is None:
     how = _described(used, str(data))
@@ -92,6 +88,26 @@ def evaluate(
   if workdir:
     files.write_json(Path(workdir) / "eval.json", results)
   return results
+
+
+def _on_its_rest(run: ml_collections.ConfigDict, used: use.Used) -> use.Used:
+  """The model on the base that training had, where the adapter took its start out of it before it was quantised.
+
+  What was left of the base, quantised, with the start beside it: the adapter's file is of the original.
+  """
+  adapter_config = adapter_lib.described(run)
+  if adapter_config is None or not adapter_config.changes_base or run.model.base == "dense":
+    return used
+  log.info(
+    "base: what the start left of it, in %s, as in training; on the original, for which the adapter's file is made, the"
+    " loss is another (--base=dense)",
+    run.model.base,
+  )
+  model = model_lib.load(run)
+  assert model.started is not None
+  nodes = tree.unflatten(model.started.nodes.items())
+  params = adapters.original(model.params, nodes)
+  return dataclasses.replace(used, params=params, storage=run.model.base)
 
 
 def _manner(run: ml_collections.ConfigDict) -> manners.Manner:
