@@ -18,8 +18,10 @@ from posttrain_jax.build import adapter as adapter_lib
 from posttrain_jax.build import checks, decisions, objective, reference, use
 from posttrain_jax.build import data as data_lib
 from posttrain_jax.build import model as model_lib
+from posttrain_jax.build import run as runs
 from posttrain_jax.core import files, progress, tree
 from posttrain_jax.core import metrics as metrics_lib
+from posttrain_jax.core.checkpoint import Checkpoints
 from posttrain_jax.data import loader, schema, turns
 from posttrain_jax.evals import judge as judge_lib
 from posttrain_jax.evals import margins, tasks
@@ -60,11 +62,12 @@ def evaluate(
   Raises:
     ConfigError: too little was said, or the run has produced nothing yet.
   """
-  run = _settings(config, overrides, workdir)
+  run, is_whole = _settings(config, overrides, workdir), False
   if run is not None:
     checks.check(run)
     if workdir and not model and not adapter:
       model, adapter = use.produced(Path(workdir))
+      is_whole = base is None and template is None
     model = model or run.model.name
   elif not data:
     raise ConfigError("write --workdir=DIR (a run), or --model=NAME_OR_DIR and --data=SOURCE")
@@ -82,7 +85,7 @@ def evaluate(
     each = [_measured(how, used, params, data, limit, None) for params in used.members]
     results["members"] = each
   else:
-    results |= _measured(how, used, used.bound, data, limit, workdir)
+    results |= _measured(how, used, used.bound, data, limit, workdir, is_whole=is_whole)
   if how.objective.name == "sft" and results["data"] in tasks.TASKS:
     results |= _answered(used, results["data"], limit, results.get("members", ()))
   if workdir:
@@ -157,8 +160,13 @@ def _measured(
   source: str | None,
   limit: int,
   workdir: str | None,
+  *,
+  is_whole: bool = False,
 ) -> dict[str, Any]:
-  """What the objective of a config says of parameters, on its held-out rows or on those of a source."""
+  """What the objective of a config says of parameters, on its held-out rows or on those of a source.
+
+  is_whole: whether they are what the run in workdir trained, so that its checkpoint is of them.
+  """
   model = _as_model(used, params)
   data = data_lib.evaluated(config, model, source, limit)
   if workdir and source is None and not limit and data_lib.TRAINED_ON not in data.notes:
@@ -166,7 +174,7 @@ def _measured(
   for note in (*data.notes, *([f"left out: {data.skipped}"] if data.skipped else [])):
     log.info(note)
   loss = objective.make(config, model, data.channels)
-  context = Context(reference=_reference(config, used) if loss.needs_reference else None)
+  trainable, context, memory = _policy(config, used, params, loss, workdir if is_whole else None)
   batches = loader.eval_batches(
     data.eval,
     batch_size=config.eval.rows,
@@ -174,20 +182,16 @@ def _measured(
     packing=config.data.packing,
     channels=data.channels,
   )
-  memory = loss.start(None)
-  if memory is not None or decisions.follows(config):
-    log.info(
-      "what the objective carried from step to step begins anew: its loss may differ from training's"
-    )
   metrics = measured(
-    jax.jit(evaluation(loss)), progress.told(batches, "evaluating"), params, context, memory
+    jax.jit(evaluation(loss)), progress.told(batches, "evaluating"), trainable, context, memory
   )
   rows = "trained on" if data_lib.TRAINED_ON in data.notes else "held out"
   results: dict[str, Any] = {"examples": len(data.eval), **({} if source else {"rows": rows})}
   results |= metrics_lib.read(metrics)
   pairs = _preference(loss)
   if pairs is not None:
-    compared = _margins(pairs, params, context, data.eval, config, used.tokenizer)
+    compared_with = loss.context(context, memory)
+    compared = _margins(pairs, trainable, compared_with, data.eval, config, used.tokenizer)
     if workdir:
       diagnosis, path = margins.write(workdir, compared)
       log.info("report: %s", path)
@@ -195,6 +199,37 @@ def _measured(
       diagnosis = margins.diagnose(compared)
     results["diagnosis"] = diagnosis
   return results
+
+
+def _policy(
+  config: ml_collections.ConfigDict,
+  used: use.Used,
+  params: Any,
+  loss: Scorer,
+  workdir: str | None,
+) -> tuple[Any, Context, Any]:
+  """(what is evaluated, what it is compared with, what the objective carries): the last of a run's checkpoint."""
+  memory = loss.start(None)
+  if memory is None and not decisions.follows(config):
+    return (
+      params,
+      Context(reference=_reference(config, used) if loss.needs_reference else None),
+      None,
+    )
+  if workdir is not None:
+    with Checkpoints(Path(workdir) / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
+      if checkpoints.latest() is not None:
+        pieces = runs.build(config, None)
+        state, _, _ = checkpoints.restore(runs.abstract(pieces.first_state()))
+        return state.trainable, state.context(pieces.trees.context), state.memory
+  log.info(
+    "what the objective carries from step to step begins anew: the loss differs from training's"
+  )
+  return (
+    params,
+    Context(reference=_reference(config, used) if loss.needs_reference else None),
+    memory,
+  )
 
 
 def _as_model(used: use.Used, params: Any) -> model_lib.Model:

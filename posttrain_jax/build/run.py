@@ -233,7 +233,7 @@ class _Training:
     return 0
 
   def _resumed(self, checkpoints: Checkpoints, state: State) -> tuple[State, loop.Progress]:
-    state, saved, at = checkpoints.restore(_abstract(state))
+    state, saved, at = checkpoints.restore(abstract(state))
     self.pieces = _on_its_base(self.pieces, state)
     self.pieces.batches.set_state(saved["batches"])
     self.say(f"going on from step {at} of {self.pieces.config.steps}")
@@ -357,7 +357,8 @@ def _on_its_base(pieces: Pieces, state: State) -> Pieces:
   return dataclasses.replace(pieces, trees=dataclasses.replace(pieces.trees, context=context))
 
 
-def _abstract(state: State) -> Any:
+def abstract(state: State) -> Any:
+  """The shapes of a state, and where it lies."""
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
 
 

@@ -46,10 +46,14 @@ def own_cache(tmp_path, monkeypatch):
   monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path / "cache"))
 
 
+def options(arguments):
+  """The fields that an adapter has."""
+  standing = any(name in arguments for name in ("adapter=none", "adapter=prompt"))
+  return {k: v for k, v in FIELDS.items() if not (standing and k.startswith("adapter."))}
+
+
 def train(folder, out, *, config="sft", kind="rows", arguments="", model="model", **fields):
-  whole = "adapter=none" in arguments
-  start = {k: v for k, v in FIELDS.items() if not (whole and k.startswith("adapter."))}
-  given = start | {name.replace("__", "."): value for name, value in fields.items()}
+  given = options(arguments) | {name.replace("__", "."): value for name, value in fields.items()}
   data = f"model={folder / model},data={folder / (kind + '.jsonl')}"
   return main(
     [
@@ -88,23 +92,36 @@ def test_a_runs_evaluation_is_the_one_that_training_printed(folder, spoken, caps
   assert dense["loss"] != pytest.approx(found["loss"], rel=1e-3)
 
 
+SYNC = dict(objective__sync_every=2, objective__cache_reference="false")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("config", "kind", "how"),
   [
     ("sft", "rows", dict(arguments=",adapter=none", data__limit=30, data__packing=False)),
+    ("sft", "rows", dict(arguments=",adapter=pissa,base=nf4")),
+    ("sft", "rows", dict(arguments=",adapter=prompt", adapter__num_virtual_tokens=5)),
     ("kto", "labels", dict()),
-    ("preference", "pairs", dict(data__eval="held.jsonl", data__eval_rows=4)),
+    ("kto", "pairs", dict(data__replay="labels.jsonl", data__replay_fraction=0.3)),
+    ("preference", "pairs", dict(data__eval="labels.jsonl", data__eval_rows=4)),
+    ("preference", "pairs", dict(arguments=",loss=bco", objective__running_shift="true")),
+    ("preference", "pairs", SYNC),
+    ("reward", "steps", dict(arguments=",kind=steps")),
   ],
 )
 def test_whatever_was_trained_is_evaluated_on_its_own_rows(config, kind, how, folder, tmp_path):
-  tiny.write_jsonl(tmp_path / "held.jsonl", [ROWS["pairs"](i) for i in range(9)])
-  if "data__eval" in how:
-    how = how | {"data__eval": tmp_path / "held.jsonl"}
+  other = "pairs" if kind == "pairs" and config == "preference" else "labels"
+  how = {
+    name: folder / f"{other}.jsonl" if str(value).endswith(".jsonl") else value
+    for name, value in how.items()
+  }
   out = tmp_path / "run"
   assert train(folder, out, config=config, kind=kind, **how) == 0
   assert evaluated(out)["loss"] == pytest.approx(last(out, "eval_loss"), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_rows_that_changed_since_are_not_held_out(folder, tmp_path, capsys):
   tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.rows(30))
   shutil.copytree(folder / "model", tmp_path / "model")
@@ -152,6 +169,7 @@ def use_line(out):
   return report.use_command(record.read(out)).replace("'", "")
 
 
+@pytest.mark.slow
 def test_a_reward_model_reads_answers_as_it_was_trained_to(folder, tmp_path, capsys):
   out = tmp_path / "run"
   how = dict(config="reward", kind="pairs", arguments=",kind=pairs", model="bare")
@@ -165,6 +183,7 @@ def test_a_reward_model_reads_answers_as_it_was_trained_to(folder, tmp_path, cap
   assert np.mean(margins) == pytest.approx(by_run["margin"], rel=1e-4, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_ids_and_positions_in_use_are_what_counts(folder, tmp_path, capsys):
   shutil.copytree(folder / "model", tmp_path / "model")
   config = json.loads((tmp_path / "model" / "tokenizer.json").read_text())
