@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import shutil
@@ -15,11 +16,13 @@ import safetensors
 
 from posttrain_jax import adapters
 from posttrain_jax.adapters import peft_format
+from posttrain_jax.build import use
 from posttrain_jax.core import files, tree
 from posttrain_jax.data import chat, templates
 from posttrain_jax.models import decoder, fetch, hf, rotary
 from posttrain_jax.models.config import as_ids
 from posttrain_jax.quant import report
+from posttrain_jax.runs import manner
 from posttrain_jax.runs import record as runs
 
 log = logging.getLogger(__name__)
@@ -79,9 +82,35 @@ def export(
       _merge(run, source, new, merge_base)
     else:
       shutil.copytree(source, new, dirs_exist_ok=True)
-    if merge or is_full:
-      write_template(new, run.field("model.template"))
+    if manner.read(new) is None:
+      _accompany(run, new, is_merged=merge and not is_full)
   return out
+
+
+def accompany(folder: Path, base: Path, template: str, how: manner.Manner) -> None:
+  """Lays into the folder of an adapter or a model what it needs to be used as it was trained.
+
+  Tokenizer and chat template stand there as other libraries look for them, all else in our record.
+
+  Args:
+    base: the folder whose tokenizer it was trained with.
+    template: the name of the chat template.
+    how: in what manner it was trained.
+  """
+  hf.copy_tokenizer(base, folder)
+  write_template(folder, template)
+  manner.write(folder, dataclasses.replace(how, template=None))
+
+
+def _accompany(run: runs.Run, folder: Path, *, is_merged: bool) -> None:
+  """The same for what a run exported that wrote nothing beside it."""
+  template = run.field("model.template") or "tokenizer"
+  how = (
+    manner.read(run.folder / ADAPTER) or manner.read(run.folder / MODEL) or use.of_run(run.folder)
+  )
+  if is_merged:
+    how = dataclasses.replace(how, storage=None)
+  accompany(folder, fetch.resolve(run.field("model.name")), template, how)
 
 
 def _how_far(run: runs.Run) -> str:

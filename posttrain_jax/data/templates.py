@@ -328,6 +328,16 @@ def _own(tokenizer) -> dict[str, str]:
   return {} if text is None else {"default": text}
 
 
+def opening(tokenizer, text: str) -> list[int]:
+  """The tokens of a text that is to be continued: behind the tokenizer's BOS if it writes one, and no EOS at its end.
+
+  A tokenizer with `add_eos_token` would end it, and the model be asked what comes after the end.
+  """
+  ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+  bos = tokenizer.bos_token_id
+  return [bos, *ids] if adds_bos(tokenizer) and ids[:1] != [bos] else ids
+
+
 def _text(tokenizer, name):
   own = _own(tokenizer)
   if name in NAMED:
