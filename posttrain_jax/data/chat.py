@@ -409,12 +409,16 @@ class _Encoder:
     if field != "content" and self.template.name != "chatml":
       if self.template.with_tools is not None and "tools" not in turns.variables:
         cure = "give the row its 'tools': rows that have them are rendered with the tokenizer's tool_use template"
-      elif templates.fitting(self.tokenizer, "chatml"):
+      elif self._takes_chatml:
         cure = "name one that does with --config.model.template=chatml, or a .jinja file"
     return (
       f"template {self.template.of('tools' in turns.variables).name!r} does not write all of {where}, which would be"
       f" left out of what is trained; {cure}, or take the field out of the rows"
     )
+
+  @functools.cached_property
+  def _takes_chatml(self):
+    return templates.fitting(self.tokenizer, "chatml")
 
   # From texts to tokens
 

@@ -371,3 +371,24 @@ def test_a_field_that_nothing_reads_is_told_once(caplog):
   assert [r.getMessage() for r in caplog.records] == [
     "messages have 'mood', which no template reads (first: row 0)"
   ]
+
+
+def test_a_hub_datasets_nulls_are_not_said(monkeypatch):
+  import datasets
+
+  calls = [{"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {"b": 2}}]
+  rows = [{"messages": [ASKED, calling(call, content="")]} for call in calls]
+  data = datasets.Dataset.from_list(rows)
+  monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: data)
+  texts = trained("owner/name", chat.template(TOKENIZER, "chatml"))
+  assert ['"b"' in text for text in texts] == [False, True]
+  assert not [text for text in texts if "null" in text]
+
+
+def test_rows_that_a_template_leaves_out_can_be_counted():
+  rows = [{"messages": [ASKED, calling(content="")]}] * 3
+  rows += [{"messages": [ASKED, {"role": "assistant", "content": "dry"}]}]
+  encoded = chat.encode_all(
+    schema.read(rows), TOKENIZER, chat.template(TOKENIZER), max_length=999, on_error="skip"
+  )
+  assert dict(encoded.skipped.counts) == {"dropped by the template": 3}
