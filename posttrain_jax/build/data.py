@@ -202,8 +202,8 @@ def check_held_out(folder: Path, config: ml_collections.ConfigDict, data: Data) 
     )
   raise ConfigError(
     f"the held-out rows are not those that {folder} was started with: {was['held_out']} then, {now['held_out']} now,"
-    f" and not the same; {d.eval or d.train} has changed since, or the tokenizer or template: restore it, or start over"
-    " in another folder"
+    f" and not the same; {d.eval or d.train} has changed since, or the tokenizer or template: restore it, start over in"
+    " another folder, or (eval) name the rows with --data=FILE"
   )
 
 

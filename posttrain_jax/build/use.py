@@ -57,11 +57,13 @@ class Used:
 
   @property
   def written(self) -> Any:
-    """The same for writing text: merged once, which saves products at each token, unless the base is quantised.
+    """The same for writing text: merged once, which saves products at each token.
 
-    A merged quantised matrix would be a plain one, four times as large.
+    On an accelerator a quantised base stays as it is, since plain it takes four times the room; on a CPU a token of
+    SmolLM2-135M takes 0.07 s of processor time merged and 0.26 s in NF4.
     """
-    if not self.nodes or self.storage != "dense":
+    stays = self.storage != quantised.DENSE and jax.default_backend() != "cpu"
+    if not self.nodes or stays:
       return self.bound
     return adapters.merge(self.params, self._node())
 

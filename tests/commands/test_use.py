@@ -134,7 +134,7 @@ def test_rows_that_changed_since_are_not_held_out(folder, tmp_path, capsys):
   del record["rows"]
   (out / "config.json").write_text(json.dumps(record))
   assert main(["eval", f"--workdir={out}"]) == 1
-  assert "held out the last rows" in capsys.readouterr().err
+  assert "held out other rows" in capsys.readouterr().err
   found = evaluated(out, f"--data={tmp_path / 'rows.jsonl'}")
   assert found["examples"] == 31
 
