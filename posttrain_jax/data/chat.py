@@ -15,14 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from posttrain_jax.data import said, schema, templates
-from posttrain_jax.data import turns as turns_lib
+from posttrain_jax.data import conversation, said, schema, templates
+from posttrain_jax.data.conversation import Turns
 from posttrain_jax.data.files import RowError
 from posttrain_jax.data.schema import Row, Skipped
 from posttrain_jax.data.spans import Plan, Reader
 from posttrain_jax.data.template_sandbox import MAX_CHARACTERS, TemplateError
 from posttrain_jax.data.templates import Template
-from posttrain_jax.data.turns import Turns
 
 log = logging.getLogger(__name__)
 
@@ -316,10 +315,10 @@ class _Encoder:
     messages = messages[: trained[-1] + 1]
     if self.template is not None:
       ending = self.ending("tools" in variables)[1]
-      messages = [turns_lib.without_ending(message, ending) for message in messages]
+      messages = [conversation.without_ending(message, ending) for message in messages]
     for at, message in enumerate(messages):
       if at in trained and not (message.get("content", "").strip() or message.get("tool_calls")):
-        what = f"{turns_lib.place(first, at)}, an assistant's message, is empty"
+        what = f"{conversation.place(first, at)}, an assistant's message, is empty"
         return RowError("empty completion", row.origin, what)
       for key in message.keys() - said.IDENTIFIERS:
         self.unread.setdefault(key, row.origin)
@@ -332,13 +331,13 @@ class _Encoder:
     end, ending = self.ending("tools" in turns.variables)
     whole, spans = texts[-1], []
     if not whole.startswith(texts[-2]):
-      opened = turns_lib.after_thoughts(texts[-2], whole, turns.messages[-1])
+      opened = conversation.after_thoughts(texts[-2], whole, turns.messages[-1])
       if opened is None:
         return self._no_border(row, turns, texts[-2], whole)
       whole = texts[-1] = opened
     for index, prompt, text in zip(turns.trained, texts[0::2], texts[1::2]):
-      shared = turns_lib.common(text, whole)
-      stop = turns_lib.ended(text, len(prompt), shared, ending)
+      shared = conversation.common(text, whole)
+      stop = conversation.ended(text, len(prompt), shared, ending)
       if not (whole.startswith(prompt) and text.startswith(prompt)) or stop is None:
         advice = (
           'write --config.data.train_on=last (or give the others "weight": 0) to train the last turn only, or name'
@@ -366,7 +365,7 @@ class _Encoder:
     return RowError("refused by the template", row.origin, f"the chat template says: {error}{cure}")
 
   def _no_border(self, row, turns, prompt, whole):
-    rest = prompt[turns_lib.common(prompt, whole) :]
+    rest = prompt[conversation.common(prompt, whole) :]
     return RowError(
       "template without prefixes",
       row.origin,
@@ -384,7 +383,7 @@ class _Encoder:
       text, kept = whole, said.past(message)
       if at in span_of:
         start, stop = span_of[at]
-        text, kept = whole[turns_lib.before_opening(whole, start) : stop], message
+        text, kept = whole[conversation.before_opening(whole, start) : stop], message
       for field in sorted(field for index, field in dropped if index == at):
         is_past = at not in span_of and template.writes_reasoning
         if field in said.REASONING and (is_past or said.holds(text, message[field])):
