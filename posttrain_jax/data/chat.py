@@ -9,16 +9,17 @@ import dataclasses
 import functools
 import itertools
 import logging
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from posttrain_jax.data import said, schema, templates
+from posttrain_jax.data import conversation, said, schema, templates
+from posttrain_jax.data.conversation import Turns
 from posttrain_jax.data.files import RowError
 from posttrain_jax.data.schema import Row, Skipped
+from posttrain_jax.data.spans import Plan, Reader
 from posttrain_jax.data.template_sandbox import MAX_CHARACTERS, TemplateError
 from posttrain_jax.data.templates import Template
 
@@ -28,7 +29,6 @@ TRUNCATE = ("error", "keep_start", "drop", "split")
 TRAIN_ON = ("assistant", "last")
 IN_STEPS = "in steps"  # rows whose answer is told apart into steps: `answers` makes them
 SEPARATOR = "\n"  # after each step
-MANY_SPANS = 16  # of a text: more are found piece by piece, and not by what stands before each
 MAX_RENDERED = 1_000_000  # messages, in all renderings of a row
 CHARACTERS = 64  # of a token, where texts are held to be too long by their beginning
 _BATCH = 1000  # rows tokenised together
@@ -173,7 +173,7 @@ class _Encoder:
   """Rows of one data set, turned into examples."""
 
   def __init__(self, tokenizer, template, max_length, truncate, train_on="assistant"):
-    self.tokenizer, self.template = tokenizer, template
+    self.tokenizer, self.template, self.reader = tokenizer, template, Reader(tokenizer)
     self.max_length, self.truncate, self.train_on = max_length, truncate, train_on
     self.counted = {
       "drop": ("too long", "nothing to train after the cut"),
@@ -200,9 +200,9 @@ class _Encoder:
 
   def batch(self, rows: list[Row]) -> list[list[Example] | RowError]:
     plans = [self._bounded(row, plan) for row, plan in zip(rows, self._plans(rows))]
-    texts = [p.prefixes() for p in plans if isinstance(p, _Plan)]
+    texts = [p.prefixes() for p in plans if isinstance(p, Plan)]
     unique = list(dict.fromkeys(text for some in texts for text in some))
-    ids = dict(zip(unique, self._ids(unique)))
+    ids = dict(zip(unique, self.reader.ids(unique)))
     results = [self._attempt(row, plan, ids) for row, plan in zip(rows, plans)]
     return self._checked(plans, results)
 
@@ -213,12 +213,6 @@ class _Encoder:
       return self._example(row, plan, ids)
     except RowError as error:
       return error
-
-  def _ids(self, texts):
-    # add_special_tokens=False: a rendered template has its BOS already, plain text gets it below.
-    return (
-      self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-    )
 
   def tell(self) -> None:
     """Says once which fields of messages nothing reads."""
@@ -232,14 +226,14 @@ class _Encoder:
     parsed = [self._turns(row) for row in rows]
     jobs: list[dict] = []
     for row, turns in zip(rows, parsed):
-      if isinstance(turns, _Turns):
+      if isinstance(turns, Turns):
         if self.template is None:
           raise RowError("no template", row.origin, "the row holds messages: pass a chat template")
         jobs += turns.jobs()
     new = self._new_shapes(parsed)
     texts = iter(self.template.render_all(jobs + [job for job, _ in new.values()]) if jobs else [])
     rendered = [
-      [next(texts) for _ in range(2 * len(turns.trained))] if isinstance(turns, _Turns) else []
+      [next(texts) for _ in range(2 * len(turns.trained))] if isinstance(turns, Turns) else []
       for turns in parsed
     ]
     for key, (_, marks) in new.items():
@@ -247,25 +241,25 @@ class _Encoder:
       # a template that asks more of the words than that they are words says nothing of them here
       self.dropped[key] = said.dropped(marks, text) if isinstance(text, str) else set()
     return [
-      self._chat_plan(row, turns, some) if isinstance(turns, _Turns) else turns
+      self._chat_plan(row, turns, some) if isinstance(turns, Turns) else turns
       for row, turns, some in zip(rows, parsed, rendered)
     ]
 
   def _new_shapes(self, parsed):
     new: dict[said.Shape, tuple[dict, dict]] = {}
     for turns in parsed:
-      if isinstance(turns, _Turns) and turns.shape not in self.dropped and turns.shape not in new:
+      if isinstance(turns, Turns) and turns.shape not in self.dropped and turns.shape not in new:
         messages, variables, marks = said.marked(turns.messages, turns.variables)
         new[turns.shape] = templates.job(messages, False, **variables), marks
     return new
 
-  def _turns(self, row: Row) -> "_Turns | _Plan | RowError":
+  def _turns(self, row: Row) -> Turns | Plan | RowError:
     fields = row.fields
     if row.kind == "text":
-      return _Plan(fields["text"], ((0, len(fields["text"])),))
+      return Plan(fields["text"], ((0, len(fields["text"])),))
     if row.kind == "prompt_completion" and isinstance(fields["prompt"], str):
       prompt, text = fields["prompt"], fields["prompt"] + fields["completion"]
-      return _Plan(text, ((len(prompt), len(text)),))
+      return Plan(text, ((len(prompt), len(text)),))
     if row.kind == IN_STEPS:
       return _in_steps(fields["prompt"], fields["completions"])
     if row.kind == "prompt_completion":
@@ -321,14 +315,14 @@ class _Encoder:
     messages = messages[: trained[-1] + 1]
     if self.template is not None:
       ending = self.ending("tools" in variables)[1]
-      messages = [_without_ending(message, ending) for message in messages]
+      messages = [conversation.without_ending(message, ending) for message in messages]
     for at, message in enumerate(messages):
       if at in trained and not (message.get("content", "").strip() or message.get("tool_calls")):
-        what = f"{_place(first, at)}, an assistant's message, is empty"
+        what = f"{conversation.place(first, at)}, an assistant's message, is empty"
         return RowError("empty completion", row.origin, what)
       for key in message.keys() - said.IDENTIFIERS:
         self.unread.setdefault(key, row.origin)
-    return _Turns(messages, first, trained, variables, said.shape(messages, variables))
+    return Turns(messages, first, trained, variables, said.shape(messages, variables))
 
   def _chat_plan(self, row, turns, texts):
     for text in texts:
@@ -337,13 +331,13 @@ class _Encoder:
     end, ending = self.ending("tools" in turns.variables)
     whole, spans = texts[-1], []
     if not whole.startswith(texts[-2]):
-      opened = _after_thoughts(texts[-2], whole, turns.messages[-1])
+      opened = conversation.after_thoughts(texts[-2], whole, turns.messages[-1])
       if opened is None:
         return self._no_border(row, turns, texts[-2], whole)
       whole = texts[-1] = opened
     for index, prompt, text in zip(turns.trained, texts[0::2], texts[1::2]):
-      shared = _common(text, whole)
-      stop = _ended(text, len(prompt), shared, ending)
+      shared = conversation.common(text, whole)
+      stop = conversation.ended(text, len(prompt), shared, ending)
       if not (whole.startswith(prompt) and text.startswith(prompt)) or stop is None:
         advice = (
           'write --config.data.train_on=last (or give the others "weight": 0) to train the last turn only, or name'
@@ -361,7 +355,7 @@ class _Encoder:
     lost = self._lost(turns, whole, spans)
     if lost is not None:
       return RowError("dropped by the template", row.origin, lost)
-    return _Plan(whole, tuple(spans), is_chat=True, end=end, ending=ending)
+    return Plan(whole, tuple(spans), is_chat=True, end=end, ending=ending)
 
   def _refused(self, row, turns, error):
     calls = [at for at, message in enumerate(turns.messages) if message.get("tool_calls")]
@@ -371,7 +365,7 @@ class _Encoder:
     return RowError("refused by the template", row.origin, f"the chat template says: {error}{cure}")
 
   def _no_border(self, row, turns, prompt, whole):
-    rest = prompt[_common(prompt, whole) :]
+    rest = prompt[conversation.common(prompt, whole) :]
     return RowError(
       "template without prefixes",
       row.origin,
@@ -389,7 +383,7 @@ class _Encoder:
       text, kept = whole, said.past(message)
       if at in span_of:
         start, stop = span_of[at]
-        text, kept = whole[_before_opening(whole, start) : stop], message
+        text, kept = whole[conversation.before_opening(whole, start) : stop], message
       for field in sorted(field for index, field in dropped if index == at):
         is_past = at not in span_of and template.writes_reasoning
         if field in said.REASONING and (is_past or said.holds(text, message[field])):
@@ -431,7 +425,7 @@ class _Encoder:
     is_split = self.truncate == "split" and plan.spans[0] == (0, len(plan.text))
     if len(plan.text) - start <= head or is_split:
       return plan
-    (ids,) = self._ids([plan.text[start : start + head]])
+    (ids,) = self.reader.ids([plan.text[start : start + head]])
     if len(ids) <= self.max_length + 16:
       return plan
     if self.truncate == "keep_start":
@@ -449,11 +443,8 @@ class _Encoder:
     )  # fmt: skip
 
   def _example(self, row, plan, ids):
-    tokens = ids[plan.text]
-    spans = self._found(plan, tokens, ids) or self._cut(row, plan)
-    if isinstance(spans, tuple):
-      tokens, spans = spans
-    tokens = np.asarray(tokens, np.int32)
+    found, spans = self.reader.tokens(plan, ids, row.origin)
+    tokens = np.asarray(found, np.int32)
     mask = np.zeros(len(tokens), bool)
     for start, stop in spans:
       mask[start:stop] = True
@@ -467,65 +458,6 @@ class _Encoder:
     channel = row.fields.get("channel")
     return [Example(tokens, mask, channel, row.origin, plan.is_chat, spans=tuple(spans))]
 
-  def _found(self, plan, tokens, ids):
-    """The spans in tokens; None where a token lies across the beginning or the end of one, or they are many."""
-    spans = []
-    if len(plan.spans) > MANY_SPANS:
-      return None
-    for start, stop in plan.spans:
-      before = ids[plan.text[:start]] if start else []
-      first = len(before)
-      if tokens[:first] != before:
-        return None
-      if stop == len(plan.text):
-        last = len(tokens)
-      elif plan.end is not None:
-        last = first
-        for _ in range(plan.text.count(plan.ending, start, stop)):
-          last = tokens.index(plan.end, last) + 1
-      else:
-        before = ids[plan.text[:stop]]
-        last = len(before)
-        if tokens[:last] != before:
-          return None
-      spans.append((first, last))
-    return spans
-
-  def _cut(self, row, plan):
-    """(tokens, spans) of a text whose pieces are tokenised one by one, as a prompt is before its answer is written."""
-    places = sorted({0, len(plan.text), *(at for span in plan.spans for at in span)})
-    pieces = [plan.text[a:b] for a, b in itertools.pairwise(places)]
-    ids = [
-      self._ids([piece])[0] if i == 0 else self._going_on(piece) for i, piece in enumerate(pieces)
-    ]
-    tokens = list(itertools.chain.from_iterable(ids))
-    at = dict(zip(places, itertools.accumulate(map(len, ids), initial=0)))
-    if self._decoded([tokens]) != self._decoded(self._ids([plan.text])):
-      raise RowError(
-        "no border",
-        row.origin,
-        f"the tokenizer has no way to write {pieces[0][-20:]!r} and {pieces[-1][:20]!r} apart; put a space or a line"
-        " break between the prompt and its answer",
-      )
-    return tokens, [(at[start], at[stop]) for start, stop in plan.spans]
-
-  def _going_on(self, text):
-    """The tokens of a text that others come before."""
-    (ids,) = self._ids([text])
-    if self._joins:
-      return ids
-    # SentencePiece puts a space before what begins a text; behind a line break it does not
-    line, both = self._ids(["\n", "\n" + text])
-    return both[len(line) :] if both[: len(line)] == line else ids
-
-  @functools.cached_property
-  def _joins(self):
-    """Whether the tokens of two texts, one behind the other, are those two texts."""
-    return self._decoded([self._ids(["a"])[0] * 2]) == ["aa"]
-
-  def _decoded(self, some):
-    return self.tokenizer.backend_tokenizer.decode_batch(some, skip_special_tokens=False)
-
   def _checked(self, plans, results):
     """The results, but for those whose trained tokens do not say the answer and its end."""
     pieces = [
@@ -535,25 +467,19 @@ class _Encoder:
       for example in examples
       for (start, stop), (a, b) in zip(example.spans, plan.spans)
     ]
-    decoded = self._decoded([ids for _, ids, _ in pieces])
+    decoded = self.reader.decoded([ids for _, ids, _ in pieces])
     for (at, ids, text), read in zip(pieces, decoded):
-      if read != text and not isinstance(results[at], RowError) and not self._says(ids, read, text):
+      if (
+        read != text
+        and not isinstance(results[at], RowError)
+        and not self.reader.says(ids, read, text)
+      ):
         results[at] = RowError(
           "not the answer",
           results[at][0].origin,
           f"the tokenizer reads {text[:60]!r} as {read[:60]!r}",
         )
     return [self._attempt_fit(result) for result in results]
-
-  def _says(self, ids, read, text):
-    """Whether tokens say a text, for tokenizers that do not keep every space, or change letters on the way."""
-    unknown = self.tokenizer.unk_token_id
-    if unknown is not None and ids.count(unknown) > text.count(self.tokenizer.unk_token):
-      return False
-    if read.lstrip(" ") == text.lstrip(" "):
-      return True
-    (again,) = self._decoded(self._ids([text]))
-    return again.strip() == read.strip()
 
   def _attempt_fit(self, result):
     if isinstance(result, RowError):
@@ -606,131 +532,15 @@ def _too_long(origin, what, limit, truncate):
   return RowError("too long", origin, f"{what}, but max_length is {limit}; {advice}")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-  """A text, and where in it what is trained begins and ends."""
-
-  text: str
-  spans: tuple[tuple[int, int], ...]
-  is_chat: bool = False
-  end: int | None = None  # the token that ends a turn
-  ending: str = ""  # how it is written
-
-  def prefixes(self) -> list[str]:
-    """The text, and what of it stands before a border that is to be found in tokens."""
-    if len(self.spans) > MANY_SPANS:
-      return [self.text]
-    borders = [start for start, _ in self.spans if start]
-    if self.end is None:
-      borders += [stop for _, stop in self.spans if stop < len(self.text)]
-    return [self.text, *(self.text[:at] for at in borders)]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Turns:
-  """A conversation up to its last trained message, and the indices of those that are trained."""
-
-  messages: list[dict]
-  first: int  # the first message of the completion
-  trained: tuple[int, ...]
-  variables: dict
-  shape: said.Shape
-
-  def jobs(self) -> list[dict]:
-    """For each trained turn the prompt before it, and the text with it."""
-    jobs = []
-    for at in self.trained:
-      jobs.append(templates.job(self.messages[:at], True, **self.variables))
-      jobs.append(templates.job(self.messages[: at + 1], False, **self.variables))
-    return jobs
-
-  def where(self, at: int, field: str = "") -> str:
-    """The place of a message in its row, or of a field such as tool_calls[0] in it."""
-    name, bracket, rest = field.partition("[")
-    return _place(self.first, at) + (f"[{name!r}]{bracket}{rest}" if field else "")
-
-
-def _place(first, at):
-  """A message of a row whose completion begins at `first`, 0 where the row is one conversation."""
-  if not first:
-    return f"messages[{at}]"
-  return f"prompt[{at}]" if at < first else f"completion[{at - first}]"
+def _name(tool):
+  return (tool["function"] if isinstance(tool.get("function"), dict) else tool)["name"]
 
 
 def _in_steps(prompt, steps):
   ends = list(
     itertools.accumulate((len(step) + len(SEPARATOR) for step in steps), initial=len(prompt))
   )
-  return _Plan(
-    prompt + "".join(step + SEPARATOR for step in steps), tuple(itertools.pairwise(ends))
-  )
-
-
-def _without_ending(message, ending):
-  """The message without the end of turn that an answer may bring along: the template writes it."""
-  if message["role"] != "assistant" or not ending or "content" not in message:
-    return message
-  words = message["content"].rstrip()
-  return {**message, "content": words.removesuffix(ending)} if words.endswith(ending) else message
-
-
-def _ended(text, start, shared, ending):
-  """Where the turn that begins at `start` ends; None where that is not in what the texts share.
-
-  Some templates close the last turn with more.
-  """
-  if not ending:
-    return shared if len(text.rstrip()) <= shared and start < shared else None
-  at = text.rfind(ending)
-  return at + len(ending) if start <= at and at + len(ending) <= shared else None
-
-
-def _before_opening(whole, start):
-  """Where a turn begins whose prompt has the first tag of it: `<think>`."""
-  near = max(start - 64, 0)
-  opened = _OPENS_THOUGHT.search(whole[near:start])
-  return start if opened is None else near + opened.start()
-
-
-_OPENS_THOUGHT = re.compile(r"<(\w+)>\s*\Z")
-
-
-def _after_thoughts(prompt, whole, message):
-  """The text of an answer that goes on from a prompt that opens its thoughts; None where the prompt opens none.
-
-  Such templates ask with `<think>` and write an answer without it, because it is past to them.  What follows is the
-  row's own thoughts, or as Qwen's template has it none: the block is closed at once.
-  """
-  opened = _OPENS_THOUGHT.search(prompt)
-  if opened is None or not whole.startswith(prompt[: opened.start()]):
-    return None
-  opening, closing = f"<{opened[1]}>", f"</{opened[1]}>"
-  words = message.get("content") or ""
-  _, closed, answer = words.rpartition(closing)
-  answer = answer.strip()
-  rest = whole[opened.start() :]
-  at = rest.rfind(answer) if answer else 0
-  is_said = bool(answer or message.get("tool_calls"))
-  if not is_said or at < 0 or (rest[:at].strip() and not said.holds(words, rest[:at])):
-    return None
-  if closed:
-    said_before = words[: len(words.rstrip()) - len(answer)].lstrip().removeprefix(opening)
-    block = said_before.removeprefix("\n") if opened[0].endswith("\n") else said_before
-  else:
-    reasoning = next((message[key] for key in said.REASONING if message.get(key)), "")
-    block = f"{reasoning.strip(chr(10))}\n{closing}\n\n"
-  return prompt + block + rest[at:]
-
-
-def _name(tool):
-  return (tool["function"] if isinstance(tool.get("function"), dict) else tool)["name"]
-
-
-def _common(a, b):
-  """How many leading characters two texts share."""
-  if b.startswith(a):
-    return len(a)
-  return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+  return Plan(prompt + "".join(step + SEPARATOR for step in steps), tuple(itertools.pairwise(ends)))
 
 
 def _split(example, limit):
