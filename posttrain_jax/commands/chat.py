@@ -28,17 +28,21 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
   """0; 1 where a prompt of a pipe could not be answered; 130 at Ctrl-C before there is a prompt to answer."""
+  try:
+    return _chat(args)
+  except KeyboardInterrupt:
+    return 130
+
+
+def _chat(args: argparse.Namespace) -> int:
   common.cache_compilations()
   from posttrain_jax.build import use
   from posttrain_jax.rollout import chat
   from posttrain_jax.rollout.sampling import Sampling
 
-  try:
-    sampling = Sampling(args.temperature, top_p=args.top_p)
-    used = use.load(args.model, args.adapter, base=args.base, template=args.template)
-    speaker, system = use.speaker(
-      used, system=args.system, sampling=sampling, max_new_tokens=args.max_new_tokens
-    )
-    return 1 if chat.chat(speaker, system=system) else 0
-  except KeyboardInterrupt:
-    return 130
+  sampling = Sampling(args.temperature, top_p=args.top_p)
+  used = use.load(args.model, args.adapter, base=args.base, template=args.template)
+  speaker, system = use.speaker(
+    used, system=args.system, sampling=sampling, max_new_tokens=args.max_new_tokens
+  )
+  return 1 if chat.chat(speaker, system=system) else 0
