@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from posttrain_jax.models import hf
 from posttrain_jax.objectives import Scorer, evaluation
 from posttrain_jax.runs import folder as run_folder
 from posttrain_jax.runs import record
+from posttrain_jax.settings import fields
 from posttrain_jax.train import loop, signals, step
 from posttrain_jax.train import state as state_lib
 from posttrain_jax.train.state import State
@@ -47,16 +48,26 @@ from posttrain_jax.train.state import State
 Say = Callable[[str], None]
 
 
-def train(config: ml_collections.ConfigDict, folder: str | Path, *, dry_run: bool = False) -> int:
+def train(
+  config: ml_collections.ConfigDict,
+  folder: str | Path,
+  *,
+  dry_run: bool = False,
+  given: Sequence[str] = (),
+) -> int:
   """Trains as config says into the run folder; the same call again continues it.  Returns the exit code.
 
   0: complete.  75: stopped by SIGTERM or Ctrl-C with everything saved; run again to go on.
+
+  Args:
+    given: fields that were written by hand: one that nothing reads is a mistake.
 
   Raises:
     ConfigError, RowError, ValueError, OSError: what the user can mend, in words.
     loop.Diverged: the gradients stayed not finite.
   """
   say: Say = print if distributed.is_main() else lambda _: None
+  fields.check(settings.plain(config), given)
   checks.check(config)
   if not dry_run:
     folder = run_folder.check(folder, config)

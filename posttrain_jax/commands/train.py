@@ -27,4 +27,6 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
   if not args.workdir and not args.dry_run:
     raise settings.ConfigError("--workdir=DIR is needed: the folder that becomes the run")
   config = settings.load(args.config, overrides)
-  return runs.train(config, args.workdir or "", dry_run=args.dry_run)
+  return runs.train(
+    config, args.workdir or "", dry_run=args.dry_run, given=settings.given(overrides)
+  )
