@@ -86,6 +86,7 @@ def assert_equal(found, wanted):
 
 def test_a_run_learns_and_its_folder_is_complete(finished):
   assert {p.name for p in finished.iterdir() if "best" not in p.name} == {
+    ".lock",
     "adapter",
     "checkpoints",
     "config.json",
