@@ -16,7 +16,7 @@ import pytest
 from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
 
-from posttrain_jax.core import sharding
+from posttrain_jax.core import sharding, tree
 from posttrain_jax.core.checkpoint import Checkpoints
 
 
