@@ -110,21 +110,23 @@ def _first_failure(children: Sequence[subprocess.Popen[bytes]], settle: float) -
   stopped = math.inf
   while True:
     codes = [child.poll() for child in children]
+    # whose end the others cannot survive: JAX aborts them
+    ended = (None, 0, PREEMPTED, *([-signal.SIGABRT] if PREEMPTED in codes else []))
     for index, code in enumerate(codes):
-      if code not in (None, 0, PREEMPTED):
+      if code not in ended:
         print(f"process {index} of {len(codes)} {_ending(code)}; ending the others", flush=True)
         return code if code > 0 else 128 - code  # as a shell reports a signal
-    if None not in codes:
-      return None
     if PREEMPTED in codes:
       stopped = min(stopped, time.monotonic())
-    if time.monotonic() - stopped > settle:
+    if -signal.SIGABRT in codes or (None in codes and time.monotonic() - stopped > settle):
       index = codes.index(PREEMPTED)
       print(
         f"process {index} of {len(codes)} stopped when asked, others did not; ending them",
         flush=True,
       )
       return PREEMPTED
+    if None not in codes:
+      return None
     time.sleep(0.05)
 
 

@@ -61,8 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   """
   if argv is not None:
     return _run(list(argv))
-  # a thread that fails as well would bury the sentence under its traceback
-  threading.excepthook = _hushed
+  if not os.environ.get(TRACEBACK):
+    _hush()
   code = _run(sys.argv[1:])
   return code if code in (0, PREEMPTED) else _leave(code)
 
@@ -117,9 +117,12 @@ def _home(value: str) -> str:
   return re.sub(r"(?:^|(?<=[,=]))~[^,=/]*", lambda home: os.path.expanduser(home[0]), value)
 
 
-def _hushed(args: threading.ExceptHookArgs) -> None:
-  if os.environ.get(TRACEBACK):
-    threading.__excepthook__(args)
+def _hush() -> None:
+  """Of a failure a sentence is said: threads that fail as well would bury it under tracebacks, their own or Orbax's."""
+  threading.excepthook = lambda _: None
+  said = logging.StreamHandler()
+  said.addFilter(lambda record: record.name != "absl")
+  logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[said])
 
 
 def _leave(code: int) -> int:

@@ -48,7 +48,8 @@ from posttrain_jax.train import state as state_lib
 from posttrain_jax.train.state import State
 
 Say = Callable[[str], None]
-LARGE = 1e3  # what is trained is smaller than this; beyond, its products may not be finite
+# what is trained is smaller than LARGE; beyond, its products may not be finite, and beyond LARGEST float16 ends
+LARGE, LARGEST = 1e3, 65504.0
 BATCHES_TRIED = 3
 
 
@@ -332,13 +333,19 @@ class _Training:
         f"none of the {left_out} updates was finite: nothing was trained and {kept}. Lower optimizer.lr, or look at the"
         " data and the base"
       )
+    largest = _largest(state.trainable)
+    if largest > LARGEST:
+      raise loop.Diverged(
+        f"after step {progress.step} what was trained has grown to {largest:.2g}, beyond what half precision holds;"
+        f" {kept}. Lower optimizer.lr in another --workdir"
+      )
     is_sound = progress.is_sound
-    if is_sound and (int(state.skipped_in_a_row) or _largest(state.trainable) > LARGE):
+    if is_sound and (int(state.skipped_in_a_row) or largest > LARGE):
       is_sound = self._gives_numbers(state)
     if not is_sound:
       raise loop.Diverged(
-        f"after step {progress.step} the loss is not finite: what was trained has grown out of range; {kept}. Lower"
-        " optimizer.lr in another --workdir, or look at the data and the base"
+        f"after step {progress.step} the loss is not finite; {kept}. Lower optimizer.lr in another --workdir, or look"
+        " at the data and the base"
       )
 
   def _gives_numbers(self, state: State) -> bool:

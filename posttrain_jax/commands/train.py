@@ -17,6 +17,13 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
+  from posttrain_jax.train import signals
+
+  with signals.exiting():  # from here on: several processes wait for each other to join
+    return _run(args, overrides)
+
+
+def _run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
   from posttrain_jax.core import distributed
 
   distributed.initialize()

@@ -5,13 +5,13 @@ answer: {"code", "out", "err", "seconds" from the signal to the end}.
 """
 
 import json
+import logging
 import os
 import pathlib
 import select
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 
 PATIENCE = 120.0  # seconds for a command to reach its point, and to end
@@ -53,24 +53,21 @@ def hold(point, pipe):
 
     def full(self, step, state, data):
       signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-      resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
+      resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, resource.RLIM_INFINITY))
       save(self, step, state, data)
 
     checkpoint.Checkpoints.save = full
 
 
 def fork(request):
-  with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-    return forked(request, out, err)
-
-
-def forked(request, out, err):
+  out, err = os.pipe(), os.pipe()  # which hold what a command says, and are full with no disk
   told, pipe = os.pipe()
   child = os.fork()
   if not child:
     os.setsid()
-    os.dup2(out.fileno(), 1)
-    os.dup2(err.fileno(), 2)
+    os.dup2(out[1], 1)
+    os.dup2(err[1], 2)
+    logging.root.handlers.clear()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     hold(request["point"], pipe)
     from posttrain_jax.__main__ import main
@@ -104,8 +101,13 @@ def forked(request, out, err):
   else:
     os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
-  read = lambda file: (file.seek(0), file.read().decode(errors="replace"))[1]
   os.close(told)
+
+  def read(pipe):
+    os.close(pipe[1])
+    with os.fdopen(pipe[0], "rb") as file:
+      return file.read().decode(errors="replace")
+
   return {
     "code": os.waitstatus_to_exitcode(status),
     "out": read(out),
