@@ -65,11 +65,14 @@ def check(workdir: str | Path, config: ml_collections.ConfigDict) -> Path:
 
 
 @contextlib.contextmanager
-def claimed(folder: Path, config: ml_collections.ConfigDict) -> Generator[None]:
+def claimed(folder: Path, config: ml_collections.ConfigDict, **about: Any) -> Generator[None]:
   """Inside, the folder is this config's run, and no other process's; every process may enter, the main one writes.
 
   Entered once the run is known to start, so that a mistake leaves nothing behind that would have to be removed.  What a
   killed start left half-written is removed.
+
+  Args:
+    about: what else the record says of the run.
 
   Raises:
     ConfigError: another process trains in it, or has claimed it meanwhile.
@@ -88,7 +91,7 @@ def claimed(folder: Path, config: ml_collections.ConfigDict) -> Generator[None]:
       shutil.rmtree(folder / "tensorboard", ignore_errors=True)
     files.remove_abandoned(folder, age=0)
     if not written.exists():
-      files.write_json(written, {"config": settings.plain(config), **origin()})
+      files.write_json(written, {"config": settings.plain(config), **about, **origin()})
     yield
 
 

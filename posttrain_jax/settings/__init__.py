@@ -21,8 +21,8 @@ from posttrain_jax.settings.domains import Text
 from posttrain_jax.settings.errors import ConfigError
 
 __all__ = ["ConfigError", "fields", "load", "section"]
-# fields that decide which others a section has -> the argument of the config file that makes the section so
 UNREADABLE = (ValueError, SyntaxError, TypeError, MemoryError, RecursionError)  # of a literal
+# fields that decide which others a section has -> the argument of the config file that makes the section so
 STRUCTURE = {"optimizer.name": "optimizer", "adapter.method": "adapter"}
 
 
