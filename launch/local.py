@@ -111,9 +111,9 @@ def _first_failure(children: Sequence[subprocess.Popen[bytes]], settle: float) -
   while True:
     codes = [child.poll() for child in children]
     # whose end the others cannot survive: JAX aborts them
-    ended = (None, 0, PREEMPTED, *([-signal.SIGABRT] if PREEMPTED in codes else []))
+    well = (0, PREEMPTED, *([-signal.SIGABRT] if PREEMPTED in codes else []))
     for index, code in enumerate(codes):
-      if code not in ended:
+      if code is not None and code not in well:
         print(f"process {index} of {len(codes)} {_ending(code)}; ending the others", flush=True)
         return code if code > 0 else 128 - code  # as a shell reports a signal
     if PREEMPTED in codes:

@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 PREEMPTED = 75  # exit code: stopped when asked, state saved, safe to run again (EX_TEMPFAIL)
+INTERRUPTED = 130  # exit code: Ctrl-C before the first step, or for the second time
 ENDING = (signal.SIGTERM, signal.SIGHUP)  # a scheduler's, and that of a terminal that is closed
 PATIENCE = 5.0  # seconds in which a start that waits in compiled code gets to end by itself
 
@@ -26,11 +27,11 @@ PATIENCE = 5.0  # seconds in which a start that waits in compiled code gets to e
 def exiting() -> Generator[None]:
   """SIGTERM and SIGHUP end the program with PREEMPTED: around a loop, where all there is can be had again.
 
-  What waits in compiled code (for other processes, say) is not waited for longer than PATIENCE.  A process of several
-  leaves without the others, which find that out.
+  What waits in compiled code (for other processes, say) is not waited for longer than PATIENCE; nor is a handler whose
+  exception Python drops (inside a garbage collection).  A process of several leaves without the others.
   """
   watch = _Watch()
-  before = {number: signal.signal(number, watch.receive) for number in ENDING}
+  before = {number: signal.signal(number, watch.receive) for number in (*ENDING, signal.SIGINT)}
   try:
     yield
   finally:
@@ -50,13 +51,17 @@ class _Watch:
     threading.Thread(target=self._wait, daemon=True).start()
 
   def _wait(self) -> None:
-    while number := os.read(self._reader, 1):
-      if number[0] in ENDING and not self._over.wait(PATIENCE):
-        say(f"{signal.Signals(number[0]).name}: ended while it started; run the same command again")
-        os._exit(PREEMPTED)
+    while numbers := os.read(self._reader, 64):
+      for number in {*numbers} & {*ENDING, signal.SIGINT}:
+        # a loop that takes signals itself has put its own handlers in the place of this one's
+        if signal.getsignal(number) == self.receive and not self._over.wait(PATIENCE):
+          say(f"{signal.Signals(number).name}: ended while it started; run the same command again")
+          os._exit(PREEMPTED if number in ENDING else INTERRUPTED)
     os.close(self._reader)
 
   def receive(self, number: int, frame: FrameType | None) -> None:
+    if number == signal.SIGINT:
+      raise KeyboardInterrupt
     say(f"{signal.Signals(number).name}: ended before the first step; run the same command again")
     if jax.distributed.is_initialized():  # whose end waits minutes for the others
       os._exit(PREEMPTED)

@@ -31,7 +31,7 @@ def hold(point, pipe):
 
   write, save = Journal.write, checkpoint.Checkpoints.save
   if point == "reading":
-    data_lib.read = lambda *_: wait_there(pipe)
+    vars(data_lib)["read"] = lambda *_: wait_there(pipe)
   elif point == "step 3":
 
     def written(self, step, values):
@@ -84,7 +84,7 @@ def fork(request):
       code = 99
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)
+    os._exit(code if isinstance(code, int) else 98)
   os.close(pipe)
   began = time.monotonic()
   if request["signals"]:
@@ -131,11 +131,14 @@ class Server:
 
   def run(self, command, point="", signals=()):
     request = {"command": command, "point": point, "signals": list(signals)}
+    assert self.process.stdin is not None
+    assert self.process.stdout is not None
     self.process.stdin.write(json.dumps(request) + "\n")
     self.process.stdin.flush()
     return json.loads(self.process.stdout.readline())
 
   def close(self):
+    assert self.process.stdin is not None
     self.process.stdin.close()
     self.process.wait()
 
