@@ -47,8 +47,9 @@ def _truncate(config: Config) -> None:
   d = config.data
   known = chat.TRUNCATE if d.kind == "text" else answers.TRUNCATE
   if d.truncate not in known:
+    whole = "" if d.kind == "text" else ", since answers are kept whole"
     raise ConfigError(
-      f"data.truncate={d.truncate!r}: known are {', '.join(known)} for rows of {d.kind}"
+      f"data.truncate={d.truncate!r}: known are {', '.join(known)} for rows of {d.kind}{whole}"
     )
 
 

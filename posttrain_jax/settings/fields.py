@@ -96,7 +96,7 @@ FIELDS: Mapping[str, Field] = {
   # --- data
   "data.train": Field(
     "a built-in task, a .jsonl .json .parquet path, a hub name, or a mixture FIRST*0.7+SECOND*0.3",
-    Text("a source of rows, such as rows.jsonl"),
+    Text("a source of rows", empty=True),  # what reads no rows needs none
   ),
   "data.eval": Field(
     "the same; '': the task's own evaluation split, or eval_rows rows of train",
