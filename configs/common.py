@@ -69,7 +69,7 @@ def _typed(name, text, default):
 
 def chosen(name, value, known):
   if value not in known:
-    raise ValueError(f"config argument {name}={value!r}: known are {', '.join(known)}")
+    raise ValueError(f"config argument {name}={value[:80]!r}: known are {', '.join(known)}")
   return value
 
 

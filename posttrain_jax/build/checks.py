@@ -13,6 +13,14 @@ from posttrain_jax.data import answers, chat
 from posttrain_jax.settings import ConfigError, fields
 
 Config = ml_collections.ConfigDict
+# kinds of rows that an objective learns from
+READS = {
+  "sft": ("text",),
+  "preference": ("pairs", "triples"),
+  "kto": ("labels", "pairs", "triples"),
+  "reward": ("pairs", "outcomes", "steps"),
+  "grouped": ("scored",),
+}
 
 
 def check(config: Config) -> None:
@@ -40,6 +48,14 @@ def _offload(config: Config) -> None:
     raise ConfigError(
       "optimizer.offload=params with model.remat=none would keep every layer on the device for the backward pass; "
       "write another remat"
+    )
+
+
+def _kind(config: Config) -> None:
+  name, kind = config.objective.name, config.data.kind
+  if kind not in READS[name]:
+    raise ConfigError(
+      f"data.kind={kind!r}: objective.name={name!r} reads rows of {' or '.join(READS[name])}"
     )
 
 
@@ -108,6 +124,7 @@ def _accumulation(config: Config) -> None:
 CHECKS: tuple[Callable[[Config], None], ...] = (
   _frozen_base,
   _offload,
+  _kind,
   _truncate,
   _mixture,
   _shifted_attention,

@@ -20,9 +20,13 @@ PROCESSES = "POSTTRAIN_PROCESSES"
 PROCESS_ID = "POSTTRAIN_PROCESS_ID"
 LAUNCHER = "POSTTRAIN_LAUNCHER"  # a pipe's descriptor: its other end closes with the launcher
 DISTRIBUTED = "POSTTRAIN_DISTRIBUTED"  # "auto": SLURM, TPU pods, ...: JAX finds the rest itself
-# seconds: until a process that says nothing counts as dead, which ends the others; for the others' arrival at the end
-SILENCE, FAREWELL = 40, 60
-LAST_WORDS = 120.0  # seconds from the launcher's end in which a process saves
+SILENCE = (
+  40  # seconds: a process that says nothing for so long counts as dead, which ends the others
+)
+FAREWELL = (
+  3600  # seconds that processes which are done wait for the main one, which writes the results
+)
+LAST_WORDS = 600.0  # seconds from the launcher's end in which a process saves
 
 
 def initialize() -> None:

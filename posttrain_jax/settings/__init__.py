@@ -103,7 +103,7 @@ def _set(config: ml_collections.ConfigDict, name: str, text: str, opened: set[st
     value = _unset(name, text) if old is None or free else _typed(text, old)
   except UNREADABLE:
     raise ConfigError(
-      f"--config.{name}={text[:200]}: expected {_expected(old)}, like {old!r}"
+      f"--config.{name}={text[:200]}: expected {_expected(old)}, like {_shown(old)}"
     ) from None
   if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
     raise ConfigError(f"--config.{name}={text}: the keys of a dict are texts, in quotes")
@@ -156,6 +156,10 @@ def _literal(text: str) -> Any:
 def _expected(old: Any) -> str:
   names = {bool: "true or false", int: "an integer", float: "a number", tuple: "a tuple"}
   return names.get(type(old), "a dict" if isinstance(old, ml_collections.ConfigDict) else "a value")
+
+
+def _shown(old: Any) -> str:
+  return repr(plain(old) if isinstance(old, ml_collections.ConfigDict) else old)
 
 
 def _unknown(name: str, config: ml_collections.ConfigDict) -> str:

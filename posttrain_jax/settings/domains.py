@@ -9,6 +9,7 @@ from re import _constants, _parser  # ty: ignore[missing-module-member]
 from typing import Any, Protocol
 
 LARGEST = 3.4028234663852886e38  # of float32, in which a run computes
+SMALLEST = 1.1754943508222875e-38  # what is nearer to 0 counts as 0 there
 LARGEST_WHOLE = 2**31 - 1
 
 
@@ -53,6 +54,8 @@ class Number:
       return f"write {self.says}"
     if abs(value) > LARGEST:
       return f"it is beyond {LARGEST:.2g}, float32's largest; write {self.says}"
+    if 0 < abs(value) < SMALLEST:
+      return f"it is nearer to 0 than {SMALLEST:.2g}, float32's smallest; write {self.says}"
     if self.whole and abs(value) > LARGEST_WHOLE:
       return f"it is beyond {LARGEST_WHOLE:,}; write {self.says}"
     low = self.low < value if self.above else self.low <= value

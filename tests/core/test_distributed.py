@@ -12,7 +12,7 @@ from posttrain_jax.core import distributed, sharding
 
 NAMES = (distributed.COORDINATOR, distributed.PROCESSES, distributed.PROCESS_ID)
 
-WAITS = {"heartbeat_timeout_seconds": 40, "shutdown_timeout_seconds": 60}
+WAITS = {"heartbeat_timeout_seconds": 40, "shutdown_timeout_seconds": 3600}
 
 
 @pytest.fixture

@@ -116,7 +116,7 @@ OUTSIDE = {
   "optimizer.clip": (-1.0, float("nan")),
   "optimizer.b1": (-0.1, 1.0),
   "optimizer.b2": (1.0, 2.0),
-  "optimizer.eps": ("abc", 0.0, -1e-8, float("inf")),
+  "optimizer.eps": ("abc", 0.0, -1e-8, float("inf"), 1e-50),
   "optimizer.loraplus_lr_ratio": (0.5, -1.0),
   "adapter.r": (0, -4, 2.5, 10**9, "8"),
   "adapter.lora_alpha": (0.0, -16.0, float("inf"), "16"),
@@ -184,7 +184,9 @@ def test_a_value_outside_its_domain_is_refused_with_its_name(wrong):
     fields.check(resolved)
   said = str(error.value)
   assert said.startswith(f"{name}=")
-  assert any(word in said for word in ("write", "known are", "expression", "repetition", "beyond"))
+  assert any(
+    word in said for word in ("write", "known are", "expression", "repetition", "beyond", "nearer")
+  )
 
 
 def test_every_number_has_an_end():
