@@ -10,7 +10,7 @@ import re
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from types import ModuleType
+from types import ModuleType, TracebackType
 
 from posttrain_jax.commands import chat, eval, export, fetch, merge, pairs, plan, sweep, train
 
@@ -119,10 +119,18 @@ def _home(value: str) -> str:
 
 def _hush() -> None:
   """Of a failure a sentence is said: threads that fail as well would bury it under tracebacks, their own or Orbax's."""
-  threading.excepthook = lambda _: None
+  threading.excepthook = sys.unraisablehook = lambda _: None
+  sys.excepthook = _told_of_the_main_thread  # tensorstore's threads call it
   said = logging.StreamHandler()
   said.addFilter(lambda record: record.name != "absl")
   logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[said])
+
+
+def _told_of_the_main_thread(
+  kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+  if threading.current_thread() is threading.main_thread():
+    sys.__excepthook__(kind, error, trace)
 
 
 def _leave(code: int) -> int:

@@ -166,7 +166,7 @@ def is_begun(folder: Path) -> bool:
   """Whether a step of the run in a folder is there: in a checkpoint, or in its metrics."""
   checkpoints = folder / "checkpoints"
   saved = checkpoints.is_dir() and any(entry.name.isdecimal() for entry in checkpoints.iterdir())
-  return saved or any(row.get("step", 0) > 0 for row in read_rows(folder / METRICS))
+  return saved or any("step" in row for row in read_rows(folder / METRICS))
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
