@@ -22,6 +22,7 @@ def get_config(arg=None):
   )
   c = preference.get_config(
     f"model={arg.model},data={arg.data},loss=dpo,adapter={arg.adapter},base={arg.base}"
+    f",optimizer={arg.optimizer}"
   )
   if "r" in c.adapter:
     c.adapter.r = arg.rank

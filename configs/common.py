@@ -1,4 +1,7 @@
-"""What config files share: their argument string, and the parts that every run has.  Plain data."""
+"""What config files share: their argument string, and the parts that every run has.  Plain data.
+
+What each field means and may hold is in `posttrain_jax.settings.fields`.
+"""
 
 import difflib
 
@@ -21,13 +24,25 @@ ADAPTERS = (
   "prefix",
 )
 BASES = ("dense", "nf4", "fp4", "int8")
+OPTIMIZERS = (
+  "adamw",
+  "adafactor",
+  "lion",
+  "sgd",
+  "adamw8bit",  # moments in 8 bits
+  "adam_mini",
+  "galore",
+  "galore8bit",
+)
 
 
 def parse(arg, **defaults):
   """The arguments after the colon of `--config=FILE:name=value,name=value` as a ConfigDict.
 
   A value takes the type of its default; a bare name means True.  An unknown name is an error that lists the known.
+  Every config takes `optimizer`.
   """
+  defaults = {"optimizer": "adamw", **defaults}
   args = ml_collections.ConfigDict(defaults)
   for part in filter(None, (arg or "").split(",")):
     name, given, value = part.partition("=")
@@ -54,7 +69,7 @@ def _typed(name, text, default):
 
 def chosen(name, value, known):
   if value not in known:
-    raise ValueError(f"config argument {name}={value!r}: known are {', '.join(known)}")
+    raise ValueError(f"config argument {name}={value[:80]!r}: known are {', '.join(known)}")
   return value
 
 
@@ -130,6 +145,35 @@ def _options(a, method):
   return a
 
 
+def optimizer(name):
+  """The options of an optimizer: it has those that it reads and no other."""
+  o = ml_collections.ConfigDict()
+  o.name = chosen("optimizer", name, OPTIMIZERS)
+  o.lr = 2e-4  # peak
+  o.warmup = 0.05  # share of steps
+  o.schedule = "cosine"  # constant, linear, cosine
+  o.weight_decay = 0.0  # on matrices
+  o.clip = 1.0  # largest global gradient norm; 0 for none
+  o.offload = "none"  # what lives in host memory: none, state, params (and state)
+  o.loraplus_lr_ratio = 0.0  # rate of the factors b over that of a; 0 for one rate
+  o.loraplus_lr_embedding = 1e-6  # then that of adapters on embeddings
+  if name != "adafactor":
+    o.b1 = 0.9  # of the first moment; sgd's momentum
+  if name not in ("adafactor", "sgd"):
+    o.b2 = 0.999
+  if name not in ("adafactor", "sgd", "lion"):
+    o.eps = config_dict.placeholder(float)  # None: the optimizer's own
+  if name.endswith("8bit"):
+    o.embeddings_in_float32 = True  # their moments
+  if name.startswith("galore"):
+    o.rank = 128  # of the subspace
+    o.update_gap = 200  # updates from one subspace to the next
+    o.scale = 0.25  # of the projected update
+    o.projection = "std"  # std, reverse_std, right, left, full
+    o.target = "layers/.*"  # paths of the matrices that are projected
+  return o
+
+
 def run(arg):
   """The parts that every training run has: model, adapter, batch, optimizer, mesh, evaluation, checkpoints."""
   c = ml_collections.ConfigDict()
@@ -150,26 +194,7 @@ def run(arg):
   c.batch.rows = 8  # in an optimizer batch, over all devices
   c.batch.accumulate = 1  # micro-batches in it
 
-  c.optimizer = ml_collections.ConfigDict()
-  # adamw, adafactor, lion, sgd, adamw8bit (moments in 8 bits), adam_mini, galore, galore8bit
-  c.optimizer.name = "adamw"
-  c.optimizer.lr = 2e-4  # peak
-  c.optimizer.warmup = 0.05  # share of steps
-  c.optimizer.schedule = "cosine"  # constant, linear, cosine
-  c.optimizer.weight_decay = 0.0  # on matrices
-  c.optimizer.clip = 1.0  # largest global gradient norm; 0 for none
-  c.optimizer.b1 = 0.9
-  c.optimizer.b2 = 0.999
-  c.optimizer.eps = config_dict.placeholder(float)  # none: the optimizer's own
-  c.optimizer.offload = "none"  # what lives in host memory: none, state, params (and state)
-  c.optimizer.embeddings_in_float32 = True  # their moments, in the 8-bit optimizers
-  c.optimizer.rank = 128  # of GaLore's subspace
-  c.optimizer.update_gap = 200  # updates from one subspace to the next
-  c.optimizer.scale = 0.25  # of the projected update
-  c.optimizer.projection = "std"  # std, reverse_std, right, left, full
-  c.optimizer.target = "layers/.*"  # paths of the matrices that are projected
-  c.optimizer.loraplus_lr_ratio = 0.0  # rate of the factors b over that of a; 0 for one rate
-  c.optimizer.loraplus_lr_embedding = 1e-6  # then that of adapters on embeddings
+  c.optimizer = optimizer(arg.optimizer)
 
   c.mesh = ml_collections.ConfigDict()
   c.mesh.data = 1
@@ -206,6 +231,13 @@ def reference(o):
   o.reference = "base"  # the base without its adapter, an adapter folder on it, or another model
   o.reference_base = "dense"  # how another model's matrices are stored: dense, nf4, fp4, int8
   o.cache_reference = True  # its log-probabilities are computed once, before training
+
+
+def following(o):
+  """TR-DPO: whether the reference follows the policy."""
+  # updates from one step of the reference towards the policy to the next; 0: it stays
+  o.sync_every = 0
+  o.sync_mix = 0.6
 
 
 def text(arg):

@@ -18,9 +18,7 @@ def get_config(arg=None):
   o.estimate_kl = True  # False: APO-zero on labels
   o.sft_weight = 0.0  # of the likelihood of the desirable answers, beside the loss
   common.reference(o)
-  # TR-DPO: updates from one step of the reference towards the policy to the next; 0: it stays
-  o.sync_every = 0
-  o.sync_mix = 0.6
+  common.following(o)
   c.data = common.answers(arg, "labels")
   c.data.length = 1024
   c.optimizer.lr = 5e-5 if arg.adapter != "none" else 5e-7

@@ -13,6 +13,13 @@ import ml_collections
 
 LEARNING_RATE = {"simpo": 5e-7, "orpo": 8e-6}  # of full fine-tuning, as the papers have them
 
+# which losses read what
+DIFFERENCES = ("dpo", "dpo_norm", "robust", "ipo", "hinge", "exo", "discopop")
+SMOOTHED = ("dpo", "dpo_norm", "robust", "exo", "cpo", "aot", "aot_unpaired")
+RATIO = ("simpo", "tpo", "tpo_norm")
+LIKELIHOOD = ("sft", "sft_with_prompt", "gold")
+WITHOUT_REFERENCE = ("cpo", "simpo", "orpo", "tpo", "tpo_norm")
+
 
 def get_config(arg=None):
   arg = common.parse(
@@ -30,18 +37,28 @@ def get_config(arg=None):
   o = c.objective = ml_collections.ConfigDict(
     {"name": "preference", "losses": dict.fromkeys(names, 1.0)}
   )
-  o.beta = 2.0 if names[0] in ("simpo", "tpo_norm") else 0.1  # weight of the KL to the reference
-  o.label_smoothing = 1e-3 if "exo" in names else 0.0  # share of labels held to be wrong
-  o.gamma_beta_ratio = 0.5 if names[0] in ("simpo", "tpo_norm") else 0.0  # target margin over beta
-  o.divergence = "reverse_kl"  # forward_kl, jensen_shannon, alpha_divergence
-  o.divergence_alpha = 0.5
-  o.ld_alpha = 1.0  # LD-DPO: weight of tokens past the length that both answers reach
-  o.weighting = False  # WPO: pairs count by how likely the policy is to write them
-  o.running_shift = False  # BCO's running mean of rewards
-  common.reference(o)
-  # TR-DPO: updates from one step of the reference towards the policy to the next; 0: it stays
-  o.sync_every = 0
-  o.sync_mix = 0.6
+  has = lambda *losses: any(name in losses for name in names)
+  own = [name for name in names if name not in LIKELIHOOD]
+  if own and own != ["reward"]:
+    o.beta = 2.0 if names[0] in ("simpo", "tpo_norm") else 0.1  # weight of the KL to the reference
+  if has(*SMOOTHED):
+    o.label_smoothing = 1e-3 if has("exo") else 0.0  # share of labels held to be wrong
+  if has(*RATIO):
+    o.gamma_beta_ratio = (
+      0.5 if names[0] in ("simpo", "tpo_norm") else 0.0
+    )  # target margin over beta
+  pairs = [name for name in own if name not in ("kto", "reward")]
+  if pairs and all(name in DIFFERENCES for name in pairs):
+    o.divergence = "reverse_kl"  # forward_kl, jensen_shannon, alpha_divergence
+    o.divergence_alpha = 0.5
+  if pairs:
+    o.ld_alpha = 1.0  # LD-DPO: weight of tokens past the length that both answers reach
+    o.weighting = False  # WPO: pairs count by how likely the policy is to write them
+  if has("bco"):
+    o.running_shift = False  # running mean of rewards
+  if any(name not in (*WITHOUT_REFERENCE, "reward") for name in own):
+    common.reference(o)
+    common.following(o)
   c.data = common.answers(arg, "triples" if "gold" in names else "pairs")
   c.data.length = 1024
   c.optimizer.lr = 5e-5 if arg.adapter != "none" else LEARNING_RATE.get(names[0], 5e-7)

@@ -12,7 +12,10 @@ import sft
 
 def get_config(arg=None):
   arg = common.parse(arg, model="smollm2", data="sql", adapter="lora", base="dense", smoke=False)
-  c = sft.get_config(f"model={arg.model},data={arg.data},adapter={arg.adapter},base={arg.base}")
+  c = sft.get_config(
+    f"model={arg.model},data={arg.data},adapter={arg.adapter},base={arg.base}"
+    f",optimizer={arg.optimizer}"
+  )
   c.data.length = 256  # tokens in a row: three examples
   c.batch.rows = 4
   c.steps = 64

@@ -24,6 +24,7 @@ def get_config(arg=None):
   )
   c = preference.get_config(
     f"model={arg.model},data={arg.data},adapter={arg.adapter},base={arg.base},loss=dpo+sft"
+    f",optimizer={arg.optimizer}"
   )
   c.objective.beta = 0.1
   c.objective.losses.sft = 1.0  # keeps the chosen queries likely

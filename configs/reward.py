@@ -13,7 +13,8 @@ def get_config(arg=None):
   )
   c = common.run(arg)
   o = c.objective = ml_collections.ConfigDict({"name": "reward"})
-  o.centering = 0.01 if arg.kind == "pairs" else 0.0  # weight of (r_w + r_l)^2
+  if arg.kind == "pairs":
+    o.centering = 0.01  # weight of (r_w + r_l)^2
   # of the likelihood of the better answers, beside the loss: the model goes on writing while it learns to judge
   o.sft_weight = 0.0
   c.data = common.answers(arg, common.chosen("kind", arg.kind, ("pairs", "outcomes", "steps")))

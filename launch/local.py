@@ -3,13 +3,15 @@ r"""One training run as several processes on this machine: a rehearsal on CPU of
   python launch/local.py --processes=2 -- --config=configs/sft.py:model=smollm2 --workdir=runs/x
 
 Each process is `posttrain train` with the arguments after `--`; it loads its own share of the data, and all of them
-write one checkpoint.  Output lines start with the process's number.  SIGTERM and Ctrl-C go to every process.  When one
-fails, the others are ended and its exit code is this one's; 75 means stopped when asked and safe to run again.
+write one checkpoint.  Output lines start with the process's number.  SIGTERM, SIGHUP and Ctrl-C go to every process.
+When one fails, the others are ended and its exit code is this one's; 75 means stopped when asked and safe to run again.
+When this program itself is killed, its processes save and end.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import signal
@@ -22,6 +24,9 @@ from collections.abc import Sequence
 
 PREEMPTED = 75
 GRACE = 10.0  # seconds between asking the processes that are left to stop and killing them
+SETTLE = (
+  30.0  # seconds in which the others end by themselves when one has stopped because it was asked to
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,24 +44,35 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(
-  command: Sequence[str], *, processes: int, devices: int | None = None, grace: float = GRACE
+  command: Sequence[str],
+  *,
+  processes: int,
+  devices: int | None = None,
+  grace: float = GRACE,
+  settle: float = SETTLE,
 ) -> int:
   """The exit code of the first process that fails, else 75 where one was preempted, else 0.
 
   Args:
     devices: virtual CPU devices of each process; None leaves XLA_FLAGS as they are.
     grace: seconds that the others get to end by themselves when one has failed.
+    settle: seconds that they get when one has stopped with 75, as all do after the same step.
   """
   coordinator = f"127.0.0.1:{_free_port()}"
   children: list[subprocess.Popen[bytes]] = []
   send = lambda number, frame=None: _signal(children, number)
-  before = {number: signal.signal(number, send) for number in (signal.SIGTERM, signal.SIGINT)}
+  asked = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+  before = {number: signal.signal(number, send) for number in asked}
+  # its other end closes when this process ends, however it ends: then they stop too
+  alive, mine = os.pipe()
   try:
     for index in range(processes):
       children.append(
         subprocess.Popen(
           command,
-          env=_environment(coordinator, processes, index, devices),
+          env=_environment(coordinator, processes, index, devices)
+          | {"POSTTRAIN_LAUNCHER": str(alive)},
+          pass_fds=(alive,),
           stdin=subprocess.DEVNULL,
           stdout=subprocess.PIPE,
           stderr=subprocess.STDOUT,
@@ -70,7 +86,7 @@ def run(
     ]
     for reader in readers:
       reader.start()
-    failed = _first_failure(children)
+    failed = _first_failure(children, settle)
     if failed is not None:
       _end(children, grace)
     for reader in readers:
@@ -83,18 +99,32 @@ def run(
       if child.poll() is None:
         child.kill()
         child.wait()
+    for descriptor in (alive, mine):
+      os.close(descriptor)
     for number, handler in before.items():
       signal.signal(number, handler)
 
 
-def _first_failure(children: Sequence[subprocess.Popen[bytes]]) -> int | None:
-  """The exit code of the process that fails first; None once all have ended well."""
+def _first_failure(children: Sequence[subprocess.Popen[bytes]], settle: float) -> int | None:
+  """The exit code of the process that fails first, or stops alone; None once all have ended well."""
+  stopped = math.inf
   while True:
     codes = [child.poll() for child in children]
+    # whose end the others cannot survive: JAX aborts them
+    well = (0, PREEMPTED, *([-signal.SIGABRT] if PREEMPTED in codes else []))
     for index, code in enumerate(codes):
-      if code not in (None, 0, PREEMPTED):
+      if code is not None and code not in well:
         print(f"process {index} of {len(codes)} {_ending(code)}; ending the others", flush=True)
         return code if code > 0 else 128 - code  # as a shell reports a signal
+    if PREEMPTED in codes:
+      stopped = min(stopped, time.monotonic())
+    if -signal.SIGABRT in codes or (None in codes and time.monotonic() - stopped > settle):
+      index = codes.index(PREEMPTED)
+      print(
+        f"process {index} of {len(codes)} stopped when asked, others did not; ending them",
+        flush=True,
+      )
+      return PREEMPTED
     if None not in codes:
       return None
     time.sleep(0.05)

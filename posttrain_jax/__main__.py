@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
+import re
 import sys
+import threading
 from collections.abc import Mapping, Sequence
-from types import ModuleType
+from types import ModuleType, TracebackType
 
 from posttrain_jax.commands import chat, eval, export, fetch, merge, pairs, plan, sweep, train
 
+PREEMPTED = 75
+TRACEBACK = "POSTTRAIN_TRACEBACK"  # in the environment: errors show where they come from
 EXAMPLES = """\
   posttrain fetch smollm2
   posttrain train --config=configs/sft.py:model=smollm2,data=sql,adapter=lora --workdir=runs/sft
@@ -33,34 +38,107 @@ COMMANDS: Mapping[str, ModuleType] = {
 }
 
 
+INTERRUPTED = 130  # exit code: Ctrl-C, as shells have it
+# arguments that are paths, or names in the place of one; several have commas between
+PATHS = (
+  "workdir",
+  "out",
+  "config",
+  "recipe",
+  "json",
+  "model",
+  "adapter",
+  "data",
+  "reward",
+  "evaluate",
+)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-  """Runs one command.  0: done; 75: preempted, safe to run again; 1 or 2: the user's mistake or a failure."""
-  argv = list(sys.argv[1:] if argv is None else argv)
+  """Runs one command.
+
+  0: done; 75: preempted, safe to run again; 130: interrupted; 1 or 2: the user's mistake or a failure.
+  """
+  if argv is not None:
+    return _run(list(argv))
+  if not os.environ.get(TRACEBACK):
+    _hush()
+  code = _run(sys.argv[1:])
+  return code if code in (0, PREEMPTED) else _leave(code)
+
+
+def _run(argv: list[str]) -> int:
   overrides = [arg for arg in argv if arg.startswith("--config.")]
   args = _parser().parse_args([arg for arg in argv if arg not in overrides])
   if overrides and "config" not in args:
     print(f"posttrain {args.command}: takes no {overrides[0]}", file=sys.stderr)
     return 2
+  for name, value in vars(args).items():
+    if name in PATHS and isinstance(value, str):
+      setattr(args, name, _home(value))
   logging.basicConfig(level=logging.WARNING, format="%(message)s")
   logging.getLogger("posttrain_jax").setLevel(logging.INFO)
   os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns that PyTorch is not there
   try:
     return COMMANDS[args.command].run(args, overrides)
-  except (ValueError, OSError, KeyError, RuntimeError) as error:
-    if os.environ.get("POSTTRAIN_TRACEBACK"):
+  except KeyboardInterrupt:
+    _tell(f"posttrain {args.command}: interrupted")
+    return INTERRUPTED
+  except Exception as error:
+    if os.environ.get(TRACEBACK):
       raise
-    print(f"posttrain {args.command}: {_message(error)}", file=sys.stderr)
+    _tell(f"posttrain {args.command}: {_message(error)}")
     return 1
 
 
+def _tell(text: str) -> None:
+  with contextlib.suppress(OSError):  # nobody reads it any more
+    print(text, file=sys.stderr, flush=True)
+
+
 def _message(error: BaseException) -> str:
+  """What went wrong; what no check has foreseen is named by its kind."""
+  if isinstance(error, ValueError | OSError) and str(error):
+    return str(error)
   text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-  known = isinstance(error, ValueError | OSError | KeyError)
-  return (
-    text
-    if known and text
-    else f"{type(error).__name__}: {text} (POSTTRAIN_TRACEBACK=1 shows where)"
-  )
+  if isinstance(error, KeyError) and " " in text:
+    return text
+  if isinstance(error, MemoryError):
+    return f"this machine has too little memory for that{f': {text}' if text else ''}"
+  return f"{type(error).__name__}: {text} ({TRACEBACK}=1 shows where)"
+
+
+def _home(value: str) -> str:
+  """The value with ~ for the home directory in each of its comma-separated parts, and after each = of arguments.
+
+  >>> _home("a,b~c") == "a,b~c"
+  True
+  """
+  return re.sub(r"(?:^|(?<=[,=]))~[^,=/]*", lambda home: os.path.expanduser(home[0]), value)
+
+
+def _hush() -> None:
+  """Of a failure a sentence is said: threads that fail as well would bury it under tracebacks, their own or Orbax's."""
+  threading.excepthook = sys.unraisablehook = lambda _: None
+  sys.excepthook = _told_of_the_main_thread  # tensorstore's threads call it
+  said = logging.StreamHandler()
+  said.addFilter(lambda record: record.name != "absl")
+  logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[said])
+
+
+def _told_of_the_main_thread(
+  kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+  if threading.current_thread() is threading.main_thread():
+    sys.__excepthook__(kind, error, trace)
+
+
+def _leave(code: int) -> int:
+  """Ends the process without waiting for its threads, or for other processes to agree."""
+  for stream in (sys.stdout, sys.stderr):
+    with contextlib.suppress(OSError, ValueError):
+      stream.flush()
+  os._exit(code)
 
 
 def _parser() -> argparse.ArgumentParser:

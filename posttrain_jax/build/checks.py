@@ -2,47 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import ml_collections
 
-from posttrain_jax.build import adapter, decisions, objective
-from posttrain_jax.models import decoder
-from posttrain_jax.objectives.groups import AGGREGATIONS, POLICY_LOSSES
-from posttrain_jax.objectives.preference import DIVERGENCES
-from posttrain_jax.optim import offload
-from posttrain_jax.settings import ConfigError
+from posttrain_jax import settings
+from posttrain_jax.build import adapter, decisions
+from posttrain_jax.data import answers, chat
+from posttrain_jax.settings import ConfigError, fields
 
 Config = ml_collections.ConfigDict
-ADVANTAGES = ("group", "batch", "none", "leave_one_out")
+# kinds of rows that an objective learns from
+READS = {
+  "sft": ("text",),
+  "preference": ("pairs", "triples"),
+  "kto": ("labels", "pairs", "triples"),
+  "reward": ("pairs", "outcomes", "steps"),
+  "grouped": ("scored",),
+}
 
 
 def check(config: Config) -> None:
-  """Raises ConfigError for the first sections that do not fit one another."""
+  """Raises ConfigError for the first value outside its domain, or the first sections that do not fit one another."""
+  fields.check_values(settings.plain(config))
   for check_one in CHECKS:
     check_one(config)
-
-
-def _one_of(config: Config, field: str, known: Sequence[str]) -> None:
-  """The field, where the config has it, is one of the names."""
-  *parents, last = field.split(".")
-  node = config
-  for parent in parents:
-    node = node[parent]
-  if last in node and node[last] not in known:
-    raise ConfigError(f"{field}={node[last]!r}: known are {', '.join(known)}")
-
-
-def _names(config: Config) -> None:
-  _one_of(config, "objective.name", objective.NAMES)
-  _one_of(config, "objective.advantage", ADVANTAGES)
-  _one_of(config, "objective.divergence", tuple(DIVERGENCES))
-  _one_of(config, "objective.loss", POLICY_LOSSES)
-  _one_of(config, "objective.aggregation", AGGREGATIONS)
-  _one_of(config, "objective.old", ("policy", "reference"))
-  _one_of(config, "model.remat", ("auto", *decoder.REMAT))
-  _one_of(config, "optimizer.offload", offload.MODES)
 
 
 def _frozen_base(config: Config) -> None:
@@ -63,6 +48,24 @@ def _offload(config: Config) -> None:
     raise ConfigError(
       "optimizer.offload=params with model.remat=none would keep every layer on the device for the backward pass; "
       "write another remat"
+    )
+
+
+def _kind(config: Config) -> None:
+  name, kind = config.objective.name, config.data.kind
+  if kind not in READS[name]:
+    raise ConfigError(
+      f"data.kind={kind!r}: objective.name={name!r} reads rows of {' or '.join(READS[name])}"
+    )
+
+
+def _truncate(config: Config) -> None:
+  d = config.data
+  known = chat.TRUNCATE if d.kind == "text" else answers.TRUNCATE
+  if d.truncate not in known:
+    whole = "" if d.kind == "text" else ", since answers are kept whole"
+    raise ConfigError(
+      f"data.truncate={d.truncate!r}: known are {', '.join(known)} for rows of {d.kind}{whole}"
     )
 
 
@@ -119,9 +122,10 @@ def _accumulation(config: Config) -> None:
 
 
 CHECKS: tuple[Callable[[Config], None], ...] = (
-  _names,
   _frozen_base,
   _offload,
+  _kind,
+  _truncate,
   _mixture,
   _shifted_attention,
   _following_reference,

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
@@ -33,31 +35,45 @@ from posttrain_jax.build import (
 from posttrain_jax.build.adapter import Trees
 from posttrain_jax.build.data import Data
 from posttrain_jax.build.model import Model
-from posttrain_jax.core import distributed, files, memory, tree
+from posttrain_jax.core import distributed, files, memory, metrics, tree
 from posttrain_jax.core.checkpoint import Checkpoints
 from posttrain_jax.data import chat, loader
 from posttrain_jax.evals import report, tasks
 from posttrain_jax.models import hf
-from posttrain_jax.objectives import Scorer, evaluation
+from posttrain_jax.objectives import Scorer, evaluation, measured
 from posttrain_jax.runs import folder as run_folder
 from posttrain_jax.runs import manner, record
+from posttrain_jax.settings import fields
 from posttrain_jax.train import loop, signals, step
 from posttrain_jax.train import state as state_lib
 from posttrain_jax.train.state import State
 
 Say = Callable[[str], None]
+# what is trained is smaller than LARGE; beyond, its products may not be finite, and beyond LARGEST float16 ends
+LARGE, LARGEST = 1e3, 65504.0
+BATCHES_TRIED = 3
 
 
-def train(config: ml_collections.ConfigDict, folder: str | Path, *, dry_run: bool = False) -> int:
+def train(
+  config: ml_collections.ConfigDict,
+  folder: str | Path,
+  *,
+  dry_run: bool = False,
+  given: Sequence[str] = (),
+) -> int:
   """Trains as config says into the run folder; the same call again continues it.  Returns the exit code.
 
   0: complete.  75: stopped by SIGTERM or Ctrl-C with everything saved; run again to go on.
+
+  Args:
+    given: fields that were written by hand: one that nothing reads is a mistake.
 
   Raises:
     ConfigError, RowError, ValueError, OSError: what the user can mend, in words.
     loop.Diverged: the gradients stayed not finite.
   """
   say: Say = print if distributed.is_main() else lambda _: None
+  fields.check(settings.plain(config), given)
   checks.check(config)
   if not dry_run:
     folder = run_folder.check(folder, config)
@@ -74,8 +90,8 @@ def train(config: ml_collections.ConfigDict, folder: str | Path, *, dry_run: boo
     if dry_run:
       _explain_memory(pieces, say)
       return 0
-    run_folder.claim(Path(folder), config, rows=data.identity(pieces.data))
-    return _Training(pieces.with_reference(say), Path(folder), say).to_the_end()
+    with run_folder.claimed(Path(folder), config, rows=data.identity(pieces.data)):
+      return _Training(pieces.with_reference(say), Path(folder), say).to_the_end()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -319,8 +335,53 @@ class _Training:
     share = f"{result.correct}/{result.total} correct ({100 * result.accuracy:.1f} %)"
     self.say(f"{result.task} {when} training: {share}")
 
+  def _check_sound(self, state: State, progress: loop.Progress) -> None:
+    """Raises Diverged where what the run made, or what it gives, is not finite: that is neither exported nor done."""
+    kept = f"nothing was exported; checkpoints up to step {progress.step} are kept"
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(state.adapter)[0]:
+      path = jax.tree_util.keystr(keys, simple=True, separator="/")
+      if jnp.issubdtype(leaf.dtype, jnp.floating) and not bool(_is_finite(leaf)):
+        raise loop.Diverged(
+          f"{path} holds numbers that are not finite after step {progress.step}; {kept}"
+        )
+    left_out = int(state.skipped)
+    if left_out == progress.step:
+      raise loop.Diverged(
+        f"none of the {left_out} updates was finite: nothing was trained and {kept}. Lower optimizer.lr, or look at the"
+        " data and the base"
+      )
+    largest = _largest(state.trainable)
+    if largest > LARGEST:
+      raise loop.Diverged(
+        f"after step {progress.step} what was trained has grown to {largest:.2g}, beyond what half precision holds;"
+        f" {kept}. Lower optimizer.lr in another --workdir"
+      )
+    is_sound = progress.is_sound
+    if is_sound and (int(state.skipped_in_a_row) or largest > LARGE):
+      is_sound = self._gives_numbers(state)
+    if not is_sound:
+      raise loop.Diverged(
+        f"after step {progress.step} the loss is not finite; {kept}. Lower optimizer.lr in another --workdir, or look"
+        " at the data and the base"
+      )
+
+  def _gives_numbers(self, state: State) -> bool:
+    """Whether the loss of some batch is finite; one that is bad in itself says nothing."""
+    pieces, context = self.pieces, state.context(self.pieces.trees.context)
+    measure = jax.jit(evaluation(pieces.objective))
+    for _ in range(BATCHES_TRIED):
+      batch = next(pieces.batches)
+      placed = batch if pieces.mesh is None else distributed.global_batch(pieces.mesh, batch)
+      loss = metrics.read(measured(measure, [placed], state.trainable, context, state.memory))[
+        "loss"
+      ]
+      if math.isfinite(loss):
+        return True
+    return False
+
   def _finish(self, state: State, progress: loop.Progress) -> None:
     """Exports, last evaluation, report; `done.json` comes last, so that it means complete."""
+    self._check_sound(state, progress)
     is_full = self.pieces.trees.adapter_config is None
     exported = self.folder / ("model" if is_full else "adapter")
     if progress.best_step not in (0, progress.step) and distributed.is_main() and exported.exists():
@@ -344,6 +405,17 @@ class _Training:
     rich.print(report.summary_table(self.folder))
     self.say(f"{exported.name}: {exported}\nreport: {page}")
     self.say(f"use it: {report.use_command(record.read(self.folder))}")
+
+
+@jax.jit
+def _is_finite(x: jax.Array) -> jax.Array:
+  return jnp.all(jnp.isfinite(memory.fetch(x)))
+
+
+def _largest(arrays: Any) -> float:
+  """The largest absolute value."""
+  of = jax.jit(lambda x: jnp.max(jnp.abs(memory.fetch(x)), initial=0))
+  return max((float(of(x)) for x in jax.tree.leaves(arrays)), default=0.0)
 
 
 def _on_its_base(pieces: Pieces, state: State) -> Pieces:

@@ -33,6 +33,11 @@ def fresh_adapter(pieces: Pieces, say: Callable[[str], None]) -> None:
   logits = jax.jit(lambda params: decoder.forward(params, tokens, base.config, dtype=base.dtype))
   context = dataclasses.replace(trees.context, fixed=trees.carried)
   bound, plain = logits(policy(trees.trainable, context)), logits(trees.context.base)
+  if not bool(jnp.isfinite(plain).all()):
+    raise ValueError(
+      f"{base.folder}: the base gives logits that are not finite; its weights hold NaN or are too large for"
+      f" {jnp.dtype(base.dtype).name}, and nothing can be trained on it"
+    )
   change = float(jnp.max(jnp.abs(bound - plain)) / jnp.max(jnp.abs(plain)))
   method = trees.adapter_config.method
   if not trees.adapter_config.in_weights:

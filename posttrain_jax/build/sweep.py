@@ -91,6 +91,9 @@ def run(
     raise ConfigError(f"jobs={jobs}: at least one point must run at a time")
   console = console or rich.console.Console()
   points, workdir = expand(config, overrides), Path(workdir)
+  if command == TRAIN:  # which would refuse it, each point when its turn comes
+    for point in points:
+      settings.fields.check(point.resolved, settings.given(point.overrides))
   workdir.mkdir(parents=True, exist_ok=True)
   with _locked(workdir) as lock, _stopping() as asked:
     states = _run_all(points, workdir, jobs, command, lock, asked, console)

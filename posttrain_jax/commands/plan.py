@@ -24,6 +24,7 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
   from posttrain_jax.plan import estimate
 
   config = settings.load(args.config, overrides)
+  settings.fields.check(settings.plain(config), settings.given(overrides))
   figures = estimate.figures(config, topology=args.topology, devices=args.devices)
   print(estimate.report(figures))
   if args.json is not None:

@@ -17,6 +17,13 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
+  from posttrain_jax.train import signals
+
+  with signals.exiting():  # from here on: several processes wait for each other to join
+    return _run(args, overrides)
+
+
+def _run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
   from posttrain_jax.core import distributed
 
   distributed.initialize()
@@ -27,4 +34,6 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
   if not args.workdir and not args.dry_run:
     raise settings.ConfigError("--workdir=DIR is needed: the folder that becomes the run")
   config = settings.load(args.config, overrides)
-  return runs.train(config, args.workdir or "", dry_run=args.dry_run)
+  return runs.train(
+    config, args.workdir or "", dry_run=args.dry_run, given=settings.given(overrides)
+  )

@@ -12,7 +12,6 @@ from types import TracebackType
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
@@ -242,25 +241,10 @@ def _leaves(state: Tree) -> dict[str, Any]:
   return leaves
 
 
-@jax.jit
-def _sum(x: jax.Array) -> jax.Array:
-  """A sum that changes when any one element does, whatever the sharding: integer addition is associative."""
-  x = memory.fetch(x)
-  if x.dtype.itemsize < 8 and not jnp.issubdtype(x.dtype, jnp.floating):
-    words = x.astype(jnp.uint32)
-  else:
-    words = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * min(x.dtype.itemsize, 4)}"))
-  index = jnp.zeros((), jnp.uint32)
-  for axis, size in enumerate(words.shape):
-    index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
-  # an odd factor loses nothing modulo 2^32, and one for each position sees elements that change places
-  return jnp.sum((words.astype(jnp.uint32) + 1) * (index * jnp.uint32(0x9E3779B2) | 1))
-
-
 def _sums(leaves: Mapping[str, Any]) -> dict[str, int]:
   # one after the other: of dozens under way at once, eight virtual devices on two cores waited for each other until
   # XLA gave up
-  return {path: int(_sum(leaf)) for path, leaf in leaves.items()}
+  return {path: int(tree.checksum(leaf)) for path, leaf in leaves.items()}
 
 
 def _text_sum(data: Mapping[str, Any]) -> int:

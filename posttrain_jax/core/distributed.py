@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
+import time
 from typing import Any
 
 import jax
@@ -15,13 +18,22 @@ from posttrain_jax.core import sharding
 COORDINATOR = "POSTTRAIN_COORDINATOR"  # host:port of process 0
 PROCESSES = "POSTTRAIN_PROCESSES"
 PROCESS_ID = "POSTTRAIN_PROCESS_ID"
+LAUNCHER = "POSTTRAIN_LAUNCHER"  # a pipe's descriptor: its other end closes with the launcher
 DISTRIBUTED = "POSTTRAIN_DISTRIBUTED"  # "auto": SLURM, TPU pods, ...: JAX finds the rest itself
+SILENCE = (
+  40  # seconds: a process that says nothing for so long counts as dead, which ends the others
+)
+FAREWELL = (
+  3600  # seconds that processes which are done wait for the main one, which writes the results
+)
+LAST_WORDS = 600.0  # seconds from the launcher's end in which a process saves
 
 
 def initialize() -> None:
   """Joins the processes that the environment names; does nothing where it names none.
 
-  Comes before anything that asks JAX for its devices.
+  Whichever process dies, the others end within SILENCE seconds; where the launcher does, they save and end.  Comes
+  before anything that asks JAX for its devices.
 
   Raises:
     ValueError: when only some of the variables are set, or one is no number.
@@ -38,8 +50,11 @@ def initialize() -> None:
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
   # its SIGTERM handler would compete with train.signals
   jax.config.update("jax_enable_preemption_service", False)
+  waits: dict[str, Any] = dict(heartbeat_timeout_seconds=SILENCE, shutdown_timeout_seconds=FAREWELL)
+  if launcher := os.environ.get(LAUNCHER):
+    threading.Thread(target=_outlive, args=(int(launcher),), daemon=True).start()
   if auto:
-    jax.distributed.initialize()
+    jax.distributed.initialize(**waits)
     return
   if len(values) < len(names):
     missing = ", ".join(name for name in names if name not in values)
@@ -47,7 +62,18 @@ def initialize() -> None:
   count, index = (_number(name, values[name]) for name in (PROCESSES, PROCESS_ID))
   if not 0 <= index < count:
     raise ValueError(f"{PROCESS_ID}={index} must be at least 0 and less than {PROCESSES}={count}")
-  jax.distributed.initialize(values[COORDINATOR], num_processes=count, process_id=index)
+  jax.distributed.initialize(values[COORDINATOR], num_processes=count, process_id=index, **waits)
+
+
+def _outlive(pipe: int) -> None:
+  """Waits for the launcher's end, and has this process stop as it does when asked."""
+  os.read(pipe, 1)
+  nowhere = os.open(os.devnull, os.O_WRONLY)  # the launcher read what was printed
+  for descriptor in (1, 2):
+    os.dup2(nowhere, descriptor)
+  os.kill(os.getpid(), signal.SIGTERM)
+  time.sleep(LAST_WORDS)
+  os._exit(1)
 
 
 def _number(name: str, value: str) -> int:

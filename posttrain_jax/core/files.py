@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import glob
 import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,42 +38,96 @@ STORED = {stored: name for name, stored in DTYPES.items()}
 ALIGNMENT = 64  # bytes: where an array begins that XLA's CPU client takes over without a copy
 
 
+PARTIAL = ".partial-"  # in the name of what is being written
+
+
 @contextlib.contextmanager
 def publish(folder: str | Path) -> Generator[Path]:
   """A scratch folder that takes `folder`'s place when the block ends well, and vanishes when it does not.
 
-  A folder that was there is replaced at that moment and no earlier, so a killed or failed write loses nothing.
+  A folder that was there is replaced at that moment and no earlier, so a killed or failed write loses nothing; what a
+  killed one has left is removed.
   """
   folder = Path(folder).absolute()
   folder.parent.mkdir(parents=True, exist_ok=True)
-  scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
+  remove_abandoned(folder.parent, folder.name)
+  scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}{PARTIAL}", dir=folder.parent))
   try:
-    # Children, since mkdtemp's own folder is private (0700).
-    new, old = scratch / "new", scratch / "old"
-    new.mkdir()
-    yield new
-    try:
-      if folder.exists():
-        folder.rename(old)
-      new.rename(folder)
-    except BaseException:
-      if old.exists() and not folder.exists():
-        old.rename(folder)
-      raise
+    with _marked(scratch):
+      # Children, since mkdtemp's own folder is private (0700).
+      new, old = scratch / "new", scratch / "old"
+      new.mkdir()
+      yield new
+      try:
+        if folder.exists():
+          folder.rename(old)
+        new.rename(folder)
+      except BaseException:
+        if old.exists() and not folder.exists():
+          old.rename(folder)
+        raise
   finally:
     shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _marked(scratch: Path) -> Generator[None]:
+  """Inside, the scratch file or folder is this process's: its lock ends with the process."""
+  descriptor = os.open(scratch, os.O_RDONLY)
+  try:
+    with contextlib.suppress(
+      OSError
+    ):  # a file system without locks: nothing there is ever abandoned
+      fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    yield
+  finally:
+    os.close(descriptor)
+
+
+def remove_abandoned(folder: Path, name: str = "", *, age: float = 60.0) -> None:
+  """Removes what killed processes left half-written in a folder, of one name or of all; what is being written stays.
+
+  Args:
+    age: seconds since the last change; younger ones stay, since their writer may not have locked them yet.
+  """
+  for leftover in folder.glob(f".{glob.escape(name) or '*'}{PARTIAL}*"):
+    with contextlib.suppress(OSError):  # gone meanwhile
+      if time.time() - leftover.stat().st_mtime >= age and _is_abandoned(leftover):
+        _remove(leftover, folder / leftover.name[1:].rpartition(PARTIAL)[0])
+
+
+def _is_abandoned(scratch: Path) -> bool:
+  """Whether no process holds the lock of what it writes there."""
+  descriptor = os.open(scratch, os.O_RDONLY)
+  try:
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except OSError:
+    return False
+  finally:
+    os.close(descriptor)
+  return True
+
+
+def _remove(leftover: Path, target: Path) -> None:
+  if not leftover.is_dir():
+    leftover.unlink()
+    return
+  # killed between the two renames of `publish`: what was written is whole, and what it replaces is out of the way
+  if (leftover / "old").exists() and (leftover / "new").exists() and not target.exists():
+    (leftover / "new").rename(target)
+  shutil.rmtree(leftover, ignore_errors=True)
 
 
 def write_text(path: str | Path, text: str) -> None:
   """The file's new content, by rename: a reader sees the old or the new, never a part."""
   path = Path(path)
-  scratch = path.with_name(f".{path.name}.partial-{os.getpid()}")
+  scratch = path.with_name(f".{path.name}{PARTIAL}{os.getpid()}")
   try:
-    with scratch.open("w", encoding="utf-8") as f:
+    with scratch.open("w", encoding="utf-8") as f, _marked(scratch):
       f.write(text)
       f.flush()
       os.fsync(f.fileno())
-    scratch.replace(path)
+      scratch.replace(path)
   finally:
     scratch.unlink(missing_ok=True)
 

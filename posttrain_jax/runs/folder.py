@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +19,10 @@ import ml_collections
 
 from posttrain_jax import settings
 from posttrain_jax.core import files
-from posttrain_jax.runs import record
+from posttrain_jax.runs import lock, record
 from posttrain_jax.settings import ConfigError
 
+LOCK = ".lock"
 PACKAGES = (
   "posttrain-jax",
   "jax",
@@ -32,44 +36,74 @@ PACKAGES = (
 
 
 def check(workdir: str | Path, config: ml_collections.ConfigDict) -> Path:
-  """The folder that this run may have: absent, empty, or one that holds a run of the same config.
+  """The folder that this run may have: absent, empty, one of the same config, or one in which no step was taken.
 
   Raises:
-    ConfigError: the folder holds a run of another config (the differences are shown) or something else.
+    ConfigError: the folder holds a run of another config (the differences are shown) or something else, or another
+      process trains in it.
   """
-  folder = Path(workdir).absolute()
+  folder = Path(workdir).expanduser().absolute()
   if folder.exists() and not folder.is_dir():
     raise ConfigError(f"{folder} is a file; name another --workdir")
   # listed first: with several processes the main one may be writing the record
   entries = list(folder.iterdir()) if folder.exists() else []
-  written = folder / record.CONFIG
-  if written.exists():
-    mine = json.loads(json.dumps(settings.plain(config)))
-    changed = settings.differences(files.read_json(written)["config"], mine)
-    if changed:
-      listed = "\n  ".join(changed)
+  if not (folder / record.CONFIG).exists():
+    if any(not entry.name.startswith(".") and entry.name != record.LOG for entry in entries):
       raise ConfigError(
-        f"{folder} holds a run of another config:\n  {listed}\nName another --workdir, or restore these fields."
+        f"{folder} is not empty and holds no run (no {record.CONFIG}); name another --workdir"
       )
-  elif any(not entry.name.startswith(".") and entry.name != record.LOG for entry in entries):
+    return folder
+  changed = settings.differences(record.config(folder), _plain(config))
+  if changed and record.is_begun(folder):
+    listed = "\n  ".join(changed)
     raise ConfigError(
-      f"{folder} is not empty and holds no run (no {record.CONFIG}); name another --workdir"
+      f"{folder} holds a run of another config:\n  {listed}\nName another --workdir, or restore these fields."
     )
+  if jax.process_index() == 0 and not (folder / record.DONE).exists():
+    lock.check(folder / LOCK)
   return folder
 
 
-def claim(folder: Path, config: ml_collections.ConfigDict, **about: Any) -> None:
-  """Makes the folder this config's run; every process may call it, the main one writes.
+@contextlib.contextmanager
+def claimed(folder: Path, config: ml_collections.ConfigDict, **about: Any) -> Generator[None]:
+  """Inside, the folder is this config's run, and no other process's; every process may enter, the main one writes.
 
-  about: what else the record says of it.
+  Entered once the run is known to start, so that a mistake leaves nothing behind that would have to be removed.  What a
+  killed start left half-written is removed.
 
-  Called once the run is known to start, so that a mistake leaves nothing behind that would have to be removed.
+  Args:
+    about: what else the record says of the run.
+
+  Raises:
+    ConfigError: another process trains in it, or has claimed it meanwhile.
   """
+  if jax.process_index() != 0:
+    yield
+    return
   folder.mkdir(parents=True, exist_ok=True)
-  if jax.process_index() == 0 and not (folder / record.CONFIG).exists():
-    files.write_json(
-      folder / record.CONFIG, {"config": settings.plain(config), **about, **origin()}
-    )
+  with lock.held(folder / LOCK):
+    written = folder / record.CONFIG
+    is_begun = record.is_begun(folder)
+    if is_begun and settings.differences(record.config(folder), _plain(config)):
+      raise ConfigError(f"{folder} has been claimed by a run of another config meanwhile")
+    described = {"config": _plain(config), **about}
+    if (
+      not is_begun
+      and written.exists()
+      and not described.items() <= files.read_json(written).items()
+    ):
+      for name in (record.CONFIG, record.METRICS, record.BEFORE):
+        (folder / name).unlink(missing_ok=True)
+      shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+    files.remove_abandoned(folder, age=0)
+    if not written.exists():
+      files.write_json(written, {**described, **origin()})
+    yield
+
+
+def _plain(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """The config as its record holds it."""
+  return json.loads(json.dumps(settings.plain(config)))
 
 
 def origin() -> dict[str, Any]:

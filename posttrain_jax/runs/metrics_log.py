@@ -25,8 +25,13 @@ class Journal:
     self.board = tensorboardX.SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
-    self.lines.write(json.dumps({"step": step, **values}) + "\n")
-    self.lines.flush()
+    try:
+      self.lines.write(json.dumps({"step": step, **values}) + "\n")
+      self.lines.flush()
+    except OSError as error:
+      raise OSError(
+        f"could not write {self.path}: {error.strerror}; with the cause gone, run the same command again"
+      ) from error
     for name, value in values.items():
       self.board.add_scalar(name, value, step)
 

@@ -125,6 +125,8 @@ def read(folder: str | Path) -> Run:
     raise FileNotFoundError(
       f"{folder} {what}, expected {CONFIG} and {METRICS}; give the --workdir of a `posttrain train`"
     )
+  if (folder / CONFIG).exists():
+    config(folder)
   return Run(
     folder=folder,
     record=read_json(folder / CONFIG) or {},
@@ -133,6 +135,38 @@ def read(folder: str | Path) -> Run:
     after=_evaluation(folder / AFTER),
     done=read_json(folder / DONE),
   )
+
+
+def config(folder: str | Path) -> dict[str, Any]:
+  """The resolved config of the run in a folder.
+
+  Raises:
+    FileNotFoundError: the folder has no config.json.
+    ValueError: it is that of something else; the message says of what.
+  """
+  folder = Path(folder)
+  written = files.read_json(folder / CONFIG)
+  if not isinstance(written.get("config"), dict):
+    raise ValueError(
+      f"{folder} is {_what(folder, written)}, not a run's folder; name another --workdir"
+    )
+  return written["config"]
+
+
+def _what(folder: Path, written: Mapping[str, Any]) -> str:
+  """What a folder is whose config.json is no run's."""
+  if "model_type" in written or "architectures" in written:
+    return f"a model's folder (its {CONFIG} is of a {written.get('model_type', 'model')})"
+  return (
+    f"a folder of something else (its {CONFIG} has {', '.join(list(written)[:4]) or 'nothing'})"
+  )
+
+
+def is_begun(folder: Path) -> bool:
+  """Whether a step of the run in a folder is there: in a checkpoint, or in its metrics."""
+  checkpoints = folder / "checkpoints"
+  saved = checkpoints.is_dir() and any(entry.name.isdecimal() for entry in checkpoints.iterdir())
+  return saved or any("step" in row for row in read_rows(folder / METRICS))
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

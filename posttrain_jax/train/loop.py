@@ -24,7 +24,7 @@ from posttrain_jax.train.state import State
 
 
 class Diverged(RuntimeError):
-  """Too many updates in a row had a gradient that was not finite."""
+  """Too many updates in a row were not finite, or what the run made is not."""
 
 
 @dataclasses.dataclass
@@ -36,6 +36,7 @@ class Progress:
   tokens: int = 0
   best_step: int = 0
   best_loss: float = math.inf
+  is_sound: bool = True  # whether the last evaluation gave a number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +122,7 @@ class _Reader:
 
   def __init__(self, run: Run, journal: Journal | None, bar: Bar):
     self.run, self.journal, self.bar = run, journal, bar
-    self.pending: tuple[int, dict[str, Any]] | None = None
+    self.pending: tuple[int, dict[str, Any], float] | None = None
     self.restart()
 
   def restart(self) -> None:
@@ -130,17 +131,18 @@ class _Reader:
 
   def put(self, progress: Progress, metrics: Mapping[str, Any]) -> None:
     self.flush(progress)
-    self.pending = (progress.step, dict(metrics))
+    # of the data up to this step's batch: when its metrics are read the next one is drawn
+    self.pending = (progress.step, dict(metrics), self.run.batches.epoch)
 
   def flush(self, progress: Progress) -> None:
     if self.pending is None:
       return
-    (step, metrics), self.pending = self.pending, None
+    (step, metrics, epoch), self.pending = self.pending, None
     values = metrics_lib.read(metrics)
     now = time.monotonic()
     values["tokens_per_second"] = values["tokens"] / (now - self.since)
     values["learning_rate"] = float(self.run.learning_rate(step - 1))
-    values["epoch"] = self.run.batches.epoch
+    values["epoch"] = epoch
     self.since = now
     progress.tokens += int(values["tokens"])
     values["num_tokens"] = progress.tokens
@@ -152,8 +154,8 @@ class _Reader:
       self.run.check_start(values)
     if values["skipped_in_a_row"] >= self.run.max_skipped:
       raise Diverged(
-        f"{int(values['skipped_in_a_row'])} updates in a row, up to step {step}, had a gradient that was not finite; "
-        f"parameters are those of the last good update and nothing was exported. Lower optimizer.lr "
+        f"{int(values['skipped_in_a_row'])} updates in a row, up to step {step}, were not finite, or their gradient was"
+        f" not; parameters are those of the last good update and nothing was exported. Lower optimizer.lr "
         f"(now {values['learning_rate']:.3g}), raise optimizer.warmup, or look at the data near step {step}."
       )
 
@@ -177,6 +179,7 @@ def _evaluate(
     journal.write(progress.step, values)
     journal.draw(progress.step, named(metrics_lib.histograms(total)))
   bar.say(f"step {progress.step}: eval_loss {values['eval_loss']:.4f}")
+  progress.is_sound = math.isfinite(values["eval_loss"])
   if values["eval_loss"] < progress.best_loss:
     progress.best_step, progress.best_loss = progress.step, values["eval_loss"]
     run.export(state, "adapter")

@@ -32,8 +32,9 @@ def make(
 ) -> Step:
   """The training step; `jitted` is the same, compiled.
 
-  The batch's rows are taken `accumulate` micro-batches at a time; gradients are summed in float32.  A gradient that is
-  not finite leaves parameters and optimizer as they were and is counted.  Randomness is fold_in(seed, step).
+  The batch's rows are taken `accumulate` micro-batches at a time; gradients are summed in float32.  A gradient or an
+  update that is not finite leaves parameters and optimizer as they were and is counted.  Randomness is
+  fold_in(seed, step).
 
   Args:
     accumulate: micro-batches in an optimizer batch; divides its rows.
@@ -58,6 +59,8 @@ def make(
     updates, optimizer_state = update(
       gradient, state.optimizer, state.trainable, norm=norm, finite=finite
     )
+    # a gradient may be finite and the update not: the rate, or a moment next to 0
+    finite = finite & jnp.isfinite(offload.global_norm(updates))
     trainable, carried = offload.apply(state.trainable, updates, finite), state.carried
     if hooks is not None:
       trainable, carried = tree.partition(

@@ -43,7 +43,8 @@ def test_what_trains_is_copied_where_a_loss_compares_with_it_and_nowhere_else(
   rows = [{"prompt": f"q{i}", "chosen": "yes", "rejected": "no"} for i in range(4)]
   data = tiny.write_jsonl(tmp_path / "pairs.jsonl", rows)
   arguments = f"model={shared / 'model'},data={data},adapter=none,loss={loss}"
-  fields = ["objective.cache_reference=false", "data.eval_rows=0", "data.length=64"]
+  fields = ["data.eval_rows=0", "data.length=64"]
+  fields += ["objective.cache_reference=false"] if is_copied else []  # the other has no reference
   config = settings.load(f"{CONFIG}:{arguments}", [f"--config.{field}" for field in fields])
   pieces = run.build(config, None)
   assert (pieces.trees.context.reference is not None) == is_copied

@@ -240,7 +240,7 @@ def test_two_sweeps_do_not_share_a_folder(grid):
   def second():
     console = rich.console.Console(file=io.StringIO())
     with pytest.raises(ConfigError, match="in use by another sweep"):
-      sweep.run(str(grid.config), grid.workdir, console=console)
+      sweep.run(str(grid.config), grid.workdir, command=("train",), console=console)
     seen.append("refused")
 
   thread = when(

@@ -87,6 +87,7 @@ def assert_equal(found, wanted):
 
 def test_a_run_learns_and_its_folder_is_complete(finished):
   assert {p.name for p in finished.iterdir() if "best" not in p.name} == {
+    ".lock",
     "adapter",
     "checkpoints",
     "config.json",
@@ -103,6 +104,8 @@ def test_a_run_learns_and_its_folder_is_complete(finished):
   trained = [line for line in lines(finished) if "loss" in line]
   assert trained[-1]["loss"] < 0.8 * trained[0]["loss"]
   assert {"loss/sql", "loss/talk", "loss/special", "grad_norm", "learning_rate"} < {*trained[0]}
+  # four batches an epoch: as much of the data as the steps up to this one have seen
+  assert [line["epoch"] for line in trained] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.25, 1.5])
   assert trained[-1]["num_tokens"] == sum(line["tokens"] for line in trained)
   assert sorted(p.name for p in (finished / "checkpoints").iterdir()) == ["4", "6"]
   assert all(np.isfinite(array).all() for array in weights(finished).values())

@@ -201,12 +201,13 @@ def test_the_reference_may_be_another_adapter_or_model(reference, folder, tmp_pa
   [
     (dict(kind="labels"), '"chosen" and "rejected"'),
     (dict(objective__sync_every=2, arguments=",adapter=none"), "cannot be computed beforehand"),
-    (dict(arguments=",loss=dop"), "objective: losses has 'dop': known are dpo"),
+    (dict(arguments=",loss=dop"), "objective.losses={'dop': 1.0}: 'dop': known are dpo"),
     (dict(arguments=",loss=tpo"), '"reference"'),
     (dict(objective__reference="nowhere"), "nowhere"),
     (dict(data__length=20), "prompt and answers together"),
     (dict(data__truncate="keep_start"), "answers are kept whole"),
     (dict(config="grouped", kind="scored", objective__advantage="mean"), "known are group"),
+    (dict(data__kind="text"), "objective.name='preference' reads rows of pairs or triples"),
   ],
 )
 def test_mistakes_are_named_and_leave_nothing(options, message, folder, tmp_path, capsys):

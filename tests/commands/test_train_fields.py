@@ -5,7 +5,10 @@ import re
 
 import pytest
 
+from posttrain_jax import settings
+from posttrain_jax.build import data as data_build
 from posttrain_jax.build import mesh
+from posttrain_jax.build import model as model_build
 from posttrain_jax.build import run as runs
 from posttrain_jax.evals import tasks
 from tests import tiny
@@ -134,6 +137,22 @@ def test_each_answer_of_a_mixture_has_its_own_reference(config, kind, folder, tm
   first = lines(tmp_path)[0]
   assert first["rewards/chosen"] == pytest.approx(0, abs=1e-4)
   assert first["rewards/rejected"] == pytest.approx(0, abs=1e-4)
+
+
+def test_the_draws_of_a_mixture_follow_the_seed(folder):
+  """The first epoch of two sources of which not all is taken."""
+  both = f"{folder / 'rows.jsonl'}*0.5+{folder / 'talk2.jsonl'}*0.5"
+  arguments = f"{test_train.CONFIG}:model={folder / 'model'},data={both}"
+
+  def drawn(seed):
+    fields = (f"--config.seed={seed}", "--config.data.eval_rows=0")
+    config = settings.load(arguments, fields)
+    rows = data_build.read(config, model_build.load(config)).train
+    return rows.indices(0).tolist()
+
+  first = drawn(0)
+  assert drawn(0) == first
+  assert drawn(1) != first
 
 
 def test_a_mixture_of_texts_has_both(told, folder):

@@ -121,7 +121,7 @@ def _learn(d, config, folder, whole: road.Result, scratch):
   if d["mixture"] != "none" or any("lora_dropout" in field for field in d["fields"]):
     return  # another batch, or other noise, at each step
   if d["method"].startswith("grouped:") and _is_no_measure(config):
-    if config.objective.old == "reference" and _starts_apart(d):
+    if config.objective.get("old") == "reference" and _starts_apart(d):
       return  # ratios weigh the answers from the start
     before, after = (_advantage(config, params, d) for params in (whole.start, whole.policy))
     if not after > before:
@@ -141,7 +141,7 @@ def _learn(d, config, folder, whole: road.Result, scratch):
 def _is_no_measure(config) -> bool:
   """Whether the loss's value says nothing: ratios to the policy itself are 1, and CISPO's are held fixed."""
   o = config.objective
-  return o.loss == "cispo" or (o.old == "policy" and o.loss != "reinforce")
+  return o.loss == "cispo" or (o.loss != "reinforce" and o.old == "policy")
 
 
 def _starts_apart(d) -> bool:
@@ -152,7 +152,8 @@ def _starts_apart(d) -> bool:
 
 def _advantage(config, params, d) -> float:
   """sum of A log pi over the scored answers, per token where the method's loss is."""
-  per_token = config.objective.aggregation == "sequence_mean" or config.objective.loss == "gspo"
+  o = config.objective
+  per_token = o.loss == "gspo" or (o.loss != "rloo" and o.aggregation == "sequence_mean")
   rows = [folders.ROWS["scored"](i, "") for i in range(8)]
   prompts, answers = [row["prompt"] for row in rows], [row["completions"] for row in rows]
   logps, lengths = road.likelihoods(config, params, prompts, answers)

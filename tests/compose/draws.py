@@ -23,6 +23,7 @@ SUMS = (
   *("sft", "orpo+sft", "dpo+kto", "dpo+reward"),
 )
 DIFFERENCES = ("dpo", "dpo_norm", "robust", "ipo", "hinge", "exo", "discopop")
+LIKELIHOOD = ("sft", "sft_with_prompt", "gold")  # which compare nothing
 GROUPED = ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce")
 ADAPTERS = (
   *("lora", "dora", "pissa", "olora", "loftq", "vera", "adalora", "ia3", "longlora"),
@@ -131,9 +132,10 @@ def _objective(method: str, pick, chance) -> dict[str, Any]:
       fields["objective.running_shift"] = True
     if all(each in DIFFERENCES for each in names) and chance(0.3):
       fields["objective.divergence"] = pick("forward_kl", "jensen_shannon", "alpha_divergence")
-    if chance(0.15):
+    compared = any(each not in LIKELIHOOD for each in names)
+    if chance(0.15) and compared:
       fields["objective.weighting"] = True
-    if chance(0.15):
+    if chance(0.15) and compared:
       fields["objective.ld_alpha"] = 0.5
     if names[0] in ("dpo", "robust", "cpo") and chance(0.3):
       fields["objective.label_smoothing"] = 0.1
@@ -144,7 +146,7 @@ def _objective(method: str, pick, chance) -> dict[str, Any]:
   if name == "grouped":
     if chance(0.4):
       fields["objective.kl_weight"] = 0.1
-    if chance(0.4):
+    if chance(0.4) and which != "reinforce":  # which has no ratio
       fields["objective.old"] = "reference"
     referenced = "objective.kl_weight" in fields or "objective.old" in fields
   if not referenced:

@@ -16,7 +16,7 @@ import pytest
 from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
 
-from posttrain_jax.core import checkpoint, sharding
+from posttrain_jax.core import sharding, tree
 from posttrain_jax.core.checkpoint import Checkpoints
 
 
@@ -136,15 +136,15 @@ def test_reading_changes_nothing_in_the_folder_of_a_run_under_way(tmp_path):
 @pytest.mark.parametrize("dtype", ["bool", "int8", "uint8", "float16", "bfloat16", "float32"])
 def test_the_sum_sees_any_bit_and_any_swap(dtype):
   x = np.array([[1, 0, 1], [0, 0, 1]], jnp.dtype(dtype))
-  sums = {int(checkpoint._sum(x))}
+  sums = {int(tree.checksum(x))}
   for i in range(x.nbytes):
     y = np.frombuffer(x.tobytes(), np.uint8).copy()
     y[i] ^= 1
-    sums.add(int(checkpoint._sum(y.view(x.dtype).reshape(x.shape))))
+    sums.add(int(tree.checksum(y.view(x.dtype).reshape(x.shape))))
   assert len(sums) == 1 + x.nbytes
-  assert int(checkpoint._sum(x[::-1])) not in sums
+  assert int(tree.checksum(x[::-1])) not in sums
   sharded = jax.device_put(x, NamedSharding(sharding.mesh(data=-1, fsdp=2), PartitionSpec("fsdp")))
-  assert int(checkpoint._sum(sharded)) == int(checkpoint._sum(x))
+  assert int(tree.checksum(sharded)) == int(tree.checksum(x))
 
 
 def test_arguments_that_cannot_be_meant(tmp_path):

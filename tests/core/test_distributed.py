@@ -12,6 +12,8 @@ from posttrain_jax.core import distributed, sharding
 
 NAMES = (distributed.COORDINATOR, distributed.PROCESSES, distributed.PROCESS_ID)
 
+WAITS = {"heartbeat_timeout_seconds": 40, "shutdown_timeout_seconds": 3600}
+
 
 @pytest.fixture
 def environment(monkeypatch):
@@ -33,14 +35,14 @@ def test_the_environment_names_the_processes(environment):
   for name, value in zip(NAMES, ("h:1", "3", "2")):
     monkeypatch.setenv(name, value)
   distributed.initialize()
-  assert calls == [(("h:1",), {"num_processes": 3, "process_id": 2})]
+  assert calls == [(("h:1",), {"num_processes": 3, "process_id": 2, **WAITS})]
 
 
 def test_auto_leaves_it_to_jax(environment):
   monkeypatch, calls = environment
   monkeypatch.setenv(distributed.DISTRIBUTED, "auto")
   distributed.initialize()
-  assert calls == [((), {})]
+  assert calls == [((), WAITS)]
 
 
 @pytest.mark.parametrize(

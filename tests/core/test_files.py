@@ -180,3 +180,26 @@ def test_safetensors_are_made_one_at_a_time(tmp_path):
 
   files.write_safetensors(tmp_path / "a", {str(i): ((4,), "float32", make) for i in range(5)})
   assert len(safetensors_numpy.load_file(tmp_path / "a")) == 5
+
+
+def test_what_a_killed_write_left_is_removed_and_what_is_being_written_stays(tmp_path):
+  dead = tmp_path / ".model.partial-dead"
+  (dead / "new").mkdir(parents=True)
+  files.remove_abandoned(tmp_path, "model")
+  assert dead.exists()  # a moment old: its writer may be about to lock it
+  with files.publish(tmp_path / "model") as folder:
+    files.remove_abandoned(tmp_path, age=0)
+    assert folder.exists()
+    assert not dead.exists()
+  files.write_text(tmp_path / "a.txt", "whole")
+  assert {p.name for p in tmp_path.iterdir()} == {"model", "a.txt"}
+
+
+def test_a_kill_between_the_renames_loses_nothing(tmp_path):
+  """The old folder was out of the way, the new one not in its place yet."""
+  for name in ("new", "old"):
+    (tmp_path / ".model.partial-dead" / name).mkdir(parents=True)
+    (tmp_path / ".model.partial-dead" / name / "which").write_text(name)
+  files.remove_abandoned(tmp_path, age=0)
+  assert (tmp_path / "model" / "which").read_text() == "new"
+  assert [p.name for p in tmp_path.iterdir()] == ["model"]

@@ -56,6 +56,7 @@ def content(folder):
 
 
 FILES = [
+  ".checksums.json",
   "README.md",
   "config.json",
   "generation_config.json",
@@ -227,3 +228,16 @@ def test_hub_failures_say_which(monkeypatch, failure, kind, message):
   with pytest.raises(kind, match=message) as error:
     fetch.resolve("org/model")
   assert "'org/model'" in str(error.value)
+
+
+def test_a_damaged_folder_is_made_again_and_said(tiny, tmp_path, caplog):
+  folder = fetch.fetch("tiny")
+  good = (folder / "model.safetensors").read_bytes()
+  for damage in (good[:-1] + bytes([good[-1] ^ 1]), good[:-10]):
+    (folder / "model.safetensors").write_bytes(damage)
+    fetch._damaged.cache_clear()  # as another process has it
+    caplog.clear()
+    assert fetch.fetch("tiny") == folder
+    assert "is not what was written (model.safetensors): it is made again" in caplog.text
+    assert (folder / "model.safetensors").read_bytes() == good
+    assert content(folder.parent) == [".tiny.lock", "tiny"]

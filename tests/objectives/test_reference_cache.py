@@ -3,6 +3,8 @@
 import jax
 import numpy as np
 import pytest
+import safetensors
+from safetensors import numpy as safetensors_numpy
 
 from posttrain_jax.objectives import (
   reference_cache,
@@ -26,3 +28,65 @@ def test_a_cached_reference_is_the_base(name, tmp_path):
   other = jax.tree.map(lambda x: x * 1.01, context.base)
   reference_cache.scored(examples, **{**how, "params": other})
   assert "computing" in said[2]
+
+
+def flipped(path):
+  data = bytearray(path.read_bytes())
+  data[-9] ^= 1
+  path.write_bytes(bytes(data))
+
+
+def overwritten(value):
+  def damage(path):
+    with safetensors.safe_open(path, "np") as file:
+      flat, written = file.get_tensor("logps").copy(), file.metadata()
+    flat[np.argmax(np.abs(flat))] = value
+    safetensors_numpy.save_file({"logps": flat}, path, written)
+
+  return damage
+
+
+DAMAGES = {
+  "a bit": flipped,
+  "a zero": overwritten(0.0),
+  "a NaN": overwritten(np.nan),
+  "cut": lambda path: path.write_bytes(path.read_bytes()[:-100]),
+  "garbage": lambda path: path.write_bytes(b"garbage"),
+  "empty": lambda path: path.write_bytes(b""),
+}
+
+
+def test_a_damaged_file_is_made_again_and_said(tmp_path):
+  objective, _, context, examples = setup("dpo")
+  said = []
+  how = dict(scorer=objective, params=context.base, cache=tmp_path, say=said.append)
+  good = reference_cache.scored(examples, **how)
+  (path,) = tmp_path.iterdir()
+  for name, damage in DAMAGES.items():
+    damage(path)
+    said.clear()
+    again = reference_cache.scored(examples, **how)
+    assert "made again" in said[0], name
+    assert str(path) in said[0], name
+    np.testing.assert_array_equal(again[1].ref_logps, good[1].ref_logps)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_reference_that_is_not_finite_is_refused(tmp_path):
+  objective, _, context, examples = setup("dpo")
+  broken = jax.tree.map(lambda x: x * np.nan, context.base)
+  how = dict(scorer=objective, params=broken, cache=tmp_path, say=lambda _: None)
+  with pytest.raises(ValueError, match=r"log-probabilities of .* are not finite"):
+    reference_cache.scored(examples, **how)
+  assert not list(tmp_path.iterdir())
+
+
+def test_two_layers_that_change_places_are_another_model(tmp_path):
+  """What one sum of each matrix would not see."""
+  objective, _, context, examples = setup("dpo")
+  said = []
+  how = dict(scorer=objective, cache=tmp_path, say=said.append)
+  reference_cache.scored(examples, params=context.base, **how)
+  layers = jax.tree.map(lambda x: x[::-1], context.base["layers"])
+  reference_cache.scored(examples, params={**context.base, "layers": layers}, **how)
+  assert "computing" in said[1]

@@ -1,6 +1,8 @@
 """The run folder: whose it is, and metrics that are never written twice."""
 
 import json
+import subprocess
+import sys
 
 import ml_collections
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from posttrain_jax.runs import folder as workdir
+from posttrain_jax.runs import record
 from posttrain_jax.runs.metrics_log import Journal
 from posttrain_jax.settings import ConfigError
 
@@ -16,7 +19,8 @@ OTHER = ml_collections.ConfigDict({"steps": 3, "layers": (1, 3), "optimizer": {"
 
 
 def claim(folder, config=CONFIG):
-  workdir.claim(workdir.check(folder, config), config)
+  with workdir.claimed(workdir.check(folder, config), config):
+    pass
 
 
 @pytest.mark.parametrize("name", ["new", "new/deeper"])
@@ -38,6 +42,7 @@ def test_checking_writes_nothing(tmp_path):
 
 def test_another_config_is_refused_with_the_differences(tmp_path):
   claim(tmp_path)
+  (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
   with pytest.raises(ConfigError) as error:
     claim(tmp_path, OTHER)
   assert "layers: [1, 2] -> [1, 3]\n  optimizer.lr: 0.1 -> 0.2" in str(error.value)
@@ -52,6 +57,71 @@ def test_somebody_elses_folder_is_refused(tmp_path):
     workdir.check(tmp_path, CONFIG)
   with pytest.raises(ConfigError, match="is a file"):
     workdir.check(tmp_path / "thesis.tex", CONFIG)
+
+
+def test_a_folder_without_a_step_is_the_next_configs(tmp_path):
+  """A run that failed before it had taken one: the corrected command has the folder."""
+  claim(tmp_path)
+  (tmp_path / "metrics.jsonl").touch()
+  (tmp_path / "evaluation-before.json").write_text("{}")
+  (tmp_path / "checkpoints").mkdir()
+  claim(tmp_path, OTHER)
+  assert json.loads((tmp_path / "config.json").read_text())["config"]["optimizer"]["lr"] == 0.2
+  assert not (tmp_path / "evaluation-before.json").exists()
+  (tmp_path / "checkpoints" / "5").mkdir()
+  with pytest.raises(ConfigError, match="another config"):
+    claim(tmp_path)
+
+
+def test_a_folder_of_something_else_is_named(tmp_path):
+  (tmp_path / "config.json").write_text('{"model_type": "llama", "architectures": []}')
+  with pytest.raises(
+    ValueError, match=r"is a model's folder .* is of a llama.* not a run's folder"
+  ):
+    workdir.check(tmp_path, CONFIG)
+  with pytest.raises(ValueError, match="is a model's folder"):
+    record.read(tmp_path)
+  (tmp_path / "config.json").write_text('{"hello": 1}')
+  with pytest.raises(ValueError, match=r"something else .*hello"):
+    workdir.check(tmp_path, CONFIG)
+
+
+def test_a_home_is_a_home(tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  assert workdir.check("~/runs/x", CONFIG) == tmp_path / "runs" / "x"
+
+
+HOLD = """
+import pathlib, sys, time
+from posttrain_jax.runs import lock
+with lock.held(pathlib.Path(sys.argv[1])):
+  print("held", flush=True)
+  time.sleep(60)
+"""
+
+
+def test_a_folder_is_one_runs_until_its_process_is_gone(tmp_path):
+  claim(tmp_path)
+  command = [sys.executable, "-c", HOLD, str(tmp_path / ".lock")]
+  with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+    try:
+      assert other.stdout.readline() == "held\n"
+      before = (tmp_path / "config.json").read_bytes()
+      for enter in (workdir.check, lambda *given: workdir.claimed(*given).__enter__()):
+        with pytest.raises(ConfigError, match=f"in use: process {other.pid} on .* or name another"):
+          enter(tmp_path, CONFIG)
+      assert (tmp_path / "config.json").read_bytes() == before
+    finally:
+      other.kill()
+  claim(tmp_path)  # at once, with nothing to remove
+
+
+def test_what_a_killed_start_left_half_written_is_removed(tmp_path):
+  claim(tmp_path)
+  (tmp_path / ".metrics.jsonl.partial-123").touch()
+  (tmp_path / ".model.partial-abc" / "new").mkdir(parents=True)
+  claim(tmp_path)
+  assert {p.name for p in tmp_path.iterdir()} == {".lock", "config.json"}
 
 
 def written(folder):

@@ -88,3 +88,55 @@ def test_a_program_that_stops_when_asked_exits_with_75():
     child.kill()
   assert (out, child.returncode) == ("saved\n", 75), err
   assert PREEMPTED == 75
+
+
+STUCK = """
+import sys, time
+from posttrain_jax.train import signals
+signals.PATIENCE = 0.5
+with signals.exiting():
+  if sys.argv[1] == "loop":
+    with signals.Stop() as stop:
+      print("ready", flush=True)
+      while not stop.requested:
+        time.sleep(0.05)
+      time.sleep(1.5)  # a long save
+      print("saved", flush=True)
+      sys.exit(0)
+  print("ready", flush=True)
+  end = time.monotonic() + 30
+  while time.monotonic() < end:
+    try:
+      time.sleep(30)
+    except BaseException:
+      pass  # as what is raised inside a garbage collection
+"""
+
+
+@pytest.mark.parametrize(
+  ("how", "number", "code"),
+  [
+    ("dropped", signal.SIGTERM, 75),
+    ("dropped", signal.SIGHUP, 75),
+    ("dropped", signal.SIGINT, 130),
+    ("loop", signal.SIGTERM, 0),
+  ],
+)
+def test_a_start_that_cannot_stop_is_ended_and_a_loop_is_not(how, number, code):
+  """Half a second later here; a loop that saves takes the time that it needs."""
+  child = subprocess.Popen(
+    [sys.executable, "-c", STUCK, how],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+    env={**os.environ, "JAX_PLATFORMS": "cpu"},
+  )
+  try:
+    assert child.stdout.readline() == "ready\n"
+    child.send_signal(number)
+    out, err = child.communicate(timeout=20)
+  finally:
+    child.kill()
+  assert child.returncode == code, err
+  assert number.name in err
+  assert out == ("saved\n" if how == "loop" else "")

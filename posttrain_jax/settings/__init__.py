@@ -6,17 +6,24 @@ import ast
 import contextlib
 import difflib
 import importlib.util
+import os
 import re
 import sys
+import traceback
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ml_collections
 
+from posttrain_jax.settings import fields
+from posttrain_jax.settings.domains import Text
+from posttrain_jax.settings.errors import ConfigError
 
-class ConfigError(ValueError):
-  """The user's mistake in a config file, its arguments or an override."""
+__all__ = ["ConfigError", "fields", "load", "section"]
+UNREADABLE = (ValueError, SyntaxError, TypeError, MemoryError, RecursionError)  # of a literal
+# fields that decide which others a section has -> the argument of the config file that makes the section so
+STRUCTURE = {"optimizer.name": "optimizer", "adapter.method": "adapter"}
 
 
 @contextlib.contextmanager
@@ -40,17 +47,42 @@ def load(config: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDic
     ConfigError: no such file, an unknown argument, an unknown key (the message lists the valid ones), a wrong type.
   """
   path, _, arguments = config.partition(":")
-  try:
-    resolved = module(path).get_config(arguments or None)
-  except ValueError as error:
-    raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from error
+  asked = dict(map(_override, overrides))
+  resolved = _resolved(path, arguments, asked)
   opened = {field for field, value in flat(plain(resolved)).items() if value == {}}
-  for text in overrides:
-    name, equals, value = text.removeprefix("--").removeprefix("config.").partition("=")
-    if not equals:
-      raise ConfigError(f"{text!r}: write --config.{name}=value")
-    _set(resolved, name, value, opened)
+  for name, text in asked.items():
+    _set(resolved, name, text, opened)
   return resolved.lock()
+
+
+def given(overrides: Sequence[str]) -> list[str]:
+  """The fields that overrides name."""
+  return [_override(text)[0] for text in overrides]
+
+
+def _override(text: str) -> tuple[str, str]:
+  """(field, value) of `--config.field=value`."""
+  name, equals, value = text.removeprefix("--").removeprefix("config.").partition("=")
+  if not equals:
+    raise ConfigError(f"{text!r}: write --config.{name}=value")
+  return name, value
+
+
+def _resolved(path: str, arguments: str, asked: Mapping[str, str]) -> ml_collections.ConfigDict:
+  """What the file's `get_config` makes of its arguments, a method that overrides name among them."""
+  named = [f"{STRUCTURE[name]}={text}" for name, text in asked.items() if name in STRUCTURE]
+  with _opened(path) as loaded:
+    try:
+      resolved = loaded.get_config(",".join(filter(None, [arguments, *named])) or None)
+    except ValueError as error:
+      if not named or not str(error).startswith("unknown config argument"):
+        raise
+      resolved = loaded.get_config(arguments or None)  # it has no such argument
+  if not isinstance(resolved, ml_collections.ConfigDict):
+    raise ConfigError(
+      f"{path}: get_config returned a {type(resolved).__name__}, expected an ml_collections.ConfigDict"
+    )
+  return resolved
 
 
 def _set(config: ml_collections.ConfigDict, name: str, text: str, opened: set[str]) -> None:
@@ -68,9 +100,13 @@ def _set(config: ml_collections.ConfigDict, name: str, text: str, opened: set[st
       f"like --config.{name}.{next(iter(old))}=value"
     )
   try:
-    value = _literal(text) if old is None or free else _typed(text, old)
-  except (ValueError, SyntaxError):
-    raise ConfigError(f"--config.{name}={text}: expected {_expected(old)}, like {old!r}") from None
+    value = _unset(name, text) if old is None or free else _typed(text, old)
+  except UNREADABLE:
+    raise ConfigError(
+      f"--config.{name}={text[:200]}: expected {_expected(old)}, like {_shown(old)}"
+    ) from None
+  if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
+    raise ConfigError(f"--config.{name}={text}: the keys of a dict are texts, in quotes")
   with node.unlocked(), node.ignore_type():
     # patterns over module names (rank_pattern) have dots in them
     as_section = lambda keys: ml_collections.ConfigDict(keys, allow_dotted_keys=True)
@@ -95,6 +131,14 @@ def _typed(text: str, old: Any) -> Any:
   return tuple(value) if isinstance(value, tuple | list) else text
 
 
+def _unset(name: str, text: str) -> Any:
+  """The value of a field that holds nothing yet, from which a type could be told."""
+  if text.lower() == "none":
+    return None
+  field = fields.FIELDS.get(fields.known_as(name))
+  return text if field is not None and isinstance(field.domain, Text) else _literal(text)
+
+
 def _word(text):
   if text.lower() not in ("true", "false", "1", "0"):
     raise ValueError
@@ -105,7 +149,7 @@ def _literal(text: str) -> Any:
   """A Python literal, or the text itself."""
   try:
     return ast.literal_eval(text)
-  except (ValueError, SyntaxError):
+  except UNREADABLE:
     return text
 
 
@@ -114,11 +158,17 @@ def _expected(old: Any) -> str:
   return names.get(type(old), "a dict" if isinstance(old, ml_collections.ConfigDict) else "a value")
 
 
+def _shown(old: Any) -> str:
+  return repr(plain(old) if isinstance(old, ml_collections.ConfigDict) else old)
+
+
 def _unknown(name: str, config: ml_collections.ConfigDict) -> str:
-  fields = flat(plain(config))
+  if fields.known_as(name) in fields.FIELDS and (why := fields.unread(plain(config), name)):
+    return f"--config.{why}"
+  there = flat(plain(config))
   parent = name.rpartition(".")[0]
-  siblings = [f for f in fields if f.rpartition(".")[0] == parent] or list(fields)
-  near = difflib.get_close_matches(name, fields, n=1)
+  siblings = [f for f in there if f.rpartition(".")[0] == parent] or list(there)
+  near = difflib.get_close_matches(name, there, n=1)
   hint = f"; did you mean {near[0]!r}?" if near else "."
   return f"unknown config key {name!r}{hint} Keys there: {', '.join(siblings)}"
 
@@ -130,26 +180,85 @@ def points(config: str) -> list[tuple[str, dict[str, Any]]]:
     ConfigError: the file has no `sweep`.
   """
   path = config.partition(":")[0]
-  sweep = vars(module(path)).get("sweep")
-  if sweep is None:
-    raise ConfigError(
-      f"{path} has no sweep(): write one that yields (arguments, {{field: value}}) pairs"
-    )
-  return list(sweep())
+  with _opened(path) as loaded:
+    sweep = vars(loaded).get("sweep")
+    if sweep is None:
+      raise ConfigError(
+        f"{path} has no sweep(): write one that yields (arguments, {{field: value}}) pairs"
+      )
+    return list(sweep())
 
 
 def module(path: str) -> Any:
-  """The config file as a module; its folder joins the import path, for what config files share."""
-  file = Path(path)
+  """The config file as a module."""
+  with _opened(path) as loaded:
+    return loaded
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Generator[Any]:
+  """The config file as a module, whose mistakes inside are ConfigErrors that name their line."""
+  file = Path(path).expanduser()
+  with _beside(file.parent.absolute()):
+    try:
+      yield _executed(path, file)
+    except ConfigError:
+      raise
+    except (Exception, SystemExit) as error:
+      raise ConfigError(_in_file(error, file)) from error
+
+
+@contextlib.contextmanager
+def _beside(folder: Path) -> Generator[None]:
+  """Modules of the folder can be imported, and are those of no other folder, before or after.
+
+  Two folders of configs each have a `common`.
+  """
+  names = {p.stem for p in folder.glob("*.py")} | {
+    p.parent.name for p in folder.glob("*/__init__.py")
+  }
+  names -= {*sys.stdlib_module_names}
+  before = {name: sys.modules[name] for name in sys.modules if name.partition(".")[0] in names}
+  others = {name for name in before if not _lies_in(before.get(name.partition(".")[0]), folder)}
+  for name in others:
+    del sys.modules[name]
+  sys.path.insert(0, str(folder))
+  importlib.invalidate_caches()
+  try:
+    yield
+  finally:
+    sys.path.remove(str(folder))
+    for name in [name for name in sys.modules if name.partition(".")[0] in names]:
+      del sys.modules[name]
+    sys.modules.update(before)
+
+
+def _lies_in(loaded: Any, folder: Path) -> bool:
+  """Whether a module was imported from that folder."""
+  spec = None if loaded is None else loaded.__spec__
+  return spec is not None and str(spec.origin).startswith(f"{folder}{os.sep}")
+
+
+def _in_file(error: BaseException, file: Path) -> str:
+  """What went wrong in a config file or what it imports from its folder, with the place."""
+  if isinstance(error, ValueError) and str(error):
+    return str(error)
+  if isinstance(error, SyntaxError) and error.filename:
+    return f"{error.filename}:{error.lineno}: {error.msg}"
+  folder = file.parent.absolute()
+  frames = traceback.extract_tb(error.__traceback__)
+  at = [frame for frame in frames if Path(frame.filename).parent.absolute() == folder]
+  place = f"{file}:{at[-1].lineno}" if at else str(file)
+  return f"{place}: {type(error).__name__}: {error}"
+
+
+def _executed(path: str, file: Path) -> Any:
   if not file.is_file():
     near = difflib.get_close_matches(
       file.name, [p.name for p in file.parent.glob("*.py")], n=1, cutoff=0.3
     )
     hint = f"; there is {file.parent / near[0]}" if near else ""
     raise ConfigError(f"config file {path} does not exist{hint}")
-  folder = str(file.parent.absolute())
-  if folder not in sys.path:
-    sys.path.insert(0, folder)
   spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
   if spec is None or spec.loader is None:
     raise ConfigError(f"config file {path} is not a Python file; its name must end in .py")

@@ -1,6 +1,9 @@
 """A config file, its arguments and overrides: typed, known by name, refused with what to write instead."""
 
+import contextlib
 import re
+import sys
+import types
 
 import pytest
 
@@ -129,3 +132,72 @@ def test_differences_name_the_fields():
     "e: 0 -> '(absent)'",
     "f: '(absent)' -> 0",
   ]
+
+
+def folder_of(parent, name, rate):
+  folder = parent / name
+  folder.mkdir()
+  (folder / "run.py").write_text(
+    "import ml_collections\nimport common\n\ndef get_config(arg=None):\n  from late import STEPS\n"
+    "  return ml_collections.ConfigDict({'lr': common.LR, 'steps': STEPS})\n\n"
+    "def sweep():\n  yield '', {'lr': common.LR}\n"
+  )
+  (folder / "common.py").write_text(f"LR = {rate}\n")
+  (folder / "late.py").write_text(f"STEPS = {int(rate * 10)}\n")
+  return str(folder / "run.py")
+
+
+def test_each_folder_has_its_own_helpers(tmp_path):
+  """Two configs in one process, each with a `common`; what the program itself has under such a name stays."""
+  first, second = (folder_of(tmp_path, name, rate) for name, rate in (("a", 0.1), ("b", 0.2)))
+  path, mine = [*sys.path], types.ModuleType("common")
+  sys.modules["common"] = mine
+  try:
+    for file, rate in ((first, 0.1), (second, 0.2), (first, 0.1)):
+      assert settings.plain(settings.load(file)) == {"lr": rate, "steps": int(rate * 10)}
+      assert settings.points(file) == [("", {"lr": rate})]
+    assert sys.modules["common"] is mine
+  finally:
+    del sys.modules["common"]
+  assert "late" not in sys.modules
+  assert sys.path == path
+
+
+@pytest.mark.parametrize(
+  ("text", "message"),
+  [
+    ("def get_config(arg=None):\n  c = 1\n  return c.x\n", r"run\.py:3: AttributeError: 'int'"),
+    ("import not_there\n", r"run\.py:1: ModuleNotFoundError: No module named 'not_there'"),
+    ("def get_config(arg=None:\n", r"run\.py:1: "),
+    ("raise SystemExit(3)\n", r"run\.py:1: SystemExit: 3"),
+    (
+      "import ml_collections\ndef get_config(arg=None):\n  c = ml_collections.ConfigDict({'n': 1})\n"
+      "  c.n = 2.5\n  return c\n",
+      r"run\.py:4: TypeError",
+    ),
+    ("def get_config(arg=None):\n  return {}\n", "returned a dict, expected an ml_collections"),
+    ("def get_config(arg=None):\n  pass\n", "returned a NoneType"),
+  ],
+)
+def test_a_mistake_in_the_file_is_told_with_its_line(text, message, tmp_path):
+  (tmp_path / "run.py").write_text(text)
+  with pytest.raises(ConfigError, match=message):
+    settings.load(str(tmp_path / "run.py"))
+
+
+@pytest.mark.parametrize(
+  "text",
+  [
+    *(
+      "columns={[]:1}",
+      "columns={1:2}",
+      "steps=" + "9" * 5000,
+      "steps=" + "(" * 3000,
+      "layers=" + "[" * 3000,
+    ),
+    *("=1", ".=1", "optimizer.=1", "a..b=1", "steps=", "optimizer.lr=1_", "flag=", "columns={'a':"),
+  ],
+)
+def test_no_override_ends_in_anything_but_a_sentence(text, file):
+  with contextlib.suppress(ConfigError):
+    settings.load(file, [f"--config.{text}"])

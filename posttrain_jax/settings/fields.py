@@ -1,0 +1,516 @@
+"""Every field that a run's config may hold: its meaning with its unit, what it may be, and which methods read it.
+
+A default is what the config file says.  `check` holds a config to this table before anything is read or written; what
+sections ask of each other is in `build.checks`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from posttrain_jax.settings.domains import (
+  LARGEST_WHOLE,
+  Choice,
+  Domain,
+  Either,
+  Expression,
+  Flag,
+  Number,
+  Several,
+  Table,
+  Text,
+)
+from posttrain_jax.settings.errors import ConfigError
+
+Config = Mapping[str, Any]
+MOST_ROWS = 2**20  # of a batch; more would be a slip of the hand that ends in memory
+MOST_TOKENS = 2**24  # in a row
+HIGHEST_RANK = 2**14
+
+_whole = lambda low, high=LARGEST_WHOLE, also=(): Number(low, high, whole=True, also=also)
+_POSITIVE, _NOT_NEGATIVE = Number(0, above=True), Number(0)
+_DECAY = Number(0, 1, below=True)  # of a moving average
+_SHARE = Number(0, 1)
+_STORAGES = Choice(("dense", "nf4", "fp4", "int8"))
+_NAMES = Several(Text("a name"))
+_COLUMNS = Table(Text("a name"), Several(Text("a column's name")))
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+  """`meaning` begins where the name ends: "peak", "tokens in a row; no example may be longer"."""
+
+  meaning: str
+  domain: Domain
+  # (another field, whether its value has this one read, how that is said): read then alone
+  when: tuple[str, Callable[[Any], bool], str] | None = None
+
+
+LOSSES_OF_PAIRS = (
+  *("dpo", "dpo_norm", "robust", "ipo", "hinge", "exo", "discopop", "nca", "bco", "apo_zero"),
+  *("apo_down", "sppo", "cpo", "simpo", "orpo", "tpo", "tpo_norm", "aot", "aot_unpaired"),
+  *("sft", "sft_with_prompt", "gold", "kto", "reward"),
+)
+_FOLLOWS = ("objective.sync_every", lambda every: every > 0, "above 0")
+_REPLAYS = ("data.replay", bool, "a source")
+_HAS_TASK = ("eval.task", bool, "a task")
+_ELSEWHERE = ("objective.reference", lambda name: name != "base", "an adapter or another model")
+
+FIELDS: Mapping[str, Field] = {
+  "seed": Field("of data order, initialisation and dropout", _whole(0)),
+  "steps": Field("optimizer updates", _whole(1)),
+  "log_every": Field("steps from one line of metrics.jsonl to the next", _whole(1)),
+  "max_skipped": Field(
+    "updates in a row with a gradient that is not finite before the run gives up", _whole(1)
+  ),
+  # --- model
+  "model.name": Field("a built-in model, a Hugging Face folder or a hub name", Text("a name")),
+  "model.base": Field("how frozen matrices are stored", _STORAGES),
+  "model.dtype": Field(
+    "of the computation; auto: bfloat16 on accelerators, float32 on CPU",
+    Choice(("auto", "float32", "bfloat16", "float16")),
+  ),
+  "model.template": Field(
+    "chat template: the tokenizer's own, chatml, llama3, llama2, mistral, vicuna, gemma, or a .jinja file",
+    Text("a name"),
+  ),
+  "model.remat": Field(
+    "what the backward pass recomputes", Choice(("auto", "none", "names", "dots", "full"))
+  ),
+  # --- batch, mesh, evaluation, checkpoints
+  "batch.rows": Field("in an optimizer batch, over all devices", _whole(1, MOST_ROWS)),
+  "batch.accumulate": Field("micro-batches in it", _whole(1, MOST_ROWS)),
+  "mesh.data": Field("devices along data; -1: all that are left", _whole(1, also=(-1,))),
+  "mesh.fsdp": Field("devices along fsdp; -1: all that are left", _whole(1, also=(-1,))),
+  "mesh.tensor": Field("devices along tensor; -1: all that are left", _whole(1, also=(-1,))),
+  "eval.every": Field("steps; 0 for none but the last", _whole(0)),
+  "eval.rows": Field("rows a batch", _whole(1, MOST_ROWS)),
+  "eval.task": Field("a built-in task to answer before and after training", Choice(("", "sql"))),
+  "eval.task_limit": Field("questions; 0 for all", _whole(0), _HAS_TASK),
+  "eval.before": Field("answer it before training too", Flag(), _HAS_TASK),
+  "checkpoint.every": Field("steps; 0 for the last alone, which is always kept", _whole(0)),
+  "checkpoint.keep": Field("newest ones", _whole(1)),
+  # --- data
+  "data.train": Field(
+    "a built-in task, a .jsonl .json .parquet path, a hub name, or a mixture FIRST*0.7+SECOND*0.3",
+    Text("a source of rows", empty=True),  # what reads no rows needs none
+  ),
+  "data.eval": Field(
+    "the same; '': the task's own evaluation split, or eval_rows rows of train",
+    Text("a source of rows", empty=True),
+  ),
+  "data.eval_rows": Field("rows held out; 0 for none", _whole(0)),
+  "data.columns": Field("this schema's name -> the file's column, or columns", _COLUMNS),
+  "data.chat": Field(
+    "prompt and completion strings become a user's and an assistant's turn", Flag()
+  ),
+  "data.system": Field(
+    "system message put before them",
+    Text(empty=True, optional=True),
+    ("data.chat", bool, "true"),
+  ),
+  "data.length": Field("tokens in a row; no example may be longer", _whole(2, MOST_TOKENS)),
+  "data.truncate": Field(
+    "what becomes of longer ones: texts keep_start or split, answers prompt",
+    Choice(("error", "drop", "keep_start", "split", "prompt")),
+  ),
+  "data.train_on": Field(
+    "what is trained of a conversation: assistant (each of its messages), last (the last)",
+    Choice(("assistant", "last")),
+  ),
+  "data.on_error": Field(
+    "a row that cannot be used: raise, or skip (counted)", Choice(("raise", "skip"))
+  ),
+  "data.packing": Field("several examples in a row", Flag()),
+  "data.share_prompt": Field(
+    "a prompt's answers share its tokens, which are computed once", Flag()
+  ),
+  "data.kind": Field(
+    "what a row is",
+    Choice(("text", "pairs", "triples", "labels", "outcomes", "steps", "scored")),
+  ),
+  "data.limit": Field("rows used; 0 for all", _whole(0)),
+  "data.replay": Field(
+    "general data mixed in against forgetting: as train", Text("a source of rows", empty=True)
+  ),
+  "data.replay_columns": Field("as columns", _COLUMNS, _REPLAYS),
+  "data.replay_fraction": Field(
+    "share of the batch", Number(0, 1, above=True, below=True), _REPLAYS
+  ),
+  "data.replay_by": Field("what it is a share of", Choice(("tokens", "examples")), _REPLAYS),
+  # --- optimizer
+  "optimizer.name": Field(
+    "of the method; it decides which fields there are",
+    Choice(("adamw", "adafactor", "lion", "sgd", "adamw8bit", "adam_mini", "galore", "galore8bit")),
+  ),
+  "optimizer.lr": Field("peak", _NOT_NEGATIVE),
+  "optimizer.warmup": Field("share of steps", _SHARE),
+  "optimizer.schedule": Field("what follows", Choice(("constant", "linear", "cosine"))),
+  "optimizer.weight_decay": Field("on matrices", _NOT_NEGATIVE),
+  "optimizer.clip": Field("largest global gradient norm; 0 for none", _NOT_NEGATIVE),
+  "optimizer.b1": Field("decay of the first moment, or of the momentum", _DECAY),
+  "optimizer.b2": Field("decay of the second moment", _DECAY),
+  "optimizer.eps": Field(
+    "beside the root of the second moment; None: the optimizer's own",
+    Number(0, above=True, also=(None,)),
+  ),
+  "optimizer.offload": Field(
+    "what lives in host memory; params: and the state", Choice(("none", "state", "params"))
+  ),
+  "optimizer.embeddings_in_float32": Field("their moments, in the 8-bit optimizers", Flag()),
+  "optimizer.rank": Field("of GaLore's subspace", _whole(1, HIGHEST_RANK)),
+  "optimizer.update_gap": Field("updates from one subspace to the next", _whole(1)),
+  "optimizer.scale": Field("of the projected update", _POSITIVE),
+  "optimizer.projection": Field(
+    "which side is projected", Choice(("std", "reverse_std", "right", "left", "full"))
+  ),
+  "optimizer.target": Field("paths of the matrices that are projected", Expression()),
+  "optimizer.loraplus_lr_ratio": Field(
+    "rate of the factors b over that of a; 0 for one rate", Number(1, also=(0, 0.0))
+  ),
+  "optimizer.loraplus_lr_embedding": Field(
+    "then that of adapters on embeddings",
+    _NOT_NEGATIVE,
+    ("optimizer.loraplus_lr_ratio", bool, "1 or more"),
+  ),
+  # --- objective
+  "objective.name": Field(
+    "of the kind of rows", Choice(("sft", "preference", "reward", "kto", "grouped"))
+  ),
+  "objective.losses": Field(
+    "loss -> its weight in the sum; they decide which fields there are",
+    Table(Choice(LOSSES_OF_PAIRS), _NOT_NEGATIVE),
+  ),
+  "objective.beta": Field("weight of the KL to the reference", _POSITIVE),
+  "objective.label_smoothing": Field(
+    "share of labels held to be wrong", Number(0, 0.5, below=True)
+  ),
+  "objective.gamma_beta_ratio": Field("target margin over beta", _NOT_NEGATIVE),
+  "objective.divergence": Field(
+    "from the reference",
+    Choice(("reverse_kl", "forward_kl", "jensen_shannon", "alpha_divergence")),
+  ),
+  "objective.divergence_alpha": Field(
+    "its alpha; 1 is the reverse KL",
+    _NOT_NEGATIVE,
+    ("objective.divergence", lambda name: name == "alpha_divergence", "alpha_divergence"),
+  ),
+  "objective.ld_alpha": Field("weight of tokens past the length that both answers reach", _SHARE),
+  "objective.weighting": Field("pairs count by how likely the policy is to write them", Flag()),
+  "objective.running_shift": Field("BCO's running mean of rewards", Flag()),
+  "objective.reference": Field(
+    "the policy compared with: base, an adapter folder on it, or another model", Text("a name")
+  ),
+  "objective.reference_base": Field(
+    "how another model's matrices are stored", _STORAGES, _ELSEWHERE
+  ),
+  "objective.cache_reference": Field(
+    "its log-probabilities are computed once, before training", Flag()
+  ),
+  "objective.sync_every": Field(
+    "updates from one step of the reference towards the policy to the next; 0: it stays", _whole(0)
+  ),
+  "objective.sync_mix": Field("share of the policy in it", Number(0, 1, above=True), _FOLLOWS),
+  "objective.desirable_weight": Field("of the loss of desirable answers", _NOT_NEGATIVE),
+  "objective.undesirable_weight": Field("of the loss of undesirable answers", _NOT_NEGATIVE),
+  "objective.estimate_kl": Field(
+    "from answers to other prompts; false: APO-zero on labels", Flag()
+  ),
+  "objective.sft_weight": Field(
+    "of the better answers' likelihood, beside the loss", _NOT_NEGATIVE
+  ),
+  "objective.centering": Field("weight of the square of a pair's summed rewards", _NOT_NEGATIVE),
+  "objective.loss": Field(
+    "of a token; it decides which fields there are",
+    Choice(("reinforce", "ppo", "gspo", "rloo", "cispo")),
+  ),
+  "objective.aggregation": Field(
+    "how tokens add up", Choice(("token_mean", "sequence_mean", "constant_length", "sequence_sum"))
+  ),
+  "objective.advantage": Field(
+    "what scores are centred and divided by", Choice(("group", "batch", "none", "leave_one_out"))
+  ),
+  "objective.epsilon": Field("the ratio is held above 1 - epsilon", Number(0, 1, above=True)),
+  "objective.epsilon_high": Field("the ratio is held below 1 + epsilon_high", _POSITIVE),
+  "objective.dual_clip": Field(
+    "the loss of a bad answer is at most this times -A; None: no bound",
+    Number(1, above=True, also=(None,)),
+  ),
+  "objective.ceiling": Field("CISPO's bound on the ratio", _POSITIVE),
+  "objective.kl_weight": Field("of k3 to the reference", _NOT_NEGATIVE),
+  "objective.old": Field(
+    "who wrote the answers: the policy (every ratio is 1 at first) or the reference",
+    Choice(("policy", "reference")),
+  ),
+  # --- adapter, under PEFT's names; of several methods each has a section with its own
+  "adapter.method": Field(
+    "or several with + between; it decides which fields there are", Text("a name")
+  ),
+  "adapter.r": Field("rank", _whole(1, HIGHEST_RANK)),
+  "adapter.lora_alpha": Field("the update is scaled by lora_alpha / r", _POSITIVE),
+  "adapter.lora_dropout": Field("of the adapter's input, in training", _DECAY),
+  "adapter.target_modules": Field(
+    "all-linear, a regular expression over names such as layers.3.self_attn.q_proj, or name endings",
+    Either(Expression(), _NAMES),
+  ),
+  "adapter.exclude_modules": Field("as target_modules", Either(Expression(empty=True), _NAMES)),
+  "adapter.layers_to_transform": Field("(): every layer", Several(_whole(0))),
+  "adapter.rank_pattern": Field(
+    "name ending or expression -> rank", Table(Expression(), _whole(1, HIGHEST_RANK))
+  ),
+  "adapter.alpha_pattern": Field(
+    "name ending or expression -> lora_alpha", Table(Expression(), _POSITIVE)
+  ),
+  "adapter.depth_ranks": Field(
+    "of the first and the last layer, linear between; (): r everywhere",
+    Several(_whole(1, HIGHEST_RANK)),
+  ),
+  "adapter.use_rslora": Field("scale by lora_alpha / sqrt(r)", Flag()),
+  "adapter.init_lora_weights": Field(
+    "how a and b start: uniform, gaussian, zero_a, pissa, pissa_niter_16, olora, loftq",
+    Either(Text("a name"), Flag()),
+  ),
+  "adapter.use_dora": Field("the direction, with a trained magnitude of each output", Flag()),
+  "adapter.loftq_iter": Field("rounds of quantisation and SVD", _whole(1, 1000)),
+  "adapter.modules_to_save": Field("name endings of what trains whole beside it", _NAMES),
+  "adapter.attention_group": Field(
+    "tokens of a group of the shifted attention in training; 0: full attention",
+    _whole(0, MOST_TOKENS),
+  ),
+  "adapter.context_length": Field(
+    "tokens of a context that positions are interpolated to; 0: the model's own", _whole(0, 2**28)
+  ),
+  "adapter.d_initial": Field("start of the trained scale between the frozen projections", Number()),
+  "adapter.projection_prng_key": Field("seed of the frozen projections", _whole(0)),
+  "adapter.init_r": Field("rank at the start", _whole(1, HIGHEST_RANK)),
+  "adapter.target_r": Field("average rank at the end", _whole(1, HIGHEST_RANK)),
+  "adapter.tinit": Field("steps before pruning", _whole(0)),
+  "adapter.tfinal": Field("steps after it", _whole(0)),
+  "adapter.deltaT": Field("steps from one pruning to the next", _whole(1)),
+  "adapter.beta1": Field("of the moving average of importance", _DECAY),
+  "adapter.beta2": Field("of that of its uncertainty", _DECAY),
+  "adapter.orth_reg_weight": Field("of the factors' orthogonality in the loss", _NOT_NEGATIVE),
+  "adapter.total_step": Field("of the schedule; None: the run's steps", _whole(1, also=(None,))),
+  "adapter.feedforward_modules": Field(
+    "scaled at their input, as target_modules", Either(Expression(empty=True), _NAMES)
+  ),
+  "adapter.num_virtual_tokens": Field("of a soft prompt or prefix", _whole(1, 2**16)),
+  "adapter.prompt_tuning_init": Field("how it starts", Choice(("RANDOM", "SAMPLE_VOCAB", "TEXT"))),
+  "adapter.prompt_tuning_init_text": Field("with TEXT", Text(empty=True, optional=True)),
+}
+
+# --- what a method reads ---------------------------------------------------------------------------------------------
+
+_MOMENTS = ("b1", "b2", "eps")
+_PROJECTED = ("rank", "update_gap", "scale", "projection", "target")
+EVERY_OPTIMIZER = (
+  *("name", "lr", "warmup", "schedule", "weight_decay", "clip", "offload"),
+  *("loraplus_lr_ratio", "loraplus_lr_embedding"),
+)
+OPTIMIZERS: Mapping[str, tuple[str, ...]] = {  # beside those
+  "adamw": _MOMENTS,
+  "adafactor": (),
+  "lion": ("b1", "b2"),
+  "sgd": ("b1",),
+  "adamw8bit": (*_MOMENTS, "embeddings_in_float32"),
+  "adam_mini": _MOMENTS,
+  "galore": (*_MOMENTS, *_PROJECTED),
+  "galore8bit": (*_MOMENTS, *_PROJECTED, "embeddings_in_float32"),
+}
+_REFERENCE = ("reference", "reference_base", "cache_reference")
+_COMPARED = ("beta", *_REFERENCE, "sync_every", "sync_mix")
+_OF_PAIRS = ("ld_alpha", "weighting")
+_DIVERGENCE = ("divergence", "divergence_alpha")
+_DIFFERENCE = (*_COMPARED, *_OF_PAIRS, *_DIVERGENCE)
+PAIRED: Mapping[str, tuple[str, ...]] = {  # of objective.losses
+  "dpo": (*_DIFFERENCE, "label_smoothing"),
+  "dpo_norm": (*_DIFFERENCE, "label_smoothing"),
+  "robust": (*_DIFFERENCE, "label_smoothing"),
+  "ipo": _DIFFERENCE,
+  "hinge": _DIFFERENCE,
+  "exo": (*_DIFFERENCE, "label_smoothing"),
+  "discopop": _DIFFERENCE,
+  "nca": (*_COMPARED, *_OF_PAIRS),
+  "bco": (*_COMPARED, *_OF_PAIRS, "running_shift"),
+  "apo_zero": (*_COMPARED, *_OF_PAIRS),
+  "apo_down": (*_COMPARED, *_OF_PAIRS),
+  "sppo": (*_COMPARED, *_OF_PAIRS),
+  "aot": (*_COMPARED, *_OF_PAIRS, "label_smoothing"),
+  "aot_unpaired": (*_COMPARED, *_OF_PAIRS, "label_smoothing"),
+  "cpo": ("beta", *_OF_PAIRS, "label_smoothing"),
+  "simpo": ("beta", *_OF_PAIRS, "gamma_beta_ratio"),
+  "orpo": ("beta", *_OF_PAIRS),
+  "tpo": ("beta", *_OF_PAIRS, "gamma_beta_ratio"),
+  "tpo_norm": ("beta", *_OF_PAIRS, "gamma_beta_ratio"),
+  "sft": (),
+  "sft_with_prompt": (),
+  "gold": (),
+  "kto": _COMPARED,
+  "reward": (),
+}
+BESIDE = (
+  "sft",
+  "sft_with_prompt",
+  "gold",
+  "kto",
+  "reward",
+)  # which leave a divergence to the others
+GROUPED: Mapping[str, tuple[str, ...]] = {  # of objective.loss
+  "ppo": ("aggregation", "epsilon", "epsilon_high", "dual_clip", "old"),
+  "gspo": ("aggregation", "epsilon", "epsilon_high", "old"),
+  "rloo": ("epsilon", "epsilon_high", "old"),
+  "cispo": ("aggregation", "ceiling", "old"),
+  "reinforce": ("aggregation",),
+}
+
+
+def read_by_objective(objective: Config, kind: str) -> tuple[str, ...]:
+  """The fields of config.objective that its method reads, of rows of that kind."""
+  name = objective["name"]
+  if name == "preference":
+    losses = [loss for loss in objective.get("losses", {}) if loss in PAIRED]
+    fields = dict.fromkeys(field for loss in losses for field in PAIRED[loss])
+    if any("divergence" not in PAIRED[loss] for loss in losses if loss not in BESIDE):
+      fields = {field: None for field in fields if field not in _DIVERGENCE}
+    return ("name", "losses", *fields)
+  if name == "grouped":
+    of_loss = GROUPED.get(objective.get("loss", ""), ())
+    return ("name", "loss", "advantage", *of_loss, "kl_weight", "sft_weight", *_REFERENCE)
+  if name == "kto":
+    weights = ("desirable_weight", "undesirable_weight")
+    return ("name", *weights, "estimate_kl", "sft_weight", *_COMPARED)
+  if name == "reward":
+    return ("name", *(("centering",) if kind == "pairs" else ()), "sft_weight")
+  return ("name",)
+
+
+def read_by_optimizer(optimizer: Config) -> tuple[str, ...]:
+  """The fields of config.optimizer that its method reads."""
+  return (*EVERY_OPTIMIZER, *OPTIMIZERS.get(optimizer["name"], ()))
+
+
+def readers(field: str) -> list[str]:
+  """The methods that read a field which not all of its section do."""
+  section, _, name = field.partition(".")
+  methods = {"optimizer": OPTIMIZERS, "objective": {**PAIRED, **GROUPED}}.get(section, {})
+  found = [method for method, fields in methods.items() if name in fields]
+  return found or {"centering": ["reward models of pairs"]}.get(name, [])
+
+
+# --- checks ----------------------------------------------------------------------------------------------------------
+
+
+def check(config: Config, given: Sequence[str] = ()) -> None:
+  """Holds a config to the table: values in their domains, no field that nothing reads.
+
+  Args:
+    given: fields that were written by hand, which must be read under the config as it is.
+
+  Raises:
+    ConfigError: the first that does not hold.
+  """
+  check_values(config)
+  check_read(config)
+  for name in given:
+    _check_given(config, name)
+
+
+def check_values(config: Config) -> None:
+  """Raises ConfigError for the first value outside its field's domain; what the table does not know is left alone."""
+  for name, value in _items(config):
+    field = FIELDS.get(known_as(name))
+    if field is not None and (wrong := field.domain.wrong(value)):
+      shown = repr(value) if len(repr(value)) < 200 else f"{repr(value)[:200]}..."
+      raise ConfigError(f"{name}={shown}: {wrong}")
+
+
+def check_read(config: Config) -> None:
+  """Raises ConfigError for the first field that the config's methods do not read, or that is missing."""
+  names = [name for name, _ in _items(config)]
+  for name in names:
+    if sentence := unread(config, name):
+      raise ConfigError(sentence)
+  for section, fields in _read(config).items():
+    for field in fields:
+      if f"{section}.{field}" not in names:
+        raise ConfigError(
+          f"the config has no {section}.{field}, which {_method(config, section)} reads; let the config file make the"
+          f" section of that method, like --config=FILE:{_ARGUMENTS[section]}"
+        )
+
+
+def unread(config: Config, name: str) -> str:
+  """Why nothing reads a field, in a sentence; "" where something does."""
+  section, _, field = name.partition(".")
+  if known_as(name) not in FIELDS:
+    near = difflib.get_close_matches(name, FIELDS, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f"{name}: nothing reads such a field{hint}"
+  read = _read(config).get(section)
+  if read is None or field in read:
+    return ""
+  by = readers(name)
+  others = f" ({', '.join(by)} {'does' if len(by) == 1 else 'do'})" if by else ""
+  return f"{name}: {_method(config, section)} does not read it{others}; of config.{section} it reads {', '.join(read)}"
+
+
+def _check_given(config: Config, name: str) -> None:
+  """Raises ConfigError for a field written by hand that another field has left unread."""
+  values = dict(_items(config))
+  when = FIELDS[known_as(name)].when if known_as(name) in FIELDS else None
+  if when is not None and when[0] in values and not when[1](values[when[0]]):
+    raise ConfigError(
+      f"{name} is not read where {when[0]} is {values[when[0]]!r}: make that {when[2]}, or leave {name} out"
+    )
+  objective = config.get("objective", {})
+  compares = objective.get("kl_weight") or objective.get("old") == "reference"
+  if objective.get("name") == "grouped" and _is_of_reference(name) and not compares:
+    raise ConfigError(
+      f"{name} is not read where objective.kl_weight is 0 and objective.old is not reference: no reference is"
+    )
+
+
+def _is_of_reference(name: str) -> bool:
+  return name in [f"objective.{field}" for field in _REFERENCE]
+
+
+def known_as(name: str) -> str:
+  """The name under which the table knows a field: adapter.prompt.x of several methods is adapter.x."""
+  parts = name.split(".")
+  return f"adapter.{parts[-1]}" if parts[0] == "adapter" and len(parts) == 3 else name
+
+
+def _items(config: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
+  """(dotted name, value) of every field; what the table knows as a dict is one value."""
+  for key, value in config.items():
+    name = f"{prefix}{key}"
+    if isinstance(value, Mapping) and known_as(name) not in FIELDS:
+      yield from _items(value, f"{name}.")
+    else:
+      yield name, value
+
+
+_ARGUMENTS = {"optimizer": "optimizer=NAME", "objective": "loss=NAME (or method=, kind=)"}
+
+
+def _read(config: Config) -> dict[str, tuple[str, ...]]:
+  """{section: the fields of it that are read} of the sections whose method decides that."""
+  kind = config.get("data", {}).get("kind", "text")
+  read = {}
+  if "name" in config.get("objective", {}):
+    read["objective"] = read_by_objective(config["objective"], kind)
+  if "name" in config.get("optimizer", {}):
+    read["optimizer"] = read_by_optimizer(config["optimizer"])
+  return read
+
+
+def _method(config: Config, section: str) -> str:
+  named = config[section]
+  if section == "objective" and "losses" in named:
+    return f"the loss {'+'.join(named['losses'])!r}"
+  if section == "objective" and "loss" in named:
+    return f"the loss {named['loss']!r}"
+  return f"{section}.name={named['name']!r}"
