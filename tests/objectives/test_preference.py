@@ -141,7 +141,7 @@ def test_what_is_told_of_pairs(loss, monkeypatch):
   monkeypatch.setattr(Scorer, "hidden", bigram.hidden)
   params, ref_params = bigram.params(0, 0.5), bigram.params(1, 0.5)
   examples = pairs(9)
-  objective = Preference(tiny.config(), losses=((loss, 1.0),), beta=0.3)
+  objective = Preference(tiny.config(), losses=((loss, 1.0), ("sft", 0.2)), beta=0.3)
   given = batches.rows_of(examples, [[0, 1, 2], [3, 4], [5], [6, 7, 8], []], 96)
   run = jax.jit(objectives.evaluation(objective))
   metrics = read(run(params, Context(reference=ref_params), None, given))
@@ -171,6 +171,7 @@ def test_what_is_told_of_pairs(loss, monkeypatch):
     "logps/rejected": rejected.mean(),
     "lengths/chosen": lengths[0].mean(),
     "lengths/rejected": lengths[1].mean(),
+    "nll_loss": -logps[::2].sum() / lengths[0].sum(),
     "mean_token_accuracy": best[::2][mask[::2]].mean(),
     "entropy": -(np.exp(log_p) * log_p).sum(-1)[mask].mean(),
     "tokens": (given["segment_ids"] > 0).sum(),
