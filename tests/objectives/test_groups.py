@@ -1,15 +1,24 @@
-"""Groups of scored answers."""
+"""Groups of scored answers: what a loss of them tells, and when there is nothing to learn."""
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import pytest
 
+from posttrain_jax.core.metrics import read
+from posttrain_jax.objectives import Context, Grouped, Scorer, evaluation
+from tests import tiny
+from tests.objectives import batches, bigram
 from tests.objectives.batches import (
   batch,
   gradient,
   setup,
 )
+
+PARAMS, REFERENCE = bigram.params(0, 0.5), bigram.params(1, 0.5)
+ROWS = [[0, 1], [2, 3], [4], [5], []]
 
 
 def test_a_group_that_agrees_has_no_gradient():
@@ -23,3 +32,57 @@ def test_a_group_that_agrees_has_no_gradient():
   ]
   grads, _ = gradient(objective, trainable, context, batch(flat))
   assert all(float(jnp.abs(g).max()) == 0 for g in jax.tree.leaves(grads))
+
+
+def told(objective, examples):
+  given = batches.rows_of(examples, ROWS, 128)
+  run = jax.jit(evaluation(objective))
+  return read(run(PARAMS, Context(reference=REFERENCE), None, given)), given
+
+
+def known(examples):
+  """(values of each answer by name, log pi / pi_ref [answers, time], what is known of the answers alone)."""
+  alone = bigram.of_answers(examples)
+  values = {
+    name: np.concatenate([np.float32(e.values[name]) for e in examples]).astype(float)
+    for name in examples[0].values
+  }
+  log_ratios = np.asarray(alone.logps(PARAMS) - alone.logps(REFERENCE), np.float64)
+  return values, log_ratios, alone
+
+
+@pytest.mark.parametrize("loss", ["ppo", "gspo"])
+def test_what_is_told_of_groups(loss, monkeypatch):
+  """Means over answers, or over their tokens; an answer that has no score counts for the reward's mean alone."""
+  monkeypatch.setattr(Scorer, "hidden", bigram.hidden)
+  examples = batches.scored()
+  last = examples[-1]
+  unscored = (*last.values["score"][:-1], float("nan"))
+  flat = {"score": unscored, "deviation": (0.0,) * last.count}
+  examples[-1] = dataclasses.replace(last, values={**last.values, **flat})
+  options = dict(epsilon=0.05, epsilon_high=0.1)
+  objective = Grouped(tiny.config(), loss_name=loss, old="reference", kl_weight=0.3, **options)
+  metrics, given = told(objective, examples)
+  values, log_ratios, alone = known(examples)
+  mask, gain = alone.mask, values["advantage"][:, None]
+  whole = log_ratios.sum(1, keepdims=True) / alone.lengths[:, None]
+  ratio = np.exp(log_ratios if loss == "ppo" else np.broadcast_to(whole, mask.shape))
+  log_p = np.asarray(alone.log_softmax(PARAMS), np.float64)
+  entropy = -(np.exp(log_p) * log_p).sum(-1)
+  expected = {
+    "reward": np.nanmean(values["score"]),
+    "advantage": gain.mean(),
+    "reward_std": values["deviation"].mean(),
+    "frac_reward_zero_std": (values["deviation"] == 0).mean(),
+    "completions/mean_length": alone.lengths.mean(),
+    "clip_ratio/low_mean": ((ratio < 0.95) & (gain < 0))[mask].mean(),
+    "clip_ratio/high_mean": ((ratio > 1.1) & (gain > 0))[mask].mean(),
+    "kl": (np.exp(-log_ratios) - 1 + log_ratios)[mask].mean(),
+    "entropy": entropy[mask[:, 1:]].mean(),
+    "tokens": (given["segment_ids"] > 0).sum(),
+  }
+  assert min(expected["clip_ratio/low_mean"], expected["clip_ratio/high_mean"]) > 0
+  assert {*metrics} == {"loss", *expected}
+  assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-4)
+  without = dataclasses.replace(objective, kl_weight=0.0)
+  assert "kl" not in told(without, examples)[0]

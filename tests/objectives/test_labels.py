@@ -31,12 +31,20 @@ def test_rewards_and_the_kl(sign, monkeypatch):
   found = read(run(policy, Context(reference=other), None, given))
   label = np.array([e.values["label"][0] for e in EXAMPLES]) > 0.5
   rewards = sign * 0.2 * ratios(EXAMPLES)
+  alone = bigram.of_answers(EXAMPLES)
+  logps = np.asarray(alone.logps(policy), np.float64).sum(1)
   expected = {
+    "logps/chosen": logps[label].mean(),
+    "logps/rejected": logps[~label].mean(),
+    "lengths/chosen": alone.lengths[label].mean(),
+    "lengths/rejected": alone.lengths[~label].mean(),
+    "tokens": (given["segment_ids"] > 0).sum(),
     "rewards/chosen": rewards[label].mean(),
     "rewards/rejected": rewards[~label].mean(),
     "rewards/margins": rewards[label].mean() - rewards[~label].mean(),
     "kl": max(0.0, sign * ratios([e.companion for e in EXAMPLES]).mean()),
   }
+  assert {*found} == {"loss", *expected}
   assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-6)
   bare = {name: x for name, x in given.items() if name != "companion"}
   unestimated = dataclasses.replace(objective, estimate_kl=False)

@@ -14,10 +14,12 @@ from posttrain_jax.models import decoder
 from posttrain_jax.objectives import (
   Context,
   Preference,
+  Scorer,
 )
 from posttrain_jax.train import state as state_lib
 from posttrain_jax.train import step
 from tests import tiny
+from tests.objectives import batches, bigram
 from tests.objectives.batches import (
   alone,
   batch,
@@ -131,3 +133,55 @@ def test_a_step_keeps_what_the_objective_remembers():
 def test_mistakes_are_named(options, message):
   with pytest.raises(ValueError, match=message):
     Preference(tiny.config(), **options)
+
+
+@pytest.mark.parametrize("loss", ["dpo", "orpo"])
+def test_what_is_told_of_pairs(loss, monkeypatch):
+  """Means over pairs, and over the chosen answers' tokens; ORPO has no reference, and tells of log-odds."""
+  monkeypatch.setattr(Scorer, "hidden", bigram.hidden)
+  params, ref_params = bigram.params(0, 0.5), bigram.params(1, 0.5)
+  examples = pairs(9)
+  objective = Preference(tiny.config(), losses=((loss, 1.0), ("sft", 0.2)), beta=0.3)
+  given = batches.rows_of(examples, [[0, 1, 2], [3, 4], [5], [6, 7, 8], []], 96)
+  run = jax.jit(objectives.evaluation(objective))
+  metrics = read(run(params, Context(reference=ref_params), None, given))
+  alone = bigram.of_answers(examples)
+  logps, ref_logps = (np.asarray(alone.logps(p), np.float64) for p in (params, ref_params))
+  sides = lambda x: (x[::2], x[1::2])
+  chosen, rejected = sides(logps.sum(1))
+  lengths = sides(alone.lengths)
+  drift = sides((logps - ref_logps).sum(1))
+  rewards = (
+    [0.3 * x for x in drift]
+    if loss == "dpo"
+    else [0.3 * chosen / lengths[0], 0.3 * rejected / lengths[1]]
+  )
+  correct = rewards[0] > rewards[1]
+  log_p = np.asarray(alone.log_softmax(params), np.float64)
+  mask = alone.mask[:, 1:]
+  best = log_p.argmax(-1) == alone.tokens[:, 1:]
+  expected = {
+    "rewards/chosen": rewards[0].mean(),
+    "rewards/rejected": rewards[1].mean(),
+    "rewards/margins": (rewards[0] - rewards[1]).mean(),
+    "rewards/accuracies": correct.mean(),
+    "rewards/accuracies/chosen_longer": correct[lengths[0] > lengths[1]].mean(),
+    "rewards/accuracies/chosen_shorter": correct[lengths[0] < lengths[1]].mean(),
+    "logps/chosen": chosen.mean(),
+    "logps/rejected": rejected.mean(),
+    "lengths/chosen": lengths[0].mean(),
+    "lengths/rejected": lengths[1].mean(),
+    "nll_loss": -logps[::2].sum() / lengths[0].sum(),
+    "mean_token_accuracy": best[::2][mask[::2]].mean(),
+    "entropy": -(np.exp(log_p) * log_p).sum(-1)[mask].mean(),
+    "tokens": (given["segment_ids"] > 0).sum(),
+  }
+  if loss == "dpo":
+    expected |= {"logps/chosen_drift": drift[0].mean(), "logps/rejected_drift": drift[1].mean()}
+  else:
+    ours, theirs = chosen / lengths[0], rejected / lengths[1]
+    odds = ours - theirs - np.log1p(-np.exp(ours)) + np.log1p(-np.exp(theirs))
+    expected |= {"log_odds_chosen": odds.mean(), "log_odds_ratio": -np.log1p(np.exp(-odds)).mean()}
+  assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-4)
+  more = {"loss", "rewards/margins_histogram", "logits/chosen", "logits/rejected"}
+  assert {*metrics} - {*expected} <= more | ({"kl"} if loss == "dpo" else set())

@@ -6,9 +6,10 @@ import pytest
 import safetensors
 from safetensors import numpy as safetensors_numpy
 
-from posttrain_jax.objectives import (
-  reference_cache,
-)
+from posttrain_jax.core import sharding
+from posttrain_jax.objectives import Preference, Scorer, reference_cache
+from tests import tiny
+from tests.objectives import batches, bigram
 from tests.objectives.batches import assert_same, batch, gradient, setup, whole
 
 
@@ -90,3 +91,20 @@ def test_two_layers_that_change_places_are_another_model(tmp_path):
   layers = jax.tree.map(lambda x: x[::-1], context.base["layers"])
   reference_cache.scored(examples, params={**context.base, "layers": layers}, **how)
   assert "computing" in said[1]
+
+
+@pytest.mark.parametrize("shape", [None, dict(data=2, fsdp=4)])
+def test_every_example_of_many_batches_has_its_own(shape, tmp_path, monkeypatch):
+  """More rows than one batch holds, of two lengths, the last batch part empty; on a mesh likewise."""
+  monkeypatch.setattr(Scorer, "hidden", bigram.hidden)
+  monkeypatch.setattr(reference_cache, "TOKENS", 512)
+  params = bigram.params(0)
+  examples = [*batches.pairs(9, seed=1), *batches.groups(10, (12,), seed=2)]
+  mesh = None if shape is None else sharding.mesh(**shape)
+  scored = reference_cache.scored(
+    examples, Preference(tiny.config()), params, cache=tmp_path, mesh=mesh, say=lambda _: None
+  )
+  for example, one in zip(examples, scored):
+    expected = np.asarray(bigram.of_answers([example]).logps(params)).sum(1)
+    sums = [one.ref_logps[one.answer == i].sum() for i in range(one.count)]
+    np.testing.assert_allclose(sums, expected, rtol=1e-4)

@@ -1,5 +1,7 @@
 """Contributions add up: one batch, micro-batches and devices give the same gradient as the plain formula."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -171,3 +173,17 @@ def test_a_batch_with_nothing_to_learn_has_a_zero_gradient():
   grads, metrics = gradient(objective, trainable, context, batch)
   assert all(not np.any(leaf) for leaf in jax.tree.leaves(grads))
   assert "loss" not in metrics
+
+
+def test_shifted_attention_is_of_training_alone():
+  """LongLoRA: groups in training, all of the text where it is measured."""
+  plain, trainable, context = make("full")
+  shifted, batch, key = make("full", attention_group=4)[0], tiny.batch(), jax.random.key(0)
+
+  @functools.partial(jax.jit, static_argnames=("objective", "training"))
+  def hidden(objective, trainable, context, batch, training):
+    return objective.forward(trainable, context, batch, key, training=training).hidden
+
+  run = functools.partial(hidden, trainable=trainable, context=context, batch=batch)
+  np.testing.assert_array_equal(run(shifted, training=False), run(plain, training=False))
+  assert not np.allclose(run(shifted, training=True), run(plain, training=True))
