@@ -10,7 +10,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 DRAWS ?= 500# of make compose
 WORKERS ?= 2# test processes; a file of tests stays in one, for what its tests share
 
-.PHONY: help quickstart test test-all test-newest check format oracle bench compile-70b offload optimizers mutate compose clean
+.PHONY: help quickstart test test-all test-newest check format oracle bench compile-70b offload optimizers mutate compose fuzz clean
 help:
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 16
 
@@ -55,6 +55,9 @@ test-newest: ## the fast suite on the newest jax, where a Python >= 3.12 is foun
 	$$newest -m venv .venv-newest && .venv-newest/bin/python -m pip install $(PIP_FLAGS) -U jax -e '.[dev]' && \
 	.venv-newest/bin/python -c 'import jax, sys; print("jax", jax.__version__, "on Python", sys.version.split()[0])' && \
 	.venv-newest/bin/python -m pytest -m "not slow and not oracle" -n $(WORKERS) --dist loadfile
+
+fuzz: .venv/ready ## 2,000 spoiled inputs of every kind: read right or refused in a sentence; INPUT=rows:123 repeats one
+	$(BIN)/python -m tests.fuzz.run $(if $(INPUT),--input=$(INPUT))
 
 compose: .venv/ready ## 500 random combinations of everything: run, learn, shard, resume, export; DRAW=123 repeats one
 	$(BIN)/python -m tests.compose.run $(if $(DRAW),--draw=$(DRAW),--draws=$(DRAWS) --workers=$(WORKERS))

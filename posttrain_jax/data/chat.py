@@ -46,7 +46,13 @@ def load_tokenizer(folder: str | Path):
   ):
     listed = ", ".join(sorted(p.name for p in path.iterdir())[:12]) or "nothing"
     raise FileNotFoundError(f"{folder} holds no tokenizer.json; found {listed}")
-  tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+  try:
+    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+  except Exception as error:  # whatever transformers says of a file that is not what it should be
+    said = " ".join(str(error).split())[:300] or type(error).__name__
+    raise ValueError(
+      f"{folder}: its tokenizer cannot be read from tokenizer.json, tokenizer_config.json and config.json: {said}"
+    ) from error
   if tokenizer is None or not tokenizer.is_fast:
     raise ValueError(
       f"{folder} has only a slow tokenizer; write its tokenizer.json with transformers'"
