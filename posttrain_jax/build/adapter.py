@@ -65,12 +65,17 @@ def make(
   if adapter_config is None:
     return Trees(model.params, None, Context(reference=reference), None)
   text = adapter_config.prompt_tuning_init_text
+  ids = None if text is None else templates.opening(model.tokenizer, text)
+  if ids is not None and max(ids, default=0) >= model.config.vocab_size:
+    raise settings.ConfigError(
+      f"adapter.prompt_tuning_init_text: token {max(ids)} is beyond the model's embedding of {model.config.vocab_size}"
+    )
   params, adapter = adapters.init(
     jax.random.key(config.seed),
     model.params,
     adapter_config,
     started=None if model.started is None else model.started.nodes,
-    text_tokens=None if text is None else templates.opening(model.tokenizer, text),
+    text_tokens=ids,
     model=model.config,
   )
   trainable, carried = tree.partition(layout.laid_out(adapter, mesh))

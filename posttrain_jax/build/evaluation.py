@@ -62,6 +62,7 @@ def evaluate(
   Raises:
     ConfigError: too little was said, or the run has produced nothing yet.
   """
+  workdir = workdir and str(Path(workdir).expanduser())
   run, is_whole = _settings(config, overrides, workdir), False
   if run is not None:
     checks.check(run)
@@ -73,11 +74,14 @@ def evaluate(
     raise ConfigError("write --workdir=DIR (a run), or --model=NAME_OR_DIR and --data=SOURCE")
   manner = None if run is None else _manner(run)
   used = use.load(model, adapter, base=base, template=template, manner=manner)
-  if run is not None and base is None and used.nodes:
+  if run is not None and decisions.has_score(run) and not used.config.scores:
+    raise ConfigError(
+      f"{used.name} has no score head, which objective.name={run.objective.name} trains: write --workdir=DIR (its run)"
+      " or --adapter=DIR"
+    )
+  if run is not None and is_whole and used.nodes:
     used = _on_its_rest(run, used)
-  how = run
-  if how is None:
-    how = _described(used, str(data))
+  how = _described(used, str(data)) if run is None else run
   results: dict[str, Any] = {"model": str(used.folder), "adapter": adapter}
   results["base"] = used.storage
   results["data"] = data or how.data.eval or how.data.train
@@ -210,26 +214,17 @@ def _policy(
 ) -> tuple[Any, Context, Any]:
   """(what is evaluated, what it is compared with, what the objective carries): the last of a run's checkpoint."""
   memory = loss.start(None)
-  if memory is None and not decisions.follows(config):
-    return (
-      params,
-      Context(reference=_reference(config, used) if loss.needs_reference else None),
-      None,
-    )
-  if workdir is not None:
+  carries = memory is not None or decisions.follows(config)
+  if carries and workdir is not None:
     with Checkpoints(Path(workdir) / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
       if checkpoints.latest() is not None:
         pieces = runs.build(config, None)
         state, _, _ = checkpoints.restore(runs.abstract(pieces.first_state()))
         return state.trainable, state.context(pieces.trees.context), state.memory
-  log.info(
-    "what the objective carries from step to step begins anew: the loss differs from training's"
-  )
-  return (
-    params,
-    Context(reference=_reference(config, used) if loss.needs_reference else None),
-    memory,
-  )
+  if carries:
+    log.info("what the objective carries from step to step begins anew: the loss is not training's")
+  other = _reference(config, used) if loss.needs_reference else None
+  return params, Context(reference=other), memory
 
 
 def _as_model(used: use.Used, params: Any) -> model_lib.Model:

@@ -98,6 +98,8 @@ def accompany(folder: Path, base: Path, template: str, how: manner.Manner) -> No
     how: in what manner it was trained.
   """
   hf.copy_tokenizer(base, folder)
+  if not (base / "tokenizer_config.json").exists():  # the model's config.json says what it is
+    chat.load_tokenizer(base).save_pretrained(folder)
   write_template(folder, template)
   manner.write(folder, dataclasses.replace(how, template=None))
 
