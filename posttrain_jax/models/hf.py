@@ -78,7 +78,7 @@ def load(
   """
   folder = fetch.resolve(name_or_dir)
   reader = shards.Reader(folder)
-  config = _written(read_config(folder), reader)
+  config = _as_held(read_config(folder), reader, folder)
   place = place or (lambda _, leaf: jax.tree.map(jnp.asarray, leaf))
   specs = dict(tree.items(decoder.specs(config)))
   located = _match(specs, reader, config, folder)
@@ -90,10 +90,28 @@ def load(
   return tree.unflatten(leaves), config
 
 
-def _written(config: ModelConfig, reader: shards.Reader) -> ModelConfig:
-  """The config of a reward model whose files hold a head for logits beside that for scores."""
-  writes = bool(config.scores) and not config.tied and hf_name("lm_head/weight") in reader.where
-  return dataclasses.replace(config, writes=True) if writes else config
+def _as_held(config: ModelConfig, reader: shards.Reader, folder: Path) -> ModelConfig:
+  """The config of what the files hold, of whose heads it may say less: they win, as in transformers.
+
+  A head in the file of a model that the config calls tied is a copy of the embedding, and read once, or another matrix,
+  and then the model is not tied.  A reward model's files may hold a head for logits beside that for scores.
+  """
+  prefix = _prefix(reader.where)
+  head = _rename("lm_head.weight", prefix, reader.where)
+  if head not in reader.where:
+    return config
+  if config.tied and not _same_matrix(reader, head, prefix + "embed_tokens.weight"):
+    log.info(
+      "%s: its config.json says tied, its %s is not the embedding: the head is used", folder, head
+    )
+    config = dataclasses.replace(config, tied=False)
+  return dataclasses.replace(config, writes=True) if config.scores and not config.tied else config
+
+
+def _same_matrix(reader: shards.Reader, one: str, other: str) -> bool:
+  if other not in reader.where or reader.shape(one) != reader.shape(other):
+    return False
+  return np.array_equal(reader.get(one), reader.get(other))
 
 
 def read_config(folder: str | Path) -> ModelConfig:
@@ -296,7 +314,7 @@ def _stack(
   """The leaf that the tensors make, matrices turned to [in, out]; filled layer by layer."""
   result = np.empty(spec.shape, jnp.dtype(dtype or _widest(reader, names)))
   for i, name in enumerate(names):
-    tensor = reader.get(name)
+    tensor = files.narrowed(name, reader.get(name), str(result.dtype))
     result[i if path.startswith("layers/") else ...] = tensor.T if tree.turned(path) else tensor
   return result
 

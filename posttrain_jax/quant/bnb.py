@@ -10,6 +10,7 @@ Nothing is computed on the way: what is read stands for the values that bitsandb
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -181,12 +182,15 @@ def _read_fourbit(tensors, shape):
     )
   if state.get("nested_dtype") != "float32":
     raise ValueError(f"nested_dtype {state.get('nested_dtype')!r} is not read; known is float32")
+  offset = state.get("nested_offset")
+  if not isinstance(offset, int | float) or not math.isfinite(offset):
+    raise ValueError(f"its quant_state says nested_offset {offset!r}, expected a finite number")
   nested = tensors["nested_absmax"]
   return KINDS[kind](
     turn(packed),
     turn(_scales("absmax", _part("absmax", tensors), blocks, np.uint8)),
     _scales("nested_absmax", nested, -(-blocks // fourbit.NESTED_BLOCK), np.float32),
-    np.asarray(state["nested_offset"], np.float32),
+    np.asarray(offset, np.float32),
     block_size=block,
     dtype=jnp.dtype(dtype),
   )

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from posttrain_jax import adapters, quant
 from posttrain_jax.adapters import peft_format
@@ -179,9 +180,12 @@ def test_full_fine_tuning_gives_its_model(tmp_path, base, merge):
   out = export.export(run, tmp_path / "out", merge=merge)
   np.testing.assert_array_equal(hf.load(out)[0]["norm"]["weight"], tuned["norm"]["weight"])
   broken = tree.put(params, "norm/weight", jnp.inf * params["norm"]["weight"])
-  shutil.rmtree(run / "model")
-  hf.save(run / "model", broken, config, tokenizer_from=base)
-  with pytest.raises(ValueError, match="norm/weight holds numbers that are not finite"):
+  with pytest.raises(ValueError, match=r"model.norm.weight holds 64 infinite of 64 numbers"):
+    hf.save(run / "model", broken, config, tokenizer_from=base)
+  file = run / "model/model.safetensors"
+  tensors = load_file(file)
+  save_file(tensors | {"model.norm.weight": tensors["model.norm.weight"] * np.inf}, file)
+  with pytest.raises(ValueError, match=r"tensor 'model.norm.weight' holds 64 infinite of 64"):
     export.export(run, tmp_path / "other", merge=merge)
 
 
