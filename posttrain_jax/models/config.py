@@ -65,6 +65,8 @@ class ModelConfig:
   pad_token_id: int | None = None
   scores: int = 0  # of a reward model: numbers a token, in place of logits
   writes: bool = False  # of a reward model: it has a head for logits of its own, too
+  # the model_type of a larger model whose text model this is: its classes call the modules otherwise
+  part_of: str = ""
   source: str = "{}"  # the config.json it came from, as JSON
 
   @property
@@ -148,7 +150,7 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
   """
   family = config.get("model_type")
   if family == "gemma3" and "text_config" in config:
-    return from_hf(_text_model(config))
+    return dataclasses.replace(from_hf(_text_model(config)), part_of=family)
   if family not in FAMILIES:
     raise ValueError(f"model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}")
   said = {**DEFAULTS[family], **config}
