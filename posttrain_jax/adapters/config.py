@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from posttrain_jax.core import patterns
+from posttrain_jax.core import patterns, words
 
 ALL_LINEAR = "all-linear"
 HEADS = ("lm_head", "score")  # outside `model`
@@ -124,7 +124,7 @@ class AdapterConfig:
     if self.init_lora_weights not in INITS and not self.pissa_iterations:
       known = ", ".join(map(repr, INITS))
       raise ValueError(
-        f"init_lora_weights={self.init_lora_weights!r}: write one of {known}, or 'pissa_niter_16'"
+        f"init_lora_weights={words.shown(self.init_lora_weights)}: write one of {known}, or 'pissa_niter_16'"
       )
     self._check_expressions()
     self._check_standing()
@@ -138,10 +138,10 @@ class AdapterConfig:
       _check_number(name, vars(self)[name])
     for name in SWITCHES:
       if not isinstance(vars(self)[name], bool):
-        raise ValueError(f"{name}={vars(self)[name]!r}: write true or false")
+        raise ValueError(f"{name}={words.shown(vars(self)[name])}: write true or false")
     if not isinstance(self.depth_ranks, list | tuple) or len(self.depth_ranks) not in (0, 2):
       raise ValueError(
-        f"depth_ranks={self.depth_ranks!r}: write the ranks of the first and the last layer, such as (4, 64)"
+        f"depth_ranks={words.shown(self.depth_ranks)}: write the ranks of the first and the last layer, such as (4, 64)"
       )
     for rank in self.depth_ranks:
       _check_whole("depth_ranks", rank, 1, LARGEST)
@@ -149,18 +149,20 @@ class AdapterConfig:
     for name in ("rank_pattern", "alpha_pattern"):
       table = vars(self)[name]
       if not isinstance(table, Mapping) or not all(isinstance(key, str) for key in table):
-        raise ValueError(f"{name}={table!r} is no table of names and numbers")
+        raise ValueError(f"{name}={words.shown(table)} is no table of names and numbers")
     for pattern, rank in self.rank_pattern.items():
       hint = "; to leave modules out, name them in exclude_modules"
-      _check_whole(f"rank_pattern[{pattern!r}]", rank, 1, LARGEST, hint)
+      _check_whole(f"rank_pattern[{words.shown(pattern)}]", rank, 1, LARGEST, hint)
     for pattern, alpha in self.alpha_pattern.items():
-      _check_number(f"alpha_pattern[{pattern!r}]", alpha)
+      _check_number(f"alpha_pattern[{words.shown(pattern)}]", alpha)
     for name in NAMES:
       object.__setattr__(self, name, _names(name, vars(self)[name]))
     layers = self.layers_to_transform
     layers = (layers,) if isinstance(layers, numbers.Integral) else layers
     if layers is not None and not isinstance(layers, list | tuple | set):
-      raise ValueError(f"layers_to_transform={layers!r}: write a list of layers, such as [0, 1]")
+      raise ValueError(
+        f"layers_to_transform={words.shown(layers)}: write a list of layers, such as [0, 1]"
+      )
     for layer in layers or ():
       _check_whole("layers_to_transform", layer, 0, LARGEST)
     object.__setattr__(self, "layers_to_transform", tuple(layers or ()) or None)
@@ -168,12 +170,16 @@ class AdapterConfig:
   def _check_options(self):
     """The method exists, its name means what the options say, and every option that is set is one it reads."""
     if self.method not in tuple(OPTIONS):
-      raise ValueError(f"unknown adapter method {self.method!r}; known: {', '.join(OPTIONS)}")
+      raise ValueError(
+        f"unknown adapter method {words.shown(self.method)}; known: {', '.join(OPTIONS)}"
+      )
     for option, meant in MEANINGS.get(self.method, {}).items():
       default = AdapterConfig.__dataclass_fields__[option].default
       value = vars(self)[option]
       if value not in (default, meant) and not str(value).startswith(f"{meant}_niter_"):
-        raise ValueError(f"method={self.method!r} means {option}={meant!r}, found {value!r}")
+        raise ValueError(
+          f"method={self.method!r} means {option}={meant!r}, found {words.shown(value)}"
+        )
       if value == default:
         object.__setattr__(self, option, meant)
     for field in dataclasses.fields(self):
@@ -183,7 +189,7 @@ class AdapterConfig:
       default = field.default if factory is dataclasses.MISSING else factory()
       if vars(self)[field.name] != default:
         raise ValueError(
-          f"{field.name}={vars(self)[field.name]!r}: the method {self.method!r} has no such option; "
+          f"{field.name}={words.shown(vars(self)[field.name])}: the method {self.method!r} has no such option; "
           f"it reads {', '.join(OPTIONS[self.method][1:])}"
         )
 
@@ -217,11 +223,12 @@ class AdapterConfig:
     """Options of soft prompts, prefixes and LongLoRA."""
     if self.prompt_tuning_init not in PROMPT_INITS:
       raise ValueError(
-        f"prompt_tuning_init={self.prompt_tuning_init!r}: write one of {', '.join(PROMPT_INITS)}"
+        f"prompt_tuning_init={words.shown(self.prompt_tuning_init)}: write one of {', '.join(PROMPT_INITS)}"
       )
     if (self.prompt_tuning_init == "TEXT") != (self.prompt_tuning_init_text is not None):
       raise ValueError(
-        f"prompt_tuning_init={self.prompt_tuning_init!r}, prompt_tuning_init_text={self.prompt_tuning_init_text!r}: "
+        f"prompt_tuning_init={words.shown(self.prompt_tuning_init)}, "
+        f"prompt_tuning_init_text={words.shown(self.prompt_tuning_init_text)}: "
         "TEXT goes with a text, and a text with TEXT"
       )
     if self.attention_group == 1:
@@ -327,29 +334,21 @@ def _by_pattern(table: Mapping[str, Any], called: str, default: Any) -> Any:
 
 def _check_whole(name: str, value: Any, least: int, most: int, hint: str = "") -> None:
   if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-    raise ValueError(f"{name}={_short(value)}: write a whole number")
+    raise ValueError(f"{name}={words.shown(value)}: write a whole number")
   if not least <= value <= most:
-    raise ValueError(f"{name}={_short(value)}: write a number from {least} to {most}{hint}")
+    raise ValueError(f"{name}={words.shown(value)}: write a number from {least} to {most}{hint}")
 
 
 def _check_number(name: str, value: Any) -> None:
   if isinstance(value, bool) or not isinstance(value, int | float | np.number):
-    raise ValueError(f"{name}={_short(value)}: write a number")
+    raise ValueError(f"{name}={words.shown(value)}: write a number")
   if not -1e30 <= value <= 1e30:  # of a NaN neither
-    raise ValueError(f"{name}={_short(value)}: write a finite number, of at most 1e30")
+    raise ValueError(f"{name}={words.shown(value)}: write a finite number, of at most 1e30")
 
 
 def _names(name: str, value: Any) -> str | tuple[str, ...]:
   if isinstance(value, str) and name != "modules_to_save":
     return value
   if not isinstance(value, list | tuple | set) or not all(isinstance(x, str) for x in value):
-    raise ValueError(f"{name}={_short(value)}: write a list of names")
+    raise ValueError(f"{name}={words.shown(value)}: write a list of names")
   return tuple(sorted(value)) if isinstance(value, list | set) else value
-
-
-def _short(value: Any) -> str:
-  try:
-    text = repr(value)
-  except ValueError:  # a number of more digits than Python writes
-    text = "a number of thousands of digits"
-  return text if len(text) < 100 else text[:97] + "..."

@@ -28,7 +28,7 @@ from posttrain_jax.adapters.codecs import adalora, ia3, lora, naming, standing, 
 from posttrain_jax.adapters.codecs.codec import Codec, Folder, check_keys
 from posttrain_jax.adapters.combination import AnyConfig, parts_of, together
 from posttrain_jax.adapters.config import OPTIONS, AdapterConfig
-from posttrain_jax.core import files, shards, tree
+from posttrain_jax.core import files, shards, tree, words
 from posttrain_jax.models import decoder
 from posttrain_jax.models.config import ModelConfig
 
@@ -130,9 +130,11 @@ def load(folder: str | Path, params: Any, model_config: ModelConfig) -> tuple[An
   path = _locate(Path(folder))
   others = _read_record(path / RECORD, model_config).get("with_methods", [])
   if not isinstance(others, list):
-    raise ValueError(f"{path / RECORD}: with_methods={others!r} is no list of methods")
+    raise ValueError(f"{path / RECORD}: with_methods={words.shown(others)} is no list of methods")
   if unknown := [name for name in others if name not in tuple(OPTIONS)]:
-    raise ValueError(f"{path / RECORD}: with_methods names {unknown[0]!r}, which is no method")
+    raise ValueError(
+      f"{path / RECORD}: with_methods names {words.shown(unknown[0])}, which is no method"
+    )
   nodes, config = _read(path, params, model_config)
   configs = [config]
   for name in others:
@@ -155,7 +157,7 @@ def _read(
   kind = described.get("peft_type")
   if kind not in tuple(codecs):
     raise ValueError(
-      f"{path / CONFIG}: peft_type={kind!r} is not supported; supported: {', '.join(codecs)}"
+      f"{path / CONFIG}: peft_type={words.shown(kind)} is not supported; supported: {', '.join(codecs)}"
     )
   # those of modules_to_save are asked for when the tensors are there
   codec = codecs[kind]
@@ -222,7 +224,7 @@ def _read_record(path: Path, model_config: ModelConfig) -> dict:
   made_for = record.get("base")
   if not isinstance(made_for, dict) or made_for.get("fingerprint") != identity["fingerprint"]:
     raise ValueError(
-      f"{path}: the adapter was made for a base of {made_for}, this base is {identity}"
+      f"{path}: the adapter was made for a base of {words.shown(made_for, 200)}, this base is {identity}"
     )
   return record
 

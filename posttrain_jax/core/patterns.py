@@ -14,6 +14,8 @@ from typing import Any
 
 import regex
 
+from posttrain_jax.core import words
+
 LONGEST = 20_000  # characters of an expression
 REPEATS = 10_000  # the product of its counts, {m,n}: the engine writes such repetitions out
 SECONDS = (
@@ -54,8 +56,8 @@ class _Matcher:
       except (TimeoutError, MemoryError):
         self.left = 0.0
         raise ValueError(
-          f"the regular expression {_shown(self.compiled.pattern)} takes more than {SECONDS:g} s to match: it repeats "
-          "what is repeated already, as in (a+)+; write it without, or list names"
+          f"the regular expression {words.shown(self.compiled.pattern)} takes more than {SECONDS:g} s to match: it "
+          "repeats what is repeated already, as in (a+)+; write it without, or list names"
         ) from None
       self.left -= time.monotonic() - began
       self.results[text] = found is not None
@@ -64,7 +66,7 @@ class _Matcher:
 
 @functools.lru_cache(maxsize=1024)
 def _matcher(expression: str) -> _Matcher:
-  shown = _shown(expression)
+  shown = words.shown(expression)
   if len(expression) > LONGEST:
     raise ValueError(f"{shown} has {len(expression):,} characters; an expression has {LONGEST:,}")
   counts = [
@@ -78,7 +80,3 @@ def _matcher(expression: str) -> _Matcher:
     return _Matcher(regex.compile(expression))
   except (re.error, regex.error, RecursionError, OverflowError) as error:
     raise ValueError(f"{shown} is no regular expression: {error}") from None
-
-
-def _shown(expression: str) -> str:
-  return repr(expression if len(expression) < 100 else expression[:97] + "...")

@@ -12,12 +12,13 @@ import dataclasses
 import difflib
 import math
 import re
-import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from posttrain_jax.core import words
 
 FIELDS = (
   "merge_method",
@@ -177,7 +178,9 @@ class _Loader(yaml.SafeLoader):
     for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
       if isinstance(key, yaml.ScalarNode) and key.value in seen and key.value != "<<":
         line = key.start_mark.line + 1
-        raise RecipeError(f"line {line} says {_shown(key.value)} a second time: write one of them")
+        raise RecipeError(
+          f"line {line} says {words.shown(key.value)} a second time: write one of them"
+        )
       seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
     return super().construct_mapping(node, deep)
 
@@ -206,13 +209,13 @@ def read(data: Any) -> Recipe:
   slices = _whole(body["models"], base) if whole else _slices(body["slices"])
   for name in ("dtype", "out_dtype"):
     if data.get(name) is not None and data[name] not in DTYPES:
-      raise RecipeError(f"{name}={_shown(data[name])}: known are {', '.join(DTYPES)}")
+      raise RecipeError(f"{name}={words.shown(data[name])}: known are {', '.join(DTYPES)}")
   seed = data.get("random_seed", 0)
   if isinstance(seed, bool) or not isinstance(seed, int):
-    raise RecipeError(f"random_seed={_shown(seed)}: write a whole number")
+    raise RecipeError(f"random_seed={words.shown(seed)}: write a whole number")
   if not isinstance(data.get("chat_template", ""), str | None):
     raise RecipeError(
-      f"chat_template={_shown(data['chat_template'])}: write a template's name, or auto"
+      f"chat_template={words.shown(data['chat_template'])}: write a template's name, or auto"
     )
   return Recipe(
     method=method,
@@ -244,18 +247,18 @@ def _model(data: Any, where: str) -> ModelRef:
     name, adapter = path(data.get("model")), path(data.get("lora"))
     if not isinstance(name, str) or not isinstance(adapter, str | None):
       raise RecipeError(
-        f"{where}: expected `model` and `lora` with a `path` each, found {_shown(data)}"
+        f"{where}: expected `model` and `lora` with a `path` each, found {words.shown(data)}"
       )
     return ModelRef(name, adapter or None)
   if not isinstance(data, str) or not data:
-    raise RecipeError(f"{where}: expected a model's name or folder, found {_shown(data)}")
+    raise RecipeError(f"{where}: expected a model's name or folder, found {words.shown(data)}")
   name, plus, adapter = data.rpartition("+")
   return ModelRef(name, adapter) if plus else ModelRef(data)
 
 
 def _source(data: Any, where: str, *fields: str) -> Source:
   if not isinstance(data, Mapping):
-    raise RecipeError(f"{where}: expected a mapping with `model`, found {_shown(data)}")
+    raise RecipeError(f"{where}: expected a mapping with `model`, found {words.shown(data)}")
   _known(data, ("model", "parameters", *fields), f"{where}.")
   if "model" not in data:
     raise RecipeError(f"{where}: there is no `model`")
@@ -264,7 +267,7 @@ def _source(data: Any, where: str, *fields: str) -> Source:
     numbers = isinstance(layers, list | tuple) and len(layers) == 2
     if not numbers or not all(isinstance(x, int) for x in layers) or not 0 <= layers[0] < layers[1]:
       raise RecipeError(
-        f"{where}.layer_range={_shown(layers)}: write [first, end], of which the end is not included"
+        f"{where}.layer_range={words.shown(layers)}: write [first, end], of which the end is not included"
       )
   return Source(
     _model(data["model"], f"{where}.model"),
@@ -319,7 +322,7 @@ def _parameters(data: Any, where: str) -> dict[str, Any]:
   if data is None:
     return {}
   if not isinstance(data, Mapping):
-    raise RecipeError(f"{where}: expected a mapping, found {_shown(data)}")
+    raise RecipeError(f"{where}: expected a mapping, found {words.shown(data)}")
   return {str(name): _setting(parameter, f"{where}.{name}") for name, parameter in data.items()}
 
 
@@ -335,7 +338,7 @@ def _setting(data: Any, where: str) -> Any:
         _known(case, ("filter", "value"), f"{where}.")
       return [{**case, "value": _setting(case["value"], where)} for case in data]
   raise RecipeError(
-    f"{where}={_shown(data)}: write a number, a list of them (a gradient over layers), or a list of filter and value"
+    f"{where}={words.shown(data)}: write a number, a list of them (a gradient over layers), or one of filter and value"
   )
 
 
@@ -359,7 +362,7 @@ def _vocabulary(data: Mapping[str, Any], leading: ModelRef) -> Vocabulary | None
     }
     if type(multiple) is not int or multiple < 1:
       raise RecipeError(
-        f"tokenizer.pad_to_multiple_of={_shown(multiple)}: write a whole number, 1 or more"
+        f"tokenizer.pad_to_multiple_of={words.shown(multiple)}: write a whole number, 1 or more"
       )
   if source == "union":
     return Vocabulary(None, tokens, multiple)
@@ -370,7 +373,7 @@ def _vocabulary(data: Mapping[str, Any], leading: ModelRef) -> Vocabulary | None
 def _token(data: Any, where: str) -> TokenRow:
   """mergekit's source of a token's row: a model, a token of a model, or zeros."""
   if not isinstance(data, Mapping) or "source" not in data:
-    raise RecipeError(f"{where}: expected a mapping with `source`, found {_shown(data)}")
+    raise RecipeError(f"{where}: expected a mapping with `source`, found {words.shown(data)}")
   _known(data, ("source", "force"), f"{where}.")
   source, force = data["source"], bool(data.get("force", False))
   if not isinstance(source, Mapping) or "kind" not in source:
@@ -392,13 +395,6 @@ def _number(x: Any) -> Any:
   if isinstance(x, str) and NUMBER.fullmatch(x):
     return int(x) if x.lstrip("+-").isdigit() else float(x)
   return x
-
-
-def _shown(data: Any) -> str:
-  """What was found, cut short: aliases may nest it so that all of it would fill the memory."""
-  shown = reprlib.Repr()
-  shown.maxlevel, shown.maxlist, shown.maxdict, shown.maxstring = 3, 4, 4, 80
-  return shown.repr(data)
 
 
 def _is_number(x: Any) -> bool:

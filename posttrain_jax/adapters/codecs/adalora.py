@@ -12,7 +12,7 @@ from posttrain_jax.adapters import adalora
 from posttrain_jax.adapters.codecs import codec, lora, modules, naming, saved
 from posttrain_jax.adapters.codecs.codec import Codec, Folder, Keys, Written
 from posttrain_jax.adapters.config import AdapterConfig
-from posttrain_jax.core import weight
+from posttrain_jax.core import weight, words
 from posttrain_jax.models.config import ModelConfig
 
 NAMES = {"a": ("lora_A", "lora_A"), "b": ("lora_B", "lora_B"), "e": ("lora_E", "lora_E")}
@@ -112,19 +112,25 @@ def _masks(folder: Folder, parts: modules.Parts, rank: int) -> dict[str, np.ndar
   if said is None:
     return every
   if not isinstance(said, Mapping):
-    raise ValueError(f"{folder.config_file}: rank_pattern={said!r} is no table of modules")
+    raise ValueError(
+      f"{folder.config_file}: rank_pattern={words.shown(said)} is no table of modules"
+    )
   for key, flags in said.items():
     name = re.sub(r"\.lora_E(\.[^.]+)?$", "", naming.bare(key))
     if not isinstance(flags, list):
-      raise ValueError(f"{folder.config_file}: rank_pattern[{key!r}] is no list of true and false")
+      raise ValueError(
+        f"{folder.config_file}: rank_pattern[{words.shown(key)}] is no list of true and false"
+      )
     if key in folder.others or naming.class_name(key).partition(".lora_E")[0] in folder.others:
       continue
     flags = np.asarray(flags)
     if name not in parts:
-      raise ValueError(f"{folder.config_file}: rank_pattern names {key!r}, which has no tensors")
+      raise ValueError(
+        f"{folder.config_file}: rank_pattern names {words.shown(key)}, which has no tensors"
+      )
     if flags.dtype != bool or flags.shape != (rank,):
       raise ValueError(
-        f"{folder.config_file}: rank_pattern[{key!r}] must hold true or false for each of init_r={rank} ranks"
+        f"{folder.config_file}: rank_pattern[{words.shown(key)}] must hold true or false for each of {rank} ranks"
       )
     every[name] = flags
   return every

@@ -11,6 +11,7 @@ import numpy as np
 
 from posttrain_jax.adapters.codecs.naming import Naming
 from posttrain_jax.adapters.config import AdapterConfig
+from posttrain_jax.core import words
 from posttrain_jax.models.config import ModelConfig
 
 # Keys of any type that change nothing in what a finished adapter computes.
@@ -120,7 +121,7 @@ def check_keys(described: Mapping[str, Any], keys: Keys, path: Path) -> None:
 
 
 def check_key(key: str, value: Any, keys: Keys, path: Path) -> None:
-  shown = _short(value)
+  shown = words.shown(value)
   if key in keys.fields:
     if not isinstance(value, keys.fields[key]) or (
       isinstance(value, bool) and bool not in keys.fields[key]
@@ -137,11 +138,6 @@ def check_key(key: str, value: Any, keys: Keys, path: Path) -> None:
     return
   elif value not in OTHERS.get(key, ()):
     raise ValueError(
-      f"{path}: unknown key {key}={shown}; what it does is not supported. Where it changes nothing of what the adapter "
-      "computes, take it out of the file"
+      f"{path}: unknown key {words.shown(key)[1:-1]}={shown}; what it does is not supported. Where it changes nothing of"
+      " what the adapter computes, take it out of the file"
     )
-
-
-def _short(value: Any) -> str:
-  text = repr(value)
-  return text if len(text) < 200 else text[:197] + "..."

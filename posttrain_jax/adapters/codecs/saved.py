@@ -21,7 +21,7 @@ from posttrain_jax.adapters.codecs import modules, naming
 from posttrain_jax.adapters.codecs.codec import Folder
 from posttrain_jax.adapters.config import AdapterConfig, full_name
 from posttrain_jax.adapters.replaced import Replaced
-from posttrain_jax.core import tree, weight
+from posttrain_jax.core import tree, weight, words
 from posttrain_jax.models import decoder
 from posttrain_jax.models.config import ModelConfig
 
@@ -125,7 +125,9 @@ def _named(folder: Folder, paths: Sequence[str]) -> tuple[str, ...]:
   """The folder's modules_to_save; of a classifier's heads the one that there is."""
   endings = folder.described.get("modules_to_save") or ()
   if not isinstance(endings, list | tuple) or not all(isinstance(e, str) for e in endings):
-    raise ValueError(f"{folder.config_file}: modules_to_save={endings!r} is no list of names")
+    raise ValueError(
+      f"{folder.config_file}: modules_to_save={words.shown(endings)} is no list of names"
+    )
   is_classifier = folder.described.get("task_type") == "SEQ_CLS"
   lacks = lambda name: name in HEADS[:1] and f"{name}/weight" not in paths
   return tuple(e for e in dict.fromkeys(endings) if not (is_classifier and lacks(e)))
