@@ -159,9 +159,6 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
     )
   said = {**DEFAULTS[family], **config}
   _check(said)
-  heads, shared = config.get("num_attention_heads"), config.get("num_key_value_heads")
-  if heads and shared and heads % shared:
-    raise ValueError(f"num_attention_heads={heads} is no multiple of num_key_value_heads={shared}")
   fixed = FAMILIES[family]
   if said.get("use_bidirectional_attention"):
     raise ValueError("use_bidirectional_attention is not supported: this decoder is causal")

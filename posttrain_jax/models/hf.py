@@ -138,9 +138,14 @@ def read_config(folder: str | Path) -> ModelConfig:
   described = files.read_json(path)
   try:
     bnb.check_config(described)
-    return from_hf(described)
+    config = from_hf(described)
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from error
+  if config.num_heads % config.num_kv_heads:
+    raise ValueError(
+      f"{path}: num_attention_heads={config.num_heads} is no multiple of num_key_value_heads={config.num_kv_heads}"
+    )
+  return config
 
 
 def save(

@@ -391,6 +391,13 @@ def test_a_broken_config_is_named(folder, text, says):
     hf.load(folder)
 
 
+def test_heads_that_do_not_divide_are_named(folder):
+  path = folder / "config.json"
+  path.write_text(json.dumps(json.loads(path.read_text()) | {"num_key_value_heads": 3}))
+  with pytest.raises(ValueError, match="heads=4 is no multiple of num_key_value_heads=3"):
+    hf.load(folder)
+
+
 def test_a_folder_with_pickled_weights_only(folder):
   (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
   with pytest.raises(FileNotFoundError, match=r"holds neither model\.safetensors.*pickled"):

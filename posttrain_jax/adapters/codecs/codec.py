@@ -138,6 +138,6 @@ def check_key(key: str, value: Any, keys: Keys, path: Path) -> None:
     return
   elif value not in OTHERS.get(key, ()):
     raise ValueError(
-      f"{path}: unknown key {words.shown(key)[1:-1]}={shown}; what it does is not supported. Where it changes nothing of"
-      " what the adapter computes, take it out of the file"
+      f"{path}: unknown key {words.shown(key)[1:-1]}={shown}; what it does is not supported. Where it changes nothing"
+      " of what the adapter computes, take it out of the file"
     )
