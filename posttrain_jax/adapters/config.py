@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import numbers
 import re
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
+from posttrain_jax.core import patterns, words
+
 ALL_LINEAR = "all-linear"
+HEADS = ("lm_head", "score")  # outside `model`
 WHERE = ("method", "target_modules", "exclude_modules", "layers_to_transform")
 RANKED = (*WHERE, "r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora")
 WHOLE = "modules_to_save"  # every method has it
@@ -50,6 +55,19 @@ INITS = (True, "gaussian", "zero_a", "pissa", "olora", "loftq")
 
 # normal(0, 1); the embeddings of tokens drawn from the vocabulary; those of prompt_tuning_init_text, over and over
 PROMPT_INITS = ("RANDOM", "SAMPLE_VOCAB", "TEXT")
+
+LARGEST = 2**20  # of ranks, tokens and layers: memory is taken for them before any tensor is seen
+# fields that are whole numbers -> the least and the most
+WHOLE_NUMBERS: dict[str, tuple[int, int]] = {
+  **dict.fromkeys(("r", "init_r", "target_r", "num_virtual_tokens", "loftq_iter"), (1, LARGEST)),
+  **dict.fromkeys(("attention_group", "context_length"), (0, 2**31 - 1)),
+  **dict.fromkeys(("tinit", "tfinal", "total_step"), (0, 2**31 - 1)),
+  "deltaT": (1, 2**31 - 1),
+  "projection_prng_key": (-(2**31), 2**32 - 1),
+}
+NUMBERS = ("lora_alpha", "lora_dropout", "d_initial", "beta1", "beta2", "orth_reg_weight")
+SWITCHES = ("use_rslora", "use_dora")
+NAMES = ("target_modules", "exclude_modules", "feedforward_modules", "modules_to_save")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,50 +117,69 @@ class AdapterConfig:
   prompt_tuning_init_text: str | None = None
 
   def __post_init__(self):
+    self._check_kinds()
     self._check_options()
-    if self.r < 1:
-      raise ValueError(f"r={self.r}: the rank must be at least 1")
     if not 0.0 <= self.lora_dropout < 1.0:
       raise ValueError(f"lora_dropout={self.lora_dropout} must be in [0, 1)")
     if self.init_lora_weights not in INITS and not self.pissa_iterations:
       known = ", ".join(map(repr, INITS))
       raise ValueError(
-        f"init_lora_weights={self.init_lora_weights!r}: write one of {known}, or 'pissa_niter_16'"
+        f"init_lora_weights={words.shown(self.init_lora_weights)}: write one of {known}, or 'pissa_niter_16'"
       )
-    object.__setattr__(self, "depth_ranks", tuple(self.depth_ranks))
-    if self.depth_ranks and (len(self.depth_ranks) != 2 or min(self.depth_ranks) < 1):
-      raise ValueError(
-        f"depth_ranks={self.depth_ranks}: write the ranks of the first and the last layer, such as (4, 64)"
-      )
-    for pattern, rank in self.rank_pattern.items():
-      if rank < 1:
-        raise ValueError(
-          f"rank_pattern[{pattern!r}]={rank}: the rank must be at least 1; "
-          "to leave modules out, name them in exclude_modules"
-        )
-    for alpha in (self.lora_alpha, *self.alpha_pattern.values()):
-      if not math.isfinite(alpha):
-        raise ValueError(
-          f"lora_alpha and the values of alpha_pattern must be finite, found {alpha}"
-        )
-    for name in ("target_modules", "exclude_modules", "feedforward_modules", "modules_to_save"):
-      if isinstance(vars(self)[name], list | set):
-        object.__setattr__(self, name, tuple(sorted(vars(self)[name])))
-    layers = self.layers_to_transform
-    layers = (layers,) if isinstance(layers, int) else tuple(layers or ()) or None
-    object.__setattr__(self, "layers_to_transform", layers)
     self._check_expressions()
     self._check_standing()
 
+  def _check_kinds(self):
+    """Every field is of its kind and size, and lists become tuples: what follows compares and counts."""
+    for name, (least, most) in WHOLE_NUMBERS.items():
+      if not (name == "total_step" and self.total_step is None):
+        _check_whole(name, vars(self)[name], least, most)
+    for name in NUMBERS:
+      _check_number(name, vars(self)[name])
+    for name in SWITCHES:
+      if not isinstance(vars(self)[name], bool):
+        raise ValueError(f"{name}={words.shown(vars(self)[name])}: write true or false")
+    if not isinstance(self.depth_ranks, list | tuple) or len(self.depth_ranks) not in (0, 2):
+      raise ValueError(
+        f"depth_ranks={words.shown(self.depth_ranks)}: write the ranks of the first and the last layer, such as (4, 64)"
+      )
+    for rank in self.depth_ranks:
+      _check_whole("depth_ranks", rank, 1, LARGEST)
+    object.__setattr__(self, "depth_ranks", tuple(self.depth_ranks))
+    for name in ("rank_pattern", "alpha_pattern"):
+      table = vars(self)[name]
+      if not isinstance(table, Mapping) or not all(isinstance(key, str) for key in table):
+        raise ValueError(f"{name}={words.shown(table)} is no table of names and numbers")
+    for pattern, rank in self.rank_pattern.items():
+      hint = "; to leave modules out, name them in exclude_modules"
+      _check_whole(f"rank_pattern[{words.shown(pattern)}]", rank, 1, LARGEST, hint)
+    for pattern, alpha in self.alpha_pattern.items():
+      _check_number(f"alpha_pattern[{words.shown(pattern)}]", alpha)
+    for name in NAMES:
+      object.__setattr__(self, name, _names(name, vars(self)[name]))
+    layers = self.layers_to_transform
+    layers = (layers,) if isinstance(layers, numbers.Integral) else layers
+    if layers is not None and not isinstance(layers, list | tuple | set):
+      raise ValueError(
+        f"layers_to_transform={words.shown(layers)}: write a list of layers, such as [0, 1]"
+      )
+    for layer in layers or ():
+      _check_whole("layers_to_transform", layer, 0, LARGEST)
+    object.__setattr__(self, "layers_to_transform", tuple(layers or ()) or None)
+
   def _check_options(self):
     """The method exists, its name means what the options say, and every option that is set is one it reads."""
-    if self.method not in OPTIONS:
-      raise ValueError(f"unknown adapter method {self.method!r}; known: {', '.join(OPTIONS)}")
+    if self.method not in tuple(OPTIONS):
+      raise ValueError(
+        f"unknown adapter method {words.shown(self.method)}; known: {', '.join(OPTIONS)}"
+      )
     for option, meant in MEANINGS.get(self.method, {}).items():
       default = AdapterConfig.__dataclass_fields__[option].default
       value = vars(self)[option]
       if value not in (default, meant) and not str(value).startswith(f"{meant}_niter_"):
-        raise ValueError(f"method={self.method!r} means {option}={meant!r}, found {value!r}")
+        raise ValueError(
+          f"method={self.method!r} means {option}={meant!r}, found {words.shown(value)}"
+        )
       if value == default:
         object.__setattr__(self, option, meant)
     for field in dataclasses.fields(self):
@@ -152,7 +189,7 @@ class AdapterConfig:
       default = field.default if factory is dataclasses.MISSING else factory()
       if vars(self)[field.name] != default:
         raise ValueError(
-          f"{field.name}={vars(self)[field.name]!r}: the method {self.method!r} has no such option; "
+          f"{field.name}={words.shown(vars(self)[field.name])}: the method {self.method!r} has no such option; "
           f"it reads {', '.join(OPTIONS[self.method][1:])}"
         )
 
@@ -184,36 +221,34 @@ class AdapterConfig:
 
   def _check_standing(self):
     """Options of soft prompts, prefixes and LongLoRA."""
-    if self.num_virtual_tokens < 1:
-      raise ValueError(f"num_virtual_tokens={self.num_virtual_tokens} must be at least 1")
     if self.prompt_tuning_init not in PROMPT_INITS:
       raise ValueError(
-        f"prompt_tuning_init={self.prompt_tuning_init!r}: write one of {', '.join(PROMPT_INITS)}"
+        f"prompt_tuning_init={words.shown(self.prompt_tuning_init)}: write one of {', '.join(PROMPT_INITS)}"
       )
     if (self.prompt_tuning_init == "TEXT") != (self.prompt_tuning_init_text is not None):
       raise ValueError(
-        f"prompt_tuning_init={self.prompt_tuning_init!r}, prompt_tuning_init_text={self.prompt_tuning_init_text!r}: "
+        f"prompt_tuning_init={words.shown(self.prompt_tuning_init)}, "
+        f"prompt_tuning_init_text={words.shown(self.prompt_tuning_init_text)}: "
         "TEXT goes with a text, and a text with TEXT"
       )
-    if self.attention_group < 0 or self.attention_group == 1:
+    if self.attention_group == 1:
       raise ValueError(
         f"attention_group={self.attention_group}: write at least 2 tokens, or 0 for full attention"
       )
-    if self.context_length < 0:
-      raise ValueError(f"context_length={self.context_length} must not be negative")
 
   def _check_expressions(self):
     expressions = [
       ("target_modules", self.target_modules),
       ("exclude_modules", self.exclude_modules),
+      ("feedforward_modules", self.feedforward_modules),
       *[("rank_pattern", pattern) for pattern in self.rank_pattern],
       *[("alpha_pattern", pattern) for pattern in self.alpha_pattern],
     ]
     for option, expression in expressions:
       try:
-        re.compile(expression if isinstance(expression, str) else "")
-      except re.error as error:
-        raise ValueError(f"{option}: {expression!r} is no regular expression: {error}") from None
+        patterns.check(expression if isinstance(expression, str) else "")
+      except ValueError as error:
+        raise ValueError(f"{option}: {error}") from None
 
   def for_layers(self, layers: int) -> AdapterConfig:
     """This config for a model of so many layers: depth_ranks as a rank_pattern."""
@@ -222,21 +257,27 @@ class AdapterConfig:
     by_depth = depth_ranks(*self.depth_ranks, layers)
     return self.replace(rank_pattern={**self.rank_pattern, **by_depth}, depth_ranks=())
 
-  def rank(self, module: str) -> int:
+  # `called`: what the model's class calls the module, where that is not `full_name(module)`
+
+  def rank(self, module: str, called: str | None = None) -> int:
     if self.depth_ranks:
       raise ValueError("depth_ranks are of a model of known depth: ask config.for_layers(layers)")
-    return int(_by_pattern(self.rank_pattern, module, self.r))
+    return int(_by_pattern(self.rank_pattern, called or full_name(module), self.r))
+
+  def alpha(self, module: str, called: str | None = None) -> float:
+    return _by_pattern(self.alpha_pattern, called or full_name(module), self.lora_alpha)
 
   def scale(self, module: str) -> float:
     """lora_alpha / rank (rsLoRA: / sqrt(rank)) of one module."""
-    rank, alpha = self.rank(module), _by_pattern(self.alpha_pattern, module, self.lora_alpha)
+    rank, alpha = self.rank(module), self.alpha(module)
     return alpha / rank**0.5 if self.use_rslora else alpha / rank
 
-  def targets(self, module: str) -> bool:
+  def targets(self, module: str, called: str | None = None) -> bool:
     """True where this expanded module name is to be adapted; as in PEFT a full name counts whatever the layers."""
-    if _matches(self.exclude_modules, module):
+    names = (full_name(module), module) if called is None else (called,)
+    if _matches(self.exclude_modules, names):
       return False
-    if isinstance(self.target_modules, tuple) and full_name(module) in self.target_modules:
+    if isinstance(self.target_modules, tuple) and names[0] in self.target_modules:
       return True
     layer = re.match(r"layers\.(\d+)\.", module)
     if self.layers_to_transform is not None and (
@@ -245,7 +286,7 @@ class AdapterConfig:
       return False
     if self.target_modules == ALL_LINEAR:
       return layer is not None
-    return _matches(self.target_modules, module)
+    return _matches(self.target_modules, names)
 
   def replace(self, **changes: Any) -> AdapterConfig:
     return dataclasses.replace(self, **changes)
@@ -267,20 +308,47 @@ def full_name(module: str) -> str:
   >>> full_name("layers.3.mlp.up_proj"), full_name("lm_head")
   ('model.layers.3.mlp.up_proj', 'lm_head')
   """
-  return module if module in ("lm_head", "score") else f"model.{module}"
+  return module if module in HEADS else f"model.{module}"
 
 
-def _matches(wanted: str | tuple[str, ...], module: str) -> bool:
-  """A string is a regular expression over the whole name, with or without `model.`; a tuple holds name endings."""
-  names = (full_name(module), module)
+def picks(wanted: str | tuple[str, ...], called: str) -> bool:
+  """PEFT's rule: a string is a regular expression over the whole name, a tuple holds name endings."""
+  return _matches(wanted, (called,))
+
+
+def fits(pattern: str, called: str) -> bool:
+  """PEFT's rule for the keys of its patterns: what the name is, or ends with after a dot."""
+  return patterns.fullmatch(rf"(.*\.)?({pattern})", called)
+
+
+def _matches(wanted: str | tuple[str, ...], names: tuple[str, ...]) -> bool:
+  """As `picks`; an expression may match any of the names, which are of one module."""
   if isinstance(wanted, str):
-    return bool(wanted) and any(re.fullmatch(wanted, name) for name in names)
+    return bool(wanted) and any(patterns.fullmatch(wanted, name) for name in names)
   return any(f".{names[0]}".endswith(f".{ending}") for ending in wanted)
 
 
-def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-  """The value of the first pattern that the name is, or ends with after a dot (PEFT's rule)."""
-  for pattern, value in patterns.items():
-    if re.match(rf"(.*\.)?({pattern})$", full_name(module)):
-      return value
-  return default
+def _by_pattern(table: Mapping[str, Any], called: str, default: Any) -> Any:
+  return next((value for pattern, value in table.items() if fits(pattern, called)), default)
+
+
+def _check_whole(name: str, value: Any, least: int, most: int, hint: str = "") -> None:
+  if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+    raise ValueError(f"{name}={words.shown(value)}: write a whole number")
+  if not least <= value <= most:
+    raise ValueError(f"{name}={words.shown(value)}: write a number from {least} to {most}{hint}")
+
+
+def _check_number(name: str, value: Any) -> None:
+  if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+    raise ValueError(f"{name}={words.shown(value)}: write a number")
+  if not -1e30 <= value <= 1e30:  # of a NaN neither
+    raise ValueError(f"{name}={words.shown(value)}: write a finite number, of at most 1e30")
+
+
+def _names(name: str, value: Any) -> str | tuple[str, ...]:
+  if isinstance(value, str) and name != "modules_to_save":
+    return value
+  if not isinstance(value, list | tuple | set) or not all(isinstance(x, str) for x in value):
+    raise ValueError(f"{name}={words.shown(value)}: write a list of names")
+  return tuple(sorted(value)) if isinstance(value, list | set) else value

@@ -98,11 +98,14 @@ def check_start(
       f"write exclude_modules={name!r}, or init_lora_weights=True"
     )
   if how == "loftq" and store is None:
-    stored = isinstance(base, weight.Weight)
-    wanted = "unquantised matrices" if stored else "a quantised base"
+    if isinstance(base, weight.Weight):
+      cure = "the base given is quantised already: give the original"
+    elif not name.startswith("layers."):
+      cure = f"{name!r} is stored as it is: write exclude_modules={name!r}"
+    else:
+      cure = "this base is stored as it is: write base=nf4, fp4 or int8, or adapter=pissa"
     raise ValueError(
-      f"init_lora_weights='loftq' starts from what quantising {name!r} loses, and needs {wanted}: give the dense "
-      "base and `store`, or in a run base=nf4, fp4 or int8"
+      f"init_lora_weights='loftq' starts from what quantising a matrix loses, and {cure}"
     )
 
 

@@ -118,6 +118,18 @@ class LoRA(Change):
       start=None,
     )
 
+  def from_the_original(self) -> LoRA:
+    """What `on_the_original` was called on: the first half of each module's ranks, and as its start the second.
+
+    Of LoftQ's start it does not say what was taken out of the base.
+    """
+    halves = [(a, b, a.shape[1] // 2) for a, b in self.split()]
+    scales = np.atleast_1d(np.asarray(self.scale)).tolist()
+    joined = lambda pairs: join(pairs, scales, stacked=self.a.ndim == 3, dropout=self.dropout)
+    trained = joined([(a[:, :rank], b[:rank]) for a, b, rank in halves])
+    start = joined([(a[:, rank:], -b[rank:]) for a, b, rank in halves])
+    return dataclasses.replace(trained, start=Start(start.a, start.b))
+
 
 def init(key: Array, base: Any, modules: Sequence[str], config: AdapterConfig) -> tuple[Any, LoRA]:
   """(base, a LoRA that changes nothing yet) for the module or the stacked modules of one weight.

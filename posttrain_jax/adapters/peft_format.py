@@ -24,11 +24,11 @@ import numpy as np
 import safetensors
 
 from posttrain_jax.adapters.bind import paths
-from posttrain_jax.adapters.codecs import adalora, ia3, lora, standing, vera
-from posttrain_jax.adapters.codecs.codec import Codec, Folder
+from posttrain_jax.adapters.codecs import adalora, ia3, lora, naming, standing, vera
+from posttrain_jax.adapters.codecs.codec import Codec, Folder, check_keys
 from posttrain_jax.adapters.combination import AnyConfig, parts_of, together
 from posttrain_jax.adapters.config import OPTIONS, AdapterConfig
-from posttrain_jax.core import files, tree
+from posttrain_jax.core import files, shards, tree, words
 from posttrain_jax.models import decoder
 from posttrain_jax.models.config import ModelConfig
 
@@ -131,9 +131,13 @@ def load(folder: str | Path, params: Any, model_config: ModelConfig) -> tuple[An
       names the file and the key, tensor or module.
   """
   path = locate(Path(folder))
-  others = _read_record(path / RECORD, model_config).get("with_methods", ())
+  others = _read_record(path / RECORD, model_config).get("with_methods", [])
+  if not isinstance(others, list):
+    raise ValueError(f"{path / RECORD}: with_methods={words.shown(others)} is no list of methods")
   if unknown := [name for name in others if name not in tuple(OPTIONS)]:
-    raise ValueError(f"{path / RECORD}: with_methods names {unknown[0]!r}, which is no method")
+    raise ValueError(
+      f"{path / RECORD}: with_methods names {words.shown(unknown[0])}, which is no method"
+    )
   nodes, config = _read(path, params, model_config)
   configs = [config]
   for name in others:
@@ -151,15 +155,22 @@ def _read(
 ) -> tuple[dict[str, Any], AdapterConfig]:
   """({path: node}, config) of one folder."""
   record = _read_record(path / RECORD, model_config)
-  tensors = _read_tensors(path / TENSORS)
   described = _read_json(path / CONFIG)
   codecs = {codec.peft_type: codec for codec in CODECS}
   kind = described.get("peft_type")
   if kind not in tuple(codecs):
     raise ValueError(
-      f"{path / CONFIG}: peft_type={kind!r} is not supported; supported: {', '.join(codecs)}"
+      f"{path / CONFIG}: peft_type={words.shown(kind)} is not supported; supported: {', '.join(codecs)}"
     )
-  return codecs[kind].read(Folder(path, tensors, described, record), params, model_config)
+  # those of modules_to_save are asked for when the tensors are there
+  codec = codecs[kind]
+  check_keys({**described, "modules_to_save": None}, codec.keys, path / CONFIG)
+  tensors, others = naming.of_text(_read_tensors(path / TENSORS))
+  if others:
+    log.info("%s: %d modules left unread (this is the text model)", path, len(others))
+  class_names = naming.of_tensors(tensors, codec.wrapped)
+  folder = Folder(path, tensors, described, record, class_names, others)
+  return codec.read(folder, params, model_config)
 
 
 def _codec(method: str) -> Codec:
@@ -216,13 +227,13 @@ def _read_record(path: Path, model_config: ModelConfig) -> dict:
   made_for = record.get("base")
   if not isinstance(made_for, dict) or made_for.get("fingerprint") != identity["fingerprint"]:
     raise ValueError(
-      f"{path}: the adapter was made for a base of {made_for}, this base is {identity}"
+      f"{path}: the adapter was made for a base of {words.shown(made_for, 200)}, this base is {identity}"
     )
   return record
 
 
 def _read_tensors(path: Path) -> dict[str, np.ndarray]:
-  """Every tensor of the file by name, in float32."""
+  """Every tensor of the file by name, in float32; each a floating-point one and finite."""
   if not path.exists():
     if (path.parent / PICKLED).exists():
       raise ValueError(
@@ -238,9 +249,20 @@ def _read_tensors(path: Path) -> dict[str, np.ndarray]:
     )
   try:
     with safetensors.safe_open(path, "np") as f:
-      names = f.keys()
-      return {name: f.get_tensor(name).astype(np.float32) for name in names}
+      return {name: _tensor(path, name, f) for name in f.keys()}  # noqa: SIM118, it is no dict
   except safetensors.SafetensorError as error:
     raise ValueError(
       f"{path} cannot be read: {error}; it may be cut short, fetch it again"
     ) from error
+
+
+def _tensor(path: Path, name: str, file: Any) -> np.ndarray:
+  stored = file.get_slice(name).get_dtype()
+  if stored not in shards.FLOATS:
+    raise ValueError(
+      f"{path}: tensor {name!r} is {stored}, not one of {', '.join(shards.FLOATS)}; save the adapter unquantised"
+    )
+  try:
+    return files.narrowed(name, file.get_tensor(name), "float32")
+  except ValueError as error:
+    raise ValueError(f"{path}: tensor {error}; it was damaged, or its run went astray") from None

@@ -6,21 +6,24 @@ import dataclasses
 import functools
 import logging
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import safetensors
 
 from posttrain_jax import adapters
-from posttrain_jax.adapters import peft_format
-from posttrain_jax.build import use
+from posttrain_jax.adapters import dora, peft_format
+from posttrain_jax.build import adapter as adapter_lib
+from posttrain_jax.build import decisions, start, use
 from posttrain_jax.core import files, tree
 from posttrain_jax.data import chat, templates
 from posttrain_jax.models import decoder, fetch, hf, rotary
-from posttrain_jax.models.config import as_ids
+from posttrain_jax.models.config import ModelConfig, as_ids
 from posttrain_jax.quant import report
 from posttrain_jax.runs import manner
 from posttrain_jax.runs import record as runs
@@ -40,7 +43,12 @@ START_FROM_BASE = ("pissa", "olora", "loftq")  # the quantised base of such a ru
 
 
 def export(
-  workdir: str | Path, out: str | Path, *, merge: bool = False, merge_base: str = "original"
+  workdir: str | Path,
+  out: str | Path,
+  *,
+  merge: bool = False,
+  merge_base: str = "original",
+  keep_base: bool = False,
 ) -> Path:
   """The folder `out` that a run's result was written to, whole or not at all.
 
@@ -51,6 +59,9 @@ def export(
     merge_base: what an adapter of a quantised base is added to: the "original" weights (what PEFT users do: closer
       to the base, not quite what was trained), or the "dequantised" ones that it was trained on.  How far the logits
       of each are from what was trained is logged, on a text of a hundred tokens.
+    keep_base: `out` is two folders: `base`, the frozen weights as they were stored in training, in bitsandbytes' format
+      where they are quantised, and `adapter`, which is for them.  Together they are what was trained, to the bit; of a
+      method that takes its start out of the base (PiSSA, OLoRA, LoftQ) no adapter of the original weights is.
 
   Raises:
     FileNotFoundError: workdir holds no run, or one that has saved nothing yet.
@@ -77,12 +88,17 @@ def export(
     _check_model(source)
   else:
     _check_adapter(source)
+  if keep_base and (merge or is_full):
+    raise ValueError("keep_base is for an adapter beside its base: leave merge out, and train one")
   with files.publish(out) as new:
-    if merge and not is_full:
+    if keep_base:
+      _keep_base(run, source, new, out)
+    elif merge and not is_full:
       _merge(run, source, new, merge_base)
     else:
       shutil.copytree(source, new, dirs_exist_ok=True)
-    if manner.read(new) is None:
+      _say_how_far(run, source)
+    if not keep_base and manner.read(new) is None:
       _accompany(run, new, is_merged=merge and not is_full)
   return out
 
@@ -149,7 +165,7 @@ def _check_adapter(folder: Path) -> None:
 
 def _check_model(folder: Path) -> None:
   """The folder holds what its config describes, and every number is finite; a leaf is read at a time."""
-  hf.load(folder, place=lambda path, array: _check_finite(folder, path, array))
+  hf.load(folder, place=lambda path, array: None)
 
 
 def _check_finite(where: Path, name: str, array: np.ndarray) -> None:
@@ -160,59 +176,150 @@ def _check_finite(where: Path, name: str, array: np.ndarray) -> None:
 # Merging
 
 
-def _merge(run: runs.Run, source: Path, out: Path, merge_base: str) -> None:
-  folder = fetch.resolve(run.field("model.name"))
-  params, config = hf.load(folder, storage="dense")
-  adapter, adapter_config = peft_format.load(source, params, config)
-  if not adapter_config.in_weights:
-    raise ValueError(
-      f"merge: a {adapter_config.method} stands before the text and is in no weight, so no merged model can hold it;"
-      " export without merge, and load the folder as an adapter: posttrain chat --adapter=DIR, or peft"
+@dataclasses.dataclass(frozen=True)
+class _Trained:
+  """What a run trained, an adapter on the base as that was stored; and the adapter of the original that it exported."""
+
+  folder: Path
+  config: ModelConfig
+  adapter_config: adapters.AnyConfig
+  original: Any
+  adapter: Any
+  stored: Any
+  stored_adapter: Any
+
+  def logits(self, params: Any) -> Any:
+    text = chat.load_tokenizer(self.folder)(PROBE)["input_ids"][: self.config.max_length]
+    of = jax.jit(functools.partial(decoder.forward, config=self.config, dtype=jnp.float32))
+    return of(params, jnp.asarray(text, jnp.int32)[None])
+
+  def error(self, params: Any) -> report.LogitError:
+    """How far the logits of params are from what was trained."""
+    return report.logit_error(
+      self.logits(adapters.bind(self.stored, self.stored_adapter)), self.logits(params)
     )
+
+
+def _trained(run: runs.Run, source: Path) -> _Trained:
+  folder, base = fetch.resolve(run.field("model.name")), run.field("model.base")
+  original, config = hf.load(folder, storage="dense")
+  adapter, adapter_config = peft_format.load(source, original, config)
   config = rotary.stretched(config, adapter_config.context_length)
-  base = run.field("model.base")
   if base in (None, "dense"):
-    merged = adapters.merge(params, adapter)
+    stored, stored_adapter = original, adapter
   elif _starts_from_base(run):
-    merged = _merged_onto_original(run, params, adapter, merge_base)
+    stored, stored_adapter = _started(run, folder, config, adapter)
   else:
     stored, _ = hf.load(folder, storage=base)
-    text = chat.load_tokenizer(folder)(PROBE)["input_ids"][: config.max_length]
     # DoRA's node holds norms of its base: that of the stored one is another
     stored_adapter, _ = peft_format.load(source, stored, config)
-    merged = _merged_onto(merge_base, base, params, stored, adapter, stored_adapter, config, text)
+  return _Trained(folder, config, adapter_config, original, adapter, stored, stored_adapter)
+
+
+def _started(run: runs.Run, folder: Path, config: ModelConfig, adapter: Any) -> tuple[Any, Any]:
+  """(the base that was left of the original, as it was stored; the adapter on it)."""
+  asked = ml_collections.ConfigDict(run.record["config"])
+  described = adapter_lib.described(asked)
+  starting = None if described is None else described.starting
+  if starting is None:
+    raise ValueError(f"{run.field('adapter.method')}: the run's config names no start")
+  started = start.plan(jax.random.key(asked.seed), starting, config, asked.model.base)
+  nodes = dict(tree.items(adapter))
+  nodes |= {path: nodes[path].from_the_original() for path in started.names}
+  dtype = decisions.compute_dtype(asked)
+  read = functools.partial(hf.load, folder, dtype=dtype, storage="dense")
+  to_device = lambda _, leaf: jax.tree.map(jnp.asarray, leaf)
+  # LoftQ's turns are made again: the adapter has the last of them alone
+  if starting.init_lora_weights == "loftq":
+    stored, _ = read(place=started.begin(to_device))
+    _check_start(started, nodes)
+  else:
+    stored, _ = read(place=started.resume(nodes, to_device))
+  for path in started.names:
+    node = dataclasses.replace(nodes[path], start=None)
+    if isinstance(tree.get(adapter, path), dora.DoRA):
+      magnitude = tree.get(adapter, path).magnitude
+      node = dataclasses.replace(dora.over(node, tree.get(stored, path)), magnitude=magnitude)
+    nodes[path] = node
+  return stored, tree.unflatten(nodes)
+
+
+def _check_start(started: start.Start, nodes: Mapping[str, Any]) -> None:
+  """Raises unless the adapter began with the factors that were found again."""
+  for path, node in started.nodes.items():
+    found, kept = (np.asarray(n.start.a @ n.start.b) for n in (node, nodes[path]))
+    if not np.linalg.norm(found - kept) <= 1e-3 * np.linalg.norm(kept):
+      raise ValueError(
+        f"{path}: LoftQ's start is found otherwise on this machine than where the run began, so that its base cannot be"
+        " made again; export with merge_base=original, or where it was trained"
+      )
+
+
+def _merge(run: runs.Run, source: Path, out: Path, merge_base: str) -> None:
+  trained = _trained(run, source)
+  method = trained.adapter_config.method
+  if not trained.adapter_config.in_weights:
+    raise ValueError(
+      f"merge: a {method} stands before the text and is in no weight, so no merged model can hold it;"
+      " export without merge, and load the folder as an adapter: posttrain chat --adapter=DIR, or peft"
+    )
+  merged = None
+  if run.field("model.base") in (None, "dense"):
+    merged = adapters.merge(trained.original, trained.adapter)
+  else:
+    merged = _merged_onto(merge_base, run.field("model.base"), trained)
   for path, leaf in tree.items(merged):
     _check_finite(source, path, leaf)
-  hf.save(out, merged, config, tokenizer_from=folder)
+  hf.save(out, merged, trained.config, tokenizer_from=trained.folder)
 
 
-def _merged_onto(merge_base, base, params, stored, adapter, stored_adapter, config, text) -> Any:
-  """The adapter in what is asked for, of the dense params and the stored ones; the error of either is logged."""
-  logits = jax.jit(functools.partial(decoder.forward, config=config, dtype=jnp.float32))
-  tokens = jnp.asarray(text, jnp.int32)[None]
-  trained = logits(adapters.bind(stored, stored_adapter), tokens)
-  makers = {"original": lambda: params, "dequantised": lambda: adapters.merge(stored)}
+def _merged_onto(merge_base: str, base: str, trained: _Trained) -> Any:
+  """The adapter in what is asked for, the dense weights or the stored ones; the error of either is logged."""
+  makers = {
+    "original": lambda: adapters.merge(trained.original, trained.adapter),
+    "dequantised": lambda: adapters.merge(trained.stored, trained.stored_adapter),
+  }
   log.warning("trained on a base in %s, merged onto the %s weights", base, merge_base)
   merged = None
   for name in sorted(
     MERGE_BASES, key=lambda name: name == merge_base
   ):  # the one to keep is the last
     merged = None  # of the two no more than one is in memory
-    merged = adapters.merge(makers[name](), adapter)
-    off = report.logit_error(trained, logits(merged, tokens))
+    merged = makers[name]()
+    off = trained.error(merged)
     log.info("logits off from what was trained, merged onto %s: %s", name, off)
   return merged
 
 
-def _merged_onto_original(run, params, adapter, merge_base) -> Any:
-  method = run.field("adapter.method")
-  if merge_base != "original":
-    raise ValueError(
-      f"merge_base={merge_base!r}: {method} took its start out of the base before that was quantised, and what was "
-      "left is not in the run's folder; write merge_base=original, for which its adapter is exported"
-    )
-  log.warning("trained on a quantised base, merged onto the original weights")
-  return adapters.merge(params, adapter)
+def _say_how_far(run: runs.Run, source: Path) -> None:
+  """Of a start that was taken out of a quantised base: what its adapter lacks on the original, measured."""
+  base = run.field("model.base")
+  if base in (None, "dense") or not _starts_from_base(run):
+    return
+  trained = _trained(run, source)
+  log.warning(
+    "%s took its start out of the base before that was stored in %s, and this adapter is for the original: its logits"
+    " are off from what was trained, %s. What was trained, to the bit, is written by posttrain export --keep_base, or"
+    " in one model by --merge --merge_base=dequantised",
+    run.field("adapter.method"),
+    base,
+    trained.error(adapters.bind(trained.original, trained.adapter)),
+  )
+
+
+def _keep_base(run: runs.Run, source: Path, new: Path, out: Path) -> None:
+  trained = _trained(run, source)
+  hf.save(new / "base", trained.stored, trained.config, tokenizer_from=trained.folder)
+  template = run.field("model.template")
+  if template not in (None, "tokenizer"):
+    write_template(new / "base", template)
+  peft_format.save(
+    new / ADAPTER,
+    trained.stored_adapter,
+    trained.adapter_config,
+    trained.config,
+    base_name=str(out.absolute() / "base"),
+  )
 
 
 def _starts_from_base(run: runs.Run) -> bool:

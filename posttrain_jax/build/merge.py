@@ -10,26 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from posttrain_jax import settings
-from posttrain_jax.adapters import peft_format
-from posttrain_jax.build import evaluation, export
+from posttrain_jax.build import evaluation, export, merge_inputs
 from posttrain_jax.build import vocabulary as vocabularies
-from posttrain_jax.core import files, shards, tree, weight
-from posttrain_jax.core.weight import Adapted
+from posttrain_jax.core import files
 from posttrain_jax.evals import merges, tasks
 from posttrain_jax.merge import methods, stream, vocabulary
 from posttrain_jax.merge import recipe as recipes
 from posttrain_jax.merge.recipe import ModelRef, Recipe, RecipeError, Wanted
-from posttrain_jax.models import decoder, fetch, hf
-from posttrain_jax.models.config import ModelConfig
-from posttrain_jax.quant import bnb
+from posttrain_jax.models import fetch, hf
 
 log = logging.getLogger(__name__)
-
-QUANTISED = "quantization_config"  # of a config.json, where matrices are not stored as they are
 
 
 def merge(
@@ -65,7 +58,8 @@ def merge(
   folders = {model: fetch.resolve(model.name) for model in recipe.models()}
   if recipe.vocabulary is not None and recipe.vocabulary.source is not None:
     folders.setdefault(recipe.vocabulary.source, fetch.resolve(recipe.vocabulary.source.name))
-  opened = {model: _opened(model, folders[model]) for model in recipe.models()}
+  opened = merge_inputs.opened(recipe.models(), folders)
+  _say_twice(recipe, folders)
   opened, tokenizer = vocabularies.lay_out(recipe, opened, folders)
   plan = stream.plan(recipe, opened)
   methods.rehearse(recipe, plan.wanted)
@@ -82,6 +76,19 @@ def merge(
   if measured:
     _report(plan, opened, out, measured, limit)
   return out
+
+
+def _say_twice(recipe: Recipe, folders: Mapping[ModelRef, Path]) -> None:
+  """A model that stands in a slice twice counts twice, under whatever two names of its folder."""
+  for part in recipe.slices:
+    places = [
+      (folders[s.model].resolve(), s.model.adapter, s.layers)
+      for s in part.sources
+      if s.parameters or s.model != recipe.base
+    ]
+    twice = [place for i, place in enumerate(places) if place in places[:i]]
+    if twice:
+      log.warning("%s stands in the recipe twice, and counts with both of its weights", twice[0][0])
 
 
 def _report(
@@ -140,134 +147,26 @@ def _operator(
   return methods.apply(recipe, wanted, taken, dtype=dtypes[wanted.name])
 
 
-def _opened(model: ModelRef, folder: Path) -> stream.Tensors:
-  reader: stream.Tensors = shards.Reader(folder)
-  if QUANTISED in files.read_json(folder / "config.json"):
-    reader = _Dequantised(reader)
-  return reader if model.adapter is None else _WithAdapter(reader, folder, model.adapter)
-
-
-class _Dequantised:
-  """A model whose matrices bitsandbytes quantised, each made dense when it is read: what an adapter was trained on."""
-
-  def __init__(self, reader: stream.Tensors):
-    self.reader = reader
-    parts = {name: bnb.parts(name, reader.where) for name in reader.where}
-    self.parts = {
-      name: tensor_names
-      for name, tensor_names in parts.items()
-      if bnb.storage(tensor_names) != "dense"
-    }
-    inner = {
-      part for tensor_names in self.parts.values() for what, part in tensor_names.items() if what
-    }
-    self.where = {name: path for name, path in reader.where.items() if name not in inner}
-
-  def shape(self, name: str) -> tuple[int, ...]:
-    return self._weight(name).shape[::-1] if name in self.parts else self.reader.shape(name)
-
-  def stored(self, name: str) -> str:
-    if name not in self.parts:
-      return self.reader.stored(name)
-    return files.DTYPES[str(np.dtype(self._weight(name).dtype))]
-
-  def get(self, name: str) -> np.ndarray:
-    if name not in self.parts:
-      return self.reader.get(name)
-    return np.asarray(weight.dense(jax.tree.map(jnp.asarray, self._weight(name)))).T
-
-  def _weight(self, name: str) -> Any:
-    tensors = {part: self.reader.get(tensor_name) for part, tensor_name in self.parts[name].items()}
-    return bnb.read(name, tensors, bnb.shape(tensors))
-
-
-class _WithAdapter:
-  """A model's tensors with an adapter merged in, each when it is read."""
-
-  def __init__(self, reader: stream.Tensors, folder: Path, adapter: str):
-    self.reader, self.where = reader, reader.where
-    config = hf.read_config(folder)
-    leaves = ((path, _leaf(reader, path, config)) for path in _paths(reader, config))
-    nodes, adapter_config = peft_format.load(adapter, tree.unflatten(leaves), config)
-    if not adapter_config.in_weights:
-      raise RecipeError(
-        f"{adapter}: a {adapter_config.method} stands before the text and is in no weight"
-      )
-    self.places = {}
-    for path, node in tree.items(nodes):
-      if path == "lm_head/weight" and config.tied:
-        raise RecipeError(f"{adapter} changes the head, which {folder} has tied to its embedding")
-      layers = range(config.num_layers) if path.startswith("layers/") else [None]
-      self.places |= {hf.hf_name(path, i): (path, i, node) for i in layers}
-    lacking = sorted(set(self.places) - set(self.where))
-    if lacking:
-      raise RecipeError(f"{adapter} changes {lacking[0]!r}, which {folder} does not hold")
-
-  def shape(self, name: str) -> tuple[int, ...]:
-    return self.reader.shape(name)
-
-  def stored(self, name: str) -> str:
-    return self.reader.stored(name)
-
-  def get(self, name: str) -> np.ndarray:
-    array = self.reader.get(name)
-    if name not in self.places:
-      return array
-    path, i, node = self.places[name]
-    layer_node = node if i is None else weight.layer(node, i)
-    turn = (lambda x: x.T) if tree.turned(path) else (lambda x: x)
-    return np.asarray(turn(_merged(jnp.asarray(turn(array)), layer_node)))
-
-
-class _Stacked:
-  """A leaf [layers, ...] of which a layer is read when it is asked for: DoRA's norms are of its base."""
-
-  def __init__(self, reader: stream.Tensors, path: str, layers: int):
-    self.reader, self.path = reader, path
-    shape = reader.shape(hf.hf_name(path, 0))
-    self.shape = (layers, *(shape[::-1] if tree.turned(path) else shape))
-    self.dtype = np.dtype(np.float32)
-
-  def __getitem__(self, i: int) -> np.ndarray:
-    array = self.reader.get(hf.hf_name(self.path, i))
-    return array.T if tree.turned(self.path) else array
-
-
-def _paths(reader: stream.Tensors, config: ModelConfig) -> list[str]:
-  """Paths of the decoder that the files hold under the names they are written with."""
-  name = lambda path: hf.hf_name(path, 0 if path.startswith("layers/") else None)
-  return [path for path, _ in tree.items(decoder.specs(config)) if name(path) in reader.where]
-
-
-def _leaf(reader: stream.Tensors, path: str, config: ModelConfig) -> Any:
-  if path.startswith("layers/"):
-    return _Stacked(reader, path, config.num_layers)
-  array = reader.get(hf.hf_name(path))
-  return array.T if tree.turned(path) else array
-
-
-@jax.jit
-def _merged(base, node):
-  """The base with its adapter in float32, whatever the base's dtype: it is rounded once, with the result."""
-  return weight.dense(Adapted(base.astype(jnp.float32), node), jnp.float32)
-
-
 def _finish(plan: stream.Plan, folders: Mapping[ModelRef, Path], tokenizer: Any, out: Path) -> None:
   """Config and tokenizer of the merged model."""
   recipe = plan.recipe
   leading = recipe.leading
   described = files.read_json(folders[leading] / "config.json")
   described["dtype"] = plan.dtypes[0]
-  for key in ("torch_dtype", QUANTISED):
+  for key in ("torch_dtype", merge_inputs.QUANTISED):
     described.pop(key, None)
+  text = merge_inputs.text_config(described)
   if not recipe.whole:
-    kinds = described.get("layer_types")
-    described["num_hidden_layers"] = plan.layers
+    kinds = text.get("layer_types")
+    text["num_hidden_layers"] = plan.layers
     if kinds:
-      described["layer_types"] = _layer_types(recipe, folders)
+      text["layer_types"] = _layer_types(recipe, folders)
+  shapes = dict(zip((wanted.name for wanted in plan.wanted), plan.shapes))
   if tokenizer is not None:
-    shapes = dict(zip((wanted.name for wanted in plan.wanted), plan.shapes))
-    described["vocab_size"] = shapes[vocabulary.ROWS[0]][0]
+    text["vocab_size"] = shapes[str(vocabulary.embedding(shapes))][0]
+  if any(f".{name}".endswith(".lm_head.weight") for name in shapes):
+    for part in (described, text):  # the head that is written is the one to be read
+      part["tie_word_embeddings"] = False
   files.write_json(out / "config.json", described)
   tokenizer_from = recipe.vocabulary.source if recipe.vocabulary is not None else None
   folder = folders[tokenizer_from or leading]
@@ -285,7 +184,8 @@ def _layer_types(recipe: Recipe, folders: Mapping[ModelRef, Path]) -> list[str]:
   kinds = []
   for part in recipe.slices:
     source = part.sources[0]
-    layer_types = files.read_json(folders[source.model] / "config.json").get("layer_types") or []
+    described = files.read_json(folders[source.model] / "config.json")
+    layer_types = merge_inputs.text_config(described).get("layer_types") or []
     first, end = source.layers or (0, len(layer_types))
     kinds += layer_types[first:end]
   return kinds

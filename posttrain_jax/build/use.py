@@ -185,7 +185,7 @@ def _stored(params: Any) -> str:
 
 def produced(workdir: Path) -> tuple[str | None, str | None]:
   """(model, adapter) that a run has exported; a ConfigError where there is none yet."""
-  config = files.read_json(workdir / record.CONFIG)["config"]
+  config = record.config(workdir)
   if (workdir / "adapter").exists():
     return config["model"]["name"], str(workdir / "adapter")
   if (workdir / "model").exists():
@@ -197,7 +197,7 @@ def produced(workdir: Path) -> tuple[str | None, str | None]:
 
 def of_run(workdir: Path) -> Manner:
   """What a run's config says of how it trained, for what it exported before it said so itself."""
-  config = files.read_json(workdir / record.CONFIG)["config"]
+  config = record.config(workdir)
   described = adapter_lib.described(ml_collections.ConfigDict(config))
   changes_base = described is not None and described.changes_base
   return manners.of(config, changes_base=changes_base, chat=config["data"].get("chat", True))

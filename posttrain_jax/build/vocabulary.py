@@ -89,9 +89,11 @@ def _add(merged: Any, other: Any, rows: int) -> None:
 
 
 def _rows(model: ModelRef, held: Tensors) -> int:
-  name = vocabulary.ROWS[0]
-  if name not in held.where:
-    raise RecipeError(f"tokenizer_source: {model} has no {name}, whose rows are the tokens'")
+  name = vocabulary.embedding(held.where)
+  if name is None:
+    raise RecipeError(
+      f"tokenizer_source: {model} has no {vocabulary.EMBEDDING}, whose rows are the tokens'"
+    )
   return held.shape(name)[0]
 
 
@@ -100,7 +102,7 @@ def _warn(
 ) -> None:
   """Says where rows of one number are of different tokens."""
   paths = {model: folders[model] / "tokenizer.json" for model in recipe.models()}
-  embedded = [model for model, held in opened.items() if vocabulary.ROWS[0] in held.where]
+  embedded = [model for model, held in opened.items() if vocabulary.embedding(held.where)]
   paths = {model: path for model, path in paths.items() if model in embedded and path.exists()}
   if len({path.read_bytes() for path in paths.values()}) < 2:
     return

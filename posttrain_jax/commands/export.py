@@ -18,10 +18,22 @@ def add(parser: argparse.ArgumentParser) -> None:
     default="original",
     help="what an adapter of a quantised run is merged into; the logit error of both is printed",
   )
+  parser.add_argument(
+    "--keep_base",
+    action="store_true",
+    help="two folders, base/ as it was stored in training and adapter/ for it: together what was trained, to the bit",
+  )
 
 
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
   from posttrain_jax.build import export
 
-  print(export.export(args.workdir, args.out, merge=args.merge, merge_base=args.merge_base))
+  out = export.export(
+    args.workdir,
+    args.out,
+    merge=args.merge,
+    merge_base=args.merge_base,
+    keep_base=args.keep_base,
+  )
+  print(out)
   return 0

@@ -147,6 +147,8 @@ def read_json(path: str | Path) -> dict[str, Any]:
     value = json.loads(Path(path).read_bytes())
   except ValueError as error:
     raise ValueError(f"{path} is not JSON: {error}") from error
+  except RecursionError:
+    raise ValueError(f"{path} is not read: its lists are nested a thousand deep") from None
   if not isinstance(value, dict):
     raise ValueError(f"{path} holds a {type(value).__name__}, expected an object")
   return value
@@ -162,6 +164,9 @@ def write_safetensors(
   Args:
     tensors: name -> (shape, dtype name, function that returns the array).
     metadata: strings for the header; `{"format": "pt"}` is what other libraries look for.
+
+  Raises:
+    ValueError: a number is not finite, or becomes infinite in the dtype that it is written in; names the tensor.
   """
   header: dict[str, object] = {"__metadata__": dict(metadata or {"format": "pt"})}
   end = 0
@@ -176,12 +181,64 @@ def write_safetensors(
   with Path(path).open("wb") as f:
     f.write(len(head).to_bytes(8, "little") + head)
     for name, (shape, dtype, make) in tensors.items():
-      array = np.asarray(make(), numpy_dtype(dtype), order="C")
+      array = narrowed(name, make(), dtype)
       if array.shape != tuple(shape):
         raise ValueError(f"{name}: declared {tuple(shape)}, made {array.shape}")
       f.write(array.reshape(-1).view(np.uint8).data)
     f.flush()
     os.fsync(f.fileno())
+
+
+def narrowed(name: str, array: Any, dtype: str) -> np.ndarray:
+  """The array in the dtype named.
+
+  Raises:
+    ValueError: a number of it is not finite, or is too large for the dtype; says which, and of what tensor.
+  """
+  whole = np.asarray(array)
+  with np.errstate(over="ignore"):
+    result = np.asarray(whole, numpy_dtype(dtype), order="C")
+  if is_finite(result):
+    return result
+  if is_finite(whole):
+    largest = float(np.abs(whole.astype(np.float64)).max())
+    limit = float(ml_dtypes.finfo(result.dtype).max)
+    raise ValueError(
+      f"{name} holds {largest:.6g}, and {dtype} ends at {limit:.6g}: write it as bfloat16 or float32"
+    )
+  raise ValueError(f"{name} holds {worst(result)}")
+
+
+# where the bits of a float's exponent are, by its size: all of them set is infinity or NaN
+_EXPONENTS = {
+  np.dtype(np.float64): (np.uint64, 0x7FF0000000000000),
+  np.dtype(np.float32): (np.uint32, 0x7F800000),
+  np.dtype(np.float16): (np.uint16, 0x7C00),
+  np.dtype(ml_dtypes.bfloat16): (np.uint16, 0x7F80),
+}
+_PART = 1 << 20  # numbers looked at at once, which stay in a cache
+
+
+def is_finite(array: np.ndarray) -> bool:
+  """Whether no number of it is NaN or infinite; true of integers.  At 2 to 5 GB/s: numpy takes bfloat16 one by one.
+
+  >>> is_finite(np.array([1.0, np.inf], np.float32)), is_finite(np.zeros(3, ml_dtypes.bfloat16))
+  (False, True)
+  """
+  if array.dtype not in _EXPONENTS:
+    return True
+  bits, exponent = _EXPONENTS[array.dtype]
+  flat = np.ascontiguousarray(array).reshape(-1).view(bits)
+  parts = (flat[i : i + _PART] for i in range(0, flat.size, _PART))
+  return all(int((part & bits(exponent)).max()) != exponent for part in parts)
+
+
+def worst(array: np.ndarray) -> str:
+  """How many of its numbers are NaN and how many infinite, in words."""
+  wide = np.asarray(array, np.float32)
+  counts = {"NaN": int(np.isnan(wide).sum()), "infinite": int(np.isinf(wide).sum())}
+  said = " and ".join(f"{count:,} {what}" for what, count in counts.items() if count)
+  return f"{said} of {wide.size:,} numbers"
 
 
 def read_array(path: str | Path, start: int, shape: tuple[int, ...], dtype: str) -> np.ndarray:

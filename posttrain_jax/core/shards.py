@@ -75,11 +75,22 @@ class Reader:
     return FLOATS[self.stored(name)]
 
   def get(self, name: str) -> np.ndarray:
+    """The tensor, in memory of its own.
+
+    Raises:
+      ValueError: it holds a NaN or an infinity, which no way of storing or merging may hide; or no array has its dtype.
+    """
     path, stored = self.where[name], self.stored(name)
     if stored not in files.STORED:
       raise ValueError(f"{path}: {name!r} is stored as {stored}, of which no array can be made")
     start = self.held[path].start + self._entry(name)["data_offsets"][0]
-    return files.read_array(path, start, self.shape(name), files.STORED[stored])
+    array = files.read_array(path, start, self.shape(name), files.STORED[stored])
+    if not files.is_finite(array):
+      raise ValueError(
+        f"{path}: tensor {name!r} holds {files.worst(array)}, and a model that computes with them answers NaN: "
+        "fetch the file again, or look for the run that wrote it"
+      )
+    return array
 
   def _entry(self, name: str) -> Mapping[str, Any]:
     return self.held[self.where[name]].tensors[name]

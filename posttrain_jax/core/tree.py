@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from posttrain_jax.core import memory, weight
+from posttrain_jax.core import memory, weight, words
 from posttrain_jax.core.leaf import Leaf
 
 Tree = Any
@@ -76,9 +76,9 @@ def put(tree: Tree, path: str, leaf: Any) -> Tree:
 def unknown(name: str, known: Iterable[str], what: str = "parameter") -> str:
   """The sentence for a name that matches nothing, with the real name nearest to it."""
   known = list(known)
-  near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+  near = difflib.get_close_matches(name[:1000], known, n=1, cutoff=0.0)
   example = f"; names look like {near[0]!r}" if near else ""
-  return f"no {what} matches {name!r}{example}"
+  return f"no {what} matches {words.shown(name)}{example}"
 
 
 def map_weights(tree: Tree, rules: Sequence[tuple[str, Callable[[Any], Any]]]) -> Tree:

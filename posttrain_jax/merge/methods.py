@@ -69,6 +69,14 @@ METHODS: Mapping[str, Method] = {
 }
 
 
+# parameters that are no numbers with a fraction
+SWITCHES = (
+  *("normalize", "normalize_weights", "rescale", "int8_mask", "filter_wise"),
+  *("nuslerp_flatten", "nuslerp_row_wise"),
+)
+WORDS, COUNTS = ("semantics",), ("max_iter",)
+
+
 def check(recipe: Recipe) -> Method:
   """The recipe's method, every parameter of which it reads.
 
@@ -84,9 +92,10 @@ def check(recipe: Recipe) -> Method:
   sections = [recipe.parameters, recipe.module]
   for part in recipe.slices:
     sections += [part.parameters, *(source.parameters for source in part.sources)]
-  for name in (name for section in sections for name in section):
+  for name, parameter in (item for section in sections for item in section.items()):
     if name not in known:
       raise RecipeError(f"parameter {name!r}: {recipe.method} reads {', '.join(known) or 'none'}")
+    _check_kind(name, parameter)
   if method.needs_base and recipe.base is None:
     raise RecipeError(f"{recipe.method} starts from a base: write base_model")
   for part in recipe.slices:
@@ -103,6 +112,24 @@ def check(recipe: Recipe) -> Method:
         f"a slice has no source of the base, {recipe.base}: name which of its layers the others are compared with"
       )
   return method
+
+
+def _check_kind(name: str, parameter: Any) -> None:
+  """Raises RecipeError where a value, or one of a list or filter, is not of the parameter's kind."""
+  if isinstance(parameter, list | tuple):
+    for part in parameter:
+      _check_kind(name, part["value"] if isinstance(part, Mapping) else part)
+    return
+  kinds = {
+    **dict.fromkeys(SWITCHES, bool),
+    **dict.fromkeys(WORDS, str),
+    **dict.fromkeys(COUNTS, int),
+  }
+  kind = kinds.get(name, int | float)
+  is_switch = isinstance(parameter, bool) or (name in SWITCHES and parameter in (0, 1))
+  if is_switch != (name in SWITCHES) or not (is_switch or isinstance(parameter, kind)):
+    said = {bool: "true or false", str: "a word", int: "a whole number"}.get(kind, "a number")
+    raise RecipeError(f"{name}={parameter!r}: write {said}")
 
 
 def apply(recipe: Recipe, wanted: Wanted, arrays: Sequence[np.ndarray], *, dtype: str) -> Array:

@@ -18,6 +18,8 @@ from typing import Any
 
 import yaml
 
+from posttrain_jax.core import words
+
 FIELDS = (
   "merge_method",
   "base_model",
@@ -33,8 +35,11 @@ FIELDS = (
   "random_seed",
 )
 BODIES = ("models", "slices", "modules")
+BYTES = 2**20  # of a file
 DTYPES = ("float32", "float16", "bfloat16")
-LAYER = re.compile(r"(.*\blayers\.)(\d+)(\..+)")
+NUMBER = re.compile(r"[-+]?(\d{1,17}\.?\d*|\.\d+)([eE][-+]?\d{1,3})?", re.ASCII)
+# of the text model: a vision tower has layers of its own, which are merged one by one and neither counted nor stacked
+LAYER = re.compile(r"(?!.*\bvision_tower\.)(.*\blayers\.)(\d+)(\..+)")
 
 
 class RecipeError(ValueError):
@@ -152,14 +157,32 @@ def load(path: str | Path) -> Recipe:
     RecipeError: it is not YAML, or no recipe; the message names the file.
   """
   path = Path(path)
+  if path.stat().st_size > BYTES:
+    raise RecipeError(f"{path} is larger than {BYTES:,} bytes: it is no recipe")
   try:
-    data = yaml.safe_load(path.read_text(encoding="utf-8"))
-  except yaml.YAMLError as error:
-    raise RecipeError(f"{path} is not YAML: {error}") from error
-  try:
+    data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     return read(data)
+  except (yaml.YAMLError, UnicodeDecodeError) as error:
+    raise RecipeError(f"{path} is not YAML: {error}") from error
+  except RecursionError:
+    raise RecipeError(f"{path}: its lists are nested without end") from None
   except RecipeError as error:
     raise RecipeError(f"{path}: {error}") from error
+
+
+class _Loader(yaml.SafeLoader):
+  """YAML in which a key stands once: of two the last would count, and nothing be said."""
+
+  def construct_mapping(self, node, deep=False):
+    seen = set()
+    for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+      if isinstance(key, yaml.ScalarNode) and key.value in seen and key.value != "<<":
+        line = key.start_mark.line + 1
+        raise RecipeError(
+          f"line {line} says {words.shown(key.value)} a second time: write one of them"
+        )
+      seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
+    return super().construct_mapping(node, deep)
 
 
 def read(data: Any) -> Recipe:
@@ -186,10 +209,14 @@ def read(data: Any) -> Recipe:
   slices = _whole(body["models"], base) if whole else _slices(body["slices"])
   for name in ("dtype", "out_dtype"):
     if data.get(name) is not None and data[name] not in DTYPES:
-      raise RecipeError(f"{name}={data[name]!r}: known are {', '.join(DTYPES)}")
+      raise RecipeError(f"{name}={words.shown(data[name])}: known are {', '.join(DTYPES)}")
   seed = data.get("random_seed", 0)
   if isinstance(seed, bool) or not isinstance(seed, int):
-    raise RecipeError(f"random_seed={seed!r}: write a whole number")
+    raise RecipeError(f"random_seed={words.shown(seed)}: write a whole number")
+  if not isinstance(data.get("chat_template", ""), str | None):
+    raise RecipeError(
+      f"chat_template={words.shown(data['chat_template'])}: write a template's name, or auto"
+    )
   return Recipe(
     method=method,
     base=base,
@@ -216,17 +243,22 @@ def _model(data: Any, where: str) -> ModelRef:
   """`name` or `name+adapter`, or mergekit's nested form of it."""
   if isinstance(data, Mapping):
     _known(data, ("model", "lora"), f"{where}.")
-    path = lambda part: part["path"] if isinstance(part, Mapping) else part
-    return ModelRef(str(path(data.get("model"))), path(data["lora"]) if data.get("lora") else None)
+    path = lambda part: part.get("path") if isinstance(part, Mapping) else part
+    name, adapter = path(data.get("model")), path(data.get("lora"))
+    if not isinstance(name, str) or not isinstance(adapter, str | None):
+      raise RecipeError(
+        f"{where}: expected `model` and `lora` with a `path` each, found {words.shown(data)}"
+      )
+    return ModelRef(name, adapter or None)
   if not isinstance(data, str) or not data:
-    raise RecipeError(f"{where}: expected a model's name or folder, found {data!r}")
+    raise RecipeError(f"{where}: expected a model's name or folder, found {words.shown(data)}")
   name, plus, adapter = data.rpartition("+")
   return ModelRef(name, adapter) if plus else ModelRef(data)
 
 
 def _source(data: Any, where: str, *fields: str) -> Source:
   if not isinstance(data, Mapping):
-    raise RecipeError(f"{where}: expected a mapping with `model`, found {data!r}")
+    raise RecipeError(f"{where}: expected a mapping with `model`, found {words.shown(data)}")
   _known(data, ("model", "parameters", *fields), f"{where}.")
   if "model" not in data:
     raise RecipeError(f"{where}: there is no `model`")
@@ -235,7 +267,7 @@ def _source(data: Any, where: str, *fields: str) -> Source:
     numbers = isinstance(layers, list | tuple) and len(layers) == 2
     if not numbers or not all(isinstance(x, int) for x in layers) or not 0 <= layers[0] < layers[1]:
       raise RecipeError(
-        f"{where}.layer_range={layers!r}: write [first, end], of which the end is not included"
+        f"{where}.layer_range={words.shown(layers)}: write [first, end], of which the end is not included"
       )
   return Source(
     _model(data["model"], f"{where}.model"),
@@ -290,22 +322,23 @@ def _parameters(data: Any, where: str) -> dict[str, Any]:
   if data is None:
     return {}
   if not isinstance(data, Mapping):
-    raise RecipeError(f"{where}: expected a mapping, found {data!r}")
+    raise RecipeError(f"{where}: expected a mapping, found {words.shown(data)}")
   return {str(name): _setting(parameter, f"{where}.{name}") for name, parameter in data.items()}
 
 
 def _setting(data: Any, where: str) -> Any:
+  data = _number(data)
   if isinstance(data, bool | str) or _is_number(data):
     return data
   if isinstance(data, Sequence) and data:
-    if all(_is_number(x) for x in data):
-      return list(data)
+    if all(_is_number(_number(x)) for x in data):
+      return [_number(x) for x in data]
     if all(isinstance(x, Mapping) and "value" in x for x in data):
       for case in data:
         _known(case, ("filter", "value"), f"{where}.")
       return [{**case, "value": _setting(case["value"], where)} for case in data]
   raise RecipeError(
-    f"{where}={data!r}: write a number, a list of numbers (a gradient over the layers), or a list of filter and value"
+    f"{where}={words.shown(data)}: write a number, a list of them (a gradient over layers), or one of filter and value"
   )
 
 
@@ -329,7 +362,7 @@ def _vocabulary(data: Mapping[str, Any], leading: ModelRef) -> Vocabulary | None
     }
     if type(multiple) is not int or multiple < 1:
       raise RecipeError(
-        f"tokenizer.pad_to_multiple_of={multiple!r}: write a whole number, 1 or more"
+        f"tokenizer.pad_to_multiple_of={words.shown(multiple)}: write a whole number, 1 or more"
       )
   if source == "union":
     return Vocabulary(None, tokens, multiple)
@@ -340,7 +373,7 @@ def _vocabulary(data: Mapping[str, Any], leading: ModelRef) -> Vocabulary | None
 def _token(data: Any, where: str) -> TokenRow:
   """mergekit's source of a token's row: a model, a token of a model, or zeros."""
   if not isinstance(data, Mapping) or "source" not in data:
-    raise RecipeError(f"{where}: expected a mapping with `source`, found {data!r}")
+    raise RecipeError(f"{where}: expected a mapping with `source`, found {words.shown(data)}")
   _known(data, ("source", "force"), f"{where}.")
   source, force = data["source"], bool(data.get("force", False))
   if not isinstance(source, Mapping) or "kind" not in source:
@@ -355,6 +388,13 @@ def _token(data: Any, where: str) -> TokenRow:
   if (token is None) == (number is None):
     raise RecipeError(f"{where}.source: write one of token and token_id")
   return TokenRow(_model(source.get("model"), f"{where}.source.model"), token, number, force)
+
+
+def _number(x: Any) -> Any:
+  """A number that stands in a string as one, as `5e-1` does in YAML 1.1; all else as it is."""
+  if isinstance(x, str) and NUMBER.fullmatch(x):
+    return int(x) if x.lstrip("+-").isdigit() else float(x)
+  return x
 
 
 def _is_number(x: Any) -> bool:

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
+import ml_dtypes
 import numpy as np
 
 from posttrain_jax.core import files, shards
@@ -194,8 +195,12 @@ def run(
   else:
     log.info("going on: %d of %d files are there", len(done), len(parts))
   by_name = {wanted.name: wanted for wanted in plan.wanted}
-  for file, part in left.items():
-    _write(scratch, file, part, by_name, opened, operator, workers)
+  try:
+    for file, part in left.items():
+      _write(scratch, file, part, by_name, opened, operator, workers)
+  except ValueError:  # no call of this recipe on these files will do better
+    shutil.rmtree(scratch, ignore_errors=True)
+    raise
   shards.write_index(scratch, parts)
   finish(scratch)
   (scratch / RECORD).unlink()
@@ -242,7 +247,13 @@ def _write(
   partial = scratch / f"{file}.partial"
 
   def make(name: str, inputs: concurrent.futures.Future) -> np.ndarray:
-    return np.asarray(operator(by_name[name], inputs.result()))
+    arrays = inputs.result()
+    # the operator may be given the arrays' own memory
+    largest = max(float(np.abs(x.astype(np.float32)).max(initial=0)) for x in arrays)
+    merged = np.asarray(operator(by_name[name], arrays))
+    if not files.is_finite(merged):
+      raise RecipeError(_not_finite(name, merged.dtype, largest))
+    return merged
 
   with ThreadPoolExecutor(1) as readers, ThreadPoolExecutor(workers) as makers:
 
@@ -266,6 +277,12 @@ def _write(
       for pool in (readers, makers):
         pool.shutdown(wait=False, cancel_futures=True)
   partial.rename(scratch / file)
+
+
+def _not_finite(name: str, dtype: np.dtype, largest: float) -> str:
+  limit = float(ml_dtypes.finfo(dtype).max)
+  cure = "write dtype: bfloat16 or float32" if dtype == np.float16 else "look at its weights"
+  return f"{name} is not finite when merged: {dtype} ends at {limit:.4g}, its inputs go up to {largest:.4g}; {cure}"
 
 
 def _read(wanted: Wanted, opened: Mapping[ModelRef, Tensors]) -> list[np.ndarray]:

@@ -160,6 +160,11 @@ def _array(label, path, leaf):
     raise ValueError(f"{label} has a {type(leaf).__name__} at {path!r}: only arrays merge{how}")
   if not jnp.issubdtype(leaf.dtype, jnp.floating):
     raise ValueError(f"{label} has {leaf.dtype} at {path!r}: only floating arrays merge")
+  # what compares sizes, as TIES does, would leave a NaN out and say nothing
+  if not isinstance(leaf, Tracer) and not bool(jnp.all(jnp.isfinite(leaf))):
+    raise ValueError(
+      f"{label} holds NaN or infinity at {path!r}: no merge is made of them; load that model again"
+    )
 
 
 def _unlike(path, label, shape, other, other_shape):

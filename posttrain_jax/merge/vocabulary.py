@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +19,18 @@ from posttrain_jax.merge.stream import Tensors
 
 log = logging.getLogger(__name__)
 
-# tensors that have a row a token
-ROWS = ("model.embed_tokens.weight", "lm_head.weight")
+EMBEDDING = "embed_tokens.weight"
 MISSING = -1
+
+
+def has_rows(name: str) -> bool:
+  """Whether a tensor has a row a token, wherever in a larger model its text model stands."""
+  return f".{name}".endswith((f".{EMBEDDING}", ".lm_head.weight"))
+
+
+def embedding(names: Iterable[str]) -> str | None:
+  """The embedding among a model's tensors."""
+  return next((name for name in names if f".{name}".endswith(f".{EMBEDDING}")), None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,13 +81,13 @@ class LaidOut:
 
   def shape(self, name: str) -> tuple[int, ...]:
     shape = self.opened[self.model].shape(name)
-    return (self.layout.size, *shape[1:]) if name in ROWS else shape
+    return (self.layout.size, *shape[1:]) if has_rows(name) else shape
 
   def stored(self, name: str) -> str:
     return self.opened[self.model].stored(name)
 
   def get(self, name: str) -> np.ndarray:
-    if name not in ROWS:
+    if not has_rows(name):
       return self.opened[self.model].get(name)
     return self.layout.lay(self.model, lambda model: self.opened[model].get(name))
 

@@ -12,6 +12,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from posttrain_jax.core import words
+
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
@@ -65,6 +67,8 @@ class ModelConfig:
   pad_token_id: int | None = None
   scores: int = 0  # of a reward model: numbers a token, in place of logits
   writes: bool = False  # of a reward model: it has a head for logits of its own, too
+  # the model_type of a larger model whose text model this is: its classes call the modules otherwise
+  part_of: str = ""
   source: str = "{}"  # the config.json it came from, as JSON
 
   @property
@@ -147,11 +151,14 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
     ValueError: for a family or a setting that the decoder does not compute, by name.
   """
   family = config.get("model_type")
-  if family == "gemma3" and "text_config" in config:
-    return from_hf(_text_model(config))
-  if family not in FAMILIES:
-    raise ValueError(f"model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}")
+  if family == "gemma3" and isinstance(config.get("text_config"), Mapping):
+    return dataclasses.replace(from_hf(_text_model(config)), part_of=family)
+  if family not in tuple(FAMILIES):
+    raise ValueError(
+      f"model_type {words.shown(family)} is not supported; supported: {', '.join(FAMILIES)}"
+    )
   said = {**DEFAULTS[family], **config}
+  _check(said)
   fixed = FAMILIES[family]
   if said.get("use_bidirectional_attention"):
     raise ValueError("use_bidirectional_attention is not supported: this decoder is causal")
@@ -195,6 +202,55 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
     )
   except KeyError as error:
     raise ValueError(f"the config of a {family} model lacks the key {error}") from None
+
+
+# keys of a config.json -> the least and the most that they may say; those of OPTIONAL may be null
+_WHOLE = {
+  **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size"), (1, 2**31 - 1)),
+  **dict.fromkeys(("max_position_embeddings", "sliding_window"), (1, 2**31 - 1)),
+  **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim"), (1, 2**20)),
+  **dict.fromkeys(("num_hidden_layers", "sliding_window_pattern", "num_labels"), (1, 2**16)),
+  "max_window_layers": (0, 2**16),
+}
+_POSITIVE = (
+  *("rms_norm_eps", "rope_theta", "rope_local_base_freq", "query_pre_attn_scalar"),
+  *("attn_logit_softcapping", "final_logit_softcapping", "partial_rotary_factor"),
+)
+_SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_OPTIONAL = (
+  *("num_key_value_heads", "head_dim", "sliding_window", "num_labels", "query_pre_attn_scalar"),
+  *("attn_logit_softcapping", "final_logit_softcapping", "partial_rotary_factor"),
+)
+_TABLES = ("rope_parameters", "rope_scaling", "id2label")
+
+
+def _check(said: Mapping[str, Any]) -> None:
+  """Raises ValueError for a key whose value is of another kind or size than any model's; names it."""
+  whole = lambda x: isinstance(x, int) and not isinstance(x, bool)
+  ids = lambda x: x is None or (isinstance(x, list | tuple) and all(map(whole, x))) or whole(x)
+
+  def check(key: str, fits: bool, wanted: str) -> None:
+    if not fits and not (key in _OPTIONAL and said[key] is None):
+      raise ValueError(f"{key}={words.shown(said[key])}: expected {wanted}")
+
+  for key in said:
+    value = said[key]
+    if key in _WHOLE:
+      least, most = _WHOLE[key]
+      check(key, whole(value) and least <= value <= most, f"a whole number from {least} to {most}")
+    elif key in _POSITIVE:
+      is_number = isinstance(value, int | float) and not isinstance(value, bool)
+      check(key, is_number and 0 < value < 1e30, "a positive number")
+    elif key in _SWITCHES:
+      check(key, value is None or isinstance(value, bool), "true or false")
+    elif key in _IDS:
+      check(key, ids(value), "a token's number, a list of them, or null")
+    elif key in _TABLES:
+      check(key, value is None or isinstance(value, Mapping), "an object, or null")
+    elif key in ("architectures", "layer_types"):
+      is_list = isinstance(value, list | tuple) and all(isinstance(x, str) for x in value)
+      check(key, value is None or is_list, "a list of names, or null")
 
 
 def _text_model(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -262,10 +318,17 @@ def _ropes(family: str, said: Mapping[str, Any]) -> tuple[Rope, Rope | None]:
 
 def _rope(theta: float, scaling: Mapping[str, Any] | None, said: Mapping[str, Any]) -> Rope:
   scaling = dict(scaling or {})
+  for key, value in scaling.items():
+    if key.endswith(("factor", "theta", "embeddings")) and not (
+      value is None or (isinstance(value, int | float) and 0 < value < 1e30)
+    ):
+      raise ValueError(f"{key}={words.shown(value)} of the RoPE: expected a positive number")
   kind = scaling.get("rope_type", scaling.get("type", "default"))
   theta = float(scaling.get("rope_theta", theta))
   if kind not in ("default", "linear", "llama3"):
-    raise ValueError(f"rope_type {kind!r} is not supported; supported: default, linear, llama3")
+    raise ValueError(
+      f"rope_type {words.shown(kind)} is not supported; supported: default, linear, llama3"
+    )
   if scaling.get("partial_rotary_factor", said.get("partial_rotary_factor") or 1.0) != 1.0:
     raise ValueError("partial_rotary_factor other than 1.0 is not supported")
   if kind == "default":
@@ -316,8 +379,10 @@ def _window(family: str, said: Mapping[str, Any]) -> int | None:
 def _activation(family: str, said: Mapping[str, Any]) -> str:
   # Gemma files carry a `hidden_act` of `gelu` too, which nothing reads.
   name = said["hidden_activation" if family.startswith("gemma") else "hidden_act"]
-  if name not in ACTIVATIONS:
-    raise ValueError(f"activation {name!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
+  if name not in tuple(ACTIVATIONS):
+    raise ValueError(
+      f"activation {words.shown(name)} is not supported; supported: {', '.join(ACTIVATIONS)}"
+    )
   return ACTIVATIONS[name]
 
 

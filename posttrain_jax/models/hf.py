@@ -15,7 +15,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +29,9 @@ from posttrain_jax.quant import bnb
 log = logging.getLogger(__name__)
 
 # Tensors that a decoder has no use for: pattern over the file's names -> why it may stay unread.
+ROTARY = r".*rotary_emb\.inv_freq"
 UNREAD = {
-  r".*rotary_emb\.inv_freq": "computed from rope_theta",
+  ROTARY: "computed from rope_theta",
   r"(.*\.)?vision_tower\..*": "this is the text model",
   r"(.*\.)?multi_modal_projector\..*": "this is the text model",
 }
@@ -50,6 +51,15 @@ TOKENIZER_FILES = (
 )
 
 Place = Callable[[str, Any], Any]
+
+
+class Reader(Protocol):
+  """What a model's heads are looked up in: `shards.Reader`, and what a merge reads."""
+
+  @property
+  def where(self) -> Mapping[str, Any]: ...
+  def shape(self, name: str) -> tuple[int, ...]: ...
+  def get(self, name: str) -> np.ndarray: ...
 
 
 def load(
@@ -79,7 +89,7 @@ def load(
   """
   folder = fetch.resolve(name_or_dir)
   reader = shards.Reader(folder)
-  config = _written(read_config(folder), reader)
+  config = as_held(read_config(folder), reader, folder)
   place = place or (lambda _, leaf: jax.tree.map(jnp.asarray, leaf))
   specs = dict(tree.items(decoder.specs(config)))
   located = _match(specs, reader, config, folder)
@@ -91,10 +101,29 @@ def load(
   return tree.unflatten(leaves), config
 
 
-def _written(config: ModelConfig, reader: shards.Reader) -> ModelConfig:
-  """The config of a reward model whose files hold a head for logits beside that for scores."""
-  writes = bool(config.scores) and not config.tied and hf_name("lm_head/weight") in reader.where
-  return dataclasses.replace(config, writes=True) if writes else config
+def as_held(config: ModelConfig, reader: Reader, folder: Path) -> ModelConfig:
+  """The config of what the files hold, of whose heads it may say less: they win, as in transformers.
+
+  A head in the file of a model that the config calls tied is a copy of the embedding, and read once, or another matrix,
+  and then the model is not tied.  A reward model's files may hold a head for logits beside that for scores.
+  """
+  prefix = prefix_of(reader.where)
+  head = held_name("lm_head.weight", prefix, reader.where)
+  if head not in reader.where:
+    return config
+  if config.tied and not same_matrix(reader, head, prefix + "embed_tokens.weight"):
+    log.info(
+      "%s: its config.json says tied, its %s is not the embedding: the head is used", folder, head
+    )
+    config = dataclasses.replace(config, tied=False)
+  return dataclasses.replace(config, writes=True) if config.scores and not config.tied else config
+
+
+def same_matrix(reader: Reader, one: str, other: str) -> bool:
+  """Whether two tensors are one matrix; a head that is the embedding is tied to it."""
+  if other not in reader.where or reader.shape(one) != reader.shape(other):
+    return False
+  return np.array_equal(reader.get(one), reader.get(other))
 
 
 def read_config(folder: str | Path) -> ModelConfig:
@@ -110,9 +139,14 @@ def read_config(folder: str | Path) -> ModelConfig:
   described = files.read_json(path)
   try:
     bnb.check_config(described)
-    return from_hf(described)
+    config = from_hf(described)
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from error
+  if config.num_heads % config.num_kv_heads:
+    raise ValueError(
+      f"{path}: num_attention_heads={config.num_heads} is no multiple of num_key_value_heads={config.num_kv_heads}"
+    )
+  return config
 
 
 def save(
@@ -214,12 +248,12 @@ def _match(
   specs: Mapping[str, decoder.Spec], reader: shards.Reader, config: ModelConfig, folder: Path
 ) -> dict[str, list[str]]:
   """path -> the file's tensor names, one or one a layer; everything wanted is there and nothing else."""
-  prefix = _prefix(reader.where)
+  prefix = prefix_of(reader.where)
   located: dict[str, list[str]] = {}
   for path in specs:
     stacked = path.startswith("layers/")
     parts = [hf_name(path, i) for i in range(config.num_layers)] if stacked else [hf_name(path)]
-    located[path] = [_rename(name, prefix, reader.where) for name in parts]
+    located[path] = [held_name(name, prefix, reader.where) for name in parts]
   weights = {name for names in located.values() for name in names}
   wanted = {part for name in weights for part in bnb.parts(name, reader.where).values()}
   missing = sorted(wanted - set(reader.where))
@@ -254,7 +288,7 @@ def _why_unread(name: str, config: ModelConfig) -> str | None:
   return next((why for pattern, why in UNREAD.items() if re.fullmatch(pattern, name)), None)
 
 
-def _prefix(names: Iterable[str]) -> str:
+def prefix_of(names: Iterable[str]) -> str:
   """What stands before `embed_tokens.weight`: `model.`, nothing, or the path of a text model inside a larger one."""
   for name in names:
     if name.endswith("embed_tokens.weight"):
@@ -262,7 +296,8 @@ def _prefix(names: Iterable[str]) -> str:
   return "model."
 
 
-def _rename(name: str, prefix: str, held: Mapping[str, Any]) -> str:
+def held_name(name: str, prefix: str, held: Mapping[str, Any]) -> str:
+  """What files call a tensor of `hf_name`'s, whose text model stands behind a prefix."""
   if name.startswith(HEADS):
     inner = prefix.removesuffix("model.") + name  # language_model.lm_head.weight
     return inner if inner in held else name
@@ -306,7 +341,7 @@ def _stack(
   """The leaf that the tensors make, matrices turned to [in, out]; filled layer by layer."""
   result = np.empty(spec.shape, jnp.dtype(dtype or _widest(reader, names)))
   for i, name in enumerate(names):
-    tensor = reader.get(name)
+    tensor = files.narrowed(name, reader.get(name), str(result.dtype))
     result[i if path.startswith("layers/") else ...] = tensor.T if tree.turned(path) else tensor
   return result
 

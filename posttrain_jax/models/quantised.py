@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from posttrain_jax import quant
+from posttrain_jax.core import files
 from posttrain_jax.quant import bnb, fourbit, int8, stack
 
 log = logging.getLogger(__name__)
@@ -127,7 +128,8 @@ def _matrix(reader, name, shape, turn, dtype):
   parts = bnb.parts(name, reader.where)
   if bnb.storage(parts) == DENSE:
     tensor = reader.get(name)
-    return np.asarray(tensor.T if turn else tensor, dtype and jnp.dtype(dtype))
+    tensor = files.narrowed(name, tensor, str(jnp.dtype(dtype or tensor.dtype)))
+    return tensor.T if turn else tensor
   weight = bnb.read(
     name, {part: reader.get(tensor_name) for part, tensor_name in parts.items()}, shape
   )

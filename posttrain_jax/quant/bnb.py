@@ -10,12 +10,14 @@ Nothing is computed on the way: what is read stands for the values that bitsandb
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from posttrain_jax.core import words
 from posttrain_jax.quant import blockwise, fourbit, fp4, int8, nf4
 
 KINDS: dict[str, type[fourbit.FourBit]] = {"nf4": nf4.NF4, "fp4": fp4.FP4}
@@ -66,17 +68,19 @@ def check_config(described: Mapping[str, Any]) -> None:
   config = described.get("quantization_config")
   if config is None:
     return
+  if not isinstance(config, Mapping):
+    raise ValueError(f"quantization_config={words.shown(config)}: expected an object, or null")
   method = config.get("quant_method", "bitsandbytes")
   four, eight = config.get("load_in_4bit"), config.get("load_in_8bit")
   if method != "bitsandbytes" or not (four or eight):
     raise ValueError(
-      f"the weights are quantised with {method!r}; read are bitsandbytes' nf4, fp4 and LLM.int8(): load the "
+      f"the weights are quantised with {words.shown(method)}; read are bitsandbytes' nf4, fp4 and LLM.int8(): load the "
       "unquantised model and quantise it with base=nf4"
     )
   kind = config.get("bnb_4bit_quant_type", "fp4")
-  if four and kind not in KINDS:
+  if four and kind not in tuple(KINDS):
     raise ValueError(
-      f"bnb_4bit_quant_type={kind!r} is not read; known are {', '.join(KINDS)}: load the unquantised model"
+      f"bnb_4bit_quant_type={words.shown(kind)} is not read; known are {', '.join(KINDS)}: load the unquantised model"
     )
 
 
@@ -181,12 +185,15 @@ def _read_fourbit(tensors, shape):
     )
   if state.get("nested_dtype") != "float32":
     raise ValueError(f"nested_dtype {state.get('nested_dtype')!r} is not read; known is float32")
+  offset = state.get("nested_offset")
+  if not isinstance(offset, int | float) or not math.isfinite(offset):
+    raise ValueError(f"its quant_state says nested_offset {offset!r}, expected a finite number")
   nested = tensors["nested_absmax"]
   return KINDS[kind](
     turn(packed),
     turn(_scales("absmax", _part("absmax", tensors), blocks, np.uint8)),
     _scales("nested_absmax", nested, -(-blocks // fourbit.NESTED_BLOCK), np.float32),
-    np.asarray(state["nested_offset"], np.float32),
+    np.asarray(offset, np.float32),
     block_size=block,
     dtype=jnp.dtype(dtype),
   )

@@ -210,7 +210,7 @@ def _quantize(
   """(`kind`, largest absolute value; NaN if any value is)."""
   if w.ndim == 3:
     q, largest = jax.lax.map(lambda w: _quantize(w, kind, block_size, double_quant), w)
-    return q, jnp.max(largest)
+    return q, stack.largest(largest)
   rows, out = w.shape
   blocks = w.astype(jnp.float32).reshape(rows // block_size, block_size, out)
   absmax = jnp.max(jnp.abs(blocks), axis=1)
@@ -224,7 +224,7 @@ def _quantize(
     nested, nested_absmax = blockwise.quantize(flat, block_size=NESTED_BLOCK)
     nested = nested.reshape(out, rows // block_size).T
     q = dataclasses.replace(q, scales=nested, nested_absmax=nested_absmax, offset=offset)
-  return q, jnp.max(absmax)
+  return q, stack.largest(w)
 
 
 def _encode(scaled: Array, codebook: np.ndarray) -> Array:

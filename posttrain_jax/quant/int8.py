@@ -104,12 +104,12 @@ def _quantize(w: Array) -> tuple[Int8, Array]:
   """(Int8, largest absolute value; NaN if any value is)."""
   if w.ndim == 3:
     q, largest = jax.lax.map(_quantize, w)
-    return q, jnp.max(largest)
+    return q, stack.largest(largest)
   wide = w.astype(jnp.float32)
   absmax = jnp.max(jnp.abs(wide), axis=0)
   factor = jnp.where(absmax < SMALLEST, 0, 127 / jnp.maximum(absmax, SMALLEST))
   codes = jnp.round(wide * factor)
-  return Int8(codes.astype(jnp.int8), absmax, dtype=jnp.dtype(w.dtype)), jnp.max(absmax)
+  return Int8(codes.astype(jnp.int8), absmax, dtype=jnp.dtype(w.dtype)), stack.largest(wide)
 
 
 def abstract(shape: tuple[int, ...], *, dtype: Any = jnp.float32) -> Int8:

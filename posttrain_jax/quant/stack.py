@@ -31,13 +31,18 @@ def quantize(name: str, w: Any, one: Quantizer) -> Any:
   if isinstance(w, np.ndarray) and w.ndim == 3:
     stacked = fill((quantize(name, layer, one) for layer in w), len(w))
     return jax.tree.map(jnp.asarray, stacked)
-  q, largest = one(jnp.asarray(w))
-  if not isinstance(largest, Tracer) and not float(largest) < LARGEST:
+  q, top = one(jnp.asarray(w))
+  if not isinstance(top, Tracer) and not float(top) < LARGEST:
     raise ValueError(
-      f"cannot quantise {tuple(w.shape)} to {name}: its largest absolute value is {float(largest)}, "
+      f"cannot quantise {tuple(w.shape)} to {name}: its largest absolute value is {float(top)}, "
       f"expected one below {LARGEST:.3g}; look for NaN or infinity in the checkpoint"
     )
   return q
+
+
+def largest(x: Array) -> Array:
+  """The largest absolute value of x, NaN if any is: XLA:CPU's own maximum drops a NaN among numbers."""
+  return jnp.where(jnp.any(jnp.isnan(x)), jnp.nan, jnp.max(jnp.abs(x)).astype(jnp.float32))
 
 
 def fill(matrices: Iterable[Any], layers: int) -> Any:

@@ -304,7 +304,10 @@ def test_only_the_factors_train_and_the_start_is_carried():
     (dict(target_modules=["embed_tokens"]), "for 'embed_tokens' it would be a table's"),
     (dict(target_modules=["lm_head"]), "for 'lm_head' that is the embedding"),
     (dict(r=33), "rank 33 of .* is above the matrix"),
-    (dict(init_lora_weights="loftq"), "needs a quantised base: give the dense base and `store`"),
+    (
+      dict(init_lora_weights="loftq"),
+      "this base is stored as it is: write base=nf4, fp4 or int8, or adapter=pissa",
+    ),
   ],
 )
 def test_bases_that_cannot_give_a_start(options, message):
@@ -315,7 +318,7 @@ def test_bases_that_cannot_give_a_start(options, message):
 
 
 def test_loftq_needs_the_matrices_before_they_were_quantised():
-  with pytest.raises(ValueError, match="needs unquantised matrices"):
+  with pytest.raises(ValueError, match="is quantised already: give the original"):
     make(nf4.quantize(matrix()), r=4, init_lora_weights="loftq")
 
 

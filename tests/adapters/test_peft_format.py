@@ -1,8 +1,10 @@
 """PEFT's folders: what is written, what is read, and what is refused by name."""
 
+import dataclasses
 import json
 import os
 import pickle
+import time
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from posttrain_jax import adapters, quant
-from posttrain_jax.adapters import AdapterConfig, peft_format
+from posttrain_jax.adapters import AdapterConfig, peft_format, replaced
 from posttrain_jax.adapters.codecs import lora as codec
 from posttrain_jax.core import tree
 from tests.adapters.cases import lora_on_nf4, trained
@@ -332,7 +334,7 @@ def test_a_named_adapter_is_found_by_its_parent(saved):
     (dict(lora_alpha=None), "lora_alpha=None is a NoneType, expected int or float"),
     (dict(rank_pattern={"q_proj": "3"}), "adapter_config.json: "),
     (dict(alpha_pattern={"q_proj": "3"}), "adapter_config.json: "),
-    (dict(lora_alpha=float("nan")), "must be finite"),
+    (dict(lora_alpha=float("nan")), "lora_alpha=nan: write a finite number"),
     (dict(target_modules="(("), "no regular expression"),
     (
       dict(r=5),
@@ -489,3 +491,247 @@ def test_without_a_record_shapes_decide(saved):
     peft_format.load(folder, families.params(wider), wider)
   renamed = families.config("llama", model_type="mistral")  # another name, the same shapes
   peft_format.load(folder, families.params(renamed), renamed)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names of the class that was trained
+# ---------------------------------------------------------------------------------------------------------------------
+
+CLASSES = {
+  "causal": ("model.", ""),
+  "multimodal": ("model.language_model.", ""),
+  "multimodal before 4.52": ("language_model.model.", "language_model."),
+  "headless": ("", ""),
+}
+PATTERNS = AdapterConfig(
+  r=2,
+  lora_alpha=5,
+  target_modules=["q_proj", "up_proj", "lm_head"],
+  rank_pattern={r"^model\.layers\.1\.self_attn\.q_proj": 4, "lm_head": 3},
+  alpha_pattern={"model.layers.2.mlp.up_proj": 64, "lm_head": 7},
+)
+
+
+def named_by(folder, inside, before_heads):
+  """The folder as a class would have it that calls the modules so, in tensors and config."""
+  prefix = "base_model.model."
+
+  def named(name):
+    return inside + name.removeprefix("model.") if "model." in name else before_heads + name
+
+  rewrite(folder, lambda t: {prefix + named(name.removeprefix(prefix)): x for name, x in t.items()})
+  config = described(folder)
+  of = {
+    "^model\\.layers": "^" + inside.replace(".", "\\.") + "layers",
+    "model.layers": inside + "layers",
+  }
+
+  def renamed(table):
+    for old, new in of.items():
+      table = {new + k.removeprefix(old) if k.startswith(old) else k: v for k, v in table.items()}
+    return table
+
+  reconfigure(
+    folder,
+    rank_pattern=renamed(config["rank_pattern"]),
+    alpha_pattern=renamed(config["alpha_pattern"]),
+  )
+
+
+@pytest.mark.parametrize(
+  "targets",
+  [
+    None,
+    ["{}layers.{i}.self_attn.q_proj", "{}layers.{i}.mlp.up_proj", "lm_head"],
+    r"({}layers\.\d+\.(self_attn\.q_proj|mlp\.up_proj)|.*lm_head)",
+  ],
+  ids=["endings", "full_names", "expression"],
+)
+@pytest.mark.parametrize("kind", CLASSES)
+def test_config_and_tensors_are_read_by_the_names_of_one_class(kind, targets, tmp_path):
+  """The alphas of a multimodal model's adapter were not found, and the default was taken."""
+  model, params, adapter = make(PATTERNS)
+  peft_format.save(tmp_path / "a", adapter, PATTERNS, model)
+  inside, before_heads = CLASSES[kind]
+  named_by(tmp_path / "a", inside, before_heads)
+  if isinstance(targets, list):
+    names = {t.format(inside, i=i) for t in targets for i in range(3)}
+    reconfigure(tmp_path / "a", target_modules=sorted(names))
+  elif targets:
+    reconfigure(tmp_path / "a", target_modules=targets.replace("{}", inside.replace(".", r"\.")))
+  again, config = peft_format.load(tmp_path / "a", params, model)
+  equal(again, adapter)
+  for name in ("layers.1.self_attn.q_proj", "layers.2.mlp.up_proj", "lm_head"):
+    assert (config.rank(name), config.scale(name)) == (PATTERNS.rank(name), PATTERNS.scale(name))
+    assert config.targets(name)
+  peft_format.save(tmp_path / "b", again, config, model)
+  equal(peft_format.load(tmp_path / "b", params, model)[0], adapter)
+
+
+@pytest.mark.parametrize("option", ["rank_pattern", "alpha_pattern"])
+@pytest.mark.parametrize("kind", ["causal", "multimodal"])
+def test_a_pattern_that_names_nothing_is_an_error(saved, option, kind):
+  folder, model, params, _ = saved
+  if kind == "multimodal":
+    named_by(folder, *CLASSES[kind])
+  wrong = (
+    "model.layers.0.self_attn.q_prj" if kind == "causal" else "model.layers.0.self_attn.q_proj"
+  )
+  reconfigure(folder, **{option: {wrong: 3}})
+  said = rf"adapter_config.json: {option}: no module matches '{wrong}'; names look like "
+  with pytest.raises(ValueError, match=said):
+    peft_format.load(folder, params, model)
+
+
+def test_what_saves_put_around_names_is_read(saved):
+  folder, model, params, adapter = saved
+  as_they_were = load_file(folder / "adapter_model.safetensors")
+
+  def with_adapter_name(name):
+    head, dot, end = name.rpartition(".weight")
+    return f"{head}.default{dot}" if dot else f"{end}.default"
+
+  for change in (
+    with_adapter_name,
+    lambda name: "base_model.model." + name,
+    lambda name: "module." + name,
+    lambda name: name.replace("base_model.model.", "base_model.model.module."),
+    lambda name: name.replace(".self_attn", "._checkpoint_wrapped_module.self_attn"),
+    lambda name: name.replace("layers.1.", "layers.1._fsdp_wrapped_module._orig_mod."),
+  ):
+    save_file(
+      {change(name): x for name, x in as_they_were.items()}, folder / "adapter_model.safetensors"
+    )
+    equal(peft_format.load(folder, params, model)[0], adapter)
+
+
+def test_tensors_of_the_eyes_are_left_unread(saved, caplog):
+  """PEFT adapts the q_proj of a vision tower too where it is asked for q_proj."""
+  folder, model, params, adapter = saved
+  named_by(folder, *CLASSES["multimodal"])
+  eyes = "base_model.model.model.vision_tower.encoder.layers.0.self_attn.q_proj.lora_A.weight"
+  rewrite(folder, lambda t: {**t, eyes: np.zeros((3, 16), np.float32)})
+  reconfigure(folder, alpha_pattern={"model.vision_tower.encoder.layers.0.self_attn.q_proj": 2})
+  with caplog.at_level("INFO"):
+    equal(peft_format.load(folder, params, model)[0], adapter)
+  assert "1 modules left unread (this is the text model)" in caplog.text
+
+
+def test_an_adapter_of_a_multimodal_folder_has_the_names_of_its_class(tmp_path):
+  """What AutoModelForCausalLM makes of that folder; PEFT found none of the text class's names in it."""
+  model, params, adapter = make(PATTERNS)
+  adapter = {**adapter, "norm": {"weight": replaced.Replaced(params["norm"]["weight"] + 1)}}
+  part = dataclasses.replace(model, part_of="gemma3")
+  with_norm = PATTERNS.replace(modules_to_save=["model.norm"])
+  peft_format.save(tmp_path / "a", adapter, with_norm, part)
+  tensors, config = load_file(tmp_path / "a/adapter_model.safetensors"), described(tmp_path / "a")
+  inside = "base_model.model.model.language_model."
+  assert {name for name in tensors if not name.startswith(inside)} == {
+    f"base_model.model.lm_head.lora_{x}.weight" for x in "AB"
+  }
+  assert f"{inside}norm.weight" in tensors
+  assert len(config["target_modules"]) == 7
+  assert "model.language_model.layers.1.self_attn.q_proj" in config["target_modules"]
+  assert config["alpha_pattern"] == {
+    r"^model\.language_model\.layers\.2\.mlp\.up_proj": 64,
+    "^lm_head": 7,
+  }
+  again, _ = peft_format.load(tmp_path / "a", params, part)
+  equal(again, adapter)
+  equal(peft_format.load(tmp_path / "a", params, model)[0], adapter)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Input is input
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["orthogonal", "mica", "eva", "of_tomorrow", "gaussian", False])
+def test_a_start_that_leaves_the_base_alone_is_read_whatever_its_name(saved, how):
+  folder, model, params, adapter = saved
+  reconfigure(folder, init_lora_weights=how)
+  equal(peft_format.load(folder, params, model)[0], adapter)
+
+
+@pytest.mark.parametrize("how", ["pissa_niter_4", "OLoRA", "corda", "loftq", "lora_ga"])
+def test_a_start_that_moves_the_base_is_refused(saved, how):
+  folder, model, params, _ = saved
+  reconfigure(folder, init_lora_weights=how)
+  with pytest.raises(ValueError, match=f"init_lora_weights='{how}' is not supported: it moves"):
+    peft_format.load(folder, params, model)
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    (dict(target_modules="((a|a)*)*b"), None),
+    (dict(rank_pattern={"(((a{999}){999}){999})": 3}), "rank_pattern: .* repeats up to"),
+    (dict(r=10**30), "r=1000.*: write a number from 1 to"),
+    (dict(lora_alpha=1e200), "lora_alpha=1e.200: write a finite number"),
+    (dict(layers_to_transform=[[0]]), r"layers_to_transform=\[0\]: write a whole number"),
+    (dict(target_modules=[None]), r"target_modules=\[None\]: write a list of names"),
+    (dict(modules_to_save=[["norm"]]), "modules_to_save=.* is no list of names"),
+    (dict(r=True), "r=True is a bool, expected int"),
+    (dict(alpha_pattern={"q_proj": {}}), "alpha_pattern.*: write a number"),
+    (dict(peft_type=["LORA"]), "peft_type=.* is not supported"),
+    (dict(bias="lora_only"), "bias='lora_only' is not supported.*trained biases of its base"),
+    (dict(an_option=1.5), "unknown key an_option=1.5; .* take it out of the file"),
+  ],
+)
+def test_what_is_absurd_is_refused_in_a_sentence_and_soon(saved, changes, message):
+  folder, model, params, _ = saved
+  reconfigure(folder, **changes)
+  began = time.monotonic()
+  with pytest.raises(ValueError, match=message) as error:
+    peft_format.load(folder, params, model)
+  assert time.monotonic() - began < 5
+  assert str(folder) in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ("change", "said"),
+  [
+    (lambda x: x * np.nan, r"lora_B.weight holds 96 NaN of 96 numbers"),
+    (lambda x: np.where(np.arange(x.size).reshape(x.shape) == 7, np.inf, x), "holds 1 infinite of"),
+    (lambda x: x.astype(np.float64) + 1e200, r"holds 1e\+200, and float32 ends at"),
+    (lambda x: x.astype(np.int8), "is I8, not one of F64, F32"),
+  ],
+)
+def test_a_tensor_that_is_no_finite_numbers_is_named(saved, change, said):
+  folder, model, params, _ = saved
+  rewrite(folder, lambda t: {**t, f"{Q}.lora_B.weight": change(t[f"{Q}.lora_B.weight"])})
+  with pytest.raises(ValueError, match=rf"tensor '?{Q}.*{said}"):
+    peft_format.load(folder, params, model)
+
+
+def test_a_vocabulary_of_another_size_is_named_with_what_to_do(saved):
+  folder, model, params, _ = saved
+  name = "base_model.model.model.embed_tokens"
+  rewrite(
+    folder,
+    lambda t: (
+      drop(t, f"{name}.lora_embedding_A", f"{name}.lora_embedding_B")
+      | dict.fromkeys(
+        (f"{name}.weight", f"{name}.modules_to_save.weight", f"{name}.original_module.weight"),
+        np.zeros((99, 32), np.float32),
+      )
+    ),
+  )
+  reconfigure(folder, modules_to_save=["embed_tokens"], target_modules=[*SEVEN, "lm_head"])
+  said = "embed_tokens has 99 tokens, the base 96: .*Merge it with peft onto a base of 99 tokens"
+  with pytest.raises(ValueError, match=said):
+    peft_format.load(folder, params, model)
+
+
+def test_a_saved_module_may_lie_in_the_file_three_times(saved):
+  folder, model, params, _ = saved
+  name = "base_model.model.model.norm"
+  value = np.arange(32, dtype=np.float32)
+  both = {f"{name}.weight": value, f"{name}.modules_to_save.default.weight": value}
+  rewrite(folder, lambda t: {**t, **both, f"{name}.original_module.weight": 0 * value})
+  reconfigure(folder, modules_to_save=["model.norm"])
+  again, _ = peft_format.load(folder, params, model)
+  np.testing.assert_array_equal(tree.get(again, "norm/weight").value, value)
+  rewrite(folder, lambda t: {**t, f"{name}.modules_to_save.default.weight": 2 * value})
+  with pytest.raises(ValueError, match=r"norm.weight.* differ, and are one module's"):
+    peft_format.load(folder, params, model)

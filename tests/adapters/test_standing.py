@@ -272,7 +272,7 @@ def test_what_cannot_be_is_refused(tmp_path):
   model, params, config, adapter = made("llama", "prompt")
   bound = adapters.bind(params, adapter)
   for options, message in (
-    (dict(num_virtual_tokens=0), "num_virtual_tokens=0 must be at least 1"),
+    (dict(num_virtual_tokens=0), "num_virtual_tokens=0: write a number from 1"),
     (dict(prompt_tuning_init="text"), "prompt_tuning_init='text': write one of RANDOM"),
     (dict(prompt_tuning_init="TEXT"), "TEXT goes with a text"),
     (dict(prompt_tuning_init_text="x"), "TEXT goes with a text"),

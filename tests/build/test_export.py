@@ -7,16 +7,19 @@ import shutil
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
+from configs import common
 from posttrain_jax import adapters, quant
 from posttrain_jax.adapters import peft_format
-from posttrain_jax.build import export
+from posttrain_jax.build import export, start
 from posttrain_jax.core import tree
 from posttrain_jax.data import chat
 from posttrain_jax.models import decoder, hf
-from posttrain_jax.quant import report
+from posttrain_jax.quant import nf4, report
 from posttrain_jax.runs import manner
 from tests.adapters import cases
 from tests.data.conftest import make_tokenizer
@@ -125,19 +128,74 @@ def test_a_quantised_base_is_merged_onto_what_is_asked_for(
     assert far < 1e-4 if name == merge_base else far > 1e-3, name
 
 
-def test_a_start_taken_from_the_base_is_merged_onto_the_original_alone(
-  tmp_path, base, adapter, caplog
-):
-  run = make_run(tmp_path / "run", base, adapter, base="nf4")
+def started_run(folder, base, method, storage="nf4", **options):
+  """(run folder, logits of what it trained) of an adapter that takes its start out of the base."""
+  section = {**common.adapter(method), "r": 4, "lora_alpha": 8, **options}
+  section = ml_collections.ConfigDict(section).to_dict()
+  config = adapters.from_section(section)
+  place = lambda _, leaf: jax.tree.map(jnp.asarray, leaf)
+  started = start.plan(jax.random.key(0), config, hf.read_config(base), storage)
+  stored, model = hf.load(base, storage="dense", dtype=jnp.float32, place=started.begin(place))
+  _, adapter = adapters.init(jax.random.key(0), stored, config, started=started.nodes)
+  run = make_run(folder, base, None, base=storage)
   record = json.loads((run / "config.json").read_text())
-  record["config"]["adapter"]["init_lora_weights"] = "pissa_niter_4"
+  record["config"] |= dict(adapter=section, seed=0)
+  record["config"]["model"] |= dict(base=storage, dtype="float32")
   (run / "config.json").write_text(json.dumps(record))
-  with pytest.raises(ValueError, match=r"merge_base='dequantised': .*write merge_base=original"):
-    export.export(run, tmp_path / "out", merge=True, merge_base="dequantised")
-  out = export.export(run, tmp_path / "out", merge=True)
+  moved = cases.trained(adapter)
+  peft_format.save(run / "adapter", moved, config, model, base_name="a/name")
+  return run, logits(adapters.bind(stored, moved), model)
+
+
+@pytest.mark.parametrize(
+  ("method", "options"),
+  [
+    slow("pissa", {}),
+    slow("olora", {}),
+    slow("loftq", dict(loftq_iter=3)),
+    (
+      "pissa",
+      dict(use_dora=True, rank_pattern={"q_proj": 2}, target_modules=("q_proj", "up_proj")),
+    ),
+  ],
+)
+def test_a_start_taken_from_a_quantised_base_is_said_and_exported_to_the_bit(
+  tmp_path, base, caplog, method, options
+):
+  """The adapter of the original is off by half a logit and more: what was quantised is not the original."""
+  run, trained = started_run(tmp_path / "run", base, method, **options)
+  with caplog.at_level(logging.INFO):
+    plain = export.export(run, tmp_path / "plain")
+  (line,) = [r.getMessage() for r in caplog.records if "took its start out" in r.getMessage()]
+  assert "posttrain export --keep_base" in line
+  assert float(re.search("max ([0-9.e-]+)", line)[1]) > 0.01
   params, config = hf.load(base)
-  bound = logits(adapters.bind(params, adapter[0]), config)
-  assert distance(logits(*hf.load(out)), bound) < 1e-4
+  on_original = adapters.bind(params, peft_format.load(plain, params, config)[0])
+  assert distance(logits(on_original, config), trained) > 1e-2
+
+  kept = export.export(run, tmp_path / "kept", keep_base=True)
+  stored, model = hf.load(kept / "base")
+  assert isinstance(stored["layers"]["mlp"]["up_proj"]["weight"], nf4.NF4)
+  adapter, found = peft_format.load(kept / "adapter", stored, model)
+  assert found.rank("layers.0.mlp.up_proj") == 4
+  np.testing.assert_allclose(logits(adapters.bind(stored, adapter), model), trained, atol=2e-5)
+  said = json.loads((kept / "adapter/adapter_config.json").read_text())
+  assert said["base_model_name_or_path"] == str(kept / "base")
+
+  out = export.export(run, tmp_path / "one", merge=True, merge_base="dequantised")
+  assert distance(logits(*hf.load(out)), trained) < 1e-4
+
+
+def test_the_base_of_an_adapter_is_kept_where_that_is_asked_for(tmp_path, base, adapter):
+  run = make_run(tmp_path / "run", base, adapter, base="int8")
+  kept = export.export(run, tmp_path / "kept", keep_base=True)
+  stored, model = hf.load(kept / "base")
+  on_it = adapters.bind(stored, peft_format.load(kept / "adapter", stored, model)[0])
+  params, _ = hf.load(base, storage="int8")
+  expected = logits(adapters.bind(params, adapter[0]), model)
+  np.testing.assert_allclose(logits(on_it, model), expected, atol=1e-6)
+  with pytest.raises(ValueError, match="keep_base is for an adapter beside its base"):
+    export.export(run, tmp_path / "out", merge=True, keep_base=True)
 
 
 def test_the_base_may_be_a_quantised_folder(tmp_path, base, adapter):
@@ -184,9 +242,12 @@ def test_full_fine_tuning_gives_its_model(tmp_path, base, merge):
   out = export.export(run, tmp_path / "out", merge=merge)
   np.testing.assert_array_equal(hf.load(out)[0]["norm"]["weight"], tuned["norm"]["weight"])
   broken = tree.put(params, "norm/weight", jnp.inf * params["norm"]["weight"])
-  shutil.rmtree(run / "model")
-  hf.save(run / "model", broken, config, tokenizer_from=base)
-  with pytest.raises(ValueError, match="norm/weight holds numbers that are not finite"):
+  with pytest.raises(ValueError, match=r"model.norm.weight holds 64 infinite of 64 numbers"):
+    hf.save(run / "model", broken, config, tokenizer_from=base)
+  file = run / "model/model.safetensors"
+  tensors = load_file(file)
+  save_file(tensors | {"model.norm.weight": tensors["model.norm.weight"] * np.inf}, file)
+  with pytest.raises(ValueError, match=r"tensor 'model.norm.weight' holds 64 infinite of 64"):
     export.export(run, tmp_path / "other", merge=merge)
 
 

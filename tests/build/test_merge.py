@@ -3,11 +3,13 @@
 import json
 import pathlib
 import re
+import shutil
 
 import jax
 import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import load_file, save_file
 
 from posttrain_jax import adapters, merge, quant
 from posttrain_jax.__main__ import main
@@ -19,6 +21,7 @@ from posttrain_jax.merge import methods, stream
 from posttrain_jax.models import decoder, hf
 from tests import tiny
 from tests.adapters.cases import trained
+from tests.models import families
 
 MODEL = tiny.config()
 
@@ -422,7 +425,7 @@ def token(**source):
     (dict(models=model(density=0.5)), "ties needs the parameter 'weight' of .*a for"),
     (dict(models=model(weight=1, density=1.5)), r"embed_tokens.*density=1.5.*\[0, 1\]"),
     (dict(models=model(weight=0, density=1)), "all weights are zero: the merge would be the base"),
-    (dict(models=model(weight={"a": 1})), "write a number, a list of numbers"),
+    (dict(models=model(weight={"a": 1})), "write a number, a list of them"),
     (dict(dtype="int8"), "dtype='int8': known are float32"),
     (dict(models=[{"model": "HERE/base"}]), "no model beside the base"),
     (dict(models=[{"model": "HERE/nowhere", "parameters": {"weight": 1}}]), "nowhere"),
@@ -471,7 +474,6 @@ def test_mistakes_are_named_before_anything_is_written(changes, message, tmp_pat
     (dict(vocab_size=300), "their vocabularies differ"),
     (dict(num_hidden_layers=3), "has 3 layers, .* has 2"),
     (dict(intermediate_size=64), "has shape"),
-    (dict(tie_word_embeddings=True), "lm_head"),
   ],
 )
 def test_models_of_another_kind_are_refused(size, message, tmp_path, models, capsys):
@@ -530,3 +532,222 @@ def test_the_models_and_the_merge_are_scored(tmp_path, models, capsys):
   assert main(["eval", f"--model={tmp_path / 'out'}", f"--data={tmp_path / 'held.jsonl'}"]) == 0
   loss = json.loads(capsys.readouterr().out)["loss"]
   assert told["scores"]["merge"]["held, loss"] == pytest.approx(loss, rel=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files of one model that say it in several ways
+# ---------------------------------------------------------------------------------------------------------------------
+
+LINEAR = """\
+merge_method: linear
+models:
+  - model: {}
+    parameters: {{weight: 0.5}}
+  - model: {}
+    parameters: {{weight: 0.5}}
+"""
+HALVES = dict(weights=[0.5, 0.5])
+
+
+def rewrite(folder, edit, **described):
+  """Edits a folder's tensors, and keys of its config.json."""
+  tensors = load_file(folder / "model.safetensors")
+  edit(tensors)
+  save_file(tensors, folder / "model.safetensors")
+  path = folder / "config.json"
+  path.write_text(json.dumps(json.loads(path.read_text()) | described))
+  return folder
+
+
+def held(folder):
+  return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["copy", "own"])
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_tied_model_and_one_with_a_head_in_its_file_are_merged(tmp_path, models, own, order):
+  """A copy of the embedding is no head; where one has a head of its own the other's is its embedding."""
+  tied = dict(tie_word_embeddings=True)
+  for name in "ab":
+    shutil.copytree(models / name, tmp_path / name)
+  rewrite(tmp_path / "a", lambda t: t.pop("lm_head.weight"), **tied)
+  if not own:
+    copy = lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].copy()})
+    rewrite(tmp_path / "b", copy, **tied)
+  folders = [tmp_path / "ab"[i] for i in order]
+  assert run(tmp_path, models, LINEAR.format(*folders)) == 0
+  merged, config = hf.load(tmp_path / "out")
+  assert config.tied == (not own)
+  a, b = (held(tmp_path / name) for name in "ab")
+  mean = lambda one, other: 0.5 * a[one] + 0.5 * b[other]
+  if own:
+    head = mean("model.embed_tokens.weight", "lm_head.weight")
+    np.testing.assert_allclose(merged["lm_head"]["weight"], head.T, atol=1e-6)
+  embedding = mean(*2 * ["model.embed_tokens.weight"])
+  np.testing.assert_allclose(merged["embed_tokens"]["weight"], embedding, atol=1e-6)
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_buffers_that_the_config_gives_are_left_out(tmp_path, models, both):
+  for name in "ab":
+    shutil.copytree(models / name, tmp_path / name)
+    if both or name == "a":
+      names = [f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(2)]
+      buffers = dict.fromkeys(names, np.ones(8, np.float32))
+      rewrite(tmp_path / name, lambda t, buffers=buffers: t.update(buffers))
+  text = LINEAR.format(tmp_path / "a", tmp_path / "b") + "parameters: {normalize: false}\n"
+  assert run(tmp_path, models, text) == 0
+  assert not [name for name in held(tmp_path / "out") if "inv_freq" in name]
+  merged = merge.linear(trees(models, "a", "b"), **HALVES)
+  assert_close(trees(tmp_path, "out")[0], merged)
+
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory):
+  """Folders "one" and "other" of a multimodal model, whose vision tower has more layers than its text model."""
+  folder = tmp_path_factory.mktemp("seeing")
+  config = families.config("gemma3", vocab_size=261)
+  for seed, name in enumerate(("one", "other")):
+    save(folder / name, families.params(config, seed), config)
+    rng = np.random.default_rng(seed)
+    tower = {
+      f"vision_tower.encoder.layers.{i}.mlp.fc1.weight": rng.standard_normal((4, 4)).astype("f4")
+      for i in range(5)
+    }
+    described = json.loads((folder / name / "config.json").read_text())
+    edit = lambda t, tower=tower: t.update(
+      {f"language_model.{key}": t.pop(key) for key in list(t)} | tower
+    )
+    rewrite(folder / name, edit)
+    described = dict(model_type="gemma3", text_config=described, vision_config={})
+    (folder / name / "config.json").write_text(json.dumps(described))
+  return folder
+
+
+def test_models_that_see_are_merged_with_what_they_see_with(tmp_path, seeing):
+  text = LINEAR.format(seeing / "one", seeing / "other")
+  assert run(tmp_path, seeing, text) == 0
+  one, other = held(seeing / "one"), held(seeing / "other")
+  found = held(tmp_path / "out")
+  assert found.keys() == one.keys()
+  for name, array in found.items():
+    np.testing.assert_allclose(array, (one[name] + other[name]) / 2, atol=1e-6, err_msg=name)
+  assert json.loads((tmp_path / "out/config.json").read_text())["model_type"] == "gemma3"
+  merged = merge.linear(trees(seeing, "one", "other"), **HALVES)
+  assert_close(trees(tmp_path, "out")[0], merged)
+
+
+def test_slices_of_a_model_that_sees_are_of_its_text_model(tmp_path, seeing):
+  text = f"""\
+merge_method: passthrough
+slices:
+  - sources: [{{model: {seeing / "one"}, layer_range: [0, 2]}}]
+  - sources: [{{model: {seeing / "other"}, layer_range: [1, 2]}}]
+"""
+  assert run(tmp_path, seeing, text) == 0
+  params, config = hf.load(tmp_path / "out")
+  assert config.num_layers == 3
+  one, other = trees(seeing, "one", "other")
+  q = lambda params, i: params["layers"]["self_attn"]["q_proj"]["weight"][i]
+  np.testing.assert_array_equal(q(params, 1), q(one, 1))
+  np.testing.assert_array_equal(q(params, 2), q(other, 1))
+
+
+def test_an_adapter_of_a_model_that_sees_is_merged_when_that_is_read(tmp_path, seeing):
+  params, config = hf.load(seeing / "one")
+  chosen = adapters.AdapterConfig(r=2, target_modules=["q_proj", "up_proj"])
+  adapter = trained(adapters.init(jax.random.key(0), params, chosen)[1])
+  peft_format.save(tmp_path / "lora", adapter, chosen, config)
+  text = f"merge_method: passthrough\nmodels:\n  - model: {seeing / 'one'}+{tmp_path / 'lora'}\n"
+  assert run(tmp_path, seeing, text) == 0
+  assert_close(trees(tmp_path, "out")[0], adapters.merge(params, adapter))
+
+
+def test_a_tied_head_keeps_to_the_embedding_that_an_adapter_changes(tmp_path, models):
+  """As PEFT computes it; merged in place the head went along with the embedding."""
+  config = tiny.config(tie_word_embeddings=True)
+  params = decoder.init(jax.random.key(0), config, std=0.1)
+  save(tmp_path / "tied", params, config)
+  chosen = adapters.AdapterConfig(r=2, target_modules=["embed_tokens", "lm_head"])
+  adapter = trained(adapters.init(jax.random.key(0), params, chosen)[1])
+  peft_format.save(tmp_path / "lora", adapter, chosen, config)
+  text = f"merge_method: passthrough\nmodels:\n  - model: {tmp_path}/tied+{tmp_path}/lora\n"
+  assert run(tmp_path, models, text) == 0
+  assert_close(trees(tmp_path, "out")[0], adapters.merge(params, adapter))
+
+
+@pytest.mark.parametrize(
+  "text",
+  [
+    TIES.replace("0.5, weight: 0.7", "5e-1, weight: '7e-1'"),
+    TIES.replace("0.5, weight", "[5E-1, '0.5'], weight"),
+    TIES.replace("density: 0.5", "density: [{filter: mlp, value: +5.0e-1}, {value: .5e0}]"),
+  ],
+)
+def test_numbers_that_yaml_takes_for_words_are_numbers(tmp_path, models, text):
+  assert run(tmp_path, models, TIES, out="plain") == 0
+  assert run(tmp_path, models, text) == 0
+  assert_close(trees(tmp_path, "out")[0], trees(tmp_path, "plain")[0], tolerance=0)
+
+
+def test_numbers_that_float16_has_no_place_for_are_not_written(tmp_path, models, capsys):
+  shutil.copytree(models / "a", tmp_path / "a")
+  large = lambda t: t["model.norm.weight"].__setitem__(3, 1e6)
+  rewrite(tmp_path / "a", large)
+  text = f"merge_method: passthrough\nmodels:\n  - model: {tmp_path / 'a'}\ndtype: float16\n"
+  assert run(tmp_path, models, text) == 1
+  said = capsys.readouterr().err
+  assert "model.norm.weight is not finite when merged: float16 ends at 6.55e+04" in said
+  assert "go up to 1e+06; write dtype: bfloat16 or float32" in said
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "recipe.yml"]
+  assert run(tmp_path, models, text.replace(": float16", ": bfloat16")) == 0
+
+
+def test_a_nan_is_not_merged_away(tmp_path, models, capsys):
+  shutil.copytree(models / "a", tmp_path / "a")
+  rewrite(tmp_path / "a", lambda t: t["model.norm.weight"].__setitem__(3, np.nan))
+  assert run(tmp_path, models, TIES.replace("@a\n", f"{tmp_path / 'a'}\n")) == 1
+  assert "tensor 'model.norm.weight' holds 1 NaN of 64 numbers" in capsys.readouterr().err
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "recipe.yml"]
+
+
+def test_a_model_that_stands_in_a_recipe_twice_is_said(tmp_path, models, caplog):
+  (tmp_path / "again").symlink_to(models / "a")
+  assert run(tmp_path, models, LINEAR.format(models / "a", tmp_path / "again")) == 0
+  assert f"{models / 'a'} stands in the recipe twice" in caplog.text
+  caplog.clear()
+  assert run(tmp_path, models, TIES, out="other") == 0
+  assert "twice" not in caplog.text
+
+
+@pytest.mark.parametrize(
+  ("change", "said"),
+  [
+    (("0.7}", "0.7, weight: 0.2}"), "line 5 says 'weight' a second time: write one of them"),
+    (("normalize: true", "normalize: maybe"), "normalize='maybe': write true or false"),
+    (("weight: 0.7", "weight: heavy"), "weight='heavy': write a number"),
+    (("weight: 0.7", "weight: true"), "weight=True: write a number"),
+    (("weight: 0.7", "weight: [0.1, [0.2]]"), r"weight=\[0.1, \[0.2\]\]: write a number"),
+    (("weight: 0.7", "weight: &a [{value: *a}]"), "nested without end|weight=.*: write a number"),
+    (("weight: 0.7", "weight: 1e999"), "weight=.*: write a number"),
+    (("- model: @a", "- model: {model: {paths: 3}}"), "expected `model` and `lora` with a `path`"),
+    (("dtype: float32", "chat_template: [3]"), r"chat_template=\[3\]: write a template's name"),
+  ],
+)
+def test_what_no_recipe_means_is_a_sentence(tmp_path, models, capsys, change, said):
+  assert run(tmp_path, models, TIES.replace(*change)) == 1
+  error = capsys.readouterr().err
+  assert re.search(said, error), error
+  assert "Traceback" not in error
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["recipe.yml"]
+
+
+def test_aliases_that_would_fill_the_memory_are_a_sentence(tmp_path, models, capsys):
+  lines = [
+    "a0: &a0 [x, x]",
+    *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 40)),
+  ]
+  inner = "[" * 3000
+  assert run(tmp_path, models, TIES.replace("weight: 0.7", f"weight: {inner}")) == 1
+  assert run(tmp_path, models, "\n".join(lines) + "\n" + TIES.replace("0.7", "*a39")) == 1
+  assert "Traceback" not in capsys.readouterr().err

@@ -17,7 +17,7 @@ import safetensors.numpy
 
 from posttrain_jax.__main__ import main
 from posttrain_jax.build import data as data_lib
-from posttrain_jax.core import checkpoint
+from posttrain_jax.core import checkpoint, files
 from posttrain_jax.models import hf
 from posttrain_jax.objectives import Sft
 from posttrain_jax.runs.metrics_log import Journal
@@ -338,9 +338,10 @@ def test_two_processes_are_one(shared, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def poisoned(shared):
-  """A model that gives NaN wherever a text has a `z`."""
+@pytest.fixture
+def poisoned(shared, monkeypatch):
+  """A model that gives NaN wherever a text has a `z`, which no file is allowed to hold and a long run can come to."""
+  monkeypatch.setattr(files, "is_finite", lambda array: True)
   folder = tiny.tiny_model_folder(shared / "poisoned")
   params, config = hf.load(folder)
   z = tiny.tokenizer().convert_tokens_to_ids("z")

@@ -203,3 +203,35 @@ def test_a_kill_between_the_renames_loses_nothing(tmp_path):
   files.remove_abandoned(tmp_path, age=0)
   assert (tmp_path / "model" / "which").read_text() == "new"
   assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("number", [np.nan, -np.nan, np.inf, -np.inf])
+def test_one_number_that_is_not_finite_is_seen_wherever_it_stands(monkeypatch, dtype, number):
+  monkeypatch.setattr(files, "_PART", 8)
+  for size, place in ((1, 0), (20, 0), (20, 7), (20, 19)):
+    array = np.full(size, -float(ml_dtypes.finfo(dtype).max)).astype(files.numpy_dtype(dtype))
+    assert files.is_finite(array)
+    array[place] = number
+    assert not files.is_finite(array)
+  assert files.is_finite(np.zeros(0, files.numpy_dtype(dtype)))
+  assert files.is_finite(array.reshape(2, 10).T[:3, :1])
+
+
+@pytest.mark.parametrize(
+  ("array", "dtype", "said"),
+  [
+    (np.array([1, 1e6], np.float32), "float16", r"w holds 1e\+06, and float16 ends at 65504: "),
+    (np.array([-1e300]), "bfloat16", r"w holds 1e\+300, and bfloat16 ends at 3.3"),
+    (np.array([1, np.nan, np.inf], np.float32), "float32", "w holds 1 NaN and 1 infinite of 3 num"),
+  ],
+)
+def test_what_is_not_finite_is_not_written(tmp_path, array, dtype, said):
+  with pytest.raises(ValueError, match=said):
+    files.write_safetensors(tmp_path / "x", {"w": (array.shape, dtype, lambda: array)})
+
+
+def test_json_that_is_nested_without_end_is_refused(tmp_path):
+  (tmp_path / "x.json").write_text("[" * 100_000)
+  with pytest.raises(ValueError, match=r"x.json is not read: its lists are nested"):
+    files.read_json(tmp_path / "x.json")

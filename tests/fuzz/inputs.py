@@ -14,13 +14,14 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import yaml
 from safetensors import numpy as safetensors_numpy
 
 from posttrain_jax import adapters, settings
 from posttrain_jax.adapters import AdapterConfig, peft_format
-from posttrain_jax.build import checks
+from posttrain_jax.build import checks, use
 from posttrain_jax.build import data as data_build
 from posttrain_jax.build import model as model_build
 from posttrain_jax.merge import recipe
@@ -29,7 +30,7 @@ from tests import tiny
 from tests.adapters import kinds
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
-TOKENS = np.arange(40, 56)[None]
+TOKENS = jnp.arange(40, 56)[None]
 VALUES: tuple[Any, ...] = (
   *(None, True, False, 0, 1, -1, 3, 0.5, -2.5, 1e30, 10**30, float("nan"), float("inf")),
   *(
@@ -81,7 +82,9 @@ class Base:
     self.other = tiny.tiny_model_folder(folder / "other")
     self.adapters: dict[str, pathlib.Path] = {}
     for i, method in enumerate(("lora", "dora", "vera", "ia3", "adalora", "prompt", "prefix")):
-      config = AdapterConfig(method=method, **({"r": 4} if method in ("lora", "dora") else {}))
+      config = AdapterConfig(method=method)
+      if method in ("lora", "dora"):
+        config = dataclasses.replace(config, r=4)
       node = kinds.moved(adapters.init(jax.random.key(i), self.params, config)[1], size=0.3)
       self.adapters[method] = folder / method
       peft_format.save(self.adapters[method], node, config, self.config)
@@ -93,7 +96,7 @@ class Base:
     if "one" not in self.models:
       self.models["one"] = model_build.load(config)
     model = self.models["one"]
-    template = model_build.template_of(model.tokenizer, config.model.template)
+    template = use.of(model.tokenizer, config.model.template)
     return dataclasses.replace(model, template=template)
 
 

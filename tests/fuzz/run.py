@@ -61,10 +61,13 @@ def tried(kind: str, seeds):
   for seed in seeds:
     if process is None:
       process, wait = _started(kind), START
-    process.stdin.write(f"{seed}\n")
-    process.stdin.flush()
-    ready, _, _ = select.select([process.stdout], [], [], wait)
-    line = process.stdout.readline() if ready else ""
+    asked, answered = process.stdin, process.stdout
+    assert asked is not None
+    assert answered is not None
+    asked.write(f"{seed}\n")
+    asked.flush()
+    ready, _, _ = select.select([answered], [], [], wait)
+    line = answered.readline() if ready else ""
     wait = DEADLINE
     if line:
       yield json.loads(line)
@@ -74,7 +77,7 @@ def tried(kind: str, seeds):
     process.wait()
     process = None
     yield {"kind": kind, "seed": seed, "outcome": FAILED, "what": "", "why": why}
-  if process is not None:
+  if process is not None and process.stdin is not None:
     process.stdin.close()
     process.wait()
 

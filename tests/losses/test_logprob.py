@@ -9,8 +9,10 @@ import pytest
 from jax.extend import core
 
 from posttrain_jax.adapters.lora import LoRA
+from posttrain_jax.adapters.replaced import Replaced
+from posttrain_jax.adapters.vera import Projections, VeRA
 from posttrain_jax.core import sharding
-from posttrain_jax.core.weight import Adapted, Transposed, dense
+from posttrain_jax.core.weight import Adapted, Shared, Transposed, dense
 from posttrain_jax.losses import logprob
 from posttrain_jax.quant import nf4
 
@@ -145,6 +147,39 @@ def test_gradient_to_a_trained_head_and_to_hidden_beside_it(head):
   a, b, scale = (np.asarray(x, np.float64) for x in (trained.a, trained.b, trained.scale))
   assert_close(d_trained.a, scale * d_head @ b.T)
   assert_close(d_trained.b, scale * a.T @ d_head)
+
+
+def replaced(value):
+  return Adapted(normal(1, EMBED, VOCAB), Replaced(value))
+
+
+def vera_node(gain):
+  pair = Projections(normal(4, EMBED, 3), normal(5, 3, VOCAB))
+  node = VeRA(gain, normal(6, 3), pair=Shared(pair))
+  return Adapted(Transposed(normal(1, VOCAB, EMBED)), node)
+
+
+@pytest.mark.parametrize(
+  ("build", "trained"),
+  [(replaced, (EMBED, VOCAB)), (vera_node, (VOCAB,))],
+  ids=["replaced", "vera"],
+)
+def test_gradient_to_a_head_whose_fields_are_called_value(build, trained):
+  """Replaced and Shared have a `value`, as what a custom gradient rule is given for each leaf has."""
+  hidden, labels, g = problem()
+  trained, mask = normal(2, *trained), MASKS["ragged"]
+
+  def plain(h, t):
+    logits = jax.nn.log_softmax(h @ dense(build(t)))
+    return jnp.sum(g * mask * jnp.take_along_axis(logits, labels[..., None], -1)[..., 0])
+
+  loss = lambda h, t: weighted(h, build(t), labels, mask, g)
+  for found, expected in zip(
+    jax.jit(jax.grad(loss, argnums=(0, 1)))(hidden, trained),
+    jax.grad(plain, argnums=(0, 1))(hidden, trained),
+  ):
+    assert_close(found, expected)
+  check_frozen(build(trained))
 
 
 def test_gradient_to_the_head_alone():

@@ -199,7 +199,7 @@ ONE = {"model": "a"}
     (dict(models=[{"model": {"path": "a"}}]), r"unknown key models\[0\].model.path"),
     (dict(models=[{"model": "a", "parameters": 3}]), r"models\[0\].parameters: expected a mapping"),
     (dict(parameters={"t": []}), r"parameters.t=\[\]: write a number"),
-    (dict(parameters={"t": [1, "2"]}), "parameters.t=.*: write a number"),
+    (dict(parameters={"t": [1, "two"]}), "parameters.t=.*: write a number"),
     (dict(parameters={"t": float("nan")}), "parameters.t=nan: write a number"),
     (dict(parameters={"t": [{"filter": "mlp"}]}), "parameters.t=.*: write a number"),
     (dict(parameters={"t": [{"value": 1}, 3]}), "parameters.t=.*: write a number"),

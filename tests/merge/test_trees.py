@@ -266,3 +266,11 @@ def test_one_tree_or_several(params):
     merge.slerp([base, first], first, t=0.5)
   with pytest.raises(ValueError, match="no models"):
     merge.linear([])
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_what_is_no_number_is_not_merged_away(params, number):
+  """TIES compares sizes, and a NaN is neither larger nor smaller: it went, and nothing was said."""
+  spoiled = tree.put(params[1], "norm/weight", params[1]["norm"]["weight"].at[3].set(number))
+  with pytest.raises(ValueError, match=r"models\[1\] holds NaN or infinity at 'norm/weight'"):
+    merge.ties([params[0], spoiled], base=params[2], density=0.5)

@@ -75,7 +75,8 @@ def gemma3_4b():
 def test_gemma3_leaves_most_of_its_config_out():
   found = from_hf(gemma3_4b())
   expected = from_hf(read_by_transformers(gemma3_4b()["text_config"]))
-  assert meaning(found) == meaning(expected)
+  assert (found.part_of, expected.part_of) == ("gemma3", "")
+  assert meaning(dataclasses.replace(found, part_of="")) == meaning(expected)
   assert (found.num_heads, found.num_kv_heads, found.head_dim) == (8, 4, 256)
   assert found.rope == Rope(theta=1e6, kind="linear", factor=8.0)
   assert found.local_rope == Rope(theta=1e4)
@@ -198,3 +199,28 @@ def test_every_family_has_its_defaults_and_architecture():
     == model_config.ARCHITECTURES.keys()
     == {FAMILIES[name]["model_type"] for name in FAMILIES}
   )
+
+
+@pytest.mark.parametrize(
+  ("changes", "said"),
+  [
+    (dict(num_hidden_layers=10**30), "num_hidden_layers=1000.*: expected a whole number from 1 to"),
+    (dict(hidden_size="64"), "hidden_size='64': expected a whole number"),
+    (dict(num_attention_heads=0), "num_attention_heads=0: expected a whole number"),
+    (dict(rms_norm_eps=float("nan")), "rms_norm_eps=nan: expected a positive number"),
+    (dict(rope_theta=[1]), r"rope_theta=\[1\]: expected a positive number"),
+    (dict(rope_scaling="linear"), "rope_scaling='linear': expected an object"),
+    (dict(rope_scaling=dict(type="linear", factor="4")), "factor='4' of the RoPE"),
+    (dict(rope_scaling=dict(type=["linear"])), r"rope_type \['linear'\] is not supported"),
+    (dict(eos_token_id={"a": 1}), "eos_token_id={'a': 1}: expected a token's number"),
+    (dict(eos_token_id=[2, "x"]), r"eos_token_id=\[2, 'x'\]: expected a token's number"),
+    (dict(tie_word_embeddings="no"), "tie_word_embeddings='no': expected true or false"),
+    (dict(architectures="x"), "architectures='x': expected a list of names"),
+    (dict(model_type=["llama"]), r"model_type \['llama'\] is not supported"),
+    (dict(hidden_act=["silu"]), r"activation \['silu'\] is not supported"),
+    (dict(layer_types=3), "layer_types=3: expected a list of names"),
+  ],
+)
+def test_values_of_another_kind_are_named(changes, said):
+  with pytest.raises(ValueError, match=said):
+    families.config("llama", **changes)

@@ -112,6 +112,38 @@ def test_types_are_kept_or_converted(tmp_path, dtype):
   assert_equal(wide, jax.tree.map(lambda x: x.astype(np.float32), stored))
 
 
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+@pytest.mark.parametrize("storage", [None, "dense", "nf4", "fp4", "int8"])
+def test_one_number_that_is_none_is_named_however_it_is_to_be_stored(tmp_path, storage, number):
+  """XLA:CPU's maximum drops a NaN, and a block's scale with it would hide it."""
+  config = families.config("llama", hidden_size=64, intermediate_size=64, num_hidden_layers=1)
+  hf.save(tmp_path / "model", families.params(config), config)
+  name = "model.layers.0.mlp.up_proj.weight"
+
+  def spoil(tensors):
+    tensors[name] = tensors[name].copy()
+    tensors[name][3, 5] = number
+
+  change(tmp_path / "model", spoil)
+  with pytest.raises(ValueError, match=rf"tensor '{name}' holds 1 (NaN|infinite) of 4,096 numbers"):
+    hf.load(tmp_path / "model", storage=storage)
+
+
+@pytest.mark.parametrize("storage", [None, "nf4"])
+def test_numbers_beyond_a_dtype_are_named_and_not_made_infinite(tmp_path, storage):
+  config = families.config("llama", hidden_size=64, intermediate_size=64, num_hidden_layers=1)
+  params = tree.map_weights(
+    families.params(config), [("layers/mlp/up_proj/weight", lambda w: w.at[0, 3, 5].set(1e6))]
+  )
+  hf.save(tmp_path / "model", params, config)
+  said = (
+    r"model.layers.0.mlp.up_proj.weight holds 1e\+06, and float16 ends at 65504: write it as bf"
+  )
+  with pytest.raises(ValueError, match=said):
+    hf.load(tmp_path / "model", dtype="float16", storage=storage)
+  assert hf.load(tmp_path / "model", dtype="bfloat16", storage=storage)
+
+
 def test_layers_of_two_types_are_stacked_in_the_wider(folder):
   def edit(tensors):
     tensors[Q2.replace(".2.", ".0.")] = tensors[Q2.replace(".2.", ".0.")].astype(ml_dtypes.bfloat16)
@@ -184,6 +216,38 @@ def test_a_head_of_its_own_unties_the_saved_config(tmp_path):
   loaded, again = hf.load(tmp_path / "out")
   assert not again.tied
   np.testing.assert_array_equal(loaded["lm_head"]["weight"], head["weight"])
+
+
+@pytest.mark.parametrize("prefix", ["model.", "language_model.model."])
+def test_a_head_in_the_file_is_used_where_the_config_says_tied(tmp_path, caplog, prefix):
+  """transformers keeps both; without the head the logits were off by three quarters of the largest."""
+  config, params = families.make("llama")
+  hf.save(tmp_path / "model", params, config)
+  path = tmp_path / "model/config.json"
+  path.write_text(json.dumps(json.loads(path.read_text()) | {"tie_word_embeddings": True}))
+  inside = prefix.removesuffix("model.")
+  change(
+    tmp_path / "model",
+    lambda t: t.update({inside + name: t.pop(name) for name in list(t) if inside}),
+  )
+  with caplog.at_level(logging.INFO):
+    loaded, again = hf.load(tmp_path / "model")
+  assert "config.json says tied" in caplog.text
+  assert not again.tied
+  assert_equal(loaded, params)
+  hf.save(tmp_path / "again", loaded, again)
+  assert json.loads((tmp_path / "again/config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_a_reward_models_head_for_logits_is_read_where_its_config_says_tied(tmp_path):
+  config = families.config("llama3", architectures=["LlamaForSequenceClassification"], num_labels=1)
+  assert config.tied
+  hf.save(tmp_path / "model", families.params(config), config)
+  head = np.random.default_rng(0).standard_normal((96, 32)).astype(np.float32)
+  change(tmp_path / "model", lambda t: t.update({"lm_head.weight": head}))
+  loaded, again = hf.load(tmp_path / "model")
+  assert (again.tied, again.writes, again.scores) == (False, True, 1)
+  np.testing.assert_array_equal(loaded["lm_head"]["weight"], head.T)
 
 
 def test_tokenizer_files_travel(tmp_path):
@@ -324,6 +388,13 @@ def test_a_broken_config_is_named(folder, text, says):
   path = folder / "config.json"
   path.write_text(text)
   with pytest.raises(ValueError, match=rf"{re.escape(str(path))}{says}"):
+    hf.load(folder)
+
+
+def test_heads_that_do_not_divide_are_named(folder):
+  path = folder / "config.json"
+  path.write_text(json.dumps(json.loads(path.read_text()) | {"num_key_value_heads": 3}))
+  with pytest.raises(ValueError, match="heads=4 is no multiple of num_key_value_heads=3"):
     hf.load(folder)
 
 

@@ -319,7 +319,6 @@ def test_a_state_that_we_have_no_layout_for_is_named(folder, changes, message):
     ("nested_quant_map", lambda x: np.sort(-x), "its nested_quant_map is not bitsandbytes' own"),
     ("absmax", lambda x: x[1:], r"its absmax holds 63 uint8 values, expected 64"),
     ("absmax", lambda x: x.astype(np.float32), "its absmax holds 64 float32 values"),
-    ("nested_absmax", lambda x: x * np.nan, "its nested_absmax holds numbers that are not finite"),
     ("", lambda x: x[2:], r"holds 2046 bytes, \(64, 64\) in 4 bits takes 2048"),
     ("quant_state.bitsandbytes__nf4", lambda x: x[3:], "its quant_state is not JSON"),
     ("absmax", None, "the file lacks its absmax"),
@@ -331,6 +330,29 @@ def test_a_damaged_part_is_named(folder, part, damage, message):
   change(folder, lambda t: t.pop(name) if damage is None else t.update({name: damage(t[name])}))
   with pytest.raises(ValueError, match=rf"{re.escape(Q)}: {message}"):
     hf.load(folder)
+
+
+@pytest.mark.parametrize(
+  ("kind", "part"), [("nf4", "nested_absmax"), ("nf4", "offset"), ("int8", bnb.SCALES)]
+)
+def test_a_scale_that_is_no_number_is_named(tmp_path, kind, part):
+  """One of them makes a block of NaN, or all of a matrix."""
+  config, params = make()
+  hf.save(tmp_path / "model", quant.quantize_params(params, storage=kind), config)
+  name = bnb.tensor(Q, part)
+
+  def spoil(tensors):
+    if part == "offset":
+      state = tensors[f"{Q}.{bnb.STATE}nf4"]
+      said = json.loads(state.tobytes()) | {"nested_offset": float("nan")}
+      tensors[f"{Q}.{bnb.STATE}nf4"] = np.frombuffer(json.dumps(said).encode(), np.uint8)
+    else:
+      tensors[name] = np.concatenate([tensors[name][:-1], np.full(1, np.nan, np.float32)])
+
+  change(tmp_path / "model", spoil)
+  said = "nested_offset nan" if part == "offset" else f"{re.escape(name)}' holds 1 NaN of"
+  with pytest.raises(ValueError, match=said):
+    hf.load(tmp_path / "model")
 
 
 def test_old_int8_formats_are_named(tmp_path):

@@ -179,3 +179,18 @@ def test_tensor_parallel_apply_moves_no_weights(spec, kind):
   # One all-reduce of activations each; "row" also adds up the loss over what is whole on each device.
   moved = re.findall(r"(all-gather|all-to-all|collective-permute)(?:-start)?\(", program.as_text())
   assert not moved
+
+
+@EACH
+@pytest.mark.parametrize("shape", [(64, 24), (3, 64, 24)])
+@pytest.mark.parametrize("as_array", [np.asarray, jnp.asarray])
+def test_one_nan_among_numbers_is_refused(kind, shape, as_array):
+  """XLA:CPU's maximum gives the largest of the others, and with it a code for the NaN."""
+  w = np.array(normal(*shape))
+  w[..., 17, 5] = np.nan
+  with pytest.raises(ValueError, match=r"its largest absolute value is nan.*look for NaN"):
+    kind.quantize(as_array(w))
+  if len(shape) == 3:
+    w[[0, 2], 17, 5] = 1
+    with pytest.raises(ValueError, match=r"its largest absolute value is nan.*look for NaN"):
+      kind.quantize(as_array(w))

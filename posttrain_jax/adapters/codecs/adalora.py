@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from posttrain_jax.adapters import adalora
-from posttrain_jax.adapters.codecs import codec, lora, modules, saved
+from posttrain_jax.adapters.codecs import codec, lora, modules, naming, saved
 from posttrain_jax.adapters.codecs.codec import Codec, Folder, Keys, Written
-from posttrain_jax.adapters.config import AdapterConfig, full_name
-from posttrain_jax.core import weight
+from posttrain_jax.adapters.config import AdapterConfig
+from posttrain_jax.core import weight, words
 from posttrain_jax.models.config import ModelConfig
 
 NAMES = {"a": ("lora_A", "lora_A"), "b": ("lora_B", "lora_B"), "e": ("lora_E", "lora_E")}
@@ -43,9 +44,9 @@ def write(adapter: Any, config: AdapterConfig, model_config: ModelConfig) -> Wri
   """Each module at the ranks that act or are kept; one that is left with none has empty factors, as in PEFT."""
   adapter, whole, to_save = saved.write(adapter, config, model_config)
   parts, nodes = modules.collect(adapter, model_config, (adalora.AdaLoRA,), _split, _shape)
+  full = naming.of_model(model_config).full
   patterns = {
-    f"{full_name(name)}.lora_E": _kept(node)[layer].tolist()
-    for name, (node, layer) in nodes.items()
+    f"{full(name)}.lora_E": _kept(node)[layer].tolist() for name, (node, layer) in nodes.items()
   }
   described = dict(
     init_r=config.init_r,
@@ -61,7 +62,7 @@ def write(adapter: Any, config: AdapterConfig, model_config: ModelConfig) -> Wri
     modules_to_save=to_save,
     **modules.targets(list(parts), model_config),
   )
-  return Written(modules.tensors(parts, NAMES) | whole, described)
+  return Written(modules.tensors(parts, NAMES, model_config) | whole, described)
 
 
 def read(
@@ -75,14 +76,14 @@ def read(
     adalora.check(config)
   except ValueError as error:
     raise ValueError(f"{folder.config_file}: {error}") from error
+  config = modules.settled(folder, config, parts, params, named["modules_to_save"])
   masks = _masks(folder, parts, config.init_r)
   make = lambda base, names: _node(base, names, parts, masks, config, folder)
   nodes = modules.nodes(parts, params, make)
-  modules.check_targets(folder, config, parts, params)
   return nodes | whole, config.replace(**named)
 
 
-CODEC = Codec("ADALORA", ("adalora",), write, read)
+CODEC = Codec("ADALORA", ("adalora",), KEYS, write, read)
 
 
 def _kept(node: adalora.AdaLoRA) -> np.ndarray:
@@ -111,15 +112,25 @@ def _masks(folder: Folder, parts: modules.Parts, rank: int) -> dict[str, np.ndar
   if said is None:
     return every
   if not isinstance(said, Mapping):
-    raise ValueError(f"{folder.config_file}: rank_pattern={said!r} is no table of modules")
+    raise ValueError(
+      f"{folder.config_file}: rank_pattern={words.shown(said)} is no table of modules"
+    )
   for key, flags in said.items():
-    name = modules.bare(key).removesuffix(".default").removesuffix(".lora_E")
+    name = re.sub(r"\.lora_E(\.[^.]+)?$", "", naming.bare(key))
+    if not isinstance(flags, list):
+      raise ValueError(
+        f"{folder.config_file}: rank_pattern[{words.shown(key)}] is no list of true and false"
+      )
+    if key in folder.others or naming.class_name(key).partition(".lora_E")[0] in folder.others:
+      continue
     flags = np.asarray(flags)
     if name not in parts:
-      raise ValueError(f"{folder.config_file}: rank_pattern names {key!r}, which has no tensors")
+      raise ValueError(
+        f"{folder.config_file}: rank_pattern names {words.shown(key)}, which has no tensors"
+      )
     if flags.dtype != bool or flags.shape != (rank,):
       raise ValueError(
-        f"{folder.config_file}: rank_pattern[{key!r}] must hold true or false for each of init_r={rank} ranks"
+        f"{folder.config_file}: rank_pattern[{words.shown(key)}] must hold true or false for each of {rank} ranks"
       )
     every[name] = flags
   return every

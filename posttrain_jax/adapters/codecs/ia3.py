@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from posttrain_jax.adapters import ia3
-from posttrain_jax.adapters.codecs import codec, modules, saved
+from posttrain_jax.adapters.codecs import codec, modules, naming, saved
 from posttrain_jax.adapters.codecs.codec import Codec, Folder, Keys, Written
-from posttrain_jax.adapters.config import AdapterConfig, full_name
+from posttrain_jax.adapters.config import AdapterConfig, full_name, picks
 from posttrain_jax.core import weight
 from posttrain_jax.models.config import ModelConfig
 
@@ -20,7 +20,7 @@ KEYS = Keys(
     "exclude_modules": (str, list, type(None)),
     "feedforward_modules": (str, list, type(None)),
   },
-  off={**codec.TASK, "fan_in_fan_out": (False,), "modules_to_save": (None, [])},
+  off={**codec.TASK, "fan_in_fan_out": (False, True), "modules_to_save": (None, [])},
   unread=(*codec.UNREAD, "init_ia3_weights"),
 )
 
@@ -28,12 +28,13 @@ KEYS = Keys(
 def write(adapter: Any, config: AdapterConfig, model_config: ModelConfig) -> Written:
   adapter, whole, to_save = saved.write(adapter, config, model_config)
   parts, nodes = modules.collect(adapter, model_config, (ia3.IA3,), _split, _shape)
+  full = naming.of_model(model_config).full
   targets = modules.targets(list(parts), model_config)
   names = targets["target_modules"]
   if targets["layers_to_transform"] is not None:  # a choice that this type does not know
-    names = [full_name(name) for name in parts]
+    names = [full(name) for name in parts]
   within = [name for name, (node, _) in nodes.items() if node.feedforward]
-  feedforward = {n for name in within for n in (full_name(name), name.rpartition(".")[2])}
+  feedforward = {n for name in within for n in (full(name), name.rpartition(".")[2])}
   described = dict(
     target_modules=names,
     exclude_modules=None,
@@ -41,7 +42,7 @@ def write(adapter: Any, config: AdapterConfig, model_config: ModelConfig) -> Wri
     fan_in_fan_out=False,
     modules_to_save=to_save,
   )
-  return Written(modules.tensors(parts, NAMES) | whole, described)
+  return Written(modules.tensors(parts, NAMES, model_config) | whole, described)
 
 
 def read(
@@ -51,13 +52,16 @@ def read(
   folder, whole, named = saved.read(folder, params)
   parts = modules.parse(folder, NAMES, params)
   config = codec.config(folder, KEYS, "ia3", list(parts))
+  feedforward = [n for n in parts if picks(config.feedforward_modules, folder.naming.full(n))]
+  config = modules.settled(folder, config, parts, params, named["modules_to_save"])
+  if feedforward != [name for name in parts if picks(config.feedforward_modules, full_name(name))]:
+    config = config.replace(feedforward_modules=tuple(map(full_name, feedforward)))
   make = lambda base, names: _node(base, names, parts, config, folder)
   nodes = modules.nodes(parts, params, make)
-  modules.check_targets(folder, config, parts, params)
   return nodes | whole, config.replace(**named)
 
 
-CODEC = Codec("IA3", ("ia3",), write, read)
+CODEC = Codec("IA3", ("ia3",), KEYS, write, read)
 
 
 def _split(node: ia3.IA3) -> list[dict[str, np.ndarray]]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from posttrain_jax.adapters import dora, lora
-from posttrain_jax.adapters.codecs import codec, modules, saved
+from posttrain_jax.adapters.codecs import codec, modules, naming, saved
 from posttrain_jax.adapters.codecs.codec import Codec, Folder, Keys, Written
 from posttrain_jax.adapters.config import AdapterConfig
 from posttrain_jax.core import weight
@@ -33,7 +33,7 @@ KEYS = Keys(
     "rank_pattern": (dict, type(None)),
     "alpha_pattern": (dict, type(None)),
     "use_rslora": (bool,),
-    "init_lora_weights": (bool, str),
+    "init_lora_weights": (bool, str, type(None)),
     "use_dora": (bool,),
   },
   off={
@@ -43,7 +43,7 @@ KEYS = Keys(
     "bias": ("none",),
     "corda_config": (None,),
     "ensure_weight_tying": (False,),
-    "fan_in_fan_out": (False,),
+    "fan_in_fan_out": (False, True),  # of Conv1D: PEFT itself turns it off for linear layers
     "kasa_config": (None,),
     "layer_replication": (None, []),
     "layers_pattern": (None, "", [], "layers", ["layers"]),  # our families' only list of layers
@@ -68,8 +68,9 @@ KEYS = Keys(
   ),
 )
 LONG = ("attention_group", "context_length")  # of LongLoRA, in our record: PEFT has no such thing
-# PEFT's initialisations that leave the base as it is, and what they are called here.
-INITS = {True: True, False: True, "gaussian": "gaussian", "eva": True}
+# PEFT's initialisations that take their start out of the base, in folders that are read again by taking it out again
+# (lora_ga does so as well, and a folder that holds its factors is of the changed base).
+MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def write(adapter: Any, config: AdapterConfig, model_config: ModelConfig) -> Written:
@@ -92,12 +93,14 @@ def write(adapter: Any, config: AdapterConfig, model_config: ModelConfig) -> Wri
     use_dora=any(isinstance(node, dora.DoRA) for node, _ in nodes.values()),
     use_rslora=config.use_rslora,
     **modules.targets(list(parts), model_config),
-    **_patterns(config, ranks, scales),
+    **_patterns(config, ranks, scales, naming.of_model(model_config).full),
   )
   record = dict(began_with=config.init_lora_weights) if config.changes_base else {}
   if config.method == "longlora":
     record |= {field: vars(config)[field] for field in LONG}
-  return Written({**modules.tensors(parts, {**NAMES, **MAGNITUDE}), **whole}, described, record)
+  return Written(
+    {**modules.tensors(parts, {**NAMES, **MAGNITUDE}, model_config), **whole}, described, record
+  )
 
 
 def read(
@@ -108,15 +111,15 @@ def read(
   parts = modules.parse(folder, {**NAMES, **MAGNITUDE} if with_magnitude else NAMES, params)
   method = "dora" if with_magnitude else "lora"
   config = codec.config(folder, KEYS, method, list(parts), **_start(folder))
+  config = modules.settled(folder, config, parts, params, named["modules_to_save"])
   make = lambda base, names: _node(base, names, parts, config, folder.tensor_file)
   nodes = modules.nodes(parts, params, make)
-  modules.check_targets(folder, config, parts, params)
   long = {field: folder.record[field] for field in LONG if field in folder.record}
   longlora = dict(method="longlora", **long) if long else {}
   return nodes | whole, config.replace(**named, **longlora)
 
 
-CODEC = Codec("LORA", ("lora", "dora", "pissa", "olora", "loftq", "longlora"), write, read)
+CODEC = Codec("LORA", ("lora", "dora", "pissa", "olora", "loftq", "longlora"), KEYS, write, read)
 
 
 # Writing
@@ -135,17 +138,27 @@ def _shape(node: lora.LoRA) -> tuple[int, ...]:
   return (*node.a.shape[:-1], node.b.shape[-1])
 
 
-def _patterns(config: AdapterConfig, ranks: Mapping[str, int], scales: Mapping[str, Any]) -> dict:
+def _patterns(
+  config: AdapterConfig,
+  ranks: Mapping[str, int],
+  scales: Mapping[str, Any],
+  full: Callable[[str], str],
+) -> dict:
   """r, lora_alpha and the patterns that give PEFT these ranks and scales: the user's own where they do.
 
   The first pattern that matches wins, and PEFT sorts them when it saves: what depends on their order is written out.
+
+  Args:
+    full: what the class that PEFT will adapt calls a module.
   """
   config = config.replace(
     rank_pattern=dict(sorted(config.rank_pattern.items())),
     alpha_pattern=dict(sorted(config.alpha_pattern.items())),
   )
+  power = 0.5 if config.use_rslora else 1
+  scale = lambda name: np.float32(config.alpha(name, full(name)) / ranks[name] ** power)
   if all(
-    config.rank(name) == rank and np.float32(config.scale(name)) == scales[name]
+    config.rank(name, full(name)) == rank and scale(name) == scales[name]
     for name, rank in ranks.items()
   ):
     return dict(
@@ -154,11 +167,10 @@ def _patterns(config: AdapterConfig, ranks: Mapping[str, int], scales: Mapping[s
       rank_pattern=dict(config.rank_pattern),
       alpha_pattern=dict(config.alpha_pattern),
     )
-  power = 0.5 if config.use_rslora else 1
   alphas = {name: _alpha(scales[name], rank**power) for name, rank in ranks.items()}
   r, alpha = _commonest(ranks), _commonest(alphas)
   named = lambda values, usual: {
-    modules.anchored(name): value for name, value in values.items() if value != usual
+    modules.anchored(full(name)): value for name, value in values.items() if value != usual
   }
   return dict(
     r=r, lora_alpha=alpha, rank_pattern=named(ranks, r), alpha_pattern=named(alphas, alpha)
@@ -180,17 +192,14 @@ def _commonest(values: Mapping[str, Any]) -> Any:
 
 
 def _start(folder: Folder) -> dict[str, Any]:
-  """init_lora_weights as AdapterConfig says it."""
+  """init_lora_weights as AdapterConfig says it: of a finished adapter it matters only whether it moved the base."""
   said = folder.described.get("init_lora_weights")
-  if said is None:
-    return {}
-  codec.check_key("init_lora_weights", said, KEYS, folder.config_file)
-  if said not in INITS:
+  if str(said).lower().startswith(MOVES_BASE):
     raise ValueError(
       f"{folder.config_file}: init_lora_weights={said!r} is not supported: it moves a part of the base into the "
       "adapter; export it from peft as plain LoRA (path_initial_model_for_weight_conversion)"
     )
-  return dict(init_lora_weights=INITS[said])
+  return dict(init_lora_weights="gaussian" if said == "gaussian" else True)
 
 
 def _node(matrix, names, parts, config, path) -> lora.LoRA:

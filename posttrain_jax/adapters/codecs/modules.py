@@ -16,8 +16,9 @@ import numpy as np
 
 from posttrain_jax.adapters.bind import base as base_at
 from posttrain_jax.adapters.bind import modules as modules_of
+from posttrain_jax.adapters.codecs import naming
 from posttrain_jax.adapters.codecs.codec import Folder
-from posttrain_jax.adapters.config import AdapterConfig, full_name
+from posttrain_jax.adapters.config import AdapterConfig, fits, full_name
 from posttrain_jax.core import tree, weight
 from posttrain_jax.models import decoder
 from posttrain_jax.models.config import ModelConfig
@@ -74,10 +75,11 @@ def collect(
   return parts, nodes
 
 
-def tensors(parts: Parts, names: Names) -> dict[str, np.ndarray]:
+def tensors(parts: Parts, names: Names, model_config: ModelConfig) -> dict[str, np.ndarray]:
   """{full name: array as stored}."""
+  full = naming.of_model(model_config).full
   return {
-    f"{PREFIX}{full_name(module)}.{names[field][module == 'embed_tokens']}": array.T
+    f"{PREFIX}{full(module)}.{names[field][module == 'embed_tokens']}": array.T
     for module, fields in parts.items()
     for field, array in fields.items()
   }
@@ -86,27 +88,30 @@ def tensors(parts: Parts, names: Names) -> dict[str, np.ndarray]:
 def targets(adapted: Sequence[str], model_config: ModelConfig) -> dict[str, Any]:
   """target_modules, and layers where it takes them, that make PEFT adapt these modules and no other."""
   known = all_names(decoder.abstract(model_config))
+  full = naming.of_model(model_config).full
   kinds = {_short(name) for name in adapted}
   everywhere = dict(layers_to_transform=None, layers_pattern=None)
+  if model_config.part_of:  # an ending would name modules of the other parts too
+    return dict(everywhere, target_modules=[full(name) for name in adapted])
   if {name for name in known if _short(name) in kinds} == set(adapted):
     return dict(everywhere, target_modules=sorted(kinds))
   layered = [name for name in adapted if name.startswith("layers.")]
   layers = sorted({int(name.split(".")[1]) for name in layered})
-  apart = [full_name(name) for name in adapted if name not in layered]
+  apart = [full(name) for name in adapted if name not in layered]
   kinds = {_short(name) for name in layered}
   if len(layered) == len(kinds) * len(layers):
     targets = sorted(kinds) + apart  # to PEFT a full name counts in spite of layers_to_transform
     return dict(layers_to_transform=layers, layers_pattern="layers", target_modules=targets)
-  return dict(everywhere, target_modules=[full_name(name) for name in adapted])
+  return dict(everywhere, target_modules=[full(name) for name in adapted])
 
 
 def _short(name: str) -> str:
   return name.rpartition(".")[2]
 
 
-def anchored(name: str) -> str:
-  """A pattern that is this module's name and no other."""
-  return f"^{re.escape(full_name(name))}"
+def anchored(called: str) -> str:
+  """A pattern that is this full name and no other."""
+  return f"^{re.escape(called)}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -147,9 +152,52 @@ def nodes(parts: Parts, params: Any, make: Callable[[Any, Sequence[str]], Any]) 
   }
 
 
-def check_targets(folder: Folder, config: AdapterConfig, parts: Parts, params: Any) -> None:
-  """The config targets what the tensors adapt."""
-  targeted = {name for name in all_names(params) if config.targets(name)}
+def settled(
+  folder: Folder, config: AdapterConfig, parts: Parts, params: Any, saved: Sequence[str] = ()
+) -> AdapterConfig:
+  """The folder's config under our own names, checked: it targets what the tensors adapt, and no pattern is idle.
+
+  Args:
+    config: under the names of the class that was trained.
+    saved: endings of `modules_to_save`, which PEFT leaves out of the targets.
+
+  Raises:
+    ValueError: config and tensors adapt different modules, or a key of a pattern is no module's name.
+  """
+  full, known = folder.naming.full, all_names(params)
+  called = [*map(full, known), *folder.others]
+  for option in ("rank_pattern", "alpha_pattern"):
+    for pattern in vars(config)[option]:
+      if not any(fits(pattern, name) for name in called):
+        raise ValueError(
+          f"{folder.config_file}: {option}: {tree.unknown(pattern, called, 'module')}"
+        )
+  is_saved = lambda name: any(full(name).endswith(ending) for ending in saved)
+  targeted = {name for name in known if config.targets(name, full(name)) and not is_saved(name)}
+  _check_targets(folder, targeted, parts)
+  ranks = {name: config.rank(name, full(name)) for name in parts}
+  alphas = {name: config.alpha(name, full(name)) for name in parts}
+  if all(
+    config.targets(name) == (name in parts)
+    and (
+      name not in parts or (config.rank(name), config.alpha(name)) == (ranks[name], alphas[name])
+    )
+    for name in known
+  ):
+    return config
+  ours = lambda table, usual: {
+    anchored(full_name(name)): value for name, value in table.items() if value != usual
+  }
+  return config.replace(
+    target_modules=tuple(map(full_name, parts)),
+    exclude_modules=(),
+    layers_to_transform=None,
+    rank_pattern=ours(ranks, config.r) if config.rank_pattern else {},
+    alpha_pattern=ours(alphas, config.lora_alpha) if config.alpha_pattern else {},
+  )
+
+
+def _check_targets(folder: Folder, targeted: set[str], parts: Parts) -> None:
   config_file, tensor_file = folder.config_file.name, folder.tensor_file.name
   for missing, holds, lacks in (
     (targeted - set(parts), config_file, tensor_file),
@@ -162,26 +210,28 @@ def check_targets(folder: Folder, config: AdapterConfig, parts: Parts, params: A
       )
 
 
-def bare(key: str) -> str:
-  """A tensor's name without what differs with the model class that was trained and with torch.compile."""
-  return re.sub(r"^(base_model\.)?((_orig_mod|model|language_model)\.)*", "", key)
-
-
 def _parse(key: str, known: Sequence[str], names: Names, path: Path) -> tuple[str, str]:
   """(module, field of the node) of a tensor's name; field "base" for a matrix of the base that PEFT stored along."""
-  module = bare(key)
+  module = naming.bare(key)
   for field, pair in names.items():
     for is_embedding, tensor in enumerate(pair):
-      name = module.removesuffix(f".{tensor}")
-      if name != module and is_embedding == (name == "embed_tokens"):
-        if name not in known:
-          raise ValueError(f"{path}: tensor {key!r}: {tree.unknown(name, known, 'module')}")
-        return name, field
-  stored = re.fullmatch(r"(embed_tokens|lm_head)\.(base_layer\.)?weight", module)
+      match = re.fullmatch(rf"(.+)\.{_named(tensor)}", module)
+      if match and is_embedding == (match[1] == "embed_tokens"):
+        if match[1] not in known:
+          raise ValueError(f"{path}: tensor {key!r}: {tree.unknown(match[1], known, 'module')}")
+        return match[1], field
+  stored = re.fullmatch(r"(embed_tokens|lm_head)\.(base_layer\.|original_module\.)?weight", module)
   if stored:
     return stored[1], "base"
   expected = ", ".join(dict.fromkeys(name for pair in names.values() for name in pair))
   raise ValueError(f"{path}: unknown tensor {key!r}; an adapted module has {expected}")
+
+
+def _named(tensor: str) -> str:
+  """A tensor's name with or without that of its adapter, which a bare state dict still has: lora_A.default.weight."""
+  word, dot, end = tensor.partition(".")
+  name = r"(?:\.(?!bias$)[^.]+)?"
+  return rf"{word}{name}\.{end}" if dot else rf"{word}{name}(?:\.weight)?"
 
 
 def _check_stored_base(name: str, array: np.ndarray, params: Any, path: Path) -> None:

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from posttrain_jax.adapters import replaced
 from posttrain_jax.adapters.bind import base as base_at
-from posttrain_jax.adapters.codecs import modules
+from posttrain_jax.adapters.codecs import modules, naming
 from posttrain_jax.adapters.codecs.codec import Folder
 from posttrain_jax.adapters.config import AdapterConfig, full_name
 from posttrain_jax.adapters.replaced import Replaced
-from posttrain_jax.core import tree, weight
+from posttrain_jax.core import tree, weight, words
 from posttrain_jax.models import decoder
 from posttrain_jax.models.config import ModelConfig
 
@@ -36,7 +37,7 @@ def write(
     prefix: what PEFT's name of a tensor has before that of its module.
   """
   nodes = {path: node for path, node in tree.items(adapter) if isinstance(node, Replaced)}
-  params = decoder.abstract(model_config)
+  params, full = decoder.abstract(model_config), naming.of_model(model_config).full
   tensors, names = {}, []
   for path, node in nodes.items():
     if node.value.shape != weight.shape(base_at(params, path)):
@@ -46,9 +47,9 @@ def write(
     leaf = path.rpartition("/")[2]
     for name, value in replaced.split(node, _names(path, model_config.num_layers)).items():
       names.append(name)
-      tensors[f"{prefix}{full_name(name)}.{leaf}"] = _stored(name, value)
+      tensors[f"{prefix}{full(name)}.{leaf}"] = _stored(name, value)
   rest = tree.unflatten((path, node) for path, node in tree.items(adapter) if path not in nodes)
-  return rest, tensors, _endings(names, config, params) if nodes else None
+  return rest, tensors, _endings(names, config, params, full) if nodes else None
 
 
 def read(
@@ -60,43 +61,73 @@ def read(
     ValueError: a name that matches no module, or a tensor that is missing or of another shape.
   """
   paths = [*tree.flatten(params), *([] if "lm_head" in params else ["lm_head/weight"])]
-  endings = _named(folder, paths)
+  endings, full = _named(folder, paths), folder.naming.full
   layers = weight.shape(params["layers"]["self_attn"]["q_proj"]["weight"])[0]
-  arrays_at: dict[str, dict[str, np.ndarray]] = collections.defaultdict(dict)
-  rest = dict(folder.tensors)
-  for path in paths:
-    leaf = path.rpartition("/")[2]
-    for name in _names(path, layers):
-      if not any(full_name(name).endswith(ending) for ending in endings):
-        continue
-      keys = [key for key in rest if modules.bare(key) == f"{name}.{leaf}"]
-      if not keys:
-        raise ValueError(
-          f"{folder.tensor_file}: modules_to_save={endings} names {name!r}, which has no {leaf}"
-        )
-      array = rest.pop(keys[0])
-      arrays_at[path][name] = _stored(name, array) if array.ndim == 2 else array
+  names_at = {path: _names(path, layers) for path in paths}
+  known = [*(full(name) for names in names_at.values() for name in names), *folder.others]
   for ending in endings:
-    known = [full_name(name) for path in paths for name in _names(path, layers)]
     if not any(name.endswith(ending) for name in known):
       raise ValueError(
         f"{folder.config_file}: modules_to_save: {tree.unknown(ending, known, 'module')}"
       )
-  nodes = {}
+  arrays_at: dict[str, dict[str, np.ndarray]] = collections.defaultdict(dict)
+  rest = dict(folder.tensors)
+  for path, names in names_at.items():
+    leaf = path.rpartition("/")[2]
+    for name in names:
+      if not any(full(name).endswith(ending) for ending in endings):
+        continue
+      array = _take(folder, rest, name, leaf)
+      if array is None:
+        raise ValueError(
+          f"{folder.tensor_file}: modules_to_save={endings} names {name!r}, which has no {leaf}"
+        )
+      arrays_at[path][name] = _stored(name, array) if array.ndim == 2 else array
+  nodes, ours = {}, endings
+  if folder.naming.inside != naming.TEXT:  # endings of the class's names, which are not ours
+    names = [name for arrays in arrays_at.values() for name in arrays]
+    ours = tuple(sorted(map(full_name, names)))
   for path, arrays in arrays_at.items():
     matrix = base_at(params, path)
     _check_shapes(folder, arrays, matrix)
     nodes[path] = replaced.join(arrays, _names(path, layers), matrix)
   described = {**folder.described, "modules_to_save": None}
   rest_of_it = dataclasses.replace(folder, tensors=rest, described=described)
-  return rest_of_it, nodes, {"modules_to_save": endings}
+  return rest_of_it, nodes, {"modules_to_save": ours}
+
+
+def _take(folder: Folder, rest: dict[str, np.ndarray], name: str, leaf: str) -> np.ndarray | None:
+  """A module's trained tensor, taken out of the rest with its copies.
+
+  PEFT stores it once, and where it was told to store embeddings (save_embedding_layers, a resized vocabulary) also as
+  `modules_to_save` and beside the base's own, `original_module`.
+  """
+  places = {
+    key: match[1] or ""
+    for key in rest
+    if (
+      match := re.fullmatch(
+        rf"{re.escape(name)}\.(original_module\.|modules_to_save\.(?:[^.]+\.)?)?{leaf}",
+        naming.bare(key),
+      )
+    )
+  }
+  trained = {key: rest.pop(key) for key, place in places.items() if place != "original_module."}
+  for key in places.keys() - trained.keys():
+    del rest[key]
+  arrays = list(trained.values())
+  if any(not np.array_equal(arrays[0], array) for array in arrays[1:]):
+    raise ValueError(f"{folder.tensor_file}: {', '.join(trained)} differ, and are one module's")
+  return arrays[0] if arrays else None
 
 
 def _named(folder: Folder, paths: Sequence[str]) -> tuple[str, ...]:
   """The folder's modules_to_save; of a classifier's heads the one that there is."""
   endings = folder.described.get("modules_to_save") or ()
   if not isinstance(endings, list | tuple) or not all(isinstance(e, str) for e in endings):
-    raise ValueError(f"{folder.config_file}: modules_to_save={endings!r} is no list of names")
+    raise ValueError(
+      f"{folder.config_file}: modules_to_save={words.shown(endings)} is no list of names"
+    )
   is_classifier = folder.described.get("task_type") == "SEQ_CLS"
   lacks = lambda name: name in HEADS[:1] and f"{name}/weight" not in paths
   return tuple(e for e in dict.fromkeys(endings) if not (is_classifier and lacks(e)))
@@ -115,6 +146,13 @@ def _check_shapes(folder: Folder, values: Mapping[str, np.ndarray], matrix: Any)
   for name, value in values.items():
     shape = weight.shape(matrix)
     wanted = shape[1:] if name.startswith("layers.") else shape
+    if name in ("embed_tokens", "lm_head") and value.ndim == 2 and value.shape != wanted:
+      tokens, rows = (_stored(name, x).shape[0] for x in (value, np.empty(wanted, bool)))
+      raise ValueError(
+        f"{folder.tensor_file}: {name} has {tokens} tokens, the base {rows}: the adapter was trained with a vocabulary "
+        f"of another size (resize_token_embeddings). Merge it with peft onto a base of {tokens} tokens "
+        "(merge_and_unload, save_pretrained), and load the model that this writes"
+      )
     if value.shape != wanted:
       raise ValueError(
         f"{folder.tensor_file}: {name!r} of modules_to_save has shape {_stored(name, value).shape}, "
@@ -122,12 +160,12 @@ def _check_shapes(folder: Folder, values: Mapping[str, np.ndarray], matrix: Any)
       )
 
 
-def _endings(names: Sequence[str], config: AdapterConfig, params: Any) -> list[str]:
+def _endings(
+  names: Sequence[str], config: AdapterConfig, params: Any, full: Callable[[str], str]
+) -> list[str]:
   """The user's own endings where PEFT takes them for these modules and no other; else every full name."""
   layers = weight.shape(params["layers"]["self_attn"]["q_proj"]["weight"])[0]
   paths = dict.fromkeys([*tree.flatten(params), "lm_head/weight"])
   known = {name for path in paths for name in _names(path, layers)}
-  matched = {
-    name for name in known if any(full_name(name).endswith(e) for e in config.modules_to_save)
-  }
-  return list(config.modules_to_save) if matched == set(names) else sorted(map(full_name, names))
+  matched = {name for name in known if any(full(name).endswith(e) for e in config.modules_to_save)}
+  return list(config.modules_to_save) if matched == set(names) else sorted(map(full, names))

@@ -111,8 +111,8 @@ def read_prefix(
 
 
 CODECS = (
-  Codec("PROMPT_TUNING", ("prompt",), write_prompt, read_prompt),
-  Codec("PREFIX_TUNING", ("prefix",), write_prefix, read_prefix),
+  Codec("PROMPT_TUNING", ("prompt",), PROMPT_KEYS, write_prompt, read_prompt, PREFIX),
+  Codec("PREFIX_TUNING", ("prefix",), PREFIX_KEYS, write_prefix, read_prefix, PREFIX),
 )
 
 

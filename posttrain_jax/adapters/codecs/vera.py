@@ -24,6 +24,7 @@ KEYS = Keys(
   fields={
     "r": (int,),
     "target_modules": (str, list, type(None)),
+    "exclude_modules": (str, list, type(None)),
     "layers_to_transform": (int, list, type(None)),
     "d_initial": (int, float),
     "projection_prng_key": (int,),
@@ -31,7 +32,7 @@ KEYS = Keys(
   off={
     **codec.TASK,
     "bias": ("none",),
-    "fan_in_fan_out": (False,),
+    "fan_in_fan_out": (False, True),
     "layers_pattern": (None, "", [], "layers", ["layers"]),
     "modules_to_save": (None, []),
   },
@@ -58,7 +59,7 @@ def write(adapter: Any, config: AdapterConfig, model_config: ModelConfig) -> Wri
     **modules.targets(list(parts), model_config),
   )
   stored = {name: np.asarray(vars(pair)[field]).T for field, name in PAIR.items()}
-  return Written(modules.tensors(parts, NAMES) | stored | whole, described)
+  return Written(modules.tensors(parts, NAMES, model_config) | stored | whole, described)
 
 
 def read(
@@ -70,14 +71,14 @@ def read(
   parts = modules.parse(dataclasses.replace(folder, tensors=rest), NAMES, params)
   dropout = folder.described.get("vera_dropout") or 0.0
   config = codec.config(folder, KEYS, "vera", list(parts), lora_dropout=dropout)
+  config = modules.settled(folder, config, parts, params, named["modules_to_save"])
   make = lambda base, names: _node(base, names, parts, config, folder)
   nodes = modules.nodes(parts, params, make)
-  modules.check_targets(folder, config, parts, params)
   nodes[vera.PATH] = _pair(folder, config, nodes, params)
   return nodes | whole, config.replace(**named)
 
 
-CODEC = Codec("VERA", ("vera",), write, read)
+CODEC = Codec("VERA", ("vera",), KEYS, write, read)
 
 
 def _split(node: vera.VeRA) -> list[dict[str, np.ndarray]]:

@@ -1,0 +1,23 @@
+"""What a sentence shows of a value that came from outside: cut short, whatever it is."""
+
+from __future__ import annotations
+
+import reprlib
+from typing import Any
+
+
+def shown(value: Any, length: int = 100) -> str:
+  """The value as Python writes it, at most so long.
+
+  >>> shown("a" * 1000, 12), shown([1, 2]), shown(10**5000)
+  ("'aaaaaaaa...", '[1, 2]', 'a number of thousands of digits')
+  """
+  short = reprlib.Repr()
+  # aliases of YAML may nest a value so that all of it would fill the memory
+  short.maxlevel, short.maxlist, short.maxtuple, short.maxdict, short.maxset = 4, 8, 8, 8, 8
+  short.maxstring = short.maxother = 2 * length
+  try:
+    text = short.repr(value)
+  except ValueError:  # a number of more digits than Python writes
+    text = "a number of thousands of digits"
+  return text if len(text) <= length else text[: length - 3] + "..."
