@@ -149,6 +149,7 @@ def _described(used: use.Used, source: str) -> ml_collections.ConfigDict:
         "system": system,
         "length": length,
         "truncate": "error",
+        "train_on": "assistant",
         "on_error": "raise",
         "packing": False,
         "limit": 0,
@@ -360,7 +361,6 @@ def _settings(
     )
   if not workdir:
     return None
-  written = Path(workdir) / record.CONFIG
-  if not written.exists():
+  if not (Path(workdir) / record.CONFIG).exists():
     raise ConfigError(f"{workdir} holds no run: there is no {record.CONFIG}")
-  return ml_collections.ConfigDict(files.read_json(written)["config"])
+  return ml_collections.ConfigDict(record.config(workdir))

@@ -63,8 +63,8 @@ def given(overrides: Sequence[str]) -> list[str]:
 def _override(text: str) -> tuple[str, str]:
   """(field, value) of `--config.field=value`."""
   name, equals, value = text.removeprefix("--").removeprefix("config.").partition("=")
-  if not equals:
-    raise ConfigError(f"{text!r}: write --config.{name}=value")
+  if not (equals and name):
+    raise ConfigError(f"{text!r}: write --config.{name or 'field'}=value")
   return name, value
 
 
