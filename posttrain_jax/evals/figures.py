@@ -1,11 +1,10 @@
-"""Figures of a run and of a sweep, drawn without a display."""
+"""Figures of a sweep, a merge and of experiments as files, drawn without a display; pages draw with `charts`."""
 
 from __future__ import annotations
 
 import base64
 import contextlib
 import io
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,9 +13,6 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
-from numpy.typing import ArrayLike
-
-from posttrain_jax.runs.record import Run
 
 STYLE: dict[Any, Any] = {
   "font.family": "sans-serif",
@@ -34,13 +30,6 @@ STYLE: dict[Any, Any] = {
   "svg.hashsalt": "posttrain_jax",  # the same figure gives the same file
 }
 BLUE, ORANGE = "#1f5a96", "#d1661a"
-SPECIAL = "loss/special"
-SMALL = {
-  "learning_rate": "learning rate",
-  "grad_norm": "gradient norm",
-  "mean_token_accuracy": "token accuracy",
-  "tokens_per_second": "tokens per second",
-}
 
 
 def style() -> contextlib.AbstractContextManager:
@@ -75,89 +64,6 @@ def smooth(values: Sequence[float], share: float = 0.05) -> np.ndarray:
   start, end = np.maximum(place - half, 0), np.minimum(place + half + 1, len(array))
   among = count[end] - count[start]
   return np.where(among > 0, (total[end] - total[start]) / np.maximum(among, 1), np.nan)
-
-
-# A run
-
-
-def loss(run: Run) -> Figure | None:
-  """Training and evaluation loss over steps; None where neither was recorded."""
-  train, held_out = run.series("loss"), run.series("eval_loss")
-  if not train[0] and not held_out[0]:
-    return None
-  with style():
-    figure = Figure(figsize=(7.2, 2.9))
-    axes = figure.subplots()
-    if train[0]:
-      axes.plot(*train, color=BLUE, alpha=0.25, linewidth=0.8)
-      axes.plot(train[0], smooth(train[1]), color=BLUE, linewidth=1.6, label="training, smoothed")
-    if held_out[0]:
-      axes.plot(*held_out, "o-", color=ORANGE, markersize=3.5, linewidth=1.2, label="evaluation")
-    axes.set(xlabel="step", ylabel="nats per token", title="Loss")
-    _limit(axes, [smooth(train[1]), held_out[1]])
-    axes.legend()
-  return figure
-
-
-def channels(run: Run) -> Figure | None:
-  """Loss by channel, and of special tokens: training, and evaluation where there are some of both."""
-  panels = []
-  for prefix, title in (("loss/", "Training loss by channel"), ("eval_loss/", "Evaluation loss")):
-    names = [name for name in run.names() if name.startswith(prefix)]
-    if names:
-      panels.append((prefix, title, names))
-  if not panels:
-    return None
-  colors = dict(
-    zip(
-      dict.fromkeys(name.partition("/")[2] for _, _, names in panels for name in names),
-      itertools.cycle(mpl.color_sequences["tab10"]),
-    )
-  )
-  with style():
-    figure = Figure(figsize=(7.2 if len(panels) > 1 else 5.2, 2.9), layout="constrained")
-    handles = {}
-    for axes, (prefix, title, names) in zip(
-      figure.subplots(1, len(panels), squeeze=False)[0], panels
-    ):
-      drawn = []
-      for name in names:
-        steps, values = run.series(name)
-        values = smooth(values, 0.1) if prefix == "loss/" else np.asarray(values)
-        short = name.removeprefix(prefix)
-        line = dict(color=colors[short], linewidth=1.2, label=_label(short))
-        line |= dict(linestyle="--", color="black") if name.endswith(SPECIAL) else {}
-        handles[short] = axes.plot(steps, values, marker="" if len(steps) > 20 else ".", **line)[0]
-        drawn.append(values)
-      axes.set(xlabel="step", title=title)
-      _limit(axes, drawn)
-    figure.legend(handles=list(handles.values()), loc="outside right center")
-  return figure
-
-
-def course(run: Run) -> Figure | None:
-  """Learning rate, gradient norm, token accuracy and speed, each small."""
-  names = [name for name in SMALL if run.series(name)[0]]
-  if not names:
-    return None
-  with style():
-    figure = Figure(figsize=(7.2, 1.5), layout="constrained")
-    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names):
-      axes.plot(*run.series(name), color=BLUE, linewidth=0.9)
-      axes.set_title(SMALL[name], fontsize=8)
-      axes.tick_params(labelsize=7)
-      axes.locator_params(nbins=4)
-  return figure
-
-
-def _limit(axes, drawn: Sequence[ArrayLike]) -> None:
-  """Room for what matters: a first step that is far above the rest does not flatten them."""
-  values = np.concatenate([np.asarray(some, np.float64) for some in drawn])
-  values = values[np.isfinite(values)]
-  if len(values) > 20 and values.max() > 3 * np.quantile(values, 0.98) > 0:
-    axes.set_ylim(0, 1.3 * np.quantile(values, 0.98))
-  elif len(values) and values.min() >= 0:
-    axes.set_ylim(bottom=0)
 
 
 def _label(name: str) -> str:
