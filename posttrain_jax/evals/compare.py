@@ -16,7 +16,7 @@ from posttrain_jax import settings
 from posttrain_jax.core import files
 from posttrain_jax.evals import charts, figures, meanings, page, panels, report
 from posttrain_jax.evals.charts import Line
-from posttrain_jax.evals.meanings import EVAL, HIGHER, LOWER, NEITHER, Named
+from posttrain_jax.evals.meanings import ANSWERS, EVAL, NEITHER, Named
 from posttrain_jax.runs import record
 from posttrain_jax.runs.record import Run
 
@@ -25,7 +25,6 @@ LONGEST = 300  # characters of an answer, of which there may be twenty in a row
 POINTS = 160  # of a line
 ASIDE = ("Optimisation", "Speed", "Lengths of answers", "Other")  # groups that are folded
 MISSING = "–"
-ACCURACY = "accuracy/after"
 
 BODY = """
 <p class="state">{{ state }}</p>
@@ -187,36 +186,17 @@ def differing(runs: Sequence[Run], names: Sequence[str]) -> dict[str, Any]:
 # Values
 
 
-def _kind(runs: Sequence[Run]) -> str | None:
-  """The objective of all runs; None where they differ."""
-  kinds = {run.field("objective.name") for run in runs}
+def kind_of(configs: Sequence[Mapping[str, Any]]) -> str | None:
+  """The objective of all configs; None where they differ or name none."""
+  kinds = {settings.flat(dict(config)).get("objective.name") for config in configs}
   return kinds.pop() if len(kinds) == 1 else None
 
 
 def finals(run: Run) -> dict[str, float]:
   """The last value of every metric, and the accuracies of the built-in task's evaluations."""
-  results = {"accuracy/before": run.before, ACCURACY: run.after}
+  results = {f"{ANSWERS}before": run.before, f"{ANSWERS}after": run.after}
   known = {name: result.accuracy for name, result in results.items() if result is not None}
   return {**known, **run.final()}
-
-
-def better(kind: str | None, name: str) -> str:
-  """higher, lower, or "" where neither is."""
-  if name.startswith("accuracy/"):
-    return HIGHER
-  if kind == "grouped" and meanings.base(name) == "loss":
-    return NEITHER
-  return meanings.meaning(kind, name).better
-
-
-def best(kind: str | None, name: str, values: Sequence[float | None]) -> int | None:
-  """The place of the best value that is a number; None where neither way is better."""
-  known = [(value, i) for i, value in enumerate(values) if value is not None and np.isfinite(value)]
-  way = better(kind, name)
-  if not known or way == NEITHER:
-    return None
-  key = lambda pair: pair[0]
-  return (min(known, key=key) if way == LOWER else max(known, key=key))[1]
 
 
 def _configs(runs: Sequence[Run]) -> list[Mapping[str, Any]]:
@@ -224,14 +204,16 @@ def _configs(runs: Sequence[Run]) -> list[Mapping[str, Any]]:
 
 
 def _values(runs: Sequence[Run], names: Sequence[str]) -> dict[str, Any] | None:
-  kind, final = _kind(runs), [finals(run) for run in runs]
+  kind, final = kind_of(_configs(runs)), [finals(run) for run in runs]
   columns = _columns(kind, final)
   if not columns:
     return None
   configs, ranked = _configs(runs), {}
   for name in columns:
     compares = len(runs) > 1 and not meanings.obstacles(name, configs)
-    ranked[name] = best(kind, name, [some.get(name) for some in final]) if compares else None
+    ranked[name] = (
+      meanings.best(kind, name, [some.get(name) for some in final]) if compares else None
+    )
   cell = lambda i, name: dict(
     text=panels.number(final[i][name]) if name in final[i] else MISSING, best=ranked[name] == i
   )
@@ -244,12 +226,12 @@ def _values(runs: Sequence[Run], names: Sequence[str]) -> dict[str, Any] | None:
 
 
 def _way(kind: str | None, name: str) -> str:
-  way = better(kind, name)
+  way = meanings.better(kind, name)
   return f"{way} is better" if way else ""
 
 
 def _label(kind: str | None, name: str) -> str:
-  if name.startswith("accuracy/"):
+  if name.startswith(ANSWERS):
     return f"answers right {name.partition('/')[2]}"
   ((_, (named,)),) = meanings.sorted_into(kind, [name])
   return panels.short(named.alone) + (", held out" if name.startswith(EVAL) else "")
@@ -258,7 +240,7 @@ def _label(kind: str | None, name: str) -> str:
 def _columns(kind: str | None, final: Sequence[Mapping[str, float]]) -> list[str]:
   """Metrics of which one way is better, and the KL; the held-out value where there is one."""
   every = list(dict.fromkeys(name for some in final for name in some))
-  shown = [name for name in every if name.startswith("accuracy/")]
+  shown = [name for name in every if name.startswith(ANSWERS)]
   for group, named in meanings.sorted_into(kind, [n for n in every if n not in shown]):
     if group.title not in ASIDE and group not in (meanings.CHANNELS, meanings.PARTS):
       told = [one for one in named if one.metric.better != NEITHER or one.name == "kl"]
@@ -286,7 +268,7 @@ def _notes(runs: Sequence[Run]) -> list[str]:
 
 
 def _sections(runs: Sequence[Run], names: Sequence[str]) -> list[Section]:
-  kind = _kind(runs)
+  kind = kind_of(_configs(runs))
   every = dict.fromkeys(name for run in runs for name in run.names())
   result = []
   for group, named in meanings.sorted_into(kind, every):

@@ -82,34 +82,68 @@ def sweep(points: Sequence[Mapping[str, Any]], swept: Sequence[str], metric: str
 
   Args:
     points: one dict a finished point: its swept fields and its metrics.
-    swept: the fields that differ between points.
+    swept: the fields that differ between points; one that goes with another (alpha with the rank) stands beside it.
   """
-  across = _axis(points, swept)
-  others = [name for name in swept if name != across]
+  followers = following(points, swept)
+  free = [name for name in swept if name not in followers]
+  across = _axis(points, free)
+  others = [name for name in free if name != across]
   lines: dict[tuple, list] = {}
   for point in points:
     lines.setdefault(tuple(point.get(name) for name in others), []).append(point)
   x: list[Any] = [point.get(across) for point in points] if across else ["all"]
   numeric = across is not None and all(map(_is_number, x))
+  named = lambda name: ", ".join([name, *(f for f, leader in followers.items() if leader == name)])
   with style():
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")
     axes = figure.subplots()
     for key, some in _sorted(lines):
       some = sorted(some, key=lambda point: point[across]) if numeric else some
       at = [point[across] if numeric else _text(point.get(across, "all")) for point in some]
-      label = ", ".join(f"{name} = {_text(value)}" for name, value in zip(others, key))
+      label = ", ".join(f"{_label(name)} = {_text(value)}" for name, value in zip(others, key))
       axes.plot(at, [point[metric] for point in some], "o-" if numeric else "o", label=label)
-    axes.set(xlabel=across or "", ylabel=metric)
+    axes.set(xlabel=named(across) if across else "", ylabel=metric)
     if numeric and _spans_decades(x):
       axes.set_xscale("log")
     if numeric and len(set(x)) <= 10:
-      axes.set_xticks(sorted(set(x)), [_text(value) for value in sorted(set(x))])
+      axes.set_xticks(
+        sorted(set(x)), [_ticked(points, across, followers, v) for v in sorted(set(x))]
+      )
       axes.minorticks_off()
     if _spans_decades([point[metric] for point in points]):
       axes.set_yscale("log")
     if others:
-      axes.legend()
+      beside = dict(loc="center left", bbox_to_anchor=(1.0, 0.5)) if len(lines) > 6 else {}
+      axes.legend(**beside)
   return figure
+
+
+def following(points: Sequence[Mapping[str, Any]], swept: Sequence[str]) -> dict[str, str]:
+  """{field: the one that it goes with}: fields that have one value for each value of another, as alpha = 2 rank has.
+
+  >>> grid = [dict(r=r, alpha=2 * r, lr=lr) for r in (4, 16) for lr in (1e-4, 1e-3)]
+  >>> following(grid, ["r", "alpha", "lr"])
+  {'alpha': 'r'}
+  """
+  values = {name: [repr(point.get(name)) for point in points] for name in swept}
+  count = lambda *names: len(set(zip(*(values[name] for name in names))))
+  result: dict[str, str] = {}
+  for i, name in enumerate(swept):
+    for j, leader in enumerate(swept):
+      follows = leader != name and leader not in result and count(leader, name) == count(leader)
+      is_mutual = count(leader) == count(name)
+      # of two that go with each other the first leads; a field that no two points share leads nothing
+      if follows and (j < i if is_mutual else count(leader) < len(points)):
+        result[name] = leader
+        break
+  return result
+
+
+def _ticked(points, across, followers, value) -> str:
+  """A value of the axis, with what goes with it beneath."""
+  (point, *_) = [point for point in points if point.get(across) == value]
+  beside = [point.get(name) for name, leader in followers.items() if leader == across]
+  return "\n".join(map(_text, [value, *beside]))
 
 
 def _axis(points, swept) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -387,7 +388,36 @@ def meaning(objective: str | None, name: str) -> Metric:
 
 # Between runs
 
-# Fields that say what a loss measures; the first are also the scale of implicit rewards.
+
+def better(objective: str | None, name: str) -> str:
+  """higher, lower, or "" where neither is; `accuracy/after` is of the built-in task's answers."""
+  if name.startswith(ANSWERS):
+    return HIGHER
+  if objective == "grouped" and base(name) == "loss":
+    return NEITHER
+  return meaning(objective, name).better
+
+
+def best(objective: str | None, name: str, values: Sequence[float | None]) -> int | None:
+  """The place of the best value that is a number; None where neither way is better.
+
+  >>> best("sft", "eval_loss", [2.0, None, 1.5, math.nan]), best("sft", "grad_norm", [1.0, 2.0])
+  (2, None)
+  """
+  known = [
+    (value, i) for i, value in enumerate(values) if value is not None and math.isfinite(value)
+  ]
+  way = better(objective, name)
+  if not known or way == NEITHER:
+    return None
+  value = lambda pair: pair[0]
+  return (min(known, key=value) if way == LOWER else max(known, key=value))[1]
+
+
+ANSWERS = "accuracy/"  # of the built-in task, before and after training
+# Fields that say of which rows a value is, of which text a token is, and how large a reward is.
+ROWS = ("data.train", "data.eval", "data.eval_rows", "data.limit", "data.kind")
+TEXT = ("model.name", "model.template")
 SCALE = (
   "objective.name",
   "objective.losses",
@@ -395,16 +425,8 @@ SCALE = (
   "objective.beta",
   "objective.divergence",
 )
-MEASURED = (
-  "data.train",
-  "data.eval",
-  "data.eval_rows",
-  "data.limit",
-  "data.kind",
-  "data.replay",
-  "model.name",
-  "model.template",
-)
+SCALED = ("rewards/margins", "rewards/chosen", "rewards/rejected", "margin", "mean_reward")
+PER_TOKEN = ("loss", "nll_loss", "mean_token_accuracy", "entropy", "kl")
 
 
 def obstacles(name: str, configs: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -415,12 +437,23 @@ def obstacles(name: str, configs: Sequence[Mapping[str, Any]]) -> list[str]:
   fields = [settings.flat(dict(config)) for config in configs]
   names = {field for some in fields for field in some}
   differ = sorted(f for f in names if len({repr(some.get(f)) for some in fields}) > 1)
+  decide = _decide(name, fields)
+  return [f for f in differ if any(f == d or f.startswith(f"{d}.") for d in decide)]
+
+
+def _decide(name: str, fields: Sequence[Mapping[str, Any]]) -> list[str]:
+  """The fields, or their sections, that say what a metric is of."""
   bare = base(name)
-  if bare == "loss" or bare.startswith(("loss/", "nll_loss")):
-    own = "nll_loss" not in bare
-    return [f for f in differ if (own and f.startswith("objective.")) or f in MEASURED]
-  if bare in ("rewards/margins", "rewards/chosen", "rewards/rejected", "margin", "mean_reward"):
-    return [
-      f for f in differ if any(f == s or f.startswith(f"{s}.") for s in (*SCALE, "data.train"))
-    ]
-  return []
+  if name.startswith(ANSWERS):
+    return ["eval.task"]
+  if any(metric.covers(bare) for metric in (*OPTIMISATION.metrics, *SPEED.metrics)):
+    return []
+  has_own_rows = name.startswith(EVAL) and all(some.get("data.eval") for some in fields)
+  decide = [field for field in ROWS if not (has_own_rows and field != "data.eval")]
+  if not name.startswith(EVAL):
+    decide += ["data.replay"]
+  if bare in PER_TOKEN or bare.startswith("loss/"):
+    decide += TEXT
+  if bare == "loss" or bare.startswith("loss/"):
+    decide += ["objective"]
+  return decide + ([*SCALE] if bare in SCALED else [])
