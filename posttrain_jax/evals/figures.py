@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,14 +32,6 @@ BLUE, ORANGE = "#1f5a96", "#d1661a"
 
 def style() -> contextlib.AbstractContextManager:
   return mpl.rc_context(STYLE)
-
-
-def data_uri(figure: Figure) -> str:
-  """The figure as an SVG inside an address, for an `<img>` that needs no other file."""
-  buffer = io.BytesIO()
-  with style():
-    figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
-  return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def save_png(figure: Figure, path: str | Path) -> None:

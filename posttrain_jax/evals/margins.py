@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
-from matplotlib.figure import Figure
 
 from posttrain_jax.core import files
-from posttrain_jax.evals import figures, page
+from posttrain_jax.evals import charts, page, panels, report
+from posttrain_jax.runs import record
 
 NEAR = 0.05  # a margin below this is a tie, more or less: sigma(0.05) is 0.51
 LARGE = 5.0  # a pair with this margin has 0.7 % of its gradient left
@@ -135,33 +134,33 @@ def _findings(diagnosis: dict[str, Any]) -> list[str]:
   return said or ["Nothing stands out."]
 
 
-def figure(pairs: Compared) -> Figure:
+def _panels(pairs: Compared) -> list[panels.Panel]:
   """Margins as a histogram, and against the difference in length."""
-  with figures.style():
-    drawing = Figure(figsize=(9, 3), layout="constrained")
-    left, right = drawing.subplots(1, 2)
-    left.hist(pairs.margin, bins=min(40, max(8, len(pairs.margin) // 6)), color=figures.BLUE)
-    left.axvline(0, color="#999999", linewidth=0.8)
-    left.set(title="margins of the pairs", xlabel="margin", ylabel="pairs")
-    right.scatter(pairs.longer, pairs.margin, s=8, color=figures.BLUE, alpha=0.6)
-    right.axhline(0, color="#999999", linewidth=0.8)
-    right.set(
-      title="margin by length", xlabel="tokens that the chosen answer is longer", ylabel="margin"
-    )
-  return drawing
+  known = np.isfinite(pairs.margin)
+  margin, difference = pairs.margin[known], pairs.longer[known]
+  counts, edges = np.histogram(margin, bins=min(40, max(8, len(margin) // 6)))
+  how_often, by_length = "Margins of the pairs", "Margin by length"
+  longer = "tokens that the chosen answer is longer"
+  return [
+    panels.Panel(
+      how_often,
+      charts.bars(edges.tolist(), counts.tolist(), title=how_often, across="margin"),
+      note="Pairs with such a margin; above 0 the chosen answer is preferred.",
+    ),
+    panels.Panel(
+      by_length,
+      charts.dots(difference.tolist(), margin.tolist(), title=by_length, across=longer),
+      note="A dot is a pair; a slope means that length drives the margin.",
+    ),
+  ]
 
 
-BODY = """\
-<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
-<title>{{ title }}</title><style>{{ style }}</style></head><body>
-<h1>{{ title }}</h1>
+BODY = """
 {% for sentence in diagnosis.findings %}<p class="verdict">{{ sentence }}</p>{% endfor %}
-<img alt="margins" src="{{ picture }}">
-<table class="narrow">
+<div class="panels">{% for p in panels %}{{ page.panel(p) }}{% endfor %}</div>
+<div class="scroll"><table>
 {% for name, value in rows %}<tr><td>{{ name }}</td><td class="number">{{ value }}</td></tr>
-{% endfor %}</table>
+{% endfor %}</table></div>
 {% for name, some in ends %}
 <h2>{{ name }}</h2>
 {% for pair in some %}
@@ -170,12 +169,11 @@ BODY = """\
 <div><span class="right">chosen, {{ pair.chosen_length }} tokens</span><pre>{{ pair.chosen }}</pre></div>
 <div><span class="wrong">rejected, {{ pair.rejected_length }} tokens</span><pre>{{ pair.rejected }}</pre></div></div>
 {% endfor %}{% endfor %}
-</body></html>
 """
 
 
 def write(folder: str | Path, pairs: Compared) -> tuple[dict[str, Any], Path]:
-  """(the diagnosis, the page): `preference.json` and `preference.html` in a folder."""
+  """(the diagnosis, the page): `preference.json` and `preference.html` in a folder, and a link to it in its report."""
   diagnosis, folder = diagnose(pairs), Path(folder)
   files.write_json(folder / "preference.json", diagnosis)
   order = np.argsort(pairs.margin, kind="stable")
@@ -191,12 +189,13 @@ def write(folder: str | Path, pairs: Compared) -> tuple[dict[str, Any], Path]:
     for i in indices
     if len(pairs.texts)
   ]
-  environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-  html = environment.from_string(BODY).render(
+  is_run = (folder / record.CONFIG).exists()
+  html = page.render(
+    BODY,
     title=f"{folder.absolute().name}: {diagnosis['pairs']} pairs",
-    style=page.STYLE,
+    links=[("report of the run", report.NAME)] if is_run else [],
     diagnosis=diagnosis,
-    picture=figures.data_uri(figure(pairs)),
+    panels=_panels(pairs),
     rows=_rows(diagnosis),
     ends=[
       ("Lowest margins", shown(order[:ENDS])),
@@ -205,6 +204,8 @@ def write(folder: str | Path, pairs: Compared) -> tuple[dict[str, Any], Path]:
   )
   path = folder / "preference.html"
   files.write_text(path, html)
+  if is_run:
+    report.write(folder)
   return diagnosis, path
 
 
