@@ -11,6 +11,7 @@ from typing import Any
 
 import rich.box
 import rich.console
+import rich.measure
 import rich.table
 import rich.text
 
@@ -136,7 +137,8 @@ def _table(rows, swept, metrics, best, console) -> rich.table.Table:
   wide = _rows_table(
     rows, best, [*heads.values()], lambda row: [_shown(row, f) for f in swept], metrics
   )
-  if console.measure(wide).maximum <= console.width:
+  anything = console.options.update(width=10_000)
+  if rich.measure.Measurement.get(console, anything, wide).maximum <= console.width:
     return wide
   point = lambda row: [", ".join(f"{heads[f]}={_shown(row, f)}" for f in swept)]
   return _rows_table(rows, best, ["point"], point, metrics)

@@ -18,7 +18,7 @@ LETTER = 6.2  # width of a digit of an axis
 COLOURS = 10  # `c0` to `c9` of the page's style
 DASHES = ("", "6 3", "2 3", "8 3 2 3")
 POINTS = 240  # of a line that is drawn
-DECADES = 8.0  # an axis is logarmithmic where the highest value is so many times as high as nearly all others
+DWARFED = 5.0  # an axis is logarmithmic where the highest value is so many times as high as nearly all others
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,11 +58,11 @@ def thin(
   """
   if len(values) <= most:
     return steps, values
-  kept = []
-  for part in np.array_split(np.arange(len(values)), most // 2):
-    kept += sorted({part[values[part].argmin()], part[values[part].argmax()]})
-  kept[0], kept[-1] = 0, len(values) - 1
-  return steps[kept], values[kept]
+  kept = {0, len(values) - 1}
+  for part in np.array_split(np.arange(len(values)), most // 2 - 1):
+    kept |= {int(part[values[part].argmin()]), int(part[values[part].argmax()])}
+  order = sorted(kept)
+  return steps[order], values[order]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +94,7 @@ def axis(values: Sequence[float] | np.ndarray, *, count: int = 5) -> Axis:
   if not len(known):
     return Axis(0.0, 1.0, False, [0.0, 1.0])
   low, high = float(known.min()), float(known.max())
-  if low > 0 and high > DECADES * float(np.quantile(known, 0.95)):
+  if low > 0 and high > DWARFED * float(np.quantile(known, 0.95)):
     return _log_axis(low, high)
   if 0 <= low < 0.5 * high:
     low = 0.0
@@ -114,7 +114,11 @@ def _above(ticks: np.ndarray, high: float) -> float:
 
 def _log_axis(low: float, high: float) -> Axis:
   first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-  return Axis(10.0**first, 10.0**last, True, [10.0**i for i in range(first, last + 1)])
+  among = (1.0, 2.0, 5.0) if last - first <= 3 else (1.0,)
+  ticks = [digit * 10.0**i for i in range(first, last + 1) for digit in among]
+  start = max(t for t in ticks if t <= low * (1 + 1e-9))
+  end = min((t for t in ticks if t >= high * (1 - 1e-9)), default=10.0**last)
+  return Axis(start, end, True, [t for t in ticks if start <= t <= end])
 
 
 def number(value: float) -> str:

@@ -22,6 +22,7 @@ from posttrain_jax.runs.record import Run
 
 QUESTIONS = 6  # shown with every run's answer
 LONGEST = 300  # characters of an answer, of which there may be twenty in a row
+SETTING = 60  # characters of a field's value
 POINTS = 160  # of a line
 ASIDE = ("Optimisation", "Speed", "Lengths of answers", "Other")  # groups that are folded
 MISSING = "–"
@@ -175,7 +176,7 @@ def differing(runs: Sequence[Run], names: Sequence[str]) -> dict[str, Any]:
   configs = [settings.flat(dict(run.record.get("config") or {})) for run in runs]
   fields = list(dict.fromkeys(field for config in configs for field in config))
   fields = [f for f in fields if len({repr(c.get(f, MISSING)) for c in configs}) > 1]
-  cell = lambda config, field: panels.short(str(config.get(field, MISSING)))
+  cell = lambda config, field: _cut(str(config.get(field, MISSING)), SETTING)
   if len(fields) > max(6, len(runs)):
     rows = [[field, *(cell(config, field) for config in configs)] for field in fields]
     return dict(heads=["field", *names], rows=rows)
@@ -234,7 +235,7 @@ def _label(kind: str | None, name: str) -> str:
   if name.startswith(ANSWERS):
     return f"answers right {name.partition('/')[2]}"
   ((_, (named,)),) = meanings.sorted_into(kind, [name])
-  return panels.short(named.alone) + (", held out" if name.startswith(EVAL) else "")
+  return named.alone + (", held out" if name.startswith(EVAL) else "")
 
 
 def _columns(kind: str | None, final: Sequence[Mapping[str, float]]) -> list[str]:
@@ -321,13 +322,16 @@ def _examples(runs: Sequence[Run], names: Sequence[str]) -> list[dict[str, Any]]
 
 def _example(by_run: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
   some = next(iter(by_run.values()))
-  cut = lambda text: text if len(text) <= LONGEST else text[:LONGEST] + " …"
   return dict(
     question=some["question"],
     channel=some["channel"],
     gold=some["gold"],
     answers=[
-      dict(when=name, correct=a["correct"], reason=a["reason"], text=cut(a["answer"]))
+      dict(when=name, correct=a["correct"], reason=a["reason"], text=_cut(a["answer"], LONGEST))
       for name, a in by_run.items()
     ],
   )
+
+
+def _cut(text: str, longest: int) -> str:
+  return text if len(text) <= longest else text[:longest] + " …"

@@ -11,6 +11,7 @@ from posttrain_jax import settings
 
 LOWER, HIGHER, NEITHER = "lower", "higher", ""
 EVAL = "eval_"
+LONGEST = 32  # characters of a name that comes from data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -343,12 +344,11 @@ class Named:
 
   @property
   def label(self) -> str:
-    """What the table calls it, or of several that one line covers, what the `*` stands for."""
-    return (
-      self.metric.label
-      or self.name.removeprefix(self.metric.name.rstrip("*")).strip("/_")
-      or self.name
-    )
+    """What the table calls it, or of several that one line covers, what the `*` stands for, which may be of data."""
+    if self.metric.label:
+      return self.metric.label
+    rest = self.name.removeprefix(self.metric.name.rstrip("*")).strip("/_") or self.name
+    return rest if len(rest) <= LONGEST else rest[: LONGEST - 1] + "…"
 
   @property
   def alone(self) -> str:

@@ -43,8 +43,8 @@ th, td { text-align: left; vertical-align: top; padding: .3rem .9rem .3rem 0; bo
 th { font-weight: 600; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 td.best { font-weight: 700; } td.best::after { content: " *"; }
-td span.note { display: block; font-size: 13px; max-width: 46rem; }
-table.values { width: 100%; max-width: 52rem; } table.values td:first-child { width: 70%; }
+td.meaning { font-size: 13px; padding-top: 0; } tr.value td { border: none; padding-bottom: 0; }
+table.values { width: 100%; max-width: 52rem; } table.values tr.value td:first-child { width: 70%; }
 table.settings td, table.settings th { max-width: 26rem; overflow-wrap: anywhere; min-width: 4rem; }
 table.settings th { overflow-wrap: normal; } table.settings th.number { white-space: normal; max-width: 10rem; }
 table.settings .name { position: sticky; left: 0; background: var(--back); min-width: 8rem; max-width: 18rem; }

@@ -15,7 +15,6 @@ from posttrain_jax.evals.meanings import EVAL, Named
 from posttrain_jax.runs.record import Run
 
 TOGETHER = 3  # metrics in a panel with training and held-out values both; more get a panel each
-LONGEST = 32  # characters of a name that comes from data
 
 # What a loss alone is worth where the policy is still its reference.
 AT_START = {"dpo": math.log(2), "dpo_norm": math.log(2), "aot": math.log(2), "hinge": 1.0}
@@ -72,10 +71,6 @@ def _reading(run: Run, group: meanings.Group) -> str:
   return group.reading
 
 
-def short(name: str) -> str:
-  return name if len(name) <= LONGEST else name[: LONGEST - 1] + "…"
-
-
 def number(value: Any) -> str:
   if not isinstance(value, float):
     return str(value)
@@ -86,7 +81,7 @@ def _rows(run: Run, named: Sequence[Named], final: Mapping[str, float]) -> list[
   cell = lambda name: number(final[name]) if name in final else ""
   return [
     Row(
-      label=short(one.label),
+      label=one.label,
       name=one.name,
       train=cell(one.name),
       held_out=cell(EVAL + one.name),
@@ -227,7 +222,7 @@ def _alone(run: Run, title: str, one: Named) -> list[Panel]:
 
 def _many(title: str, lines: Sequence[tuple[Named, list[Line]]], note: str = "") -> list[Panel]:
   svg = charts.draw([line for _, some in lines for line in some], title=title)
-  keys = [Key(short(one.label), some[0].colour) for one, some in lines if some]
+  keys = [Key(one.label, some[0].colour) for one, some in lines if some]
   return [] if svg is None else [Panel(title, svg, keys, note)]
 
 
@@ -237,9 +232,9 @@ def _side(run: Run, one: Named, prefix: str, colour: int) -> list[Line]:
   if not steps:
     return []
   if prefix:
-    return [Line(short(one.label), steps, values, colour, "points")]
+    return [Line(one.label, steps, values, colour, "points")]
   means = figures.smooth(values, 0.1).tolist() if len(values) >= 20 else values
-  return [Line(short(one.label), steps, means, colour)]
+  return [Line(one.label, steps, means, colour)]
 
 
 def _is_constant(run: Run, one: Named) -> bool:

@@ -80,8 +80,9 @@ twentieth of the run, and dots held-out values.</p>{% endif %}
 <div class="scroll"><table class="values">
 <tr><th>last value</th><th class="number">training</th><th class="number">held out</th><th>better</th></tr>
 {% for row in section.rows %}
-<tr><td>{{ row.label }} <code class="note">{{ row.name }}</code><span class="note">{{ row.meaning }}</span></td>\
+<tr class="value"><td>{{ row.label }} <code class="note">{{ row.name }}</code></td>\
 <td class="number">{{ row.train }}</td><td class="number">{{ row.held_out }}</td><td>{{ row.better }}</td></tr>
+<tr><td class="note meaning" colspan="4">{{ row.meaning }}</td></tr>
 {% endfor %}
 </table></div>
 {% endfor %}
