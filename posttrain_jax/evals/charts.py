@@ -81,7 +81,7 @@ class Axis:
     return (scale(np.asarray(values, np.float64)) - low) / (high - low)
 
 
-def axis(values: Sequence[float] | np.ndarray, *, count: int = 5) -> Axis:
+def axis(values: Sequence[float] | np.ndarray, *, integer: bool = False) -> Axis:
   """An axis that shows all finite values: from 0 where they come near it, logarithmic where one dwarfs the others.
 
   >>> axis([0.2, 1.9]).ticks
@@ -100,7 +100,9 @@ def axis(values: Sequence[float] | np.ndarray, *, count: int = 5) -> Axis:
     low = 0.0
   if low == high:
     low, high = low - (abs(low) or 1) * 0.1, high + (abs(high) or 1) * 0.1
-  ticks = np.asarray(ticker.MaxNLocator(count, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high))
+  ticks = np.asarray(
+    ticker.MaxNLocator(5, steps=[1, 2, 2.5, 5, 10], integer=integer).tick_values(low, high)
+  )
   return Axis(min(low, _below(ticks, low)), max(high, _above(ticks, high)), False, ticks.tolist())
 
 
@@ -208,7 +210,7 @@ class _Canvas:
 
 def bars(edges: Sequence[float], counts: Sequence[int], *, title: str, across: str):
   """A histogram: a bar between each two edges."""
-  x, y = axis(edges), axis([0, *counts])
+  x, y = axis(edges), axis([0, *counts], integer=True)
   canvas = _Canvas(x, y, 8 + LETTER * max(len(number(t)) for t in y.ticks))
   parts = [canvas.frame(across)]
   for low, high, count in zip(edges[:-1], edges[1:], counts):

@@ -72,7 +72,7 @@ def spikes(steps: Sequence[int], values: Sequence[float]) -> list[int]:
   middle = np.median(np.lib.stride_tricks.sliding_window_view(padded, width), axis=1)
   over = y - middle
   usual = np.median(np.abs(over))
-  high = (over > SPIKE * max(usual, 1e-12)) & (over > 0.5 * np.abs(middle))
+  high = (over > SPIKE * max(usual, 1e-12)) & (over > np.abs(middle))
   high[: width // 2] = False  # a first loss is high by nature
   return x[high].tolist()
 
@@ -308,8 +308,9 @@ def _channels(run: Run, kind: str | None) -> list[str]:
 def _special(run: Run) -> list[str]:
   """Markers that the model does not learn to write."""
   said = []
-  for name in run.names():
-    if name.startswith("loss/special") and (found := _of(run, name)) and found.end > STOPPING:
+  kinds = [name for name in run.names() if name.startswith("loss/special/")]
+  for name in kinds or ["loss/special"]:
+    if (found := _of(run, name)) and found.end > STOPPING:
       what = name.removeprefix("loss/special").strip("/").replace("_", " ") or "special"
       said.append(
         f"The loss of {what} tokens is still {found.end:.2g}: the model gives them "

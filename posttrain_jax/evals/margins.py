@@ -159,7 +159,8 @@ BODY = """
 {% for sentence in diagnosis.findings %}<p class="verdict">{{ sentence }}</p>{% endfor %}
 <div class="panels">{% for p in panels %}{{ page.panel(p) }}{% endfor %}</div>
 <div class="scroll"><table>
-{% for name, value in rows %}<tr><td>{{ name }}</td><td class="number">{{ value }}</td></tr>
+{% for name, value, meaning in rows %}<tr><td>{{ name }}</td><td class="number">{{ value }}</td>\
+<td class="note meaning">{{ meaning }}</td></tr>
 {% endfor %}</table></div>
 {% for name, some in ends %}
 <h2>{{ name }}</h2>
@@ -213,11 +214,29 @@ def _short(text: str, longest: int = 600) -> str:
   return text if len(text) <= longest else text[:longest] + " ..."
 
 
-def _rows(diagnosis: dict[str, Any]) -> list[tuple[str, str]]:
+# What the figures of a diagnosis mean, by their names in it.
+MEANINGS = {
+  "pairs": "Pairs that were compared.",
+  "accuracy": "Share whose chosen answer has the higher reward; 0.5 is chance, higher is better.",
+  "margin": "Reward of the chosen answer less that of the rejected one: the mean, and what 5 to 95 % lie below.",
+  "near_ties": f"Share of margins within {NEAR:g} of 0: pairs that are as good as undecided; lower is better.",
+  "large_margins": f"Share of margins above {LARGE:g}, where hardly any gradient is left.",
+  "length_correlation": "Of the margin with the difference in length, -1 to 1; near 0 is better.",
+  "accuracy_chosen_longer": "Accuracy over pairs whose chosen answer is the longer one.",
+  "accuracy_chosen_shorter": "Accuracy over pairs whose chosen answer is the shorter one.",
+  "length": "Tokens of the answers, of the data.",
+  "drift": "Log-probability less that under the reference, nats an answer, or nats a token where it says so.",
+}
+
+
+def _rows(diagnosis: dict[str, Any]) -> list[tuple[str, str, str]]:
+  """(name, value, meaning); the meaning of several that belong together stands at the first."""
   rows = []
   for name, value in diagnosis.items():
+    meaning = MEANINGS.get(name, "")
     if isinstance(value, dict):
-      rows += [(f"{name}, {part}", f"{number:.4g}") for part, number in value.items()]
+      for i, (part, number) in enumerate(value.items()):
+        rows.append((f"{name}, {part}", f"{number:.4g}", "" if i else meaning))
     elif isinstance(value, float | int):
-      rows.append((name, f"{value:.4g}"))
-  return rows
+      rows.append((name, f"{value:.4g}", meaning))
+  return [(name.replace("_", " "), value, meaning) for name, value, meaning in rows]

@@ -189,7 +189,8 @@ def _panel(run: Run, title: str, some: Sequence[Named]) -> list[Panel]:
   if not drawn or (title != "Loss" and all(_is_constant(run, one) for one in drawn)):
     return []
   if len(drawn) == 1:
-    return _alone(run, title, drawn[0])
+    one = drawn[0]
+    return _alone(run, title if one.metric.label else f"{title}: {one.label}", one)
   sides = {"training": "", "held out": EVAL}
   held_out = any(run.series(EVAL + one.name)[0] for one in drawn)
   if held_out and len(drawn) > TOGETHER:

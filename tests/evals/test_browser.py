@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from posttrain_jax.evals import compare, margins, report
+from posttrain_jax.evals import compare, margins, merges, report
 from tests.evals import runs
 
 sync_api = pytest.importorskip(
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
 )
 EVIL = "</pre><script>alert('x')</script><img src=http://example.org/ onerror=alert(1)>$x_{$"
 MANY = 20
-PAGES = ("sft", "dpo", "grpo", "pairs", "compare", "two")
+PAGES = ("sft", "dpo", "grpo", "pairs", "compare", "two", "merge")
 LOOK = """() => {
   const luminance = (text) => {
     const [r, g, b] = text.match(/[0-9.]+/g).slice(0, 3).map((x) => x / 255)
@@ -87,6 +87,13 @@ def pages(tmp_path_factory):
   )
   made["pairs"] = margins.write(folders["dpo"], compared)[1]
   made["two"] = compare.write(compare.read([folders["sft"], folders["dpo"]]), root / "two.html")
+  layers = {
+    str(i): merges.Overlap(np.array([[1.0, 0.1 * i], [0.1 * i, 1.0]]), conflicts=i, shared=9)
+    for i in range(9)
+  }
+  scores = {name: {"sql, accuracy": 0.5, "sql, loss": 1.5} for name in (EVIL, "b", "merge")}
+  merges.write(root, [EVIL, "b"], layers, scores)
+  made["merge"] = root / "merge_report.html"
   made["compare"] = compare.write(compare.read([many(root / "sweep")]), root / "compare.html")
   return made
 
