@@ -12,7 +12,18 @@ import threading
 from collections.abc import Mapping, Sequence
 from types import ModuleType, TracebackType
 
-from posttrain_jax.commands import chat, eval, export, fetch, merge, pairs, plan, sweep, train
+from posttrain_jax.commands import (
+  chat,
+  eval,
+  export,
+  fetch,
+  merge,
+  pairs,
+  plan,
+  report,
+  sweep,
+  train,
+)
 
 PREEMPTED = 75
 TRACEBACK = "POSTTRAIN_TRACEBACK"  # in the environment: errors show where they come from
@@ -21,6 +32,7 @@ EXAMPLES = """\
   posttrain train --config=configs/sft.py:model=smollm2,data=sql,adapter=lora --workdir=runs/sft
   posttrain train --config=configs/sft.py --config.optimizer.lr=1e-4 --workdir=runs/lr --dry_run
   posttrain chat --model=smollm2 --adapter=runs/sft/adapter
+  posttrain report runs/sft runs/lr --out=compare.html
   posttrain export --workdir=runs/sft --out=merged --merge
 """
 # Each has `add(parser)` and `run(args, overrides) -> exit code`, and imports jax in `run` alone: jax.distributed must
@@ -35,6 +47,7 @@ COMMANDS: Mapping[str, ModuleType] = {
   "merge": merge,
   "sweep": sweep,
   "plan": plan,
+  "report": report,
 }
 
 

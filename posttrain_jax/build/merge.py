@@ -35,7 +35,7 @@ def merge(
       Paths in it are relative to the working folder.
     workers: tensors computed at once, each with memory of its own; the result does not depend on it.
     evaluate: built-in tasks and data files, with commas between, on which every model and the merge are scored;
-      `merge_report.{md,json,png}` is left beside the weights.
+      `merge_report.{md,json,html}` is left beside the weights.
     limit: of each, so many examples; 0 for all.
 
   Raises:

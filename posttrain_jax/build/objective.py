@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,7 +26,11 @@ def make(config: Config, model: Model, channels: Sequence[str]) -> Scorer:
   if config.objective.name == "sft":
     special = () if model.tokenizer is None else model.tokenizer.all_special_ids
     return objectives.Sft(
-      model.config, channels=tuple(channels), special_tokens=tuple(sorted(set(special))), **how
+      model.config,
+      channels=tuple(channels),
+      special_tokens=tuple(sorted(set(special))),
+      markers=() if model.tokenizer is None else markers(model.tokenizer),
+      **how,
     )
   parts = _PARTS[config.objective.name](config, model, how)
   if "sft_weight" in config.objective and config.objective.sft_weight:
@@ -34,6 +39,28 @@ def make(config: Config, model: Model, channels: Sequence[str]) -> Scorer:
   if len(parts) == 1 and parts[0][2] == 1:
     return parts[0][1]
   return objectives.Sum(model.config, parts=parts, **how)
+
+
+# What marks the end of a turn, a call of a tool and its result, and the thinking before an answer, in any template.
+MARKERS = {
+  "end_of_turn": re.compile(
+    r"im_end|eot|eom_id|end_of_turn|end_of_text|endoftext|^</s>$|^<eos>$|^<\|end\|>$", re.IGNORECASE
+  ),
+  "tool": re.compile(r"tool|function_call|python_tag", re.IGNORECASE),
+  "think": re.compile(r"think", re.IGNORECASE),
+}
+
+
+def markers(tokenizer: Any) -> tuple[tuple[str, tuple[int, ...]], ...]:
+  """(kind, tokens) of the vocabulary's own tokens that are markers; kinds without any are left out."""
+  added = tokenizer.get_added_vocab()
+  kinds = {
+    kind: {i for text, i in added.items() if pattern.search(text)}
+    for kind, pattern in MARKERS.items()
+  }
+  if tokenizer.eos_token_id is not None:
+    kinds["end_of_turn"].add(tokenizer.eos_token_id)
+  return tuple((kind, tuple(sorted(tokens))) for kind, tokens in kinds.items() if tokens)
 
 
 def _how(config: Config, model: Model) -> dict[str, Any]:

@@ -6,12 +6,9 @@ A second call with the same folder skips the points that are finished and contin
 from __future__ import annotations
 
 import contextlib
-import csv
 import dataclasses
 import fcntl
 import hashlib
-import io
-import itertools
 import json
 import os
 import re
@@ -30,18 +27,17 @@ import rich.table
 import rich.text
 
 from posttrain_jax import settings
-from posttrain_jax.core import files
-from posttrain_jax.evals import figures
+from posttrain_jax.build import summary
+from posttrain_jax.evals import compare, report
 from posttrain_jax.runs import record as runs
 from posttrain_jax.settings import ConfigError
 from posttrain_jax.train.signals import PREEMPTED
 
 TRAIN = (sys.executable, "-m", "posttrain_jax", "train")
-LOG, LOCK = runs.LOG, ".sweep.lock"
+LOG, LOCK = runs.LOG, report.SWEEP
 LONGEST_NAME = 150  # bytes; file systems take 255
 TAIL = 12  # lines of a failed point's log
 POLL = 0.2  # seconds
-METRICS = ("accuracy/after", "eval_loss", "loss")  # the first that finished points have is compared
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,14 +70,14 @@ def run(
 ) -> int:
   """The exit code of a sweep: 0 all points finished, 1 some failed, 75 stopped and safe to run again.
 
-  Writes `summary.csv`, `summary.json` and, once a point is finished, `summary.png` into workdir; each point's output is
-  in `<point>/log.txt`.
+  Writes `summary.csv`, `summary.json` and, once a point is finished, `summary.png` and `compare.html` (its curves and
+  answers beside those of the others) into workdir; each point's output is in `<point>/log.txt`.
 
   Args:
     config: `FILE[:arguments]`; a point's own arguments win.
     overrides: `--config.field=value` for every point.
     jobs: points at once; more than one only where they do not share a device.
-    metric: compared in table and figure; None for the first there is of `METRICS`.
+    metric: compared in table and figure; None for the first of `summary.METRICS` that compares between the points.
     command: what trains, before `--config=... --workdir=...`.
 
   Raises:
@@ -98,7 +94,8 @@ def run(
   with _locked(workdir) as lock, _stopping() as asked:
     states = _run_all(points, workdir, jobs, command, lock, asked, console)
   rows = [_summary(point, states[point.name], workdir / point.name) for point in points]
-  is_drawn = _write_summary(rows, _swept(points), workdir, metric, console)
+  configs = [point.resolved for point in points]
+  is_drawn = summary.write(rows, _swept(points), configs, workdir, metric, console)
   for row in rows:
     if row["status"] == "failed":
       log = workdir / row["point"] / LOG
@@ -141,7 +138,7 @@ def _point(path, base, arguments, fields, overrides) -> Point:
     overrides=tuple(all_overrides),
     resolved=settings.plain(settings.load(full, all_overrides)),
     values={
-      **{name: text.partition("=")[2] or True for name, text in point_arguments.items()},
+      **{name: _value(text.partition("=")[2]) for name, text in point_arguments.items()},
       **fields,
     },
   )
@@ -150,6 +147,18 @@ def _point(path, base, arguments, fields, overrides) -> Point:
 def _arguments(text: str | None) -> dict[str, str]:
   """{name: "name=value"} of a config's arguments."""
   return {part.partition("=")[0]: part for part in (text or "").split(",") if part}
+
+
+def _value(text: str) -> Any:
+  """An argument's value: a number where it is one, True where there is none.
+
+  >>> _value("16"), _value("0.1"), _value("lora"), _value("")
+  (16, 0.1, 'lora', True)
+  """
+  for kind in (int, float):
+    with contextlib.suppress(ValueError):
+      return kind(text)
+  return text or True
 
 
 def _name(arguments: Sequence[str], fields: Mapping[str, Any]) -> str:
@@ -179,6 +188,8 @@ def _run_all(points, workdir, jobs, command, lock, asked, console) -> dict[str, 
       _say(console, point, "finished before")
     else:
       waiting.append(point)
+  _announce(console, points, waiting, jobs)
+  numbers = {point.name: i for i, point in enumerate(points, 1)}
   try:
     with console.status("") as status:
       while waiting or running:
@@ -186,7 +197,9 @@ def _run_all(points, workdir, jobs, command, lock, asked, console) -> dict[str, 
           states |= dict.fromkeys((point.name for point in waiting), PREEMPTED)
           waiting = []
         while waiting and len(running) < jobs:
-          running.append(_start(waiting.pop(0), workdir, command, lock))
+          point = waiting.pop(0)
+          running.append(_start(point, workdir, command, lock))
+          _say(console, point, f"started, point {numbers[point.name]} of {len(points)}")
         _signal(running, asked)
         status.update(_status(running, workdir, len(states), len(points), asked))
         time.sleep(POLL)
@@ -197,6 +210,17 @@ def _run_all(points, workdir, jobs, command, lock, asked, console) -> dict[str, 
     for job in running:  # only where something above failed
       job.process.terminate()
   return states
+
+
+def _announce(console, points, waiting, jobs) -> None:
+  done = len(points) - len(waiting)
+  before = f", {done} of them finished before" if done else ""
+  at_once = "one at a time" if jobs == 1 else f"{jobs} at a time"
+  listed = ", ".join(_swept(points))
+  over = f" over {listed}" if listed else ""
+  console.print(
+    rich.text.Text(f"{len(points)} points{over}{before}; {len(waiting)} to run, {at_once}")
+  )
 
 
 def is_finished(folder: Path, resolved: Mapping[str, Any]) -> bool:
@@ -357,67 +381,5 @@ def _summary(point: Point, code: int, folder: Path) -> dict[str, Any]:
   row |= dict(values=dict(point.values), steps=0, metrics={})
   if code == 0:
     run = runs.read(folder)
-    row |= dict(steps=run.steps, metrics=run.final())
-    for when, result in (("before", run.before), ("after", run.after)):
-      if result is not None:
-        row["metrics"][f"accuracy/{when}"] = result.accuracy
+    row |= dict(steps=run.steps, metrics=compare.finals(run))
   return row
-
-
-def _write_summary(rows, swept, workdir, metric, console) -> bool:
-  """The summary files and the table; False when the metric asked for does not exist."""
-  files.write_json(workdir / "summary.json", rows)
-  files.write_text(workdir / "summary.csv", _csv(rows))
-  known = dict.fromkeys(itertools.chain.from_iterable(row["metrics"] for row in rows))
-  shown_metric = metric or next((name for name in METRICS if name in known), None)
-  console.print(_table(rows, swept, shown_metric))
-  if metric is not None and known and metric not in known:
-    message = f"no finished point has a metric {metric!r}; they have {', '.join(known)}"
-    console.print(rich.text.Text(message), style="red")
-    return False
-  shown = [{**row["values"], **row["metrics"]} for row in rows if shown_metric in row["metrics"]]
-  if shown_metric is not None and shown:
-    figures.save_png(figures.sweep(shown, swept, shown_metric), workdir / "summary.png")
-  return True
-
-
-def _csv(rows) -> str:
-  columns = {
-    kind: list(dict.fromkeys(name for row in rows for name in row[kind]))
-    for kind in ("values", "metrics")
-  }
-  text = io.StringIO()
-  writer = csv.writer(text, lineterminator="\n")
-  writer.writerow(["point", "status", *columns["values"], "steps", *columns["metrics"]])
-  for row in rows:
-    values = [row["values"].get(name, "") for name in columns["values"]]
-    metrics = [row["metrics"].get(name, "") for name in columns["metrics"]]
-    writer.writerow([row["point"], row["status"], *values, row["steps"], *metrics])
-  return text.getvalue()
-
-
-def _table(rows, swept, metric) -> rich.table.Table:
-  best = _best(rows, metric)
-  table = rich.table.Table(box=rich.box.SIMPLE_HEAD)
-  for name in [*swept, "status", "steps", *([metric] if metric else [])]:
-    table.add_column(rich.text.Text(name), justify="left" if name == "status" else "right")
-  for row in rows:
-    cells = [str(row["values"].get(name, "")) for name in swept]
-    cells += [row["status"], f"{row['steps']:,}"]
-    if metric:
-      value = row["metrics"].get(metric)
-      cells.append("" if value is None else f"{value:.4g}")
-    table.add_row(*map(rich.text.Text, cells), style="bold" if row is best else None)
-  return table
-
-
-def _best(rows, metric) -> Mapping[str, Any] | None:
-  """The row to print bold, where the metric's name says which way is better."""
-  comparable = [row for row in rows if metric in row["metrics"]]
-  value = lambda row: row["metrics"][metric]
-  comparable = [row for row in comparable if value(row) == value(row)]  # not NaN
-  if not comparable:
-    return None
-  if "loss" in metric:
-    return min(comparable, key=value)
-  return max(comparable, key=value) if "accuracy" in metric or "reward" in metric else None

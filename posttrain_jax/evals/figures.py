@@ -1,11 +1,8 @@
-"""Figures of a run and of a sweep, drawn without a display."""
+"""Figures of a sweep, a merge and of experiments as files, drawn without a display; pages draw with `charts`."""
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import io
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,9 +11,6 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
-from numpy.typing import ArrayLike
-
-from posttrain_jax.runs.record import Run
 
 STYLE: dict[Any, Any] = {
   "font.family": "sans-serif",
@@ -34,25 +28,10 @@ STYLE: dict[Any, Any] = {
   "svg.hashsalt": "posttrain_jax",  # the same figure gives the same file
 }
 BLUE, ORANGE = "#1f5a96", "#d1661a"
-SPECIAL = "loss/special"
-SMALL = {
-  "learning_rate": "learning rate",
-  "grad_norm": "gradient norm",
-  "mean_token_accuracy": "token accuracy",
-  "tokens_per_second": "tokens per second",
-}
 
 
 def style() -> contextlib.AbstractContextManager:
   return mpl.rc_context(STYLE)
-
-
-def data_uri(figure: Figure) -> str:
-  """The figure as an SVG inside an address, for an `<img>` that needs no other file."""
-  buffer = io.BytesIO()
-  with style():
-    figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
-  return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def save_png(figure: Figure, path: str | Path) -> None:
@@ -77,89 +56,6 @@ def smooth(values: Sequence[float], share: float = 0.05) -> np.ndarray:
   return np.where(among > 0, (total[end] - total[start]) / np.maximum(among, 1), np.nan)
 
 
-# A run
-
-
-def loss(run: Run) -> Figure | None:
-  """Training and evaluation loss over steps; None where neither was recorded."""
-  train, held_out = run.series("loss"), run.series("eval_loss")
-  if not train[0] and not held_out[0]:
-    return None
-  with style():
-    figure = Figure(figsize=(7.2, 2.9))
-    axes = figure.subplots()
-    if train[0]:
-      axes.plot(*train, color=BLUE, alpha=0.25, linewidth=0.8)
-      axes.plot(train[0], smooth(train[1]), color=BLUE, linewidth=1.6, label="training, smoothed")
-    if held_out[0]:
-      axes.plot(*held_out, "o-", color=ORANGE, markersize=3.5, linewidth=1.2, label="evaluation")
-    axes.set(xlabel="step", ylabel="nats per token", title="Loss")
-    _limit(axes, [smooth(train[1]), held_out[1]])
-    axes.legend()
-  return figure
-
-
-def channels(run: Run) -> Figure | None:
-  """Loss by channel, and of special tokens: training, and evaluation where there are some of both."""
-  panels = []
-  for prefix, title in (("loss/", "Training loss by channel"), ("eval_loss/", "Evaluation loss")):
-    names = [name for name in run.names() if name.startswith(prefix)]
-    if names:
-      panels.append((prefix, title, names))
-  if not panels:
-    return None
-  colors = dict(
-    zip(
-      dict.fromkeys(name.partition("/")[2] for _, _, names in panels for name in names),
-      itertools.cycle(mpl.color_sequences["tab10"]),
-    )
-  )
-  with style():
-    figure = Figure(figsize=(7.2 if len(panels) > 1 else 5.2, 2.9), layout="constrained")
-    handles = {}
-    for axes, (prefix, title, names) in zip(
-      figure.subplots(1, len(panels), squeeze=False)[0], panels
-    ):
-      drawn = []
-      for name in names:
-        steps, values = run.series(name)
-        values = smooth(values, 0.1) if prefix == "loss/" else np.asarray(values)
-        short = name.removeprefix(prefix)
-        line = dict(color=colors[short], linewidth=1.2, label=_label(short))
-        line |= dict(linestyle="--", color="black") if name.endswith(SPECIAL) else {}
-        handles[short] = axes.plot(steps, values, marker="" if len(steps) > 20 else ".", **line)[0]
-        drawn.append(values)
-      axes.set(xlabel="step", title=title)
-      _limit(axes, drawn)
-    figure.legend(handles=list(handles.values()), loc="outside right center")
-  return figure
-
-
-def course(run: Run) -> Figure | None:
-  """Learning rate, gradient norm, token accuracy and speed, each small."""
-  names = [name for name in SMALL if run.series(name)[0]]
-  if not names:
-    return None
-  with style():
-    figure = Figure(figsize=(7.2, 1.5), layout="constrained")
-    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names):
-      axes.plot(*run.series(name), color=BLUE, linewidth=0.9)
-      axes.set_title(SMALL[name], fontsize=8)
-      axes.tick_params(labelsize=7)
-      axes.locator_params(nbins=4)
-  return figure
-
-
-def _limit(axes, drawn: Sequence[ArrayLike]) -> None:
-  """Room for what matters: a first step that is far above the rest does not flatten them."""
-  values = np.concatenate([np.asarray(some, np.float64) for some in drawn])
-  values = values[np.isfinite(values)]
-  if len(values) > 20 and values.max() > 3 * np.quantile(values, 0.98) > 0:
-    axes.set_ylim(0, 1.3 * np.quantile(values, 0.98))
-  elif len(values) and values.min() >= 0:
-    axes.set_ylim(bottom=0)
-
-
 def _label(name: str) -> str:
   """Names come from data: matplotlib would read $ as mathematics and hide what starts with _."""
   return (name if len(name) <= 32 else name[:31] + "…").replace("$", r"\$").lstrip("_") or "–"
@@ -176,34 +72,68 @@ def sweep(points: Sequence[Mapping[str, Any]], swept: Sequence[str], metric: str
 
   Args:
     points: one dict a finished point: its swept fields and its metrics.
-    swept: the fields that differ between points.
+    swept: the fields that differ between points; one that goes with another (alpha with the rank) stands beside it.
   """
-  across = _axis(points, swept)
-  others = [name for name in swept if name != across]
+  followers = following(points, swept)
+  free = [name for name in swept if name not in followers]
+  across = _axis(points, free)
+  others = [name for name in free if name != across]
   lines: dict[tuple, list] = {}
   for point in points:
     lines.setdefault(tuple(point.get(name) for name in others), []).append(point)
   x: list[Any] = [point.get(across) for point in points] if across else ["all"]
   numeric = across is not None and all(map(_is_number, x))
+  named = lambda name: ", ".join([name, *(f for f, leader in followers.items() if leader == name)])
   with style():
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")
     axes = figure.subplots()
     for key, some in _sorted(lines):
       some = sorted(some, key=lambda point: point[across]) if numeric else some
       at = [point[across] if numeric else _text(point.get(across, "all")) for point in some]
-      label = ", ".join(f"{name} = {_text(value)}" for name, value in zip(others, key))
+      label = ", ".join(f"{_label(name)} = {_text(value)}" for name, value in zip(others, key))
       axes.plot(at, [point[metric] for point in some], "o-" if numeric else "o", label=label)
-    axes.set(xlabel=across or "", ylabel=metric)
+    axes.set(xlabel=named(across) if across else "", ylabel=metric)
     if numeric and _spans_decades(x):
       axes.set_xscale("log")
     if numeric and len(set(x)) <= 10:
-      axes.set_xticks(sorted(set(x)), [_text(value) for value in sorted(set(x))])
+      axes.set_xticks(
+        sorted(set(x)), [_ticked(points, across, followers, v) for v in sorted(set(x))]
+      )
       axes.minorticks_off()
     if _spans_decades([point[metric] for point in points]):
       axes.set_yscale("log")
     if others:
-      axes.legend()
+      beside = dict(loc="center left", bbox_to_anchor=(1.0, 0.5)) if len(lines) > 6 else {}
+      axes.legend(**beside)
   return figure
+
+
+def following(points: Sequence[Mapping[str, Any]], swept: Sequence[str]) -> dict[str, str]:
+  """{field: the one that it goes with}: fields that have one value for each value of another, as alpha = 2 rank has.
+
+  >>> grid = [dict(r=r, alpha=2 * r, lr=lr) for r in (4, 16) for lr in (1e-4, 1e-3)]
+  >>> following(grid, ["r", "alpha", "lr"])
+  {'alpha': 'r'}
+  """
+  values = {name: [repr(point.get(name)) for point in points] for name in swept}
+  count = lambda *names: len(set(zip(*(values[name] for name in names))))
+  result: dict[str, str] = {}
+  for i, name in enumerate(swept):
+    for j, leader in enumerate(swept):
+      follows = leader != name and leader not in result and count(leader, name) == count(leader)
+      is_mutual = count(leader) == count(name)
+      # of two that go with each other the first leads; a field that no two points share leads nothing
+      if follows and (j < i if is_mutual else count(leader) < len(points)):
+        result[name] = leader
+        break
+  return result
+
+
+def _ticked(points, across, followers, value) -> str:
+  """A value of the axis, with what goes with it beneath."""
+  (point, *_) = [point for point in points if point.get(across) == value]
+  beside = [point.get(name) for name, leader in followers.items() if leader == across]
+  return "\n".join(map(_text, [value, *beside]))
 
 
 def _axis(points, swept) -> str | None:

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
-from matplotlib.figure import Figure
 
 from posttrain_jax.core import files
-from posttrain_jax.evals import figures, page
+from posttrain_jax.evals import charts, page, panels, report
+from posttrain_jax.runs import record
 
 NEAR = 0.05  # a margin below this is a tie, more or less: sigma(0.05) is 0.51
 LARGE = 5.0  # a pair with this margin has 0.7 % of its gradient left
@@ -135,33 +134,34 @@ def _findings(diagnosis: dict[str, Any]) -> list[str]:
   return said or ["Nothing stands out."]
 
 
-def figure(pairs: Compared) -> Figure:
+def _panels(pairs: Compared) -> list[panels.Panel]:
   """Margins as a histogram, and against the difference in length."""
-  with figures.style():
-    drawing = Figure(figsize=(9, 3), layout="constrained")
-    left, right = drawing.subplots(1, 2)
-    left.hist(pairs.margin, bins=min(40, max(8, len(pairs.margin) // 6)), color=figures.BLUE)
-    left.axvline(0, color="#999999", linewidth=0.8)
-    left.set(title="margins of the pairs", xlabel="margin", ylabel="pairs")
-    right.scatter(pairs.longer, pairs.margin, s=8, color=figures.BLUE, alpha=0.6)
-    right.axhline(0, color="#999999", linewidth=0.8)
-    right.set(
-      title="margin by length", xlabel="tokens that the chosen answer is longer", ylabel="margin"
-    )
-  return drawing
+  known = np.isfinite(pairs.margin)
+  margin, difference = pairs.margin[known], pairs.longer[known]
+  counts, edges = np.histogram(margin, bins=min(40, max(8, len(margin) // 6)))
+  how_often, by_length = "Margins of the pairs", "Margin by length"
+  longer = "tokens that the chosen answer is longer"
+  return [
+    panels.Panel(
+      how_often,
+      charts.bars(edges.tolist(), counts.tolist(), title=how_often, across="margin"),
+      note="Pairs with such a margin; above 0 the chosen answer is preferred.",
+    ),
+    panels.Panel(
+      by_length,
+      charts.dots(difference.tolist(), margin.tolist(), title=by_length, across=longer),
+      note="A dot is a pair; a slope means that length drives the margin.",
+    ),
+  ]
 
 
-BODY = """\
-<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
-<title>{{ title }}</title><style>{{ style }}</style></head><body>
-<h1>{{ title }}</h1>
+BODY = """
 {% for sentence in diagnosis.findings %}<p class="verdict">{{ sentence }}</p>{% endfor %}
-<img alt="margins" src="{{ picture }}">
-<table class="narrow">
-{% for name, value in rows %}<tr><td>{{ name }}</td><td class="number">{{ value }}</td></tr>
-{% endfor %}</table>
+<div class="panels">{% for p in panels %}{{ page.panel(p) }}{% endfor %}</div>
+<div class="scroll"><table>
+{% for name, value, meaning in rows %}<tr><td>{{ name }}</td><td class="number">{{ value }}</td>\
+<td class="note meaning">{{ meaning }}</td></tr>
+{% endfor %}</table></div>
 {% for name, some in ends %}
 <h2>{{ name }}</h2>
 {% for pair in some %}
@@ -170,12 +170,11 @@ BODY = """\
 <div><span class="right">chosen, {{ pair.chosen_length }} tokens</span><pre>{{ pair.chosen }}</pre></div>
 <div><span class="wrong">rejected, {{ pair.rejected_length }} tokens</span><pre>{{ pair.rejected }}</pre></div></div>
 {% endfor %}{% endfor %}
-</body></html>
 """
 
 
 def write(folder: str | Path, pairs: Compared) -> tuple[dict[str, Any], Path]:
-  """(the diagnosis, the page): `preference.json` and `preference.html` in a folder."""
+  """(the diagnosis, the page): `preference.json` and `preference.html` in a folder, and a link to it in its report."""
   diagnosis, folder = diagnose(pairs), Path(folder)
   files.write_json(folder / "preference.json", diagnosis)
   order = np.argsort(pairs.margin, kind="stable")
@@ -191,12 +190,13 @@ def write(folder: str | Path, pairs: Compared) -> tuple[dict[str, Any], Path]:
     for i in indices
     if len(pairs.texts)
   ]
-  environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-  html = environment.from_string(BODY).render(
+  is_run = (folder / record.CONFIG).exists()
+  html = page.render(
+    BODY,
     title=f"{folder.absolute().name}: {diagnosis['pairs']} pairs",
-    style=page.STYLE,
+    links=[("report of the run", report.NAME)] if is_run else [],
     diagnosis=diagnosis,
-    picture=figures.data_uri(figure(pairs)),
+    panels=_panels(pairs),
     rows=_rows(diagnosis),
     ends=[
       ("Lowest margins", shown(order[:ENDS])),
@@ -205,6 +205,8 @@ def write(folder: str | Path, pairs: Compared) -> tuple[dict[str, Any], Path]:
   )
   path = folder / "preference.html"
   files.write_text(path, html)
+  if is_run:
+    report.write(folder)
   return diagnosis, path
 
 
@@ -212,11 +214,29 @@ def _short(text: str, longest: int = 600) -> str:
   return text if len(text) <= longest else text[:longest] + " ..."
 
 
-def _rows(diagnosis: dict[str, Any]) -> list[tuple[str, str]]:
+# What the figures of a diagnosis mean, by their names in it.
+MEANINGS = {
+  "pairs": "Pairs that were compared.",
+  "accuracy": "Share whose chosen answer has the higher reward; 0.5 is chance, higher is better.",
+  "margin": "Reward of the chosen answer less that of the rejected one: the mean, and what 5 to 95 % lie below.",
+  "near_ties": f"Share of margins within {NEAR:g} of 0: pairs that are as good as undecided; lower is better.",
+  "large_margins": f"Share of margins above {LARGE:g}, where hardly any gradient is left.",
+  "length_correlation": "Of the margin with the difference in length, -1 to 1; near 0 is better.",
+  "accuracy_chosen_longer": "Accuracy over pairs whose chosen answer is the longer one.",
+  "accuracy_chosen_shorter": "Accuracy over pairs whose chosen answer is the shorter one.",
+  "length": "Tokens of the answers, of the data.",
+  "drift": "Log-probability less that under the reference, nats an answer, or nats a token where it says so.",
+}
+
+
+def _rows(diagnosis: dict[str, Any]) -> list[tuple[str, str, str]]:
+  """(name, value, meaning); the meaning of several that belong together stands at the first."""
   rows = []
   for name, value in diagnosis.items():
+    meaning = MEANINGS.get(name, "")
     if isinstance(value, dict):
-      rows += [(f"{name}, {part}", f"{number:.4g}") for part, number in value.items()]
+      for i, (part, number) in enumerate(value.items()):
+        rows.append((f"{name}, {part}", f"{number:.4g}", "" if i else meaning))
     elif isinstance(value, float | int):
-      rows.append((name, f"{value:.4g}"))
-  return rows
+      rows.append((name, f"{value:.4g}", meaning))
+  return [(name.replace("_", " "), value, meaning) for name, value, meaning in rows]

@@ -10,10 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from matplotlib.figure import Figure
 
 from posttrain_jax.core import files
-from posttrain_jax.evals import figures
+from posttrain_jax.evals import charts, page, panels
 
 NAME = "merge_report"
 
@@ -65,7 +64,7 @@ def write(
   by_layer: Mapping[str, Overlap],
   scores: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
-  """`merge_report.{json,md,png}` in a folder; returns what the first holds.
+  """`merge_report.{json,md,html}` in a folder; returns what the first holds.
 
   Args:
     names: of the models whose task vectors were compared.
@@ -80,28 +79,96 @@ def write(
     "scores": {name: dict(numbers) for name, numbers in scores.items()},
   }
   files.write_json(folder / f"{NAME}.json", report)
-  files.write_text(folder / f"{NAME}.md", _page(report))
-  figures.save_png(figure(names, by_layer, scores), folder / f"{NAME}.png")
+  files.write_text(folder / f"{NAME}.md", _markdown(report))
+  files.write_text(folder / f"{NAME}.html", _page(folder, report))
   return report
 
 
-def _page(report: dict[str, Any]) -> str:
-  scores = report["scores"]
-  measures = list(dict.fromkeys(m for numbers in scores.values() for m in numbers))
+def _markdown(report: dict[str, Any]) -> str:
+  measures, rows = _scores(report)
   lines = ["# The merge", ""]
   if measures:
     lines += ["| model | " + " | ".join(measures) + " |", "|---" * (len(measures) + 1) + "|"]
-    lines += [
-      f"| {name} | " + " | ".join(_shown(numbers.get(m)) for m in measures) + " |"
-      for name, numbers in scores.items()
-    ]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
     lines.append("")
   lines += ["| layer | sign conflicts | mean cosine of task vectors |", "|---|---|---|"]
-  for layer, numbers in report["layers"].items():
-    lines.append(
-      f"| {layer} | {numbers['conflict_rate']:.3f} | {_mean_cosine(numbers['cosine']):+.3f} |"
-    )
+  lines += ["| " + " | ".join(row) + " |" for row in _layers(report)]
   return "\n".join(lines) + "\n"
+
+
+def _scores(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+  """(measures, a row a model)."""
+  scores = report["scores"]
+  measures = list(dict.fromkeys(m for numbers in scores.values() for m in numbers))
+  rows = [[name, *(_shown(numbers.get(m)) for m in measures)] for name, numbers in scores.items()]
+  return measures, rows
+
+
+def _layers(report: dict[str, Any]) -> list[list[str]]:
+  return [
+    [layer, f"{numbers['conflict_rate']:.3f}", f"{_mean_cosine(numbers['cosine']):+.3f}"]
+    for layer, numbers in report["layers"].items()
+  ]
+
+
+BODY = """
+<p class="state">{{ models }}</p>
+{% if measures %}
+<h2>Scores</h2>
+<div class="scroll"><table class="settings">
+<tr><th>model</th>{% for name in measures %}<th class="number">{{ name }}</th>{% endfor %}</tr>
+{% for row in scores %}<tr>{% for cell in row %}\
+<td class="{{ 'name' if loop.first else 'number' }}">{{ cell }}</td>{% endfor %}</tr>{% endfor %}
+</table></div>
+<p class="note">Of losses the lower value is better, of shares of right answers the higher one.</p>
+{% endif %}
+<h2>Task vectors, layer by layer</h2>
+<div class="panels">{% for p in panels %}{{ page.panel(p) }}{% endfor %}</div>
+<p><b>How to read them.</b> A task vector is what a model's training added to the base. A cosine near 0 means that the
+models changed different things, which add up well; near 1 they learned the same, of which averaging is enough. Many
+sign conflicts mean that they pull entries in opposite directions: take ties or dare in place of a plain sum, or lower
+the weights of the layers where conflicts are highest.</p>
+<div class="scroll"><table>
+<tr><th>layer</th><th class="number">sign conflicts</th><th class="number">mean cosine</th></tr>
+{% for layer, conflicts, cosine in layers %}
+<tr><td>{{ layer }}</td><td class="number">{{ conflicts }}</td><td class="number">{{ cosine }}</td></tr>
+{% endfor %}
+</table></div>
+"""
+
+
+def _page(folder: Path, report: dict[str, Any]) -> str:
+  measures, scores = _scores(report)
+  return page.render(
+    BODY,
+    title=f"{folder.absolute().name}: the merge",
+    models=f"{len(report['models'])} task vectors: {', '.join(report['models'])}",
+    measures=measures,
+    scores=scores,
+    panels=_panels(report),
+    layers=_layers(report),
+  )
+
+
+def _panels(report: dict[str, Any]) -> list[panels.Panel]:
+  numbers = list(report["layers"].values())
+  values = {
+    "Sign conflicts": (
+      [some["conflict_rate"] for some in numbers],
+      "Share of the entries changed by two models or more in which their signs differ.",
+    ),
+    "Cosine of task vectors": (
+      [_mean_cosine(some["cosine"]) for some in numbers],
+      "Mean over the pairs of models; 1 is the same direction.",
+    ),
+  }
+  return [
+    panels.Panel(title, svg, note=note)
+    for title, (some, note) in values.items()
+    if (
+      svg := charts.draw([charts.Line(title, range(len(some)), some)], title=title, across="layer")
+    )
+  ]
 
 
 def _shown(value: Any) -> str:
@@ -113,29 +180,3 @@ def _mean_cosine(cosine: Any) -> float:
   cosine = np.asarray(cosine)
   pairs = cosine[np.triu_indices(len(cosine), 1)]
   return float(pairs.mean()) if len(pairs) else 1.0
-
-
-def figure(
-  names: Sequence[str],
-  by_layer: Mapping[str, Overlap],
-  scores: Mapping[str, Mapping[str, Any]],
-) -> Figure:
-  measures = list(dict.fromkeys(m for numbers in scores.values() for m in numbers))
-  with figures.style():
-    drawing = Figure(figsize=(4 + 3.2 * max(len(measures), 1), 3), layout="constrained")
-    axes = drawing.subplots(1, 1 + len(measures), squeeze=False)[0]
-    layers = list(by_layer)
-    axes[0].plot([by_layer[n].conflict_rate() for n in layers], label="sign conflicts")
-    axes[0].plot(
-      [_mean_cosine(by_layer[n].cosine()) for n in layers], label="cosine of task vectors"
-    )
-    step = max(1, len(layers) // 8)
-    axes[0].set_xticks(range(0, len(layers), step), layers[::step], rotation=45, ha="right")
-    axes[0].set(title=f"{len(names)} task vectors, layer by layer")
-    axes[0].legend()
-    for axis, measure in zip(axes[1:], measures):
-      bars = {name: numbers[measure] for name, numbers in scores.items() if measure in numbers}
-      axis.barh(list(bars), list(bars.values()), color=figures.BLUE, height=0.6)
-      axis.invert_yaxis()
-      axis.set(title=measure)
-  return drawing

@@ -1,33 +1,85 @@
-"""The template of `report.html`: one page that needs no other file and runs nothing; values are escaped."""
+"""What pages of a run share: one look, light and dark, and a frame that needs no other file and runs nothing.
 
-import jinja2
-
-STYLE = """
-:root { color-scheme: light; }
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff;
-  max-width: 60rem; margin: 2.5rem auto; padding: 0 1.25rem; }
-h1 { font-size: 1.5rem; margin: 0 0 .2rem; }
-h2 { font-size: 1.1rem; margin: 2.2rem 0 .6rem; border-bottom: 1px solid #ddd; padding-bottom: .2rem; }
-h3 { font-size: .95rem; margin: 1.4rem 0 .4rem; }
-p.note, td.note { color: #666; }
-p.state { color: #666; margin: 0 0 1rem; }
-p.verdict { font-size: 1.15rem; margin: .8rem 0; }
-table { border-collapse: collapse; width: 100%; }
-table.narrow { width: auto; }
-th, td { text-align: left; vertical-align: top; padding: .3rem .9rem .3rem 0; border-bottom: 1px solid #eee; }
-th { font-weight: 600; }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-tr.all td { font-weight: 600; border-top: 1px solid #999; }
-img { max-width: 100%; display: block; margin: .6rem 0; }
-pre { background: #f6f6f4; padding: .6rem .8rem; overflow-x: auto; white-space: pre-wrap;
-  overflow-wrap: anywhere; margin: .2rem 0; font-size: 13px; }
-.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 0 1rem; margin-bottom: .9rem; }
-.pair .question, .pair .gold { grid-column: 1 / -1; }
-.right { color: #1a6b34; } .wrong { color: #a12727; }
-@media (max-width: 40rem) { .pair { grid-template-columns: 1fr; } }
+Values are escaped; a page's own template is given to `render`.
 """
 
-BODY = """\
+from __future__ import annotations
+
+import functools
+
+import jinja2
+import markupsafe
+
+STYLE = """
+:root { color-scheme: light dark; --text: #222; --soft: #5c5c5c; --back: #fff; --box: #f6f6f4; --rule: #ddd;
+  --faint: #ebebeb;
+  --right: #1a6b34; --wrong: #a12727; --link: #1f5a96;
+  --c0: #1f5a96; --c1: #c2540a; --c2: #2c7a2c; --c3: #b3263e; --c4: #6f4aa8; --c5: #7a5234; --c6: #b8368f;
+    --c7: #5f6770;
+  --c8: #7d7a00; --c9: #07818f; }
+@media (prefers-color-scheme: dark) { :root { --text: #e4e4e2; --soft: #a9a9a6; --back: #16181b; --box:
+  #22252a; --rule: #3b3f45;
+  --faint: #2b2f34; --right: #6fcf8a; --wrong: #ff8f8f; --link: #8fc1f5;
+  --c0: #6fb1f2; --c1: #ff9d5c; --c2: #7fd67f; --c3: #ff8296; --c4: #bfa2f2; --c5: #d0a583; --c6: #f58fd4;
+    --c7: #aab2bb;
+  --c8: #d4d04a; --c9: #58d0dd; } }
+* { box-sizing: border-box; }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--text); background: var(--back);
+  max-width: 78rem; margin: 2rem auto; padding: 0 1.25rem; overflow-wrap: anywhere; }
+body > p, ul.findings { max-width: 52rem; }
+h1 { font-size: 1.5rem; margin: 0 0 .2rem; }
+h2 { font-size: 1.15rem; margin: 2.4rem 0 .6rem; border-bottom: 1px solid var(--rule); padding-bottom: .2rem; }
+h3 { font-size: 1rem; margin: 1.6rem 0 .4rem; }
+a { color: var(--link); }
+nav { margin: .4rem 0 1rem; display: flex; flex-wrap: wrap; gap: .2rem 1rem; }
+.note { color: var(--soft); }
+p.state { color: var(--soft); margin: 0 0 .4rem; }
+p.verdict { font-size: 1.15rem; margin: .8rem 0; }
+ul.findings { padding-left: 1.1rem; } ul.findings li { margin: .35rem 0; }
+.scroll { overflow-x: auto; overflow-wrap: normal; margin: .4rem 0 1rem; }
+table { border-collapse: collapse; }
+th, td { text-align: left; vertical-align: top; padding: .3rem .9rem .3rem 0; border-bottom: 1px solid
+  var(--faint); }
+th { font-weight: 600; }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+td.best { font-weight: 700; } td.best::after { content: " *"; }
+td.meaning { font-size: 13px; padding-top: 0; } tr.value td { border: none; padding-bottom: 0; }
+table.values { width: 100%; max-width: 52rem; } table.values tr.value td:first-child { width: 70%; }
+table.settings td, table.settings th { max-width: 26rem; overflow-wrap: anywhere; min-width: 4rem; }
+table.settings th { overflow-wrap: normal; } table.settings th.number { white-space: normal; max-width: 10rem; }
+table.settings .name { position: sticky; left: 0; background: var(--back); min-width: 8rem; max-width: 18rem; }
+@media (min-width: 50rem) { table.settings .name { min-width: 14rem; } }
+tr.all td { font-weight: 600; border-top: 1px solid var(--soft); }
+.panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(21rem, 100%), 1fr)); gap: .8rem
+  1.4rem; margin: .6rem 0; }
+figure { margin: 0; min-width: 0; }
+figcaption { font-size: 13px; line-height: 1.4; } figcaption b { font-size: 14px; }
+.key { white-space: nowrap; margin-left: .7rem; }
+.key::before { content: ""; display: inline-block; width: 1.1em; height: 0;
+  border-top: 3px solid currentColor; vertical-align: middle; margin-right: .35em; }
+.key { color: var(--c); }
+svg { width: 100%; height: auto; display: block; }
+svg text { font-size: 11px; fill: var(--soft); }
+svg .grid { stroke: var(--faint); } svg .zero { stroke: var(--soft); }
+svg path { fill: none; }
+svg .line, svg .points { stroke: var(--c); stroke-width: 1.6; } svg .faint { stroke: var(--c); stroke-width:
+  .8; opacity: .35; }
+svg circle.points, svg circle.line { fill: var(--c); stroke: none; } svg .bar, svg .dot { fill: var(--c); }
+  svg .dot { opacity: .6; }
+.c0 { --c: var(--c0); } .c1 { --c: var(--c1); } .c2 { --c: var(--c2); } .c3 { --c: var(--c3); } .c4 { --c:
+  var(--c4); }
+.c5 { --c: var(--c5); } .c6 { --c: var(--c6); } .c7 { --c: var(--c7); } .c8 { --c: var(--c8); } .c9 { --c:
+  var(--c9); }
+pre { background: var(--box); padding: .6rem .8rem; overflow-x: auto; white-space: pre-wrap;
+  overflow-wrap: anywhere; margin: .2rem 0; font-size: 13px; }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(18rem, 100%), 1fr)); gap: .2rem
+  1rem; margin-bottom: 1.2rem; }
+.pair > * { min-width: 0; } .pair .question, .pair .gold { grid-column: 1 / -1; }
+.right { color: var(--right); } .wrong { color: var(--wrong); }
+summary { cursor: pointer; }
+"""
+
+FRAME = """\
 <!doctype html>
 <html lang="en">
 <head>
@@ -38,81 +90,49 @@ BODY = """\
 <style>{{ style }}</style>
 </head>
 <body>
+{% if links | default(()) %}
+<nav>{% for name, address in links %}<a href="{{ address }}">{{ name }}</a>{% endfor %}</nav>
+{% endif %}
 <h1>{{ title }}</h1>
-<p class="state">{{ state }}</p>
-<table class="narrow">
-{% for name, value in facts %}
-<tr><th>{{ name }}</th><td>{{ value }}</td></tr>
-{% endfor %}
-</table>
-
-{% if accuracy %}
-<h2>Execution accuracy{{ accuracy.where }}</h2>
-{% if accuracy.verdict %}<p class="verdict">{{ accuracy.verdict }}</p>{% endif %}
-<table class="narrow">
-<tr><th>channel</th>{% for head in accuracy.heads %}<th class="number">{{ head }}</th>{% endfor %}</tr>
-{% for row in accuracy.rows %}
-<tr{% if loop.last %} class="all"{% endif %}>\
-<td>{{ row[0] }}</td>{% for cell in row[1:] %}<td class="number">{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}
-</table>
-<p class="note">In brackets: right answers of questions asked. {{ accuracy.note }}</p>
-<h3>Verdicts</h3>
-<table class="narrow">
-<tr><th>verdict</th>{% for head in accuracy.verdict_heads %}<th class="number">{{ head }}</th>{% endfor %}</tr>
-{% for row in accuracy.verdicts %}
-<tr><td>{{ row[0] }}</td>{% for cell in row[1:] %}<td class="number">{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}
-</table>
-{% endif %}
-
-{% if figures %}
-<h2>Training</h2>
-{% for name, uri in figures %}
-<img alt="{{ name }}" src="{{ uri }}">
-{% endfor %}
-{% endif %}
-
-{% if final %}
-<h3>Last values</h3>
-<table class="narrow">
-{% for name, value in final %}
-<tr><td>{{ name }}</td><td class="number">{{ value }}</td></tr>
-{% endfor %}
-</table>
-{% endif %}
-
-{% if groups %}
-<h2>Answers</h2>
-{% for group in groups %}
-<h3>{{ group.title }}</h3>
-{% for pair in group.pairs %}
-<div class="pair">
-<div class="question"><b>{{ pair.question }}</b> <span class="note">{{ pair.channel }}</span></div>
-<div class="gold"><pre>{{ pair.gold }}</pre></div>
-{% for answer in pair.answers %}
-<div><span class="{{ 'right' if answer.correct else 'wrong' }}">{{ answer.when }}: {{ answer.reason }}</span>\
-<pre>{{ answer.text }}</pre></div>
-{% endfor %}
-</div>
-{% endfor %}
-{% endfor %}
-{% endif %}
-
-<h2>Commands</h2>
-{% if use %}<p class="note">Use the result:</p>
-<pre>{{ use }}</pre>{% endif %}
-{% if command %}<p class="note">This run was started with</p>
-<pre>{{ command }}</pre>{% endif %}
-{% if config %}<details><summary>Resolved config</summary>
-<pre>{{ config }}</pre></details>{% endif %}
+{% block body %}{% endblock %}
 </body>
 </html>
 """
 
+MACROS = """\
+{% macro panel(p) %}
+<figure><figcaption><b>{{ p.title }}</b>\
+{% for key in p.keys %}<span class="key c{{ key.colour }}">{{ key.name }}</span>{% endfor %}
+{% if p.note %}<br><span class="note">{{ p.note }}</span>{% endif %}</figcaption>
+{{ p.svg }}</figure>
+{% endmacro %}
+{% macro pair(one) %}
+<div class="pair">
+<div class="question"><b>{{ one.question }}</b> <span class="note">{{ one.channel }}</span></div>
+<div class="gold"><pre>{{ one.gold }}</pre></div>
+{% for answer in one.answers %}
+<div><span class="{{ 'right' if answer.correct else 'wrong' }}">{{ answer.when }}: {{ answer.reason }}</span>\
+<pre>{{ answer.text }}</pre></div>
+{% endfor %}
+</div>
+{% endmacro %}
+"""
 
-def render(**values) -> str:
-  environment = jinja2.Environment(
-    autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+  return jinja2.Environment(
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    loader=jinja2.DictLoader({"frame": FRAME, "macros": MACROS}),
   )
-  return environment.from_string(BODY).render(style=STYLE, **values)
+
+
+def render(body: str, *, more_style: str = "", **values) -> str:
+  """A whole page of a template for its body; `title`, and `links` of (name, address), are the frame's."""
+  imports = '{% extends "frame" %}{% import "macros" as page %}'
+  text = f"{imports}{{% block body %}}{body}{{% endblock %}}"
+  style = markupsafe.Markup(STYLE + more_style)  # ours: in a style element nothing is unescaped
+  return _environment().from_string(text).render(style=style, **values)

@@ -16,7 +16,8 @@ import rich.text
 import safetensors
 
 from posttrain_jax.core import files
-from posttrain_jax.evals import figures, intervals, page, tasks
+from posttrain_jax.evals import curves, intervals, page, panels, tasks
+from posttrain_jax.evals.panels import number
 from posttrain_jax.runs import manner, record
 from posttrain_jax.runs.record import Run, TaskResult
 
@@ -26,11 +27,83 @@ SHOWN = 4  # answers of each kind
 LONGEST = 600  # characters of an answer
 NONE = "–"
 
-FIGURES = {
-  "Loss of training and evaluation over steps": figures.loss,
-  "Loss by channel over steps": figures.channels,
-  "Learning rate, gradient norm, token accuracy and tokens per second over steps": figures.course,
+# Files of a run's folder that a reader may want, and what they are called.
+FILES = {
+  "preference.html": "pairs: margins and what drives them",
+  "eval.json": "evaluation",
+  "metrics.jsonl": "metrics",
+  "config.json": "config",
+  record.LOG: "log",
 }
+COMPARISON = "compare.html"  # of the sweep that the run is a point of
+SWEEP = ".sweep.lock"  # in a sweep's folder
+BODY = """
+<p class="state">{{ state }}</p>
+<div class="scroll"><table>
+{% for name, value in facts %}
+<tr><th>{{ name }}</th><td>{{ value }}</td></tr>
+{% endfor %}
+</table></div>
+
+{% if accuracy %}
+<h2>Execution accuracy{{ accuracy.where }}</h2>
+{% if accuracy.verdict %}<p class="verdict">{{ accuracy.verdict }}</p>{% endif %}
+<div class="scroll"><table>
+<tr><th>channel</th>{% for head in accuracy.heads %}<th class="number">{{ head }}</th>{% endfor %}</tr>
+{% for row in accuracy.rows %}
+<tr{% if loop.last %} class="all"{% endif %}>\
+<td>{{ row[0] }}</td>{% for cell in row[1:] %}<td class="number">{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}
+</table></div>
+<p class="note">In brackets: right answers of questions asked; higher is better. {{ accuracy.note }}</p>
+<h3>Verdicts</h3>
+<div class="scroll"><table>
+<tr><th>verdict</th>{% for head in accuracy.verdict_heads %}<th class="number">{{ head }}</th>{% endfor %}</tr>
+{% for row in accuracy.verdicts %}
+<tr><td>{{ row[0] }}</td>{% for cell in row[1:] %}<td class="number">{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}
+</table></div>
+{% endif %}
+
+{% if findings %}
+<h2>What the curves say</h2>
+<ul class="findings">{% for sentence in findings %}<li>{{ sentence }}</li>{% endfor %}</ul>
+{% endif %}
+{% if sections %}<p class="note">In the figures, faint lines are single steps, full lines their mean over a \
+twentieth of the run, and dots held-out values.</p>{% endif %}
+{% for section in sections %}
+<h2>{{ section.title }}</h2>
+{% if section.panels %}
+<div class="panels">{% for p in section.panels %}{{ page.panel(p) }}{% endfor %}</div>
+{% endif %}
+{% if section.reading and section.panels %}<p><b>How to read them.</b> {{ section.reading }}</p>{% endif %}
+<div class="scroll"><table class="values">
+<tr><th>last value</th><th class="number">training</th><th class="number">held out</th><th>better</th></tr>
+{% for row in section.rows %}
+<tr class="value"><td>{{ row.label }} <code class="note">{{ row.name }}</code></td>\
+<td class="number">{{ row.train }}</td><td class="number">{{ row.held_out }}</td><td>{{ row.better }}</td></tr>
+<tr><td class="note meaning" colspan="4">{{ row.meaning }}</td></tr>
+{% endfor %}
+</table></div>
+{% endfor %}
+
+{% if groups %}
+<h2>Answers</h2>
+{% for group in groups %}
+<h3>{{ group.title }}</h3>
+{% for one in group.pairs %}{{ page.pair(one) }}{% endfor %}
+{% endfor %}
+{% endif %}
+
+<h2>Commands</h2>
+{% if use %}<p class="note">Use the result:</p>
+<pre>{{ use }}</pre>{% endif %}
+{% if command %}<p class="note">This run was started with</p>
+<pre>{{ command }}</pre>{% endif %}
+{% if config %}<details><summary>Resolved config</summary>
+<pre>{{ config }}</pre></details>{% endif %}
+"""
+
 # (right before, right after) -> what became of the answer, in the order of the page.
 KINDS = {
   (False, True): "Wrong before, right after",
@@ -51,14 +124,15 @@ def write(workdir: str | Path, *, done: Mapping[str, Any] | None = None) -> Path
   """
   run = record.read(workdir)
   run = run if done is None else dataclasses.replace(run, done=done)
-  drawn = [(name, draw(run)) for name, draw in FIGURES.items()]
   html = page.render(
+    BODY,
     title=run.folder.absolute().name,
+    links=links(run.folder),
     state=_state(run),
     facts=_facts(run),
     accuracy=_accuracy(run),
-    figures=[(name, figures.data_uri(figure)) for name, figure in drawn if figure is not None],
-    final=[(name, _number(value)) for name, value in sorted(run.final().items())],
+    findings=curves.read(run),
+    sections=panels.sections(run),
     groups=_groups(run),
     use=use_command(run),
     command=run.record.get("command"),
@@ -69,13 +143,21 @@ def write(workdir: str | Path, *, done: Mapping[str, Any] | None = None) -> Path
   return path
 
 
+def links(folder: Path) -> list[tuple[str, str]]:
+  """(name, address) of what stands beside the report: other pages, files, the sweep's comparison."""
+  beside = [(name, file) for file, name in FILES.items() if (folder / file).exists()]
+  if (folder.absolute().parent / SWEEP).exists():
+    beside.append(("all points of the sweep", f"../{COMPARISON}"))
+  return beside
+
+
 def summary_table(workdir: str | Path) -> rich.table.Table:
   """Accuracy before and after with counts, by channel and overall; without an evaluation, the last metrics."""
   run = record.read(workdir)
   accuracy = _accuracy(run)
   if accuracy is None:
     return _table(
-      ["metric", "last value"], [(k, _number(v)) for k, v in sorted(run.final().items())]
+      ["metric", "last value"], [(k, number(v)) for k, v in sorted(run.final().items())]
     )
   return _table(["channel", *accuracy["heads"]], accuracy["rows"], last="bold")
 
@@ -134,7 +216,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     "Adapter": _adapter(run),
     "Trained": run.record.get("trainable"),
     "Data": _data(run),
-    "Objective": run.field("objective.name"),
+    "Objective": panels.objective(run),
     "Optimizer": _optimizer(run),
     "Time": None if seconds is None else _duration(seconds),
     "Tokens": f"{tokens:,}" if tokens else None,
@@ -215,12 +297,6 @@ def _duration(seconds: float) -> str:
   if hours:
     return f"{hours} h {minutes:02} min"
   return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
-
-
-def _number(value: Any) -> str:
-  if not isinstance(value, float):
-    return str(value)
-  return f"{value:,.0f}" if abs(value) >= 1e5 else f"{value:.4g}"
 
 
 def _json(value: Any) -> str | None:

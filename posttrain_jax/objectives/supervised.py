@@ -30,12 +30,15 @@ class Sft(Scorer):
   """Token mean of -log p over the trained tokens of the whole optimizer batch.
 
   Continued pretraining is the same with every token trained.  Metrics carry TRL's names, and `loss/<channel>` for each
-  task type, `loss/special` for end-of-turn and other special tokens; `entropy` in evaluation only, where one more pass
-  over the logits does not cost a fifth of the step.
+  task type, `loss/special` for special tokens, `loss/special/<kind>` for each kind of `markers`; `entropy` in
+  evaluation only, where one more pass over the logits does not cost a fifth of the step.
   """
 
   channels: tuple[str, ...] = ()  # names of the batch's channel indices
   special_tokens: tuple[int, ...] = ()
+  markers: tuple[
+    tuple[str, tuple[int, ...]], ...
+  ] = ()  # (kind, its tokens): end of turn, tool, think
 
   def totals(
     self,
@@ -71,6 +74,9 @@ class Sft(Scorer):
     if self.special_tokens:
       special = jnp.isin(labels, jnp.asarray(self.special_tokens))
       metrics["loss/special"] = metrics_lib.mean(nll, mask & special)
+    for kind, tokens in self.markers:
+      among = jnp.isin(labels, jnp.asarray(tokens))
+      metrics[f"loss/special/{kind}"] = metrics_lib.mean(nll, mask & among)
     channel = following(batch["channel"])
     for i, name in enumerate(self.channels):
       metrics[f"loss/{name}"] = metrics_lib.mean(nll, mask & (channel == i))

@@ -1,4 +1,4 @@
-"""What a config makes of its objective: defaults in a notebook are those of a config."""
+"""What a config makes of its objective, and what that is told of the tokenizer."""
 
 import dataclasses
 import pathlib
@@ -41,3 +41,33 @@ def test_a_default_is_the_configs(config, bare):
   made = dataclasses.asdict(objective.make(loaded, model, ()))
   for name, value in dataclasses.asdict(bare(tiny.config())).items():
     assert name in OF_THE_RUN or made[name] == value, name
+
+
+@pytest.mark.parametrize(
+  ("tokens", "wanted"),
+  [
+    ((), {"end_of_turn": ["<|endoftext|>", "<|im_end|>"]}),
+    (
+      ("<tool_call>", "</tool_call>", "<think>", "</think>"),
+      {
+        "end_of_turn": ["<|endoftext|>", "<|im_end|>"],
+        "tool": ["<tool_call>", "</tool_call>"],
+        "think": ["<think>", "</think>"],
+      },
+    ),
+    (
+      ("<|eot_id|>", "<|python_tag|>", "<|start_header_id|>"),
+      {"end_of_turn": ["<|endoftext|>", "<|im_end|>", "<|eot_id|>"], "tool": ["<|python_tag|>"]},
+    ),
+    (
+      ("[TOOL_CALLS]", "[INST]"),
+      {"end_of_turn": ["<|endoftext|>", "<|im_end|>"], "tool": ["[TOOL_CALLS]"]},
+    ),
+    (("<end_of_turn>",), {"end_of_turn": ["<|endoftext|>", "<|im_end|>", "<end_of_turn>"]}),
+  ],
+)
+def test_markers_are_found_by_kind_whether_special_or_not(tokens, wanted):
+  tokenizer = tiny.tokenizer()
+  tokenizer.add_tokens(list(tokens))
+  found = {k: tokenizer.convert_ids_to_tokens(list(ids)) for k, ids in objective.markers(tokenizer)}
+  assert found == wanted

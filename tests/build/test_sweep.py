@@ -14,7 +14,7 @@ import time
 import pytest
 import rich.console
 
-from posttrain_jax.build import sweep
+from posttrain_jax.build import summary, sweep
 from posttrain_jax.settings import ConfigError
 
 CONFIG = """
@@ -22,11 +22,12 @@ import ml_collections
 
 def get_config(arg=None):
   args = dict(part.partition("=")[::2] for part in (arg or "").split(",") if part)
-  if set(args) - {"model", "smoke", "adapter"}:
+  if set(args) - {"model", "smoke", "adapter", "beta"}:
     raise ValueError(f"unknown config argument in {arg}")
   return ml_collections.ConfigDict(dict(
     model=args.get("model", "none"), adapter=dict(method=args.get("adapter", "none"), r=8),
-    smoke="smoke" in args, optimizer=dict(lr=1e-3), steps=4, behave="good", layers=(1,)))
+    smoke="smoke" in args, optimizer=dict(lr=1e-3), steps=4, behave="good", layers=(1,),
+    objective=dict(name="preference", beta=float(args["beta"])) if "beta" in args else dict(name="sft")))
 
 def sweep():
   return POINTS
@@ -62,7 +63,11 @@ if behave == "fail":
   raise SystemExit(3)
 if behave != "forget":
   loss = config.optimizer.lr * config.adapter.r
-  done = {"steps": config.steps, "final": {"loss": loss, "grad_norm": 1.0}}
+  final = {"loss": loss, "grad_norm": 1.0}
+  if "beta" in config.objective and not config.smoke:  # accuracy and KL fall with beta
+    beta = config.objective.beta
+    final |= {"eval_loss": 1 - beta, "eval_rewards/accuracies": 1 - beta / 2, "eval_kl": 0.1 / beta}
+  done = {"steps": config.steps, "final": final}
   (folder / "done.json").write_text(json.dumps(done))
 """
 
@@ -79,9 +84,9 @@ class Sweep:
   def points(self, points):
     self.config.write_text(f"{CONFIG}\nPOINTS = {points!r}\n")
 
-  def run(self, arguments="", **options):
+  def run(self, arguments="", width=200, **options):
     """(exit code, what was printed)."""
-    console = rich.console.Console(file=io.StringIO(), width=200)
+    console = rich.console.Console(file=io.StringIO(), width=width)
     options = dict(
       command=(sys.executable, str(self.folder / "train.py")), console=console, **options
     )
@@ -130,7 +135,7 @@ def test_every_point_runs_in_its_own_folder(grid):
   )
   assert (grid.workdir / "summary.png").read_bytes().startswith(b"\x89PNG")
   # Only what differs is a column; what holds for all points is not.
-  assert re.search(r"adapter\.r +optimizer\.lr +status +steps +loss", printed)
+  assert re.search(r"\br +lr +status +steps +loss", printed)
 
 
 def test_a_points_arguments_win(grid):
@@ -249,6 +254,76 @@ def test_two_sweeps_do_not_share_a_folder(grid):
   grid.run()
   thread.join()
   assert seen == ["refused"]
+
+
+def test_points_are_announced(grid):
+  _, printed = grid.run()
+  assert printed.startswith("2 points over optimizer.lr; 2 to run, one at a time\n")
+  assert "optimizer.lr=0.01: started, point 2 of 2" in printed
+  _, printed = grid.run()
+  assert "2 points over optimizer.lr, 2 of them finished before; 0 to run" in printed
+
+
+def test_across_betas_accuracies_are_compared_and_no_loss(grid):
+  grid.points([(f"beta={beta}", {}) for beta in (0.5, 0.1, 0.3)])
+  code, printed = grid.run()
+  assert code == 0
+  assert re.search(r"beta +status +steps +eval_rewards/accuracies +eval_kl", printed)
+  assert re.search(r"0\.1 +finished +4 +0\.95 \* +1\b", printed)
+  assert "higher is better" in printed
+  code, printed = grid.run(metric="eval_loss")
+  assert code == 0
+  assert "eval_loss is shown, not ranked: the points differ in objective.beta" in printed
+  assert " * " not in printed
+  assert grid.summary()[0]["values"] == {"beta": 0.5}
+
+
+def test_where_the_rates_differ_losses_are_compared(grid):
+  _, printed = grid.run()
+  assert re.search(r"0\.01 +finished +4 +0\.08 \*", printed)
+  assert "loss: lower is better, * is the best." in printed
+
+
+def test_nothing_is_ranked_where_nothing_compares(grid):
+  grid.points([(f"beta={beta}", {}) for beta in (0.1, 0.3)])
+  code, printed = grid.run(":smoke")  # which leaves no accuracy
+  assert code == 0
+  assert (
+    "nothing that the points have compares between them: the points differ in objective.beta"
+    in printed
+  )
+  assert not (grid.workdir / "summary.png").exists()
+
+
+@pytest.mark.parametrize("width", [80, 60])
+def test_tables_fit_the_terminal(grid, width):
+  names = ("adapter.r", "optimizer.lr", "steps", "layers", "smoke")
+  grid.points([("beta=0.1", dict(zip(names, (r, 0.000123, 5, (1, 2, 3), r > 4)))) for r in (4, 16)])
+  points = sweep.expand(str(grid.config))
+  rows = [
+    dict(
+      point=p.name,
+      status="finished",
+      values=p.values,
+      steps=1000,
+      metrics={"eval_rewards/accuracies": 0.5},
+    )
+    for p in points
+  ]
+  console = rich.console.Console(file=io.StringIO(), width=width)
+  swept = ["beta", *names, "a.very_long_name_of_a_field"]
+  console.print(summary._table(rows, swept, ["eval_rewards/accuracies"], 1, console))
+  printed = console.file.getvalue()
+  assert max(map(len, printed.splitlines())) <= width
+  assert "r=16" in printed.replace(" ", "")
+  assert "0.5 *" in printed
+
+
+def test_a_page_of_the_points_beside_each_other(grid):
+  grid.run()
+  page = (grid.workdir / "compare.html").read_text()
+  assert "2 runs compared" in page
+  assert "optimizer.lr=0.01" in page
 
 
 def test_the_metric_to_compare(grid):

@@ -51,9 +51,9 @@ def result(answers):
   )
 
 
-def rows(steps=40, every=10):
+def rows(steps=40, every=10, seed=0):
   """Lines of metrics.jsonl: a falling loss over two channels, and an evaluation now and then."""
-  draw, lines = np.random.default_rng(0), []
+  draw, lines = np.random.default_rng(seed), []
   for step in range(1, steps + 1):
     loss = 2 * math.exp(-step / 15) + 0.3 + 0.1 * draw.standard_normal()
     lines.append(
@@ -71,6 +71,85 @@ def rows(steps=40, every=10):
     )
     if step % every == 0:
       lines.append({"step": step, "eval_loss": loss + 0.1, "eval_loss/join": loss + 0.2})
+  return lines
+
+
+PREFERENCE = dict(
+  name="preference",
+  losses={"dpo": 1.0, "sft": 0.2},
+  beta=0.1,
+  label_smoothing=0.0,
+  reference="base",
+)
+GROUPED = dict(
+  name="grouped",
+  loss="ppo",
+  advantage="group",
+  aggregation="sequence_mean",
+  epsilon=0.2,
+  old="policy",
+)
+
+
+def preference_rows(steps=40, every=10, *, seed=0, beta=0.1, speed=1.0):
+  """Lines of a DPO run: accuracy and margin rise, held-out ones less."""
+  draw, lines = np.random.default_rng(seed), []
+  for step in range(1, steps + 1):
+    learned = speed * (1 - math.exp(-3 * step / steps))
+    lines.append(
+      {
+        "step": step,
+        **_pairs(draw, learned, beta, 0.05),
+        "grad_norm": 2 + abs(draw.standard_normal()),
+        "learning_rate": 2e-4 * (1 - step / steps),
+        "tokens_per_second": 170.0 + 9 * draw.standard_normal(),
+        "skipped": 0.0,
+      }
+    )
+    if step % every == 0:
+      held_out = _pairs(draw, 0.7 * learned, beta, 0.0)
+      held_out |= {"kl": 0.2 * learned**2, "entropy": 1.1 - 0.2 * learned}
+      lines.append({"step": step, **{f"eval_{name}": value for name, value in held_out.items()}})
+  return lines
+
+
+def _pairs(draw, learned, beta, noise):
+  noisy = lambda value: value + noise * draw.standard_normal()
+  return {
+    "loss": noisy(math.log(2) - 0.3 * learned),
+    "nll_loss": noisy(1.4 - 0.2 * learned),
+    "rewards/margins": noisy(8 * beta * learned),
+    "rewards/accuracies": min(1.0, max(0.0, noisy(0.5 + 0.4 * learned))),
+    "rewards/accuracies/chosen_longer": 0.5 + 0.45 * learned,
+    "rewards/accuracies/chosen_shorter": 0.5 + 0.3 * learned,
+    "rewards/chosen": 2 * beta * learned,
+    "rewards/rejected": -6 * beta * learned,
+    "logps/chosen": -60 + 2 * learned,
+    "logps/rejected": -64 - 6 * learned,
+    "logps/chosen_drift": 2 * learned,
+    "logps/rejected_drift": -6 * learned,
+    "lengths/chosen": 40 + 4 * draw.standard_normal(),
+    "lengths/rejected": 43 + 4 * draw.standard_normal(),
+    "mean_token_accuracy": 0.6 + 0.1 * learned,
+  }
+
+
+def grouped_rows(steps=40):
+  """Lines of a GRPO run at the policy itself, whose loss is 0."""
+  draw, lines = np.random.default_rng(0), []
+  for step in range(1, steps + 1):
+    lines.append(
+      {
+        "step": step,
+        "loss": 1e-9 * draw.standard_normal(),
+        "reward": 0.4 + 0.1 * draw.standard_normal(),
+        "reward_std": 0.45,
+        "frac_reward_zero_std": 0.6,
+        "clip_ratio/low_mean": 0.0,
+        "completions/mean_length": 50 + 5 * draw.standard_normal(),
+        "grad_norm": 1.0 + 0.1 * draw.standard_normal(),
+      }
+    )
   return lines
 
 

@@ -5,6 +5,7 @@ import json
 import numpy as np
 
 from posttrain_jax.evals import merges
+from tests.evals.test_report import Page
 
 RNG = np.random.default_rng(0)
 BASE = [RNG.standard_normal((4, 5)).astype(np.float32) for _ in range(3)]
@@ -52,4 +53,10 @@ def test_the_report_holds_scores_and_layers(tmp_path):
   page = (tmp_path / "merge_report.md").read_text()
   assert "| merge | 0.75 |" in page
   assert "| 0 | 1.000 | -1.000 |" in page
-  assert (tmp_path / "merge_report.png").stat().st_size > 5000
+  html = Page((tmp_path / "merge_report.html").read_text())
+  assert "merge 0.75" in html.text
+  assert "layer sign conflicts mean cosine 0 1.000 -1.000" in html.text
+  assert [text.partition(" over")[0] for text in html.figures] == [
+    "Sign conflicts",
+    "Cosine of task vectors",
+  ]

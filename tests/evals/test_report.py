@@ -1,11 +1,9 @@
 """The report holds what there is, whole and escaped; the table counts what was counted."""
 
-import base64
 import html
 import html.parser
 import io
 import re
-import xml.etree.ElementTree
 
 import numpy as np
 import pytest
@@ -19,18 +17,18 @@ VOID = {"meta", "img", "br", "link", "input", "hr"}
 
 
 class Page(html.parser.HTMLParser):
-  """The text of a page and its images; fails on tags that do not match."""
+  """The text of a page, its addresses and its figures' titles; fails on tags that do not match."""
 
   def __init__(self, text):
     super().__init__()
-    self.open, self.texts, self.images, self.tags = [], [], [], set()
+    self.open, self.texts, self.addresses, self.figures, self.tags = [], [], [], [], set()
     self.feed(text)
     assert not self.open
 
   def handle_starttag(self, tag, attributes):
     self.tags.add(tag)
-    if tag == "img":
-      self.images.append(dict(attributes)["src"])
+    self.addresses += [value for name, value in attributes if name in ("src", "href")]
+    self.figures += [value for name, value in attributes if name == "aria-label"]
     if tag not in VOID:
       self.open.append(tag)
 
@@ -80,7 +78,7 @@ def test_facts_and_commands(folder):
     "170 tokens per second",
     "abc123",
     "jax 0.10.2",
-    "eval_loss 0.5",
+    "loss loss 0.25 0.5 lower Nats per trained token: minus log of the right token's probability.",
     "posttrain train --config=c.py",
   ):
     assert fact in text, fact
@@ -92,9 +90,94 @@ def test_a_run_may_write_its_report_before_it_says_that_it_is_done(tmp_path):
   folder = runs.write(tmp_path / "a", lines=runs.rows(steps=3))
   report.write(folder, done=dict(steps=40, final={"loss": 0.125}, seconds=61, tokens=12345))
   text = Page((folder / "report.html").read_text(encoding="utf-8")).text
-  for fact in ("Finished after 40 steps.", "loss 0.125", "Time 1 min 01 s", "Tokens 12,345"):
+  for fact in ("Finished after 40 steps.", " 0.125 lower", "Time 1 min 01 s", "Tokens 12,345"):
     assert fact in text, fact
   assert not (folder / "done.json").exists()
+
+
+def of(objective, lines, folder):
+  return page(runs.write(folder, config=dict(runs.CONFIG, objective=objective), lines=lines))
+
+
+def test_a_preference_run_says_its_loss_and_draws_what_it_has(tmp_path):
+  found = of(runs.PREFERENCE, runs.preference_rows(), tmp_path / "a")
+  assert "Objective dpo + 0.2 sft, beta 0.1, reference base" in found.text
+  titles = {text.partition(" over steps")[0] for text in found.figures}
+  wanted = {
+    "Loss",
+    "Accuracy of pairs",
+    "Accuracy by length",
+    "Margin",
+    "Rewards",
+    "KL to the reference",
+    "Lengths",
+  }
+  assert wanted <= titles
+  assert "margin rewards/margins" in found.text
+  assert "higher Reward of the chosen answer less that of the rejected one" in found.text
+  assert "Rising accuracy and margin are learning." in found.text
+  assert "of the held-out pairs are ordered right (chance is 50 %)" in found.text
+
+
+@pytest.mark.parametrize(
+  ("losses", "beta", "start"),
+  [
+    ({"dpo": 1.0}, 0.1, "It starts at 0.693,"),
+    ({"ipo": 1.0}, 0.25, "It starts at 4,"),
+    ({"simpo": 1.0}, 2.0, None),
+  ],
+)
+def test_a_loss_says_where_it_starts(losses, beta, start, tmp_path):
+  objective = dict(runs.PREFERENCE, losses=losses, beta=beta)
+  text = of(objective, [{"step": 1, "loss": 0.7}], tmp_path / "a").text
+  assert f"Mean over the batch's pairs of {next(iter(losses))}, beta {beta}" in text
+  assert ("It starts at" in text) is (start is not None)
+  assert start is None or start in text
+
+
+def test_a_loss_of_zero_is_explained(tmp_path):
+  found = of(runs.GROUPED, runs.grouped_rows(), tmp_path / "a")
+  assert "Objective ppo on scored groups, advantage group" in found.text
+  assert "Minus the mean advantage, about 0 by construction" in found.text
+  assert (
+    found.text.count("The loss stays near 0, and that is right") == 2
+  )  # what the curves say, and how to read it
+  assert "A falling curve is learning" not in found.text
+
+
+def test_parts_of_a_sum_are_no_channels(tmp_path):
+  lines = [{"step": i, "loss": 2.0, "loss/preference": 1.0 / i, "loss/sft": 1.0} for i in (1, 2)]
+  text = of(runs.PREFERENCE, lines, tmp_path / "a").text
+  assert "Parts of the loss" in text
+  assert "channel" not in text.partition("Parts of the loss")[2].partition("Commands")[0]
+
+
+def test_special_tokens_are_drawn_apart(tmp_path):
+  lines = [
+    {
+      "step": i,
+      "loss": 2.0,
+      "loss/sql": 1.0 / i,
+      "loss/special": 2.0 / i,
+      "loss/special/tool": 3.0 / i,
+    }
+    for i in (1, 2)
+  ]
+  found = of(dict(name="sft"), lines, tmp_path / "a")
+  by_title = dict(text.split(" over steps: ") for text in found.figures)
+  assert by_title["Special tokens"] == "special tokens from 2 to 1; tool from 3 to 1.5"
+  assert by_title["Channels: sql"] == "training from 1 to 0.5"
+
+
+def test_a_run_links_to_what_is_beside_it(folder):
+  assert page(folder).addresses == ["config.json"]
+  for name in ("preference.html", "eval.json", "log.txt"):
+    (folder / name).touch()
+  (folder.parent / ".sweep.lock").touch()
+  found = page(folder)
+  wanted = ["preference.html", "eval.json", "config.json", "log.txt", "../compare.html"]
+  assert found.addresses == wanted
+  assert "all points of the sweep" in found.text
 
 
 def test_accuracy_before_and_after(folder):
@@ -123,13 +206,13 @@ def test_answers_side_by_side_in_kinds(folder):
 def test_figures_are_in_the_page_and_nothing_comes_from_outside(folder):
   runs.write_rows(folder, runs.rows())
   found = page(folder)
-  assert len(found.images) == 3
-  for uri in found.images:
-    svg = base64.b64decode(uri.removeprefix("data:image/svg+xml;base64,"))
-    assert xml.etree.ElementTree.fromstring(svg).tag.endswith("svg")
-  assert not found.tags & {"script", "link", "iframe"}
+  titles = [text.partition(" over steps")[0] for text in found.figures]
+  assert titles[:4] == ["Loss", "Special tokens", "Channels", "Token accuracy"]
+  assert "svg" in found.tags
+  assert not found.tags & {"script", "link", "iframe", "img"}
   text = (folder / "report.html").read_text(encoding="utf-8")
-  assert not re.search(r"""(?:src|href)\s*=\s*["'](?!data:)|url\(|@import""", text)
+  assert not re.search(r"""url\(|@import|https?:|src\s*=""", text)
+  assert all((folder / address).exists() for address in found.addresses)
 
 
 def test_what_a_model_writes_is_text(tmp_path):
@@ -139,7 +222,8 @@ def test_what_a_model_writes_is_text(tmp_path):
   folder = runs.write(tmp_path / "a", lines=lines, after=runs.result(answers), trainable=evil)
   found = page(folder)
   assert "script" not in found.tags
-  assert all(uri.startswith("data:") for uri in found.images)
+  assert not found.tags & {"img", "b onmouseover"}
+  assert found.addresses == ["metrics.jsonl", "config.json"]
   assert found.text.count(evil) >= 4
 
 

@@ -126,9 +126,11 @@ def test_packed_examples_have_the_log_probabilities_of_their_own_rows():
 
 
 def test_metrics_are_means_over_the_tokens_they_name():
-  objective, trainable, context = make("lora")
+  kinds = (("tool", SPECIAL[1:]), ("think", (260,)))
+  objective, trainable, context = make("lora", markers=kinds)
   batch = tiny.batch()
   batch["tokens"][:, 10] = SPECIAL[1]  # trained in some rows
+  batch["tokens"][:, 11] = SPECIAL[0]  # of no kind
   metrics = jax.jit(objectives.evaluation(objective))(trainable, context, None, batch)
   found = metrics_lib.read(metrics)
   logits = decoder.forward(
@@ -149,11 +151,14 @@ def test_metrics_are_means_over_the_tokens_they_name():
     "mean_token_accuracy": (logits.argmax(-1) == labels)[mask].mean(),
     "entropy": -(np.exp(logps) * logps).sum(-1)[mask].mean(),
     "loss/special": nll[special].mean(),
+    "loss/special/tool": nll[np.isin(labels, SPECIAL[1:]) & mask].mean(),
     "loss/sql": nll[mask & (channel == 0)].mean(),
     "loss/talk": nll[mask & (channel == 1)].mean(),
     "tokens": (batch["segment_ids"] > 0).sum(),
   }
   assert {name: found[name] for name in wanted} == pytest.approx(wanted, rel=1e-5)
+  assert found["loss/special/tool"] != pytest.approx(found["loss/special"], rel=1e-3)
+  assert "loss/special/think" not in found  # the batch has none
 
 
 def test_a_channel_without_a_token_is_left_out():

@@ -1,0 +1,459 @@
+"""What each metric of a run means, which way is better, and between which runs it compares: the one table of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from posttrain_jax import settings
+
+LOWER, HIGHER, NEITHER = "lower", "higher", ""
+EVAL = "eval_"
+LONGEST = 32  # characters of a name that comes from data
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+  """`name` is that of metrics.jsonl without `eval_`, or ends with `*`; metrics of one `panel` are drawn together."""
+
+  name: str
+  label: str
+  better: str
+  meaning: str
+  panel: str = ""
+
+  def covers(self, name: str) -> bool:
+    return name.startswith(self.name[:-1]) if self.name.endswith("*") else name == self.name
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+  """Metrics that belong together, and a paragraph that says how to read their curves."""
+
+  title: str
+  metrics: tuple[Metric, ...]
+  reading: str = ""
+
+
+_LOSS = Metric("loss", "loss", LOWER, "What training lowers, the mean over the batch.", "Loss")
+_NLL = Metric(
+  "nll_loss*",
+  "likelihood term",
+  LOWER,
+  "Nats per token of the chosen (or gold) answers: minus log of the right token's probability.",
+  "Likelihood term",
+)
+LOSS = Group(
+  "Loss",
+  (_LOSS, _NLL),
+  "A falling curve is learning. Flat from the first step: the rate is too low, or the part that "
+  "trains cannot change what the loss reads; raise optimizer.lr threefold. Rising: the rate is "
+  "too high; lower it threefold or lengthen optimizer.warmup. Held-out values that part upwards "
+  "from falling training values: the run learns its rows by heart; take fewer steps, more data "
+  "or a smaller rank. A spike that comes back is one odd batch; one that stays is a rate too "
+  "high for these rows.",
+)
+_TOKEN_LOSS = (
+  "Nats per trained token of this {}: 0.69 is a probability of one half for the right token."
+)
+CHANNELS = Group(
+  "Loss by channel",
+  (
+    Metric("loss/special", "special tokens", LOWER, _TOKEN_LOSS.format("kind"), "Special tokens"),
+    Metric("loss/special/*", "", LOWER, _TOKEN_LOSS.format("kind"), "Special tokens"),
+    Metric("loss/*", "", LOWER, _TOKEN_LOSS.format("channel"), "Channels"),
+  ),
+  "Channels that fall together are learned alike. One that stays flat is known already, or too "
+  "rare: give it a larger share of the mixture. One that rises while others fall is forgotten "
+  "for their sake: replay rows of it (data.replay). Special tokens (end of turn, tool and think "
+  "markers) fall within a few steps; where they stay high, answers will not end where they "
+  "should or tools will not be called: look at the chat template (model.template) and at the "
+  "marked tokens of the first example.",
+)
+PARTS = Group(
+  "Parts of the loss",
+  (Metric("loss/*", "", LOWER, "This part alone, before its weight in the sum.", "Parts"),),
+  "The sum is weighted: a part that stays flat while the others fall has too small a weight, "
+  "one that drowns the others too large a weight (objective.losses, objective.sft_weight).",
+)
+PREFERENCE = Group(
+  "Preference",
+  (
+    Metric(
+      "rewards/accuracies",
+      "accuracy of pairs",
+      HIGHER,
+      "Share of pairs whose chosen answer has the higher implicit reward; 0.5 is chance.",
+      "Accuracy of pairs",
+    ),
+    Metric(
+      "rewards/accuracies/chosen_longer",
+      "where chosen is longer",
+      HIGHER,
+      "The same over pairs whose chosen answer is the longer one.",
+      "Accuracy by length",
+    ),
+    Metric(
+      "rewards/accuracies/chosen_shorter",
+      "where chosen is shorter",
+      HIGHER,
+      "The same over pairs whose chosen answer is the shorter one.",
+      "Accuracy by length",
+    ),
+    Metric(
+      "rewards/margins",
+      "margin",
+      HIGHER,
+      "Reward of the chosen answer less that of the rejected one, beta included; 0 at the reference.",
+      "Margin",
+    ),
+    Metric(
+      "rewards/chosen",
+      "chosen",
+      NEITHER,
+      "Mean reward of chosen answers; below 0 they have become less likely than under the reference.",
+      "Rewards",
+    ),
+    Metric("rewards/rejected", "rejected", NEITHER, "Mean reward of rejected answers.", "Rewards"),
+  ),
+  "Rising accuracy and margin are learning. Flat at 0.5 and 0: the rate is too low, beta too "
+  "high, or chosen and rejected differ in nothing that the model can see. Training accuracy at "
+  "1 that parts from held-out accuracy: the pairs are learned by heart; stop earlier or add "
+  "pairs. Margins that keep rising after the accuracy has settled only move the policy further "
+  "from its reference: stop there, or take loss=ipo. Rewards that part (chosen up, rejected "
+  "down) are healthy; both falling is likelihood displacement: add +sft to the loss, or raise "
+  "objective.beta. Accuracies by length that part: the model has learned length; balance the "
+  "data or take loss=dpo_norm.",
+)
+REWARD = Group(
+  "Reward model",
+  (
+    Metric(
+      "accuracy", "accuracy", HIGHER, "Share ordered or labelled right; 0.5 is chance.", "Accuracy"
+    ),
+    Metric("margin", "margin", HIGHER, "Score of the better answer less the other's.", "Margin"),
+    Metric(
+      "mean_reward",
+      "mean reward",
+      NEITHER,
+      "Mean score of all answers; only differences count.",
+      "Mean reward",
+    ),
+    Metric("rewards/*", "", NEITHER, "Mean score of this side's answers.", "Rewards"),
+  ),
+  "Rising accuracy is learning; flat at 0.5 means a rate too low or labels that say nothing. "
+  "Training accuracy that parts from held-out accuracy is learning by heart. Margins that rise "
+  "without accuracy are overconfidence: stop earlier. A mean reward that drifts is harmless for "
+  "pairs.",
+)
+DISTANCE = Group(
+  "Distance from the reference",
+  (
+    Metric(
+      "kl",
+      "KL",
+      NEITHER,
+      "How far the policy has gone from its reference, 0 at the start: nats per answer token (KTO: per answer). "
+      "Little for much accuracy is what one wants.",
+      "KL to the reference",
+    ),
+    Metric(
+      "logps/chosen_drift",
+      "chosen",
+      NEITHER,
+      "Log-probability of chosen answers less that under the reference, nats per answer.",
+      "Drift of log-probabilities",
+    ),
+    Metric(
+      "logps/rejected_drift",
+      "rejected",
+      NEITHER,
+      "The same of rejected answers.",
+      "Drift of log-probabilities",
+    ),
+    Metric(
+      "logps/chosen",
+      "chosen",
+      NEITHER,
+      "Log-probability of chosen answers, nats per answer.",
+      "Log-probabilities",
+    ),
+    Metric(
+      "logps/rejected", "rejected", NEITHER, "The same of rejected answers.", "Log-probabilities"
+    ),
+    Metric(
+      "logits/*", "", NEITHER, "Mean logit over the vocabulary; a drift is harmless.", "Logits"
+    ),
+    Metric("log_odds*", "", HIGHER, "ORPO's odds of chosen over rejected answers.", "Log odds"),
+  ),
+  "A KL that rises slowly and flattens is a policy that has learned what the data asks. Flat at "
+  "0: nothing has moved; raise optimizer.lr or lower objective.beta. Rising without end, or "
+  "above about half a nat per token: the text itself will suffer; raise objective.beta or stop "
+  "earlier. A spike is one update too large: lower the rate.",
+)
+SCORED = Group(
+  "Scored answers",
+  (
+    Metric(
+      "reward",
+      "score",
+      NEITHER,
+      "Mean score of the answers in the batch. The data has it: it does not tell how good the policy is.",
+      "Scores of the data",
+    ),
+    Metric(
+      "reward_std",
+      "deviation",
+      NEITHER,
+      "Deviation of scores within a group; 0 teaches nothing.",
+      "Scores of the data",
+    ),
+    Metric(
+      "frac_reward_zero_std",
+      "groups of one score",
+      LOWER,
+      "Share of answers whose whole group has one score, so that they teach nothing.",
+      "Groups of one score",
+    ),
+    Metric(
+      "advantage", "advantage", NEITHER, "Mean advantage; about 0 by construction.", "Advantage"
+    ),
+    Metric(
+      "clip_ratio/*",
+      "",
+      NEITHER,
+      "Share of tokens whose ratio to who wrote them is clipped and gives no gradient.",
+      "Clipped",
+    ),
+  ),
+  "Scores are those of the rows and move with the rows alone; held-out answers (eval.task) tell "
+  "what the policy is worth. Many groups of one score: the prompts are too easy or too hard. "
+  "Clipped shares that rise above a fifth: the policy has left the answers that it learns from; "
+  "lower the rate, or write fresh answers. A spike is one batch far from the policy.",
+)
+LENGTHS = Group(
+  "Lengths of answers",
+  (
+    Metric(
+      "lengths/chosen", "chosen", NEITHER, "Tokens of chosen answers, of the data.", "Lengths"
+    ),
+    Metric("lengths/rejected", "rejected", NEITHER, "Tokens of rejected answers.", "Lengths"),
+    Metric(
+      "completions/mean_length", "answers", NEITHER, "Tokens of the scored answers.", "Lengths"
+    ),
+  ),
+  "These are lengths of the data, not of what the model writes: flat is right, a slope means "
+  "that rows are sorted. Lines that lie apart (chosen answers longer throughout) teach length "
+  "along with quality: compare the accuracies by length.",
+)
+PREDICTION = Group(
+  "Predictions",
+  (
+    Metric(
+      "mean_token_accuracy",
+      "token accuracy",
+      HIGHER,
+      "Share of trained tokens to which the model gives the highest probability.",
+      "Token accuracy",
+    ),
+    Metric(
+      "entropy",
+      "entropy",
+      NEITHER,
+      "Nats: how undecided the model is about the next token.",
+      "Entropy",
+    ),
+  ),
+  "Token accuracy rises as the loss falls. An entropy that falls towards 0 is a model that has "
+  "become sure of everything it writes: too many passes over too few rows.",
+)
+OPTIMISATION = Group(
+  "Optimisation",
+  (
+    Metric("grad_norm", "gradient norm", NEITHER, "Length of the gradient.", "Gradient norm"),
+    Metric("learning_rate", "learning rate", NEITHER, "That of this update.", "Learning rate"),
+    Metric(
+      "skipped",
+      "skipped updates",
+      LOWER,
+      "Updates whose gradient was not finite.",
+      "Skipped updates",
+    ),
+    Metric(
+      "skipped_in_a_row",
+      "skipped in a row",
+      LOWER,
+      "The same, since the last good one.",
+      "Skipped updates",
+    ),
+    Metric("epoch", "epoch", NEITHER, "Passes over the data so far.", "Epoch"),
+  ),
+  "A gradient norm that falls or stays level is healthy. Single spikes are odd batches, which "
+  "optimizer.clip bounds; growth over many steps comes before divergence: lower optimizer.lr. "
+  "Flat near 0: nothing is left to learn, or nothing trains.",
+)
+SPEED = Group(
+  "Speed",
+  (
+    Metric(
+      "tokens_per_second",
+      "tokens per second",
+      HIGHER,
+      "All tokens, trained or not.",
+      "Tokens per second",
+    ),
+    Metric(
+      "tokens", "tokens", NEITHER, "Tokens of the batch, without padding.", "Tokens of a batch"
+    ),
+    Metric("num_tokens", "tokens so far", NEITHER, "Tokens since the start.", ""),
+  ),
+  "Level is right. Dips are evaluations, saves, or other work on the machine; a low first value "
+  "is the compilation.",
+)
+OTHER = Group(
+  "Other", (Metric("*", "", NEITHER, "Recorded by an objective or an adapter of this run.", ""),)
+)
+_COMMON = (LENGTHS, PREDICTION, OPTIMISATION, SPEED, OTHER)
+GROUPS: Mapping[str, tuple[Group, ...]] = {
+  "sft": (LOSS, CHANNELS, *_COMMON),
+  "preference": (LOSS, PARTS, PREFERENCE, DISTANCE, *_COMMON),
+  "kto": (LOSS, PARTS, PREFERENCE, DISTANCE, *_COMMON),
+  "reward": (LOSS, PARTS, REWARD, *_COMMON),
+  "grouped": (LOSS, PARTS, SCORED, DISTANCE, *_COMMON),
+}
+
+
+def groups(objective: str | None) -> tuple[Group, ...]:
+  """The groups of an objective's metrics, in the order of a page; of an unknown objective, all of them."""
+  return GROUPS.get(objective or "", (LOSS, CHANNELS, PREFERENCE, DISTANCE, *_COMMON))
+
+
+def base(name: str) -> str:
+  """The metric without the mark of held-out values."""
+  return name.removeprefix(EVAL)
+
+
+@dataclasses.dataclass(frozen=True)
+class Named:
+  """A metric that runs have: its name without `eval_`, and what the table says of it."""
+
+  name: str
+  metric: Metric
+
+  @property
+  def label(self) -> str:
+    """What the table calls it, or of several that one line covers, what the `*` stands for, which may be of data."""
+    if self.metric.label:
+      return self.metric.label
+    rest = self.name.removeprefix(self.metric.name.rstrip("*")).strip("/_") or self.name
+    return rest if len(rest) <= LONGEST else rest[: LONGEST - 1] + "…"
+
+  @property
+  def alone(self) -> str:
+    """A name that says what it is outside its panel."""
+    panel = self.metric.panel
+    if (
+      not panel
+      or panel.lower().startswith(self.label.lower())
+      or self.label.lower().startswith(panel.lower())
+    ):
+      return self.label
+    return (
+      f"{panel}: {self.label}".lower() if self.metric.label else f"{panel.lower()}: {self.label}"
+    )
+
+
+def sorted_into(objective: str | None, names: Iterable[str]) -> list[tuple[Group, list[Named]]]:
+  """The groups that have one of these metrics, each metric once, in the order of the table."""
+  left = list(dict.fromkeys(map(base, names)))
+  result = []
+  for group in groups(objective):
+    here = []
+    for metric in group.metrics:
+      mine = [name for name in left if metric.covers(name)]
+      here += [Named(name, metric) for name in mine]
+      left = [name for name in left if name not in mine]
+    if here:
+      result.append((group, here))
+  return result
+
+
+def meaning(objective: str | None, name: str) -> Metric:
+  """What the table says of one metric, `eval_` or not."""
+  ((_, (named,)),) = sorted_into(objective, [name])
+  return named.metric
+
+
+# Between runs
+
+
+def better(objective: str | None, name: str) -> str:
+  """higher, lower, or "" where neither is; `accuracy/after` is of the built-in task's answers."""
+  if name.startswith(ANSWERS):
+    return HIGHER
+  if objective == "grouped" and base(name) == "loss":
+    return NEITHER
+  return meaning(objective, name).better
+
+
+def best(objective: str | None, name: str, values: Sequence[float | None]) -> int | None:
+  """The place of the best value that is a number; None where neither way is better.
+
+  >>> best("sft", "eval_loss", [2.0, None, 1.5, math.nan]), best("sft", "grad_norm", [1.0, 2.0])
+  (2, None)
+  """
+  known = [
+    (value, i) for i, value in enumerate(values) if value is not None and math.isfinite(value)
+  ]
+  way = better(objective, name)
+  if not known or way == NEITHER:
+    return None
+  value = lambda pair: pair[0]
+  return (min(known, key=value) if way == LOWER else max(known, key=value))[1]
+
+
+ANSWERS = "accuracy/"  # of the built-in task, before and after training
+# Fields that say of which rows a value is, of which text a token is, and how large a reward is.
+ROWS = ("data.train", "data.eval", "data.eval_rows", "data.limit", "data.kind")
+TEXT = ("model.name", "model.template")
+SCALE = (
+  "objective.name",
+  "objective.losses",
+  "objective.loss",
+  "objective.beta",
+  "objective.divergence",
+)
+SCALED = ("rewards/margins", "rewards/chosen", "rewards/rejected", "margin", "mean_reward")
+PER_TOKEN = ("loss", "nll_loss", "mean_token_accuracy", "entropy", "kl")
+
+
+def obstacles(name: str, configs: Sequence[Mapping[str, Any]]) -> list[str]:
+  """The fields whose differences make a metric's values those of different things; [] where values compare.
+
+  A loss is a function of its objective's section: across betas, its values say nothing of which run is better.
+  """
+  fields = [settings.flat(dict(config)) for config in configs]
+  names = {field for some in fields for field in some}
+  differ = sorted(f for f in names if len({repr(some.get(f)) for some in fields}) > 1)
+  decide = _decide(name, fields)
+  return [f for f in differ if any(f == d or f.startswith(f"{d}.") for d in decide)]
+
+
+def _decide(name: str, fields: Sequence[Mapping[str, Any]]) -> list[str]:
+  """The fields, or their sections, that say what a metric is of."""
+  bare = base(name)
+  if name.startswith(ANSWERS):
+    return ["eval.task"]
+  if any(metric.covers(bare) for metric in (*OPTIMISATION.metrics, *SPEED.metrics)):
+    return []
+  has_own_rows = name.startswith(EVAL) and all(some.get("data.eval") for some in fields)
+  decide = [field for field in ROWS if not (has_own_rows and field != "data.eval")]
+  if not name.startswith(EVAL):
+    decide += ["data.replay"]
+  if bare in PER_TOKEN or bare.startswith("loss/"):
+    decide += TEXT
+  if bare == "loss" or bare.startswith("loss/"):
+    decide += ["objective"]
+  return decide + ([*SCALE] if bare in SCALED else [])
