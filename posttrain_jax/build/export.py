@@ -56,12 +56,9 @@ def export(
   """
   if merge_base not in MERGE_BASES:
     raise ValueError(f"merge_base={merge_base!r}: write one of {', '.join(MERGE_BASES)}")
-  workdir, out = Path(workdir), Path(out)
-  if not (workdir / runs.CONFIG).exists():
-    raise FileNotFoundError(
-      f"{workdir} has no {runs.CONFIG}: it is no run's folder; give the --workdir of a `posttrain train`"
-    )
-  run = runs.read(workdir)
+  out = Path(out)
+  run = read(workdir)
+  workdir = run.folder
   if out.exists() and not (out.is_dir() and not any(out.iterdir())):
     raise FileExistsError(f"{out} exists; name a new folder, or remove it first")
   is_full = run.field("adapter.method") == "none"
@@ -83,6 +80,15 @@ def export(
     if (merge or is_full) and template not in (None, "tokenizer"):
       write_template(new, template)
   return out
+
+
+def read(workdir: str | Path) -> runs.Run:
+  """The run in a folder; another folder is refused."""
+  if not (Path(workdir) / runs.CONFIG).exists():
+    raise FileNotFoundError(
+      f"{workdir} has no {runs.CONFIG}: it is no run's folder; give the --workdir of a `posttrain train`"
+    )
+  return runs.read(workdir)
 
 
 def _how_far(run: runs.Run) -> str:

@@ -65,7 +65,7 @@ def merge(
   folders = {model: fetch.resolve(model.name) for model in recipe.models()}
   if recipe.vocabulary is not None and recipe.vocabulary.source is not None:
     folders.setdefault(recipe.vocabulary.source, fetch.resolve(recipe.vocabulary.source.name))
-  opened = {model: _opened(model, folders[model]) for model in recipe.models()}
+  opened = {model: opened_model(model, folders[model]) for model in recipe.models()}
   opened, tokenizer = vocabularies.lay_out(recipe, opened, folders)
   plan = stream.plan(recipe, opened)
   methods.rehearse(recipe, plan.wanted)
@@ -141,7 +141,8 @@ def _operator(
   return methods.apply(recipe, wanted, taken, dtype=dtypes[wanted.name])
 
 
-def _opened(model: ModelRef, folder: Path) -> stream.Tensors:
+def opened_model(model: ModelRef, folder: Path) -> stream.Tensors:
+  """The tensors of a model by name, each read when it is asked for: dequantised, and with its adapter merged in."""
   reader: stream.Tensors = shards.Reader(folder)
   if QUANTISED in files.read_json(folder / "config.json"):
     reader = _Dequantised(reader)

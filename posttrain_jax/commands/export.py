@@ -7,8 +7,14 @@ from collections.abc import Sequence
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument("--workdir", required=True, metavar="DIR")
-  parser.add_argument("--out", required=True, metavar="DIR")
+  what = parser.add_mutually_exclusive_group(required=True)
+  what.add_argument("--workdir", metavar="DIR", help="a run's folder")
+  what.add_argument(
+    "--model", metavar="NAME_OR_DIR", help="a model as it is, with --gguf: the base of an adapter"
+  )
+  parser.add_argument(
+    "--out", required=True, metavar="DIR", help="a new folder; FILE.gguf with --gguf"
+  )
   parser.add_argument(
     "--merge", action="store_true", help="a merged Hugging Face folder instead of the adapter"
   )
@@ -19,9 +25,26 @@ def add(parser: argparse.ArgumentParser) -> None:
     help="what an adapter of a quantised run is merged into; the logit error of both is printed",
   )
 
+  parser.add_argument(
+    "--gguf",
+    choices=("f16", "q8_0", "q4_0"),
+    help="one file for llama.cpp and Ollama instead of a folder: the adapter in f16, or with --merge the whole model",
+  )
+
 
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
-  from posttrain_jax.build import export
+  from posttrain_jax.build import export, gguf
 
-  print(export.export(args.workdir, args.out, merge=args.merge, merge_base=args.merge_base))
+  if args.model is not None and args.gguf is None:
+    raise ValueError(
+      f"--model={args.model} is a folder already; --model goes with --gguf, and --workdir names a run"
+    )
+  if args.model is not None:
+    print(gguf.of_model(args.model, args.out, kind=args.gguf, base=args.model))
+    return 0
+  options = dict(merge=args.merge, merge_base=args.merge_base)
+  if args.gguf is not None:
+    print(gguf.export(args.workdir, args.out, kind=args.gguf, **options))
+    return 0
+  print(export.export(args.workdir, args.out, **options))
   return 0

