@@ -272,5 +272,5 @@ def _check_factors(factors: Mapping[str, Any], found: Mapping[str, Any]) -> None
     off = float(np.linalg.norm(product - got)) / max(float(np.linalg.norm(product)), 1e-30)
     if off > 0.01 and float(np.abs(product - got).max()) > 1e-6:
       raise ValueError(
-        f"{name}: float16 keeps the adapter's change no nearer than {off:.1%}; nothing was written: {MERGE}"
+        f"{name}: float16 keeps the adapter's change no nearer than {off:.1%}; nothing was written; {MERGE}"
       )
