@@ -16,6 +16,7 @@ import safetensors
 
 from posttrain_jax import adapters
 from posttrain_jax.adapters import peft_format
+from posttrain_jax.build import model_card
 from posttrain_jax.core import files, tree
 from posttrain_jax.data import chat, templates
 from posttrain_jax.models import decoder, fetch, hf, rotary
@@ -37,7 +38,12 @@ START_FROM_BASE = ("pissa", "olora", "loftq")  # the quantised base of such a ru
 
 
 def export(
-  workdir: str | Path, out: str | Path, *, merge: bool = False, merge_base: str = "original"
+  workdir: str | Path,
+  out: str | Path,
+  *,
+  merge: bool = False,
+  merge_base: str = "original",
+  name: str = model_card.HERE,
 ) -> Path:
   """The folder `out` that a run's result was written to, whole or not at all.
 
@@ -48,6 +54,7 @@ def export(
     merge_base: what an adapter of a quantised base is added to: the "original" weights (what PEFT users do: closer
       to the base, not quite what was trained), or the "dequantised" ones that it was trained on.  How far the logits
       of each are from what was trained is logged, on a text of a hundred tokens.
+    name: what the folder is to be called on the hub; its model card says so.
 
   Raises:
     FileNotFoundError: workdir holds no run, or one that has saved nothing yet.
@@ -79,6 +86,7 @@ def export(
     template = run.field("model.template")
     if (merge or is_full) and template not in (None, "tokenizer"):
       write_template(new, template)
+    model_card.write(new, run, name=name)
   return out
 
 

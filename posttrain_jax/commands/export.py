@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +27,11 @@ def add(parser: argparse.ArgumentParser) -> None:
   )
 
   parser.add_argument(
+    "--push",
+    metavar="ORG/NAME",
+    help="send the result to the Hugging Face hub, too; a new repository is private",
+  )
+  parser.add_argument(
     "--gguf",
     choices=("f16", "q8_0", "q4_0"),
     help="one file for llama.cpp and Ollama instead of a folder: the adapter in f16, or with --merge the whole model",
@@ -33,18 +39,27 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
-  from posttrain_jax.build import export, gguf
+  from posttrain_jax.build import push
 
   if args.model is not None and args.gguf is None:
     raise ValueError(
       f"--model={args.model} is a folder already; --model goes with --gguf, and --workdir names a run"
     )
+  if args.push is not None:
+    push.check(args.push)
+  out = _exported(args)
+  print(out)
+  if args.push is not None:
+    print(push.push(out, args.push))
+  return 0
+
+
+def _exported(args: argparse.Namespace) -> Path:
+  from posttrain_jax.build import export, gguf, model_card
+
   if args.model is not None:
-    print(gguf.of_model(args.model, args.out, kind=args.gguf, base=args.model))
-    return 0
+    return gguf.of_model(args.model, args.out, kind=args.gguf, base=args.model)
   options = dict(merge=args.merge, merge_base=args.merge_base)
   if args.gguf is not None:
-    print(gguf.export(args.workdir, args.out, kind=args.gguf, **options))
-    return 0
-  print(export.export(args.workdir, args.out, **options))
-  return 0
+    return gguf.export(args.workdir, args.out, kind=args.gguf, **options)
+  return export.export(args.workdir, args.out, name=args.push or model_card.HERE, **options)

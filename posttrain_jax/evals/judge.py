@@ -38,7 +38,7 @@ class Judge:
       params, config = hf.load(base)
     else:
       described = files.read_json(path / peft_format.CONFIG)
-      base = fetch.resolve(described.get("base_model_name_or_path") or "")
+      base = fetch.resolve(peft_format.base_of(path) or "")
       if "score" not in (described.get("modules_to_save") or ()):
         raise ValueError(f"{folder}: this adapter has no score head; it is no reward model")
       params, config = decoder.scored(jax.random.key(0), *hf.load(base))

