@@ -177,14 +177,20 @@ def _merged_onto(merge_base, base, params, stored, adapter, stored_adapter, conf
   trained = logits(adapters.bind(stored, stored_adapter), tokens)
   makers = {"original": lambda: params, "dequantised": lambda: adapters.merge(stored)}
   log.warning("trained on a base in %s, merged onto the %s weights", base, merge_base)
-  merged = None
+  merged, off = None, {}
   for name in sorted(
     MERGE_BASES, key=lambda name: name == merge_base
   ):  # the one to keep is the last
     merged = None  # of the two no more than one is in memory
     merged = adapters.merge(makers[name](), adapter)
-    off = report.logit_error(trained, logits(merged, tokens))
-    log.info("logits off from what was trained, merged onto %s: %s", name, off)
+    off[name] = report.logit_error(trained, logits(merged, tokens))
+    log.info("logits off from what was trained, merged onto %s: %s", name, off[name])
+  nearest = min(off, key=lambda name: off[name].kl)
+  if off[merge_base].kl > 2 * off[nearest].kl + 1e-6:
+    far, near = f"{off[merge_base].kl:.2g}", f"{off[nearest].kl:.2g}"
+    log.warning(
+      "--merge_base=%s is nearer to what was trained: KL %s nats, not %s", nearest, near, far
+    )
   return merged
 
 

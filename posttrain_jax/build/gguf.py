@@ -12,10 +12,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 
 from posttrain_jax.adapters import peft_format
 from posttrain_jax.adapters.lora import LoRA
+from posttrain_jax.build import decisions
 from posttrain_jax.build import export as folders
 from posttrain_jax.build import merge as merges
 from posttrain_jax.core import files, tree
@@ -55,6 +57,8 @@ def export(
   """
   out = _named(out)
   run = folders.read(workdir)
+  if decisions.has_score(ml_collections.ConfigDict(run.record["config"])):
+    raise ValueError(gguf_write.NO_SCORES)
   if run.field("adapter.method") == "none" or merge:
     gguf_write.check(hf.read_config(fetch.resolve(run.field("model.name"))))
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=_parent(out)) as scratch:
@@ -219,6 +223,8 @@ def _adapter(run: runs.Run, out: Path) -> Path:
     gguf_write.write_adapter(path, factors, config, about=about)
     _check_factors(factors, gguf_read.read_adapter(path, config))
     path.rename(out)
+  beside = f"a GGUF file of the base (posttrain export --model={run.field('model.name')} --gguf=q8_0 --out=base.gguf)"
+  log.info("an adapter, to be loaded beside %s: llama-cli -m base.gguf --lora %s", beside, out)
   return out
 
 

@@ -16,8 +16,11 @@ from posttrain_jax.runs import record as runs
 NAME = "README.md"
 HERE = "."
 QUESTION = "What is the capital of France?"
-# Fields of the objective that are no numbers of the loss.
-BESIDE = ("name", "cache_reference", "reference")
+# The numbers of a loss that a reader compares; 0 is off.
+NUMBERS = (
+  *("beta", "label_smoothing", "gamma_beta_ratio", "sft_weight", "centering"),
+  *("desirable_weight", "undesirable_weight", "epsilon", "epsilon_high", "kl_weight"),
+)
 # Held-out figures beside the loss and the accuracy that a reader asks for.
 FIGURES = ("loss", "mean_token_accuracy", "accuracy", "margin", "kl")
 
@@ -64,7 +67,7 @@ def write(folder: Path, run: runs.Run, *, name: str = HERE) -> None:
 
 def text(folder: Path, run: runs.Run, *, name: str = HERE) -> str:
   is_adapter = (folder / peft_format.CONFIG).exists()
-  title = name if name != HERE else f"{_base(run)}, {run.field('objective.name')}"
+  title = name if name != HERE else f"{_base(run)}, {_loss(run)}"
   parts = [
     _head(run, is_adapter),
     f"# {title}",
@@ -80,14 +83,14 @@ def text(folder: Path, run: runs.Run, *, name: str = HERE) -> str:
 def _head(run: runs.Run, is_adapter: bool) -> str:
   """What the hub reads."""
   hub_id, licence = _hub_id(run), _licence(run)
-  scores = run.field("objective.name") == "reward"
+  scores = "reward" in _losses(run)
   # JSON is YAML, and quotes what must be quoted
   said = {
     **({"base_model": hub_id, "base_model_relation": _relation(is_adapter)} if hub_id else {}),
     "library_name": "peft" if is_adapter else "transformers",
     **({"license": licence} if licence else {}),
     "pipeline_tag": "text-classification" if scores else "text-generation",
-    "tags": ["posttrain-jax", *filter(None, [run.field("objective.name")])],
+    "tags": ["posttrain-jax", *_losses(run)],
   }
   return "\n".join(["---", *(f"{key}: {json.dumps(value)}" for key, value in said.items()), "---"])
 
@@ -106,17 +109,12 @@ def _what(run: runs.Run, is_adapter: bool) -> str:
     else f"A model with a {method} adapter merged into it"
   )
   state = "" if run.done is not None else " The run is not finished: this is what it had saved."
-  return f"{made}, made with posttrain_jax from {_linked(run)}.{state}"
+  return f"{made}, made with posttrain_jax from {_base(run)}.{state}"
 
 
 def _facts(run: runs.Run) -> list[tuple[str, str]]:
   storage = run.field("model.base")
-  objective = run.field("objective") or {}
-  loss = [str(objective.get("name"))] + [
-    f"{key} {value}"
-    for key, value in objective.items()
-    if key not in BESIDE and isinstance(value, int | float) and not isinstance(value, bool)
-  ]
+  numbers = [f"{key} {value}" for key in NUMBERS if (value := run.field(f"objective.{key}"))]
   optimizer = [f"{run.field('optimizer.name')}", f"peak learning rate {run.field('optimizer.lr')}"]
   rows, accumulate = run.field("batch.rows"), run.field("batch.accumulate")
   tokens = (run.done or {}).get("tokens")
@@ -128,7 +126,7 @@ def _facts(run: runs.Run) -> list[tuple[str, str]]:
     "method": _methods(run),
     "data": names_of(str(run.field("data.train"))),
     "replayed": names_of(str(run.field("data.replay") or "")),
-    "loss": ", ".join(loss),
+    "loss": ", ".join([_loss(run), *numbers]),
     "optimizer": ", ".join(optimizer),
     "batch": f"{rows} rows" + (f" x {accumulate}" if (accumulate or 1) > 1 else "") if rows else "",
     "steps": f"{run.steps:,}",
@@ -137,6 +135,19 @@ def _facts(run: runs.Run) -> list[tuple[str, str]]:
     "versions": ", ".join(f"{package} {version}" for package, version in versions.items()),
   }
   return [(key, value) for key, value in facts.items() if value]
+
+
+def _losses(run: runs.Run) -> dict[str, float]:
+  """{name of a loss: its weight in the sum}."""
+  losses = run.field("objective.losses")
+  return dict(losses) if losses else {str(run.field("objective.name")): 1.0}
+
+
+def _loss(run: runs.Run) -> str:
+  weighted = (
+    f"{weight:g} {name}" if weight != 1 else name for name, weight in _losses(run).items()
+  )
+  return " + ".join(weighted)
 
 
 def _methods(run: runs.Run) -> str:
@@ -187,7 +198,7 @@ def _loading(folder: Path, run: runs.Run, is_adapter: bool, name: str) -> list[s
     return [
       "Several methods trained together, which PEFT does not load together; `posttrain chat --adapter=DIR` does."
     ]
-  scores = run.field("objective.name") == "reward"
+  scores = "reward" in _losses(run)
   code = ADAPTER_CODE if is_adapter else MODEL_CODE
   end = ANSWER_CODE
   if scores:

@@ -46,6 +46,11 @@ FILE_TYPES = {
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 
 
+NO_SCORES = (
+  "a reward model's head has no place in a GGUF file that others run; export it without --gguf"
+)
+
+
 class Tensors(Protocol):
   """Tensors by their Hugging Face names, each read when it is asked for."""
 
@@ -60,9 +65,7 @@ class Tensors(Protocol):
 def check(config: ModelConfig) -> None:
   """Raises unless a GGUF file can hold a model of this config, and `models.gguf` reads it from one."""
   if config.scores:
-    raise ValueError(
-      "a reward model's head has no place in a GGUF file that others run; export it as a Hugging Face folder"
-    )
+    raise ValueError(NO_SCORES)
   if config.family not in ARCHITECTURES:
     raise ValueError(
       f"a model of type {config.family!r} is not written as GGUF; those that are: {', '.join(ARCHITECTURES)}"
@@ -119,6 +122,13 @@ def write(
     raise ValueError(f"no tensor {missing[0]!r}, which a {config.family} model has")
   fields = {**_fields(config), **about, **tokenizer, "general.file_type": int(FILE_TYPES[kind])}
   rope = _rope(config)
+
+  def laid_out(name):
+    array = np.asarray(tensors.get(name), np.float32)
+    return (
+      permuted(name, array, config.num_heads, config.num_kv_heads) if family.permuted else array
+    )
+
   with _writing(Path(path), ARCHITECTURES[config.family], fields) as writer:
     types = {ours: _type(names[ours], tensors.shape(ours), kind) for ours in names}
     if rope is not None:
@@ -129,10 +139,8 @@ def write(
     if rope is not None:
       writer.write_tensor_data(rope)
     for ours, theirs in names.items():
-      array = tensors.get(ours).astype(np.float32)
-      if family.permuted:
-        array = permuted(ours, array, config.num_heads, config.num_kv_heads)
-      writer.write_tensor_data(_stored(theirs, array, types[ours]))
+      # nothing of it is kept while the next is read
+      writer.write_tensor_data(_stored(theirs, laid_out(ours), types[ours]))
 
 
 def write_adapter(

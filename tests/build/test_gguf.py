@@ -1,5 +1,6 @@
 """A run becomes a file that others run: the same logits, the adapter's change, and errors in words."""
 
+import argparse
 import json
 import logging
 import re
@@ -10,10 +11,11 @@ import pytest
 
 from posttrain_jax import adapters
 from posttrain_jax.build import gguf
+from posttrain_jax.commands import export as command
 from posttrain_jax.core import tree, weight
 from posttrain_jax.data import chat
 from posttrain_jax.models import gguf as gguf_read
-from posttrain_jax.models import hf
+from posttrain_jax.models import gguf_write, hf
 from tests.adapters import cases
 from tests.build.test_export import logits, make_run
 from tests.data.conftest import make_tokenizer
@@ -172,12 +174,34 @@ def test_an_adapter_that_is_no_plain_pair_is_refused(tmp_path, base, loaded, opt
   assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+@pytest.mark.parametrize(
+  "objective", [dict(name="reward"), dict(name="preference", losses={"dpo": 1, "reward": 1})]
+)
+@pytest.mark.parametrize("merge", [False, True])
+def test_a_reward_model_is_refused(tmp_path, base, loaded, objective, merge):
+  run, _ = run_with(tmp_path / "run", base, loaded)
+  record = json.loads((run / "config.json").read_text())
+  record["config"]["objective"] = objective
+  (run / "config.json").write_text(json.dumps(record))
+  with pytest.raises(
+    ValueError, match="no place in a GGUF file that others run; export it without"
+  ):
+    gguf.export(run, tmp_path / "a.gguf", kind="f16", merge=merge)
+
+
 def test_a_tied_end_is_refused(tmp_path, base):
   config = families.config("llama", vocab_size=400, tie_word_embeddings=True, num_hidden_layers=2)
   params = families.params(config)
   node, _ = make_adapter(params, target_modules=("embed_tokens",))
   with pytest.raises(ValueError, match=r"embed_tokens, which shares its matrix.*add --merge"):
     dict(gguf.pairs(node, config))
+
+
+def test_the_command_offers_every_kind():
+  parser = argparse.ArgumentParser()
+  command.add(parser)
+  (option,) = [action for action in parser._actions if "--gguf" in action.option_strings]
+  assert option.choices == tuple(gguf_write.KINDS)
 
 
 @pytest.mark.parametrize(

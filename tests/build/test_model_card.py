@@ -16,7 +16,9 @@ from tests.evals import runs
 
 CONFIG = dict(
   runs.CONFIG,
-  objective=dict(name="dpo", beta=0.1, cache_reference=True),
+  objective=dict(
+    name="preference", losses=dict(dpo=1.0, sft=0.5), beta=0.1, label_smoothing=0.0, sync_mix=0.6
+  ),
   data=dict(train="/home/me/private/pairs.jsonl*0.7+org/set*0.3", replay="", system="Be brief."),
 )
 
@@ -65,12 +67,12 @@ def test_a_card_has_the_facts_and_no_paths(tmp_path):
     "library_name": "peft",
     "license": "apache-2.0",
     "pipeline_tag": "text-generation",
-    "tags": ["posttrain-jax", "dpo"],
+    "tags": ["posttrain-jax", "dpo", "sft"],
   }
   for row in (
     "| method | lora, rank 16, alpha 32.0, on all-linear |",
     "| data | pairs.jsonl*0.7+org/set*0.3 |",
-    "| loss | dpo, beta 0.1 |",
+    "| loss | dpo + 0.5 sft, beta 0.1 |",
     "| steps | 12 |",
     "| tokens | 1,000 |",
     "| versions | jax 0.10.2 |",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import weakref
 
 import gguf as gguf_package
 import jax.numpy as jnp
@@ -145,6 +146,28 @@ def test_rows_that_blocks_do_not_divide_are_float16(tmp_path):
   file = gguf.File(path)
   assert file.tensors["blk.0.ffn_down.weight"].tensor_type.name == "F16"
   assert file.tensors["blk.0.ffn_up.weight"].tensor_type.name == "Q4_0"
+
+
+def test_one_matrix_is_in_memory_at_a_time(tmp_path):
+  folder = make_folder(tmp_path)
+  given = []
+
+  class Reader(shards.Reader):
+    def get(self, name):
+      assert not any(array() is not None for array in given), name
+      array = super().get(name)
+      given.append(weakref.ref(array))
+      return array
+
+  gguf_write.write(
+    tmp_path / "m.gguf",
+    Reader(folder),
+    hf.read_config(folder),
+    described(folder),
+    kind="q4_0",
+    about={},
+  )
+  assert len(given) == 20
 
 
 def test_rope_scalings_return(tmp_path):
