@@ -32,6 +32,7 @@ from posttrain_jax.runs import record as runs
 log = logging.getLogger(__name__)
 
 SUFFIX = ".gguf"
+MUCH = 0.05  # nats a token: 8 bits change models of every size by less
 MERGE = "add --merge for one file that holds the base and what was trained"
 
 
@@ -94,7 +95,10 @@ def of_model(name: str | Path, out: str | Path, *, kind: str, base: str | None =
     file = gguf_read.File(path)
     _check_same(config, from_hf(file.described))
     text = tokenizer(folders.PROBE)["input_ids"][: config.max_length]
-    log.info("%s: logits off from the model's: %s", out, _error(tensors, file, config, text))
+    off = _error(tensors, file, config, text)
+    log.info("%s: logits off from the model's: %s", out, off)
+    if kind != "f16" and off.kl > MUCH:
+      log.warning("--gguf=%s changes what this model answers; a kind of more bits is nearer", kind)
     path.rename(out)
   return out
 

@@ -87,6 +87,7 @@ def test_a_merged_run_reads_back(tmp_path, base, loaded, caplog, kind, near):
   of = lambda params, config: np.asarray(gguf.decoder.forward(params, tokens, config))
   off = np.abs(of(adapters.merge(params, node), config) - of(*hf.load(tmp_path / "read")))
   assert float(re.search("max ([0-9.e-]+)", said)[1]) == pytest.approx(off.max(), rel=0.02)
+  assert ("changes what this model answers" in caplog.text) == (kind == "q4_0")
   assert float(re.search("mean ([0-9.e-]+)", said)[1]) == pytest.approx(off.mean(), rel=0.02)
 
 
