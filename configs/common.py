@@ -210,8 +210,9 @@ def reference(o):
 def text(arg):
   """Where rows come from, and how they become batches."""
   d = ml_collections.ConfigDict()
-  d.train = arg.data  # a built-in task, a .jsonl .json .parquet path, or a hub name
-  # the same; "": the task's own evaluation split, or the last `eval_rows` rows of train
+  # a built-in task, a .jsonl .json .parquet path, or a hub dataset: owner/name[:config][#split]
+  d.train = arg.data
+  # the same; "": the task's own evaluation split, or `eval_rows` rows drawn from train, of each label its share
   d.eval = ""
   d.eval_rows = 64
   d.columns = ml_collections.ConfigDict()  # this schema's name -> the file's column(s)
@@ -222,7 +223,7 @@ def text(arg):
   d.on_error = "raise"  # raise, skip (counted)
   d.packing = True  # several examples in a row
   d.kind = "text"  # what a row is: text, pairs, triples, labels, outcomes, steps, scored
-  d.limit = 0  # rows used; 0 for all
+  d.limit = 0  # rows used, drawn; 0 for all
   d.replay = ""  # general data mixed in against forgetting: as train
   d.replay_columns = ml_collections.ConfigDict()
   d.replay_fraction = 0.05  # share of the batch

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import os
 import random
@@ -25,11 +26,11 @@ import jax
 import yaml
 from matplotlib.figure import Figure
 
-from posttrain_jax import adapters
+from posttrain_jax import adapters, objectives
 from posttrain_jax.adapters import combine, peft_format
 from posttrain_jax.core import files
-from posttrain_jax.data import chat, templates
-from posttrain_jax.evals import figures, losses, tasks
+from posttrain_jax.data import chat, loader, templates
+from posttrain_jax.evals import figures, tasks
 from posttrain_jax.models import fetch, hf
 from posttrain_jax.rollout import engine
 from posttrain_jax.runs import record as runs
@@ -108,8 +109,17 @@ def scores(params: Any, config: Any, workdir: Path) -> dict[str, float]:
   )
   texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in drawn.tokens]
   right = sum(is_right(text, row["gold"]) for text, row in zip(texts, rows))
-  general = losses.losses(params, config, tokenizer, template, str(workdir / "general.jsonl"))
-  return {"sql": sql.correct / sql.total, "json": right / ASKED, "general": general["loss"]}
+  general = loss(params, config, tokenizer, workdir / "general.jsonl")
+  return {"sql": sql.correct / sql.total, "json": right / ASKED, "general": general}
+
+
+def loss(params, config, tokenizer, source: Path) -> float:
+  """The mean negative log-likelihood of the trained tokens of a file."""
+  stream = loader.read(source, tokenizer, batch_size=8, length=config.max_length)
+  batches = itertools.islice(stream, stream.batches())
+  measure = jax.jit(objectives.evaluation(objectives.Sft(config)))
+  totals = objectives.measured(measure, batches, params, objectives.Context())
+  return objectives.read(totals)["loss"]
 
 
 def write_data(workdir: Path) -> None:

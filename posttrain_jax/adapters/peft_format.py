@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,7 @@ def save(
   model_config: ModelConfig,
   *,
   base_name: str | None = None,
+  finish: Callable[[Path], None] = lambda folder: None,
 ) -> None:
   """A folder that PEFT loads to the same modules, ranks and scales; written whole or not at all.
 
@@ -63,6 +64,7 @@ def save(
     config: what it was made from; its patterns are kept where they describe the ranks and scales that the adapter has.
     base_name: hub name or path of the base, or of a built-in one; in the folder it is what PEFT finds it by, a hub name
       or an absolute path.
+    finish: called with the folder before it is there for others, to lay more into it.
   """
   first, *others = parts_of(config)
   trees = _apart(adapter, (first, *others), model_config)
@@ -72,6 +74,7 @@ def save(
     for other, part_nodes in zip(others, trees[1:]):
       (new / other.method).mkdir()
       _write(new / other.method, part_nodes, other, model_config, base_name, {})
+    finish(new)
 
 
 def _apart(
@@ -131,7 +134,7 @@ def load(folder: str | Path, params: Any, model_config: ModelConfig) -> tuple[An
     ValueError: the file is cut short or pickled, asks for what we do not compute, or does not fit the base; the message
       names the file and the key, tensor or module.
   """
-  path = _locate(Path(folder))
+  path = locate(Path(folder))
   others = _read_record(path / RECORD, model_config).get("with_methods", ())
   if unknown := [name for name in others if name not in tuple(OPTIONS)]:
     raise ValueError(f"{path / RECORD}: with_methods names {unknown[0]!r}, which is no method")
@@ -196,7 +199,7 @@ def _identity(model_config: ModelConfig) -> dict:
   )
 
 
-def _locate(folder: Path) -> Path:
+def locate(folder: Path) -> Path:
   """The folder itself or, where PEFT put a named adapter one level deeper, that one."""
   if (folder / CONFIG).exists():
     return folder

@@ -14,6 +14,7 @@ from posttrain_jax import adapters, settings
 from posttrain_jax.adapters import layout
 from posttrain_jax.build import decisions
 from posttrain_jax.core import tree
+from posttrain_jax.data import templates
 from posttrain_jax.models import hf
 from posttrain_jax.objectives import Context
 
@@ -26,6 +27,12 @@ def described(config: ml_collections.ConfigDict) -> adapters.AnyConfig | None:
   whole = ("score",) if decisions.has_score(config) else ()
   with settings.section("adapter"):
     return adapters.from_section(config.adapter.to_dict(), whole=whole, steps=config.steps)
+
+
+def slots(adapter_config: adapters.AnyConfig) -> int:
+  """How many positions of the model stand before every text: a soft prompt, a prefix."""
+  parts = adapters.parts_of(adapter_config)
+  return sum(part.num_virtual_tokens for part in parts if not part.in_weights)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,12 +65,17 @@ def make(
   if adapter_config is None:
     return Trees(model.params, None, Context(reference=reference), None)
   text = adapter_config.prompt_tuning_init_text
+  ids = None if text is None else templates.opening(model.tokenizer, text)
+  if ids is not None and max(ids, default=0) >= model.config.vocab_size:
+    raise settings.ConfigError(
+      f"adapter.prompt_tuning_init_text: token {max(ids)} is beyond the model's embedding of {model.config.vocab_size}"
+    )
   params, adapter = adapters.init(
     jax.random.key(config.seed),
     model.params,
     adapter_config,
     started=None if model.started is None else model.started.nodes,
-    text_tokens=None if text is None else model.tokenizer(text)["input_ids"],
+    text_tokens=ids,
     model=model.config,
   )
   trainable, carried = tree.partition(layout.laid_out(adapter, mesh))

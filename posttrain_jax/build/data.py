@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,13 +14,18 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from posttrain_jax.build import decisions, self_checks
+from posttrain_jax.build import adapter, decisions, self_checks
 from posttrain_jax.build.model import Model
-from posttrain_jax.core import distributed
-from posttrain_jax.data import answers, chat, companions, loader, mixture, schema
+from posttrain_jax.core import distributed, files
+from posttrain_jax.data import answers, chat, companions, held_out, loader, mixture, schema
+from posttrain_jax.data import bounds as bounds_lib
 from posttrain_jax.evals import tasks
 from posttrain_jax.losses import advantage
+from posttrain_jax.models import before as before_lib
+from posttrain_jax.runs import record
 from posttrain_jax.settings import ConfigError
+
+TRAINED_ON = "no rows were held out (data.eval_rows=0): these were trained on, so the loss says nothing of others"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,11 +36,17 @@ class Data:
   eval: Sequence[Any]
   channels: tuple[str, ...]
   skipped: str
+  notes: tuple[str, ...] = ()  # what else is to be said before the run starts
 
   @property
   def examples(self) -> Sequence[Any]:
     """Every example to train on, each once."""
     return self.train.examples if isinstance(self.train, mixture.Mixture) else self.train
+
+  @property
+  def is_chat(self) -> bool:
+    """Whether a chat template wrote any of the text."""
+    return any(example.is_chat for example in self.examples)
 
   def map(self, change: Callable[[Sequence[Any]], Sequence[Any]]) -> Data:
     """The data with its examples, one for one, as `change` makes them of all that there are of a split."""
@@ -44,7 +57,7 @@ class Data:
 
 
 def read(config: ml_collections.ConfigDict, model: Model) -> Data:
-  """config.data read, checked and encoded.
+  """config.data read, checked and encoded: the one road to it, of training and evaluation alike.
 
   Raises:
     RowError: a row that cannot be used, with its file and line.
@@ -53,32 +66,152 @@ def read(config: ml_collections.ConfigDict, model: Model) -> Data:
   d = config.data
   train, skipped = _sources(config, model)
   if d.limit:
-    train = train[: d.limit]
-  held_out: Sequence[Any]
-  if d.eval or d.train in tasks.TASKS:
-    held_out, also_skipped = _encoded(config, d.eval or d.train, "eval", model, d.columns)
-    skipped += also_skipped
-    held_out = held_out[: d.eval_rows] if d.eval_rows else held_out
-  elif d.eval_rows:
-    if len(train) <= d.eval_rows:
-      raise ConfigError(
-        f"data.eval_rows={d.eval_rows} would leave nothing of the {len(train)} rows to train on; "
-        "lower it or name data.eval"
-      )
-    train, held_out = train[: -d.eval_rows], train[-d.eval_rows :]
-  else:
-    held_out = ()
+    train = held_out.limited(train, d.limit, seed=config.seed)
+  train, eval_examples, notes, also_skipped = _parted(config, model, train)
+  skipped += also_skipped
   if d.replay:
     general, also_skipped = _encoded(config, d.replay, "train", model, d.replay_columns)
-    skipped += also_skipped
+    general, also_noted = _apart(general, eval_examples)
+    skipped, notes = skipped + also_skipped, notes + also_noted
     train = mixture.replay(train, general, d.replay_fraction, by=d.replay_by, seed=config.seed)
-  data = Data(train, held_out, (), "; ".join(map(str, skipped)))
-  if d.kind == "scored":
-    data = data.map(functools.partial(with_advantages, config))
+  data = Data(train, eval_examples, (), "; ".join(map(str, skipped)), tuple(notes))
   if model.template is not None and d.kind != "steps":
     self_checks.end_of_turn(data.examples, model.tokenizer, model.template)
-  channels = loader.channel_names(data.examples, held_out)
+  return _finished(config, model, data)
+
+
+def evaluated(
+  config: ml_collections.ConfigDict, model: Model, source: str | None = None, limit: int = 0
+) -> Data:
+  """The data of an evaluation, in `eval`: what `read` holds out, or all rows of `source`, prepared as they are.
+
+  Where nothing was held out, the rows that were trained on, which a note says.
+
+  Args:
+    limit: so many of its rows, drawn; 0 for all.
+  """
+  d = config.data
+  notes: tuple[str, ...] = ()
+  if source is not None:
+    rows, skipped = _encoded(config, source, "eval", model, d.columns)
+  elif d.eval or d.train in tasks.TASKS:
+    _, rows, _, skipped = _parted(config, model, ())
+  else:
+    whole = read(config, model)
+    rows, skipped = whole.eval, [whole.skipped] if whole.skipped else []
+    if not rows:
+      rows, notes = whole.examples, (TRAINED_ON,)
+  if limit:
+    rows = held_out.limited(rows, limit, seed=config.seed)
+  data = Data((), rows, (), "; ".join(map(str, skipped)), notes)
+  return _finished(config, model, data)
+
+
+def _parted(
+  config: ml_collections.ConfigDict, model: Model, train: Any
+) -> tuple[Any, Sequence[Any], list[str], list[str]]:
+  """(what trains, what is held out, what is to be said, what was skipped)."""
+  d = config.data
+  if d.eval or d.train in tasks.TASKS:
+    rows, skipped = _encoded(config, d.eval or d.train, "eval", model, d.columns)
+    if d.eval_rows:
+      rows = held_out.limited(rows, d.eval_rows, seed=config.seed)
+    return train, rows, [], skipped
+  if not d.eval_rows:
+    return train, (), [], []
+  if len(train) <= d.eval_rows:
+    raise ConfigError(
+      f"data.eval_rows={d.eval_rows} would leave nothing of the {len(train)} rows to train on; "
+      "lower it or name data.eval"
+    )
+  train, rows, note = held_out.parted(train, d.eval_rows, seed=config.seed)
+  return train, rows, [note] if note else [], []
+
+
+def _apart(general: Sequence[Any], eval_examples: Sequence[Any]) -> tuple[Sequence[Any], list[str]]:
+  """(the rows to replay that are not held out, what is to be said)."""
+  seen = {example.tokens.tobytes() for example in eval_examples}
+  others = tuple(example for example in general if example.tokens.tobytes() not in seen)
+  if not others:
+    raise ConfigError("data.replay: every row of it is held out; name other data, or data.eval")
+  left_out = len(general) - len(others)
+  return others, [f"replay: {left_out} rows left out that are held out"] if left_out else []
+
+
+def _finished(config: ml_collections.ConfigDict, model: Model, data: Data) -> Data:
+  """The data with what its examples say of one another, once it is decided which there are."""
+  kind = config.data.kind
+  if kind in ("labels", "outcomes"):
+    for where, examples in (("trained on", data.examples), ("held out", data.eval)):
+      _check_classes(where, examples)
+  if decisions.has_companions(config):
+    data = data.map(functools.partial(_with_companions, config, _bounds(config, model)))
+  if kind == "scored":
+    data = data.map(functools.partial(with_advantages, config))
+  channels = loader.channel_names(data.examples, data.eval)
   return dataclasses.replace(data, channels=channels)
+
+
+def _check_classes(where: str, examples: Sequence[Any]) -> None:
+  """Raises unless rows of both labels are there; after every cut, since a cut may take a class away."""
+  labels = {example.values["label"][0] for example in examples}
+  if len(labels) == 1:
+    have = "desirable" if labels == {1.0} else "undesirable"
+    raise ConfigError(
+      f"all {len(examples)} completions {where} are labelled {have}: two classes are weighed against each other; add"
+      " the other class, raise data.eval_rows or data.limit if they cut it off, or name data.eval"
+    )
+
+
+def _with_companions(
+  config: ml_collections.ConfigDict,
+  bounds: bounds_lib.Bounds,
+  examples: Sequence[answers.Answers],
+) -> Sequence[answers.Answers]:
+  """Beside each row another prompt's answer, of those on its own side of the cut."""
+  d = config.data
+  if not examples:
+    return ()
+  limit = min(d.length, bounds.room)
+  return tuple(companions.beside(examples, limit, share=d.share_prompt))
+
+
+def identity(data: Data) -> dict[str, Any]:
+  """What tells the held-out rows of a run from others, for its record."""
+  digest = hashlib.blake2b(digest_size=8)
+  for example in data.eval:
+    digest.update(example.tokens.tobytes() + example.mask.tobytes())
+  return {"held_out": len(data.eval), "digest": digest.hexdigest()}
+
+
+def check_held_out(folder: Path, config: ml_collections.ConfigDict, data: Data) -> None:
+  """Raises where the run in a folder held out other rows than these: its numbers would be of two sets, unsaid.
+
+  Raises:
+    ConfigError: a file was changed, or the run is of a version that held out the last rows.
+  """
+  was, now = files.read_json(folder / record.CONFIG).get("rows"), identity(data)
+  if was == now or (was is None and not _is_drawn(config, data)):
+    return
+  d = config.data
+  if was is None:
+    raise ConfigError(
+      f"{folder} was started by a version that held out other rows of {d.eval or d.train} (the last ones of data.train,"
+      " the first of data.eval), and this one draws them: write those into a file and name it (eval --data=FILE),"
+      " or start over in another folder"
+    )
+  raise ConfigError(
+    f"the held-out rows are not those that {folder} was started with: {was['held_out']} then, {now['held_out']} now,"
+    f" and not the same; {d.eval or d.train} has changed since, or the tokenizer or template: restore it, start over in"
+    " another folder, or (eval) name the rows with --data=FILE"
+  )
+
+
+def _is_drawn(config: ml_collections.ConfigDict, data: Data) -> bool:
+  """Whether the held-out rows are drawn among others."""
+  d = config.data
+  from_train = not d.eval and d.train not in tasks.TASKS
+  return bool(data.eval) and bool(d.limit or from_train or len(data.eval) == d.eval_rows)
 
 
 def with_advantages(
@@ -145,7 +278,7 @@ def _sources(config: ml_collections.ConfigDict, model: Model) -> tuple[Any, list
 
 
 def _encoded(config, source, split, model, mapping) -> tuple[Sequence[Any], list[str]]:
-  """(examples, [what was skipped])."""
+  """(examples that the model can read, [what was skipped])."""
   d = config.data
   rows = schema.read(
     source,
@@ -155,17 +288,29 @@ def _encoded(config, source, split, model, mapping) -> tuple[Sequence[Any], list
     chat=bool(d.chat and model.template is not None),
     system=d.system if d.chat and model.template is not None else None,
   )
+  bounds = _bounds(config, model)
   how: dict[str, Any] = dict(max_length=d.length, truncate=d.truncate, on_error=d.on_error)
   if d.kind == "text":
+    if d.truncate != "error":  # cut and split at what the model can read
+      how["max_length"] = min(d.length, bounds.room)
     examples = chat.encode_all(rows, model.tokenizer, model.template, **how)
   else:
     how |= dict(kind=d.kind, share=d.share_prompt)
     examples = answers.encode_all(list(rows), model.tokenizer, model.template, **how)
-  if decisions.has_companions(config):
-    beside = companions.beside(examples.examples, d.length, share=d.share_prompt)
-    examples = dataclasses.replace(examples, examples=tuple(beside))
-  skipped = [f"{source}: {part}" for part in (rows.skipped, examples.skipped) if len(part)]
-  return examples.examples, skipped
+  within, beyond = bounds_lib.kept(
+    examples, bounds, truncate=d.truncate, on_error=d.on_error, tokenizer=model.tokenizer
+  )
+  every = (rows.skipped, examples.skipped, beyond)
+  return within, [f"{source}: {part}" for part in every if len(part)]
+
+
+def _bounds(config: ml_collections.ConfigDict, model: Model) -> bounds_lib.Bounds:
+  """What the model can read, with what the adapter puts before every text."""
+  adapter_config = adapter.described(config)
+  before = 0 if adapter_config is None else adapter.slots(adapter_config)
+  if model.params is not None:  # of what is used, they are bound already
+    before = max(before, before_lib.slots(model.params))
+  return bounds_lib.Bounds(model.config.vocab_size, model.config.max_length, before)
 
 
 def columns(mapping: ml_collections.ConfigDict) -> dict[str, str | list[str]] | None:

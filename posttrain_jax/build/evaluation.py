@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,50 +15,24 @@ import numpy as np
 from posttrain_jax import adapters, settings
 from posttrain_jax.adapters import peft_format
 from posttrain_jax.build import adapter as adapter_lib
-from posttrain_jax.build import checks, decisions, objective, reference
+from posttrain_jax.build import checks, decisions, objective, reference, use
 from posttrain_jax.build import data as data_lib
 from posttrain_jax.build import model as model_lib
-from posttrain_jax.core import files
+from posttrain_jax.build import run as runs
+from posttrain_jax.core import files, progress, tree
 from posttrain_jax.core import metrics as metrics_lib
-from posttrain_jax.data import chat, loader
-from posttrain_jax.evals import losses as losses_lib
+from posttrain_jax.core.checkpoint import Checkpoints
+from posttrain_jax.data import loader, schema, turns
+from posttrain_jax.evals import judge as judge_lib
 from posttrain_jax.evals import margins, tasks
-from posttrain_jax.models import fetch, hf, rotary
-from posttrain_jax.models.config import ModelConfig
+from posttrain_jax.models import before, fetch, hf
 from posttrain_jax.objectives import Context, Preference, Scorer, Sum, evaluation, measured
+from posttrain_jax.runs import manner as manners
 from posttrain_jax.runs import record
 from posttrain_jax.settings import ConfigError
 
-
-@dataclasses.dataclass(frozen=True)
-class Loaded:
-  """A model ready to be asked: one adapter merged into it, or several to be bound as one."""
-
-  params: Any
-  config: ModelConfig
-  ensemble: Sequence[Any]
-  tokenizer: Any
-  template: Any  # None for a base model that has no chat template
-
-  @property
-  def alone(self) -> tuple[Any, ModelConfig, Any, Any]:
-    """(params, config, tokenizer, template) of a model without an ensemble.
-
-    Raises:
-      ConfigError: several adapters were named.
-    """
-    if self.ensemble:
-      raise ConfigError("--adapter: answers are drawn from one adapter")
-    return self.params, self.config, self.tokenizer, self.template
-
-
-def load(name: str, adapter: str | None, template: str = "tokenizer") -> Loaded:
-  """A model by its name or folder, with an adapter's folder, or several with commas between."""
-  folder = fetch.resolve(name)
-  params, config = hf.load(folder, dtype=decisions.dtype("auto"))
-  params, config, ensemble = _adapted(params, config, adapter)
-  tokenizer = chat.load_tokenizer(folder)
-  return Loaded(params, config, ensemble, tokenizer, model_lib.template_of(tokenizer, template))
+log = logging.getLogger(__name__)
+ROWS = 8  # examples in a batch, where no config says
 
 
 def evaluate(
@@ -70,71 +44,230 @@ def evaluate(
   adapter: str | None = None,
   data: str | None = None,
   limit: int = 0,
+  base: str | None = None,
+  template: str | None = None,
 ) -> dict[str, Any]:
-  """Loss and token accuracy on `data`, and for a built-in task how many answers were right.
+  """What the objective says of held-out rows, and for a built-in task how many answers were right.
 
-  A run folder brings its own model, adapter and data; `eval.json` is left in it.  Without one, `model` and `data` say
-  what to evaluate on what.  Several adapters, with commas between, are an ensemble: the loss is told of each, a task is
-  answered with all of them in one batch, and the commonest answer counts.
+  A run folder brings its own model, adapter and data: the rows that its training held out, prepared by the functions
+  that prepared them there, so that the loss is the one that training printed.  `eval.json` is left in it.  Without one,
+  `model` or `adapter`, and `data`, say what to evaluate on what.  Several adapters, with commas between, are an
+  ensemble: the loss is told of each, a task is answered with all of them in one batch, and the commonest answer counts.
+
+  Args:
+    limit: so many rows, drawn; 0 for all.
+    base: how the base's matrices are stored; None: as they were when the adapter was trained.
+    template: a chat template's name; None: what was trained with.
 
   Raises:
     ConfigError: too little was said, or the run has produced nothing yet.
   """
-  run = _settings(config, overrides, workdir)
-  own_data = data is None
+  workdir = workdir and str(Path(workdir).expanduser())
+  run, is_whole = _settings(config, overrides, workdir), False
   if run is not None:
     checks.check(run)
     if workdir and not model and not adapter:
-      model, adapter = _produced(Path(workdir), run)
-    model, data = model or run.model.name, data or run.data.eval or run.data.train
-  if run is not None and run.objective.name != "sft":
-    results = _on_answers(run, str(model), adapter, None if own_data else data, workdir)
-  elif model and data:
-    template = run.model.template if run is not None else "tokenizer"
-    columns = data_lib.columns(run.data.columns) if run is not None and own_data else None
-    loaded = load(model, adapter, template)
-    results = {"model": str(fetch.resolve(model)), "adapter": adapter, "data": data}
-    results |= _on_text(loaded, data, columns, limit)
-  else:
+      model, adapter = use.produced(Path(workdir))
+      is_whole = base is None and template is None
+    model = model or run.model.name
+  elif not data:
     raise ConfigError("write --workdir=DIR (a run), or --model=NAME_OR_DIR and --data=SOURCE")
+  manner = None if run is None else _manner(run)
+  used = use.load(model, adapter, base=base, template=template, manner=manner)
+  if run is not None and decisions.has_score(run) and not used.config.scores:
+    raise ConfigError(
+      f"{used.name} has no score head, which objective.name={run.objective.name} trains: write --workdir=DIR (its run)"
+      " or --adapter=DIR"
+    )
+  if run is not None and is_whole and used.nodes:
+    used = _on_its_rest(run, used)
+  how = _described(used, str(data)) if run is None else run
+  results: dict[str, Any] = {"model": str(used.folder), "adapter": adapter}
+  results["base"] = used.storage
+  results["data"] = data or how.data.eval or how.data.train
+  if len(used.nodes) > 1:
+    each = [_measured(how, used, params, data, limit, None) for params in used.members]
+    results["members"] = each
+  else:
+    results |= _measured(how, used, used.bound, data, limit, workdir, is_whole=is_whole)
+  if how.objective.name == "sft" and results["data"] in tasks.TASKS:
+    results |= _answered(used, results["data"], limit, results.get("members", ()))
   if workdir:
     files.write_json(Path(workdir) / "eval.json", results)
   return results
 
 
-def _on_text(loaded: Loaded, data: str, columns: Any, limit: int) -> dict[str, Any]:
-  """Losses, of each member of an ensemble, and of a built-in task the answers that were right."""
-  results: dict[str, Any] = {}
-  loss = functools.partial(
-    losses_lib.losses,
-    config=loaded.config,
-    tokenizer=loaded.tokenizer,
-    template=loaded.template,
-    source=data,
-    columns=columns,
-    limit=limit,
+def _on_its_rest(run: ml_collections.ConfigDict, used: use.Used) -> use.Used:
+  """The model on the base that training had, where the adapter took its start out of it before it was quantised.
+
+  What was left of the base, quantised, with the start beside it: the adapter's file is of the original.
+  """
+  adapter_config = adapter_lib.described(run)
+  if adapter_config is None or not adapter_config.changes_base or run.model.base == "dense":
+    return used
+  log.info(
+    "base: what the start left of it, in %s, as in training; on the original, for which the adapter's file is made, the"
+    " loss is another (--base=dense)",
+    run.model.base,
   )
-  if loaded.ensemble:
-    results["members"] = [loss(adapters.bind(loaded.params, node)) for node in loaded.ensemble]
-  else:
-    results.update(loss(loaded.params))
-  if data not in tasks.TASKS:
-    return results
-  answered = tasks.evaluate(
-    loaded.params,
-    loaded.config,
-    loaded.tokenizer,
-    task=data,
-    split="test",
-    limit=limit or None,
-    template=loaded.template,
-    ensemble=loaded.ensemble,
+  model = model_lib.load(run)
+  assert model.started is not None
+  nodes = tree.unflatten(model.started.nodes.items())
+  params = adapters.original(model.params, nodes)
+  return dataclasses.replace(used, params=params, storage=run.model.base)
+
+
+def _manner(run: ml_collections.ConfigDict) -> manners.Manner:
+  adapter_config = adapter_lib.described(run)
+  changes_base = adapter_config is not None and adapter_config.changes_base
+  return manners.of(settings.plain(run), changes_base=changes_base, chat=run.data.chat)
+
+
+def _described(used: use.Used, source: str) -> ml_collections.ConfigDict:
+  """What a config says of rows to imitate, where there is none: what the model was trained with, and its own length."""
+  params = used.members[0] if len(used.nodes) > 1 else used.bound
+  length = used.config.max_length - before.slots(params)
+  manner = used.manner
+  system = manner.system
+  if system is not None:
+    system = system if turns.in_strings(schema.read(source, split="eval"), source) else None
+  return ml_collections.ConfigDict(
+    {
+      "seed": 0,
+      "steps": 1,
+      "model": {"name": used.name, "remat": "none", "base": "dense"},
+      "adapter": {"method": "none"},
+      "objective": {"name": "sft"},
+      "eval": {"rows": ROWS},
+      "data": {
+        "train": "",
+        "eval": "",
+        "eval_rows": 0,
+        "kind": "text",
+        "columns": {},
+        "chat": manner.chat,
+        "system": system,
+        "length": length,
+        "truncate": "error",
+        "on_error": "raise",
+        "packing": False,
+        "limit": 0,
+      },
+    }
   )
-  if loaded.ensemble:
-    for member, right in zip(results["members"], answered.by_member):
-      member["accuracy"] = right / answered.total
+
+
+def _measured(
+  config: ml_collections.ConfigDict,
+  used: use.Used,
+  params: Any,
+  source: str | None,
+  limit: int,
+  workdir: str | None,
+  *,
+  is_whole: bool = False,
+) -> dict[str, Any]:
+  """What the objective of a config says of parameters, on its held-out rows or on those of a source.
+
+  is_whole: whether they are what the run in workdir trained, so that its checkpoint is of them.
+  """
+  model = _as_model(used, params)
+  data = data_lib.evaluated(config, model, source, limit)
+  if workdir and source is None and not limit and data_lib.TRAINED_ON not in data.notes:
+    data_lib.check_held_out(Path(workdir), config, data)
+  for note in (*data.notes, *([f"left out: {data.skipped}"] if data.skipped else [])):
+    log.info(note)
+  loss = objective.make(config, model, data.channels)
+  trainable, context, memory = _policy(config, used, params, loss, workdir if is_whole else None)
+  batches = loader.eval_batches(
+    data.eval,
+    batch_size=config.eval.rows,
+    length=config.data.length,
+    packing=config.data.packing,
+    channels=data.channels,
+  )
+  metrics = measured(
+    jax.jit(evaluation(loss)), progress.told(batches, "evaluating"), trainable, context, memory
+  )
+  rows = "trained on" if data_lib.TRAINED_ON in data.notes else "held out"
+  results: dict[str, Any] = {"examples": len(data.eval), **({} if source else {"rows": rows})}
+  results |= metrics_lib.read(metrics)
+  pairs = _preference(loss)
+  if pairs is not None:
+    compared_with = loss.context(context, memory)
+    compared = _margins(pairs, trainable, compared_with, data.eval, config, used.tokenizer)
+    if workdir:
+      diagnosis, path = margins.write(workdir, compared)
+      log.info("report: %s", path)
+    else:
+      diagnosis = margins.diagnose(compared)
+    results["diagnosis"] = diagnosis
+  return results
+
+
+def _policy(
+  config: ml_collections.ConfigDict,
+  used: use.Used,
+  params: Any,
+  loss: Scorer,
+  workdir: str | None,
+) -> tuple[Any, Context, Any]:
+  """(what is evaluated, what it is compared with, what the objective carries): the last of a run's checkpoint."""
+  memory = loss.start(None)
+  carries = memory is not None or decisions.follows(config)
+  if carries and workdir is not None:
+    with Checkpoints(Path(workdir) / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
+      if checkpoints.latest() is not None:
+        pieces = runs.build(config, None)
+        state, _, _ = checkpoints.restore(runs.abstract(pieces.first_state()))
+        return state.trainable, state.context(pieces.trees.context), state.memory
+  if carries:
+    log.info("what the objective carries from step to step begins anew: the loss is not training's")
+  other = _reference(config, used) if loss.needs_reference else None
+  return params, Context(reference=other), memory
+
+
+def _as_model(used: use.Used, params: Any) -> model_lib.Model:
+  """What training has of a model, of one that is used."""
+  return model_lib.Model(
+    used.folder, params, used.config, used.tokenizer, used.template, used.dtype
+  )
+
+
+def _reference(config: ml_collections.ConfigDict, used: use.Used) -> Any:
+  """The parameters of config.objective.reference; of what was trained whole, the base is what it began with."""
+  named = config.objective.reference
+  if not decisions.is_full(config):
+    return reference.params(config, _as_model(used, used.params), None)
+  if named == "base" or reference.is_adapter(named):
+    params, began = hf.load(fetch.resolve(config.model.name), dtype=used.dtype, storage="dense")
+    model = dataclasses.replace(_as_model(used, params), config=began)
+    return reference.params(config, model, None)
+  return reference.params(config, _as_model(used, None), None)
+
+
+def _answered(
+  used: use.Used, task: str, limit: int, members: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+  """How many answers to a built-in task were right; each member of an ensemble is told its own share."""
+  is_ensemble = len(used.nodes) > 1
+  with progress.counter("answering") as count:
+    answered = tasks.evaluate(
+      used.params if is_ensemble else used.written,
+      used.config,
+      used.tokenizer,
+      task=task,
+      split="test",
+      limit=limit or None,
+      template=used.template,
+      ensemble=used.nodes if is_ensemble else (),
+      dtype=used.dtype,
+      progress=count,
+    )
+  for member, right in zip(members, answered.by_member):
+    member["accuracy"] = right / answered.total
   by_channel = {name: f"{right}/{n}" for name, (right, n) in answered.by_channel.items()}
-  return results | {
+  return {
     "accuracy": answered.accuracy,
     "correct": answered.correct,
     "total": answered.total,
@@ -142,69 +275,52 @@ def _on_text(loaded: Loaded, data: str, columns: Any, limit: int) -> dict[str, A
   }
 
 
-def _on_answers(
-  run: ml_collections.ConfigDict,
-  name: str,
-  adapter: str | None,
-  source: str | None,
-  workdir: str | None,
-) -> dict[str, Any]:
-  """What an objective on answers says of its held-out rows; of pairs also a report of their margins."""
-  config = ml_collections.ConfigDict(run.to_dict())
-  if source is not None:
-    config.data.eval, config.data.eval_rows = source, 0
-  # an adapter file is one of the original base: where that was stored as it is and no more, it is so here
-  adapter_config = adapter_lib.described(config)
-  quantised = config.model.base != "dense"
-  if adapter_config is None or adapter_config.changes_base or adapter_config.context_length:
-    quantised, config.model.base = False, "dense"
-  if not quantised:
-    config.adapter = ml_collections.ConfigDict({"method": "none"})
-  base = model_lib.load(config)
-  # the policy is what the run made, the reference what it says; nothing trains here
-  config.adapter = ml_collections.ConfigDict({"method": "none"})
-  params, model_config = _policy(base, name, adapter, merged=not quantised)
-  policy = dataclasses.replace(base, params=params, config=model_config)
-  loss = objective.make(config, policy, ())
-  other = reference.params(config, base, None) if loss.needs_reference else None
-  rows = data_lib.read(config, policy)
-  examples = rows.eval or rows.train
-  batches = loader.eval_batches(
-    examples, batch_size=run.eval.rows, length=run.data.length, packing=run.data.packing
-  )
-  context = Context(reference=other)
-  measure = jax.jit(evaluation(loss))
-  metrics = measured(measure, batches, params, context, loss.start(None))
-  results: dict[str, Any] = {"model": name, "adapter": adapter, "examples": len(examples)}
-  results |= metrics_lib.read(metrics)
-  pairs = _preference(loss)
-  if pairs is not None:
-    compared = _margins(pairs, params, context, examples, run, base.tokenizer)
-    if workdir:
-      diagnosis, path = margins.write(workdir, compared)
-      print(f"report: {path}")
-    else:
-      diagnosis = margins.diagnose(compared)
-    results["diagnosis"] = diagnosis
+def scores(
+  model: str, adapter: str | None, sources: Sequence[str], limit: int
+) -> dict[str, dict[str, float]]:
+  """{source: {measure: value}} of a model: of a built-in task the share answered right, of any data the loss."""
+  used = use.load(model, adapter)
+  results = {}
+  for source in sources:
+    config = _described(used, source)
+    lost = _measured(config, used, used.bound, source, limit, None)["loss"]
+    right = _answered(used, source, limit, ()) if source in tasks.TASKS else {}
+    results[source] = {name: right[name] for name in ("accuracy",) if right} | {"loss": lost}
   return results
+
+
+def judge(folder: str, *, base: str | None = None, template: str | None = None) -> judge_lib.Judge:
+  """The reward model in a folder of a model, of an adapter or of a run, which reads answers as it was trained to.
+
+  Raises:
+    ConfigError: it is no reward model.
+  """
+  path = Path(folder).expanduser()
+  is_adapter = (path / peft_format.CONFIG).exists()
+  if is_adapter and not use.scores(path):
+    raise ConfigError(f"{folder}: this adapter has no score head; it is no reward model")
+  model, adapter = (None, folder) if is_adapter else (folder, None)
+  used = use.load(model, adapter, base=base, template=template)
+  if used.config.scores != 1:
+    raise ConfigError(
+      f"{folder}: {used.config.scores or 'no'} scores a token; a reward model has one"
+    )
+  manner = used.manner
+  return judge_lib.Judge(
+    used.bound,
+    used.config,
+    used.tokenizer,
+    used.template,
+    chat=manner.chat,
+    system=manner.system,
+    dtype=used.dtype,
+  )
 
 
 def _preference(loss: Scorer) -> Preference | None:
   """The part of an objective that compares pairs."""
   parts = [part for _, part, _ in loss.parts] if isinstance(loss, Sum) else [loss]
   return next((part for part in parts if isinstance(part, Preference)), None)
-
-
-def _policy(
-  base: model_lib.Model, name: str, adapter: str | None, *, merged: bool
-) -> tuple[Any, ModelConfig]:
-  """What a run has made: its adapter merged into the base or bound to it, or the model that it wrote."""
-  if adapter and not merged:
-    node, _ = peft_format.load(adapter, base.params, base.config)
-    return adapters.bind(base.params, node), base.config
-  if adapter:
-    return _adapted(base.params, base.config, adapter)[:2]
-  return hf.load(fetch.resolve(name), dtype=base.dtype)
 
 
 def _margins(
@@ -233,40 +349,18 @@ def _texts(example: Any, tokenizer: Any) -> tuple[str, str, str]:
   return tokenizer.decode(prompt), said[0], said[1]
 
 
-def _adapted(
-  params: Any, config: ModelConfig, adapter: str | None
-) -> tuple[Any, ModelConfig, list[Any]]:
-  """(params, config, ensemble): one adapter merged into params, or several, with commas between, to be bound as one."""
-  folders = adapter.split(",") if adapter else []
-  loaded = [peft_format.load(folder, params, config) for folder in folders]
-  lengths = {adapter_config.context_length for _, adapter_config in loaded}
-  if len(lengths) > 1:
-    raise ConfigError(f"{adapter}: the adapters are made for contexts of different lengths")
-  config = rotary.stretched(config, max(lengths, default=0))
-  if len(loaded) == 1:
-    return adapters.merge(params, loaded[0][0]), config, []
-  return params, config, [node for node, _ in loaded]
-
-
 def _settings(
   config: str | None, overrides: Sequence[str], workdir: str | None
 ) -> ml_collections.ConfigDict | None:
   if config:
     return settings.load(config, overrides)
+  if overrides:
+    raise ConfigError(
+      f"{overrides[0]} changes a config file's field: write --config=FILE before it"
+    )
   if not workdir:
     return None
   written = Path(workdir) / record.CONFIG
   if not written.exists():
     raise ConfigError(f"{workdir} holds no run: there is no {record.CONFIG}")
   return ml_collections.ConfigDict(files.read_json(written)["config"])
-
-
-def _produced(workdir: Path, run: ml_collections.ConfigDict) -> tuple[str, str | None]:
-  """(model, adapter) that the run has exported."""
-  if (workdir / "adapter").exists():
-    return run.model.name, str(workdir / "adapter")
-  if (workdir / "model").exists():
-    return str(workdir / "model"), None
-  raise ConfigError(
-    f"{workdir} holds neither adapter/ nor model/: the run has exported nothing yet; run its train command again"
-  )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import shutil
@@ -16,11 +17,12 @@ import safetensors
 
 from posttrain_jax import adapters
 from posttrain_jax.adapters import peft_format
-from posttrain_jax.build import model_card
+from posttrain_jax.build import model_card, use
 from posttrain_jax.core import files, tree
 from posttrain_jax.data import chat, templates
 from posttrain_jax.models import decoder, fetch, hf, rotary
 from posttrain_jax.quant import report
+from posttrain_jax.runs import manner
 from posttrain_jax.runs import record as runs
 
 log = logging.getLogger(__name__)
@@ -83,11 +85,39 @@ def export(
       _merge(run, source, new, merge_base)
     else:
       shutil.copytree(source, new, dirs_exist_ok=True)
-    template = run.field("model.template")
-    if (merge or is_full) and template not in (None, "tokenizer"):
-      write_template(new, template)
+    if manner.read(new) is None:
+      _accompany(run, new, is_merged=merge and not is_full)
     model_card.write(new, run, name=name)
   return out
+
+
+def accompany(folder: Path, base: Path, template: str, how: manner.Manner) -> None:
+  """Lays into the folder of an adapter or a model what it needs to be used as it was trained.
+
+  Tokenizer and chat template stand there as other libraries look for them, all else in our record.
+
+  Args:
+    base: the folder whose tokenizer it was trained with.
+    template: the name of the chat template.
+    how: in what manner it was trained.
+  """
+  hf.copy_tokenizer(base, folder)
+  if not (base / "tokenizer_config.json").exists():  # the model's config.json says what it is
+    chat.load_tokenizer(base).save_pretrained(folder)
+  if template != "tokenizer":
+    write_template(folder, template)
+  manner.write(folder, dataclasses.replace(how, template=None))
+
+
+def _accompany(run: runs.Run, folder: Path, *, is_merged: bool) -> None:
+  """The same for what a run exported that wrote nothing beside it."""
+  template = run.field("model.template") or "tokenizer"
+  how = (
+    manner.read(run.folder / ADAPTER) or manner.read(run.folder / MODEL) or use.of_run(run.folder)
+  )
+  if is_merged:
+    how = dataclasses.replace(how, storage=None)
+  accompany(folder, fetch.resolve(run.field("model.name")), template, how)
 
 
 def read(workdir: str | Path) -> runs.Run:

@@ -19,7 +19,7 @@ from posttrain_jax.build import evaluation, export
 from posttrain_jax.build import vocabulary as vocabularies
 from posttrain_jax.core import files, shards, tree, weight
 from posttrain_jax.core.weight import Adapted
-from posttrain_jax.evals import losses, merges, tasks
+from posttrain_jax.evals import merges, tasks
 from posttrain_jax.merge import methods, stream, vocabulary
 from posttrain_jax.merge import recipe as recipes
 from posttrain_jax.merge.recipe import ModelRef, Recipe, RecipeError, Wanted
@@ -106,11 +106,10 @@ def _scores(
   model: str, adapter: str | None, sources: Sequence[str], limit: int
 ) -> dict[str, float]:
   """{measure: value} over all sources."""
-  ready = evaluation.load(model, adapter).alone
   return {
     f"{Path(source).stem}, {measure}": value
-    for source in sources
-    for measure, value in losses.scores(*ready, source, limit).items()
+    for source, measures in evaluation.scores(model, adapter, sources, limit).items()
+    for measure, value in measures.items()
   }
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from posttrain_jax.adapters import layout
-from posttrain_jax.build import adapter, decisions, start
+from posttrain_jax.build import adapter, decisions, start, use
 from posttrain_jax.data import chat
 from posttrain_jax.models import decoder, fetch, hf, rotary
 from posttrain_jax.models.config import ModelConfig
@@ -55,21 +55,10 @@ def load(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh | None = Non
   if decisions.has_score(config):
     params, model_config = _with_score(config, params, model_config, mesh)
   tokenizer = chat.load_tokenizer(folder)
-  if len(tokenizer) > model_config.vocab_size:
-    raise ConfigError(
-      f"the tokenizer of {folder} has {len(tokenizer)} tokens, the model's embedding {model_config.vocab_size} rows"
-    )
-  template = template_of(tokenizer, config.model.template)
+  template = use.of(tokenizer, config.model.template)
   if adapter_config is not None:
     model_config = rotary.stretched(model_config, adapter_config.context_length)
   return Model(folder, params, model_config, tokenizer, template, dtype, started)
-
-
-def template_of(tokenizer: Any, name: str) -> Any:
-  """The chat template of that name, or with "tokenizer" the tokenizer's own; None where it has none."""
-  if name != "tokenizer":
-    return chat.template(tokenizer, name)
-  return chat.template(tokenizer) if tokenizer.chat_template else None
 
 
 def _with_score(config, params, model_config, mesh):

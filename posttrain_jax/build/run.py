@@ -22,6 +22,7 @@ from posttrain_jax.build import (
   adapter,
   checks,
   data,
+  export,
   mesh,
   model,
   objective,
@@ -39,7 +40,7 @@ from posttrain_jax.evals import report, tasks
 from posttrain_jax.models import hf
 from posttrain_jax.objectives import Scorer, evaluation
 from posttrain_jax.runs import folder as run_folder
-from posttrain_jax.runs import record
+from posttrain_jax.runs import manner, record
 from posttrain_jax.train import loop, signals, step
 from posttrain_jax.train import state as state_lib
 from posttrain_jax.train.state import State
@@ -73,7 +74,7 @@ def train(config: ml_collections.ConfigDict, folder: str | Path, *, dry_run: boo
     if dry_run:
       _explain_memory(pieces, say)
       return 0
-    run_folder.claim(Path(folder), config)
+    run_folder.claim(Path(folder), config, rows=data.identity(pieces.data))
     return _Training(pieces.with_reference(say), Path(folder), say).to_the_end()
 
 
@@ -184,6 +185,8 @@ def _introduce(pieces: Pieces, say: Say) -> None:
   if pieces.data.skipped:
     say(f"left out: {pieces.data.skipped}")
   say(f"held out: {len(pieces.data.eval)} examples")
+  for note in pieces.data.notes:
+    say(note)
   example = chat.describe(pieces.data.examples[0], base.tokenizer)
   say(f"first example, trained tokens in [[ ]]:\n{example}\n")
 
@@ -216,6 +219,7 @@ class _Training:
     state = self.pieces.first_state()
     progress = loop.Progress()
     if checkpoints.latest() is not None:
+      data.check_held_out(self.folder, config, self.pieces.data)
       state, progress = self._resumed(checkpoints, state)
     else:
       self_checks.fresh_adapter(self.pieces, self.say)
@@ -229,7 +233,7 @@ class _Training:
     return 0
 
   def _resumed(self, checkpoints: Checkpoints, state: State) -> tuple[State, loop.Progress]:
-    state, saved, at = checkpoints.restore(_abstract(state))
+    state, saved, at = checkpoints.restore(abstract(state))
     self.pieces = _on_its_base(self.pieces, state)
     self.pieces.batches.set_state(saved["batches"])
     self.say(f"going on from step {at} of {self.pieces.config.steps}")
@@ -271,13 +275,26 @@ class _Training:
         adapter_config,
         base.config,
         base_name=pieces.config.model.name,
+        finish=self._accompany,
       )
       return
     source = json.loads(base.config.source)
     dtype = files.numpy_dtype(source.get("dtype") or source.get("torch_dtype") or "float32")
     params = jax.tree.map(lambda x: np.asarray(x).astype(dtype), trained)
     folder = self.folder / name.replace("adapter", "model")
-    hf.save(folder, params, base.config, tokenizer_from=base.folder)
+    hf.save(folder, params, base.config, finish=self._accompany)
+
+  def _accompany(self, folder: Path) -> None:
+    """Beside what is exported stands what it needs to be used as it was trained."""
+    pieces, config = self.pieces, self.pieces.config
+    adapter_config = pieces.trees.adapter_config
+    changes_base = adapter_config is not None and adapter_config.changes_base
+    how = manner.of(
+      settings.plain(config),
+      changes_base=changes_base,
+      chat=config.data.chat or pieces.data.is_chat,
+    )
+    export.accompany(folder, pieces.model.folder, config.model.template, how)
 
   def _evaluate_task(self, when: str, state: State) -> None:
     """Answers the built-in task's held-out questions and keeps the result beside the metrics."""
@@ -340,7 +357,8 @@ def _on_its_base(pieces: Pieces, state: State) -> Pieces:
   return dataclasses.replace(pieces, trees=dataclasses.replace(pieces.trees, context=context))
 
 
-def _abstract(state: State) -> Any:
+def abstract(state: State) -> Any:
+  """The shapes of a state, and where it lies."""
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
 
 

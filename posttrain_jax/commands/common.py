@@ -15,6 +15,23 @@ def add_config(parser: argparse.ArgumentParser, *, required: bool = True) -> Non
   )
 
 
+SOURCE = "a data file, or a hub dataset (owner/name[:config][#split])"
+
+
+def add_use(parser: argparse.ArgumentParser) -> None:
+  """How a model is used, where that is not as it was trained."""
+  parser.add_argument(
+    "--base",
+    choices=("dense", "nf4", "fp4", "int8"),
+    help="how the base's matrices are stored; default as when the adapter was trained",
+  )
+  parser.add_argument(
+    "--template",
+    metavar="NAME",
+    help="a chat template, tokenizer for the tokenizer's own, none for plain text; default what was trained with",
+  )
+
+
 def cache_compilations() -> None:
   """Compiled programs are kept in the user's cache, so that the second start of a run is quick."""
   import jax

@@ -13,13 +13,16 @@ from posttrain_jax.commands import common
 
 def add(parser: argparse.ArgumentParser) -> None:
   common.add_config(parser, required=False)
-  parser.add_argument("--workdir", metavar="DIR", help="a run folder: its model, adapter and data")
+  parser.add_argument(
+    "--workdir", metavar="DIR", help="a run folder: its model, adapter, settings and held-out rows"
+  )
   parser.add_argument("--model", metavar="NAME_OR_DIR")
   parser.add_argument(
     "--adapter", metavar="DIR[,DIR...]", help="several answer a task together, by majority"
   )
-  parser.add_argument("--data", metavar="SOURCE", help="a built-in task or a data file")
-  parser.add_argument("--limit", type=int, default=0, help="examples; 0 for all")
+  common.add_use(parser)
+  parser.add_argument("--data", metavar="SOURCE", help=f"a built-in task, {common.SOURCE}")
+  parser.add_argument("--limit", type=int, default=0, help="examples, drawn; 0 for all")
   parser.add_argument(
     "--best_of", type=int, default=0, metavar="N", help="draw N answers, keep what --reward likes"
   )
@@ -52,6 +55,8 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
       adapter=args.adapter,
       data=args.data,
       limit=args.limit,
+      base=args.base,
+      template=args.template,
     )
   rich.print_json(json.dumps(results))
   return 0
@@ -59,16 +64,20 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 def _best_of(args: argparse.Namespace) -> dict[str, Any]:
   """How often the answer is right that a reward model likes best of several."""
-  from posttrain_jax.build import evaluation
+  from posttrain_jax.build import evaluation, use
   from posttrain_jax.evals import judge
 
-  if not (args.model and args.data and args.reward):
+  if not ((args.model or args.adapter) and args.data and args.reward):
     raise ValueError("--best_of=N takes --model, --data (a built-in task) and --reward")
   judge.check_best_of(args.data, args.best_of)
-  liked = judge.Judge(args.reward)  # before the long part
+  liked = evaluation.judge(args.reward)  # before the long part
+  used = use.load(args.model, args.adapter, base=args.base, template=args.template)
   return judge.best_of(
     liked,
-    *evaluation.load(args.model, args.adapter).alone,
+    used.written,
+    used.config,
+    used.tokenizer,
+    used.template,
     task=args.data,
     samples=args.best_of,
     limit=args.limit,
@@ -81,14 +90,16 @@ def _rewards(args: argparse.Namespace) -> dict[str, Any]:
 
   A row gives `reward`, `chosen` and `rejected`, `rewards` of a group's answers, or `steps`.
   """
+  from posttrain_jax.build import evaluation
   from posttrain_jax.core import files
   from posttrain_jax.evals import judge
 
-  if not args.data or args.model or args.workdir or args.config:
+  if not args.data or args.model or args.adapter or args.workdir or args.config:
     raise ValueError("--reward=DIR takes --data (a file of answers), or --best_of with --model")
   if args.out is not None and Path(args.out).exists():
     raise ValueError(f"{args.out} is there already: write another --out, or remove it")
-  lines, summary = judge.score(judge.Judge(args.reward), args.data, args.limit)
+  liked = evaluation.judge(args.reward, base=args.base, template=args.template)
+  lines, summary = judge.score(liked, args.data, args.limit)
   text = "".join(json.dumps(line) + "\n" for line in lines)
   if args.out is None:
     print(text, end="")

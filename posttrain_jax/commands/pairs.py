@@ -11,8 +11,9 @@ from posttrain_jax.commands import common
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument("--model", required=True, metavar="NAME_OR_DIR")
+  parser.add_argument("--model", metavar="NAME_OR_DIR", help="a model, or the folder of a run")
   parser.add_argument("--adapter", metavar="DIR")
+  common.add_use(parser)
   parser.add_argument("--task", default="sql", help="a built-in task; its training questions")
   parser.add_argument("--out", required=True, metavar="FILE.jsonl")
   parser.add_argument("--limit", type=int, default=256, help="questions; 0 for all")
@@ -28,26 +29,29 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     ConfigError: the file is there already, or every answer was right.
   """
   common.cache_compilations()
-  from posttrain_jax.build import evaluation
-  from posttrain_jax.core import files
+  from posttrain_jax.build import use
+  from posttrain_jax.core import files, progress
   from posttrain_jax.evals import pairs
   from posttrain_jax.settings import ConfigError
 
   path = Path(args.out)
   if path.exists():
     raise ConfigError(f"{path} is there already: write another --out, or remove it")
-  params, config, tokenizer, template = evaluation.load(args.model, args.adapter).alone
-  drawn = pairs.make(
-    params,
-    config,
-    tokenizer,
-    task=args.task,
-    limit=args.limit or None,
-    samples=args.samples,
-    temperature=args.temperature,
-    seed=args.seed,
-    template=template,
-  )
+  used = use.load(args.model, args.adapter, base=args.base, template=args.template)
+  with progress.counter("answering") as count:
+    drawn = pairs.make(
+      used.written,
+      used.config,
+      used.tokenizer,
+      task=args.task,
+      limit=args.limit or None,
+      samples=args.samples,
+      temperature=args.temperature,
+      seed=args.seed,
+      template=used.template,
+      dtype=used.dtype,
+      progress=count,
+    )
   if not drawn.rows:
     raise ConfigError(
       f"all {args.samples} answers to each of {drawn.questions} questions were right: there is no pair; raise"

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
-HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?(#[\w.\[\]:%+-]+)?")
 
 
 class RowError(ValueError):
@@ -38,7 +38,7 @@ def raw_rows(source: str | Path, split: str) -> Iterator[tuple[str, object]]:
   if not HUB_NAME.fullmatch(name):
     raise ValueError(
       f"{name!r} is no file ({', '.join(SUFFIXES)}), no built-in task ({', '.join(BUILT_IN)})"
-      " and no hub dataset (owner/name, owner/name:config)"
+      " and no hub dataset (owner/name[:config][#split])"
     )
   return _hub_rows(name, split)
 
@@ -201,8 +201,11 @@ BUILT_IN = {"sql": _sql}
 
 
 def _hub_rows(name, split):
+  """Rows of a hub dataset `owner/name[:config][#split]`; a split that is named comes before the one that is usual."""
   import datasets
 
+  name, _, named = name.partition("#")
+  split = named or split
   path, _, config = name.partition(":")
   try:
     rows = datasets.load_dataset(path, config or None, split=split)
@@ -210,6 +213,7 @@ def _hub_rows(name, split):
     raise ValueError(
       f"no file, no built-in task ({', '.join(BUILT_IN)}), and as a hub dataset {name!r} with split"
       f" {split!r} cannot be loaded: {type(error).__name__}: {error}"
+      f"{'' if named else f'; another split is named as {name}#test'}"
     ) from error
   for number, row in enumerate(rows, 1):
     yield f"{name}/{split}:{number}", row

@@ -114,7 +114,7 @@ def read(
   system: str | None = None,
   channel: str | None = None,
 ) -> Rows:
-  """The checked rows of a file, of a built-in task, of a hub dataset (`owner/name[:config]`), or given as they are.
+  """The checked rows of a file, of a built-in task, of a hub dataset (`owner/name[:config][#split]`), or of a list.
 
   Files end in .jsonl, .json (one array) or .parquet, the first two also with .gz.  `columns` maps a
   schema's names to the file's.  `chat` turns a prompt and a completion given as strings into a

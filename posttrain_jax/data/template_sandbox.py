@@ -37,9 +37,15 @@ class Renderer:
     """The text of each job (the template's variables), or the error it ran into, in order."""
     with self._lock:
       results: list[str | TemplateError] = []
-      while len(results) < len(jobs):
-        process = self._process or self._start()
-        results += self._exchange(process, jobs[len(results) :])
+      try:
+        while len(results) < len(jobs):
+          process = self._process or self._start()
+          results += self._exchange(process, jobs[len(results) :])
+      except (
+        BaseException
+      ):  # a Ctrl-C: what the process answers now is of jobs that nobody asks for
+        self._end()
+        raise
       return results
 
   def _start(self):
@@ -48,6 +54,7 @@ class Renderer:
       [sys.executable, "-P", __file__],
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
+      start_new_session=True,  # a terminal's Ctrl-C is for who asks, not for the renderer
       env={"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONIOENCODING": "utf-8"},
     )
     stop = weakref.finalize(self, _stop, process)
@@ -71,9 +78,13 @@ class Renderer:
       results.append(reply["text"] if "text" in reply else TemplateError(reply["error"]))
     return results
 
+  def _end(self):
+    if self._process is not None:
+      self._process = None
+      self._stop()
+
   def _ended(self, status):
-    self._process = None
-    self._stop()
+    self._end()
     if status == -signal.SIGPROF:
       return TemplateError(f"the chat template ran for more than {self._cpu_seconds:g} s, stopped")
     return TemplateError(f"the chat template's process ended with status {status}")

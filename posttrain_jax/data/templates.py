@@ -190,6 +190,16 @@ def adds_bos(tokenizer) -> bool:
   return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
 
 
+def opening(tokenizer, text: str) -> list[int]:
+  """The tokens of a text that is to be continued: behind the tokenizer's BOS if it writes one, and no EOS at its end.
+
+  A tokenizer with `add_eos_token` would end it, and the model be asked what comes after the end.
+  """
+  ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+  bos = tokenizer.bos_token_id
+  return [bos, *ids] if adds_bos(tokenizer) and ids[:1] != [bos] else ids
+
+
 def _text(tokenizer, name):
   if name in NAMED:
     return _named(tokenizer, name)

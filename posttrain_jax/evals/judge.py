@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from posttrain_jax import adapters
-from posttrain_jax.adapters import peft_format
-from posttrain_jax.core import files
+from posttrain_jax.core import progress
 from posttrain_jax.data import answers as answer_lib
-from posttrain_jax.data import chat, schema
+from posttrain_jax.data import bounds, held_out, schema, turns
 from posttrain_jax.data.packing import pack_answers
 from posttrain_jax.evals import tasks
-from posttrain_jax.models import decoder, fetch, hf
+from posttrain_jax.models import before
 from posttrain_jax.models.config import ModelConfig
 from posttrain_jax.objectives import Reward
 from posttrain_jax.rollout.sampling import Sampling
@@ -25,42 +23,57 @@ ROWS = 8  # prompts in a batch
 
 
 class Judge:
-  """A reward model, ready to score: a model's folder, or an adapter's with a score head.
+  """A reward model, ready to score.
 
-  Raises:
-    ValueError: the folder holds no reward model.
+  Args:
+    params: with its adapter bound or merged.
+    template: the chat template that it was trained with; None: text as it is.
+    chat: whether a prompt and an answer in strings are turns of it.
+    system: the message that stood before such a prompt in training.
+    dtype: of the computation; None: the parameters' own.
   """
 
-  def __init__(self, folder: str):
-    path = Path(folder).expanduser()
-    if not (path / peft_format.CONFIG).exists():
-      base = fetch.resolve(folder)
-      params, config = hf.load(base)
-    else:
-      described = files.read_json(path / peft_format.CONFIG)
-      base = fetch.resolve(peft_format.base_of(path) or "")
-      if "score" not in (described.get("modules_to_save") or ()):
-        raise ValueError(f"{folder}: this adapter has no score head; it is no reward model")
-      params, config = decoder.scored(jax.random.key(0), *hf.load(base))
-      params = adapters.merge(params, peft_format.load(path, params, config)[0])
-    if config.scores != 1:
-      raise ValueError(f"{folder}: {config.scores or 'no'} scores a token; a reward model has one")
-    self.params, self.config = params, config
-    self.tokenizer = chat.load_tokenizer(base)
-    self.template = chat.template(self.tokenizer) if self.tokenizer.chat_template else None
+  def __init__(
+    self,
+    params: Any,
+    config: ModelConfig,
+    tokenizer: Any,
+    template: Any,
+    *,
+    chat: bool = True,
+    system: str | None = None,
+    dtype: Any = None,
+  ):
+    self.params, self.config, self.dtype = params, config, dtype
+    self.tokenizer, self.template = tokenizer, template
+    self.chat = chat and template is not None
+    self.system = system if self.chat else None
+
+  def read(self, source: str) -> Sequence[schema.Row]:
+    """The rows of a file of answers, as the model was trained to read them."""
+    system = self.system
+    if system is not None and not turns.in_strings(schema.read(source), source):
+      system = None  # rows that bring their messages bring that one, too
+    return schema.read(source, chat=self.chat, system=system)
 
   def encode(self, rows: Sequence[schema.Row]) -> Sequence[answer_lib.Answers]:
-    return answer_lib.encode_all(
-      rows, self.tokenizer, self.template, kind="judged", max_length=self.config.max_length
+    room = self.config.max_length
+    examples = answer_lib.encode_all(
+      rows, self.tokenizer, self.template, kind="judged", max_length=sys.maxsize
     ).examples
+    within = bounds.Bounds(self.config.vocab_size, room, before.slots(self.params))
+    kept, _ = bounds.kept(
+      examples, within, truncate="error", on_error="raise", tokenizer=self.tokenizer
+    )
+    return kept
 
   def rewards(self, examples: Sequence[answer_lib.Answers]) -> list[list[float]]:
     """The rewards of each example, in order: one number an answer, or where it is told apart into steps, one a step."""
-    return _scored(self.params, self.config, examples)
+    return _scored(self.params, self.config, examples, self.dtype)
 
 
-def _scored(params: Any, config: ModelConfig, examples) -> list[list[float]]:
-  scorer = Reward(config)
+def _scored(params: Any, config: ModelConfig, examples, dtype: Any) -> list[list[float]]:
+  scorer = Reward(config, dtype=dtype)
   stepwise = examples[0].steps is not None
 
   @jax.jit
@@ -70,7 +83,7 @@ def _scored(params: Any, config: ModelConfig, examples) -> list[list[float]]:
   slots = max(example.count for example in examples)
   order = np.argsort([len(example) for example in examples], kind="stable").tolist()
   rewards: list[list[float]] = [[] for _ in examples]
-  for start in range(0, len(order), ROWS):
+  for start in progress.told(range(0, len(order), ROWS), "scoring"):
     some = order[start : start + ROWS]
     length = -(-len(examples[some[-1]]) // 64) * 64
     rows = [[i] for i in some] + [[]] * (ROWS - len(some))
@@ -90,7 +103,8 @@ def score(judge: Judge, source: str, limit: int) -> tuple[list[dict[str, Any]], 
   Raises:
     ValueError: rows of several schemas.
   """
-  rows = list(schema.read(source, chat=judge.template is not None))[: limit or None]
+  rows = judge.read(source)
+  rows = held_out.limited(rows, limit, seed=0) if limit else rows
   kinds = schema.kinds(rows)
   if len(kinds) > 1:
     raise ValueError(
@@ -175,6 +189,7 @@ def best_of(
     sampling=Sampling(temperature=1.0),
     key=jax.random.key(seed),
     batch_size=32,
+    dtype=judge.dtype,
   )
   turn = lambda text: [{"role": "assistant", "content": text}]
   asked = [

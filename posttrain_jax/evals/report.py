@@ -17,7 +17,7 @@ import safetensors
 
 from posttrain_jax.core import files
 from posttrain_jax.evals import figures, intervals, page, tasks
-from posttrain_jax.runs import record
+from posttrain_jax.runs import manner, record
 from posttrain_jax.runs.record import Run, TaskResult
 
 NAME = "report.html"
@@ -106,11 +106,13 @@ def use_command(run: Run) -> str | None:
   else:
     return None
   template, task = run.field("model.template"), run.field("data.train")
-  if template not in (None, "tokenizer"):
+  carried = manner.read(run.folder / "adapter") or manner.read(run.folder / "model")
+  if template not in (None, "tokenizer") and carried is None:
     options.append(f"--template={template}")
-  if task in tasks.TASKS:
-    # without it the prompts are not those of training
-    options.append(f"--system={tasks.TASKS[task].system}")
+  # without it the prompts are not those of training
+  system = tasks.TASKS[task].system if task in tasks.TASKS else run.field("data.system")
+  if system:
+    options.append(f"--system={system}")
   return shlex.join(["posttrain", "chat", *options])
 
 

@@ -115,7 +115,12 @@ def read_config(folder: str | Path) -> ModelConfig:
 
 
 def save(
-  folder: str | Path, params: Any, config: ModelConfig, *, tokenizer_from: str | Path | None = None
+  folder: str | Path,
+  params: Any,
+  config: ModelConfig,
+  *,
+  tokenizer_from: str | Path | None = None,
+  finish: Callable[[Path], None] = lambda folder: None,
 ) -> None:
   """A folder that any server loads: safetensors, `config.json` with every key it came with, tokenizer files.
 
@@ -125,6 +130,7 @@ def save(
     params: adapters merged; plain weights, or those of a type that bitsandbytes has too (NF4, FP4, Int8), which
       are written in its format: transformers loads them, and `load` the same bits.
     tokenizer_from: the folder whose tokenizer, chat template and generation config are copied.
+    finish: called with the folder before it is there for others, to lay more into it.
 
   Raises:
     ValueError: a parameter is no plain array, or is missing, unknown or misshapen for the config.
@@ -150,6 +156,7 @@ def save(
     files.write_json(new / "config.json", described)
     if tokenizer_from is not None:
       copy_tokenizer(Path(tokenizer_from), new)
+    finish(new)
 
 
 def copy_tokenizer(source: Path, folder: Path, names: Sequence[str] = TOKENIZER_FILES) -> None:

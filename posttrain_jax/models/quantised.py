@@ -71,15 +71,21 @@ def storages(
 
 
 def _one(folder: Path, path: str, kinds: Sequence[str]) -> str:
-  """How the layers of a path are all stored."""
+  """How the layers of a path are all stored; plain where they are stored unlike, which loses nothing."""
   if path == "embed_tokens/weight" and kinds != [DENSE]:
-    raise ValueError(f"{folder}: a quantised embedding is not read; write storage='dense'")
+    log.info("%s: the embedding is %s, and made plain", folder, kinds[0])
+    return DENSE
   odd = [i for i, kind in enumerate(kinds) if kind != kinds[0]]
   if odd:
-    raise ValueError(
-      f"{folder}: {path} is {kinds[0]} in layer 0 and {kinds[odd[0]]} in layer {odd[0]}; layers are stacked and "
-      "stored alike: write storage='dense' to make all of them plain"
+    log.info(
+      "%s: %s is %s in layer 0 and %s in layer %d; layers are stacked and stored alike: all are made plain",
+      folder,
+      path,
+      kinds[0],
+      kinds[odd[0]],
+      odd[0],
     )
+    return DENSE
   return kinds[0]
 
 

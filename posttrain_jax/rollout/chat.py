@@ -1,4 +1,4 @@
-"""Talk to a base model, an adapter or a merged model, from a terminal or line by line from a file."""
+"""Talk to a model, from a terminal or line by line from a file."""
 
 from __future__ import annotations
 
@@ -6,17 +6,13 @@ import contextlib
 import dataclasses
 import itertools
 import sys
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TextIO
 
 import jax
 
-from posttrain_jax import adapters
-from posttrain_jax.adapters import peft_format
-from posttrain_jax.data import chat as conversations
 from posttrain_jax.data import templates
-from posttrain_jax.models import before, fetch, hf, rotary
+from posttrain_jax.models import before
 from posttrain_jax.models.config import ModelConfig
 from posttrain_jax.rollout import engine
 from posttrain_jax.rollout.sampling import Sampling
@@ -36,10 +32,17 @@ class Speaker:
   sampling: Sampling
   max_new_tokens: int
 
+  dtype: Any = None  # of the computation; None: the parameters' own
+
+  @property
+  def positions(self) -> int:
+    """How many the model has for a conversation."""
+    return self.config.max_length - before.slots(self.params.stacked)
+
   def tokens(self, messages: list[dict]) -> list[int]:
-    """The prompt; without a template the last message's text, as it is."""
+    """The prompt, which no EOS ends; without a template the last message's text, as it is."""
     if self.template is None:
-      return self.tokenizer(messages[-1]["content"])["input_ids"]
+      return templates.opening(self.tokenizer, messages[-1]["content"])
     text = self.template.render(messages, add_generation_prompt=True)
     return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
@@ -48,21 +51,26 @@ class Speaker:
       tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
 
+  def room(self, prompt: Sequence[int]) -> int:
+    """How many tokens an answer may have.
+
+    Raises:
+      ValueError: none is left.
+    """
+    left = self.positions - len(prompt)
+    if left < 1:
+      raise ValueError(
+        f"the conversation has {len(prompt)} tokens, the model {self.positions} positions"
+      )
+    return min(left, self.max_new_tokens)
+
   def stream(self, messages: list[dict], key: Any) -> Iterator[str]:
     """The next turn in pieces, each of whole characters."""
     prompt = self.tokens(messages)
-    taken = before.slots(self.params.stacked)
-    room = self.config.max_length - taken - len(prompt)
-    if room < 1:
-      raise ValueError(
-        f"the conversation has {len(prompt)} tokens, the model {self.config.max_length - taken} positions; "
-        "/reset starts anew"
-      )
     drawn: list[int] = []
     shown = ""
-    most = min(room, self.max_new_tokens)
     for token in engine.stream(
-      self.params, self.config, prompt, max_new_tokens=most, **self.how(key)
+      self.params, self.config, prompt, max_new_tokens=self.room(prompt), **self.how(key)
     ):
       drawn.append(token)
       text = self.text(drawn)
@@ -71,101 +79,62 @@ class Speaker:
         shown = text
     yield self.text(drawn)[len(shown) :]
 
-  def answer(self, conversations: Iterable[list[dict]], key: Any) -> list[str]:
-    """The next turn of each conversation, in batches."""
-    prompts = [self.tokens(messages) for messages in conversations]
-    generation = engine.generate(
-      self.params, self.config, prompts, max_new_tokens=self.max_new_tokens, **self.how(key)
-    )
-    return [self.text(tokens) for tokens in generation.tokens]
+  def answer(self, conversations: Iterable[list[dict]], key: Any) -> list[str | ValueError]:
+    """The next turn of each conversation, in batches; of one that cannot be answered, why.
+
+    Where a conversation leaves fewer positions than `max_new_tokens`, its answer has as many as are left.
+    """
+    answers: dict[int, str | ValueError] = {}
+    by_room: dict[int, list[tuple[int, list[int]]]] = {}
+    for at, messages in enumerate(conversations):
+      try:
+        prompt = self.tokens(messages)
+        engine.check_ids(prompt, self.config)
+        by_room.setdefault(self.room(prompt), []).append((at, prompt))
+      except ValueError as error:
+        answers[at] = error
+    for room, asked in by_room.items():
+      drawn = engine.generate(
+        self.params, self.config, [p for _, p in asked], max_new_tokens=room, **self.how(key)
+      )
+      answers |= {at: self.text(tokens) for (at, _), tokens in zip(asked, drawn.tokens)}
+    return [answers[at] for at in sorted(answers)]
 
   def how(self, key: Any) -> dict:
-    return dict(sampling=self.sampling, stop_tokens=self.stop_tokens, key=key)
+    return dict(sampling=self.sampling, stop_tokens=self.stop_tokens, key=key, dtype=self.dtype)
 
 
 def chat(
-  model: str | Path,
-  adapter: str | Path | None = None,
+  speaker: Speaker,
   *,
   system: str | None = None,
-  template: str | None = None,
-  max_new_tokens: int = 256,
-  temperature: float = 0.0,
-  top_k: int = 0,
-  top_p: float = 1.0,
   seed: int = 0,
   stdin: TextIO | None = None,
   stdout: TextIO | None = None,
   stderr: TextIO | None = None,
-) -> None:
+) -> int:
   """A conversation where stdin is a terminal; else each line of it is a prompt of its own, answered in order.
 
   An answer is printed as it is, its own line breaks included, with a line break behind it; empty lines are skipped.
+  A prompt that cannot be answered leaves an empty line, and its reason on stderr.
 
-  Args:
-    model: a folder, a hub name, or a built-in model.
-    adapter: a folder in PEFT's format.
-    system: the system message; needs a template.
-    template: the name of a chat template; default the adapter's own, then the tokenizer's.  A model with neither
-      continues each line as plain text, which is said on stderr.
+  Returns:
+    How many prompts could not be answered.
   """
   stdin, stdout, stderr = stdin or sys.stdin, stdout or sys.stdout, stderr or sys.stderr
-  sampling = Sampling(temperature, top_k, top_p)
-  speaker = load(
-    model, adapter, template=template, sampling=sampling, max_new_tokens=max_new_tokens
-  )
-  if speaker.template is None:
-    if system is not None:
-      raise ValueError(
-        f"{model} has no chat template, so a system message has no place; "
-        f"give a template: {', '.join(templates.NAMED)}"
-      )
-    print(f"{model} has no chat template: it continues each line as text", file=stderr)
-  opening = [] if system is None else [dict(role="system", content=system)]
+  opening = [dict(role="system", content=system)] if system else []
   key = jax.random.key(seed)
   if stdin.isatty():
     _converse(speaker, opening, key, stdin, stdout, stderr)
-    return
-  prompts = [line.rstrip("\r\n") for line in stdin if line.strip()]
-  for answer in speaker.answer(([*opening, _user(prompt)] for prompt in prompts), key):
+    return 0
+  lines = [(at, line.rstrip("\r\n")) for at, line in enumerate(stdin, 1) if line.strip()]
+  answers = speaker.answer(([*opening, _user(prompt)] for _, prompt in lines), key)
+  for (at, _), answer in zip(lines, answers):
+    if isinstance(answer, ValueError):
+      print(f"line {at}: {answer}", file=stderr)
+      answer = ""
     print(answer, file=stdout, flush=True)
-
-
-def load(
-  model: str | Path,
-  adapter: str | Path | None = None,
-  *,
-  template: str | None = None,
-  sampling: Sampling,
-  max_new_tokens: int,
-) -> Speaker:
-  """The model of a folder, an adapter merged into it; the tokenizer and template of the adapter's folder come first."""
-  folder = fetch.resolve(model)
-  params, config = hf.load(folder)
-  home = folder
-  if adapter is not None:
-    node, adapter_config = peft_format.load(adapter, params, config)
-    config = rotary.stretched(config, adapter_config.context_length)
-    # once, here: fewer products at every step; a soft prompt or prefix has no weight and stays bound
-    params = adapters.merge(params, node)
-    template_file = Path(adapter) / "chat_template.jinja"
-    template = str(template_file) if template is None and template_file.exists() else template
-    home = Path(adapter) if (Path(adapter) / "tokenizer.json").exists() else folder
-  tokenizer = conversations.load_tokenizer(home)
-  has_template = template is not None or tokenizer.chat_template is not None
-  spoken = templates.bind(tokenizer, template) if has_template else None
-  stops = set(engine.stop_tokens(config, tokenizer, folder))
-  if spoken is not None and (end := templates.end_of_turn(tokenizer, spoken)) is not None:
-    stops.add(end)
-  return Speaker(
-    params=engine.prepare(params, config),
-    config=config,
-    tokenizer=tokenizer,
-    template=spoken,
-    stop_tokens=tuple(sorted(stops)),
-    sampling=sampling,
-    max_new_tokens=max_new_tokens,
-  )
+  return sum(isinstance(answer, ValueError) for answer in answers)
 
 
 def _converse(
@@ -188,10 +157,12 @@ def _converse(
       asked = [*messages, _user(line.rstrip("\r\n"))]
       try:
         said = _say(speaker, asked, jax.random.fold_in(key, turn), stdout)
-        messages = [*asked, dict(role="assistant", content=said)]
       except ValueError as error:
         # too long, or not what the template takes: the turn did not happen
-        print(error, file=stderr)
+        print(f"{error}; /reset starts anew", file=stderr)
+        continue
+      if said:  # cut short before its first word, it did not happen either
+        messages = [*asked, dict(role="assistant", content=said)]
 
 
 def _ask(stdin: TextIO, stdout: TextIO) -> str:
@@ -201,6 +172,7 @@ def _ask(stdin: TextIO, stdout: TextIO) -> str:
   try:
     return stdin.readline()
   except KeyboardInterrupt:
+    stdout.write("\n")
     return ""
 
 

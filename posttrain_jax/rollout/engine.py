@@ -308,6 +308,16 @@ def _row_keys(key: Array | None, sampling: Sampling, rows: int) -> Array:
   return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
 
 
+def check_ids(prompt: Sequence[int], config: ModelConfig, name: str = "the prompt") -> None:
+  """Raises ValueError where a prompt is empty, or a token has no row in the embedding."""
+  if len(prompt) == 0:
+    raise ValueError(f"{name} is empty; give it at least the token that starts a text")
+  if min(prompt) < 0 or max(prompt) >= config.vocab_size:
+    raise ValueError(
+      f"{name} holds ids outside 0..{config.vocab_size - 1}: {min(prompt)}..{max(prompt)}"
+    )
+
+
 def _check(
   prompts: Sequence[Sequence[int]], max_new_tokens: int, config: ModelConfig, params: Params
 ) -> None:
@@ -318,12 +328,7 @@ def _check(
   if max_new_tokens < 1:
     raise ValueError(f"max_new_tokens must be at least 1, found {max_new_tokens}")
   for i, prompt in enumerate(prompts):
-    if len(prompt) == 0:
-      raise ValueError(f"prompt {i} is empty; give it at least the token that starts a text")
-    if min(prompt) < 0 or max(prompt) >= config.vocab_size:
-      raise ValueError(
-        f"prompt {i} holds ids outside 0..{config.vocab_size - 1}: {min(prompt)}..{max(prompt)}"
-      )
+    check_ids(prompt, config, f"prompt {i}")
     if bound + len(prompt) + max_new_tokens > config.max_length:
       soft = f" and {bound} of a soft prompt or prefix" if bound else ""
       raise ValueError(

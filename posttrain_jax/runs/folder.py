@@ -58,14 +58,18 @@ def check(workdir: str | Path, config: ml_collections.ConfigDict) -> Path:
   return folder
 
 
-def claim(folder: Path, config: ml_collections.ConfigDict) -> None:
+def claim(folder: Path, config: ml_collections.ConfigDict, **about: Any) -> None:
   """Makes the folder this config's run; every process may call it, the main one writes.
+
+  about: what else the record says of it.
 
   Called once the run is known to start, so that a mistake leaves nothing behind that would have to be removed.
   """
   folder.mkdir(parents=True, exist_ok=True)
   if jax.process_index() == 0 and not (folder / record.CONFIG).exists():
-    files.write_json(folder / record.CONFIG, {"config": settings.plain(config), **origin()})
+    files.write_json(
+      folder / record.CONFIG, {"config": settings.plain(config), **about, **origin()}
+    )
 
 
 def origin() -> dict[str, Any]:

@@ -17,6 +17,7 @@ from posttrain_jax.core import tree
 from posttrain_jax.data import chat
 from posttrain_jax.models import decoder, hf
 from posttrain_jax.quant import report
+from posttrain_jax.runs import manner
 from tests.adapters import cases
 from tests.data.conftest import make_tokenizer
 from tests.evals import runs
@@ -165,6 +166,10 @@ def test_the_template_that_was_trained_goes_with_the_model(tmp_path, base, adapt
   assert tokenizer.apply_chat_template(messages, tokenize=False) == wanted
   ends = json.loads((out / "generation_config.json").read_text())["eos_token_id"]
   assert ends == [0, tokenizer.convert_tokens_to_ids("<|im_end|>")]
+  alone = export.export(run, tmp_path / "adapter")
+  assert chat.template(chat.load_tokenizer(alone)).render(messages) == wanted
+  assert manner.read(alone) == manner.Manner(storage="dense")
+  assert manner.read(out) == manner.Manner()
   # Exported without a template of its own choice, the folder keeps the tokenizer as it came.
   plain = export.export(make_run(tmp_path / "plain", base, adapter), tmp_path / "b", merge=True)
   assert chat.load_tokenizer(plain).chat_template is None

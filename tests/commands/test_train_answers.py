@@ -207,6 +207,7 @@ def test_the_reference_may_be_another_adapter_or_model(reference, folder, tmp_pa
     (dict(data__length=20), "prompt and answers together"),
     (dict(data__truncate="keep_start"), "answers are kept whole"),
     (dict(config="grouped", kind="scored", objective__advantage="mean"), "known are group"),
+    (dict(config="kto", kind="labels", data__eval_rows=1), "1 completions held out are labelled"),
   ],
 )
 def test_mistakes_are_named_and_leave_nothing(options, message, folder, tmp_path, capsys):

@@ -209,6 +209,12 @@ def test_hub_datasets_go_through_the_library(monkeypatch):
   (row,) = schema.read("openai/gsm8k:main", split="test", columns=columns)
   assert asked == [(("openai/gsm8k", "main"), {"split": "test"})]
   assert row.origin == "openai/gsm8k:main/test:1"
+  schema.read("openai/gsm8k:main#train[:5]", split="test", columns=columns)
+  schema.read("openai/gsm8k#test_sft", split="eval", columns=columns)
+  assert asked[1:] == [
+    (("openai/gsm8k", "main"), {"split": "train[:5]"}),
+    (("openai/gsm8k", None), {"split": "test_sft"}),
+  ]
 
 
 def test_a_hub_failure_is_explained(monkeypatch):

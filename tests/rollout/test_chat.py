@@ -1,13 +1,18 @@
 """Conversations with a tiny model in a folder: from a pipe, from a terminal, with an adapter."""
 
+import dataclasses
 import io
+import os
 
 import jax
 import pytest
+from tokenizers import Tokenizer, processors
+from transformers import PreTrainedTokenizerFast
 
 from posttrain_jax import adapters
 from posttrain_jax.adapters import AdapterConfig, peft_format
-from posttrain_jax.data import templates
+from posttrain_jax.build import use
+from posttrain_jax.data import template_sandbox, templates
 from posttrain_jax.models import hf
 from posttrain_jax.rollout import chat, engine
 from tests.adapters.cases import trained
@@ -46,12 +51,18 @@ def adapter(base, tmp_path_factory):
   return folder, adapters.merge(params, node)
 
 
+def ready(*args, system=None, max_new_tokens=NEW, **options):
+  """(speaker, system message) as `posttrain chat` makes them."""
+  used = use.load(*map(str, args), **options)
+  return use.speaker(used, system=system, sampling=engine.GREEDY, max_new_tokens=max_new_tokens)
+
+
 def talk(*args, terminal=None, lines=None, **options):
   """(stdout, stderr) of a conversation."""
   stdin = io.StringIO(lines) if terminal is None else Terminal(terminal)
   out, err = io.StringIO(), io.StringIO()
-  options = dict(max_new_tokens=NEW) | options
-  chat.chat(*args, **options, stdin=stdin, stdout=out, stderr=err)
+  speaker, system = ready(*args, **options)
+  chat.chat(speaker, system=system, stdin=stdin, stdout=out, stderr=err)
   return out.getvalue(), err.getvalue()
 
 
@@ -127,9 +138,10 @@ def test_the_template_in_an_adapters_folder_comes_first(base, adapter):
   assert err == ""
 
 
-def test_a_base_model_continues_text_and_says_so(base):
+def test_a_base_model_continues_text_and_says_so(base, caplog):
   folder, params, config, tokenizer = base
-  out, err = talk(folder, lines="Hello there\n")
+  with caplog.at_level("INFO"):
+    out, _ = talk(folder, lines="Hello there\n")
   prompt = tokenizer("Hello there")["input_ids"]
   (tokens,) = engine.generate(
     params,
@@ -139,7 +151,7 @@ def test_a_base_model_continues_text_and_says_so(base):
     stop_tokens=engine.stop_tokens(config, tokenizer),
   ).tokens
   assert out == tokenizer.decode(tokens, skip_special_tokens=True) + "\n"
-  assert "has no chat template: it continues each line as text" in err
+  assert "has no chat template: it continues each line as text" in caplog.text
   with pytest.raises(ValueError, match=r"a system message has no place; give a template: chatml"):
     talk(folder, lines="", system="Be brief")
 
@@ -151,7 +163,7 @@ def test_a_conversation_that_fills_the_model_says_so_and_goes_on(base):
 
 
 def test_streamed_pieces_are_whole_characters(base):
-  speaker = chat.load(base[0], template="chatml", sampling=engine.GREEDY, max_new_tokens=40)
+  speaker, _ = ready(base[0], template="chatml", max_new_tokens=40)
   pieces = list(speaker.stream([user("Hello there")], None))
   (whole,) = speaker.answer([[user("Hello there")]], None)
   assert "".join(pieces) == whole
@@ -163,3 +175,98 @@ def test_a_model_or_adapter_that_is_not_there(base, tmp_path):
     talk(tmp_path / "nothing", lines="")
   with pytest.raises(FileNotFoundError):
     talk(base[0], tmp_path, lines="")
+
+
+def test_a_prompt_that_leaves_less_room_is_answered_in_what_is_left_and_one_that_leaves_none_alone_fails(
+  base, tmp_path
+):
+  folder, _, config, tokenizer = base
+  longest = config.max_length - len(tokenizer("a"))
+  lines = "a\n" + "b " * (longest // 2 - 8) + "\n" + "c " * 400 + "\nd\n"
+  speaker, _ = ready(folder, max_new_tokens=100)
+  out, err = io.StringIO(), io.StringIO()
+  failed = chat.chat(speaker, stdin=io.StringIO(lines), stdout=out, stderr=err)
+  assert failed == 1
+  assert err.getvalue().startswith("line 3: the conversation has")
+  prompts = [templates.opening(tokenizer, line) for line in lines.splitlines()]
+  rooms = [config.max_length - len(prompt) for prompt in prompts]
+  assert 0 < rooms[1] < 100 < rooms[0]
+  answers = speaker.answer([[user(line)] for line in lines.splitlines()], None)
+  assert isinstance(answers[2], ValueError)
+  (alone,) = speaker.answer([[user("d")]], None)
+  assert answers[3] == alone
+  whole = engine.generate(
+    speaker.params, config, [prompts[1]], max_new_tokens=rooms[1], stop_tokens=speaker.stop_tokens
+  )
+  assert answers[1] == speaker.text(whole.tokens[0])
+
+
+def test_nothing_that_is_to_be_continued_ends_with_eos(base, tmp_path):
+  """A tokenizer with `add_eos_token` ends every text."""
+  folder, _, _, tokenizer = base
+  tokenizer = ending(tokenizer)
+  assert tokenizer("Hello")["input_ids"][-1] == tokenizer.eos_token_id
+  speaker, _ = ready(folder)
+  speaker = dataclasses.replace(speaker, tokenizer=tokenizer)
+  assert speaker.tokens([user("Hello")]) == tokenizer("Hello")["input_ids"][:-1]
+
+
+def ending(tokenizer):
+  """The tokenizer with an EOS behind every text, as add_eos_token has it."""
+  inner = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+  end = tokenizer.eos_token
+  inner.post_processor = processors.TemplateProcessing(
+    single=f"$A {end}", special_tokens=[(end, tokenizer.eos_token_id)]
+  )
+  return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=end)
+
+
+class Interrupted(Terminal):
+  """Lines, and a Ctrl-C at the prompt where one is None."""
+
+  def __init__(self, *lines):
+    super().__init__()
+    self.left = list(lines)
+
+  def readline(self):
+    line = self.left.pop(0)
+    if line is None:
+      raise KeyboardInterrupt
+    return line
+
+
+def test_ctrl_c_ends_the_answer_and_at_the_prompt_the_chat(base, monkeypatch):
+  speaker, _ = ready(base[0], template="chatml")
+  whole = engine.stream
+
+  def cut(*args, **options):
+    drawn = whole(*args, **options)
+    yield next(drawn)
+    monkeypatch.setattr(engine, "stream", whole)
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(engine, "stream", cut)
+  stdin = Interrupted("Hello there\n", "/reset\n", "Hello there\n", None, "never read\n")
+  out = io.StringIO()
+  assert chat.chat(speaker, stdin=stdin, stdout=out, stderr=io.StringIO()) == 0
+  assert stdin.left == ["never read\n"]
+  (answer,) = expected(base, [user("Hello there")])
+  assert out.getvalue().endswith(f"> {answer}\n> \n")
+
+
+def test_a_template_renders_on_after_a_ctrl_c(base, monkeypatch):
+  template = templates.bind(base[3], "chatml")
+  jobs = [templates.job([user("one")], True)]
+  (wanted,) = template.render_all(jobs)
+  receive = template_sandbox._receive
+  process = template.renderer._process
+  assert os.getsid(process.pid) == process.pid  # a terminal's Ctrl-C does not reach it
+
+  def interrupted(process):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(template_sandbox, "_receive", interrupted)
+  with pytest.raises(KeyboardInterrupt):
+    template.render_all([templates.job([user("two")], True)])
+  monkeypatch.setattr(template_sandbox, "_receive", receive)
+  assert template.render_all(jobs) == [wanted]
