@@ -213,9 +213,10 @@ def _adapter(run: runs.Run, out: Path) -> Path:
   source = run.folder / folders.ADAPTER
   config = hf.read_config(fetch.resolve(run.field("model.name")))
   gguf_write.check(config)
+  if (source / peft_format.CONFIG).exists():
+    _check_pair(run, source)
   with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=_parent(out)) as scratch:
     folders.export(run.folder, Path(scratch) / "adapter")  # whole, finite, and said if unfinished
-    _check_pair(run, source)
     nodes, adapter_config = peft_format.load(source, decoder.abstract(config), config)
     if adapter_config.context_length:
       raise ValueError(
