@@ -91,6 +91,19 @@ def test_a_merged_run_reads_back(tmp_path, base, loaded, caplog, kind, near):
   assert float(re.search("mean ([0-9.e-]+)", said)[1]) == pytest.approx(off.mean(), rel=0.02)
 
 
+def test_full_fine_tuning_is_the_model_it_made(tmp_path, base, loaded):
+  params, config = loaded
+  run = make_run(tmp_path / "run", base)
+  record = json.loads((run / "config.json").read_text())
+  record["config"]["adapter"] = {"method": "none"}
+  (run / "config.json").write_text(json.dumps(record))
+  tuned = tree.put(params, "norm/weight", 2 * params["norm"]["weight"])
+  hf.save(run / "model", tuned, config, tokenizer_from=base)
+  out = gguf.export(run, tmp_path / "m.gguf", kind="f16")
+  found = hf.load(gguf_read.convert(out, tmp_path / "read"))[0]
+  np.testing.assert_array_equal(found["norm"]["weight"], tuned["norm"]["weight"])
+
+
 def test_the_template_and_the_ends_that_were_trained_are_inside(tmp_path, base, loaded):
   run, _ = run_with(tmp_path / "run", base, loaded)
   record = json.loads((run / "config.json").read_text())

@@ -10,6 +10,7 @@ from posttrain_jax.build import gguf
 from posttrain_jax.data import chat
 from posttrain_jax.models import decoder, fetch, gguf_write, hf
 from posttrain_jax.models import gguf as gguf_read
+from tests.models import tiny_gguf
 
 llama_cpp = pytest.importorskip(
   "xllamacpp", reason="xllamacpp, which carries llama.cpp, is not installed: run `make oracle`"
@@ -84,6 +85,38 @@ def test_log_probabilities_are_those_of_the_file_read_here(tmp_path, folder, ids
   for text in (TEXT, "3.14159 and 1,000,000\n\n\tit's naïve", "漢字 🙂👩🏽‍🚀  three   spaces "):
     assert server.length(text) == len(tokenizer(text).input_ids)
   assert "Paris" in server.chat("What is the capital of France?")
+
+
+@pytest.mark.parametrize(
+  ("arch", "pre"),
+  [("llama", "gpt-2"), ("llama", "llama-bpe"), ("qwen2", "qwen2"), ("qwen3", "qwen2")],
+)
+def test_every_family_and_kind_of_tokenizer(tmp_path, arch, pre):
+  extra = {"qwen3__attention__key_length": tiny_gguf.HEAD_DIM} if arch == "qwen3" else {}
+  first = tiny_gguf.write(
+    tmp_path / "first.gguf", arch=arch, tied=False, tokenizer__ggml__pre=pre, **extra
+  )
+  folder = gguf_read.convert(first, tmp_path / "folder")
+  server = Server(gguf.of_model(folder, tmp_path / "m.gguf", kind="f16"))
+  tokenizer = chat.load_tokenizer(folder)
+  for text in (
+    "the cat sat, 12345",
+    "it's\r\n56   the\t hello",
+    "漢字 naïve 🙂 WORLD'S",
+    "<|im_end|>x",
+  ):
+    assert server.length(text) == len(tokenizer(text).input_ids), text
+  params, config = hf.load(folder)
+  compared = 0
+  for start in range(5, 105, 5):
+    ids = range(start, start + 20)
+    logp = ours(params, config, ids)
+    # the server says nothing of a token that is a part of a letter
+    if tokenizer.convert_ids_to_tokens(int(logp.argmax())).isascii():
+      # weights as large as these make a step of float16 in keys and values worth some hundredths
+      assert furthest(server.next_tokens(ids), logp) < 0.3
+      compared += 1
+  assert compared > 1
 
 
 def test_a_lora_changes_what_it_changes_here(tmp_path, folder, ids):
