@@ -25,7 +25,7 @@ help:
 	$(PYTHON) -m venv .venv-oracle
 	.venv-oracle/bin/python -m pip install $(PIP_FLAGS) torch==2.13.0
 	.venv-oracle/bin/python -m pip install $(PIP_FLAGS) -c constraints.txt -c oracle-constraints.txt \
-	  transformers peft trl bitsandbytes accelerate mergekit -e '.[dev]'
+	  transformers peft trl bitsandbytes accelerate mergekit xllamacpp -e '.[dev]'
 	@touch $@
 
 .venv-tpu/ready: .venv/ready
@@ -78,7 +78,7 @@ format: .venv/ready
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-oracle: .venv-oracle/ready ## live comparison with transformers, peft, trl, bitsandbytes and mergekit
+oracle: .venv-oracle/ready ## live comparison with transformers, peft, trl, bitsandbytes, mergekit and llama.cpp
 	.venv-oracle/bin/python -m posttrain_jax fetch smollm2
 	.venv-oracle/bin/python -m pytest tests/oracle -m oracle -n $(WORKERS) --dist loadfile
 

@@ -29,7 +29,7 @@ from posttrain_jax.adapters.codecs.codec import Codec, Folder, check_keys
 from posttrain_jax.adapters.combination import AnyConfig, parts_of, together
 from posttrain_jax.adapters.config import OPTIONS, AdapterConfig
 from posttrain_jax.core import files, shards, tree, words
-from posttrain_jax.models import decoder
+from posttrain_jax.models import decoder, fetch
 from posttrain_jax.models.config import ModelConfig
 
 log = logging.getLogger(__name__)
@@ -38,6 +38,7 @@ CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
 # ours: what the adapter was made for; PEFT rejects keys that it does not know
 RECORD = "posttrain.json"
+BASE_NAME = "base_name"  # in the record: the built-in model that it was made for, whose weights are not the hub's
 HEADER_BYTES, CONFIG_BYTES = 32 * 2**20, 4 * 2**20  # larger ones are not read
 
 SCORE = "score/weight"  # the head of a reward model
@@ -61,7 +62,8 @@ def save(
   Args:
     adapter: the tree that `adapters.init` made.
     config: what it was made from; its patterns are kept where they describe the ranks and scales that the adapter has.
-    base_name: hub name or path of the base, for PEFT to find it.
+    base_name: hub name or path of the base, or of a built-in one; in the folder it is what PEFT finds it by, a hub name
+      or an absolute path.
     finish: called with the folder before it is there for others, to lay more into it.
   """
   first, *others = parts_of(config)
@@ -104,11 +106,13 @@ def _write(
   codec = _codec(config.method)
   written = codec.write(adapter, config, model_config)
   record = dict(format=1, base=_identity(model_config), **written.record, **record)
+  if base_name in fetch.BUILT_IN:
+    record[BASE_NAME] = base_name
   described = dict(
     peft_type=codec.peft_type,
     task_type="SEQ_CLS" if model_config.scores else "CAUSAL_LM",
     auto_mapping=None,
-    base_model_name_or_path=base_name,
+    base_model_name_or_path=None if base_name is None else fetch.lasting_name(base_name),
     revision=None,
     inference_mode=True,
     **written.described,
@@ -171,6 +175,13 @@ def _read(
   class_names = naming.of_tensors(tensors, codec.wrapped)
   folder = Folder(path, tensors, described, record, class_names, others)
   return codec.read(folder, params, model_config)
+
+
+def base_of(folder: str | Path) -> str | None:
+  """The name of the base that an adapter's folder says it is for: a built-in model's, the hub's or a path."""
+  record = Path(folder) / RECORD
+  said = _read_json(record).get(BASE_NAME) if record.exists() else None
+  return said or _read_json(Path(folder) / CONFIG).get("base_model_name_or_path")
 
 
 def _codec(method: str) -> Codec:

@@ -19,7 +19,7 @@ import safetensors
 from posttrain_jax import adapters
 from posttrain_jax.adapters import dora, peft_format
 from posttrain_jax.build import adapter as adapter_lib
-from posttrain_jax.build import decisions, start, use
+from posttrain_jax.build import decisions, model_card, start, use
 from posttrain_jax.core import files, tree
 from posttrain_jax.data import chat, templates
 from posttrain_jax.models import decoder, fetch, hf, rotary
@@ -49,6 +49,7 @@ def export(
   merge: bool = False,
   merge_base: str = "original",
   keep_base: bool = False,
+  name: str = model_card.HERE,
 ) -> Path:
   """The folder `out` that a run's result was written to, whole or not at all.
 
@@ -62,6 +63,7 @@ def export(
     keep_base: `out` is two folders: `base`, the frozen weights as they were stored in training, in bitsandbytes' format
       where they are quantised, and `adapter`, which is for them.  Together they are what was trained, to the bit; of a
       method that takes its start out of the base (PiSSA, OLoRA, LoftQ) no adapter of the original weights is.
+    name: what the folder is to be called on the hub; its model card says so.
 
   Raises:
     FileNotFoundError: workdir holds no run, or one that has saved nothing yet.
@@ -70,12 +72,9 @@ def export(
   """
   if merge_base not in MERGE_BASES:
     raise ValueError(f"merge_base={merge_base!r}: write one of {', '.join(MERGE_BASES)}")
-  workdir, out = Path(workdir), Path(out)
-  if not (workdir / runs.CONFIG).exists():
-    raise FileNotFoundError(
-      f"{workdir} has no {runs.CONFIG}: it is no run's folder; give the --workdir of a `posttrain train`"
-    )
-  run = runs.read(workdir)
+  out = Path(out)
+  run = read(workdir)
+  workdir = run.folder
   if out.exists() and not (out.is_dir() and not any(out.iterdir())):
     raise FileExistsError(f"{out} exists; name a new folder, or remove it first")
   is_full = run.field("adapter.method") == "none"
@@ -98,8 +97,11 @@ def export(
     else:
       shutil.copytree(source, new, dirs_exist_ok=True)
       _say_how_far(run, source)
-    if not keep_base and manner.read(new) is None:
+    if keep_base:
+      return out
+    if manner.read(new) is None:
       _accompany(run, new, is_merged=merge and not is_full)
+    model_card.write(new, run, name=name)
   return out
 
 
@@ -129,6 +131,15 @@ def _accompany(run: runs.Run, folder: Path, *, is_merged: bool) -> None:
   if is_merged:
     how = dataclasses.replace(how, storage=None)
   accompany(folder, fetch.resolve(run.field("model.name")), template, how)
+
+
+def read(workdir: str | Path) -> runs.Run:
+  """The run in a folder; another folder is refused."""
+  if not (Path(workdir) / runs.CONFIG).exists():
+    raise FileNotFoundError(
+      f"{workdir} has no {runs.CONFIG}: it is no run's folder; give the --workdir of a `posttrain train`"
+    )
+  return runs.read(workdir)
 
 
 def _how_far(run: runs.Run) -> str:
@@ -280,14 +291,20 @@ def _merged_onto(merge_base: str, base: str, trained: _Trained) -> Any:
     "dequantised": lambda: adapters.merge(trained.stored, trained.stored_adapter),
   }
   log.warning("trained on a base in %s, merged onto the %s weights", base, merge_base)
-  merged = None
+  merged, off = None, {}
   for name in sorted(
     MERGE_BASES, key=lambda name: name == merge_base
   ):  # the one to keep is the last
     merged = None  # of the two no more than one is in memory
     merged = makers[name]()
-    off = trained.error(merged)
-    log.info("logits off from what was trained, merged onto %s: %s", name, off)
+    off[name] = trained.error(merged)
+    log.info("logits off from what was trained, merged onto %s: %s", name, off[name])
+  nearest = min(off, key=lambda name: off[name].kl)
+  if off[merge_base].kl > 2 * off[nearest].kl + 1e-6:
+    far, near = f"{off[merge_base].kl:.2g}", f"{off[nearest].kl:.2g}"
+    log.warning(
+      "--merge_base=%s is nearer to what was trained: KL %s nats, not %s", nearest, near, far
+    )
   return merged
 
 

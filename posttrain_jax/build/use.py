@@ -223,7 +223,7 @@ def _manner(homes: Sequence[Path], given: Manner | None) -> Manner:
 def _base_of(homes: Sequence[Path]) -> str:
   if not homes:
     raise ConfigError("write --model=NAME_OR_DIR, --adapter=DIR or --workdir=DIR")
-  name = files.read_json(homes[0] / peft_format.CONFIG).get("base_model_name_or_path")
+  name = peft_format.base_of(homes[0])
   if not name or not isinstance(name, str):
     raise ConfigError(
       f"{homes[0] / peft_format.CONFIG} names no base (base_model_name_or_path): write --model=NAME_OR_DIR"

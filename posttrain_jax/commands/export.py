@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument("--workdir", required=True, metavar="DIR")
-  parser.add_argument("--out", required=True, metavar="DIR")
+  what = parser.add_mutually_exclusive_group(required=True)
+  what.add_argument("--workdir", metavar="DIR", help="a run's folder")
+  what.add_argument(
+    "--model", metavar="NAME_OR_DIR", help="a model as it is, with --gguf: the base of an adapter"
+  )
+  parser.add_argument(
+    "--out", required=True, metavar="DIR", help="a new folder; FILE.gguf with --gguf"
+  )
   parser.add_argument(
     "--merge", action="store_true", help="a merged Hugging Face folder instead of the adapter"
   )
@@ -23,17 +30,43 @@ def add(parser: argparse.ArgumentParser) -> None:
     action="store_true",
     help="two folders, base/ as it was stored in training and adapter/ for it: together what was trained, to the bit",
   )
+  parser.add_argument(
+    "--push",
+    metavar="ORG/NAME",
+    help="send the result to the Hugging Face hub, too; a new repository is private",
+  )
+  parser.add_argument(
+    "--gguf",
+    choices=("f16", "q8_0", "q4_0"),
+    help="one file for llama.cpp and Ollama instead of a folder: the adapter in f16, or with --merge the whole model",
+  )
 
 
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
-  from posttrain_jax.build import export
+  from posttrain_jax.build import push
 
-  out = export.export(
-    args.workdir,
-    args.out,
-    merge=args.merge,
-    merge_base=args.merge_base,
-    keep_base=args.keep_base,
-  )
+  if args.model is not None and args.gguf is None:
+    raise ValueError(
+      f"--model={args.model} is a folder already; --model goes with --gguf, and --workdir names a run"
+    )
+  if args.push is not None:
+    push.check(args.push)
+  out = _exported(args)
   print(out)
+  if args.push is not None:
+    print(push.push(out, args.push))
   return 0
+
+
+def _exported(args: argparse.Namespace) -> Path:
+  from posttrain_jax.build import export, gguf, model_card
+
+  if args.model is not None:
+    return gguf.of_model(args.model, args.out, kind=args.gguf, base=args.model)
+  options = dict(merge=args.merge, merge_base=args.merge_base)
+  if args.gguf is not None:
+    if args.keep_base:
+      raise ValueError("--keep_base writes two folders; leave --gguf out, or --keep_base")
+    return gguf.export(args.workdir, args.out, kind=args.gguf, **options)
+  name = args.push or model_card.HERE
+  return export.export(args.workdir, args.out, name=name, keep_base=args.keep_base, **options)

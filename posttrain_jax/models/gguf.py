@@ -1,4 +1,7 @@
-"""A GGUF file becomes a Hugging Face folder: dequantised weights, configs and tokenizer."""
+"""A GGUF file becomes a Hugging Face folder: dequantised weights, configs and tokenizer.
+
+`gguf_write` goes the other way, by the same table of families.
+"""
 
 import dataclasses
 import functools
@@ -10,7 +13,15 @@ import numpy as np
 
 from posttrain_jax.core import files
 from posttrain_jax.models import gguf_tokenizer
+from posttrain_jax.models.config import ModelConfig
 
+EMBEDDING, HEAD, ROPE = "token_embd.weight", "output.weight", "rope_freqs.weight"
+LORA_A, LORA_B = ".lora_a", ".lora_b"
+LLAMA3 = (
+  1.0,
+  4.0,
+  8192,
+)  # low_freq_factor, high_freq_factor, original length: Meta's for every model
 _DTYPES = ("float32", "float16", "bfloat16")
 
 _PROJECTIONS = {
@@ -29,7 +40,7 @@ _QK_NORM = {f"attn_{x}_norm.weight": f"self_attn.{x}_norm.weight" for x in "qk"}
 
 
 @dataclasses.dataclass(frozen=True)
-class _Family:
+class Family:
   """What sets one GGUF architecture apart from the others."""
 
   model_type: str
@@ -39,10 +50,10 @@ class _Family:
   explicit_head_dim: bool = True  # the config class has a head_dim key
 
 
-_FAMILIES = {
-  "llama": _Family("llama", "LlamaForCausalLM", _PRE_NORM, permuted=True),
-  "qwen2": _Family("qwen2", "Qwen2ForCausalLM", _PRE_NORM | _QKV_BIAS, explicit_head_dim=False),
-  "qwen3": _Family("qwen3", "Qwen3ForCausalLM", _PRE_NORM | _QK_NORM),
+FAMILIES = {
+  "llama": Family("llama", "LlamaForCausalLM", _PRE_NORM, permuted=True),
+  "qwen2": Family("qwen2", "Qwen2ForCausalLM", _PRE_NORM | _QKV_BIAS, explicit_head_dim=False),
+  "qwen3": Family("qwen3", "Qwen3ForCausalLM", _PRE_NORM | _QK_NORM),
 }
 
 
@@ -63,31 +74,89 @@ def convert_into(gguf_path: str | Path, folder: Path, *, dtype: str = "float32")
   """Writes the files of `convert` into a folder that exists."""
   if dtype not in _DTYPES:
     raise ValueError(f"dtype={dtype!r}: write one of {', '.join(_DTYPES)}")
-  reader, fields = _read(Path(gguf_path))
-  arch = fields.get("general.architecture")
-  if arch not in _FAMILIES:
-    raise ValueError(
-      f"{gguf_path} holds a model of architecture {arch!r}; supported: {', '.join(_FAMILIES)}"
-    )
-  family = _FAMILIES[arch]
-  tensors = {tensor.name: tensor for tensor in reader.tensors}
+  file = File(gguf_path, dtype=dtype)
+  config = file.described
   try:
-    config = _config(family, arch, fields, tensors, dtype)
-    names = _names(family, config, tensors)
-    gguf_tokenizer.write(fields, folder, max_length=config["max_position_embeddings"])
+    gguf_tokenizer.write(file.fields, folder, max_length=config["max_position_embeddings"])
     files.write_json(folder / "config.json", config)
-    files.write_json(folder / "generation_config.json", _generation(fields))
+    files.write_json(folder / "generation_config.json", _generation(file.fields))
     weights = {
-      ours: (
-        _shape(ours, config),
-        dtype,
-        functools.partial(_weight, ours, tensors[theirs], family, config),
-      )
-      for ours, theirs in sorted(names.items())
+      name: (file.shape(name), dtype, functools.partial(file.get, name)) for name in file.where
     }
     files.write_safetensors(folder / "model.safetensors", weights)
   except ValueError as e:
     raise ValueError(f"{gguf_path}: {e}") from e
+
+
+class File:
+  """The model in a GGUF file under the names of a Hugging Face folder, each tensor dequantised when it is asked for.
+
+  fields: the metadata by key.
+  described: the `config.json` of the model.
+
+  Raises:
+    FileNotFoundError: there is no file.
+    ValueError: it is cut short, or holds a model that is not read; the message names it.
+  """
+
+  def __init__(self, path: str | Path, *, dtype: str = "float32"):
+    reader, self.fields = _read(Path(path))
+    arch = self.fields.get("general.architecture")
+    if arch not in FAMILIES:
+      raise ValueError(
+        f"{path} holds a model of architecture {arch!r}; supported: {', '.join(FAMILIES)}"
+      )
+    self.family = FAMILIES[arch]
+    self.tensors = {tensor.name: tensor for tensor in reader.tensors}
+    try:
+      self.described = _config(self.family, arch, self.fields, self.tensors, dtype)
+      names = _names(self.family, self.described, self.tensors)
+    except ValueError as e:
+      raise ValueError(f"{path}: {e}") from e
+    self.where = dict(sorted(names.items()))  # the name of each tensor in the file
+
+  def shape(self, name: str) -> tuple[int, ...]:
+    return _shape(name, self.described)
+
+  def get(self, name: str) -> np.ndarray:
+    """The tensor as Hugging Face stores it under `name`, in float32."""
+    return _weight(name, self.tensors[self.where[name]], self.family, self.described)
+
+
+def read_adapter(path: str | Path, config: ModelConfig) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+  """{Hugging Face name of a matrix [out, in]: (a [rank, in], b [out, rank])} of a GGUF LoRA, which adds b @ a to it.
+
+  The scale is in b.  An embedding [vocab, out] has a: [rank, out] and b: [vocab, rank].
+
+  Args:
+    config: of the base; the file does not say how many heads there are.
+
+  Raises:
+    FileNotFoundError: there is no file.
+    ValueError: it is cut short, or no LoRA of a model that is read; the message names it.
+  """
+  reader, fields = _read(Path(path))
+  kind = tuple(fields.get(key) for key in ("general.type", "adapter.type"))
+  arch = fields.get("general.architecture")
+  if kind != ("adapter", "lora") or arch not in FAMILIES:
+    raise ValueError(f"{path} holds no LoRA of {', '.join(FAMILIES)}: {kind}, {arch!r}")
+  factors: dict[str, np.ndarray] = {
+    t.name: gguf.quants.dequantize(t.data, t.tensor_type).reshape(tuple(t.shape.tolist()[::-1]))
+    for t in reader.tensors
+  }
+  alpha = _field(fields, "adapter.lora.alpha")
+  names = {theirs: ours for ours, theirs in tensor_names(FAMILIES[arch], config.num_layers).items()}
+  pairs = {}
+  for theirs in (name.removesuffix(LORA_A) for name in factors if name.endswith(LORA_A)):
+    a, b = factors[theirs + LORA_A], factors[theirs + LORA_B]
+    b = b * np.float32(alpha / b.shape[1])
+    ours = names[theirs]
+    if theirs == EMBEDDING:  # a row of its first factor is a token's
+      a, b = b.T, a
+    if FAMILIES[arch].permuted:
+      b = _over_heads(unpermute, ours, b, config.num_heads, config.num_kv_heads)
+    pairs[ours] = (a, b)
+  return pairs
 
 
 def _read(path: Path) -> tuple[gguf.GGUFReader, dict]:
@@ -126,7 +195,7 @@ def _config(family, arch: str, fields: dict, tensors: dict, dtype: str) -> dict:
   config = {
     "architectures": [family.architecture],
     "model_type": family.model_type,
-    "vocab_size": _tensor(tensors, "token_embd.weight").shape[1],
+    "vocab_size": _tensor(tensors, EMBEDDING).shape[1],
     "hidden_size": hidden,
     "intermediate_size": get("feed_forward_length"),
     "num_hidden_layers": get("block_count"),
@@ -137,7 +206,7 @@ def _config(family, arch: str, fields: dict, tensors: dict, dtype: str) -> dict:
     "initializer_range": 0.02,
     "rms_norm_eps": _shortest(get("attention.layer_norm_rms_epsilon")),
     "use_cache": True,
-    "tie_word_embeddings": "output.weight" not in tensors,
+    "tie_word_embeddings": HEAD not in tensors,
     "rope_theta": theta,
     "rope_scaling": _rope_scaling(get, tensors, theta, head_dim),
     "attention_dropout": 0.0,
@@ -174,13 +243,11 @@ def _rope_scaling(get: Callable, tensors: dict, theta: float, head_dim: int) -> 
     return {"rope_type": "linear", "factor": _shortest(get("rope.scaling.factor"))}
   if kind != "none":
     raise ValueError(f"RoPE scaling {kind!r} is not supported; supported: none, linear, llama3")
-  if "rope_freqs.weight" not in tensors:
+  if ROPE not in tensors:
     return None
-  stored = np.asarray(tensors["rope_freqs.weight"].data, np.float32).reshape(-1)
-  factor, low, high, original = float(stored.max()), 1.0, 4.0, 8192
-  turns = original / (2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim))
-  smooth = np.clip((turns - low) / (high - low), 0, 1)
-  expected = 1 / ((1 - smooth) / factor + smooth)
+  stored = np.asarray(tensors[ROPE].data, np.float32).reshape(-1)
+  factor, low, high, original = float(stored.max()), *LLAMA3
+  expected = rope_factors(theta, factor, head_dim)
   if stored.shape != expected.shape or not np.allclose(stored, expected, rtol=1e-4):
     raise ValueError("rope_freqs.weight is not the RoPE scaling of Llama 3; cannot express it")
   return {
@@ -190,6 +257,14 @@ def _rope_scaling(get: Callable, tensors: dict, theta: float, head_dim: int) -> 
     "high_freq_factor": high,
     "original_max_position_embeddings": original,
   }
+
+
+def rope_factors(theta: float, factor: float, head_dim: int) -> np.ndarray:
+  """What Llama 3.1 and later divide each of RoPE's frequencies by."""
+  low, high, original = LLAMA3
+  turns = original / (2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim))
+  smooth = np.clip((turns - low) / (high - low), 0, 1)
+  return (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)
 
 
 def _generation(fields: dict) -> dict:
@@ -206,19 +281,26 @@ def _generation(fields: dict) -> dict:
   }
 
 
-def _names(family: _Family, config: dict, tensors: dict) -> dict[str, str]:
-  """Hugging Face name -> GGUF name, after checking that the file holds exactly these shapes."""
+def tensor_names(family: Family, layers: int) -> dict[str, str]:
+  """Hugging Face name -> GGUF name of every tensor, a head of its own included."""
   names = {
-    "model.embed_tokens.weight": "token_embd.weight",
+    "model.embed_tokens.weight": EMBEDDING,
     "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": HEAD,
   }
-  if not config["tie_word_embeddings"]:
-    names["lm_head.weight"] = "output.weight"
-  for i in range(config["num_hidden_layers"]):
+  for i in range(layers):
     for theirs, ours in family.layer.items():
       names[f"model.layers.{i}.{ours}"] = f"blk.{i}.{theirs}"
+  return names
+
+
+def _names(family: Family, config: dict, tensors: dict) -> dict[str, str]:
+  """Hugging Face name -> GGUF name, after checking that the file holds exactly these shapes."""
+  names = tensor_names(family, config["num_hidden_layers"])
+  if config["tie_word_embeddings"]:
+    del names["lm_head.weight"]
   # Frequencies of RoPE: a function of the config, checked where they say more than it does.
-  unread = {t for t in tensors if t == "rope_freqs.weight" or t.endswith(".attn_rot_embd.weight")}
+  unread = {t for t in tensors if t == ROPE or t.endswith(".attn_rot_embd.weight")}
   if unknown := sorted(tensors.keys() - set(names.values()) - unread):
     raise ValueError(
       f"tensors that {family.architecture} has no place for: {', '.join(unknown[:8])}"
@@ -252,17 +334,34 @@ def _shape(name: str, config: dict) -> tuple[int, ...]:
   return matrix[:1] if kind == "bias" else matrix
 
 
-def _weight(name: str, tensor, family: _Family, config: dict) -> np.ndarray:
+def _weight(name: str, tensor, family: Family, config: dict) -> np.ndarray:
   """The tensor as Hugging Face stores it under `name`, in float32."""
   array = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(_shape(name, config))
-  if family.permuted and ".q_proj." in name:
-    return _unpermute(array, config["num_attention_heads"])
-  if family.permuted and ".k_proj." in name:
-    return _unpermute(array, config["num_key_value_heads"])
-  return array
+  if not family.permuted:
+    return array
+  return _over_heads(
+    unpermute, name, array, config["num_attention_heads"], config["num_key_value_heads"]
+  )
 
 
-def _unpermute(array: np.ndarray, heads: int) -> np.ndarray:
+def permuted(name: str, array: np.ndarray, heads: int, kv_heads: int) -> np.ndarray:
+  """The rows of a query's or key's matrix, or of a factor of its change, as files of `permuted` families have them."""
+  return _over_heads(permute, name, array, heads, kv_heads)
+
+
+def _over_heads(turn, name: str, array: np.ndarray, heads: int, kv_heads: int) -> np.ndarray:
+  if ".q_proj." in name:
+    return turn(array, heads)
+  return turn(array, kv_heads) if ".k_proj." in name else array
+
+
+def permute(array: np.ndarray, heads: int) -> np.ndarray:
+  """Rows of each head from halves to pairs; the inverse of `unpermute`."""
+  split = array.reshape(heads, 2, -1, *array.shape[1:])
+  return split.swapaxes(1, 2).reshape(array.shape)
+
+
+def unpermute(array: np.ndarray, heads: int) -> np.ndarray:
   """Rows of each head from pairs (x0, y0, x1, y1, ...) to halves (x0, x1, ..., y0, y1, ...)."""
   split = array.reshape(heads, -1, 2, *array.shape[1:])
   return split.swapaxes(1, 2).reshape(array.shape)

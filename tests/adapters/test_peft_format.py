@@ -115,6 +115,22 @@ def test_tensors_have_pefts_names_and_shapes(saved):
   np.testing.assert_array_equal(tensors[f"{PREFIX}.2.mlp.down_proj.lora_B.weight"], b[2].T)
 
 
+def test_the_base_is_named_as_another_program_finds_it(saved, tmp_path, monkeypatch):
+  _, model, params, adapter = saved
+  config = peft_format.load(saved[0], params, model)[1]
+  (tmp_path / "models" / "mine").mkdir(parents=True)
+  monkeypatch.chdir(tmp_path)
+  for name, by_others in {
+    "smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct",  # whose weights on the hub are not the built-in ones
+    "models/mine": str(tmp_path / "models" / "mine"),
+    "org/name": "org/name",
+  }.items():
+    peft_format.save(tmp_path / "b", adapter, config, model, base_name=name)
+    assert described(tmp_path / "b")["base_model_name_or_path"] == by_others
+    assert peft_format.base_of(tmp_path / "b") == ("smollm2" if name == "smollm2" else by_others)
+    peft_format.load(tmp_path / "b", params, model)
+
+
 def test_the_config_is_one_that_any_peft_reads(saved):
   config = described(saved[0])
   assert config["target_modules"] == sorted([*SEVEN, "embed_tokens", "lm_head"])

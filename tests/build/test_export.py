@@ -109,6 +109,9 @@ def test_a_quantised_base_is_merged_onto_what_is_asked_for(
   with caplog.at_level(logging.INFO):
     export.export(run, tmp_path / "out", merge=True, merge_base=merge_base)
   assert f"trained on a base in {storage}, merged onto the {merge_base} weights" in caplog.text
+  # what was trained on is nearer by its nature
+  advised = "--merge_base=dequantised is nearer to what was trained: KL " in caplog.text
+  assert advised == (merge_base == "original")
   params, config = hf.load(base)
   stored = quant.quantize_params(params, storage=storage)
   wanted = {"original": params, "dequantised": stored}
