@@ -32,7 +32,7 @@ EXAMPLES = """\
   posttrain train --config=configs/sft.py:model=smollm2,data=sql,adapter=lora --workdir=runs/sft
   posttrain train --config=configs/sft.py --config.optimizer.lr=1e-4 --workdir=runs/lr --dry_run
   posttrain chat --model=smollm2 --adapter=runs/sft/adapter
-  posttrain report runs/sft runs/lr --out=compare.html
+  posttrain report runs/sft --out=compare.html
   posttrain export --workdir=runs/sft --out=merged --merge
 """
 # Each has `add(parser)` and `run(args, overrides) -> exit code`, and imports jax in `run` alone: jax.distributed must

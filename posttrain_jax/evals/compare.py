@@ -219,15 +219,18 @@ def _values(runs: Sequence[Run], names: Sequence[str]) -> dict[str, Any] | None:
     text=panels.number(final[i][name]) if name in final[i] else MISSING, best=ranked[name] == i
   )
   return dict(
-    columns=[dict(label=_label(kind, name), better=_way(kind, name)) for name in columns],
+    columns=[dict(label=_label(kind, name), better=_way(kind, name, configs)) for name in columns],
     rows=[
       dict(name=name, cells=[cell(i, column) for column in columns]) for i, name in enumerate(names)
     ],
   )
 
 
-def _way(kind: str | None, name: str) -> str:
+def _way(kind: str | None, name: str, configs: Sequence[Mapping[str, Any]]) -> str:
+  """Which way is better, of values that compare."""
   way = meanings.better(kind, name)
+  if way and len(configs) > 1 and meanings.obstacles(name, configs):
+    return "does not compare"
   return f"{way} is better" if way else ""
 
 
@@ -292,7 +295,9 @@ def _panels(
     title = _label(kind, name)
     svg = charts.draw(lines, title=title)
     if svg is not None:
-      result.append(panels.Panel(title[0].upper() + title[1:], svg, (), _way(kind, name)))
+      result.append(
+        panels.Panel(title[0].upper() + title[1:], svg, (), _way(kind, name, _configs(runs)))
+      )
   return result
 
 

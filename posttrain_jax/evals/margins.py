@@ -165,8 +165,8 @@ BODY = """
 {% for name, some in ends %}
 <h2>{{ name }}</h2>
 {% for pair in some %}
-<div class="pair">
 <div class="question"><b>margin {{ "%+.3f"|format(pair.margin) }}</b><pre>{{ pair.prompt }}</pre></div>
+<div class="pair">
 <div><span class="right">chosen, {{ pair.chosen_length }} tokens</span><pre>{{ pair.chosen }}</pre></div>
 <div><span class="wrong">rejected, {{ pair.rejected_length }} tokens</span><pre>{{ pair.rejected }}</pre></div></div>
 {% endfor %}{% endfor %}

@@ -305,7 +305,11 @@ SPEED = Group(
       "Tokens per second",
     ),
     Metric(
-      "tokens", "tokens", NEITHER, "Tokens of the batch, without padding.", "Tokens of a batch"
+      "tokens",
+      "tokens",
+      NEITHER,
+      "Tokens of the batch (held out: of all held-out rows), without padding.",
+      "",
     ),
     Metric("num_tokens", "tokens so far", NEITHER, "Tokens since the start.", ""),
   ),
@@ -399,7 +403,7 @@ def better(objective: str | None, name: str) -> str:
 
 
 def best(objective: str | None, name: str, values: Sequence[float | None]) -> int | None:
-  """The place of the best value that is a number; None where neither way is better.
+  """The place of the best value that is a number; None where neither way is better, or all are equal.
 
   >>> best("sft", "eval_loss", [2.0, None, 1.5, math.nan]), best("sft", "grad_norm", [1.0, 2.0])
   (2, None)
@@ -408,7 +412,7 @@ def best(objective: str | None, name: str, values: Sequence[float | None]) -> in
     (value, i) for i, value in enumerate(values) if value is not None and math.isfinite(value)
   ]
   way = better(objective, name)
-  if not known or way == NEITHER:
+  if way == NEITHER or len({value for value, _ in known}) < 2:
     return None
   value = lambda pair: pair[0]
   return (min(known, key=value) if way == LOWER else max(known, key=value))[1]

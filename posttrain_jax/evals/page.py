@@ -74,7 +74,7 @@ pre { background: var(--box); padding: .6rem .8rem; overflow-x: auto; white-spac
   overflow-wrap: anywhere; margin: .2rem 0; font-size: 13px; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(18rem, 100%), 1fr)); gap: .2rem
   1rem; margin-bottom: 1.2rem; }
-.pair > * { min-width: 0; } .pair .question, .pair .gold { grid-column: 1 / -1; }
+.pair > * { min-width: 0; }
 .right { color: var(--right); } .wrong { color: var(--wrong); }
 summary { cursor: pointer; }
 """
@@ -107,9 +107,9 @@ MACROS = """\
 {{ p.svg }}</figure>
 {% endmacro %}
 {% macro pair(one) %}
-<div class="pair">
 <div class="question"><b>{{ one.question }}</b> <span class="note">{{ one.channel }}</span></div>
-<div class="gold"><pre>{{ one.gold }}</pre></div>
+<pre>{{ one.gold }}</pre>
+<div class="pair">
 {% for answer in one.answers %}
 <div><span class="{{ 'right' if answer.correct else 'wrong' }}">{{ answer.when }}: {{ answer.reason }}</span>\
 <pre>{{ answer.text }}</pre></div>

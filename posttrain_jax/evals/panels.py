@@ -78,6 +78,8 @@ def number(value: Any) -> str:
 
 
 def _rows(run: Run, named: Sequence[Named], final: Mapping[str, float]) -> list[Row]:
+  """A meaning that several rows share stands at the last of them."""
+  meant = [_loss_meaning(run) if one.name == "loss" else one.metric.meaning for one in named]
   cell = lambda name: number(final[name]) if name in final else ""
   return [
     Row(
@@ -86,9 +88,9 @@ def _rows(run: Run, named: Sequence[Named], final: Mapping[str, float]) -> list[
       train=cell(one.name),
       held_out=cell(EVAL + one.name),
       better=_better(run, one),
-      meaning=_loss_meaning(run) if one.name == "loss" else one.metric.meaning,
+      meaning="" if meaning == after else meaning,
     )
-    for one in named
+    for one, meaning, after in zip(named, meant, [*meant[1:], ""])
   ]
 
 

@@ -82,7 +82,7 @@ twentieth of the run, and dots held-out values.</p>{% endif %}
 {% for row in section.rows %}
 <tr class="value"><td>{{ row.label }} <code class="note">{{ row.name }}</code></td>\
 <td class="number">{{ row.train }}</td><td class="number">{{ row.held_out }}</td><td>{{ row.better }}</td></tr>
-<tr><td class="note meaning" colspan="4">{{ row.meaning }}</td></tr>
+{% if row.meaning %}<tr><td class="note meaning" colspan="4">{{ row.meaning }}</td></tr>{% endif %}
 {% endfor %}
 </table></div>
 {% endfor %}

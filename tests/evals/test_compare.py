@@ -60,6 +60,7 @@ def test_losses_across_betas_are_not_ranked(folders, tmp_path):
   text = page(both, tmp_path / "c.html").text
   assert "The losses of these runs do not compare: the runs differ in objective.beta" in text
   assert "The margins and rewards of these runs do not compare" in text
+  assert "loss, held out does not compare likelihood term, held out lower is better" in text
   html = (tmp_path / "c.html").read_text()
   # likelihood term, accuracies and token accuracy; neither loss nor margin
   assert html.count('class="number best"') == 5

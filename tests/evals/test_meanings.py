@@ -87,6 +87,8 @@ def test_the_best_value_is_lowest_or_highest_or_none():
   assert meanings.best("grouped", "loss", [0.5, 0.9]) is None
   assert meanings.best("sft", "accuracy/after", [0.5, 0.9]) == 1
   assert meanings.best("sft", "eval_loss", [float("nan"), None]) is None
+  assert meanings.best("sft", "eval_loss", [0.5, None]) is None  # nothing to be better than
+  assert meanings.best("sft", "eval_loss", [0.5, 0.5]) is None
 
 
 @pytest.mark.parametrize("kind", [*meanings.GROUPS])
