@@ -154,6 +154,13 @@ def _same_paths(label, first, other, leaves):
       )
 
 
+def _is_finite(leaf: jax.Array) -> bool:
+  with (
+    jax.ensure_compile_time_eval()
+  ):  # a value that a traced function closes over is known all the same
+    return bool(jnp.all(jnp.isfinite(leaf)))
+
+
 def _array(label, path, leaf):
   if not isinstance(leaf, jax.Array | np.ndarray):
     how = "; write weight.dense(leaf) in its place" if isinstance(leaf, weight.Weight) else ""
@@ -161,7 +168,7 @@ def _array(label, path, leaf):
   if not jnp.issubdtype(leaf.dtype, jnp.floating):
     raise ValueError(f"{label} has {leaf.dtype} at {path!r}: only floating arrays merge")
   # what compares sizes, as TIES does, would leave a NaN out and say nothing
-  if not isinstance(leaf, Tracer) and not bool(jnp.all(jnp.isfinite(leaf))):
+  if not isinstance(leaf, Tracer) and not _is_finite(leaf):
     raise ValueError(
       f"{label} holds NaN or infinity at {path!r}: no merge is made of them; load that model again"
     )

@@ -157,7 +157,15 @@ def hub(monkeypatch):
 
 
 def arguments(**given):
-  plain = dict(workdir=None, model=None, out=None, merge=False, merge_base="original", gguf=None)
+  plain = dict(
+    workdir=None,
+    model=None,
+    out=None,
+    merge=False,
+    merge_base="original",
+    gguf=None,
+    keep_base=False,
+  )
   return type("Args", (), {**plain, "push": "org/name", **given})
 
 

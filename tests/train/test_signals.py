@@ -103,10 +103,12 @@ with signals.exiting():
       time.sleep(1.5)  # a long save
       print("saved", flush=True)
       sys.exit(0)
-  print("ready", flush=True)
-  end = time.monotonic() + 30
+  end, told = time.monotonic() + 30, False
   while time.monotonic() < end:
     try:
+      if not told:
+        told = True
+        print("ready", flush=True)
       time.sleep(30)
     except BaseException:
       pass  # as what is raised inside a garbage collection
