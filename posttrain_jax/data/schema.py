@@ -129,9 +129,12 @@ def read(
     raise ValueError("system= has no effect on rows that stay strings: add chat=True")
   rows, skipped = [], Skipped()
   echoes: list[str] = []
+  left_out: dict[str, str] = {}
   for origin, raw in _raw(source, split):
     try:
       fields = check_row(raw, origin, columns)
+      if columns is not None:
+        left_out = dict.fromkeys(_left_out(raw, columns), origin) | left_out
       if _echoes(fields):
         echoes.append(origin)
       if chat:
@@ -143,6 +146,10 @@ def read(
       if on_error == "raise":
         raise
       skipped.add(error)
+  for name, origin in sorted(left_out.items()):
+    log.warning(
+      "rows have %r, which is none of the columns to use and is left out (first: %s)", name, origin
+    )
   if echoes:
     log.warning(
       "the answers of %d of %d rows begin with their whole prompt, which is trained as if they said it (first: %s); if"
@@ -154,6 +161,12 @@ def read(
     held = source if isinstance(source, str | Path) else "the list"
     raise ValueError(f"{held}: holds no usable row; {skipped}")
   return Rows(tuple(rows), skipped)
+
+
+def _left_out(raw, columns):
+  """What stands beside the conversation and is none of the columns to use."""
+  used = {name for of in columns.values() for name in ([of] if isinstance(of, str) else of)}
+  return [name for name in BESIDE if name not in used and _holds_words(raw.get(name))]
 
 
 def _echoes(fields):
@@ -230,13 +243,16 @@ def validate(fields: dict[str, Any], origin: str) -> dict[str, Any]:
   return checked
 
 
+def _holds_words(value):
+  return bool(value.strip() if isinstance(value, str) else isinstance(value, list | dict) and value)
+
+
 def _nothing_beside(fields, origin):
   """Raises where words stand beside the messages, or beside a prompt, that no template would be given."""
   talk = [m for part in fields.values() if isinstance(part, list) for m in part]
-  said = {m.get("content", "") for m in talk if isinstance(m, dict) and m.get("role") == "system"}
+  said = [m.get("content") for m in talk if isinstance(m, dict) and m.get("role") == "system"]
   for name, place in BESIDE.items():
-    words = fields.get(name)
-    if isinstance(words, str | list) and words and words not in ("", *said):
+    if _holds_words(fields.get(name)) and fields[name] not in said:
       columns = next(
         key
         for key in ("messages", "chosen", "completion", "completions", "prompt")

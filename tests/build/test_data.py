@@ -143,6 +143,6 @@ def test_advice_for_a_row_that_is_too_long_fits_the_command(tmp_path):
     ) as told:
       data.evaluated(config, used, config.data.train)
     assert "truncate" not in str(told.value)
-  reward = judge.Judge({}, used.config, used.tokenizer, used.template)
+  reward = judge.Judge({"layers": {"self_attn": {}}}, used.config, used.tokenizer, used.template)
   with pytest.raises(RowError, match=r"train.jsonl:1: .*128 positions; shorten the row, or leave"):
     reward.encode(reward.read(config.data.train))

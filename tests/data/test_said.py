@@ -436,10 +436,16 @@ def test_documents_are_given_to_a_template_that_writes_them(tmp_path):
 def test_what_says_nothing_more_may_stand_beside_a_conversation(beside):
   brief = {"role": "system", "content": "Be brief."}
   assert trained([{"messages": [brief, ASKED, DRY], **beside}], chat.template(TOKENIZER))
-  assert schema.read(
-    [{"messages": [ASKED, DRY], "system": "linux"}], columns={"messages": "messages"}
-  )
   assert schema.read([{"text": "a", "system": "linux"}])
+
+
+def test_what_columns_leave_out_beside_a_conversation_is_told_once(caplog):
+  rows = [{"conversations": [ASKED, DRY], "system": "Be brief.", "system_prompt": " "}] * 2
+  with caplog.at_level(logging.WARNING):
+    schema.read(rows, columns={"messages": "conversations"})
+  assert [r.getMessage() for r in caplog.records] == [
+    "rows have 'system', which is none of the columns to use and is left out (first: row 0)"
+  ]
 
 
 def test_what_a_template_need_not_write_is_told_once_where_it_does_not(tmp_path, caplog):
