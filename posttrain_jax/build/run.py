@@ -24,6 +24,7 @@ from posttrain_jax.build import (
   adapter,
   checks,
   data,
+  decisions,
   export,
   mesh,
   model,
@@ -323,6 +324,7 @@ class _Training:
       settings.plain(config),
       changes_base=changes_base,
       chat=config.data.chat or pieces.data.is_chat,
+      writes=decisions.writes(config),
     )
     export.accompany(folder, pieces.model.folder, config.model.template, how)
 
