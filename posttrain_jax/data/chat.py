@@ -277,7 +277,8 @@ class _Encoder:
       return RowError(
         "wrong schema",
         row.origin,
-        f"{row.kind!r} rows cannot be fine-tuned on; that takes text, messages or prompt and completion",
+        f"{row.kind!r} rows cannot be fine-tuned on; that takes text, messages or prompt and completion (answers to"
+        " compare are for configs/preference.py, kto.py, reward.py and grouped.py, or eval --workdir of their runs)",
       )
     return self._conversation(row, messages, first)
 
