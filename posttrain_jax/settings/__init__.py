@@ -6,6 +6,7 @@ import ast
 import contextlib
 import difflib
 import importlib.util
+import json
 import os
 import re
 import sys
@@ -16,12 +17,14 @@ from typing import Any
 
 import ml_collections
 
-from posttrain_jax.settings import fields
+from posttrain_jax.settings import fields, listing, names
 from posttrain_jax.settings.domains import Text
 from posttrain_jax.settings.errors import ConfigError
 
-__all__ = ["ConfigError", "fields", "load", "section"]
+__all__ = ["ConfigError", "fields", "listing", "load", "names", "section"]
 UNREADABLE = (ValueError, SyntaxError, TypeError, MemoryError, RecursionError)  # of a literal
+NO_ARGUMENT = "unknown config argument "  # how config files begin to say so
+LISTED = "posttrain train --config=FILE --help lists all of them"
 # fields that decide which others a section has -> the argument of the config file that makes the section so
 STRUCTURE = {"optimizer.name": "optimizer", "adapter.method": "adapter"}
 
@@ -70,19 +73,45 @@ def _override(text: str) -> tuple[str, str]:
 
 def _resolved(path: str, arguments: str, asked: Mapping[str, str]) -> ml_collections.ConfigDict:
   """What the file's `get_config` makes of its arguments, a method that overrides name among them."""
+  if path.endswith(".json"):
+    return _printed(path, arguments)
   named = [f"{STRUCTURE[name]}={text}" for name, text in asked.items() if name in STRUCTURE]
   with _opened(path) as loaded:
     try:
       resolved = loaded.get_config(",".join(filter(None, [arguments, *named])) or None)
     except ValueError as error:
-      if not named or not str(error).startswith("unknown config argument"):
+      if not str(error).startswith(NO_ARGUMENT):
         raise
+      if not named:
+        raise ConfigError(f"{error}{_field_meant(str(error))}") from error
       resolved = loaded.get_config(arguments or None)  # it has no such argument
   if not isinstance(resolved, ml_collections.ConfigDict):
     raise ConfigError(
       f"{path}: get_config returned a {type(resolved).__name__}, expected an ml_collections.ConfigDict"
     )
   return resolved
+
+
+def _field_meant(error: str) -> str:
+  """After "unknown config argument 'x'": how x is written where it is a field."""
+  name = error.removeprefix(NO_ARGUMENT).partition(":")[0].strip(" '")
+  meant = names.SAME.get(name) or ", ".join(names.ending(name, fields.FIELDS))
+  return f"; a field is written apart, --config.NAME=value: {meant}" if meant else ""
+
+
+def _printed(path: str, arguments: str) -> ml_collections.ConfigDict:
+  """The config that `--print_config` printed, or the `config.json` of a run."""
+  try:
+    values = json.loads(Path(path).expanduser().read_text())
+  except (OSError, ValueError) as error:
+    raise ConfigError(f"config file {path}: {error}") from error
+  values = (
+    values.get("config", values) if isinstance(values, dict) else values
+  )  # as a run records it
+  if not isinstance(values, dict) or arguments:
+    wrong = f"takes no arguments, {arguments!r}" if arguments else "has no object of fields"
+    raise ConfigError(f"config file {path} {wrong}; change its fields with --config.NAME=value")
+  return ml_collections.ConfigDict(values, allow_dotted_keys=True)
 
 
 def _set(config: ml_collections.ConfigDict, name: str, text: str, opened: set[str]) -> None:
@@ -92,7 +121,7 @@ def _set(config: ml_collections.ConfigDict, name: str, text: str, opened: set[st
     node = node.get(part) if isinstance(node, ml_collections.ConfigDict) else None
   free = ".".join(parents) in opened
   if not isinstance(node, ml_collections.ConfigDict) or (last not in node and not free):
-    raise ConfigError(_unknown(name, config))
+    raise ConfigError(_unknown(name, text, config))
   old = node.get(last)
   if isinstance(old, ml_collections.ConfigDict) and name not in opened:
     raise ConfigError(
@@ -162,15 +191,37 @@ def _shown(old: Any) -> str:
   return repr(plain(old) if isinstance(old, ml_collections.ConfigDict) else old)
 
 
-def _unknown(name: str, config: ml_collections.ConfigDict) -> str:
+def _unknown(name: str, text: str, config: ml_collections.ConfigDict) -> str:
   if fields.known_as(name) in fields.FIELDS and (why := fields.unread(plain(config), name)):
     return f"--config.{why}"
   there = flat(plain(config))
+  meant = names.elsewhere(name)
+  if meant and not names.ending(name, there):
+    return f"unknown config key {name!r}: {_here(meant, text, config)}"
+  near = names.near(name, there)
+  if near:
+    return f"unknown config key {name!r}; did you mean {' or '.join(map(repr, near))}? {LISTED}"
+  missing = [why for field in names.near(name, fields.FIELDS) if (why := _missing(field, config))]
+  if missing:
+    return f"unknown config key {name!r}; {missing[0]}"
   parent = name.rpartition(".")[0]
   siblings = [f for f in there if f.rpartition(".")[0] == parent] or list(there)
-  near = difflib.get_close_matches(name, there, n=1)
-  hint = f"; did you mean {near[0]!r}?" if near else "."
-  return f"unknown config key {name!r}{hint} Keys there: {', '.join(siblings)}"
+  return f"unknown config key {name!r}. Keys there: {', '.join(siblings)}. {LISTED}"
+
+
+def _here(meant: str, text: str, config: ml_collections.ConfigDict) -> str:
+  """What another tool's name is in this config: a field with the value given, or what is said of it."""
+  if meant not in fields.FIELDS:
+    return f"here, {meant}"
+  return _missing(meant, config) or f"here it is {meant}; write --config.{meant}={text}"
+
+
+def _missing(field: str, config: ml_collections.ConfigDict) -> str:
+  """Why this config does not have a field of the table; "" where it does."""
+  values = plain(config)
+  if field in dict(fields.items(values)):
+    return ""
+  return fields.unread(values, field) or f"here it is {field}, which this config does not have"
 
 
 def points(config: str) -> list[tuple[str, dict[str, Any]]]:

@@ -7,10 +7,10 @@ sections ask of each other is in `build.checks`.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from posttrain_jax.settings import names
 from posttrain_jax.settings.domains import (
   LARGEST_WHOLE,
   Choice,
@@ -420,7 +420,7 @@ def check(config: Config, given: Sequence[str] = ()) -> None:
 
 def check_values(config: Config) -> None:
   """Raises ConfigError for the first value outside its field's domain; what the table does not know is left alone."""
-  for name, value in _items(config):
+  for name, value in items(config):
     field = FIELDS.get(known_as(name))
     if field is not None and (wrong := field.domain.wrong(value)):
       shown = repr(value) if len(repr(value)) < 200 else f"{repr(value)[:200]}..."
@@ -429,13 +429,13 @@ def check_values(config: Config) -> None:
 
 def check_read(config: Config) -> None:
   """Raises ConfigError for the first field that the config's methods do not read, or that is missing."""
-  names = [name for name, _ in _items(config)]
-  for name in names:
+  present = [name for name, _ in items(config)]
+  for name in present:
     if sentence := unread(config, name):
       raise ConfigError(sentence)
   for section, fields in _read(config).items():
     for field in fields:
-      if f"{section}.{field}" not in names:
+      if f"{section}.{field}" not in present:
         raise ConfigError(
           f"the config has no {section}.{field}, which {_method(config, section)} reads; let the config file make the"
           f" section of that method, like --config=FILE:{_ARGUMENTS[section]}"
@@ -446,8 +446,8 @@ def unread(config: Config, name: str) -> str:
   """Why nothing reads a field, in a sentence; "" where something does."""
   section, _, field = name.partition(".")
   if known_as(name) not in FIELDS:
-    near = difflib.get_close_matches(name, FIELDS, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
+    meant = names.SAME.get(name) or " or ".join(names.near(name, FIELDS))
+    hint = f"; did you mean {meant}?" if meant else ""
     return f"{name}: nothing reads such a field{hint}"
   read = _read(config).get(section)
   if read is None or field in read:
@@ -459,7 +459,7 @@ def unread(config: Config, name: str) -> str:
 
 def _check_given(config: Config, name: str) -> None:
   """Raises ConfigError for a field written by hand that another field has left unread."""
-  values = dict(_items(config))
+  values = dict(items(config))
   when = FIELDS[known_as(name)].when if known_as(name) in FIELDS else None
   if when is not None and when[0] in values and not when[1](values[when[0]]):
     raise ConfigError(
@@ -483,12 +483,12 @@ def known_as(name: str) -> str:
   return f"adapter.{parts[-1]}" if parts[0] == "adapter" and len(parts) == 3 else name
 
 
-def _items(config: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def items(config: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
   """(dotted name, value) of every field; what the table knows as a dict is one value."""
   for key, value in config.items():
     name = f"{prefix}{key}"
     if isinstance(value, Mapping) and known_as(name) not in FIELDS:
-      yield from _items(value, f"{name}.")
+      yield from items(value, f"{name}.")
     else:
       yield name, value
 

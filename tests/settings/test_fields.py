@@ -49,7 +49,7 @@ def test_a_config_has_the_fields_that_its_method_reads_and_no_other(config):
 def test_the_table_knows_nothing_else():
   known = set()
   for config in METHODS:
-    known |= {fields.known_as(name) for name, _ in fields._items(settings.plain(load(config)))}
+    known |= {fields.known_as(name) for name, _ in fields.items(settings.plain(load(config)))}
   unset = {"adapter.total_step"}  # which no config writes: the run's steps
   assert set(fields.FIELDS) == known | unset
 
