@@ -34,8 +34,9 @@ PREEMPTED = 75
 TRACEBACK = "POSTTRAIN_TRACEBACK"  # in the environment: errors show where they come from
 EXAMPLES = """\
   posttrain fetch smollm2
-  posttrain train --config=configs/sft.py:model=smollm2,data=sql,adapter=lora --workdir=runs/sft
-  posttrain train --config=configs/sft.py --config.optimizer.lr=1e-4 --workdir=runs/lr --dry_run
+  posttrain train --config=sft:model=smollm2,data=sql,adapter=lora --workdir=runs/sft
+  posttrain train --config=sft --config.optimizer.lr=1e-4 --workdir=runs/lr --dry_run
+  posttrain train --config=sft --help                        every field of a config
   posttrain chat --model=smollm2 --adapter=runs/sft/adapter
   posttrain report runs/sft --out=compare.html
   posttrain export --workdir=runs/sft --out=merged --merge

@@ -16,7 +16,8 @@ def add_config(parser: argparse.ArgumentParser, *, required: bool = True) -> Non
     "--config",
     required=required,
     metavar="FILE[:arg=value,...]",
-    help="a config file; --config.field=value after it changes a field",
+    help="a config file, or one that comes with posttrain:"
+    f" {', '.join(settings.shipped_names())}; --config.field=value after it changes a field",
   )
   parser.add_argument(
     "--print_config",

@@ -23,6 +23,8 @@ from posttrain_jax.settings.errors import ConfigError
 
 __all__ = ["ConfigError", "fields", "listing", "load", "names", "section"]
 UNREADABLE = (ValueError, SyntaxError, TypeError, MemoryError, RecursionError)  # of a literal
+SHIPPED = Path(__file__).parents[1] / "configs"
+NO_CONFIGS = ("__init__", "common")  # beside them
 NO_ARGUMENT = "unknown config argument "  # how config files begin to say so
 LISTED = "posttrain train --config=FILE --help lists all of them"
 # fields that decide which others a section has -> the argument of the config file that makes the section so
@@ -43,6 +45,8 @@ def section(name: str) -> Generator[None]:
 
 def load(config: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
   """The ConfigDict of `FILE[:argument,...]` with `--config.field=value` overrides applied; locked.
+
+  FILE is a path, or the name alone of a config that comes with the package.
 
   A value takes the type of the field; an empty dict takes any key (`--config.data.columns.prompt=question`).
 
@@ -249,7 +253,7 @@ def module(path: str) -> Any:
 @contextlib.contextmanager
 def _opened(path: str) -> Generator[Any]:
   """The config file as a module, whose mistakes inside are ConfigErrors that name their line."""
-  file = Path(path).expanduser()
+  file = _file(path)
   with _beside(file.parent.absolute()):
     try:
       yield _executed(path, file)
@@ -257,6 +261,17 @@ def _opened(path: str) -> Generator[Any]:
       raise
     except (Exception, SystemExit) as error:
       raise ConfigError(_in_file(error, file)) from error
+
+
+def _file(path: str) -> Path:
+  """Where a config file is; a bare name is that of one that comes with the package."""
+  shipped = SHIPPED / f"{path}.py"
+  return shipped if path in shipped_names() else Path(path).expanduser()
+
+
+def shipped_names() -> list[str]:
+  """The config files that come with the package, by the names that `--config` takes."""
+  return sorted(file.stem for file in SHIPPED.glob("*.py") if file.stem not in NO_CONFIGS)
 
 
 @contextlib.contextmanager
@@ -296,9 +311,9 @@ def _in_file(error: BaseException, file: Path) -> str:
     return str(error)
   if isinstance(error, SyntaxError) and error.filename:
     return f"{error.filename}:{error.lineno}: {error.msg}"
-  folder = file.parent.absolute()
+  folder = file.parent.resolve()
   frames = traceback.extract_tb(error.__traceback__)
-  at = [frame for frame in frames if Path(frame.filename).parent.absolute() == folder]
+  at = [frame for frame in frames if Path(frame.filename).parent.resolve() == folder]
   place = f"{file}:{at[-1].lineno}" if at else str(file)
   return f"{place}: {type(error).__name__}: {error}"
 
@@ -308,8 +323,8 @@ def _executed(path: str, file: Path) -> Any:
     near = difflib.get_close_matches(
       file.name, [p.name for p in file.parent.glob("*.py")], n=1, cutoff=0.3
     )
-    hint = f"; there is {file.parent / near[0]}" if near else ""
-    raise ConfigError(f"config file {path} does not exist{hint}")
+    there = f"; there is {file.parent / near[0]}" if near else ""
+    raise ConfigError(f"config file {path} does not exist{there or _shipped_hint(file)}")
   spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
   if spec is None or spec.loader is None:
     raise ConfigError(f"config file {path} is not a Python file; its name must end in .py")
@@ -318,6 +333,14 @@ def _executed(path: str, file: Path) -> Any:
   if not callable(vars(loaded).get("get_config")):
     raise ConfigError(f"{path} has no get_config(arg): it is not a config file")
   return loaded
+
+
+def _shipped_hint(file: Path) -> str:
+  """What to write where no file is near: the config of that name that comes with the package, or their names."""
+  shipped = shipped_names()
+  if file.stem in shipped:
+    return f"; the one that comes with posttrain is --config={file.stem}"
+  return f"; without a path there are {', '.join(shipped)}"
 
 
 def override(field: str, value: Any) -> str:
