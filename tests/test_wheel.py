@@ -98,12 +98,12 @@ def test_ones_own_config_imports_what_they_share(posttrain, tmp_path):
 
 @pytest.mark.slow
 def test_the_quickstart_runs_from_an_empty_folder(posttrain, tmp_path):
-  tiny.tiny_model_folder(tmp_path / "model")
+  file = tiny.tiny_model_folder(tmp_path / "model") / "config.json"
+  file.write_text(json.dumps({**json.loads(file.read_text()), "max_position_embeddings": 1024}))
   said = posttrain(
     tmp_path,
     *("train", "--config=quickstart:model=model,smoke", "--workdir=run"),
-    *("--config.data.length=128", "--config.data.truncate=keep_start", "--config.data.limit=16"),
-    *("--config.model.template=chatml", "--config.eval.task="),
+    *("--config.data.length=1024", "--config.data.limit=16", "--config.eval.task="),
   )
   assert not said.returncode, said.stdout + said.stderr
   assert (tmp_path / "run" / "report.html").is_file()
