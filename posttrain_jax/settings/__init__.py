@@ -244,6 +244,28 @@ def points(config: str) -> list[tuple[str, dict[str, Any]]]:
     return list(sweep())
 
 
+def about(config: str) -> str:
+  """What a config file says that it is, and the arguments that it takes; "" of JSON."""
+  path = config.partition(":")[0]
+  if path.endswith(".json"):
+    return ""
+  with _opened(path) as loaded:
+    title = (loaded.__doc__ or "").strip().partition("\n")[0]
+  known = ", ".join(arguments(path))
+  return f"{title}\n\nArguments after the colon: {known}\n" if known else f"{title}\n"
+
+
+def arguments(path: str) -> list[str]:
+  """The arguments that a config file takes, which it lists where it is given an unknown one."""
+  with _opened(path) as loaded:
+    try:
+      loaded.get_config("?")
+    except Exception as error:  # whatever a file makes of it
+      known = str(error).removeprefix(NO_ARGUMENT).partition("known are ")[2]
+      return re.findall(r"\w+", known)
+  return []
+
+
 def module(path: str) -> Any:
   """The config file as a module."""
   with _opened(path) as loaded:

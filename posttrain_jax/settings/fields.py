@@ -54,6 +54,10 @@ LOSSES_OF_PAIRS = (
   *("apo_down", "sppo", "cpo", "simpo", "orpo", "tpo", "tpo_norm", "aot", "aot_unpaired"),
   *("sft", "sft_with_prompt", "gold", "kto", "reward"),
 )
+ADAPTERS = (
+  *("none", "lora", "dora", "pissa", "olora", "loftq", "longlora", "vera", "adalora", "ia3"),
+  *("prompt", "prefix"),
+)
 _FOLLOWS = ("objective.sync_every", lambda every: every > 0, "above 0")
 _REPLAYS = ("data.replay", bool, "a source")
 _HAS_TASK = ("eval.task", bool, "a task")
@@ -67,7 +71,7 @@ FIELDS: Mapping[str, Field] = {
     "updates in a row with a gradient that is not finite before the run gives up", _whole(1)
   ),
   # --- model
-  "model.name": Field("a built-in model, a Hugging Face folder or a hub name", Text("a name")),
+  "model.name": Field("smollm2 (built in), a Hugging Face folder or a hub name", Text("a name")),
   "model.base": Field("how frozen matrices are stored", _STORAGES),
   "model.dtype": Field(
     "of the computation; auto: bfloat16 on accelerators, float32 on CPU",
@@ -247,7 +251,8 @@ FIELDS: Mapping[str, Field] = {
   ),
   # --- adapter, under PEFT's names; of several methods each has a section with its own
   "adapter.method": Field(
-    "or several with + between; it decides which fields there are", Text("a name")
+    "of what trains; it decides which fields there are",
+    Text(f"{', '.join(ADAPTERS)}, or several with + between"),
   ),
   "adapter.r": Field("rank", _whole(1, HIGHEST_RANK)),
   "adapter.lora_alpha": Field("the update is scaled by lora_alpha / r", _POSITIVE),

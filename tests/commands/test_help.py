@@ -49,6 +49,8 @@ def test_help_lists_the_fields_of_the_config_as_it_is_asked_for(verb, capsys, mo
   monkeypatch.setenv("COLUMNS", "100")
   text = helped(capsys, verb, "--help", f"{SFT}:adapter=none", "--config.optimizer.name=galore")
   assert "usage: posttrain" in text
+  assert "\nSupervised fine-tuning; " in text
+  assert "Arguments after the colon: optimizer, model, data, adapter, base, smoke\n" in text
   names = listed(text)
   assert "optimizer.update_gap" in names
   assert "adapter.r" not in names
@@ -61,6 +63,16 @@ def test_help_without_a_config_says_how_its_fields_are_listed(verb, capsys):
   text = helped(capsys, verb, "--help")
   assert f"posttrain {verb} --config=FILE --help lists every field" in text
   assert not listed(text)
+
+
+def test_help_of_a_config_that_takes_arguments_its_own_way(capsys, tmp_path):
+  (tmp_path / "mine.py").write_text(
+    "from posttrain_jax.configs import sft\n\n"
+    "def get_config(arg=None):\n  return sft.get_config({None: 'base=nf4'}[arg])\n"
+  )
+  text = helped(capsys, "train", f"--config={tmp_path / 'mine.py'}", "--help")
+  assert "model.base=nf4" in text
+  assert "Arguments" not in text
 
 
 def test_help_of_a_config_that_is_not_there_is_a_sentence(capsys):
