@@ -19,6 +19,7 @@ from posttrain_jax import settings
 from posttrain_jax.commands import (
   chat,
   common,
+  completion,
   eval,
   export,
   fetch,
@@ -54,6 +55,7 @@ COMMANDS: Mapping[str, ModuleType] = {
   "sweep": sweep,
   "plan": plan,
   "report": report,
+  "completion": completion,
 }
 
 
@@ -80,6 +82,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   """
   if argv is not None:
     return _run(list(argv))
+  if (line := os.environ.get(completion.ASKED)) is not None:
+    print("\n".join(completion.words(line, _options())))
+    return 0
   if not os.environ.get(TRACEBACK):
     _hush()
   code = _run(sys.argv[1:])
@@ -198,6 +203,16 @@ def _version() -> str:
   """This program's version, and those that a report of a fault needs."""
   version = importlib.metadata.version
   return f"posttrain {version('posttrain-jax')} (jax {version('jax')}, Python {platform.python_version()})"
+
+
+def _options() -> dict[str, list[str]]:
+  """The options of each verb."""
+  options = {}
+  for name, module in COMMANDS.items():
+    verb = argparse.ArgumentParser()
+    module.add(verb)
+    options[name] = sorted({*re.findall(r"--\w+", verb.format_usage()), "--help"})
+  return options
 
 
 def _parser(fields: str = "") -> argparse.ArgumentParser:
