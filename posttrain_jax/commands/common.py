@@ -30,7 +30,7 @@ def add_config(parser: argparse.ArgumentParser, *, required: bool = True) -> Non
 def asks_for_fields(argv: Sequence[str]) -> str:
   """The config whose fields `--help` is to list; "" where help is not asked for, or of no config."""
   asked = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-  asked.add_argument("--config", default="")
+  asked.add_argument("--config", nargs="?", default="", const="")
   asked.add_argument("-h", "--help", action="store_true")
   asked.add_argument("--print_config", action="store_true")
   found, _ = asked.parse_known_args(argv)

@@ -44,7 +44,7 @@ class Number:
     bounds = [low] if self.low > -LARGEST else []
     bounds += [high] if self.high not in (LARGEST, LARGEST_WHOLE) else []
     kind = "a whole number" if self.whole else "a number"
-    beside = "".join(f", or {value}" for value in self.also)
+    beside = "".join(f", or {value}" for value in dict.fromkeys(self.also))
     return " ".join([kind, " and ".join(bounds)]).strip() + beside
 
   def wrong(self, value: Any) -> str:

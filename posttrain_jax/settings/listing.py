@@ -57,7 +57,7 @@ def meaning(name: str) -> str:
   """What a field means and may be, and where it is read.
 
   >>> meaning("optimizer.warmup")
-  'share of steps (a number of at least 0 and at most 1)'
+  'share of steps in which the learning rate rises to its peak (a number of at least 0 and at most 1)'
   """
   field = fields.FIELDS.get(fields.known_as(name))
   if field is None:
