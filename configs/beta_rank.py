@@ -5,8 +5,7 @@ r"""Does beta hold the policy to its reference or push it away, and does the ran
 measured: experiments/results/beta_rank.md
 """
 
-import common
-import preference
+from posttrain_jax.configs import common, preference
 
 
 def get_config(arg=None):

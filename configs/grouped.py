@@ -5,9 +5,10 @@ posttrain train --config=configs/grouped.py:method=grpo,data=SCORED.jsonl --work
 Rows: {"prompt": ..., "completions": [...], "scores": [...]}.
 """
 
-import common
 import ml_collections
 from ml_collections import config_dict
+
+from posttrain_jax.configs import common
 
 # loss, aggregation, advantage, epsilon_high
 METHODS = {

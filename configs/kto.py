@@ -3,8 +3,9 @@ r"""KTO: answers labelled desirable or not; pairs count as two.
 posttrain train --config=configs/kto.py:data=LABELS.jsonl --workdir=runs/kto
 """
 
-import common
 import ml_collections
+
+from posttrain_jax.configs import common
 
 
 def get_config(arg=None):

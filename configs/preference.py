@@ -8,8 +8,9 @@ comparison of scores; several with + between are added up with the weights in `o
 dpo+sft RPO).
 """
 
-import common
 import ml_collections
+
+from posttrain_jax.configs import common
 
 LEARNING_RATE = {"simpo": 5e-7, "orpo": 8e-6}  # of full fine-tuning, as the papers have them
 

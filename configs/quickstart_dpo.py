@@ -9,8 +9,7 @@ With five times the rate and a fifth of the weight on the chosen queries' likeli
 on held-out pairs rose to 81 %: pairs are no measure of answers.
 """
 
-import common
-import preference
+from posttrain_jax.configs import common, preference
 
 
 def get_config(arg=None):

@@ -3,8 +3,9 @@ r"""Reward models: Bradley-Terry on pairs, labelled outcomes, or labelled steps 
 posttrain train --config=configs/reward.py:data=PAIRS.jsonl,kind=pairs --workdir=runs/reward
 """
 
-import common
 import ml_collections
+
+from posttrain_jax.configs import common
 
 
 def get_config(arg=None):

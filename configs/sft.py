@@ -3,7 +3,7 @@ r"""Supervised fine-tuning; continued pretraining where the rows are plain text.
 posttrain train --config=configs/sft.py:model=smollm2,data=sql,adapter=lora --workdir=runs/sft
 """
 
-import common
+from posttrain_jax.configs import common
 
 
 def get_config(arg=None):

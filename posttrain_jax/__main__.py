@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.metadata
 import logging
 import os
+import platform
 import re
+import shutil
 import sys
 import threading
 from collections.abc import Mapping, Sequence
 from types import ModuleType, TracebackType
 
+from posttrain_jax import settings
 from posttrain_jax.commands import (
   chat,
+  common,
+  completion,
   eval,
   export,
   fetch,
@@ -29,8 +35,9 @@ PREEMPTED = 75
 TRACEBACK = "POSTTRAIN_TRACEBACK"  # in the environment: errors show where they come from
 EXAMPLES = """\
   posttrain fetch smollm2
-  posttrain train --config=configs/sft.py:model=smollm2,data=sql,adapter=lora --workdir=runs/sft
-  posttrain train --config=configs/sft.py --config.optimizer.lr=1e-4 --workdir=runs/lr --dry_run
+  posttrain train --config=sft:model=smollm2,data=sql,adapter=lora --workdir=runs/sft
+  posttrain train --config=sft --config.optimizer.lr=1e-4 --workdir=runs/lr --dry_run
+  posttrain train --config=sft --help                        every field of a config
   posttrain chat --model=smollm2 --adapter=runs/sft/adapter
   posttrain report runs/sft --out=compare.html
   posttrain export --workdir=runs/sft --out=merged --merge
@@ -48,6 +55,7 @@ COMMANDS: Mapping[str, ModuleType] = {
   "sweep": sweep,
   "plan": plan,
   "report": report,
+  "completion": completion,
 }
 
 
@@ -74,6 +82,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   """
   if argv is not None:
     return _run(list(argv))
+  if (line := os.environ.get(completion.ASKED)) is not None:
+    print("\n".join(completion.words(line, _options())))
+    return 0
   if not os.environ.get(TRACEBACK):
     _hush()
   code = _run(sys.argv[1:])
@@ -82,7 +93,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: list[str]) -> int:
   overrides = [arg for arg in argv if arg.startswith("--config.")]
-  args = _parser().parse_args([arg for arg in argv if arg not in overrides])
+  rest = [arg for arg in argv if arg not in overrides]
+  try:
+    parser = _parser(_fields(rest, overrides))
+  except Exception as error:
+    if os.environ.get(TRACEBACK):
+      raise
+    _tell(f"posttrain: {_message(error)}")
+    return 1
+  args, unknown = parser.parse_known_args(rest)
+  if unknown:
+    said = f"unrecognized arguments: {' '.join(unknown)}"
+    parser.error(_unknown(unknown, overrides) if "config" in args else said)
   if overrides and "config" not in args:
     print(f"posttrain {args.command}: takes no {overrides[0]}", file=sys.stderr)
     return 2
@@ -93,6 +115,8 @@ def _run(argv: list[str]) -> int:
   logging.getLogger("posttrain_jax").setLevel(logging.INFO)
   os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns that PyTorch is not there
   try:
+    if "config" in args and args.print_config:
+      return common.print_config(args.config, overrides)
     return COMMANDS[args.command].run(args, overrides)
   except KeyboardInterrupt:
     _tell(f"posttrain {args.command}: interrupted")
@@ -154,17 +178,63 @@ def _leave(code: int) -> int:
   os._exit(code)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _fields(argv: Sequence[str], overrides: Sequence[str]) -> str:
+  """The list of fields that `--help` shows beside a config; "" where it is not asked for."""
+  config = common.asks_for_fields(argv)
+  if not config:
+    return ""
+  resolved = settings.load(_home(config), overrides)
+  listed = settings.listing.text(resolved, shutil.get_terminal_size().columns)
+  return f"{settings.about(_home(config))}\n{listed}".lstrip()
+
+
+def _unknown(arguments: Sequence[str], overrides: Sequence[str]) -> str:
+  """What is said of arguments that no option of a verb with a config takes: fields are written another way."""
+  said = f"unrecognized arguments: {' '.join(arguments)}"
+  if bare := next((text for text in overrides if "=" not in text), ""):
+    return f"{said}; write {bare}={arguments[0]}"
+  name = arguments[0].removeprefix("--").partition("=")[0]
+  meant = settings.names.elsewhere(name)
+  meant = meant or " or ".join(settings.names.near(name, settings.fields.FIELDS))
+  return f"{said}; a field of a config is written --config.NAME=value: {meant}" if meant else said
+
+
+def _version() -> str:
+  """This program's version, and those that a report of a fault needs."""
+  version = importlib.metadata.version
+  return f"posttrain {version('posttrain-jax')} (jax {version('jax')}, Python {platform.python_version()})"
+
+
+def _options() -> dict[str, list[str]]:
+  """The options of each verb."""
+  options = {}
+  for name, module in COMMANDS.items():
+    verb = argparse.ArgumentParser()
+    module.add(verb)
+    options[name] = sorted({*re.findall(r"--\w+", verb.format_usage()), "--help"})
+  return options
+
+
+def _parser(fields: str = "") -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
     prog="posttrain",
     description=__doc__,
     epilog=EXAMPLES,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
+  parser.add_argument("--version", action="version", version=_version())
   verbs = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
   for name, module in COMMANDS.items():
     summary = (module.__doc__ or "").partition(": ")[2].strip().rstrip(".")
-    module.add(verbs.add_parser(name, help=summary, allow_abbrev=False))
+    verb = verbs.add_parser(
+      name,
+      help=summary,
+      description=f"{summary[:1].upper()}{summary[1:]}.",
+      allow_abbrev=False,
+      formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.add(verb)
+    verb.epilog = fields if fields and verb.epilog else verb.epilog
   return parser
 
 

@@ -3,16 +3,48 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
+from collections.abc import Sequence
+
+from posttrain_jax import settings
 
 
 def add_config(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+  """The option that names a config, and `--print_config`; with a config, `--help` lists its fields."""
   parser.add_argument(
     "--config",
     required=required,
     metavar="FILE[:arg=value,...]",
-    help="a config file; --config.field=value after it changes a field",
+    help="a config file, or one that comes with posttrain:"
+    f" {', '.join(settings.shipped_names())}; --config.field=value after it changes a field",
   )
+  parser.add_argument(
+    "--print_config",
+    action="store_true",
+    help="print the config with all its fields as JSON, and stop",
+  )
+  parser.epilog = f"{parser.prog} --config=FILE --help lists every field of that config."
+
+
+def asks_for_fields(argv: Sequence[str]) -> str:
+  """The config whose fields `--help` is to list; "" where help is not asked for, or of no config."""
+  asked = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+  asked.add_argument("--config", nargs="?", default="", const="")
+  asked.add_argument("-h", "--help", action="store_true")
+  asked.add_argument("--print_config", action="store_true")
+  found, _ = asked.parse_known_args(argv)
+  return found.config if found.help else ""
+
+
+def print_config(config: str | None, overrides: Sequence[str]) -> int:
+  """Prints what a config with its arguments and overrides is: JSON that `--config=FILE.json` reads."""
+  if config is None:
+    raise settings.ConfigError("--print_config needs --config=FILE")
+  resolved = settings.plain(settings.load(config, overrides))
+  settings.fields.check(resolved, settings.given(overrides))
+  print(json.dumps(resolved, indent=2))
+  return 0
 
 
 SOURCE = "a data file, or a hub dataset (owner/name[:config][#split])"

@@ -6,6 +6,7 @@ import ast
 import contextlib
 import difflib
 import importlib.util
+import json
 import os
 import re
 import sys
@@ -16,12 +17,16 @@ from typing import Any
 
 import ml_collections
 
-from posttrain_jax.settings import fields
+from posttrain_jax.settings import fields, listing, names
 from posttrain_jax.settings.domains import Text
 from posttrain_jax.settings.errors import ConfigError
 
-__all__ = ["ConfigError", "fields", "load", "section"]
+__all__ = ["ConfigError", "fields", "listing", "load", "names", "section"]
 UNREADABLE = (ValueError, SyntaxError, TypeError, MemoryError, RecursionError)  # of a literal
+SHIPPED = Path(__file__).parents[1] / "configs"
+NO_CONFIGS = ("__init__", "common")  # beside them
+NO_ARGUMENT = "unknown config argument "  # how config files begin to say so
+LISTED = "posttrain train --config=FILE --help lists all of them"
 # fields that decide which others a section has -> the argument of the config file that makes the section so
 STRUCTURE = {"optimizer.name": "optimizer", "adapter.method": "adapter"}
 
@@ -40,6 +45,8 @@ def section(name: str) -> Generator[None]:
 
 def load(config: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
   """The ConfigDict of `FILE[:argument,...]` with `--config.field=value` overrides applied; locked.
+
+  FILE is a path, or the name alone of a config that comes with the package.
 
   A value takes the type of the field; an empty dict takes any key (`--config.data.columns.prompt=question`).
 
@@ -70,19 +77,45 @@ def _override(text: str) -> tuple[str, str]:
 
 def _resolved(path: str, arguments: str, asked: Mapping[str, str]) -> ml_collections.ConfigDict:
   """What the file's `get_config` makes of its arguments, a method that overrides name among them."""
+  if path.endswith(".json"):
+    return _printed(path, arguments)
   named = [f"{STRUCTURE[name]}={text}" for name, text in asked.items() if name in STRUCTURE]
   with _opened(path) as loaded:
     try:
       resolved = loaded.get_config(",".join(filter(None, [arguments, *named])) or None)
     except ValueError as error:
-      if not named or not str(error).startswith("unknown config argument"):
+      if not str(error).startswith(NO_ARGUMENT):
         raise
+      if not named:
+        raise ConfigError(f"{error}{_field_meant(str(error))}") from error
       resolved = loaded.get_config(arguments or None)  # it has no such argument
   if not isinstance(resolved, ml_collections.ConfigDict):
     raise ConfigError(
       f"{path}: get_config returned a {type(resolved).__name__}, expected an ml_collections.ConfigDict"
     )
   return resolved
+
+
+def _field_meant(error: str) -> str:
+  """After "unknown config argument 'x'": how x is written where it is a field."""
+  name = error.removeprefix(NO_ARGUMENT).partition(":")[0].strip(" '")
+  meant = names.SAME.get(name) or ", ".join(names.ending(name, fields.FIELDS))
+  return f"; a field is written apart, --config.NAME=value: {meant}" if meant else ""
+
+
+def _printed(path: str, arguments: str) -> ml_collections.ConfigDict:
+  """The config that `--print_config` printed, or the `config.json` of a run."""
+  try:
+    values = json.loads(Path(path).expanduser().read_text())
+  except (OSError, ValueError) as error:
+    raise ConfigError(f"config file {path}: {error}") from error
+  values = (
+    values.get("config", values) if isinstance(values, dict) else values
+  )  # as a run records it
+  if not isinstance(values, dict) or arguments:
+    wrong = f"takes no arguments, {arguments!r}" if arguments else "has no object of fields"
+    raise ConfigError(f"config file {path} {wrong}; change its fields with --config.NAME=value")
+  return ml_collections.ConfigDict(values, allow_dotted_keys=True)
 
 
 def _set(config: ml_collections.ConfigDict, name: str, text: str, opened: set[str]) -> None:
@@ -92,7 +125,7 @@ def _set(config: ml_collections.ConfigDict, name: str, text: str, opened: set[st
     node = node.get(part) if isinstance(node, ml_collections.ConfigDict) else None
   free = ".".join(parents) in opened
   if not isinstance(node, ml_collections.ConfigDict) or (last not in node and not free):
-    raise ConfigError(_unknown(name, config))
+    raise ConfigError(_unknown(name, text, config))
   old = node.get(last)
   if isinstance(old, ml_collections.ConfigDict) and name not in opened:
     raise ConfigError(
@@ -162,15 +195,37 @@ def _shown(old: Any) -> str:
   return repr(plain(old) if isinstance(old, ml_collections.ConfigDict) else old)
 
 
-def _unknown(name: str, config: ml_collections.ConfigDict) -> str:
+def _unknown(name: str, text: str, config: ml_collections.ConfigDict) -> str:
   if fields.known_as(name) in fields.FIELDS and (why := fields.unread(plain(config), name)):
     return f"--config.{why}"
   there = flat(plain(config))
+  meant = names.elsewhere(name)
+  if meant and not names.ending(name, there):
+    return f"unknown config key {name!r}: {_here(meant, text, config)}"
+  near = names.near(name, there)
+  if near:
+    return f"unknown config key {name!r}; did you mean {' or '.join(map(repr, near))}? {LISTED}"
+  missing = [why for field in names.near(name, fields.FIELDS) if (why := _missing(field, config))]
+  if missing:
+    return f"unknown config key {name!r}; {missing[0]}"
   parent = name.rpartition(".")[0]
   siblings = [f for f in there if f.rpartition(".")[0] == parent] or list(there)
-  near = difflib.get_close_matches(name, there, n=1)
-  hint = f"; did you mean {near[0]!r}?" if near else "."
-  return f"unknown config key {name!r}{hint} Keys there: {', '.join(siblings)}"
+  return f"unknown config key {name!r}. Keys there: {', '.join(siblings)}. {LISTED}"
+
+
+def _here(meant: str, text: str, config: ml_collections.ConfigDict) -> str:
+  """What another tool's name is in this config: a field with the value given, or what is said of it."""
+  if meant not in fields.FIELDS:
+    return f"here, {meant}"
+  return _missing(meant, config) or f"here it is {meant}; write --config.{meant}={text}"
+
+
+def _missing(field: str, config: ml_collections.ConfigDict) -> str:
+  """Why this config does not have a field of the table; "" where it does."""
+  values = plain(config)
+  if field in dict(fields.items(values)):
+    return ""
+  return fields.unread(values, field) or f"here it is {field}, which this config does not have"
 
 
 def points(config: str) -> list[tuple[str, dict[str, Any]]]:
@@ -189,6 +244,28 @@ def points(config: str) -> list[tuple[str, dict[str, Any]]]:
     return list(sweep())
 
 
+def about(config: str) -> str:
+  """What a config file says that it is, and the arguments that it takes; "" of JSON."""
+  path = config.partition(":")[0]
+  if path.endswith(".json"):
+    return ""
+  with _opened(path) as loaded:
+    title = (loaded.__doc__ or "").strip().partition("\n")[0]
+  known = ", ".join(arguments(path))
+  return f"{title}\n\nArguments after the colon: {known}\n" if known else f"{title}\n"
+
+
+def arguments(path: str) -> list[str]:
+  """The arguments that a config file takes, which it lists where it is given an unknown one."""
+  with _opened(path) as loaded:
+    try:
+      loaded.get_config("?")
+    except Exception as error:  # whatever a file makes of it
+      known = str(error).removeprefix(NO_ARGUMENT).partition("known are ")[2]
+      return re.findall(r"\w+", known)
+  return []
+
+
 def module(path: str) -> Any:
   """The config file as a module."""
   with _opened(path) as loaded:
@@ -198,7 +275,7 @@ def module(path: str) -> Any:
 @contextlib.contextmanager
 def _opened(path: str) -> Generator[Any]:
   """The config file as a module, whose mistakes inside are ConfigErrors that name their line."""
-  file = Path(path).expanduser()
+  file = _file(path)
   with _beside(file.parent.absolute()):
     try:
       yield _executed(path, file)
@@ -206,6 +283,17 @@ def _opened(path: str) -> Generator[Any]:
       raise
     except (Exception, SystemExit) as error:
       raise ConfigError(_in_file(error, file)) from error
+
+
+def _file(path: str) -> Path:
+  """Where a config file is; a bare name is that of one that comes with the package."""
+  shipped = SHIPPED / f"{path}.py"
+  return shipped if path in shipped_names() else Path(path).expanduser()
+
+
+def shipped_names() -> list[str]:
+  """The config files that come with the package, by the names that `--config` takes."""
+  return sorted(file.stem for file in SHIPPED.glob("*.py") if file.stem not in NO_CONFIGS)
 
 
 @contextlib.contextmanager
@@ -245,9 +333,9 @@ def _in_file(error: BaseException, file: Path) -> str:
     return str(error)
   if isinstance(error, SyntaxError) and error.filename:
     return f"{error.filename}:{error.lineno}: {error.msg}"
-  folder = file.parent.absolute()
+  folder = file.parent.resolve()
   frames = traceback.extract_tb(error.__traceback__)
-  at = [frame for frame in frames if Path(frame.filename).parent.absolute() == folder]
+  at = [frame for frame in frames if Path(frame.filename).parent.resolve() == folder]
   place = f"{file}:{at[-1].lineno}" if at else str(file)
   return f"{place}: {type(error).__name__}: {error}"
 
@@ -257,8 +345,8 @@ def _executed(path: str, file: Path) -> Any:
     near = difflib.get_close_matches(
       file.name, [p.name for p in file.parent.glob("*.py")], n=1, cutoff=0.3
     )
-    hint = f"; there is {file.parent / near[0]}" if near else ""
-    raise ConfigError(f"config file {path} does not exist{hint}")
+    there = f"; there is {file.parent / near[0]}" if near else ""
+    raise ConfigError(f"config file {path} does not exist{there or _shipped_hint(file)}")
   spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
   if spec is None or spec.loader is None:
     raise ConfigError(f"config file {path} is not a Python file; its name must end in .py")
@@ -267,6 +355,14 @@ def _executed(path: str, file: Path) -> Any:
   if not callable(vars(loaded).get("get_config")):
     raise ConfigError(f"{path} has no get_config(arg): it is not a config file")
   return loaded
+
+
+def _shipped_hint(file: Path) -> str:
+  """What to write where no file is near: the config of that name that comes with the package, or their names."""
+  shipped = shipped_names()
+  if file.stem in shipped:
+    return f"; the one that comes with posttrain is --config={file.stem}"
+  return f"; without a path there are {', '.join(shipped)}"
 
 
 def override(field: str, value: Any) -> str:

@@ -40,11 +40,11 @@ class Number:
   @property
   def says(self) -> str:
     low = f"{'above' if self.above else 'of at least'} {self.low:g}"
-    high = f"{'below' if self.below else 'at most'} {self.high:,g}"
+    high = f"{'below' if self.below else 'at most'} {self.high:{',' if self.whole else 'g'}}"
     bounds = [low] if self.low > -LARGEST else []
     bounds += [high] if self.high not in (LARGEST, LARGEST_WHOLE) else []
     kind = "a whole number" if self.whole else "a number"
-    beside = "".join(f", or {value}" for value in self.also)
+    beside = "".join(f", or {value}" for value in dict.fromkeys(self.also))
     return " ".join([kind, " and ".join(bounds)]).strip() + beside
 
   def wrong(self, value: Any) -> str:

@@ -7,10 +7,10 @@ sections ask of each other is in `build.checks`.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from posttrain_jax.settings import names
 from posttrain_jax.settings.domains import (
   LARGEST_WHOLE,
   Choice,
@@ -41,7 +41,7 @@ _COLUMNS = Table(Text("a name"), Several(Text("a column's name")))
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-  """`meaning` begins where the name ends: "peak", "tokens in a row; no example may be longer"."""
+  """`meaning` is understood beside the name alone: "tokens in a row; no example may be longer"."""
 
   meaning: str
   domain: Domain
@@ -54,23 +54,27 @@ LOSSES_OF_PAIRS = (
   *("apo_down", "sppo", "cpo", "simpo", "orpo", "tpo", "tpo_norm", "aot", "aot_unpaired"),
   *("sft", "sft_with_prompt", "gold", "kto", "reward"),
 )
+ADAPTERS = (
+  *("none", "lora", "dora", "pissa", "olora", "loftq", "longlora", "vera", "adalora", "ia3"),
+  *("prompt", "prefix"),
+)
 _FOLLOWS = ("objective.sync_every", lambda every: every > 0, "above 0")
 _REPLAYS = ("data.replay", bool, "a source")
 _HAS_TASK = ("eval.task", bool, "a task")
 _ELSEWHERE = ("objective.reference", lambda name: name != "base", "an adapter or another model")
 
 FIELDS: Mapping[str, Field] = {
-  "seed": Field("of data order, initialisation and dropout", _whole(0)),
+  "seed": Field("seed of data order, initialisation and dropout", _whole(0)),
   "steps": Field("optimizer updates", _whole(1)),
   "log_every": Field("steps from one line of metrics.jsonl to the next", _whole(1)),
   "max_skipped": Field(
     "updates in a row with a gradient that is not finite before the run gives up", _whole(1)
   ),
   # --- model
-  "model.name": Field("a built-in model, a Hugging Face folder or a hub name", Text("a name")),
+  "model.name": Field("smollm2 (built in), a Hugging Face folder or a hub name", Text("a name")),
   "model.base": Field("how frozen matrices are stored", _STORAGES),
   "model.dtype": Field(
-    "of the computation; auto: bfloat16 on accelerators, float32 on CPU",
+    "number format of the computation; auto: bfloat16 on accelerators, float32 on CPU",
     Choice(("auto", "float32", "bfloat16", "float16")),
   ),
   "model.template": Field(
@@ -81,40 +85,44 @@ FIELDS: Mapping[str, Field] = {
     "what the backward pass recomputes", Choice(("auto", "none", "names", "dots", "full"))
   ),
   # --- batch, mesh, evaluation, checkpoints
-  "batch.rows": Field("in an optimizer batch, over all devices", _whole(1, MOST_ROWS)),
-  "batch.accumulate": Field("micro-batches in it", _whole(1, MOST_ROWS)),
+  "batch.rows": Field("rows in an optimizer batch, over all devices", _whole(1, MOST_ROWS)),
+  "batch.accumulate": Field(
+    "micro-batches that an optimizer batch is cut into", _whole(1, MOST_ROWS)
+  ),
   "mesh.data": Field("devices along data; -1: all that are left", _whole(1, also=(-1,))),
   "mesh.fsdp": Field("devices along fsdp; -1: all that are left", _whole(1, also=(-1,))),
   "mesh.tensor": Field("devices along tensor; -1: all that are left", _whole(1, also=(-1,))),
-  "eval.every": Field("steps; 0 for none but the last", _whole(0)),
-  "eval.rows": Field("rows a batch", _whole(1, MOST_ROWS)),
+  "eval.every": Field("steps from one evaluation to the next; 0: after the last alone", _whole(0)),
+  "eval.rows": Field("rows in an evaluation batch", _whole(1, MOST_ROWS)),
   "eval.task": Field("a built-in task to answer before and after training", Choice(("", "sql"))),
-  "eval.task_limit": Field("questions; 0 for all", _whole(0), _HAS_TASK),
-  "eval.before": Field("answer it before training too", Flag(), _HAS_TASK),
-  "checkpoint.every": Field("steps; 0 for the last alone, which is always kept", _whole(0)),
-  "checkpoint.keep": Field("newest ones", _whole(1)),
+  "eval.task_limit": Field("questions of the task; 0 for all", _whole(0), _HAS_TASK),
+  "eval.before": Field("answer the task before training too", Flag(), _HAS_TASK),
+  "checkpoint.every": Field(
+    "steps from one checkpoint to the next; 0: the last alone, which is always kept", _whole(0)
+  ),
+  "checkpoint.keep": Field("newest checkpoints that are kept", _whole(1)),
   # --- data
   "data.train": Field(
     "a built-in task, a .jsonl .json .parquet path, a hub name, or a mixture FIRST*0.7+SECOND*0.3",
     Text("a source of rows", empty=True),  # what reads no rows needs none
   ),
   "data.eval": Field(
-    "the same; '': the task's own evaluation split, or eval_rows rows of train",
+    "held-out rows, named as data.train; '': the task's own evaluation split, or eval_rows rows of train",
     Text("a source of rows", empty=True),
   ),
-  "data.eval_rows": Field("rows held out; 0 for none", _whole(0)),
+  "data.eval_rows": Field("rows held out of train; 0 for none", _whole(0)),
   "data.columns": Field("this schema's name -> the file's column, or columns", _COLUMNS),
   "data.chat": Field(
     "prompt and completion strings become a user's and an assistant's turn", Flag()
   ),
   "data.system": Field(
-    "system message put before them",
+    "system message put before prompts",
     Text(empty=True, optional=True),
     ("data.chat", bool, "true"),
   ),
   "data.length": Field("tokens in a row; no example may be longer", _whole(2, MOST_TOKENS)),
   "data.truncate": Field(
-    "what becomes of longer ones: texts keep_start or split, answers prompt",
+    "what becomes of longer examples: texts keep_start or split, answers prompt",
     Choice(("error", "drop", "keep_start", "split", "prompt")),
   ),
   "data.train_on": Field(
@@ -134,22 +142,27 @@ FIELDS: Mapping[str, Field] = {
   ),
   "data.limit": Field("rows used; 0 for all", _whole(0)),
   "data.replay": Field(
-    "general data mixed in against forgetting: as train", Text("a source of rows", empty=True)
+    "general data mixed in against forgetting, named as data.train",
+    Text("a source of rows", empty=True),
   ),
-  "data.replay_columns": Field("as columns", _COLUMNS, _REPLAYS),
+  "data.replay_columns": Field("data.columns of the replayed data", _COLUMNS, _REPLAYS),
   "data.replay_fraction": Field(
-    "share of the batch", Number(0, 1, above=True, below=True), _REPLAYS
+    "share of replayed data in the batch", Number(0, 1, above=True, below=True), _REPLAYS
   ),
-  "data.replay_by": Field("what it is a share of", Choice(("tokens", "examples")), _REPLAYS),
+  "data.replay_by": Field(
+    "what replay_fraction is a share of", Choice(("tokens", "examples")), _REPLAYS
+  ),
   # --- optimizer
   "optimizer.name": Field(
-    "of the method; it decides which fields there are",
+    "method; it decides which fields there are",
     Choice(("adamw", "adafactor", "lion", "sgd", "adamw8bit", "adam_mini", "galore", "galore8bit")),
   ),
-  "optimizer.lr": Field("peak", _NOT_NEGATIVE),
-  "optimizer.warmup": Field("share of steps", _SHARE),
-  "optimizer.schedule": Field("what follows", Choice(("constant", "linear", "cosine"))),
-  "optimizer.weight_decay": Field("on matrices", _NOT_NEGATIVE),
+  "optimizer.lr": Field("learning rate at its peak", _NOT_NEGATIVE),
+  "optimizer.warmup": Field("share of steps in which the learning rate rises to its peak", _SHARE),
+  "optimizer.schedule": Field(
+    "how the learning rate goes on after its peak", Choice(("constant", "linear", "cosine"))
+  ),
+  "optimizer.weight_decay": Field("weight decay of matrices", _NOT_NEGATIVE),
   "optimizer.clip": Field("largest global gradient norm; 0 for none", _NOT_NEGATIVE),
   "optimizer.b1": Field("decay of the first moment, or of the momentum", _DECAY),
   "optimizer.b2": Field("decay of the second moment", _DECAY),
@@ -160,25 +173,28 @@ FIELDS: Mapping[str, Field] = {
   "optimizer.offload": Field(
     "what lives in host memory; params: and the state", Choice(("none", "state", "params"))
   ),
-  "optimizer.embeddings_in_float32": Field("their moments, in the 8-bit optimizers", Flag()),
-  "optimizer.rank": Field("of GaLore's subspace", _whole(1, HIGHEST_RANK)),
+  "optimizer.embeddings_in_float32": Field(
+    "moments of embeddings are kept in float32, in the 8-bit optimizers", Flag()
+  ),
+  "optimizer.rank": Field("rank of GaLore's subspace", _whole(1, HIGHEST_RANK)),
   "optimizer.update_gap": Field("updates from one subspace to the next", _whole(1)),
-  "optimizer.scale": Field("of the projected update", _POSITIVE),
+  "optimizer.scale": Field("factor of the projected update", _POSITIVE),
   "optimizer.projection": Field(
-    "which side is projected", Choice(("std", "reverse_std", "right", "left", "full"))
+    "which side of a matrix is projected", Choice(("std", "reverse_std", "right", "left", "full"))
   ),
   "optimizer.target": Field("paths of the matrices that are projected", Expression()),
   "optimizer.loraplus_lr_ratio": Field(
-    "rate of the factors b over that of a; 0 for one rate", Number(1, also=(0, 0.0))
+    "LoRA+: learning rate of the factors b over that of a; 0 for one rate", Number(1, also=(0, 0.0))
   ),
   "optimizer.loraplus_lr_embedding": Field(
-    "then that of adapters on embeddings",
+    "LoRA+: learning rate of adapters on embeddings",
     _NOT_NEGATIVE,
     ("optimizer.loraplus_lr_ratio", bool, "1 or more"),
   ),
   # --- objective
   "objective.name": Field(
-    "of the kind of rows", Choice(("sft", "preference", "reward", "kto", "grouped"))
+    "what is learned, of the rows that it takes",
+    Choice(("sft", "preference", "reward", "kto", "grouped")),
   ),
   "objective.losses": Field(
     "loss -> its weight in the sum; they decide which fields there are",
@@ -190,11 +206,11 @@ FIELDS: Mapping[str, Field] = {
   ),
   "objective.gamma_beta_ratio": Field("target margin over beta", _NOT_NEGATIVE),
   "objective.divergence": Field(
-    "from the reference",
+    "of the policy from the reference",
     Choice(("reverse_kl", "forward_kl", "jensen_shannon", "alpha_divergence")),
   ),
   "objective.divergence_alpha": Field(
-    "its alpha; 1 is the reverse KL",
+    "alpha of that divergence; 1 is the reverse KL",
     _NOT_NEGATIVE,
     ("objective.divergence", lambda name: name == "alpha_divergence", "alpha_divergence"),
   ),
@@ -208,23 +224,25 @@ FIELDS: Mapping[str, Field] = {
     "how another model's matrices are stored", _STORAGES, _ELSEWHERE
   ),
   "objective.cache_reference": Field(
-    "its log-probabilities are computed once, before training", Flag()
+    "the reference's log-probabilities are computed once, before training", Flag()
   ),
   "objective.sync_every": Field(
     "updates from one step of the reference towards the policy to the next; 0: it stays", _whole(0)
   ),
-  "objective.sync_mix": Field("share of the policy in it", Number(0, 1, above=True), _FOLLOWS),
-  "objective.desirable_weight": Field("of the loss of desirable answers", _NOT_NEGATIVE),
-  "objective.undesirable_weight": Field("of the loss of undesirable answers", _NOT_NEGATIVE),
+  "objective.sync_mix": Field(
+    "share of the policy in such a step", Number(0, 1, above=True), _FOLLOWS
+  ),
+  "objective.desirable_weight": Field("weight of the loss of desirable answers", _NOT_NEGATIVE),
+  "objective.undesirable_weight": Field("weight of the loss of undesirable answers", _NOT_NEGATIVE),
   "objective.estimate_kl": Field(
-    "from answers to other prompts; false: APO-zero on labels", Flag()
+    "the KL is estimated from answers to other prompts; false: APO-zero on labels", Flag()
   ),
   "objective.sft_weight": Field(
-    "of the better answers' likelihood, beside the loss", _NOT_NEGATIVE
+    "weight of the better answers' likelihood, beside the loss", _NOT_NEGATIVE
   ),
   "objective.centering": Field("weight of the square of a pair's summed rewards", _NOT_NEGATIVE),
   "objective.loss": Field(
-    "of a token; it decides which fields there are",
+    "loss of a token; it decides which fields there are",
     Choice(("reinforce", "ppo", "gspo", "rloo", "cispo")),
   ),
   "objective.aggregation": Field(
@@ -240,24 +258,31 @@ FIELDS: Mapping[str, Field] = {
     Number(1, above=True, also=(None,)),
   ),
   "objective.ceiling": Field("CISPO's bound on the ratio", _POSITIVE),
-  "objective.kl_weight": Field("of k3 to the reference", _NOT_NEGATIVE),
+  "objective.kl_weight": Field(
+    "weight of the KL to the reference, by its estimate k3", _NOT_NEGATIVE
+  ),
   "objective.old": Field(
     "who wrote the answers: the policy (every ratio is 1 at first) or the reference",
     Choice(("policy", "reference")),
   ),
   # --- adapter, under PEFT's names; of several methods each has a section with its own
   "adapter.method": Field(
-    "or several with + between; it decides which fields there are", Text("a name")
+    "what trains; it decides which fields there are",
+    Text(f"{', '.join(ADAPTERS)}, or several with + between"),
   ),
   "adapter.r": Field("rank", _whole(1, HIGHEST_RANK)),
   "adapter.lora_alpha": Field("the update is scaled by lora_alpha / r", _POSITIVE),
-  "adapter.lora_dropout": Field("of the adapter's input, in training", _DECAY),
+  "adapter.lora_dropout": Field("dropout of the adapter's input, in training", _DECAY),
   "adapter.target_modules": Field(
     "all-linear, a regular expression over names such as layers.3.self_attn.q_proj, or name endings",
     Either(Expression(), _NAMES),
   ),
-  "adapter.exclude_modules": Field("as target_modules", Either(Expression(empty=True), _NAMES)),
-  "adapter.layers_to_transform": Field("(): every layer", Several(_whole(0))),
+  "adapter.exclude_modules": Field(
+    "modules that are left out, named as target_modules", Either(Expression(empty=True), _NAMES)
+  ),
+  "adapter.layers_to_transform": Field(
+    "layers that are adapted; (): every layer", Several(_whole(0))
+  ),
   "adapter.rank_pattern": Field(
     "name ending or expression -> rank", Table(Expression(), _whole(1, HIGHEST_RANK))
   ),
@@ -265,7 +290,7 @@ FIELDS: Mapping[str, Field] = {
     "name ending or expression -> lora_alpha", Table(Expression(), _POSITIVE)
   ),
   "adapter.depth_ranks": Field(
-    "of the first and the last layer, linear between; (): r everywhere",
+    "ranks of the first and the last layer, linear between; (): r everywhere",
     Several(_whole(1, HIGHEST_RANK)),
   ),
   "adapter.use_rslora": Field("scale by lora_alpha / sqrt(r)", Flag()),
@@ -273,8 +298,10 @@ FIELDS: Mapping[str, Field] = {
     "how a and b start: uniform, gaussian, zero_a, pissa, pissa_niter_16, olora, loftq",
     Either(Text("a name"), Flag()),
   ),
-  "adapter.use_dora": Field("the direction, with a trained magnitude of each output", Flag()),
-  "adapter.loftq_iter": Field("rounds of quantisation and SVD", _whole(1, 1000)),
+  "adapter.use_dora": Field(
+    "DoRA: the adapter gives the direction, beside a trained magnitude of each output", Flag()
+  ),
+  "adapter.loftq_iter": Field("LoftQ's rounds of quantisation and SVD", _whole(1, 1000)),
   "adapter.modules_to_save": Field("name endings of what trains whole beside it", _NAMES),
   "adapter.attention_group": Field(
     "tokens of a group of the shifted attention in training; 0: full attention",
@@ -288,18 +315,25 @@ FIELDS: Mapping[str, Field] = {
   "adapter.init_r": Field("rank at the start", _whole(1, HIGHEST_RANK)),
   "adapter.target_r": Field("average rank at the end", _whole(1, HIGHEST_RANK)),
   "adapter.tinit": Field("steps before pruning", _whole(0)),
-  "adapter.tfinal": Field("steps after it", _whole(0)),
+  "adapter.tfinal": Field("steps after pruning", _whole(0)),
   "adapter.deltaT": Field("steps from one pruning to the next", _whole(1)),
-  "adapter.beta1": Field("of the moving average of importance", _DECAY),
-  "adapter.beta2": Field("of that of its uncertainty", _DECAY),
-  "adapter.orth_reg_weight": Field("of the factors' orthogonality in the loss", _NOT_NEGATIVE),
-  "adapter.total_step": Field("of the schedule; None: the run's steps", _whole(1, also=(None,))),
-  "adapter.feedforward_modules": Field(
-    "scaled at their input, as target_modules", Either(Expression(empty=True), _NAMES)
+  "adapter.beta1": Field("decay of the moving average of importance", _DECAY),
+  "adapter.beta2": Field("decay of the moving average of its uncertainty", _DECAY),
+  "adapter.orth_reg_weight": Field(
+    "weight of the factors' orthogonality in the loss", _NOT_NEGATIVE
   ),
-  "adapter.num_virtual_tokens": Field("of a soft prompt or prefix", _whole(1, 2**16)),
-  "adapter.prompt_tuning_init": Field("how it starts", Choice(("RANDOM", "SAMPLE_VOCAB", "TEXT"))),
-  "adapter.prompt_tuning_init_text": Field("with TEXT", Text(empty=True, optional=True)),
+  "adapter.total_step": Field("steps of the schedule; None: the run's", _whole(1, also=(None,))),
+  "adapter.feedforward_modules": Field(
+    "modules that are scaled at their input, named as target_modules",
+    Either(Expression(empty=True), _NAMES),
+  ),
+  "adapter.num_virtual_tokens": Field("tokens of a soft prompt or prefix", _whole(1, 2**16)),
+  "adapter.prompt_tuning_init": Field(
+    "how the soft prompt starts", Choice(("RANDOM", "SAMPLE_VOCAB", "TEXT"))
+  ),
+  "adapter.prompt_tuning_init_text": Field(
+    "text that it starts as, with TEXT", Text(empty=True, optional=True)
+  ),
 }
 
 # --- what a method reads ---------------------------------------------------------------------------------------------
@@ -420,7 +454,7 @@ def check(config: Config, given: Sequence[str] = ()) -> None:
 
 def check_values(config: Config) -> None:
   """Raises ConfigError for the first value outside its field's domain; what the table does not know is left alone."""
-  for name, value in _items(config):
+  for name, value in items(config):
     field = FIELDS.get(known_as(name))
     if field is not None and (wrong := field.domain.wrong(value)):
       shown = repr(value) if len(repr(value)) < 200 else f"{repr(value)[:200]}..."
@@ -429,13 +463,13 @@ def check_values(config: Config) -> None:
 
 def check_read(config: Config) -> None:
   """Raises ConfigError for the first field that the config's methods do not read, or that is missing."""
-  names = [name for name, _ in _items(config)]
-  for name in names:
+  present = [name for name, _ in items(config)]
+  for name in present:
     if sentence := unread(config, name):
       raise ConfigError(sentence)
   for section, fields in _read(config).items():
     for field in fields:
-      if f"{section}.{field}" not in names:
+      if f"{section}.{field}" not in present:
         raise ConfigError(
           f"the config has no {section}.{field}, which {_method(config, section)} reads; let the config file make the"
           f" section of that method, like --config=FILE:{_ARGUMENTS[section]}"
@@ -446,8 +480,8 @@ def unread(config: Config, name: str) -> str:
   """Why nothing reads a field, in a sentence; "" where something does."""
   section, _, field = name.partition(".")
   if known_as(name) not in FIELDS:
-    near = difflib.get_close_matches(name, FIELDS, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
+    meant = names.SAME.get(name) or " or ".join(names.near(name, FIELDS))
+    hint = f"; did you mean {meant}?" if meant else ""
     return f"{name}: nothing reads such a field{hint}"
   read = _read(config).get(section)
   if read is None or field in read:
@@ -459,7 +493,7 @@ def unread(config: Config, name: str) -> str:
 
 def _check_given(config: Config, name: str) -> None:
   """Raises ConfigError for a field written by hand that another field has left unread."""
-  values = dict(_items(config))
+  values = dict(items(config))
   when = FIELDS[known_as(name)].when if known_as(name) in FIELDS else None
   if when is not None and when[0] in values and not when[1](values[when[0]]):
     raise ConfigError(
@@ -483,12 +517,12 @@ def known_as(name: str) -> str:
   return f"adapter.{parts[-1]}" if parts[0] == "adapter" and len(parts) == 3 else name
 
 
-def _items(config: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def items(config: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
   """(dotted name, value) of every field; what the table knows as a dict is one value."""
   for key, value in config.items():
     name = f"{prefix}{key}"
     if isinstance(value, Mapping) and known_as(name) not in FIELDS:
-      yield from _items(value, f"{name}.")
+      yield from items(value, f"{name}.")
     else:
       yield name, value
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from configs import common
 from posttrain_jax import adapters, quant
 from posttrain_jax.adapters import peft_format
 from posttrain_jax.build import export, start
+from posttrain_jax.configs import common
 from posttrain_jax.core import tree
 from posttrain_jax.data import chat
 from posttrain_jax.models import decoder, hf

@@ -283,8 +283,7 @@ def test_a_sweep_trains_its_points(folder, tmp_path):
   """Through the real command: a point's log stands in its folder before the run does."""
   path = tmp_path / "grid.py"
   path.write_text(
-    f"import sys\nsys.path.insert(0, {str(CONFIGS)!r})\nimport preference\n"
-    "get_config = preference.get_config\n"
+    "from posttrain_jax.configs import preference\nget_config = preference.get_config\n"
     "def sweep():\n  for beta in (0.1, 0.5):\n    yield 'loss=dpo', {'objective.beta': beta}\n"
   )
   given = [f"--config.{name}={value}" for name, value in {**FIELDS, "steps": 2}.items()]

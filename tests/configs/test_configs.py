@@ -14,7 +14,7 @@ from posttrain_jax.models.shapes import SHAPES
 from posttrain_jax.settings import ConfigError
 
 ROOT = pathlib.Path(__file__).parents[2]
-HELPERS = ("common.py",)
+HELPERS = ("__init__.py", "common.py")
 CONFIGS = sorted(p.name for p in (ROOT / "configs").glob("*.py") if p.name not in HELPERS)
 
 
@@ -123,3 +123,16 @@ def test_the_points_of_its_sweep_differ(name):
     for arguments, fields in settings.points(file)
   ]
   assert len({*resolved}) == len(resolved) > 1
+
+
+def test_a_config_is_named_without_its_path(tmp_path, monkeypatch):
+  """Whatever folder it is asked from; one that is not there gets the names."""
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "sft").mkdir()
+  for name in CONFIGS:
+    assert settings.load(f"{name.removesuffix('.py')}:smoke") == load(name, "smoke")
+  assert settings.points("sft") == settings.points(str(ROOT / "configs" / "sft.py"))
+  with pytest.raises(ConfigError, match=r"comes with posttrain is --config=sft$"):
+    settings.load("configs/sft.py")
+  with pytest.raises(ConfigError, match="without a path there are beta_rank, grouped, kto"):
+    settings.load("common")

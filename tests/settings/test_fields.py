@@ -7,6 +7,7 @@ import pytest
 from posttrain_jax import settings
 from posttrain_jax.adapters.config import OPTIONS
 from posttrain_jax.build import decisions, objective
+from posttrain_jax.configs import common
 from posttrain_jax.data import answers, chat
 from posttrain_jax.evals import tasks
 from posttrain_jax.models import decoder
@@ -49,7 +50,7 @@ def test_a_config_has_the_fields_that_its_method_reads_and_no_other(config):
 def test_the_table_knows_nothing_else():
   known = set()
   for config in METHODS:
-    known |= {fields.known_as(name) for name, _ in fields._items(settings.plain(load(config)))}
+    known |= {fields.known_as(name) for name, _ in fields.items(settings.plain(load(config)))}
   unset = {"adapter.total_step"}  # which no config writes: the run's steps
   assert set(fields.FIELDS) == known | unset
 
@@ -75,6 +76,8 @@ def test_its_choices_are_the_codes():
     assert set(domain.names) == {*known}, name
   assert set(fields.FIELDS["optimizer.name"].domain.names) == {*fields.OPTIMIZERS}
   assert set(fields.PAIRED) == {*preference.KNOWN, *objective.SUMMED} == {*fields.LOSSES_OF_PAIRS}
+  assert fields.ADAPTERS == common.ADAPTERS
+  assert {"none", *OPTIONS} <= {*fields.ADAPTERS}
   assert set(fields.GROUPED) == {*groups.POLICY_LOSSES}
   with pytest.raises(ValueError, match="known are") as error:
     chain.chain("none", lr=0.1, steps=1)
