@@ -73,6 +73,11 @@ def _mixture(config: Config) -> None:
   d = config.data
   if not decisions.is_mixture(d.train):
     return
+  decisions.mixture(d.train)
+  if d.replay:
+    raise ConfigError(
+      "data.replay goes beside one source: name its data as a part of the mixture, with its fraction"
+    )
   if not d.eval and d.eval_rows:
     raise ConfigError(
       "data.train is a mixture: name held-out rows with data.eval, or set data.eval_rows to 0"

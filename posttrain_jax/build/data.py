@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from posttrain_jax.build.model import Model
 from posttrain_jax.core import distributed, files
 from posttrain_jax.data import answers, chat, companions, held_out, loader, mixture, schema
 from posttrain_jax.data import bounds as bounds_lib
+from posttrain_jax.data.files import SHORTEN, RowError
 from posttrain_jax.evals import tasks
 from posttrain_jax.losses import advantage
 from posttrain_jax.models import before as before_lib
@@ -70,7 +72,8 @@ def read(config: ml_collections.ConfigDict, model: Model) -> Data:
   train, eval_examples, notes, also_skipped = _parted(config, model, train)
   skipped += also_skipped
   if d.replay:
-    general, also_skipped = _encoded(config, d.replay, "train", model, d.replay_columns)
+    with _told_of("data.replay"):
+      general, also_skipped = _encoded(config, d.replay, "train", model, d.replay_columns)
     general, also_noted = _apart(general, eval_examples)
     skipped, notes = skipped + also_skipped, notes + also_noted
     train = mixture.replay(train, general, d.replay_fraction, by=d.replay_by, seed=config.seed)
@@ -93,7 +96,8 @@ def evaluated(
   d = config.data
   notes: tuple[str, ...] = ()
   if source is not None:
-    rows, skipped = _encoded(config, source, "eval", model, d.columns)
+    with _told_of("", SHORTEN):
+      rows, skipped = _encoded(config, source, "eval", model, d.columns)
   elif d.eval or d.train in tasks.TASKS:
     _, rows, _, skipped = _parted(config, model, ())
   else:
@@ -104,7 +108,7 @@ def evaluated(
   if limit:
     rows = held_out.limited(rows, limit, seed=config.seed)
   data = Data((), rows, (), "; ".join(map(str, skipped)), notes)
-  return _finished(config, model, data)
+  return _finished(config, model, data, source)
 
 
 def _parted(
@@ -113,7 +117,8 @@ def _parted(
   """(what trains, what is held out, what is to be said, what was skipped)."""
   d = config.data
   if d.eval or d.train in tasks.TASKS:
-    rows, skipped = _encoded(config, d.eval or d.train, "eval", model, d.columns)
+    with _told_of("data.eval" if d.eval else ""):
+      rows, skipped = _encoded(config, d.eval or d.train, "eval", model, d.columns)
     if d.eval_rows:
       rows = held_out.limited(rows, d.eval_rows, seed=config.seed)
     return train, rows, [], skipped
@@ -138,12 +143,13 @@ def _apart(general: Sequence[Any], eval_examples: Sequence[Any]) -> tuple[Sequen
   return others, [f"replay: {left_out} rows left out that are held out"] if left_out else []
 
 
-def _finished(config: ml_collections.ConfigDict, model: Model, data: Data) -> Data:
+def _finished(
+  config: ml_collections.ConfigDict, model: Model, data: Data, source: str | None = None
+) -> Data:
   """The data with what its examples say of one another, once it is decided which there are."""
   kind = config.data.kind
   if kind in ("labels", "outcomes"):
-    for where, examples in (("trained on", data.examples), ("held out", data.eval)):
-      _check_classes(where, examples)
+    _check_classes(config, data, source)
   if decisions.has_companions(config):
     data = data.map(functools.partial(_with_companions, config, _bounds(config, model)))
   if kind == "scored":
@@ -152,15 +158,24 @@ def _finished(config: ml_collections.ConfigDict, model: Model, data: Data) -> Da
   return dataclasses.replace(data, channels=channels)
 
 
-def _check_classes(where: str, examples: Sequence[Any]) -> None:
-  """Raises unless rows of both labels are there; after every cut, since a cut may take a class away."""
-  labels = {example.values["label"][0] for example in examples}
-  if len(labels) == 1:
-    have = "desirable" if labels == {1.0} else "undesirable"
-    raise ConfigError(
-      f"all {len(examples)} completions {where} are labelled {have}: two classes are weighed against each other; add"
-      " the other class, raise data.eval_rows or data.limit if they cut it off, or name data.eval"
-    )
+def _check_classes(config: ml_collections.ConfigDict, data: Data, source: str | None) -> None:
+  """Raises unless rows of both labels train and are held out; after every cut, since a cut may take a class away."""
+  d = config.data
+  cut = ", or raise data.limit if that cut it off" if d.limit else ""
+  answers.check_classes(
+    data.examples,
+    f"the training rows (data.train={d.train})",
+    f"add the other class{cut}, or fine-tune on the desirable ones (objective.name=sft)",
+  )
+  if source is not None:
+    where, cure = f"the rows of {source}", "add the other class"
+  elif d.eval:
+    where = f"the held-out rows (data.eval={d.eval})"
+    cure = "add the other class, raise data.eval_rows if that cut it off, or leave data.eval out"
+  else:
+    where = f"the held-out rows (data.eval_rows={d.eval_rows} of data.train={d.train})"
+    cure = "raise data.eval_rows, or name rows of both classes with data.eval"
+  answers.check_classes(data.eval, where, cure)
 
 
 def _with_companions(
@@ -265,16 +280,34 @@ def _sources(config: ml_collections.ConfigDict, model: Model) -> tuple[Any, list
   text, columns = config.data.train, config.data.columns
   if not decisions.is_mixture(text):
     return _encoded(config, text, "train", model, columns)
-  sources, fractions, skipped = {}, {}, []
-  for part in text.split("+"):
-    name, _, fraction = part.rpartition("*")
-    try:
-      fractions[name] = float(fraction)
-    except ValueError:
-      raise ConfigError(f"data.train={text!r}: write a mixture as FIRST*0.7+SECOND*0.3") from None
+  fractions = decisions.mixture(text)
+  sources, skipped = {}, []
+  for name in fractions:
     sources[name], also_skipped = _encoded(config, name, "train", model, columns)
     skipped += also_skipped
   return mixture.Mixture(sources, fractions, by="tokens", seed=config.seed), skipped
+
+
+@contextlib.contextmanager
+def _told_of(name: str, too_long: str = "") -> Generator[None]:
+  """What is wrong with a source is said with the name of the setting that it stands in, "" for data.train.
+
+  Args:
+    too_long: what to do of a row that is too long, where it is not what the settings of training say.
+  """
+  before = f"{name}: " if name else ""
+  try:
+    yield
+  except ConfigError:
+    raise
+  except RowError as error:
+    told = error.instead(too_long) if too_long else error
+    raise (told.within(name) if name else told) from None
+  except (ValueError, OSError) as error:
+    # as the kind that says how it is answered
+    raise (ValueError if isinstance(error, ValueError) else type(error))(
+      f"{before}{error}"
+    ) from None
 
 
 def _encoded(config, source, split, model, mapping) -> tuple[Sequence[Any], list[str]]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
+
+from posttrain_jax.settings import ConfigError
 
 
 def compute_dtype(config: ml_collections.ConfigDict, platform: str | None = None) -> Any:
@@ -41,7 +44,7 @@ def writes(config: ml_collections.ConfigDict) -> bool:
   """Whether the loss reads what the model would write, and so needs its head for logits beside any for scores."""
   o = config.objective
   if o.name == "reward":
-    return bool(o.sft_weight)
+    return "sft_weight" in o and bool(o.sft_weight)  # runs of older versions have none
   return o.name != "preference" or {*o.losses} != {"reward"}
 
 
@@ -76,3 +79,27 @@ def follows(config: ml_collections.ConfigDict) -> bool:
 def is_mixture(source: str) -> bool:
   """Whether data.train names several sources, as `a.jsonl*0.7+b.jsonl*0.3`."""
   return "*" in source
+
+
+def mixture(text: str) -> dict[str, float]:
+  """{source: fraction} of a data.train that is a mixture.
+
+  Raises:
+    ConfigError: it is written otherwise, or names a source twice, however its path is spelt.
+  """
+  fractions: dict[str, float] = {}
+  spelt: dict[str, str] = {}
+  for part in text.split("+"):
+    name, _, fraction = part.rpartition("*")
+    path = Path(name).expanduser()
+    key = str(path.resolve()) if path.is_file() else name
+    if key in spelt:
+      raise ConfigError(
+        f"data.train={text!r}: {spelt[key]!r} is named twice: write it once with the sum of its fractions"
+      )
+    try:
+      fractions[name] = float(fraction)
+    except ValueError:
+      raise ConfigError(f"data.train={text!r}: write a mixture as FIRST*0.7+SECOND*0.3") from None
+    spelt[key] = name
+  return fractions

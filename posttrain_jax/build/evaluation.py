@@ -81,6 +81,8 @@ def evaluate(
     )
   if run is not None and is_whole and used.nodes:
     used = _on_its_rest(run, used)
+  if run is None:
+    used.check_writes()  # rows are imitated
   how = _described(used, str(data)) if run is None else run
   results: dict[str, Any] = {"model": str(used.folder), "adapter": adapter}
   results["base"] = used.storage
@@ -120,7 +122,12 @@ def _on_its_rest(run: ml_collections.ConfigDict, used: use.Used) -> use.Used:
 def _manner(run: ml_collections.ConfigDict) -> manners.Manner:
   adapter_config = adapter_lib.described(run)
   changes_base = adapter_config is not None and adapter_config.changes_base
-  return manners.of(settings.plain(run), changes_base=changes_base, chat=run.data.chat)
+  return manners.of(
+    settings.plain(run),
+    changes_base=changes_base,
+    chat=run.data.chat,
+    writes=decisions.writes(run),
+  )
 
 
 def _described(used: use.Used, source: str) -> ml_collections.ConfigDict:

@@ -16,10 +16,10 @@ def make(
 ) -> jax.sharding.Mesh | None:
   """The mesh of config.mesh over the devices, all of this program's by default; None on a single one."""
   devices = jax.devices() if devices is None else devices
-  if len(devices) == 1:
-    return None
   m = config.mesh
   mesh = sharding.mesh(data=m.data, fsdp=m.fsdp, tensor=m.tensor, devices=devices)
+  if len(devices) == 1:
+    return None
   shares = mesh.shape["data"] * mesh.shape["fsdp"]
   for field, rows, unit in (
     ("batch.rows", config.batch.rows, shares * config.batch.accumulate),

@@ -62,9 +62,23 @@ def params(config: ml_collections.ConfigDict, model: Model, mesh: jax.sharding.M
     return adapters.bind(base, layout.laid_out(adapter, mesh))
   place = functools.partial(layout.place, mesh=mesh)
   storage = config.objective.reference_base
-  other, other_config = hf.load(
-    fetch.resolve(name), dtype=model.dtype, storage=storage, place=place
-  )
+  other, _ = hf.load(fetch.resolve(name), dtype=model.dtype, storage=storage, place=place)
+  return other
+
+
+def check(config: ml_collections.ConfigDict, model: Model) -> None:
+  """Raises where config.objective.reference is no policy to compare with, before anything is written.
+
+  Raises:
+    ConfigError: nothing is there, or a model of another vocabulary or shape.
+  """
+  name = config.objective.reference
+  if name == "base" or is_adapter(name):
+    return
+  try:
+    other_config = hf.read_config(fetch.resolve(name))
+  except (OSError, ValueError) as error:
+    raise ConfigError(f"objective.reference={name}: {error}") from error
   if other_config.vocab_size != model.config.vocab_size:
     raise ConfigError(
       f"objective.reference={name}: its vocabulary has {other_config.vocab_size} tokens, the model's"
@@ -75,7 +89,6 @@ def params(config: ml_collections.ConfigDict, model: Model, mesh: jax.sharding.M
     raise ConfigError(
       f"objective.reference={name}: it is of another shape than the model; the reference is a policy of the same family"
     )
-  return other
 
 
 def scored(

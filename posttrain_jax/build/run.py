@@ -24,6 +24,7 @@ from posttrain_jax.build import (
   adapter,
   checks,
   data,
+  decisions,
   export,
   mesh,
   model,
@@ -147,6 +148,8 @@ def build(config: ml_collections.ConfigDict, devices: jax.sharding.Mesh | None) 
   rows = data.read(config, base)
   with settings.section("objective"):
     loss = objective.make(config, base, rows.channels)
+  if loss.needs_reference:
+    reference.check(config, base)
   other = reference.in_step(config, base, devices) if loss.needs_reference else None
   with settings.section("adapter"):
     trees = adapter.make(config, base, other, devices)
@@ -238,6 +241,10 @@ class _Training:
       data.check_held_out(self.folder, config, self.pieces.data)
       state, progress = self._resumed(checkpoints, state)
     else:
+      if told := record.last_step(self.folder):
+        self.say(
+          f"{record.METRICS} goes to step {told} and no checkpoint is there: beginning again"
+        )
       self_checks.fresh_adapter(self.pieces, self.say)
       if config.eval.before:
         self._evaluate_task("before", state)
@@ -252,8 +259,16 @@ class _Training:
     state, saved, at = checkpoints.restore(abstract(state))
     self.pieces = _on_its_base(self.pieces, state)
     self.pieces.batches.set_state(saved["batches"])
+    progress, told = loop.Progress(**saved["progress"]), record.last_step(self.folder)
+    if progress.step != at:
+      raise ValueError(
+        f"{self.folder / 'checkpoints' / str(at)} holds the state of step {progress.step}: its folder has been renamed;"
+        " name it by that step"
+      )
+    if told <= at - self.pieces.config.log_every:
+      self.say(f"{record.METRICS} ends at step {told}: its lines from there to step {at} are gone")
     self.say(f"going on from step {at} of {self.pieces.config.steps}")
-    return state, loop.Progress(**saved["progress"])
+    return state, progress
 
   def _run(self) -> loop.Run:
     pieces, config = self.pieces, self.pieces.config
@@ -309,6 +324,7 @@ class _Training:
       settings.plain(config),
       changes_base=changes_base,
       chat=config.data.chat or pieces.data.is_chat,
+      writes=decisions.writes(config),
     )
     export.accompany(folder, pieces.model.folder, config.model.template, how)
 
@@ -322,15 +338,16 @@ class _Training:
     else:
       nodes = tree.combine(state.trainable, state.carried)
       params = adapters.merge(pieces.trees.context.base, nodes)
-    result = tasks.evaluate(
-      params,
-      base.config,
-      base.tokenizer,
-      task=config.eval.task,
-      limit=config.eval.task_limit or None,
-      template=base.template,
-      dtype=base.dtype,
-    )
+    with settings.section("eval.task"):
+      result = tasks.evaluate(
+        params,
+        base.config,
+        base.tokenizer,
+        task=config.eval.task,
+        limit=config.eval.task_limit or None,
+        template=base.template,
+        dtype=base.dtype,
+      )
     files.write_json(self.folder / f"evaluation-{when}.json", result.to_json())
     share = f"{result.correct}/{result.total} correct ({100 * result.accuracy:.1f} %)"
     self.say(f"{result.task} {when} training: {share}")

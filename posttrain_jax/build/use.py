@@ -61,7 +61,11 @@ class Used:
 
     On an accelerator a quantised base stays as it is, since plain it takes four times the room; on a CPU a token of
     SmolLM2-135M takes 0.07 s of processor time merged and 0.26 s in NF4.
+
+    Raises:
+      ConfigError: it was trained to score answers alone, and what it writes is noise.
     """
+    self.check_writes()
     stays = self.storage != quantised.DENSE and jax.default_backend() != "cpu"
     if not self.nodes or stays:
       return self.bound
@@ -80,6 +84,21 @@ class Used:
       end = templates.end_of_turn(self.tokenizer, self.template)
       stops |= set() if end is None else {end}
     return tuple(sorted(stops))
+
+  def check_writes(self) -> None:
+    """Raises where it was trained to score answers alone; a line where nobody says how it was trained."""
+    if not self.config.scores or self.manner.writes:
+      return
+    what = f"{self.name}{' with its adapter' if self.nodes else ''} is a reward model"
+    if self.manner.writes is None and (self.nodes or self.config.writes):
+      log.warning(
+        "%s, which may have been trained to score answers alone: what it writes may be noise", what
+      )
+      return
+    raise ConfigError(
+      f"{what}, trained to score answers and not to write them: `posttrain eval --reward=DIR --data=FILE` scores with"
+      " it; to chat, name the base alone, or train with --config.objective.sft_weight above 0"
+    )
 
   def _node(self) -> Any:
     if len(self.nodes) > 1:
@@ -200,7 +219,12 @@ def of_run(workdir: Path) -> Manner:
   config = record.config(workdir)
   described = adapter_lib.described(ml_collections.ConfigDict(config))
   changes_base = described is not None and described.changes_base
-  return manners.of(config, changes_base=changes_base, chat=config["data"].get("chat", True))
+  return manners.of(
+    config,
+    changes_base=changes_base,
+    chat=config["data"].get("chat", True),
+    writes=decisions.writes(ml_collections.ConfigDict(config)),
+  )
 
 
 def _manner(homes: Sequence[Path], given: Manner | None) -> Manner:

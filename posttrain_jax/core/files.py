@@ -72,6 +72,9 @@ def publish(folder: str | Path) -> Generator[Path]:
         raise
   finally:
     shutil.rmtree(scratch, ignore_errors=True)
+    remove_abandoned(
+      folder.parent, folder.name
+    )  # of a write that was killed a moment before this one
 
 
 @contextlib.contextmanager
@@ -88,7 +91,7 @@ def _marked(scratch: Path) -> Generator[None]:
     os.close(descriptor)
 
 
-def remove_abandoned(folder: Path, name: str = "", *, age: float = 60.0) -> None:
+def remove_abandoned(folder: Path, name: str = "", *, age: float = 5.0) -> None:
   """Removes what killed processes left half-written in a folder, of one name or of all; what is being written stays.
 
   Args:

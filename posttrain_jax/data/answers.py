@@ -160,7 +160,7 @@ def encode_all(
 
   Raises:
     RowError: a row of another schema, answers that are equal, an empty one, one that does not fit.
-    ValueError: no row is left, or labels are all of one class.
+    ValueError: no row is left.
   """
   if truncate not in TRUNCATE:
     raise ValueError(
@@ -194,8 +194,6 @@ def encode_all(
         skipped.add(error)
   if not kept:
     raise ValueError(f"no row gave an example; {skipped}")
-  if kind in ("labels", "outcomes"):
-    _check_classes(kept)
   return chat.Encoded(tuple(kept), skipped)
 
 
@@ -373,7 +371,7 @@ def _joined(job: _Job, examples, share) -> Answers:
     if isinstance(example, RowError):
       # an answer was encoded as a completion, which is not what the row calls it
       detail = example.detail.replace("completion[", f"{name}[")
-      raise RowError(example.reason, example.origin, detail)
+      raise RowError(example.reason, example.origin, detail, example.cure)
   if job.different and np.array_equal(examples[0].tokens, examples[1].tokens):
     raise _identical(examples[0].origin)
   return join(examples, share=share, values=job.values)
@@ -401,8 +399,9 @@ def _fitted(example: Answers, limit: int, truncate: str) -> Answers:
   raise RowError(
     "too long",
     example.origin,
-    f"{len(example.tokens)} tokens, prompt and {answers} together, but a row has {limit}; raise data.length, or write"
-    ' data.truncate="prompt" (cuts the beginning of the prompt, where that is enough) or "drop"',
+    f"{len(example.tokens)} tokens, prompt and {answers} together, but a row has {limit}",
+    'raise data.length, or write data.truncate="prompt" (cuts the beginning of the prompt, where that is enough) or'
+    ' "drop"',
   )
 
 
@@ -420,13 +419,14 @@ def cut(example: Answers, count: int) -> Answers:
   )
 
 
-def _check_classes(examples: list[Answers]) -> None:
+def check_classes(examples: Sequence[Answers], where: str, cure: str) -> None:
+  """Raises unless completions of both labels are there; for all that is used together, after every cut."""
   labels = {example.values["label"][0] for example in examples}
-  if len(labels) < 2:
+  if len(labels) == 1:
     have = "desirable" if labels == {1.0} else "undesirable"
     raise ValueError(
-      f"all {len(examples)} completions are labelled {have}: two classes are weighed against each other; add the other"
-      " class, or fine-tune on the desirable ones (objective sft)"
+      f"all {len(examples)} completions of {where} are labelled {have}, and two classes are weighed against each other;"
+      f" {cure}"
     )
 
 

@@ -87,6 +87,6 @@ def _within(example: Any, bounds: Bounds, truncate: str) -> Any:
   raise RowError(
     "too long",
     example.origin,
-    f"{positions(example)} tokens, but the model has {bounds.positions} positions{soft}; write data.truncate={ways}, or"
-    " stretch the context (adapter=longlora, adapter.context_length)",
+    f"{positions(example)} tokens, but the model has {bounds.positions} positions{soft}",
+    f"write data.truncate={ways}, or stretch the context (adapter=longlora, adapter.context_length)",
   )

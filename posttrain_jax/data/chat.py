@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from posttrain_jax.data import conversation, said, schema, templates
+from posttrain_jax.data import messages as messages_lib
 from posttrain_jax.data.conversation import Turns
 from posttrain_jax.data.files import RowError
 from posttrain_jax.data.schema import Row, Skipped
@@ -190,9 +191,8 @@ class _Encoder:
     self.dropped: dict[
       said.Shape, set[tuple[int, str]]
     ] = {}  # by a template, of conversations of a shape
-    self.unread: dict[
-      str, str
-    ] = {}  # fields of messages that no template reads, and where the first was
+    self.unread: dict[str, str] = {}  # what the template does not read, and where the first was
+    self.told: set[str] = set()
     self._ends: dict[str, tuple[int | None, str]] = {}
 
   def ending(self, has_tools: bool) -> tuple[int | None, str]:
@@ -221,10 +221,11 @@ class _Encoder:
       return error
 
   def tell(self) -> None:
-    """Says once which fields of messages nothing reads."""
-    for key, origin in self.unread.items():
-      log.warning("messages have %r, which no template reads (first: %s)", key, origin)
-    self.unread = {}
+    """Says once what the template is given and does not write or read."""
+    for what, origin in self.unread.items():
+      if what not in self.told:
+        log.warning("%s, which the template does not read (first: %s)", what, origin)
+    self.told |= self.unread.keys()
 
   # From rows to texts
 
@@ -276,7 +277,8 @@ class _Encoder:
       return RowError(
         "wrong schema",
         row.origin,
-        f"{row.kind!r} rows cannot be fine-tuned on; that takes text, messages or prompt and completion",
+        f"{row.kind!r} rows cannot be fine-tuned on; that takes text, messages or prompt and completion (answers to"
+        " compare are for configs/preference.py, kto.py, reward.py and grouped.py, or eval --workdir of their runs)",
       )
     return self._conversation(row, messages, first)
 
@@ -305,8 +307,8 @@ class _Encoder:
       return RowError(
         "too long",
         row.origin,
-        f"{len(trained):,} messages to train of {trained[-1] + 1:,}, and the template is asked for each anew; part the"
-        " conversation into several rows, or train the last message only",
+        f"{len(trained):,} messages to train of {trained[-1] + 1:,}, and the template is asked for each anew",
+        "part the conversation into several rows, or train the last message only",
       )
     if trained[0] == 0:
       return RowError(
@@ -317,6 +319,12 @@ class _Encoder:
     variables = dict(row.fields.get(schema.TEMPLATE_VALUES, {}))
     if row.fields.get("tools"):
       variables["tools"] = row.fields["tools"]
+    cited = row.fields.get("documents") or variables.pop("documents", None)
+    if cited:
+      try:
+        variables["documents"] = messages_lib.documents(cited, row.origin)
+      except RowError as error:
+        return error
     # what follows the last trained message is seen by no trained token
     messages = messages[: trained[-1] + 1]
     if self.template is not None:
@@ -326,8 +334,6 @@ class _Encoder:
       if at in trained and not (message.get("content", "").strip() or message.get("tool_calls")):
         what = f"{conversation.place(first, at)}, an assistant's message, is empty"
         return RowError("empty completion", row.origin, what)
-      for key in message.keys() - said.IDENTIFIERS:
-        self.unread.setdefault(key, row.origin)
     return Turns(messages, first, trained, variables, said.shape(messages, variables))
 
   def _chat_plan(self, row, turns, texts):
@@ -358,10 +364,25 @@ class _Encoder:
           f" {self.template.name!r} does not say which tokens the assistant wrote; {advice}",
         )
       spans.append((len(prompt), stop))
+    self._note_unread(row, turns)
     lost = self._lost(turns, whole, spans)
     if lost is not None:
       return RowError("dropped by the template", row.origin, lost)
     return Plan(whole, tuple(spans), is_chat=True, end=end, ending=ending)
+
+  def _note_unread(self, row, turns):
+    """What need not be in the text, and is not."""
+    dropped = self.dropped[turns.shape]
+    for at, message in enumerate(turns.messages):
+      if message.keys() <= {"role", "content"}:
+        continue
+      for key in said.unread(message):
+        if not isinstance(message[key], str) or (at, key) in dropped:
+          self.unread.setdefault(f"messages have {key!r}", row.origin)
+    if turns.variables:
+      known = self.template.of("tools" in turns.variables).renderer.variables
+      for key in turns.variables.keys() - {"tools", "documents"} - known:
+        self.unread.setdefault(f"{schema.TEMPLATE_VALUES} sets {key!r}", row.origin)
 
   def _refused(self, row, turns, error):
     calls = [at for at, message in enumerate(turns.messages) if message.get("tool_calls")]
@@ -391,6 +412,8 @@ class _Encoder:
         start, stop = span_of[at]
         text, kept = whole[conversation.before_opening(whole, start) : stop], message
       for field in sorted(field for index, field in dropped if index == at):
+        if field in said.unread(message):
+          continue
         is_past = at not in span_of and template.writes_reasoning
         if field in said.REASONING and (is_past or said.holds(text, message[field])):
           continue
@@ -402,11 +425,16 @@ class _Encoder:
       said.holds(whole, _name(tool)) for tool in turns.variables.get("tools", ())
     ):
       return self._advice(turns, "'tools'", "tools")
+    for i, document in enumerate(turns.variables.get("documents", ())):
+      for key, words in said.words(document).items():
+        where = f"documents[{i}][{key!r}]"
+        if (-1, where) in dropped or not said.holds(whole, words):
+          return self._advice(turns, where, "documents")
     return None
 
   def _advice(self, turns, where, field):
     cure = "name another template with --config.model.template=FILE.jinja"
-    if field != "content" and self.template.name != "chatml":
+    if field not in ("content", "documents") and self.template.name != "chatml":
       if self.template.with_tools is not None and "tools" not in turns.variables:
         cure = "give the row its 'tools': rows that have them are rendered with the tokenizer's tool_use template"
       elif self._takes_chatml:
@@ -530,12 +558,12 @@ class _Encoder:
 
 def _too_long(origin, what, limit, truncate):
   if truncate in ("prompt", "whole"):
-    detail = f'{what}, but a row has {limit}; raise data.length, or write data.truncate="drop"'
-    return RowError("too long", origin, detail)
-  advice = 'raise max_length, or choose truncate="keep_start" or "drop"'
+    cure = 'raise data.length, or write data.truncate="drop"'
+    return RowError("too long", origin, f"{what}, but a row has {limit}", cure)
+  cure = 'raise data.length, or write data.truncate="keep_start" or "drop"'
   if truncate == "split":
-    advice = 'only plain text can be split; choose "keep_start" or "drop"'
-  return RowError("too long", origin, f"{what}, but max_length is {limit}; {advice}")
+    cure = 'only plain text can be split: write data.truncate="keep_start" or "drop"'
+  return RowError("too long", origin, f"{what}, but max_length is {limit}", cure)
 
 
 def _name(tool):

@@ -7,20 +7,39 @@ whether it stops the run or is counted; a source that cannot be read at all rais
 import difflib
 import gzip
 import json
+import logging
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+log = logging.getLogger(__name__)
+
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
+WITH_NULLS = ("arguments", "tools", "documents", "chat_template_kwargs")  # objects that JSON writes
+SHORTEN = "shorten the row, or leave it out of the file"  # of one that is too long
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?(#[\w.\[\]:%+-]+)?")
 
 
 class RowError(ValueError):
-  """A row that cannot be used: `origin` says where it stands, `reason` is what to count it under."""
+  """A row that cannot be used: `origin` says where it stands, `reason` is what to count it under.
 
-  def __init__(self, reason: str, origin: str, detail: str):
-    super().__init__(f"{origin}: {detail}")
-    self.reason, self.origin, self.detail = reason, origin, detail
+  `cure` is what to write instead, where that depends on who asked for the row.
+  """
+
+  def __init__(self, reason: str, origin: str, detail: str, cure: str = ""):
+    super().__init__(f"{origin}: {detail}" + (f"; {cure}" if cure else ""))
+    self.reason, self.origin, self.detail, self.cure = reason, origin, detail, cure
+
+  def instead(self, cure: str) -> "RowError":
+    """The same of a row that is too long, where settings of the data cannot be written."""
+    if self.reason != "too long":
+      return self
+    return RowError(self.reason, self.origin, self.detail, cure)
+
+  def within(self, name: str) -> "RowError":
+    """The same of a row in the source of that name."""
+    return RowError(self.reason, f"{name}: {self.origin}", self.detail, self.cure)
 
 
 def raw_rows(source: str | Path, split: str) -> Iterator[tuple[str, object]]:
@@ -176,6 +195,8 @@ def _whole(lines, path):
 
 def _parquet(path):
   import pyarrow
+
+  dropped: Counter[str] = Counter()
   from pyarrow import parquet
 
   try:
@@ -184,7 +205,8 @@ def _parquet(path):
       for batch in file.iter_batches(batch_size=1024):
         for row in batch.to_pylist(maps_as_pydicts="lossy"):
           number += 1
-          yield f"{path}:{number}", _without_nulls(row)
+          yield f"{path}:{number}", _without_nulls(row, dropped)
+    _tell_nulls(path, dropped)
   except (pyarrow.ArrowInvalid, OSError) as error:
     raise ValueError(f"{path} is a damaged parquet file, or none ({error})") from error
 
@@ -215,17 +237,40 @@ def _hub_rows(name, split):
       f" {split!r} cannot be loaded: {type(error).__name__}: {error}"
       f"{'' if named else f'; another split is named as {name}#test'}"
     ) from error
+  dropped: Counter[str] = Counter()
   for number, row in enumerate(rows, 1):
-    yield f"{name}/{split}:{number}", _without_nulls(row)
+    yield f"{name}/{split}:{number}", _without_nulls(row, dropped)
+  _tell_nulls(name, dropped)
 
 
-def _without_nulls(value):
-  """What an Arrow row says: there a struct has every field of the column's type, null where the row has none."""
+def _without_nulls(value, dropped, inside=""):
+  """What an Arrow row says: there a struct has every field of the column's type, null where the row has none.
+
+  Those in an object where null is a word are counted in `dropped`, by the object's name.
+  """
   if isinstance(value, dict):
-    return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    if inside:
+      dropped[inside] += sum(item is None for item in value.values())
+    return {
+      key: _without_nulls(item, dropped, inside or (key if key in WITH_NULLS else ""))
+      for key, item in value.items()
+      if item is not None
+    }
   if isinstance(value, list):
-    return [_without_nulls(item) for item in value]
+    return [_without_nulls(item, dropped, inside) for item in value]
   return value
+
+
+def _tell_nulls(source, dropped):
+  """A line of the nulls that may have been meant, which Arrow does not tell from fields that are not there."""
+  if dropped.total():
+    counts = ", ".join(f"{count:,} in {name!r}" for name, count in dropped.items() if count)
+    log.warning(
+      "%s: fields that are null were left out (%s): Arrow does not tell a null from a field that a row lacks; where"
+      " null is meant, write the object as JSON in a string",
+      source,
+      counts,
+    )
 
 
 def _nearby(path):

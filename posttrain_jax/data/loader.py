@@ -269,6 +269,8 @@ def read(
     examples = chat.encode_all(rows, tokenizer, template, max_length=length)
   else:
     examples = answers.encode_all(rows, tokenizer, template, kind=kind, max_length=length).examples
+    if kind in ("labels", "outcomes"):
+      answers.check_classes(examples, "the rows", "add the other class")
     if kind == "labels":
       examples = companions.beside(examples, length)
   return Loader(examples, batch_size=batch_size, length=length, packing=packing, seed=seed)

@@ -52,6 +52,14 @@ def tools(value: Any, origin: str) -> list[dict]:
           for i, tool in enumerate(value)]  # fmt: skip
 
 
+def documents(value: Any, origin: str) -> list[dict]:
+  """What a conversation may cite, as templates read it: objects such as {"title": ..., "text": ...}."""
+  value = _parsed(value, "documents", origin)
+  if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+    raise wrong_type("documents", value, 'a list of {"title": ..., "text": ...}', origin)
+  return [plain(item, f"documents[{i}]", origin) for i, item in enumerate(value)]
+
+
 def text(value: str, key: str, origin: str) -> str:
   """A string that a tokenizer can read: no half of a surrogate pair is in it."""
   if not value.isascii():

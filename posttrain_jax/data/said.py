@@ -13,7 +13,8 @@ from typing import Any
 from posttrain_jax.data import messages as messages_lib
 from posttrain_jax.data.messages import REASONING
 
-IDENTIFIERS = {"role", "content", "tool_calls", "weight", "tool_call_id", "id", "name", *REASONING}
+# what a template may leave out without a word
+IDENTIFIERS = {"role", "content", "tool_calls", "weight", "tool_call_id", "id", *REASONING}
 THOUGHT_ENDS = "</think>"  # templates cut what stands before it from turns that are past
 
 Shape = tuple
@@ -23,8 +24,26 @@ def shape(messages: Sequence[dict], variables: Mapping[str, Any]) -> Shape:
   """What a template's choice of fields may depend on, the words aside."""
   plain = all(message.keys() <= {"role", "content"} for message in messages)
   turns = tuple((m["role"], bool(m["content"].strip())) if plain else _turn(m) for m in messages)
-  others = {key: value for key, value in variables.items() if key != "tools"}
-  return turns, bool(variables.get("tools")), json.dumps(others, sort_keys=True) if others else ""
+  others = {key: value for key, value in variables.items() if key not in ("tools", "documents")}
+  cited = tuple(tuple(sorted(written)) for written in map(words, variables.get("documents", ())))
+  written = json.dumps(others, sort_keys=True) if others else ""
+  return turns, bool(variables.get("tools")), cited, written
+
+
+def words(document: Mapping[str, Any]) -> dict[str, str]:
+  """The fields of a document that hold words, but for those that tell it from others."""
+  return {
+    key: value
+    for key, value in document.items()
+    if isinstance(value, str) and value.strip() and key not in ("id", "doc_id")
+  }
+
+
+def unread(message: Mapping[str, Any]) -> list[str]:
+  """The fields of a message that a template need not write, but which it is told when it does not."""
+  names = message.keys() - IDENTIFIERS
+  # a tool's name says again which call it answers
+  return sorted(names - {"name"} if message["role"] == "tool" else names)
 
 
 def _turn(message):
@@ -45,6 +64,9 @@ def marked(messages: Sequence[dict], variables: Mapping[str, Any]) -> tuple[list
     for key in REASONING:
       if message.get(key):
         turn[key] = _mark(marks, at, key)
+    for key in unread(message):
+      if isinstance(message[key], str):
+        turn[key] = _mark(marks, at, key)
     if message.get("tool_calls"):
       turn["tool_calls"] = [
         _marked_call(marks, at, f"tool_calls[{i}]", call)
@@ -60,6 +82,11 @@ def marked(messages: Sequence[dict], variables: Mapping[str, Any]) -> tuple[list
       "parameters": {"type": "object", "properties": {}},
     }
     variables["tools"] = [{"type": "function", "function": function}]
+  if variables.get("documents"):
+    variables["documents"] = [
+      {**document, **{key: _mark(marks, -1, f"documents[{i}][{key!r}]") for key in words(document)}}
+      for i, document in enumerate(variables["documents"])
+    ]
   return turns, variables, marks
 
 

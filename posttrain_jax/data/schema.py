@@ -48,7 +48,13 @@ or say which columns play these parts, as in
 # `reference` is a gold answer beside a pair (TPO), `margin` how much better its chosen answer is held to be.
 # `chat_template_kwargs` are further variables of the chat template.
 TEMPLATE_VALUES = "chat_template_kwargs"
-CARRIED = ("channel", "tools", TEMPLATE_VALUES, "reference", "margin", "weight")
+CARRIED = ("channel", "tools", "documents", TEMPLATE_VALUES, "reference", "margin", "weight")
+# What other formats write beside a conversation, and where it stands here; naming `columns` leaves it out.
+BESIDE = {
+  "system": 'the first message, {"role": "system", "content": ...}',
+  "system_prompt": 'the first message, {"role": "system", "content": ...}',
+  "functions": "the row's 'tools'",
+}
 ANSWERS = ("completion", "chosen", "rejected", "reference")
 
 
@@ -123,9 +129,12 @@ def read(
     raise ValueError("system= has no effect on rows that stay strings: add chat=True")
   rows, skipped = [], Skipped()
   echoes: list[str] = []
+  left_out: dict[str, str] = {}
   for origin, raw in _raw(source, split):
     try:
       fields = check_row(raw, origin, columns)
+      if columns is not None:
+        left_out = dict.fromkeys(_left_out(raw, columns), origin) | left_out
       if _echoes(fields):
         echoes.append(origin)
       if chat:
@@ -137,6 +146,10 @@ def read(
       if on_error == "raise":
         raise
       skipped.add(error)
+  for name, origin in sorted(left_out.items()):
+    log.warning(
+      "rows have %r, which is none of the columns to use and is left out (first: %s)", name, origin
+    )
   if echoes:
     log.warning(
       "the answers of %d of %d rows begin with their whole prompt, which is trained as if they said it (first: %s); if"
@@ -148,6 +161,12 @@ def read(
     held = source if isinstance(source, str | Path) else "the list"
     raise ValueError(f"{held}: holds no usable row; {skipped}")
   return Rows(tuple(rows), skipped)
+
+
+def _left_out(raw, columns):
+  """What stands beside the conversation and is none of the columns to use."""
+  used = {name for of in columns.values() for name in ([of] if isinstance(of, str) else of)}
+  return [name for name in BESIDE if name not in used and _holds_words(raw.get(name))]
 
 
 def _echoes(fields):
@@ -206,7 +225,7 @@ def kind(fields: Mapping[str, Any], origin: str) -> str:
 def validate(fields: dict[str, Any], origin: str) -> dict[str, Any]:
   """The fields with each value checked for its kind, messages in one form (role, content)."""
   checked = dict(fields)
-  for key in ("channel", "tools", TEMPLATE_VALUES):
+  for key in ("channel", "tools", "documents", TEMPLATE_VALUES):
     if checked.get(key) is None:
       checked.pop(key, None)
   if not isinstance(checked.get("channel", ""), str):
@@ -217,8 +236,34 @@ def validate(fields: dict[str, Any], origin: str) -> dict[str, Any]:
       del checked["tools"]
   if TEMPLATE_VALUES in checked:
     checked[TEMPLATE_VALUES] = _template_values(checked[TEMPLATE_VALUES], origin)
-  _VALIDATE[kind(checked, origin)](checked, origin)
+  of_kind = kind(checked, origin)
+  _VALIDATE[of_kind](checked, origin)
+  if of_kind not in ("text", "steps", "stepwise"):
+    _nothing_beside(checked, origin)
   return checked
+
+
+def _holds_words(value):
+  return bool(value.strip() if isinstance(value, str) else isinstance(value, list | dict) and value)
+
+
+def _nothing_beside(fields, origin):
+  """Raises where words stand beside the messages, or beside a prompt, that no template would be given."""
+  talk = [m for part in fields.values() if isinstance(part, list) for m in part]
+  said = [m.get("content") for m in talk if isinstance(m, dict) and m.get("role") == "system"]
+  for name, place in BESIDE.items():
+    if _holds_words(fields.get(name)) and fields[name] not in said:
+      columns = next(
+        key
+        for key in ("messages", "chosen", "completion", "completions", "prompt")
+        if key in fields
+      )
+      raise RowError(
+        "beside the conversation",
+        origin,
+        f"{name!r} stands beside {columns!r} and would be left out of the text; write it as {place}, or leave it out by"
+        f" naming the columns to use, as in --config.data.columns.{columns}={columns}",
+      )
 
 
 def as_chat(fields: dict[str, Any], origin: str, system: str | None) -> dict[str, Any]:
@@ -430,7 +475,7 @@ def _up_to_question(prompt, conversation):
 
 
 def _check_answers(prompt, answer, key, origin):
-  """Raises where a user's message follows the user's last one: the answer repeats some of the prompt, or is none."""
+  """Raises where an answer repeats some of the prompt, is no answer, or goes on in the prompt's last message."""
   if prompt and isinstance(prompt, list) and prompt[-1]["role"] == answer[0]["role"] == "user":
     raise RowError(
       "repeated prompt",
@@ -438,6 +483,23 @@ def _check_answers(prompt, answer, key, origin):
       f"{key!r} begins with a user's message behind the user's message that ends 'prompt'; it is the answer alone,"
       " or repeats the whole prompt",
     )
+  if _goes_on(prompt, answer):
+    raise RowError(
+      "begun answer",
+      origin,
+      f"'prompt' ends with an assistant's message and {key!r} goes on with another, which would be a turn of its own;"
+      " end 'prompt' with the message before it, and write its words at the beginning of the answer",
+    )
+
+
+def _goes_on(prompt, answer):
+  """Whether a prompt in messages ends with words of the assistant's that the answer goes on from, or repeats."""
+  if not prompt or isinstance(prompt, str) or prompt[-1]["role"] != "assistant":
+    return False
+  before = len(prompt) - 1
+  repeats = bool(before) and answer[:before] == prompt[:before]
+  next_is = answer[before] if repeats and len(answer) > before else answer[0]
+  return next_is["role"] == "assistant" and "tool_calls" not in prompt[-1]
 
 
 def _is_number(value):

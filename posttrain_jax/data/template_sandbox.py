@@ -36,6 +36,15 @@ class Renderer:
     self._cpu_seconds = cpu_seconds
     self._lock = threading.Lock()
     self._process = None
+    self._reads = frozenset()
+
+  @property
+  def variables(self) -> frozenset[str]:
+    """The names that the template reads of what it is given, as `messages` and `enable_thinking`."""
+    with self._lock:
+      if self._process is None:
+        self._start()
+      return self._reads
 
   def render(self, jobs: list[dict]) -> list["str | TemplateError"]:
     """The text of each job (the template's variables), or the error it ran into, in order."""
@@ -77,6 +86,7 @@ class Renderer:
       stop()
       raise TemplateError(f"the chat template cannot be used: {error}")
     self._process, self._stop = process, stop
+    self._reads = frozenset(reply["reads"])
     return process
 
   def _exchange(self, process, jobs):
@@ -182,6 +192,12 @@ def _compiled(text):
   return environment.from_string(text, globals=functions)
 
 
+def _reads(environment, text):
+  from jinja2 import meta
+
+  return sorted(meta.find_undeclared_variables(environment.parse(text)))
+
+
 def _render(template, variables, job):
   try:
     text = template.render(**variables, **job)
@@ -208,7 +224,7 @@ def _serve():
   except Exception as error:
     print(json.dumps({"error": f"{type(error).__name__}: {error}"}), flush=True)
     return
-  print("{}", flush=True)
+  print(json.dumps({"reads": _reads(template.environment, opening["template"])}), flush=True)
   for line in sys.stdin:
     for job in json.loads(line):
       signal.setitimer(signal.ITIMER_PROF, seconds)

@@ -12,6 +12,7 @@ import numpy as np
 from posttrain_jax.core import progress
 from posttrain_jax.data import answers as answer_lib
 from posttrain_jax.data import bounds, held_out, schema, turns
+from posttrain_jax.data.files import SHORTEN, RowError
 from posttrain_jax.data.packing import pack_answers
 from posttrain_jax.evals import tasks
 from posttrain_jax.models import before
@@ -57,6 +58,12 @@ class Judge:
     return schema.read(source, chat=self.chat, system=system)
 
   def encode(self, rows: Sequence[schema.Row]) -> Sequence[answer_lib.Answers]:
+    try:
+      return self._encoded(rows)
+    except RowError as error:
+      raise error.instead(SHORTEN) from None
+
+  def _encoded(self, rows: Sequence[schema.Row]) -> Sequence[answer_lib.Answers]:
     room = self.config.max_length
     examples = answer_lib.encode_all(
       rows, self.tokenizer, self.template, kind="judged", max_length=sys.maxsize

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import itertools
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -40,7 +41,13 @@ class Speaker:
     return self.config.max_length - before.slots(self.params.stacked)
 
   def tokens(self, messages: list[dict]) -> list[int]:
-    """The prompt, which no EOS ends; without a template the last message's text, as it is."""
+    """The prompt, which no EOS ends; without a template the last message's text, as it is.
+
+    Raises:
+      ValueError: a message is not text, or not what the template takes.
+    """
+    for message in messages:
+      _check_text(message["content"])
     if self.template is None:
       return templates.opening(self.tokenizer, messages[-1]["content"])
     text = self.template.render(messages, add_generation_prompt=True)
@@ -122,7 +129,11 @@ def chat(
     How many prompts could not be answered.
   """
   stdin, stdout, stderr = stdin or sys.stdin, stdout or sys.stdout, stderr or sys.stderr
+  if isinstance(stdin, io.TextIOWrapper):  # a line that is not UTF-8 is a mistake of its own
+    stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
   opening = [dict(role="system", content=system)] if system else []
+  if system:
+    _check_text(system, "the system message: ")
   key = jax.random.key(seed)
   if stdin.isatty():
     _converse(speaker, opening, key, stdin, stdout, stderr)
@@ -185,6 +196,18 @@ def _say(speaker: Speaker, messages: list[dict], key: jax.Array, stdout: TextIO)
       stdout.flush()
   stdout.write("\n")
   return said
+
+
+def _check_text(text: str, where: str = "") -> None:
+  """Raises where bytes came through that are not UTF-8, which Python holds as halves of surrogate pairs."""
+  try:
+    text.encode("utf-8")
+  except UnicodeEncodeError as error:
+    byte = ord(text[error.start]) - 0xDC00
+    what = f"byte 0x{byte:02x}" if 0x80 <= byte <= 0xFF else "half of a surrogate pair"
+    raise ValueError(
+      f"{where}{what} at character {error.start + 1} is not UTF-8; convert the text, as in `iconv -f latin1 -t utf-8`"
+    ) from None
 
 
 def _user(content: str) -> dict:

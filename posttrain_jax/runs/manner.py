@@ -23,6 +23,7 @@ TYPES = {
   "system": (str, type(None)),
   "chat": (bool,),
   "template": (str, type(None)),
+  "writes": (bool, type(None)),
 }
 
 
@@ -34,6 +35,7 @@ class Manner:
   system: the message that stood before every prompt in strings.
   chat: whether a prompt and an answer in strings were turns of a chat template.
   template: a chat template's name, where the folder does not hold the template itself.
+  writes: whether it was trained to write text, and not to score it alone; None: nobody said so.
   """
 
   storage: str | None = None
@@ -41,9 +43,10 @@ class Manner:
   system: str | None = None
   chat: bool = True
   template: str | None = None
+  writes: bool | None = None
 
 
-def of(config: Mapping[str, Any], *, changes_base: bool, chat: bool) -> Manner:
+def of(config: Mapping[str, Any], *, changes_base: bool, chat: bool, writes: bool) -> Manner:
   """That of a run's config.
 
   changes_base: whether the adapter took its start out of the base: what is exported belongs to the base as it came.
@@ -57,6 +60,7 @@ def of(config: Mapping[str, Any], *, changes_base: bool, chat: bool) -> Manner:
     system=data.get("system") if data.get("chat", True) else None,
     chat=chat,
     template=None if template == "tokenizer" else template,
+    writes=writes,
   )
 
 

@@ -19,8 +19,8 @@ class Journal:
   def __init__(self, folder: Path, step: int):
     self.path = folder / record.METRICS
     if self.path.exists():
-      kept = [line for line in self.path.read_text().splitlines() if _step(line) <= step]
-      files.write_text(self.path, "".join(f"{line}\n" for line in kept))
+      kept = [row for row in record.read_rows(self.path) if row["step"] <= step]
+      files.write_text(self.path, "".join(f"{json.dumps(row)}\n" for row in kept))
     self.lines = self.path.open("a", encoding="utf-8")
     self.board = tensorboardX.SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
@@ -58,11 +58,3 @@ class Journal:
   def close(self) -> None:
     self.lines.close()
     self.board.close()
-
-
-def _step(line: str) -> float:
-  """The step of a line; a line cut short by a kill counts as later than any."""
-  try:
-    return json.loads(line)["step"]
-  except (ValueError, KeyError):
-    return float("inf")

@@ -166,7 +166,7 @@ def is_begun(folder: Path) -> bool:
   """Whether a step of the run in a folder is there: in a checkpoint, or in its metrics."""
   checkpoints = folder / "checkpoints"
   saved = checkpoints.is_dir() and any(entry.name.isdecimal() for entry in checkpoints.iterdir())
-  return saved or any("step" in row for row in read_rows(folder / METRICS))
+  return saved or last_step(folder) > 0
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -175,20 +175,37 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-  """The lines of a metrics file; the last may be under way, and is left out when it is."""
+  """The lines of a metrics file; the last may be under way, and is left out when it is.
+
+  Raises:
+    ValueError: another line is damaged; the message has its number.
+  """
   try:
-    *lines, rest = path.read_text(encoding="utf-8").split("\n")
+    *lines, rest = path.read_bytes().split(b"\n")
   except FileNotFoundError:
     return []
   rows = []
   for number, line in enumerate([*lines, rest], 1):
+    if not line.strip():
+      continue
     try:
-      if line.strip():
-        rows.append(json.loads(line))
-    except ValueError as error:
-      if number <= len(lines):
-        raise ValueError(f"{path}:{number} is not JSON: {error}") from error
+      row = json.loads(line)
+    except ValueError:
+      row = None
+    if isinstance(row, dict) and type(row.get("step")) is int:
+      rows.append(row)
+    elif number <= len(lines):
+      shown = line[:60].decode(errors="replace")
+      raise ValueError(
+        f"{path}:{number} is damaged: {shown!r} is no object with a step; take the line out, and run again (training"
+        " does not read this file)"
+      )
   return rows
+
+
+def last_step(folder: Path) -> int:
+  """The last step that the metrics of a run tell of; 0 for none."""
+  return max((row["step"] for row in read_rows(folder / METRICS)), default=0)
 
 
 def _evaluation(path: Path) -> TaskResult | None:

@@ -6,7 +6,13 @@ import ml_collections
 import numpy as np
 import pytest
 
-from posttrain_jax.build import data
+from posttrain_jax.build import data, decisions
+from posttrain_jax.build.model import Model
+from posttrain_jax.data import chat
+from posttrain_jax.data.files import RowError
+from posttrain_jax.evals import judge
+from posttrain_jax.settings import ConfigError
+from tests import tiny
 from tests.objectives import batches
 
 NAN = math.nan
@@ -48,3 +54,95 @@ def test_advantages_of_ragged_groups(how, expected):
 def test_a_group_of_one_answer_is_refused():
   with pytest.raises(ValueError, match="over others to its prompt"):
     given("group", [(1.0, 0.0), (1.0,)])
+
+
+@pytest.mark.parametrize(
+  "text", ["P*0.5+P*0.5", "a.jsonl*0.7+a.jsonl*0.5+B*0.5", "x/../b*0.5+b*0.5"]
+)
+def test_a_source_of_a_mixture_is_named_once(text, tmp_path, monkeypatch):
+  """A second fraction of the same data took the first one's place."""
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "b").touch()
+  (tmp_path / "x").mkdir()
+  with pytest.raises(ConfigError, match=r"named twice: write it once with the sum"):
+    decisions.mixture(text)
+  assert decisions.mixture("a*0.7+b*0.3") == {"a": 0.7, "b": 0.3}
+
+
+def given_rows(tmp_path, kind, train, **settings):
+  """(config, model): rows are written to files of the settings' names."""
+  config = ml_collections.ConfigDict(
+    dict(
+      seed=0,
+      steps=1,
+      model=dict(base="dense"),
+      adapter=dict(method="none"),
+      objective=dict(name="reward"),
+      data=dict(
+        dict(
+          kind=kind, eval="", eval_rows=0, limit=0, columns={}, chat=True, system=None, length=64
+        ),
+        truncate="error",
+        on_error="raise",
+        share_prompt=True,
+        replay="",
+        replay_columns={},
+        replay_fraction=0.5,
+        replay_by="tokens",
+        train_on="assistant",
+      ),
+    )
+  )
+  for name, rows in dict(train=train, **settings).items():
+    is_rows = isinstance(rows, list)
+    config.data[name] = str(tiny.write_jsonl(tmp_path / f"{name}.jsonl", rows)) if is_rows else rows
+  tokenizer = tiny.tokenizer()
+  used = Model(tmp_path, None, tiny.config(), tokenizer, chat.template(tokenizer), None)
+  return config, used
+
+
+def labelled(*labels):
+  return [dict(prompt=f"q{i}", completion="a", label=label) for i, label in enumerate(labels)]
+
+
+BOTH, GOOD = labelled(True, False, True), labelled(True, True)
+
+
+@pytest.mark.parametrize(
+  ("settings", "message"),
+  [
+    (dict(train=GOOD), r"all 2 completions of the training rows \(data.train=.*objective.name=sft"),
+    (dict(train=BOTH, eval=GOOD), r"all 2 completions of the held-out rows \(data.eval=.*leave"),
+    (dict(train=BOTH, eval_rows=1), r"of the held-out rows \(data.eval_rows=1 of .*name rows of"),
+    (dict(train=BOTH, eval=tiny.rows(2)), r"^data.eval: .*eval.jsonl:1: 'prompt_completion' rows"),
+    (dict(train=BOTH, eval="gone.jsonl"), r"^data.eval: gone.jsonl does not exist"),
+    (dict(train=BOTH, replay=tiny.rows(2)), r"^data.replay: .*replay.jsonl:1: 'prompt_completion'"),
+    (dict(train=tiny.rows(2), replay=BOTH), r"^\S*train.jsonl:1: 'prompt_completion' rows"),
+  ],
+)
+def test_what_is_wrong_with_a_source_is_said_with_its_role(settings, message, tmp_path):
+  with pytest.raises((ValueError, OSError), match=message):
+    data.read(*given_rows(tmp_path, "outcomes", **settings))
+
+
+def test_classes_may_stand_in_a_file_each(tmp_path):
+  good, bad = (tiny.write_jsonl(tmp_path / f"{x}.jsonl", labelled(x)) for x in (True, False))
+  config, used = given_rows(tmp_path, "outcomes", f"{good}*0.5+{bad}*0.5")
+  assert len(data.read(config, used).examples) == 2
+
+
+def test_advice_for_a_row_that_is_too_long_fits_the_command(tmp_path):
+  """Training has settings that cut rows; an evaluation of a file has none."""
+  config, used = given_rows(tmp_path, "text", [dict(prompt="q" * 200, completion="a")])
+  with pytest.raises(RowError, match=r"train.jsonl:1: .*data.truncate="):
+    data.read(config, used)
+  for length in (64, 1000):  # of the row, and of the model's positions
+    config.data.length = length
+    with pytest.raises(
+      RowError, match=r"train.jsonl:1: .*; shorten the row, or leave it out"
+    ) as told:
+      data.evaluated(config, used, config.data.train)
+    assert "truncate" not in str(told.value)
+  reward = judge.Judge({"layers": {"self_attn": {}}}, used.config, used.tokenizer, used.template)
+  with pytest.raises(RowError, match=r"train.jsonl:1: .*128 positions; shorten the row, or leave"):
+    reward.encode(reward.read(config.data.train))

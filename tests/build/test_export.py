@@ -248,8 +248,8 @@ def test_the_template_that_was_trained_goes_with_the_model(tmp_path, base, adapt
   assert ends == [0, tokenizer.convert_tokens_to_ids("<|im_end|>")]
   alone = export.export(run, tmp_path / "adapter")
   assert chat.template(chat.load_tokenizer(alone)).render(messages) == wanted
-  assert manner.read(alone) == manner.Manner(storage="dense")
-  assert manner.read(out) == manner.Manner()
+  assert manner.read(alone) == manner.Manner(storage="dense", writes=True)
+  assert manner.read(out) == manner.Manner(writes=True)
   # Exported without a template of its own choice, the folder keeps the tokenizer as it came.
   plain = export.export(make_run(tmp_path / "plain", base, adapter), tmp_path / "b", merge=True)
   assert chat.load_tokenizer(plain).chat_template is None

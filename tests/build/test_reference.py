@@ -48,3 +48,20 @@ def test_what_trains_is_copied_where_a_loss_compares_with_it_and_nowhere_else(
   config = settings.load(f"{CONFIG}:{arguments}", [f"--config.{field}" for field in fields])
   pieces = run.build(config, None)
   assert (pieces.trees.context.reference is not None) == is_copied
+
+
+@pytest.mark.parametrize(
+  ("name", "message"),
+  [("nowhere", "'nowhere'"), ("empty", "config.json"), ("other", "of another shape")],
+)
+def test_a_reference_that_is_no_policy_of_the_family_is_refused_at_the_start(
+  name, message, shared, tmp_path
+):
+  (tmp_path / "empty").mkdir()
+  small = tiny.config(num_hidden_layers=1)
+  hf.save(tmp_path / "other", decoder.init(KEY, small), small)
+  path = name if name == "nowhere" else tmp_path / name
+  fields = [f"--config.objective.reference={path}"]
+  config = settings.load(f"{CONFIG}:model={shared / 'model'},data=x", fields)
+  with pytest.raises(settings.ConfigError, match=f"objective.reference=.*{message}"):
+    reference.check(config, model.load(config))

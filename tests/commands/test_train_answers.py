@@ -208,7 +208,7 @@ def test_the_reference_may_be_another_adapter_or_model(reference, folder, tmp_pa
     (dict(data__truncate="keep_start"), "answers are kept whole"),
     (dict(config="grouped", kind="scored", objective__advantage="mean"), "known are group"),
     (dict(data__kind="text"), "objective.name='preference' reads rows of pairs or triples"),
-    (dict(config="kto", kind="labels", data__eval_rows=1), "1 completions held out are labelled"),
+    (dict(config="kto", kind="labels", data__eval_rows=1), "1 completions of the held-out rows"),
   ],
 )
 def test_mistakes_are_named_and_leave_nothing(options, message, folder, tmp_path, capsys):

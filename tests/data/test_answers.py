@@ -122,8 +122,10 @@ def test_a_pair_is_two_labels():
 
 def test_one_class_of_labels_is_refused():
   rows = [row(prompt="q", completion="a", label=True), row(prompt="q", completion="b", label=True)]
-  with pytest.raises(ValueError, match="all 2 completions are labelled desirable"):
-    encode(*rows, kind="labels")
+  with pytest.raises(
+    ValueError, match=r"all 2 completions of the rows are labelled desirable, .*; add"
+  ):
+    answers.check_classes(encode(*rows, kind="labels"), "the rows", "add the other class")
 
 
 def test_groups_have_a_score_an_answer():

@@ -369,7 +369,7 @@ def test_a_field_that_nothing_reads_is_told_once(caplog):
   with caplog.at_level(logging.WARNING):
     trained(rows, chat.template(TOKENIZER))
   assert [r.getMessage() for r in caplog.records] == [
-    "messages have 'mood', which no template reads (first: row 0)"
+    "messages have 'mood', which the template does not read (first: row 0)"
   ]
 
 
@@ -392,3 +392,93 @@ def test_rows_that_a_template_leaves_out_can_be_counted():
     schema.read(rows), TOKENIZER, chat.template(TOKENIZER), max_length=999, on_error="skip"
   )
   assert dict(encoded.skipped.counts) == {"dropped by the template": 3}
+
+
+DRY = {"role": "assistant", "content": "dry"}
+CITES = "{% for d in documents or [] %}{{ d.title ~ d.text }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+  ("row", "message"),
+  [
+    ({"documents": [{"title": "Oslo", "text": "rain"}]}, r"documents\[0\]\['title'\].*FILE.jinja"),
+    ({"chat_template_kwargs": {"documents": [{"text": "rain"}]}}, r"documents\[0\]\['text'\]"),
+    ({"documents": "rain"}, r"'documents' is a string that is not JSON"),
+    ({"documents": ["rain"]}, r"'documents' is an array"),
+    ({"system": "Be brief."}, r"'system' stands beside 'messages' .*columns.messages=messages"),
+    ({"system_prompt": "Be brief."}, r"'system_prompt' stands beside .*first message"),
+    ({"functions": [{"name": "f"}]}, r"'functions' stands beside 'messages' .*'tools'"),
+  ],
+)
+def test_what_stands_beside_a_conversation_is_not_lost(row, message):
+  """The words of the documents are in no message; a template that ignores them trains on what it never saw."""
+  with pytest.raises(RowError, match=r"row 0: .*" + message):
+    trained([{"messages": [ASKED, DRY], **row}], chat.template(TOKENIZER))
+
+
+def test_documents_are_given_to_a_template_that_writes_them(tmp_path):
+  row = {"messages": [ASKED, DRY], "documents": [{"doc_id": "7", "title": "Oslo", "text": "rain"}]}
+  writes = template(TURN + CITES + "{{ m.content }}" + END, tmp_path)
+  encode = lambda row: chat.encode_all(schema.read([row]), TOKENIZER, writes, max_length=2000)
+  assert "Oslorain" in TOKENIZER.decode(encode(row)[0].tokens)
+  with pytest.raises(RowError, match=r"row 0: .*documents\[0\]\['url'\]"):
+    encode({**row, "documents": [{"title": "Oslo", "text": "rain", "url": "here"}]})
+
+
+@pytest.mark.parametrize(
+  "beside",
+  [
+    {"system": None, "documents": None, "functions": []},
+    {"system": ""},
+    {"system": "Be brief."},  # which the messages say, too
+  ],
+)
+def test_what_says_nothing_more_may_stand_beside_a_conversation(beside):
+  brief = {"role": "system", "content": "Be brief."}
+  assert trained([{"messages": [brief, ASKED, DRY], **beside}], chat.template(TOKENIZER))
+  assert schema.read([{"text": "a", "system": "linux"}])
+
+
+def test_what_columns_leave_out_beside_a_conversation_is_told_once(caplog):
+  rows = [{"conversations": [ASKED, DRY], "system": "Be brief.", "system_prompt": " "}] * 2
+  with caplog.at_level(logging.WARNING):
+    schema.read(rows, columns={"messages": "conversations"})
+  assert [r.getMessage() for r in caplog.records] == [
+    "rows have 'system', which is none of the columns to use and is left out (first: row 0)"
+  ]
+
+
+def test_what_a_template_need_not_write_is_told_once_where_it_does_not(tmp_path, caplog):
+  row = {"messages": [{**ASKED, "name": "Ada"}, DRY], "chat_template_kwargs": {"mood": "glad"}}
+  with caplog.at_level(logging.WARNING):
+    trained([row] * 3, chat.template(TOKENIZER))
+  assert sorted(r.getMessage() for r in caplog.records) == [
+    "chat_template_kwargs sets 'mood', which the template does not read (first: row 0)",
+    "messages have 'name', which the template does not read (first: row 0)",
+  ]
+  caplog.clear()
+  reads = template(TURN + "{{ m.name or mood }}{{ m.content }}" + END, tmp_path)
+  with caplog.at_level(logging.WARNING):
+    trained([row], reads)
+  assert not caplog.records
+
+
+def test_nulls_of_arrow_that_may_be_meant_are_counted(tmp_path, caplog):
+  import pyarrow as pa
+  from pyarrow import parquet
+
+  calls = [{"name": "f", "arguments": a} for a in ({"a": 1, "b": None}, {"a": None, "b": 2})]
+  rows = [{"messages": [ASKED, calling(call, content="")], "note": None} for call in calls]
+  parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+  with caplog.at_level(logging.WARNING):
+    schema.read(tmp_path / "a.parquet")
+  (told,) = [r.getMessage() for r in caplog.records]
+  assert told.startswith(f"{tmp_path / 'a.parquet'}: fields that are null were left out (2 in 'arg")
+  caplog.clear()
+  texts = [calling({**c, "arguments": json.dumps(c["arguments"])}) for c in calls]
+  parquet.write_table(
+    pa.Table.from_pylist([{"messages": [ASKED, c]} for c in texts]), tmp_path / "b.parquet"
+  )
+  kept = schema.read(tmp_path / "b.parquet")
+  assert kept[0].fields["messages"][1]["tool_calls"][0]["function"]["arguments"]["b"] is None
+  assert not caplog.records

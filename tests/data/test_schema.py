@@ -316,3 +316,32 @@ def test_real_gsm8k():
   rows = schema.read(Path(folder) / "gsm8k" / "train.jsonl", columns=columns)
   assert len(rows) == 7473
   assert schema.kinds(rows) == {"prompt_completion": 7473}
+
+
+BEGUN = {"role": "assistant", "content": "The ans"}
+REST = {"role": "assistant", "content": "wer is yes"}
+
+
+@pytest.mark.parametrize(
+  "fields",
+  [
+    {"prompt": [USER, BEGUN], "completion": [REST]},
+    {"prompt": [USER, BEGUN], "completion": REST, "label": True},
+    {"prompt": [USER, BEGUN], "chosen": [REST], "rejected": [ASSISTANT]},
+    {"prompt": [USER, BEGUN], "completions": [[REST], [ASSISTANT]], "scores": [1, 0]},
+    {"prompt": [USER, BEGUN], "completion": [USER, {**REST, "content": "The answer is yes"}]},
+    {"prompt": [USER, BEGUN], "completion": [USER, BEGUN, REST]},
+  ],
+)
+def test_an_answer_that_a_prompt_begins_is_no_turn_of_its_own(fields, tmp_path):
+  """A prefilled prompt: its template would end the turn in the middle of a word."""
+  path = write(tmp_path / "a.jsonl", fields)
+  with pytest.raises(RowError, match=r"a.jsonl:1: 'prompt' ends with an .*; end 'prompt' with the"):
+    schema.read(path)
+
+
+def test_a_prompt_may_end_with_a_call_or_be_answered_by_the_user(tmp_path):
+  call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+  rows = [{"prompt": [USER, call], "completion": [REST]}]
+  rows += [{"prompt": [USER, ASSISTANT], "completion": [{**USER, "content": "More"}, REST]}]
+  assert len(schema.read(write(tmp_path / "a.jsonl", *rows))) == 2

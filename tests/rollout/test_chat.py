@@ -15,6 +15,7 @@ from posttrain_jax.build import use
 from posttrain_jax.data import template_sandbox, templates
 from posttrain_jax.models import hf
 from posttrain_jax.rollout import chat, engine
+from posttrain_jax.settings import ConfigError
 from tests.adapters.cases import trained
 from tests.data.conftest import make_tokenizer
 from tests.models import families
@@ -270,3 +271,34 @@ def test_a_template_renders_on_after_a_ctrl_c(base, monkeypatch):
     template.render_all([templates.job([user("two")], True)])
   monkeypatch.setattr(template_sandbox, "_receive", receive)
   assert template.render_all(jobs) == [wanted]
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_a_line_that_is_not_utf8_leaves_the_others_answered(base, errors):
+  lines = b"Hello there\ncaf\xe9\nWhat is two?\n"
+  stdin = io.TextIOWrapper(io.BytesIO(lines), encoding="utf-8", errors=errors)
+  out, err = io.StringIO(), io.StringIO()
+  speaker, _ = ready(base[0], template="chatml")
+  assert chat.chat(speaker, stdin=stdin, stdout=out, stderr=err) == 1
+  first, last = expected(base, [user("Hello there")], [user("What is two?")])
+  assert out.getvalue() == f"{first}\n\n{last}\n"
+  assert err.getvalue().startswith("line 2: byte 0xe9 at character 4 is not UTF-8; convert")
+  with pytest.raises(ValueError, match="system message: byte 0xe9"):
+    chat.chat(speaker, system="caf\udce9", stdin=io.StringIO("Hello"))
+
+
+@pytest.mark.parametrize("writes", [False, None, True])
+def test_a_reward_models_adapter_does_not_talk(base, adapter, writes, caplog):
+  """Its head for text was never trained with what it changed below it."""
+  used = use.load(str(base[0]), str(adapter[0]))
+  config = dataclasses.replace(used.config, scores=1, writes=True)
+  used = dataclasses.replace(
+    used, config=config, manner=dataclasses.replace(used.manner, writes=writes)
+  )
+  if writes is False:
+    with pytest.raises(ConfigError, match=r"is a reward model, .*eval --reward=DIR"):
+      use.speaker(used, sampling=engine.GREEDY, max_new_tokens=NEW)
+    return
+  with caplog.at_level("WARNING"):
+    used.check_writes()
+  assert ("may be noise" in caplog.text) == (writes is None)

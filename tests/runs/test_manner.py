@@ -12,7 +12,7 @@ def test_it_is_read_as_it_was_written_beside_what_was_there(tmp_path):
   assert manner.read(tmp_path) is None
   (tmp_path / manner.RECORD).write_text('{"base": {"fingerprint": "a"}}')
   assert manner.read(tmp_path) is None
-  how = Manner("nf4", "bfloat16", "Be brief", chat=False)
+  how = Manner("nf4", "bfloat16", "Be brief", chat=False, writes=False)
   manner.write(tmp_path, how)
   assert manner.read(tmp_path) == how
   assert json.loads((tmp_path / manner.RECORD).read_text())["base"] == {"fingerprint": "a"}
@@ -45,5 +45,5 @@ def test_a_runs_base_is_what_its_adapter_is_made_for(method, changes_base, stora
     adapter=dict(method=method),
     data=dict(chat=True, system="Be brief"),
   )
-  found = manner.of(config, changes_base=changes_base, chat=True)
+  found = manner.of(config, changes_base=changes_base, chat=True, writes=True)
   assert (found.storage, found.system, found.template) == (storage, "Be brief", "chatml")

@@ -37,15 +37,6 @@ def test_a_line_under_way_is_left_out(tmp_path):
   assert run.read(folder).steps == 3
 
 
-def test_a_broken_line_is_named(tmp_path):
-  folder = runs.write(tmp_path / "a")
-  (folder / "metrics.jsonl").write_text(
-    '{"step": 1, "loss": 1}\nnonsense\n{"step": 2, "loss": 1}\n'
-  )
-  with pytest.raises(ValueError, match=r"metrics\.jsonl:2 is not JSON"):
-    run.read(folder)
-
-
 def test_what_is_no_run(tmp_path):
   with pytest.raises(FileNotFoundError, match="holds nothing, expected config"):
     run.read(tmp_path)
@@ -60,3 +51,14 @@ def test_what_is_no_run(tmp_path):
   (folder / "evaluation-after.json").write_text("[]")
   with pytest.raises(ValueError, match="holds a list, expected an object"):
     run.read(folder)
+
+
+@pytest.mark.parametrize("damage", [b"7", b"{", b'{"loss": 1}', b'{"step": "five"}', b"\xff\xfe"])
+def test_a_damaged_line_of_the_metrics_is_named_and_the_one_under_way_is_left_out(damage, tmp_path):
+  path, good = tmp_path / run.METRICS, b'{"step": 3, "loss": 1.5}'
+  path.write_bytes(good + b"\n" + damage)
+  assert run.read_rows(path) == [{"step": 3, "loss": 1.5}]
+  assert run.last_step(tmp_path) == 3
+  path.write_bytes(good + b"\n" + damage + b"\n" + good + b"\n")
+  with pytest.raises(ValueError, match=r"metrics.jsonl:2 is damaged: .*take the line out"):
+    run.read_rows(path)
