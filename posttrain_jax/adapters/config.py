@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import numbers
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -309,6 +309,17 @@ def full_name(module: str) -> str:
   ('model.layers.3.mlp.up_proj', 'lm_head')
   """
   return module if module in HEADS else f"model.{module}"
+
+
+def is_saved(called: str, endings: Sequence[str]) -> bool:
+  """PEFT's rule of `modules_to_save`: a name ends so, the module's own or that of a block that it lies in.
+
+  >>> is_saved("model.layers.3.mlp.up_proj", ["mlp"]), is_saved("model.layers.3.mlp.up_proj", ["up"])
+  (True, False)
+  """
+  parts = called.split(".")
+  names = [".".join(parts[: i + 1]) for i in range(len(parts))]
+  return any(name.endswith(tuple(endings)) for name in names)
 
 
 def picks(wanted: str | tuple[str, ...], called: str) -> bool:

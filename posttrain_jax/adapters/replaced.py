@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from posttrain_jax.adapters.config import AdapterConfig, full_name
+from posttrain_jax.adapters.config import AdapterConfig, full_name, is_saved
 from posttrain_jax.adapters.node import Change
 from posttrain_jax.core import struct, tree, weight
 from posttrain_jax.core.weight import embed, linear
@@ -66,7 +66,7 @@ def init(
 ) -> dict[str, Replaced]:
   """{path: Replaced}, equal to the base in float32, of every leaf whose module's name ends as config says.
 
-  An ending is one of characters, as in PEFT: `norm` means every norm.
+  An ending is one of characters, as in PEFT: `norm` means every norm, and `mlp` all that lies in an MLP.
 
   Args:
     base_at: path -> the leaf there; a tied head is the view of the embedding.
@@ -76,14 +76,14 @@ def init(
     ValueError: a name that no module ends with, or a module that the adapter targets too.
   """
   nodes = {}
-  for path, (names, is_saved) in _named(params, config).items():
+  for path, (names, flags) in _named(params, config).items():
     if path in adapted:
       raise ValueError(
-        f"modules_to_save: {names[int(is_saved.argmax())]!r} is a target of the adapter as well; "
+        f"modules_to_save: {names[int(flags.argmax())]!r} is a target of the adapter as well; "
         "name it in exclude_modules, or leave it out"
       )
     value = jnp.array(weight.dense(base_at(path), jnp.float32), copy=True)
-    nodes[path] = Replaced(value, None if is_saved.all() else jnp.asarray(is_saved))
+    nodes[path] = Replaced(value, None if flags.all() else jnp.asarray(flags))
   return nodes
 
 
@@ -99,7 +99,7 @@ def _named(params: Any, config: AdapterConfig) -> dict[str, tuple[list[str], np.
   layers = weight.shape(params["layers"]["self_attn"]["q_proj"]["weight"])[0]
   leaves = dict.fromkeys([*tree.flatten(params), "lm_head/weight"])
   names_at = {path: expand(path, layers) for path in leaves}
-  wanted = lambda name, endings: any(full_name(name).endswith(ending) for ending in endings)
+  wanted = lambda name, endings: is_saved(full_name(name), endings)
   known = [name for names in names_at.values() for name in names]
   for ending in config.modules_to_save:
     if not any(wanted(name, (ending,)) for name in known):

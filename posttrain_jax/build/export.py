@@ -213,15 +213,18 @@ class _Trained:
 
 def _trained(run: runs.Run, source: Path) -> _Trained:
   folder, base = fetch.resolve(run.field("model.name")), run.field("model.base")
-  original, config = hf.load(folder, storage="dense")
+  with_head = lambda params, config: use.scoring(source, params, config)
+  original, plain = hf.load(folder, storage="dense")
+  original, config = with_head(original, plain)
   adapter, adapter_config = peft_format.load(source, original, config)
   config = rotary.stretched(config, adapter_config.context_length)
   if base in (None, "dense"):
     stored, stored_adapter = original, adapter
   elif _starts_from_base(run):
     stored, stored_adapter = _started(run, folder, config, adapter)
+    stored, _ = with_head(stored, plain)
   else:
-    stored, _ = hf.load(folder, storage=base)
+    stored, _ = with_head(*hf.load(folder, storage=base))
     # DoRA's node holds norms of its base: that of the stored one is another
     stored_adapter, _ = peft_format.load(source, stored, config)
   return _Trained(folder, config, adapter_config, original, adapter, stored, stored_adapter)
@@ -279,9 +282,13 @@ def _merge(run: runs.Run, source: Path, out: Path, merge_base: str) -> None:
     merged = adapters.merge(trained.original, trained.adapter)
   else:
     merged = _merged_onto(merge_base, run.field("model.base"), trained)
+  config = trained.config
+  if config.scores and not decisions.writes(ml_collections.ConfigDict(run.record["config"])):
+    merged = {name: part for name, part in merged.items() if name != "lm_head"}
+    config = dataclasses.replace(config, writes=False)
   for path, leaf in tree.items(merged):
     _check_finite(source, path, leaf)
-  hf.save(out, merged, trained.config, tokenizer_from=trained.folder)
+  hf.save(out, merged, config, tokenizer_from=trained.folder)
 
 
 def _merged_onto(merge_base: str, base: str, trained: _Trained) -> Any:

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from posttrain_jax import settings
-from posttrain_jax.build import evaluation, export, merge_inputs
+from posttrain_jax.build import evaluation, export, merge_inputs, merge_meaning
 from posttrain_jax.build import vocabulary as vocabularies
 from posttrain_jax.core import files
 from posttrain_jax.evals import merges, tasks
@@ -39,7 +39,8 @@ def merge(
     limit: of each, so many examples; 0 for all.
 
   Raises:
-    RecipeError: the recipe, or what it names, cannot be merged: models of different structure, shape or vocabulary.
+    RecipeError: the recipe, or what it names, cannot be merged: models of different structure, shape, vocabulary
+      or function.
     FileExistsError: out is there already.
     OSError: the disk is too small for the result, or full.
   """
@@ -62,6 +63,7 @@ def merge(
   _say_twice(recipe, folders)
   opened, tokenizer = vocabularies.lay_out(recipe, opened, folders)
   plan = stream.plan(recipe, opened)
+  merge_meaning.check(recipe, folders)
   methods.rehearse(recipe, plan.wanted)
   names = ", ".join(map(str, recipe.models()))
   log.info(

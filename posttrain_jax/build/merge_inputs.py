@@ -163,6 +163,11 @@ def _with_adapter(reader: stream.Tensors, folder: Path, adapter: str) -> stream.
     raise RecipeError(
       f"{adapter}: a {adapter_config.method} stands before the text and is in no weight"
     )
+  if adapter_config.context_length:
+    raise RecipeError(
+      f"{adapter} was trained on positions stretched to {adapter_config.context_length} tokens, which is in no weight:"
+      " write base and adapter as one model first (posttrain export --merge), and merge that"
+    )
   nodes = dict(tree.items(nodes))
   if (
     config.tied and {HEAD, EMBEDDING} & nodes.keys()

@@ -140,8 +140,8 @@ def load(
   storage = base or manner.storage
   dtype = decisions.dtype(manner.dtype)
   params, config = hf.load(folder, dtype=dtype, storage=storage)
-  if homes and scores(homes[0]) and not config.scores:
-    params, config = decoder.scored(jax.random.key(0), params, config, writes=True)
+  if homes:
+    params, config = scoring(homes[0], params, config)
   loaded = [peft_format.load(home, params, config) for home in homes]
   lengths = {adapter_config.context_length for _, adapter_config in loaded}
   if len(lengths) > 1:
@@ -260,6 +260,13 @@ def scores(home: Path) -> bool:
   described = files.read_json(home / peft_format.CONFIG)
   saved = described.get("modules_to_save")
   return isinstance(saved, list) and "score" in saved
+
+
+def scoring(home: Path, params: Any, config: ModelConfig) -> tuple[Any, ModelConfig]:
+  """(params, config) of an adapter's base; where the adapter trained a score head, with one beside that for logits."""
+  if config.scores or not scores(home):
+    return params, config
+  return decoder.scored(jax.random.key(0), params, config, writes=True)
 
 
 def _say_base(folder: Path, home: Path, storage: str | None, manner: Manner) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from posttrain_jax.core import tree, weight
-from posttrain_jax.quant import fp4, int8, nf4
+from posttrain_jax.quant import fp4, int8, nf4, stack
 
 # What `base=` and `storage=` call a type -> the module with its `quantize` and `abstract`.
 STORAGES: dict[str, Any] = {"nf4": nf4, "fp4": fp4, "int8": int8}
@@ -71,6 +71,8 @@ def quantize(path: str, leaf: Any, storage: str, **options: Any) -> Any:
     )
   try:
     return _storage(storage).quantize(leaf, **options)
+  except stack.Damaged as problem:
+    raise ValueError(f"{path}: {problem}") from None
   except ValueError as problem:
     raise ValueError(f"{path}: {problem}; exclude={[path]} does that") from None
 

@@ -18,6 +18,10 @@ DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16
 LARGEST = np.float32(2.0**126)  # the reciprocal of a larger scale is subnormal, which XLA flushes
 
 
+class Damaged(ValueError):
+  """Numbers that no model computes with, however they are stored."""
+
+
 class Unlike(ValueError):
   """Layers that cannot be stacked."""
 
@@ -26,16 +30,17 @@ def quantize(name: str, w: Any, one: Quantizer) -> Any:
   """`one` of w, [in, out] or [layers, in, out]; a stack on the host goes to the device layer by layer.
 
   Raises:
-    ValueError: a value is not finite, or too large.
+    Damaged: a value is not finite, or too large.
   """
   if isinstance(w, np.ndarray) and w.ndim == 3:
     stacked = fill((quantize(name, layer, one) for layer in w), len(w))
     return jax.tree.map(jnp.asarray, stacked)
   q, top = one(jnp.asarray(w))
   if not isinstance(top, Tracer) and not float(top) < LARGEST:
-    raise ValueError(
+    raise Damaged(
       f"cannot quantise {tuple(w.shape)} to {name}: its largest absolute value is {float(top)}, "
-      f"expected one below {LARGEST:.3g}; look for NaN or infinity in the checkpoint"
+      f"expected one below {LARGEST:.3g}; look for NaN or infinity in the checkpoint, or fetch it again: "
+      "left dense its products are not finite either"
     )
   return q
 

@@ -278,6 +278,12 @@ def test_every_default_that_peft_writes_is_accepted(saved):
   equal(peft_format.load(folder, params, model)[0], adapter)
 
 
+def test_of_several_names_of_the_list_of_layers_one_is_ours(saved):
+  folder, model, params, adapter = saved
+  reconfigure(folder, layers_pattern=["layers", "h"])
+  equal(peft_format.load(folder, params, model)[0], adapter)
+
+
 def test_targets_are_taken_from_the_tensors_where_the_config_names_none(saved):
   folder, model, params, adapter = saved
   reconfigure(folder, target_modules=None)
@@ -341,7 +347,12 @@ def test_a_named_adapter_is_found_by_its_parent(saved):
     (dict(modules_to_save=["norm"]), "modules_to_save=.* names .*norm., which has no weight"),
     (dict(ensure_weight_tying=True), "ensure_weight_tying=True is not supported"),
     (dict(trainable_token_indices=[1]), "trainable_token_indices=.1. is not supported"),
-    (dict(layer_replication=[[0, 2]]), "layer_replication=.* is not supported"),
+    (dict(layer_replication=[[0, 2]]), "layer_replication=.* is not supported.*posttrain merge"),
+    (
+      dict(alora_invocation_tokens=[3]),
+      "alora_invocation_tokens=.*in no merged model: use it in peft",
+    ),
+    (dict(layers_pattern=["h", "blocks"]), "layers_pattern=.* is not supported"),
     (dict(layers_pattern="blocks"), "layers_pattern='blocks' is not supported"),
     (dict(task_type="TOKEN_CLS"), "task_type='TOKEN_CLS' is not supported"),
     (dict(init_lora_weights="pissa"), "init_lora_weights='pissa' is not supported: it moves"),
@@ -646,6 +657,15 @@ def test_an_adapter_of_a_multimodal_folder_has_the_names_of_its_class(tmp_path):
     f"base_model.model.lm_head.lora_{x}.weight" for x in "AB"
   }
   assert f"{inside}norm.weight" in tensors
+  # an ending, even one that is exact among the text model's names, is the vision tower's too
+  assert config["modules_to_save"] == ["model.language_model.norm"]
+  peft_format.save(
+    tmp_path / "b",
+    {"norm": adapter["norm"]} | {"lm_head": adapter["lm_head"]},
+    PATTERNS.replace(modules_to_save=["norm"], target_modules=["lm_head"]),
+    part,
+  )
+  assert described(tmp_path / "b")["modules_to_save"] == ["model.language_model.norm"]
   assert len(config["target_modules"]) == 7
   assert "model.language_model.layers.1.self_attn.q_proj" in config["target_modules"]
   assert config["alpha_pattern"] == {

@@ -1,5 +1,7 @@
 """modules_to_save: a value in the place of the base's, and LongLoRA, which trains embeddings and norms with it."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -145,6 +147,33 @@ def test_names_that_cannot_be_are_refused(options, message):
     adapters.init(KEY, families.make("llama")[1], AdapterConfig(r=2, **options))
 
 
+def test_a_block_is_all_that_lies_in_it(tmp_path):
+  """PEFT wraps the block and stores its projections; no module of ours is called so, and it was refused."""
+  model, params = families.make("llama")
+  config = AdapterConfig(r=2, target_modules=("q_proj", "up_proj"), exclude_modules=("up_proj",))
+  config = config.replace(modules_to_save=("1.mlp",))
+  adapter = moved(adapters.init(KEY, params, config)[1])
+  flat = tree.flatten(adapter)
+  for name in ("gate_proj", "up_proj", "down_proj"):
+    assert list(flat[f"layers/mlp/{name}/weight"].ranks()) == [0, 1, 0]
+  peft_format.save(tmp_path / "a", adapter, config, model)
+  described = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+  assert described["modules_to_save"] == ["1.mlp"]
+  again, read = peft_format.load(tmp_path / "a", params, model)
+  assert read.modules_to_save == ("1.mlp",)
+  for path, node in flat.items():
+    np.testing.assert_array_equal(node.ranks(), tree.get(again, path).ranks())
+
+
+def test_a_reward_models_head_says_what_to_do_with_it(tmp_path):
+  model, params = families.make("llama")
+  config = AdapterConfig(r=2, modules_to_save=("score",))
+  scored, scored_model = decoder.scored(KEY, params, model)
+  peft_format.save(tmp_path, adapters.init(KEY, scored, config)[1], config, scored_model)
+  with pytest.raises(ValueError, match=r"'score' is the head of a reward model.*eval --reward=.*"):
+    peft_format.load(tmp_path, params, model)
+
+
 def test_files_that_do_not_fit_are_refused(tmp_path):
   model, params, config, adapter = made("embeddings and norms")
   peft_format.save(tmp_path / "a", adapter, config, model)
@@ -177,7 +206,7 @@ def test_training_sees_groups_and_evaluation_the_whole_row():
 
   def loss(objective, key):
     totals = objective.totals(trained, context, batch, KEY, memory=None, training=True)
-    return float(objective.loss(trained, context, batch, totals, key)[0])
+    return float(objective.loss(trained, context, batch, totals, key, training=key is not None)[0])
 
   assert loss(sparse, None) == loss(full, None)
   assert loss(full, KEY) == pytest.approx(loss(full, None), rel=1e-6)

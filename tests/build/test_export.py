@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from posttrain_jax import adapters, quant
 from posttrain_jax.adapters import peft_format
+from posttrain_jax.adapters.replaced import Replaced
 from posttrain_jax.build import export, start
 from posttrain_jax.configs import common
 from posttrain_jax.core import tree
@@ -91,6 +92,27 @@ def test_a_merged_model_computes_what_was_trained(tmp_path, base, adapter, caplo
   assert distance(logits(params, config), trained) > 0.1
   assert len(chat.load_tokenizer(out)) == config.vocab_size
   assert not caplog.records
+
+
+@pytest.mark.parametrize("storage", [None, "nf4"])
+def test_a_reward_models_adapter_is_merged_with_its_head(tmp_path, base, storage):
+  """The base was read without a head for scores, and the adapter's was no module of it."""
+  params, config = hf.load(base)
+  params, config = decoder.scored(jax.random.key(0), params, config, writes=True)
+  chosen = adapters.AdapterConfig(r=2)
+  trained = cases.trained(adapters.init(jax.random.key(0), params, chosen)[1])
+  trained["score"] = {"weight": Replaced(params["score"]["weight"] + 0.1)}
+  chosen = chosen.replace(modules_to_save=("score",))
+  run = make_run(tmp_path / "run", base, (trained, chosen, config), base=storage)
+  asked = json.loads((run / "config.json").read_text())
+  asked["config"]["objective"] = dict(name="reward", sft_weight=0.0)
+  (run / "config.json").write_text(json.dumps(asked))
+  merged, merged_config = hf.load(export.export(run, tmp_path / "out", merge=True))
+  assert (merged_config.scores, merged_config.writes) == (1, False)
+  described = json.loads((tmp_path / "out" / "config.json").read_text())
+  assert described["architectures"] == ["LlamaForSequenceClassification"]
+  of = lambda params: decoder.scores(params, decoder.hidden(params, TOKENS, config))
+  np.testing.assert_allclose(of(merged), of(adapters.bind(params, trained)), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

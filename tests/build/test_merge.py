@@ -15,6 +15,7 @@ from posttrain_jax import adapters, merge, quant
 from posttrain_jax.__main__ import main
 from posttrain_jax.adapters import peft_format
 from posttrain_jax.build import merge as merging
+from posttrain_jax.build import merge_meaning
 from posttrain_jax.core import shards, tree
 from posttrain_jax.data import chat
 from posttrain_jax.merge import methods, stream
@@ -53,9 +54,13 @@ def save(folder, params, config=MODEL):
 
 
 def run(tmp_path, models, text, *options, out="out", name="recipe.yml"):
-  path = tmp_path / name
-  path.write_text(text.replace("@", f"{models}/"))
+  path = write_recipe(tmp_path, models, text, name)
   return main(["merge", f"--recipe={path}", f"--out={tmp_path / out}", *options])
+
+
+def write_recipe(tmp_path, models, text, name="recipe.yml"):
+  (tmp_path / name).write_text(text.replace("@", f"{models}/"))
+  return str(tmp_path / name)
 
 
 def trees(models, *names):
@@ -483,6 +488,56 @@ def test_models_of_another_kind_are_refused(size, message, tmp_path, models, cap
   found = capsys.readouterr().err
   assert re.search(message, found), found
   assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "recipe.yml"]
+
+
+@pytest.mark.parametrize(
+  ("described", "said"),
+  [
+    (
+      dict(num_attention_heads=2, num_key_value_heads=1, head_dim=32),
+      "num_attention_heads .4 and 2",
+    ),
+    (dict(hidden_act="gelu_pytorch_tanh"), "hidden_act .'silu' and 'gelu_tanh'"),
+    (dict(model_type="gemma2", hidden_activation="gelu_pytorch_tanh"), "norm_plus_one .False and"),
+    (dict(model_type="phi3"), "model_type .'llama' and 'phi3'"),
+  ],
+)
+def test_equal_shapes_that_are_another_function_are_refused(
+  tmp_path, models, capsys, described, said
+):
+  shutil.copytree(models / "b", tmp_path / "b")
+  rewrite(tmp_path / "b", lambda t: None, **described)
+  assert run(tmp_path, models, TIES.replace("@b\n", f"{tmp_path / 'b'}\n")) == 1
+  assert re.search(f"base and .*/b differ in .*{said}", capsys.readouterr().err)
+  assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+  ("described", "said"),
+  [
+    (dict(rope_parameters=dict(rope_theta=5e5)), r"rope_theta \(10000.0 and 500000.0\)"),
+    (
+      dict(rope_parameters=dict(rope_type="linear", factor=4.0)),
+      r"rope_type \('default' and 'linear'\), rope_factor \(1.0 and 4.0\)",
+    ),
+    (dict(rms_norm_eps=1e-3), r"rms_norm_eps \(1e-05 and 0.001\)"),
+    (
+      dict(model_type="mistral", sliding_window=8),
+      r"model_type \('llama' and 'mistral'\).*sliding_window \(None and 8\)",
+    ),
+    (dict(eos_token_id=257, bos_token_id=256), r"bos_token_id \(None and 256\), eos_token_id"),
+    (dict(max_position_embeddings=64), r"max_position_embeddings \(128 and 64\)"),
+  ],
+)
+def test_what_a_fine_tune_may_have_changed_is_said_with_both_values(
+  tmp_path, models, caplog, described, said
+):
+  shutil.copytree(models / "b", tmp_path / "b")
+  rewrite(tmp_path / "b", lambda t: None, **described)
+  recipe = merging.read(write_recipe(tmp_path, models, TIES.replace("@b\n", f"{tmp_path / 'b'}\n")))
+  merge_meaning.check(recipe, {model: pathlib.Path(model.name) for model in recipe.models()})
+  (record,) = caplog.records
+  assert re.search(said, record.getMessage()), record.getMessage()
 
 
 def test_a_missing_shard_a_full_disk_and_a_folder_that_is_there(

@@ -218,6 +218,15 @@ def test_one_number_that_is_not_finite_is_seen_wherever_it_stands(monkeypatch, d
   assert files.is_finite(array.reshape(2, 10).T[:3, :1])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_number_whose_products_are_not_finite_is_said(caplog, dtype):
+  """A base with one 3e38 was loaded unsaid, and its logits were not finite."""
+  files.narrowed("w", np.array([1.0, 8e37], np.float32), dtype)
+  assert not caplog.records
+  files.narrowed("w", np.array([1.0, -3e38], np.float32), dtype)
+  assert "w holds a number of 2^127 or more" in caplog.text
+
+
 @pytest.mark.parametrize(
   ("array", "dtype", "said"),
   [

@@ -181,14 +181,17 @@ def test_starts_are_drawn_from_pefts_distributions(folders):
     assert abs(ours.mean() - theirs.mean()) < 0.03
 
 
-def test_a_projected_prefix_is_refused_by_name(folders, tmp_path):
+def test_a_projected_prefix_is_what_its_projection_gave(folders, tmp_path):
+  """PEFT saves the keys and values, and not the network that they came out of."""
   folder, params, config = folders("llama")
   projected = peft.PrefixTuningConfig(
-    task_type="CAUSAL_LM", num_virtual_tokens=SLOTS, prefix_projection=True
+    task_type="CAUSAL_LM", num_virtual_tokens=SLOTS, prefix_projection=True, encoder_hidden_size=8
   )
-  quiet(reference(folder, projected).save_pretrained, tmp_path)
-  with pytest.raises(ValueError, match="prefix_projection is not supported"):
-    peft_format.load(tmp_path, params, config)
+  model = reference(folder, projected)
+  quiet(model.save_pretrained, tmp_path)
+  adapter, _ = peft_format.load(tmp_path, params, config)
+  tokens = families.tokens(1, 9)
+  close(logits_of(params, adapter, tokens, config), theirs_of(model, tokens), 1e-5)
 
 
 # --- what trains whole beside a LoRA ----------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from posttrain_jax import quant
 from posttrain_jax.core import sharding, tree, weight
 from posttrain_jax.quant import fp4, int8, nf4, report
 from tests.quant.types import TYPES
@@ -194,3 +195,13 @@ def test_one_nan_among_numbers_is_refused(kind, shape, as_array):
     w[[0, 2], 17, 5] = 1
     with pytest.raises(ValueError, match=r"its largest absolute value is nan.*look for NaN"):
       kind.quantize(as_array(w))
+
+
+@pytest.mark.parametrize("storage", ["nf4", "fp4", "int8"])
+def test_a_number_that_no_model_computes_with_is_not_to_be_left_dense(storage):
+  """The advice was to exclude the matrix, whose dense products were not finite either."""
+  w = np.array(normal(64, 64))
+  w[3, 5] = 3e38
+  with pytest.raises(ValueError, match=r"largest absolute value is 3.*fetch it again") as error:
+    quant.quantize("layers/mlp/up_proj/weight", w, storage)
+  assert "exclude=" not in str(error.value)

@@ -34,10 +34,21 @@ OTHERS: Mapping[str, tuple[Any, ...]] = {
   "use_cache": (True,),
   "is_trainable": (True,),
 }
+# Keys that list what there may be, and what there is: beside that the others name nothing.
+LISTS = {"layers_pattern": "layers"}
 # What to do about a key that is not supported, where there is something better than to merge with peft.
 HINTS = {
   "bias": "the adapter trained biases of its base as well; merge it with peft "
   "(merge_and_unload) onto that base, and load the model",
+  "alora_invocation_tokens": "it adapts what comes after those tokens alone, which is in no merged "
+  "model: use it in peft, or train a LoRA without them",
+  "arrow_config": "it chooses between adapters token by token, which is in no merged model: use it in "
+  "peft, or load one of its adapters",
+  "layer_replication": "peft does not merge it either: write the base with its layers repeated "
+  "(posttrain merge, slices), and train a LoRA on that",
+  "num_transformer_submodules": "it is for a model with an encoder and a decoder, and such are not read",
+  "use_qalora": "it is for a GPTQ base, onto which peft does not merge it: use it in peft, or train a "
+  "LoRA without it",
   "task_type": "adapters of language models and of sequence classifiers are read",
 }
 
@@ -129,7 +140,8 @@ def check_key(key: str, value: Any, keys: Keys, path: Path) -> None:
       wanted = " or ".join(kind.__name__ for kind in keys.fields[key])
       raise ValueError(f"{path}: {key}={shown} is a {type(value).__name__}, expected {wanted}")
   elif key in keys.off:
-    if value not in keys.off[key]:
+    is_listed = key in LISTS and isinstance(value, list) and LISTS[key] in value
+    if value not in keys.off[key] and not is_listed:
       why = HINTS.get(key, "merge the adapter with peft (merge_and_unload) and load the model")
       raise ValueError(
         f"{path}: {key}={shown} is not supported; PEFT's default is {keys.off[key][0]!r}: {why}"

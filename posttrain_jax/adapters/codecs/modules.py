@@ -18,7 +18,7 @@ from posttrain_jax.adapters.bind import base as base_at
 from posttrain_jax.adapters.bind import modules as modules_of
 from posttrain_jax.adapters.codecs import naming
 from posttrain_jax.adapters.codecs.codec import Folder
-from posttrain_jax.adapters.config import AdapterConfig, fits, full_name
+from posttrain_jax.adapters.config import AdapterConfig, fits, full_name, is_saved
 from posttrain_jax.core import tree, weight
 from posttrain_jax.models import decoder
 from posttrain_jax.models.config import ModelConfig
@@ -172,8 +172,9 @@ def settled(
         raise ValueError(
           f"{folder.config_file}: {option}: {tree.unknown(pattern, called, 'module')}"
         )
-  is_saved = lambda name: any(full(name).endswith(ending) for ending in saved)
-  targeted = {name for name in known if config.targets(name, full(name)) and not is_saved(name)}
+  targeted = {
+    name for name in known if config.targets(name, full(name)) and not is_saved(full(name), saved)
+  }
   _check_targets(folder, targeted, parts)
   ranks = {name: config.rank(name, full(name)) for name in parts}
   alphas = {name: config.alpha(name, full(name)) for name in parts}

@@ -19,7 +19,7 @@ from posttrain_jax.adapters import replaced
 from posttrain_jax.adapters.bind import base as base_at
 from posttrain_jax.adapters.codecs import modules, naming
 from posttrain_jax.adapters.codecs.codec import Folder
-from posttrain_jax.adapters.config import AdapterConfig, full_name
+from posttrain_jax.adapters.config import AdapterConfig, full_name, is_saved
 from posttrain_jax.adapters.replaced import Replaced
 from posttrain_jax.core import tree, weight, words
 from posttrain_jax.models import decoder
@@ -49,7 +49,8 @@ def write(
       names.append(name)
       tensors[f"{prefix}{full(name)}.{leaf}"] = _stored(name, value)
   rest = tree.unflatten((path, node) for path, node in tree.items(adapter) if path not in nodes)
-  return rest, tensors, _endings(names, config, params, full) if nodes else None
+  inside = bool(model_config.part_of)
+  return rest, tensors, _endings(names, config, params, full, inside=inside) if nodes else None
 
 
 def read(
@@ -66,16 +67,14 @@ def read(
   names_at = {path: _names(path, layers) for path in paths}
   known = [*(full(name) for names in names_at.values() for name in names), *folder.others]
   for ending in endings:
-    if not any(name.endswith(ending) for name in known):
-      raise ValueError(
-        f"{folder.config_file}: modules_to_save: {tree.unknown(ending, known, 'module')}"
-      )
+    if not any(is_saved(name, (ending,)) for name in known):
+      raise ValueError(f"{folder.config_file}: modules_to_save: {_unknown(folder, ending, known)}")
   arrays_at: dict[str, dict[str, np.ndarray]] = collections.defaultdict(dict)
   rest = dict(folder.tensors)
   for path, names in names_at.items():
     leaf = path.rpartition("/")[2]
     for name in names:
-      if not any(full(name).endswith(ending) for ending in endings):
+      if not is_saved(full(name), endings):
         continue
       array = _take(folder, rest, name, leaf)
       if array is None:
@@ -94,6 +93,15 @@ def read(
   described = {**folder.described, "modules_to_save": None}
   rest_of_it = dataclasses.replace(folder, tensors=rest, described=described)
   return rest_of_it, nodes, {"modules_to_save": ours}
+
+
+def _unknown(folder: Folder, ending: str, known: Sequence[str]) -> str:
+  if ending in HEADS and folder.described.get("task_type") == "SEQ_CLS":
+    return (
+      f"{ending!r} is the head of a reward model, and this base has none: score texts with it "
+      "(posttrain eval --reward=the folder), or write both as one model first (posttrain export --merge)"
+    )
+  return tree.unknown(ending, known, "module")
 
 
 def _take(folder: Folder, rest: dict[str, np.ndarray], name: str, leaf: str) -> np.ndarray | None:
@@ -161,11 +169,20 @@ def _check_shapes(folder: Folder, values: Mapping[str, np.ndarray], matrix: Any)
 
 
 def _endings(
-  names: Sequence[str], config: AdapterConfig, params: Any, full: Callable[[str], str]
+  names: Sequence[str],
+  config: AdapterConfig,
+  params: Any,
+  full: Callable[[str], str],
+  *,
+  inside: bool,
 ) -> list[str]:
-  """The user's own endings where PEFT takes them for these modules and no other; else every full name."""
+  """The user's own endings where PEFT takes them for these modules and no other; else every full name.
+
+  In a model that also sees, an ending would name modules of the other parts too: SigLIP's post_layernorm is a norm.
+  """
   layers = weight.shape(params["layers"]["self_attn"]["q_proj"]["weight"])[0]
   paths = dict.fromkeys([*tree.flatten(params), "lm_head/weight"])
   known = {name for path in paths for name in _names(path, layers)}
-  matched = {name for name in known if any(full(name).endswith(e) for e in config.modules_to_save)}
-  return list(config.modules_to_save) if matched == set(names) else sorted(map(full, names))
+  matched = {name for name in known if is_saved(full(name), config.modules_to_save)}
+  exact = matched == set(names) and not inside
+  return list(config.modules_to_save) if exact else sorted(map(full, names))

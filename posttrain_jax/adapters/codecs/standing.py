@@ -31,7 +31,8 @@ PROMPT_KEYS = Keys(
 )
 PREFIX_KEYS = Keys(
   fields={"num_virtual_tokens": (int,)},
-  off={**OFF, "prefix_projection": (False,)},
+  # PEFT saves the keys and values that came out of the projection, and not the projection
+  off={**OFF, "prefix_projection": (False, True)},
   unread=(*codec.UNREAD, *SIZES, "encoder_hidden_size", "init_weights"),
 )
 
@@ -98,11 +99,6 @@ def read_prefix(
   folder: Folder, params: Any, model_config: ModelConfig
 ) -> tuple[dict[str, Any], AdapterConfig]:
   folder, whole, named = saved.read(folder, params)
-  if folder.described.get("prefix_projection"):
-    raise ValueError(
-      f"{folder.config_file}: prefix_projection is not supported: the keys and values come out of a network that the "
-      "file does not hold; train with prefix_projection=False"
-    )
   config = codec.config(folder, PREFIX_KEYS, "prefix", ())
   layers, slots, width = model_config.num_layers, config.num_virtual_tokens, _width(model_config)
   both = _tensor(folder, (slots, layers * 2 * width)).reshape(slots, layers, 2, width)
