@@ -341,7 +341,7 @@ def test_two_processes_are_one(shared, tmp_path):
 @pytest.fixture
 def poisoned(shared, monkeypatch):
   """A model that gives NaN wherever a text has a `z`, which no file is allowed to hold and a long run can come to."""
-  monkeypatch.setattr(files, "is_finite", lambda array: True)
+  monkeypatch.setattr(files, "largest_power", lambda array: 0)
   folder = tiny.tiny_model_folder(shared / "poisoned")
   params, config = hf.load(folder)
   z = tiny.tokenizer().convert_tokens_to_ids("z")
