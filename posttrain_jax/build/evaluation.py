@@ -27,7 +27,6 @@ from posttrain_jax.evals import judge as judge_lib
 from posttrain_jax.evals import margins, tasks
 from posttrain_jax.models import before, fetch, hf
 from posttrain_jax.objectives import Context, Preference, Scorer, Sum, evaluation, measured
-from posttrain_jax.runs import manner as manners
 from posttrain_jax.runs import record
 from posttrain_jax.settings import ConfigError
 
@@ -72,7 +71,7 @@ def evaluate(
     model = model or run.model.name
   elif not data:
     raise ConfigError("write --workdir=DIR (a run), or --model=NAME_OR_DIR and --data=SOURCE")
-  manner = None if run is None else _manner(run)
+  manner = None if run is None else use.manner_of(run)
   used = use.load(model, adapter, base=base, template=template, manner=manner)
   if run is not None and decisions.has_score(run) and not used.config.scores:
     raise ConfigError(
@@ -117,17 +116,6 @@ def _on_its_rest(run: ml_collections.ConfigDict, used: use.Used) -> use.Used:
   nodes = tree.unflatten(model.started.nodes.items())
   params = adapters.original(model.params, nodes)
   return dataclasses.replace(used, params=params, storage=run.model.base)
-
-
-def _manner(run: ml_collections.ConfigDict) -> manners.Manner:
-  adapter_config = adapter_lib.described(run)
-  changes_base = adapter_config is not None and adapter_config.changes_base
-  return manners.of(
-    settings.plain(run),
-    changes_base=changes_base,
-    chat=run.data.chat,
-    writes=decisions.writes(run),
-  )
 
 
 def _described(used: use.Used, source: str) -> ml_collections.ConfigDict:

@@ -24,7 +24,6 @@ from posttrain_jax.build import (
   adapter,
   checks,
   data,
-  decisions,
   export,
   mesh,
   model,
@@ -32,6 +31,7 @@ from posttrain_jax.build import (
   optimizer,
   reference,
   self_checks,
+  use,
 )
 from posttrain_jax.build.adapter import Trees
 from posttrain_jax.build.data import Data
@@ -43,7 +43,7 @@ from posttrain_jax.evals import report, tasks
 from posttrain_jax.models import hf
 from posttrain_jax.objectives import Scorer, evaluation, measured
 from posttrain_jax.runs import folder as run_folder
-from posttrain_jax.runs import manner, record
+from posttrain_jax.runs import record
 from posttrain_jax.settings import fields
 from posttrain_jax.train import loop, signals, step
 from posttrain_jax.train import state as state_lib
@@ -318,14 +318,7 @@ class _Training:
   def _accompany(self, folder: Path) -> None:
     """Beside what is exported stands what it needs to be used as it was trained."""
     pieces, config = self.pieces, self.pieces.config
-    adapter_config = pieces.trees.adapter_config
-    changes_base = adapter_config is not None and adapter_config.changes_base
-    how = manner.of(
-      settings.plain(config),
-      changes_base=changes_base,
-      chat=config.data.chat or pieces.data.is_chat,
-      writes=decisions.writes(config),
-    )
+    how = use.manner_of(config, is_chat=pieces.data.is_chat)
     export.accompany(folder, pieces.model.folder, config.model.template, how)
 
   def _evaluate_task(self, when: str, state: State) -> None:

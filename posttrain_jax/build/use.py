@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from posttrain_jax import adapters
+from posttrain_jax import adapters, settings
 from posttrain_jax.adapters import peft_format
 from posttrain_jax.build import adapter as adapter_lib
 from posttrain_jax.build import decisions
@@ -216,14 +216,21 @@ def produced(workdir: Path) -> tuple[str | None, str | None]:
 
 def of_run(workdir: Path) -> Manner:
   """What a run's config says of how it trained, for what it exported before it said so itself."""
-  config = record.config(workdir)
-  described = adapter_lib.described(ml_collections.ConfigDict(config))
-  changes_base = described is not None and described.changes_base
+  return manner_of(ml_collections.ConfigDict(record.config(workdir)))
+
+
+def manner_of(config: ml_collections.ConfigDict, *, is_chat: bool = False) -> Manner:
+  """How a config trains.
+
+  Args:
+    is_chat: whether its rows were conversations, whatever config.data.chat makes of strings.
+  """
+  described = adapter_lib.described(config)
   return manners.of(
-    config,
-    changes_base=changes_base,
-    chat=config["data"].get("chat", True),
-    writes=decisions.writes(ml_collections.ConfigDict(config)),
+    settings.plain(config),
+    changes_base=described is not None and described.changes_base,
+    chat=is_chat or config.data.get("chat", True),
+    writes=decisions.writes(config),
   )
 
 
