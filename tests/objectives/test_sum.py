@@ -75,6 +75,13 @@ def test_what_parts_remember_is_kept_apart():
   assert after["sft"] is None
 
 
+def test_parts_that_remember_nothing_have_no_memory():
+  objective = Sum(MODEL, parts=(("a", Imitation(MODEL), 1.0), ("b", Imitation(MODEL), 2.0)))
+  assert objective.start(PARAMS) is None
+  totals = objective.totals(PARAMS, Context(), GIVEN, jax.random.key(0), memory=None, training=True)
+  assert objective.after_update(PARAMS, None, totals) is None
+
+
 def test_the_first_part_says_whether_training_starts_at_its_reference():
   is_base = dataclasses.replace(DPO, own_base=True, starts_there=True)
   objective = Sum(MODEL, parts=(("preference", is_base, 1.0), *SUM.parts[1:]))
