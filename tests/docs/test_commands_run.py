@@ -1,0 +1,134 @@
+"""The commands of the pages run as printed, one page after the other in one folder, as a reader would type them.
+
+The model has the embedded one's tokenizer and two layers of random weights. Runs take two steps, tasks ask two questions.
+"""
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from posttrain_jax.models import decoder, fetch, hf
+from posttrain_jax.models.config import from_hf
+from tests import tiny
+from tests.docs import printed
+
+ORDER = (
+  "first_run",
+  "own_data",
+  "preferences",
+  "adapters",
+  "reports",
+  "evaluation",
+  "export",
+  "merging",
+  "sharding",
+)
+PAGES = [printed.ROOT / "README.md", *(printed.ROOT / "docs" / f"{name}.md" for name in ORDER)]
+ELSEWHERE = {  # what is not run here -> why
+  "make ": "minutes, and another folder; CI runs it",
+  "--topology=": "libtpu is not a part of the test environment",
+  "posttrain fetch": "the network",
+  "posttrain pairs": "two steps teach no right answer, and so there is no pair",
+}
+LAYERS = dict(
+  hidden_size=64,
+  head_dim=16,
+  num_hidden_layers=2,
+  num_attention_heads=4,
+  num_key_value_heads=2,
+  intermediate_size=128,
+)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+  """A folder with the files that the pages show, a cache with the model, and a function that runs a line in it."""
+  folder, cache = tmp_path_factory.mktemp("reader"), tmp_path_factory.mktemp("cache")
+  _small(fetch.resolve("smollm2"), cache / "models" / "smollm2")
+  for page in PAGES:
+    for name, text in printed.files(page).items():
+      (folder / name).write_text(text)
+  (folder / "launch").symlink_to(printed.ROOT / "launch")
+  _gsm8k(folder / "gsm8k")
+  ours = {"POSTTRAIN_CACHE": str(cache), "PYTHONPATH": str(printed.ROOT), "JAX_PLATFORMS": "cpu"}
+  ours["JAX_COMPILATION_CACHE_DIR"] = str(printed.ROOT / ".cache" / "jax-commands")
+  ours["PATH"] = f"{_bin(tmp_path_factory.mktemp('bin'))}:{os.environ['PATH']}"
+  environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | ours
+
+  def run(line):
+    return subprocess.run(
+      ["bash", "-c", line],
+      check=False,
+      cwd=folder,
+      env=environment,
+      capture_output=True,
+      text=True,
+      timeout=250,
+    )
+
+  return run
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_the_commands_of_a_page_run(page, place):
+  lines = [command.text for command in printed.commands(page)]
+  assert lines
+  for line in lines:
+    if not any(part in line for part in ELSEWHERE):
+      _runs(place, _few(line))
+
+
+def _runs(place, line):
+  done = place(line)
+  assert done.returncode == 0, f"{line}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+  for told in re.findall(r"use it: (posttrain .*)", done.stdout):
+    _runs(place, f"echo Hello | {told}")
+
+
+def _few(line):
+  """The same with few steps: what is asked for by hand stays."""
+  added = []
+  if re.search(r"posttrain (train|sweep)|local\.py", line) and "--dry_run" not in line:
+    added += ["--config.steps=2", "--config.eval.every=0"]
+    added += ["--config.eval.task_limit=2"] if "--config=quickstart" in line else []
+  if "posttrain eval" in line and "--limit" not in line:
+    added += ["--limit=2"] if "=sql" in line else []
+  if "posttrain merge" in line:
+    added += ["--limit=2"]
+  if "posttrain chat" in line and "|" not in line:
+    line = f"echo Hello | {line}"
+  return " ".join([line, *added])
+
+
+def _small(source, folder):
+  config = from_hf({**json.loads((source / "config.json").read_text()), **LAYERS})
+  hf.save(folder, decoder.init(jax.random.key(0), config), config, tokenizer_from=source)
+
+
+def _gsm8k(folder):
+  if data := os.environ.get("POSTTRAIN_DATA"):
+    folder.symlink_to(pathlib.Path(data) / "gsm8k")
+  else:
+    folder.mkdir()
+    rows = [
+      {"question": f"How much is {n} and {n}?", "answer": f"{n}+{n}\n#### {2 * n}"}
+      for n in range(80)
+    ]
+    tiny.write_jsonl(folder / "train.jsonl", rows)
+
+
+def _bin(folder):
+  """A folder of programs: those that a reader finds in the environment of the Makefile."""
+  for name, module in (("posttrain", "-m posttrain_jax"), ("python", "")):
+    script = folder / name
+    script.write_text(f'#!/bin/sh\nexec {sys.executable} {module} "$@"\n')
+    script.chmod(0o755)
+  return folder
