@@ -11,6 +11,7 @@ import optax
 from jax.sharding import PartitionSpec as P
 
 from posttrain_jax import adapters
+from posttrain_jax.adapters import node
 from posttrain_jax.core import memory, sharding, tree
 from posttrain_jax.core import metrics as metrics_lib
 from posttrain_jax.objectives import Batch, Context, Objective
@@ -121,7 +122,9 @@ def begin(
     hooks: `adapters.hooks(config, steps)`, where the adapter's method changes anything but by the gradient.
   """
   trainable, fixed = tree.partition(adapter)
-  carried = fixed if jax.tree.leaves(fixed) else None
+  # an adapter whose every number trains is bound to a base all the same
+  is_adapter = any(isinstance(leaf, node.Node) for _, leaf in tree.items(adapter))
+  carried = fixed if is_adapter else None
   state = state_lib.first(trainable, optimizer, carried, objective, None)
   return state, jitted(objective, optimizer, state, accumulate=accumulate, seed=seed, hooks=hooks)
 

@@ -107,7 +107,9 @@ def sentences(path):
   docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
   for node in ast.walk(tree):
     if isinstance(node, ast.JoinedStr):
-      yield "".join(part.value if isinstance(part, ast.Constant) else "X" for part in node.values)
+      yield "".join(
+        str(part.value) if isinstance(part, ast.Constant) else "X" for part in node.values
+      )
     elif isinstance(node, ast.Constant) and id(node) not in inner | docstrings:
       yield str(node.value)
 

@@ -1,6 +1,7 @@
 """The commands of the pages run as printed, one page after the other in one folder, as a reader would type them.
 
-The model has the embedded one's tokenizer and two layers of random weights. Runs take two steps, tasks ask two questions.
+The model has the embedded one's tokenizer and two layers of random weights. Runs take two steps, and tasks ask two
+questions.
 """
 
 import json

@@ -9,8 +9,10 @@ import jax
 import numpy as np
 import pytest
 
+from posttrain_jax import adapters
 from posttrain_jax.adapters import peft_format
 from posttrain_jax.models import decoder, hf
+from posttrain_jax.rollout import engine
 from tests import tiny
 
 EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
@@ -105,3 +107,28 @@ def test_merge(example, shared, tmp_path, capsys):
   share = np.mean(np.abs(moved) > 1e-7)
   assert 0.2 < share < 0.4  # a fifth of each, few of them the same entries
   assert printed(capsys, "both:")[0] > 0
+
+
+@pytest.mark.slow
+def test_own_adapter(example, shared, tmp_path, capsys):
+  held = example("own_adapter.py", shared / "model")
+  losses = printed(capsys, "loss")
+  assert losses[-1] < losses[0]
+  merged, config = hf.load(tmp_path / "runs/own-adapter-merged")
+  tokens = np.arange(3, 23)[None]
+  bound = adapters.bind(held["base"], held["state"].adapter)
+  apart, whole = (decoder.forward(params, tokens, config) for params in (bound, merged))
+  np.testing.assert_allclose(apart, whole, rtol=1e-4, atol=1e-4)
+  assert abs(whole - decoder.forward(held["base"], tokens, config)).max() > 1e-2
+
+
+@pytest.mark.slow
+def test_many_adapters(example, shared, capsys):
+  held = example("many_adapters.py", shared / "model")
+  assert len(re.findall(r"^adapter (?:0|1|-1): ", capsys.readouterr().out, re.MULTILINE)) == 3
+  ask = lambda params: engine.generate(
+    params, held["config"], [held["prompt"]], max_new_tokens=8, stop_tokens=held["ends"]
+  )
+  alone = [*(adapters.bind(held["params"], adapter) for adapter in held["learned"]), held["params"]]
+  assert held["written"].tokens == [ask(params).tokens[0] for params in alone]
+  assert held["written"].tokens[0] != held["written"].tokens[1]

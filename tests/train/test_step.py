@@ -3,12 +3,15 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+from posttrain_jax import adapters
 from posttrain_jax.adapters import lora
 from posttrain_jax.core import metrics as metrics_lib
 from posttrain_jax.core import tree
-from posttrain_jax.objectives import Context, Sft
+from posttrain_jax.models import decoder
+from posttrain_jax.objectives import Context, Sft, policy
 from posttrain_jax.optim import chain
 from posttrain_jax.train import state as state_lib
 from posttrain_jax.train import step
@@ -147,3 +150,15 @@ def test_reading_metrics_divides_sums_by_counts():
   added = metrics_lib.add(one, two)
   assert metrics_lib.read({**added, "n": jnp.int32(3)}) == {"a": 3.0, "n": 3.0}
   assert metrics_lib.read({"none": metrics_lib.mean(jnp.ones(2), jnp.zeros(2, bool))}) == {}
+
+
+def test_an_adapter_whose_every_number_trains_is_bound_to_its_base():
+  config = tiny.config()
+  params = decoder.init(jax.random.key(0), config)
+  _, ia3 = adapters.init(jax.random.key(0), params, adapters.AdapterConfig(method="ia3"))
+  state, _ = step.begin(Sft(config), optax.sgd(1e-2), ia3)
+  bound = policy(state.trainable, state.context(Context(params)))
+  np.testing.assert_array_equal(
+    decoder.forward(bound, np.arange(3, 9)[None], config),
+    decoder.forward(params, np.arange(3, 9)[None], config),
+  )
