@@ -146,3 +146,9 @@ def test_what_a_page_shows_is_json_and_python(path):
 def test_a_link_leads_somewhere(path):
   for link in re.findall(r"\]\(([^)#]+)", path.read_text()):
     assert link.startswith("https://") or (path.parent / link).exists()
+
+
+def test_pictures_are_small():
+  pictures = [*(printed.ROOT / "docs" / "images").glob("*.png")]
+  assert pictures
+  assert not [path.name for path in pictures if path.stat().st_size > 200_000]

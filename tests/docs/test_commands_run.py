@@ -60,7 +60,7 @@ def place(tmp_path_factory):
   ours = {"POSTTRAIN_CACHE": str(cache), "PYTHONPATH": str(printed.ROOT), "JAX_PLATFORMS": "cpu"}
   ours["JAX_COMPILATION_CACHE_DIR"] = str(printed.ROOT / ".cache" / "jax-commands")
   ours["PATH"] = f"{_bin(tmp_path_factory.mktemp('bin'))}:{os.environ['PATH']}"
-  environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | ours
+  environment = os.environ | ours  # with the eight devices and the quick compilation of the tests
 
   def run(line):
     return subprocess.run(
