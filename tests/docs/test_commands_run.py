@@ -42,7 +42,7 @@ LAYERS = dict(
   head_dim=16,
   num_hidden_layers=2,
   num_attention_heads=4,
-  num_key_value_heads=2,
+  num_key_value_heads=4,
   intermediate_size=128,
 )
 
@@ -60,9 +60,11 @@ def place(tmp_path_factory):
   ours = {"POSTTRAIN_CACHE": str(cache), "PYTHONPATH": str(printed.ROOT), "JAX_PLATFORMS": "cpu"}
   ours["JAX_COMPILATION_CACHE_DIR"] = str(printed.ROOT / ".cache" / "jax-commands")
   ours["PATH"] = f"{_bin(tmp_path_factory.mktemp('bin'))}:{os.environ['PATH']}"
-  environment = os.environ | ours  # with the eight devices and the quick compilation of the tests
+  flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
 
-  def run(line):
+  def run(line, devices=1):
+    wanted = f"{flags} --xla_force_host_platform_device_count={devices}"
+    environment = {**os.environ, **ours, "XLA_FLAGS": wanted}
     return subprocess.run(
       ["bash", "-c", line],
       check=False,
@@ -88,7 +90,7 @@ def test_the_commands_of_a_page_run(page, place):
 
 
 def _runs(place, line):
-  done = place(line)
+  done = place(line, devices=2 if "mesh.tensor=2" in line else 1)
   assert done.returncode == 0, f"{line}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
   for told in re.findall(r"use it: (posttrain .*)", done.stdout):
     _runs(place, f"echo Hello | {told}")
