@@ -1,6 +1,6 @@
 r"""A policy-gradient step on groups of answers that are scored already.
 
-posttrain train --config=configs/grouped.py:method=grpo,data=SCORED.jsonl --workdir=runs/grouped
+posttrain train --config=grouped:method=grpo,data=scored.jsonl --workdir=runs/grouped
 
 Rows: {"prompt": ..., "completions": [...], "scores": [...]}.
 """

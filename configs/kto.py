@@ -1,6 +1,6 @@
 r"""KTO: answers labelled desirable or not; pairs count as two.
 
-posttrain train --config=configs/kto.py:data=LABELS.jsonl --workdir=runs/kto
+posttrain train --config=kto:data=labels.jsonl --workdir=runs/kto
 """
 
 import ml_collections

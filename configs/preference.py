@@ -1,6 +1,6 @@
 r"""Preference optimisation on pairs: DPO and its relatives, with and without a reference.
 
-posttrain train --config=configs/preference.py:loss=dpo,data=PAIRS.jsonl --workdir=runs/dpo
+posttrain train --config=preference:loss=dpo,data=pairs.jsonl --workdir=runs/dpo
 
 Losses: dpo dpo_norm robust ipo hinge exo discopop nca bco apo_zero apo_down sppo aot aot_unpaired cpo simpo orpo tpo
 tpo_norm, the likelihood terms sft sft_with_prompt gold, and kto and reward, which take a pair as two labels and as a

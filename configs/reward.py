@@ -1,6 +1,6 @@
 r"""Reward models: Bradley-Terry on pairs, labelled outcomes, or labelled steps of a process.
 
-posttrain train --config=configs/reward.py:data=PAIRS.jsonl,kind=pairs --workdir=runs/reward
+posttrain train --config=reward:data=pairs.jsonl,kind=pairs --workdir=runs/reward
 """
 
 import ml_collections

@@ -1,6 +1,6 @@
 r"""Supervised fine-tuning; continued pretraining where the rows are plain text.
 
-posttrain train --config=configs/sft.py:model=smollm2,data=sql,adapter=lora --workdir=runs/sft
+posttrain train --config=sft:model=smollm2,data=sql,adapter=lora --workdir=runs/sft
 """
 
 from posttrain_jax.configs import common

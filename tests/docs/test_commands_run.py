@@ -1,7 +1,7 @@
 """The commands of the pages run as printed, one page after the other in one folder, as a reader would type them.
 
 The model has the embedded one's tokenizer and two layers of random weights. Runs take two steps, and tasks ask two
-questions.
+questions.  Files of rows begin with the rows that the pages show.
 """
 
 import json
@@ -35,6 +35,7 @@ ELSEWHERE = {  # what is not run here -> why
   "make ": "minutes, and another folder; CI runs it",
   "--topology=": "libtpu is not a part of the test environment",
   "posttrain fetch": "the network",
+  "beta_rank": "the pairs of an experiment, and hours",
   "posttrain pairs": "two steps teach no right answer, and so there is no pair",
 }
 LAYERS = dict(
@@ -54,9 +55,9 @@ def place(tmp_path_factory):
   _small(fetch.resolve("smollm2"), cache / "models" / "smollm2")
   for page in PAGES:
     for name, text in printed.files(page).items():
-      (folder / name).write_text(text)
+      (folder / name).write_text(_more(text) if name.endswith(".jsonl") else text)
   (folder / "launch").symlink_to(printed.ROOT / "launch")
-  _gsm8k(folder / "gsm8k")
+  _public(folder)
   ours = {"POSTTRAIN_CACHE": str(cache), "PYTHONPATH": str(printed.ROOT), "JAX_PLATFORMS": "cpu"}
   ours["JAX_COMPILATION_CACHE_DIR"] = str(printed.ROOT / ".cache" / "jax-commands")
   ours["PATH"] = f"{_bin(tmp_path_factory.mktemp('bin'))}:{os.environ['PATH']}"
@@ -80,9 +81,11 @@ def place(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("page", [*(path.name for path in PAGES), "--help", "configs"])
 def test_the_commands_of_a_page_run(page, place):
-  lines = [command.text for command in printed.commands(page)]
+  of_pages = [command for path in PAGES for command in printed.commands(path)]
+  every = [*of_pages, *printed.of_help(), *printed.of_configs()]
+  lines = [command.text for command in every if command.place.partition("/")[0] == page]
   assert lines
   for line in lines:
     if not any(part in line for part in ELSEWHERE):
@@ -116,16 +119,39 @@ def _small(source, folder):
   hf.save(folder, decoder.init(jax.random.key(0), config), config, tokenizer_from=source)
 
 
-def _gsm8k(folder):
-  if data := os.environ.get("POSTTRAIN_DATA"):
-    folder.symlink_to(pathlib.Path(data) / "gsm8k")
-  else:
-    folder.mkdir()
-    rows = [
-      {"question": f"How much is {n} and {n}?", "answer": f"{n}+{n}\n#### {2 * n}"}
-      for n in range(80)
-    ]
-    tiny.write_jsonl(folder / "train.jsonl", rows)
+def _more(text):
+  """The rows that a page shows, and twelve times the same of other questions."""
+  asked = re.compile(r'("(?:prompt|content|text)": "[^"]*)')
+  return text + "".join(asked.sub(rf"\1 ({i})", text) for i in range(12))
+
+
+def _public(folder):
+  """The public data that pages name; rows of the same form where they are not on this machine."""
+  rows = range(40)
+  pair = lambda i: {
+    "conversations": [{"from": "human", "value": f"How much is {i} and {i}?"}],
+    "chosen": {"from": "gpt", "value": f"{2 * i}."},
+    "rejected": {"from": "gpt", "value": f"{2 * i + 1}."},
+  }
+  label = lambda i: {
+    "messages": [
+      {"role": "user", "content": f"How much is {i} and {i}?"},
+      {"role": "assistant", "content": f"{2 * i + i % 2}."},
+    ],
+    "label": i % 2 == 0,
+  }
+  question = lambda i: {"question": f"How much is {i} and {i}?", "answer": f"#### {2 * i}"}
+  forms = {"gsm8k/train.jsonl": question, "dpo_en_demo.json": pair, "kto_en_demo.json": label}
+  held = pathlib.Path(os.environ.get("POSTTRAIN_DATA", "/nowhere"))
+  (folder / "gsm8k").mkdir()
+  for name, form in forms.items():
+    real = held / name if "/" in name else held / "demo_pairs" / name
+    if real.is_file():
+      (folder / name).symlink_to(real)
+    elif name.endswith(".jsonl"):
+      tiny.write_jsonl(folder / name, [form(i) for i in rows])
+    else:
+      (folder / name).write_text(json.dumps([form(i) for i in rows]))
 
 
 def _bin(folder):
