@@ -322,7 +322,9 @@ def _encoded(config, source, split, model, mapping) -> tuple[Sequence[Any], list
     system=d.system if d.chat and model.template is not None else None,
   )
   bounds = _bounds(config, model)
-  how: dict[str, Any] = dict(max_length=d.length, truncate=d.truncate, on_error=d.on_error)
+  how: dict[str, Any] = dict(
+    max_length=d.length, truncate=d.truncate, on_error=d.on_error, room=bounds.room
+  )
   if d.kind == "text":
     how |= dict(train_on=d.train_on)
     if d.truncate != "error":  # cut and split at what the model can read

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from posttrain_jax.data.answers import Answers, join, with_values
-from posttrain_jax.data.chat import Example
+from posttrain_jax.data.encoded import Example
 
 
 def beside(examples: Sequence[Answers], limit: int, *, share: bool = True) -> list[Answers]:

@@ -194,7 +194,7 @@ class Loader:
     if self._lengths[longest] > limit:
       raise ValueError(
         f"{self.examples[longest].origin or f'example {longest}'} has {self._lengths[longest]} tokens,"
-        f" more than a row's {limit}; encode it with max_length={limit}"
+        f" more than a row's {limit}: raise data.length, or encode the rows within it"
       )
 
   def _local(self, rows):

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from posttrain_jax.data.chat import Example
+from posttrain_jax.data.encoded import Example
 from posttrain_jax.data.files import RowError
 from posttrain_jax.data.loader import Loader, channel_names, eval_batches, read
 from posttrain_jax.data.mixture import replay
@@ -224,7 +224,7 @@ def test_no_size_loses_an_example(count, batch_size, packing, seed):
   [
     (
       {"length": 20},
-      r"a.jsonl:\d+ has \d+ tokens, more than a row's 20; encode it with max_length=20",
+      r"a.jsonl:\d+ has \d+ tokens, more than a row's 20: raise data.length",
     ),
     ({"packing": False, "edges": (8, 16)}, "more than a row's 16"),
     ({"batch_size": 6, "shard": (0, 2), "accumulate": 2}, "use a multiple of 4"),
