@@ -15,7 +15,7 @@ import numpy as np
 
 from posttrain_jax.data import borders, chat, lengths, plans, schema
 from posttrain_jax.data.encoded import Encoded, Example
-from posttrain_jax.data.files import RowError
+from posttrain_jax.data.errors import RowError
 from posttrain_jax.data.schema import Row, Skipped
 
 SHARED = -1  # the answer that a token of the common beginning belongs to

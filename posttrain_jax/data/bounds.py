@@ -11,7 +11,7 @@ from typing import Any
 
 from posttrain_jax.data import answers
 from posttrain_jax.data.answers import SHARED, Answers
-from posttrain_jax.data.files import RowError
+from posttrain_jax.data.errors import RowError
 from posttrain_jax.data.schema import Skipped
 
 

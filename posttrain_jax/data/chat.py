@@ -13,7 +13,7 @@ import numpy as np
 
 from posttrain_jax.data import encoded, lengths, templates
 from posttrain_jax.data.encoded import Encoded, Example
-from posttrain_jax.data.files import RowError
+from posttrain_jax.data.errors import RowError
 from posttrain_jax.data.plans import IN_STEPS, Planner, too_long
 from posttrain_jax.data.schema import Row, Skipped
 from posttrain_jax.data.spans import Plan, Reader

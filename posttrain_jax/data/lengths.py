@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from posttrain_jax.data.files import RowError
+from posttrain_jax.data.errors import RowError
 
 QUANTILES = (50, 90, 99)
 

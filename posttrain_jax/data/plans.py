@@ -13,7 +13,7 @@ from typing import Any
 from posttrain_jax.data import conversation, lengths, said, schema, templates
 from posttrain_jax.data import messages as messages_lib
 from posttrain_jax.data.conversation import Turns
-from posttrain_jax.data.files import RowError
+from posttrain_jax.data.errors import RowError
 from posttrain_jax.data.schema import Row
 from posttrain_jax.data.spans import Plan
 from posttrain_jax.data.template_sandbox import MAX_CHARACTERS, TemplateError

@@ -9,7 +9,7 @@ import pytest
 from posttrain_jax.build import data, decisions
 from posttrain_jax.build.model import Model
 from posttrain_jax.data import chat
-from posttrain_jax.data.files import RowError
+from posttrain_jax.data.errors import RowError
 from posttrain_jax.evals import judge
 from posttrain_jax.settings import ConfigError
 from tests import tiny

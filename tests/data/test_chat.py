@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from posttrain_jax.build import self_checks
 from posttrain_jax.data import chat, encoded, schema, templates
-from posttrain_jax.data.files import RowError
+from posttrain_jax.data.errors import RowError
 from posttrain_jax.data.schema import Row
 from tests.data.conftest import make_tokenizer
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from posttrain_jax.data.encoded import Example
-from posttrain_jax.data.files import RowError
+from posttrain_jax.data.errors import RowError
 from posttrain_jax.data.loader import Loader, channel_names, eval_batches, read
 from posttrain_jax.data.mixture import replay
 from tests import tiny
