@@ -37,7 +37,7 @@ KINDS = {
   "steps": ("stepwise",),
   "scored": ("scored",),
 }
-TRAINED_ON = "no rows were held out (data.eval_rows=0): these were trained on, so the loss says nothing of others"
+TRAINED_ON = "no rows were held out (data.eval_rows): these were trained on, so the loss says nothing of others"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +49,7 @@ class Data:
   channels: tuple[str, ...]
   skipped: str
   notes: tuple[str, ...] = ()  # what else is to be said before the run starts
+  reads: tuple[str, ...] = ()  # what the columns of each source were taken for
 
   @property
   def examples(self) -> Sequence[Any]:
@@ -87,7 +88,7 @@ def read(config: ml_collections.ConfigDict, model: Model) -> Data:
     general, notes = _apart(general, eval_examples)
     told += also + _Told(notes=notes)
     train = mixture.replay(train, general, d.replay_fraction, by=d.replay_by, seed=config.seed)
-  data = Data(train, eval_examples, (), "; ".join(told.skipped), tuple(dict.fromkeys(told.notes)))
+  data = told.of(train, eval_examples)
   if model.template is not None and d.kind != "steps":
     self_checks.end_of_turn(data.examples, model.tokenizer, model.template)
   return _finished(config, model, data)
@@ -118,19 +119,24 @@ def evaluated(
       rows, told = whole.examples, told + _Told(notes=[TRAINED_ON])
   if limit:
     rows = held_out.limited(rows, limit, seed=config.seed)
-  data = Data((), rows, (), "; ".join(told.skipped), tuple(told.notes))
+  data = told.of((), rows)
   return _finished(config, model, data, source)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Told:
-  """What was left out of rows, and what else is to be said of them, a sentence each."""
+  """What was left out of rows, what else is to be said of them, and what their columns are, a sentence each."""
 
   skipped: list[str] = dataclasses.field(default_factory=list)
   notes: list[str] = dataclasses.field(default_factory=list)
+  reads: list[str] = dataclasses.field(default_factory=list)
 
   def __add__(self, other: _Told) -> _Told:
-    return _Told(self.skipped + other.skipped, self.notes + other.notes)
+    return _Told(self.skipped + other.skipped, self.notes + other.notes, self.reads + other.reads)
+
+  def of(self, train: Any, rows: Sequence[Any]) -> Data:
+    reads = tuple(dict.fromkeys(self.reads))
+    return Data(train, rows, (), "; ".join(self.skipped), tuple(self.notes), reads)
 
 
 def _parted(
@@ -145,8 +151,10 @@ def _parted(
       most = held_out.MOST if d.eval_rows is None else d.eval_rows
       rows = held_out.limited(rows, most, seed=config.seed)
     return train, rows, told
-  if d.eval_rows == 0 or decisions.is_mixture(d.train):
+  if d.eval_rows == 0:
     return train, (), _Told()
+  if decisions.is_mixture(d.train):
+    return train, (), _Told(notes=["held out: no row of a mixture; name some with data.eval"])
   if d.eval_rows is None:
     return _some_held_out(config, train)
   if len(train) <= d.eval_rows:
@@ -167,17 +175,13 @@ def _some_held_out(
   if count >= least:
     rest, rows, note = held_out.parted(train, count, seed=config.seed)
     if all(_is_whole(config, side) for side in (rest, rows)):
-      return rest, rows, _Told(notes=[note] if note else [])
-  return (
-    train,
-    (),
-    _Told(
-      notes=[
-        f"held out: no row, since a tenth of {len(train)} is too few to say anything: the loss is of rows that are trained"
-        " on; name others with data.eval, or say how many with data.eval_rows"
-      ]
-    ),
+      how = f"held out: a tenth of the rows, at most {held_out.MOST}; data.eval_rows says how many"
+      return rest, rows, _Told(notes=[how, *([note] if note else [])])
+  note = (
+    f"held out: no row, since a tenth of {len(train)} is too few to say anything, so that every loss is of rows that"
+    " are trained on; name others with data.eval, or say how many with data.eval_rows"
   )
+  return train, (), _Told(notes=[note])
 
 
 def _is_whole(config: ml_collections.ConfigDict, examples: Sequence[Any]) -> bool:
@@ -393,7 +397,7 @@ def _encoded(config, source, split, model, mapping) -> tuple[Sequence[Any], _Tol
     examples, bounds, truncate=d.truncate, on_error=d.on_error, tokenizer=model.tokenizer
   )
   every = (rows.skipped, examples.skipped, beyond)
-  return within, _Told([f"{source}: {part}" for part in every if len(part)], list(rows.reads))
+  return within, _Told([f"{source}: {part}" for part in every if len(part)], reads=list(rows.reads))
 
 
 def _bounds(config: ml_collections.ConfigDict, model: Model) -> bounds_lib.Bounds:

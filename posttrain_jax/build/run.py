@@ -200,6 +200,8 @@ def _introduce(pieces: Pieces, say: Say) -> None:
     say(f"base: {pieces.config.model.base}, {size:,.0f} MB")
   if base.started is not None:
     say(base.started.describe())
+  for sentence in pieces.data.reads:
+    say(sentence)
   say(f"data: {pieces.batches.stats()}")
   if pieces.data.skipped:
     say(f"left out: {pieces.data.skipped}")

@@ -20,11 +20,10 @@ from posttrain_jax.data.schema import Row, Skipped
 
 SHARED = -1  # the answer that a token of the common beginning belongs to
 TRUNCATE = ("error", "drop", "prompt")
-DROP = "drop (they are left out and counted)"
 # what else there is to write where rows are too long, by what was written
 WAYS = {
-  "error": f"prompt (their prompts lose the beginning, where that is enough) or {DROP}",
-  "prompt": DROP,
+  "error": f"prompt (their prompts lose the beginning, where that is enough) or {chat.DROP}",
+  "prompt": chat.DROP,
 }
 _BATCH = 500  # rows encoded together
 
@@ -416,7 +415,7 @@ def _fitted(example: Answers, limit: int, truncate: str) -> Answers:
   raise lengths.TooLong(
     example.origin,
     f"{len(example.tokens)} tokens, prompt and {answers} together, but a row has {limit} (data.length)",
-    f"raise --config.data.length, or write --config.data.truncate={WAYS.get(truncate, DROP)}",
+    f"raise --config.data.length, or write --config.data.truncate={WAYS.get(truncate, chat.DROP)}",
     len(example.tokens),
   )
 

@@ -21,7 +21,7 @@ from posttrain_jax.data.templates import Template
 
 TRUNCATE = ("error", "keep_start", "drop", "split")
 TRAIN_ON = ("assistant", "last")
-WAYS = "keep_start (their ends are cut), split (texts become pieces) or drop (they are left out and counted)"
+DROP = "drop (they are left out and counted)"
 CHARACTERS = 64  # of a token, where texts are held to be too long by their beginning
 _BATCH = 1000  # rows tokenised together
 
@@ -106,9 +106,10 @@ def encode_all(
       else:
         raise result
   if too_long_rows:
-    raise lengths.summary(
-      too_long_rows, list(map(len, examples)), limit=max_length, ways=WAYS, room=room
-    )
+    pieces = ", split (they become pieces)" if all(row.kind == "text" for row in rows) else ""
+    ways = f"keep_start (their ends are cut){pieces} or {DROP}"
+    fitting = list(map(len, examples))
+    raise lengths.summary(too_long_rows, fitting, limit=max_length, ways=ways, room=room)
   if not examples:
     raise ValueError(f"no row gave an example; {skipped}")
   encoder.planner.tell()

@@ -230,6 +230,8 @@ def of(columns: Collection[str], origin: str, kinds: Collection[str] | None, kno
   forms = fitting(frozenset(columns))
   if len(forms) > 1 and kinds is not None:
     forms = tuple(form for form in forms if form.kind in kinds) or forms
+  if kinds is not None and "prompt" not in kinds and all(form.kind == "prompt" for form in forms):
+    forms = ()  # a prompt alone trains nothing
   if len(forms) == 1:
     return forms[0]
   if not forms:

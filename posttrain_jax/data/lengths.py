@@ -62,7 +62,9 @@ def _lengths(
   quantiles = np.percentile(lengths, QUANTILES, method="inverted_cdf")
   parts = ", ".join(f"{q} % have up to {n:,.0f}" for q, n in zip(QUANTILES, quantiles))
   longest = f"the longest {'has' if counted else 'has more than'} {lengths[-1]:,}"
-  return f"{parts}, {longest}; the first is {errors[0].origin}", lengths[-1] if counted else None
+  return f"{parts}, {longest}; the first too long is {errors[0].origin}", lengths[
+    -1
+  ] if counted else None
 
 
 def _file(origin: str) -> str:

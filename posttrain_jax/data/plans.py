@@ -17,7 +17,6 @@ from posttrain_jax.data.errors import RowError
 from posttrain_jax.data.schema import Row
 from posttrain_jax.data.spans import Plan
 from posttrain_jax.data.template_sandbox import MAX_CHARACTERS, TemplateError
-from posttrain_jax.data.templates import Template
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +31,7 @@ class Planner:
   def __init__(
     self,
     tokenizer: Any,
-    template: Template | None,
+    template: Any,  # a Template; None where no row holds messages
     max_length: int,
     truncate: str,
     train_on: str | None,

@@ -260,7 +260,7 @@ def validate(fields: dict[str, Any], origin: str) -> dict[str, Any]:
   """The fields with each value checked for its kind, messages in one form (role, content)."""
   checked = dict(fields)
   for key in ("channel", "tools", "documents", TEMPLATE_VALUES):
-    if checked.get(key) is None:
+    if checked.get(key) is None or checked[key] == "":
       checked.pop(key, None)
   if not isinstance(checked.get("channel", ""), str):
     raise messages.wrong_type("channel", checked["channel"], "a string", origin)
