@@ -30,7 +30,7 @@ def beside(examples: Sequence[Answers], limit: int, *, share: bool = True) -> li
   if len(set(prompts)) < 2:
     raise ValueError(
       "all answers are to one prompt: KTO estimates its KL from answers to other prompts; add rows with others, or"
-      " leave the estimate out (estimate_kl=False)"
+      " leave the estimate out (--config.objective.estimate_kl=false, of KTO)"
     )
   result, other = [], 0
   # the nearest before the first is looked for from the end

@@ -66,7 +66,8 @@ class Skipped:
 
   def add(self, error: RowError):
     self.counts[error.reason] += 1
-    self.first.setdefault(error.reason, str(error))
+    # what to write instead was decided: to leave it out
+    self.first.setdefault(error.reason, f"{error.origin}: {error.detail}")
 
   def __add__(self, other: "Skipped") -> "Skipped":
     return Skipped(self.counts + other.counts, {**other.first, **self.first})
@@ -310,8 +311,8 @@ def as_chat(fields: dict[str, Any], origin: str, system: str | None) -> dict[str
     raise RowError(
       "no place for the system message",
       origin,
-      f"system= goes before a prompt and its answers in strings, found {messages.names(fields)} (which are not all"
-      " strings); put the message into the rows, or leave system= out",
+      f"data.system goes before a prompt and its answers in strings, found {messages.names(fields)} (which are not all"
+      " strings); put the message into the rows, or leave data.system out",
     )
   if not fields["prompt"].strip():
     raise RowError("empty prompt", origin, "an empty prompt cannot be a user's message")
@@ -333,7 +334,7 @@ def _renamed(raw, columns, origin):
       raise RowError(
         "missing column",
         origin,
-        f"columns={dict(columns)!r} asks for {missing[0]!r}, the row has {messages.names(raw)}",
+        f"data.columns asks for {missing[0]!r} as {name!r}, the row has {messages.names(raw)}",
       )
     parts = [raw[column] for column in wanted]
     if len(parts) == 1:
