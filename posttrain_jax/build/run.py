@@ -6,10 +6,11 @@ import contextlib
 import dataclasses
 import json
 import math
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,7 @@ from posttrain_jax.build.adapter import Trees
 from posttrain_jax.build.data import Data
 from posttrain_jax.build.model import Model
 from posttrain_jax.core import distributed, files, memory, metrics, tree
+from posttrain_jax.core import progress as progress_lib
 from posttrain_jax.core.checkpoint import Checkpoints
 from posttrain_jax.data import chat, loader
 from posttrain_jax.evals import report, tasks
@@ -73,7 +75,7 @@ def train(
     ConfigError, RowError, ValueError, OSError: what the user can mend, in words.
     loop.Diverged: the gradients stayed not finite.
   """
-  say: Say = print if distributed.is_main() else lambda _: None
+  say: Say = _print if distributed.is_main() else lambda _: None
   fields.check(settings.plain(config), given)
   checks.check(config)
   if not dry_run:
@@ -86,13 +88,25 @@ def train(
     say(f"mesh: {dict(devices.shape)}")
   ambient = contextlib.nullcontext() if devices is None else jax.set_mesh(devices)
   with ambient, signals.exiting():
-    pieces = build(config, devices)
+    pieces = build(config, devices, sys.stdout)
     _introduce(pieces, say)
     if dry_run:
       _explain_memory(pieces, say)
       return 0
     with run_folder.claimed(Path(folder), config, rows=data.identity(pieces.data)):
       return _Training(pieces.with_reference(say), Path(folder), say).to_the_end()
+
+
+def _print(text: str) -> None:
+  print(text, flush=True)  # whoever reads a log file sees it when it is said
+
+
+@contextlib.contextmanager
+def _phase(doing: str, stream: TextIO | None) -> Generator[None]:
+  """Said by one process of a run."""
+  said = contextlib.nullcontext() if distributed.is_main() else progress_lib.muted()
+  with said, progress_lib.phase(doing, stream=stream):
+    yield
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,10 +156,20 @@ class Pieces:
       )
 
 
-def build(config: ml_collections.ConfigDict, devices: jax.sharding.Mesh | None) -> Pieces:
-  """The pieces of a run; an optimizer that these parameters do not suit says so here."""
-  base = model.load(config, devices)
-  rows = data.read(config, base)
+def build(
+  config: ml_collections.ConfigDict,
+  devices: jax.sharding.Mesh | None,
+  stream: TextIO | None = None,
+) -> Pieces:
+  """The pieces of a run; an optimizer that these parameters do not suit says so here.
+
+  Args:
+    stream: where it is said what is read; default stderr.
+  """
+  with _phase(f"reading {config.model.name}", stream):
+    base = model.load(config, devices)
+  with _phase("reading the data", stream):
+    rows = data.read(config, base)
   with settings.section("objective"):
     loss = objective.make(config, base, rows.channels)
   if loss.needs_reference:
@@ -245,7 +269,8 @@ class _Training:
         self.say(
           f"{record.METRICS} goes to step {told} and no checkpoint is there: beginning again"
         )
-      self_checks.fresh_adapter(self.pieces, self.say)
+      with _phase("checking that the run starts at the base", sys.stdout):
+        self_checks.fresh_adapter(self.pieces, self.say)
       if config.eval.before:
         self._evaluate_task("before", state)
     state, progress, complete = loop.loop(self._run(), state, progress, checkpoints)
@@ -284,7 +309,7 @@ class _Training:
       export=self._export,
       check_start=pieces.objective.check_start,
       mesh=pieces.mesh,
-      eval_every=config.eval.every,
+      eval_every=config.eval.every if pieces.data.eval else 0,
       save_every=config.checkpoint.every,
       log_every=config.log_every,
       max_skipped=config.max_skipped,
@@ -331,7 +356,8 @@ class _Training:
     else:
       nodes = tree.combine(state.trainable, state.carried)
       params = adapters.merge(pieces.trees.context.base, nodes)
-    with settings.section("eval.task"):
+    doing = f"answering {config.eval.task} {when} training"
+    with settings.section("eval.task"), progress_lib.counter(doing) as count:
       result = tasks.evaluate(
         params,
         base.config,
@@ -340,6 +366,7 @@ class _Training:
         limit=config.eval.task_limit or None,
         template=base.template,
         dtype=base.dtype,
+        progress=count,
       )
     files.write_json(self.folder / f"evaluation-{when}.json", result.to_json())
     share = f"{result.correct}/{result.total} correct ({100 * result.accuracy:.1f} %)"
@@ -400,7 +427,8 @@ class _Training:
         exported.rename(best)
       loss = f"{progress.best_loss:.4f} at step {progress.best_step}"
       self.say(f"lowest eval_loss {loss}: kept as {best}")
-    self._export(state, "adapter")
+    with _phase("writing what was trained", sys.stdout):
+      self._export(state, "adapter")
     self._evaluate_task("after", state)
     if not distributed.is_main():
       return
@@ -410,7 +438,8 @@ class _Training:
       "tokens": progress.tokens,
       "final": record.last_values(self.folder),
     }
-    page = report.write(self.folder, done=done)
+    with _phase("drawing the report", sys.stdout):
+      page = report.write(self.folder, done=done)
     files.write_json(self.folder / record.DONE, done)
     rich.print(report.summary_table(self.folder))
     self.say(f"{exported.name}: {exported}\nreport: {page}")

@@ -19,7 +19,7 @@ from posttrain_jax import adapters, settings
 from posttrain_jax.adapters import peft_format
 from posttrain_jax.build import adapter as adapter_lib
 from posttrain_jax.build import decisions
-from posttrain_jax.core import files, tree
+from posttrain_jax.core import files, progress, tree
 from posttrain_jax.data import chat, templates
 from posttrain_jax.models import decoder, fetch, hf, quantised, rotary
 from posttrain_jax.models.config import ModelConfig
@@ -139,10 +139,11 @@ def load(
   manner = _manner([*homes] or [folder], manner)
   storage = base or manner.storage
   dtype = decisions.dtype(manner.dtype)
-  params, config = hf.load(folder, dtype=dtype, storage=storage)
-  if homes:
-    params, config = scoring(homes[0], params, config)
-  loaded = [peft_format.load(home, params, config) for home in homes]
+  with progress.phase(f"reading {name}"):
+    params, config = hf.load(folder, dtype=dtype, storage=storage)
+    if homes:
+      params, config = scoring(homes[0], params, config)
+    loaded = [peft_format.load(home, params, config) for home in homes]
   lengths = {adapter_config.context_length for _, adapter_config in loaded}
   if len(lengths) > 1:
     raise ConfigError(f"{adapter}: the adapters are made for contexts of different lengths")

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
+import sys
 from collections.abc import Sequence
 
 from posttrain_jax.commands import common
+from posttrain_jax.core import progress
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -17,7 +21,10 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
-  from posttrain_jax.train import signals
+  is_first = os.environ.get("POSTTRAIN_PROCESS_ID", "0") == "0"
+  said = contextlib.nullcontext() if is_first else progress.muted()
+  with said, progress.phase("starting", stream=sys.stdout):
+    from posttrain_jax.train import signals
 
   with signals.exiting():  # from here on: several processes wait for each other to join
     return _run(args, overrides)
