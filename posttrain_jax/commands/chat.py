@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -51,7 +52,7 @@ def _converse(args: argparse.Namespace) -> None:
 
   history = terminal.history(fetch.cache())
   kept = "" if history is None else str(history)
-  with ending.interrupting():
+  with ending.handling(signal.default_int_handler, signal.SIGINT):  # each one ends an answer
     talk = conversation.Conversation(speaker, system, history=kept)
     talk.run(terminal.asker(history))
 

@@ -43,7 +43,8 @@ class Guard:
   def __init__(self, verb: str) -> None:
     self.verb = verb
     self._is_armed = self._is_asked = False
-    listen(self.receive)
+    for number in heard():
+      signal.signal(number, self.receive)
     self._watch = Watch(self.receive, lambda number: self._leave(number, "ended while it worked"))
 
   @contextlib.contextmanager
@@ -89,21 +90,23 @@ def code(number: int, verb: str) -> int:
   return PREEMPTED if verb in RESUMED and number in ENDING else 128 + number
 
 
-def listen(receive: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
-  """What handled the signals before; one that is ignored (nohup, a job in the background) stays so."""
-  numbers = (*ENDING, signal.SIGINT)
-  heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
-  return {number: signal.signal(number, receive) for number in heard}
+def heard(*numbers: signal.Signals) -> list[signal.Signals]:
+  """Of these signals, or of all that end a program, those that nobody ignores (nohup, a job in the background)."""
+  asked = numbers or (*ENDING, signal.SIGINT)
+  return [number for number in asked if signal.getsignal(number) != signal.SIG_IGN]
 
 
 @contextlib.contextmanager
-def interrupting() -> Generator[None]:
-  """Inside, each Ctrl-C is a KeyboardInterrupt that the program goes on after."""
-  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+def handling(
+  receive: Callable[[int, FrameType | None], Any], *numbers: signal.Signals
+) -> Generator[None]:
+  """Inside, these signals are somebody else's; those that are ignored stay so."""
+  before = {number: signal.signal(number, receive) for number in heard(*numbers)}
   try:
     yield
   finally:
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+      signal.signal(number, handler)
 
 
 @contextlib.contextmanager

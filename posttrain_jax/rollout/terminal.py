@@ -6,12 +6,14 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 
 import prompt_toolkit
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import create_output
 
+from posttrain_jax.core import ending
 from posttrain_jax.rollout.conversation import Interrupted
 
 PROMPT, CONTINUED = "> ", "  "
@@ -33,7 +35,19 @@ def asker(history: Path | None) -> Callable[[], str]:
     # answers that go into a file have no prompts between them
     output=create_output(stdout=None if sys.stdout.isatty() else sys.stderr),
   )
-  return session.prompt
+
+  def receive(number: int, frame: FrameType | None) -> None:
+    app = session.app
+    if not app.is_running or app.loop is None:
+      raise ending.Ended(number)
+    # what is raised inside its event loop would be one task's trouble
+    app.loop.call_soon_threadsafe(lambda: app.exit(exception=ending.Ended(number)))
+
+  def ask() -> str:
+    with ending.handling(receive, *ending.ENDING):
+      return session.prompt()
+
+  return ask
 
 
 def history(folder: Path) -> Path | None:

@@ -28,12 +28,10 @@ def exiting() -> Generator[None]:
   exception Python drops (inside a garbage collection).  A process of several leaves without the others.
   """
   watch = ending.Watch(_receive, _late)
-  before = ending.listen(_receive)
   try:
-    yield
+    with ending.handling(_receive, *ENDING, signal.SIGINT):
+      yield
   finally:
-    for number, handler in before.items():
-      signal.signal(number, handler)
     watch.close()
 
 
@@ -72,7 +70,8 @@ class Stop:
     self._interrupts = 0
 
   def __enter__(self) -> Stop:
-    self._previous = ending.listen(self._receive)
+    for number in ending.heard():
+      self._previous[number] = signal.signal(number, self._receive)
     return self
 
   def __exit__(
