@@ -128,7 +128,7 @@ def _run(argv: list[str], caught: Callable[[], None] = lambda: None) -> int:
   for name, value in vars(args).items():
     if name in PATHS and isinstance(value, str):
       setattr(args, name, _home(value))
-  logging.basicConfig(level=logging.WARNING, format="%(message)s")
+  logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_ToStderr()])
   logging.getLogger("posttrain_jax").setLevel(logging.INFO)
   os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns that PyTorch is not there
   try:
@@ -190,9 +190,17 @@ def _hush() -> None:
   """Of a failure a sentence is said: threads that fail as well would bury it under tracebacks, their own or Orbax's."""
   threading.excepthook = sys.unraisablehook = lambda _: None
   sys.excepthook = _told_of_the_main_thread  # tensorstore's threads call it
-  said = logging.StreamHandler()
+  said = _ToStderr()
   said.addFilter(lambda record: record.name != "absl")
   logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[said])
+
+
+class _ToStderr(logging.StreamHandler):
+  """Standard error as it is when something is said: a bar puts itself in its place, to stay below."""
+
+  def emit(self, record: logging.LogRecord) -> None:
+    self.stream = sys.stderr
+    super().emit(record)
 
 
 def _told_of_the_main_thread(

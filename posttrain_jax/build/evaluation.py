@@ -326,7 +326,7 @@ def _margins(
   columns: dict[str, list[np.ndarray]] = {}
   # one example a row, so that rows are in the order of the examples
   length = max(map(len, examples))
-  for start in range(0, len(examples), run.eval.rows):
+  for start in progress.told(range(0, len(examples), run.eval.rows), "comparing pairs"):
     some = examples[start : start + run.eval.rows]
     (batch,) = loader.eval_batches(
       some, batch_size=run.eval.rows, edges=(length,), length=length, packing=False

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain_jax.commands import common
+from posttrain_jax.core import progress
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -35,10 +36,11 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
   """Prints the results as JSON; a run's folder keeps them as `eval.json`."""
-  common.cache_compilations()
-  import rich
+  with progress.phase("starting"):
+    common.cache_compilations()
+    import rich
 
-  from posttrain_jax.build import evaluation
+    from posttrain_jax.build import evaluation
 
   if args.best_of:
     results = _best_of(args)

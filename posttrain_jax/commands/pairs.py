@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from posttrain_jax.commands import common
+from posttrain_jax.core import progress
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -28,11 +29,12 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
   Raises:
     ConfigError: the file is there already, or every answer was right.
   """
-  common.cache_compilations()
-  from posttrain_jax.build import use
-  from posttrain_jax.core import files, progress
-  from posttrain_jax.evals import pairs
-  from posttrain_jax.settings import ConfigError
+  with progress.phase("starting"):
+    common.cache_compilations()
+    from posttrain_jax.build import use
+    from posttrain_jax.core import files
+    from posttrain_jax.evals import pairs
+    from posttrain_jax.settings import ConfigError
 
   path = Path(args.out)
   if path.exists():

@@ -126,14 +126,12 @@ class _Missing(dict):
 
 
 def _due(step: int, steps: int, every: int) -> int:
-  """How often something is still to come that is done every so many steps, and at the last.
+  """How often something is still to come that is done after every so many steps, this one too, and after the last.
 
   >>> _due(3, 10, 4), _due(8, 8, 4), _due(4, 8, 4), _due(0, 5, 0)
-  (3, 0, 1, 1)
+  (3, 1, 2, 1)
   """
-  if step >= steps:
-    return 0
-  return 1 if not every else steps // every - step // every + (steps % every > 0)
+  return 1 if not every else steps // every - (step - 1) // every + (steps % every > 0)
 
 
 def _clock(seconds: float) -> str:
