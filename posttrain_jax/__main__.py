@@ -13,7 +13,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import ModuleType, TracebackType
 
 from posttrain_jax.core import ending
@@ -101,23 +101,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     _hush()
   guard = GUARD or ending.Guard(sys.argv[1] if len(sys.argv) > 1 else "")
   with guard.armed():
-    code = _run(sys.argv[1:], guard.caught)
+    code = _run(sys.argv[1:], guard)
   return code if code in (0, ending.PREEMPTED) else _leave(code)
 
 
-def _run(argv: list[str], caught: Callable[[], None] = lambda: None) -> int:
+def _run(argv: list[str], guard: ending.Guard | None = None) -> int:
   overrides = [arg for arg in argv if arg.startswith("--config.")]
   rest = [arg for arg in argv if arg not in overrides]
   try:
     parser = _parser(_fields(rest, overrides))
-  except (KeyboardInterrupt, ending.Ended) as error:
-    caught()
-    return _ended(error, argparse.Namespace(command=""))
-  except Exception as error:
-    if os.environ.get(TRACEBACK):
-      raise
-    _tell(f"posttrain: {_message(error)}")
-    return 1
+  except (KeyboardInterrupt, ending.Ended, Exception) as error:
+    return _failed(error, argparse.Namespace(command=""), guard)
   args, unknown = parser.parse_known_args(rest)
   if unknown:
     said = f"unrecognized arguments: {' '.join(unknown)}"
@@ -135,19 +129,27 @@ def _run(argv: list[str], caught: Callable[[], None] = lambda: None) -> int:
     if "config" in args and args.print_config:
       return common.print_config(args.config, overrides)
     return COMMANDS[args.command].run(args, overrides)
-  except (KeyboardInterrupt, ending.Ended) as error:
-    caught()
-    return _ended(error, args)
-  except Exception as error:
-    if os.environ.get(TRACEBACK):
-      raise
-    _tell(f"posttrain {args.command}: {_message(error)}")
-    return 1
+  except (KeyboardInterrupt, ending.Ended, Exception) as error:
+    return _failed(error, args, guard)
 
 
-def _ended(error: BaseException, args: argparse.Namespace) -> int:
+def _failed(error: BaseException, args: argparse.Namespace, guard: ending.Guard | None) -> int:
+  """Says what went wrong, or that a signal ended it, and returns the exit code."""
+  number = guard.asked if guard else 0
+  if isinstance(error, KeyboardInterrupt):
+    number = signal.SIGINT
+  if guard:
+    guard.caught()
+  if number:  # compiled modules make an ImportError of what is raised while they are imported
+    return _ended(number, args)
+  if os.environ.get(TRACEBACK):
+    raise error
+  _tell(f"posttrain {args.command}".rstrip() + f": {_message(error)}")
+  return 1
+
+
+def _ended(number: int, args: argparse.Namespace) -> int:
   """Says that a signal ended it and what is left, and returns the exit code."""
-  number = error.number if isinstance(error, ending.Ended) else signal.SIGINT
   how = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
   out = vars(args).get("out")
   if out and args.command != "report" and os.path.exists(out):

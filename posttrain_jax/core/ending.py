@@ -35,14 +35,15 @@ class Ended(BaseException):
 class Guard:
   """Takes the signals of a program that has `verb` as its first argument.
 
-  Before `armed` nothing is under way, and one ends the process; inside, one is an exception: Ended, or
+  Before `armed`, and while something is imported, one ends the process; else it is an exception: Ended, or
   KeyboardInterrupt.  What waits in compiled code, or drops the exception (a garbage collection), is not waited for
   longer than PATIENCE, and a second signal is not made to wait at all.
   """
 
   def __init__(self, verb: str) -> None:
     self.verb = verb
-    self._is_armed = self._is_asked = False
+    self.asked = 0  # the number of the signal that came
+    self._is_armed = False
     for number in heard():
       signal.signal(number, self.receive)
     self._watch = Watch(self.receive, lambda number: self._leave(number, "ended while it worked"))
@@ -62,9 +63,9 @@ class Guard:
   def receive(self, number: int, frame: FrameType | None) -> None:
     if number == signal.SIGHUP:
       mute()
-    if not self._is_armed or self._is_asked:
-      self._leave(number, "ended at once" if self._is_asked else "ended before it began")
-    self._is_asked = True
+    if not self._is_armed or self.asked or is_importing(frame):
+      self._leave(number, "ended at once" if self._is_armed else "ended before it began")
+    self.asked = number
     raise KeyboardInterrupt if number == signal.SIGINT else Ended(number)
 
   def _leave(self, number: int, how: str) -> None:
@@ -79,6 +80,15 @@ def guard(module: str) -> Guard | None:
   """The guard of this process, where the module named is its program: `python -m posttrain_jax`, or `posttrain`."""
   is_program = module == "__main__" or os.path.basename(sys.argv[0]) == "posttrain"
   return Guard(sys.argv[1] if len(sys.argv) > 1 else "") if is_program else None
+
+
+def is_importing(frame: FrameType | None) -> bool:
+  """Whether a signal came in the midst of an import: an exception there can crash a compiled module's start."""
+  while frame is not None:
+    if frame.f_code.co_filename.startswith("<frozen importlib"):
+      return True
+    frame = frame.f_back
+  return False
 
 
 def code(number: int, verb: str) -> int:

@@ -36,6 +36,8 @@ def exiting() -> Generator[None]:
 
 
 def _receive(number: int, frame: FrameType | None) -> None:
+  if ending.is_importing(frame):
+    _late(number)
   if number == signal.SIGINT:
     raise KeyboardInterrupt
   say(f"{signal.Signals(number).name}: ended before the first step; run the same command again")

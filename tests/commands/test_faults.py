@@ -65,7 +65,7 @@ def test_asked_to_stop_while_it_reads(name, code, words, server, shared, tmp_pat
 VERBS = {  # what each is told, and a function that it is in when the signal comes
   "export": (
     ["--model={shared}/model", "--gguf=f16", "--out={out}/model.gguf"],
-    "posttrain_jax.models.gguf_write.write",
+    "posttrain_jax.build.gguf._described",
     "nothing was written to ",
   ),
   "merge": (
@@ -85,7 +85,7 @@ VERBS = {  # what each is told, and a function that it is in when the signal com
   ),
   "fetch": (
     [],
-    "posttrain_jax.models.fetch._checksums",
+    "posttrain_jax.models.fetch.fetch",
     "what was fetched so far is gone; run the same command again",
   ),
 }
