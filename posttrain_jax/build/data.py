@@ -72,7 +72,7 @@ def read(config: ml_collections.ConfigDict, model: Model) -> Data:
   train, eval_examples, notes, also_skipped = _parted(config, model, train)
   skipped += also_skipped
   if d.replay:
-    with _told_of("data.replay"):
+    with told_of("data.replay"):
       general, also_skipped = _encoded(config, d.replay, "train", model, d.replay_columns)
     general, also_noted = _apart(general, eval_examples)
     skipped, notes = skipped + also_skipped, notes + also_noted
@@ -96,7 +96,7 @@ def evaluated(
   d = config.data
   notes: tuple[str, ...] = ()
   if source is not None:
-    with _told_of("", SHORTEN):
+    with told_of("", SHORTEN):
       rows, skipped = _encoded(config, source, "eval", model, d.columns)
   elif d.eval or d.train in tasks.TASKS:
     _, rows, _, skipped = _parted(config, model, ())
@@ -117,7 +117,7 @@ def _parted(
   """(what trains, what is held out, what is to be said, what was skipped)."""
   d = config.data
   if d.eval or d.train in tasks.TASKS:
-    with _told_of("data.eval" if d.eval else ""):
+    with told_of("data.eval" if d.eval else ""):
       rows, skipped = _encoded(config, d.eval or d.train, "eval", model, d.columns)
     if d.eval_rows:
       rows = held_out.limited(rows, d.eval_rows, seed=config.seed)
@@ -151,7 +151,7 @@ def _finished(
   if kind in ("labels", "outcomes"):
     _check_classes(config, data, source)
   if decisions.has_companions(config):
-    data = data.map(functools.partial(_with_companions, config, _bounds(config, model)))
+    data = data.map(functools.partial(_with_companions, config, bounds_of(config, model)))
   if kind == "scored":
     data = data.map(functools.partial(with_advantages, config))
   channels = loader.channel_names(data.examples, data.eval)
@@ -289,7 +289,7 @@ def _sources(config: ml_collections.ConfigDict, model: Model) -> tuple[Any, list
 
 
 @contextlib.contextmanager
-def _told_of(name: str, too_long: str = "") -> Generator[None]:
+def told_of(name: str, too_long: str = "") -> Generator[None]:
   """What is wrong with a source is said with the name of the setting that it stands in, "" for data.train.
 
   Args:
@@ -310,35 +310,55 @@ def _told_of(name: str, too_long: str = "") -> Generator[None]:
     ) from None
 
 
-def _encoded(config, source, split, model, mapping) -> tuple[Sequence[Any], list[str]]:
-  """(examples that the model can read, [what was skipped])."""
+def read_rows(
+  config: ml_collections.ConfigDict, model: Model, source: str, split: str, mapping: Any
+) -> schema.Rows:
+  """The rows of a source, with a template as turns where config.data.chat says so."""
   d = config.data
-  rows = schema.read(
+  chat_too = bool(d.chat and model.template is not None)
+  return schema.read(
     source,
     split=split,
     on_error=d.on_error,
     columns=columns(mapping),
-    chat=bool(d.chat and model.template is not None),
-    system=d.system if d.chat and model.template is not None else None,
+    chat=chat_too,
+    system=d.system if chat_too else None,
   )
-  bounds = _bounds(config, model)
+
+
+def held_out_rows(
+  config: ml_collections.ConfigDict, model: Model, examples: Sequence[Any]
+) -> list[schema.Row]:
+  """The rows that held-out examples were made of, in their order."""
+  d = config.data
+  is_apart = d.eval or d.train in tasks.TASKS
+  every = read_rows(config, model, d.eval or d.train, "eval" if is_apart else "train", d.columns)
+  by_origin = {row.origin: row for row in every}
+  return [by_origin[origin] for origin in dict.fromkeys(e.origin for e in examples)]
+
+
+def _encoded(config, source, split, model, mapping) -> tuple[Sequence[Any], list[str]]:
+  """(examples that the model can read, [what was skipped])."""
+  d = config.data
+  read = read_rows(config, model, source, split, mapping)
+  bounds = bounds_of(config, model)
   how: dict[str, Any] = dict(max_length=d.length, truncate=d.truncate, on_error=d.on_error)
   if d.kind == "text":
     how |= dict(train_on=d.train_on)
     if d.truncate != "error":  # cut and split at what the model can read
       how["max_length"] = min(d.length, bounds.room)
-    examples = chat.encode_all(rows, model.tokenizer, model.template, **how)
+    examples = chat.encode_all(read, model.tokenizer, model.template, **how)
   else:
     how |= dict(kind=d.kind, share=d.share_prompt)
-    examples = answers.encode_all(list(rows), model.tokenizer, model.template, **how)
+    examples = answers.encode_all(list(read), model.tokenizer, model.template, **how)
   within, beyond = bounds_lib.kept(
     examples, bounds, truncate=d.truncate, on_error=d.on_error, tokenizer=model.tokenizer
   )
-  every = (rows.skipped, examples.skipped, beyond)
+  every = (read.skipped, examples.skipped, beyond)
   return within, [f"{source}: {part}" for part in every if len(part)]
 
 
-def _bounds(config: ml_collections.ConfigDict, model: Model) -> bounds_lib.Bounds:
+def bounds_of(config: ml_collections.ConfigDict, model: Model) -> bounds_lib.Bounds:
   """What the model can read, with what the adapter puts before every text."""
   adapter_config = adapter.described(config)
   before = 0 if adapter_config is None else adapter.slots(adapter_config)

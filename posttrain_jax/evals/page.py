@@ -111,7 +111,8 @@ MACROS = """\
 <pre>{{ one.gold }}</pre>
 <div class="pair">
 {% for answer in one.answers %}
-<div><span class="{{ 'right' if answer.correct else 'wrong' }}">{{ answer.when }}: {{ answer.reason }}</span>\
+<div><span class="{{ '' if answer.correct is none else 'right' if answer.correct else 'wrong' }}">{{ answer.when }}\
+{% if answer.reason %}: {{ answer.reason }}{% endif %}</span>\
 <pre>{{ answer.text }}</pre></div>
 {% endfor %}
 </div>

@@ -170,7 +170,8 @@ def test_special_tokens_are_drawn_apart(tmp_path):
 
 
 def test_a_run_links_to_what_is_beside_it(folder):
-  assert page(folder).addresses == ["config.json"]
+  after = ["config.json", "evaluation-before.json", "evaluation-after.json"]
+  assert page(folder).addresses == after
   for name in ("preference.html", "eval.json", "log.txt"):
     (folder / name).touch()
   (folder.parent / ".sweep.lock").touch()
@@ -223,7 +224,7 @@ def test_what_a_model_writes_is_text(tmp_path):
   found = page(folder)
   assert "script" not in found.tags
   assert not found.tags & {"img", "b onmouseover"}
-  assert found.addresses == ["metrics.jsonl", "config.json"]
+  assert found.addresses == ["metrics.jsonl", "config.json", "evaluation-after.json"]
   assert found.text.count(evil) >= 4
 
 
