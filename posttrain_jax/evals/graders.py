@@ -101,8 +101,8 @@ def number(answer: str, gold: str) -> tuple[bool, str]:
   exactly, as fractions: 18 is 18.00, 1/2 is 0.5, 0.333 is not 1/3.  A number has a sign (-, +, or Unicode's minus),
   thousands parted by commas, apostrophes or narrow spaces, a decimal point, an exponent (1e5), or is a fraction a/b,
   1 a/b, or LaTeX's \\frac.  A unit, a currency and a percent sign are not compared: $5, 5 kg and 5 % are 5.  Digits
-  behind a letter (m2, x1) are no number.  Digits that are joined otherwise (3,5 or 12:30 or 1.2.3 or 10^5 or 3-5) can be
-  read in several ways and are taken for no number.
+  behind a letter (m2, x1) are no number.  Digits that are joined otherwise (3,5 or 12:30 or 1.2.3 or 10^5 or 3-5)
+  can be read in several ways and are taken for no number.
 
   >>> [number(f"So it is {text}.", "#### 1234")[0] for text in ("$1,234.00", "12 + 34 = 1234 eggs", "1234:1")]
   [True, True, False]
@@ -269,13 +269,12 @@ def _of(name: str) -> Grader:
     raise ConfigError(
       f"no metric {name!r}: there are {known}, or a function of yours as FILE.py:name{hint}"
     )
-  called = settings.function(path, function)
-  code = Path(path).expanduser().read_bytes()
+  called, file = settings.function(path, function), Path(path).expanduser()
   return Grader(
-    name,
-    functools.partial(_called, called, Path(path).expanduser(), function),
+    f"{file.name}:{function}",
+    functools.partial(_called, called, file, function),
     needs_gold=False,
-    digest=hashlib.blake2b(code, digest_size=8).hexdigest(),
+    digest=hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest(),
   )
 
 

@@ -175,7 +175,7 @@ def summary_table(workdir: str | Path) -> rich.table.Table:
   run = record.read(workdir)
   accuracy, scores = _accuracy(run), _scores(run)
   if scores is not None:
-    return _table(["metric", *scores["heads"]], scores["rows"])
+    return _table(["metric", *scores["heads"]], scores["brief"])
   if accuracy is None:
     return _table(
       ["metric", "last value"], [(k, number(v)) for k, v in sorted(run.final().items())]
@@ -372,20 +372,29 @@ def _scores(run: Run) -> dict[str, Any] | None:
       ]
       for name in names
     ],
+    brief=[
+      [
+        name,
+        *(_shown(r.scores.get(name), sure=False) for r in known.values()),
+        *([changes[name][0].partition(" (")[0]] if compared else []),
+      ]
+      for name in names
+    ],
     verdicts=[sentence for _, sentence in changes.values() if sentence],
     note=f"{meanings.SCORE.meaning} In brackets: right answers of questions asked, and 95 % intervals"
     " (Wilson's for right and wrong, else the normal one of the mean). The change is taken question by question.",
   )
 
 
-def _shown(score: Mapping[str, Any] | None) -> str:
+def _shown(score: Mapping[str, Any] | None, *, sure: bool = True) -> str:
   if score is None:
     return NONE
   is_share = score["right"] is not None
   value = (lambda x: f"{100 * x:.1f}") if is_share else number
   counted = f"{score['right']}/{score['count']}" if is_share else f"{score['count']} answers"
-  sure = "" if score["low"] is None else f"; {value(score['low'])} to {value(score['high'])}"
-  return f"{value(score['mean'])}{' %' if is_share else ''} ({counted}{sure})"
+  is_known = sure and score["low"] is not None
+  between = f"; {value(score['low'])} to {value(score['high'])}" if is_known else ""
+  return f"{value(score['mean'])}{' %' if is_share else ''} ({counted}{between})"
 
 
 def _change(name: str, before: TaskResult, after: TaskResult) -> tuple[str, str]:
