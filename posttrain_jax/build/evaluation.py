@@ -330,11 +330,10 @@ def _answered(
     lines = [json.dumps(answer, ensure_ascii=False) + "\n" for answer in answered.answers]
     files.write_text(Path(out), "".join(lines))
   by_channel = {name: f"{right}/{n}" for name, (right, n) in answered.by_channel.items()}
+  counted = dict(accuracy=answered.accuracy, correct=answered.correct, by_channel=by_channel)
   return {
-    "accuracy": answered.accuracy,
-    "correct": answered.correct,
+    **(counted if answered.is_share else {}),
     "total": answered.total,
-    "by_channel": by_channel,
     "scores": dict(answered.scores),
     "cut": answered.cut,
     **({"answers": out} if out is not None else {}),

@@ -19,7 +19,7 @@ from posttrain_jax.evals import charts, figures, meanings, page, panels, report
 from posttrain_jax.evals.charts import Line
 from posttrain_jax.evals.meanings import ANSWERS, EVAL, NEITHER, Named
 from posttrain_jax.runs import record
-from posttrain_jax.runs.record import Run, TaskResult
+from posttrain_jax.runs.record import Run
 
 QUESTIONS = 6  # shown with every run's answer
 LONGEST = 300  # characters of an answer, of which there may be twenty in a row
@@ -200,15 +200,9 @@ def finals(run: Run) -> dict[str, float]:
   known = {
     name: result.accuracy
     for name, result in results.items()
-    if result is not None and result.is_graded and _is_right_or_wrong(result)
+    if result is not None and result.is_share
   }
   return {**known, **run.final()}
-
-
-def _is_right_or_wrong(result: TaskResult) -> bool:
-  """Whether the first metric counts answers; of another the mean is told."""
-  first = next(iter(result.scores.values()), None)
-  return first is None or first["right"] is not None
 
 
 def _configs(runs: Sequence[Run]) -> list[Mapping[str, Any]]:

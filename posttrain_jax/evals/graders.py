@@ -267,7 +267,7 @@ def _of(name: str) -> Grader:
     hint = f"; did you mean {near[0]}?" if near else ""
     known = ", ".join(BUILT_IN)
     raise ConfigError(
-      f"no metric {name!r}: there are {known}, or a function of yours as FILE.py:name{hint}"
+      f"eval.metric: there is no {name!r}: known are {known}, or a function of yours as FILE.py:name{hint}"
     )
   called, file = settings.function(path, function), Path(path).expanduser()
   return Grader(

@@ -436,7 +436,7 @@ def _accuracy(run: Run) -> dict[str, Any] | None:
   known = {
     when: r
     for when, r in _results(run).items()
-    if not r.scores or r.task in r.scores or len(r.by_channel) > 1
+    if r.is_share and (not r.scores or r.task in r.scores or len(r.by_channel) > 1)
   }
   if not known:
     return None

@@ -56,6 +56,12 @@ class TaskResult:
     return any(answer["correct"] is not None for answer in self.answers)
 
   @property
+  def is_share(self) -> bool:
+    """Whether the first metric says right or wrong, so that `correct` counts; of another its mean is what is told."""
+    first = next(iter(self.scores.values()), None)
+    return self.is_graded and (first is None or first["right"] is not None)
+
+  @property
   def cut(self) -> int:
     """How many answers max_new_tokens cut."""
     return sum(not answer.get("finished", True) for answer in self.answers)

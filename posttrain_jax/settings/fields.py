@@ -523,9 +523,8 @@ def _check_given(config: Config, name: str) -> None:
   others = [] if when is None else [other for other in when[0].split(" or ") if other in values]
   if when is not None and others and not any(when[1](values[other]) for other in others):
     are = " and ".join(f"{other} is {values[other]!r}" for other in others)
-    raise ConfigError(
-      f"{name} is not read where {are}: make {'one ' if len(others) > 1 else ''}that {when[2]}, or leave {name} out"
-    )
+    what = "one of them" if len(others) > 1 else "that"
+    raise ConfigError(f"{name} is not read where {are}: make {what} {when[2]}, or leave {name} out")
   objective = config.get("objective", {})
   compares = objective.get("kl_weight") or objective.get("old") == "reference"
   if objective.get("name") == "grouped" and _is_of_reference(name) and not compares:
