@@ -28,7 +28,7 @@ def mean(values: Sequence[float], z: float = Z) -> dict[str, Any]:
   """The mean of some values with its interval, 95 % for the default z: {"mean", "low", "high", "count", "right"}.
 
   Of zeros and ones it is Wilson's, and `right` counts the ones; of others it is the normal one, mean +- z s / sqrt(n),
-  which one value alone does not have (None), nor `right`.
+  which one value alone does not have (None), nor equal ones.
 
   >>> mean([1.0, 0.0, 1.0, 1.0])["right"], mean([0.5])["low"]
   (3, None)
@@ -41,7 +41,7 @@ def mean(values: Sequence[float], z: float = Z) -> dict[str, Any]:
     low, high = wilson(right := round(math.fsum(values)), total, z)
     return dict(mean=centre, low=low, high=high, count=total, right=right)
   known = dict(mean=centre, low=None, high=None, count=total, right=None)
-  if total < 2:
+  if len({*values}) < 2:
     return known
   half = z * math.sqrt(_variance(values, centre) / total)
   return {**known, "low": centre - half, "high": centre + half}
@@ -50,11 +50,12 @@ def mean(values: Sequence[float], z: float = Z) -> dict[str, Any]:
 def change(before: Sequence[float], after: Sequence[float], z: float = Z) -> dict[str, Any]:
   """`mean` of the differences, value by value: two runs over the same questions are compared on each of them.
 
-  Always the normal interval, since a difference is no share.
+  Always the normal interval, since a difference is no share; None where all are equal, which says nothing of how far
+  others would differ.
   """
   differences = [b - a for a, b in zip(before, after, strict=True)]
   total, centre = len(differences), math.fsum(differences) / len(differences)
-  if total < 2:
+  if len({*differences}) < 2:
     return dict(mean=centre, low=None, high=None, count=total)
   half = z * math.sqrt(_variance(differences, centre) / total)
   return dict(mean=centre, low=centre - half, high=centre + half, count=total)

@@ -461,12 +461,12 @@ def obstacles(name: str, configs: Sequence[Mapping[str, Any]]) -> list[str]:
 def _decide(name: str, fields: Sequence[Mapping[str, Any]]) -> list[str]:
   """The fields, or their sections, that say what a metric is of."""
   bare = base(name)
-  if name.startswith(ANSWERS):
-    return ["eval.task"]
-  if SCORE.covers(bare):
-    own = [] if all(some.get("data.eval") for some in fields) else list(ROWS)
-    asked = [] if all(some.get("eval.task") for some in fields) else ["data.eval", *own]
-    return ["eval.task", "eval.task_limit", "eval.max_new_tokens", *asked]
+  if name.startswith(ANSWERS) or SCORE.covers(bare):
+    decide = ["eval.task", "eval.task_limit", "eval.max_new_tokens"]
+    decide += ["eval.metric"] if name.startswith(ANSWERS) else []
+    if not any(some.get("eval.metric") and not some.get("eval.task") for some in fields):
+      return decide
+    return decide + (["data.eval"] if all(some.get("data.eval") for some in fields) else [*ROWS])
   if any(metric.covers(bare) for metric in (*OPTIMISATION.metrics, *SPEED.metrics)):
     return []
   has_own_rows = name.startswith(EVAL) and all(some.get("data.eval") for some in fields)

@@ -108,7 +108,7 @@ MACROS = """\
 {% endmacro %}
 {% macro pair(one) %}
 <div class="question"><b>{{ one.question }}</b> <span class="note">{{ one.channel }}</span></div>
-<pre>{{ one.gold }}</pre>
+<span class="note">expected</span><pre>{{ one.gold }}</pre>
 <div class="pair">
 {% for answer in one.answers %}
 <div><span class="{{ '' if answer.correct is none else 'right' if answer.correct else 'wrong' }}">{{ answer.when }}\

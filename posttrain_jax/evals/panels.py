@@ -57,11 +57,12 @@ class Section:
 
 
 def sections(run: Run) -> list[Section]:
-  """The groups of metrics that the run has."""
+  """The groups of metrics that the run has, but for scores of answers, which the report has beside the answers."""
   kind, final = run.field("objective.name"), run.final()
   return [
     Section(group.title, _reading(run, group), _panels(run, named), _rows(run, named, final))
     for group, named in meanings.sorted_into(kind, [*run.names(), *final])
+    if group is not meanings.SCORES
   ]
 
 

@@ -376,7 +376,7 @@ def _scores(run: Run) -> dict[str, Any] | None:
       [
         name,
         *(_shown(r.scores.get(name), sure=False) for r in known.values()),
-        *([changes[name][0].partition(" (")[0]] if compared else []),
+        *([changes[name][0]] if compared else []),
       ]
       for name in names
     ],
@@ -411,16 +411,16 @@ def _change(name: str, before: TaskResult, after: TaskResult) -> tuple[str, str]
   is_share = after.scores[name]["right"] is not None
   scale, unit = (100, " points") if is_share else (1, "")
   signed = lambda x: f"{scale * x:+.1f}" if is_share else f"{x:+.3g}"
-  between = (
-    ""
-    if change["low"] is None
-    else f" (95 % interval {signed(change['low'])} to {signed(change['high'])})"
-  )
+  between = ""
+  if change["low"] is not None:
+    chance = ": it may be chance" if change["low"] <= 0 <= change["high"] else ""
+    between = f" (95 % interval {signed(change['low'])} to {signed(change['high'])}{chance})"
+  moved = f"{signed(change['mean'])}{unit}"
   sentence = (
     f"{name}: {_brief(before.scores[name])} before, {_brief(after.scores[name])} after,"
-    f" {signed(change['mean'])}{unit}{between}."
+    f" {moved}{between}."
   )
-  return f"{signed(change['mean'])}{unit}{between}", sentence
+  return moved, sentence
 
 
 def _brief(score: Mapping[str, Any]) -> str:
