@@ -88,9 +88,11 @@ def json_equal(answer: str, gold: str) -> tuple[bool, str]:
   """
   try:
     value = _json(answer)
+    is_same = _same(value, _json(gold))
+  except RecursionError:
+    return False, "nested too deeply"
   except ValueError as error:
     return False, f"not JSON: {error}"
-  is_same = _same(value, _json(gold))
   return is_same, RIGHT if is_same else "another value"
 
 
@@ -199,16 +201,11 @@ _FENCE = re.compile(r"```[^\n`]*\n(.*?)```", re.DOTALL)
 def _json(text: str) -> Any:
   try:
     return _DECODER.decode(text.strip())
-  except RecursionError:
-    raise ValueError("nested too deeply") from None
   except ValueError:
     fenced = _FENCE.findall(text)
     if not fenced:
       raise
-  try:
-    return _DECODER.decode(fenced[-1].strip())
-  except RecursionError:
-    raise ValueError("nested too deeply") from None
+  return _DECODER.decode(fenced[-1].strip())
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -62,12 +62,8 @@ ADAPTERS = (
 _FOLLOWS = ("objective.sync_every", lambda every: every > 0, "above 0")
 _REPLAYS = ("data.replay", bool, "a source")
 # a run that writes answers
-_ANSWERS = (
-  "eval.task or eval.metric or eval.samples",
-  bool,
-  "a task, a metric, or a number above 0",
-)
-_GRADES = ("eval.task or eval.metric", bool, "a task, or a metric")
+_ANSWERS = ("eval.task or eval.metric or eval.samples", bool, "set")
+_GRADES = ("eval.task or eval.metric", bool, "set")
 _ELSEWHERE = ("objective.reference", lambda name: name != "base", "an adapter or another model")
 
 FIELDS: Mapping[str, Field] = {
@@ -523,8 +519,8 @@ def _check_given(config: Config, name: str) -> None:
   others = [] if when is None else [other for other in when[0].split(" or ") if other in values]
   if when is not None and others and not any(when[1](values[other]) for other in others):
     are = " and ".join(f"{other} is {values[other]!r}" for other in others)
-    what = "one of them" if len(others) > 1 else "that"
-    raise ConfigError(f"{name} is not read where {are}: make {what} {when[2]}, or leave {name} out")
+    cure = "write one of them" if len(others) > 1 else f"make that {when[2]}"
+    raise ConfigError(f"{name} is not read where {are}: {cure}, or leave {name} out")
   objective = config.get("objective", {})
   compares = objective.get("kl_weight") or objective.get("old") == "reference"
   if objective.get("name") == "grouped" and _is_of_reference(name) and not compares:

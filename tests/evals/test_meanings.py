@@ -17,7 +17,7 @@ def changed(config, **fields):
     *path, last = name.split("__")
     node = config
     for part in path:
-      node = node[part]
+      node = node.setdefault(part, {})
     node[last] = value
   return config
 
