@@ -352,7 +352,7 @@ class _Training:
       params = memory.fetch(state.trainable)
     else:
       nodes = tree.combine(state.trainable, state.carried)
-      params = adapters.merge(pieces.trees.context.base, nodes)
+      params = use.for_writing(pieces.trees.context.base, nodes)
     with settings.section("eval.task"), told.counter(f"answering {when} training") as count:
       result = tasks.evaluate(
         params,

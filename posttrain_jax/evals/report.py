@@ -413,6 +413,8 @@ def _change(name: str, before: TaskResult, after: TaskResult) -> tuple[str, str]
   signed = lambda x: f"{scale * x:+.1f}" if is_share else f"{x:+.3g}"
   between = ""
   if change["low"] is not None:
+    if is_share:
+      change |= dict(low=max(change["low"], -1), high=min(change["high"], 1))
     chance = ": it may be chance" if change["low"] <= 0 <= change["high"] else ""
     between = f" (95 % interval {signed(change['low'])} to {signed(change['high'])}{chance})"
   moved = f"{signed(change['mean'])}{unit}"
