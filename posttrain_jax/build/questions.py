@@ -14,7 +14,7 @@ from posttrain_jax.build import decisions
 from posttrain_jax.build.data import Data
 from posttrain_jax.build.model import Model
 from posttrain_jax.data import held_out, questions
-from posttrain_jax.data.files import RowError
+from posttrain_jax.data.errors import RowError
 from posttrain_jax.evals import graders as graders_lib
 from posttrain_jax.evals import tasks
 from posttrain_jax.evals.graders import Grader

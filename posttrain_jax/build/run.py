@@ -40,7 +40,7 @@ from posttrain_jax.build.model import Model
 from posttrain_jax.core import distributed, files, memory, metrics, tree
 from posttrain_jax.core import progress as told
 from posttrain_jax.core.checkpoint import Checkpoints
-from posttrain_jax.data import chat, loader
+from posttrain_jax.data import encoded, loader
 from posttrain_jax.evals import report, tasks
 from posttrain_jax.models import hf
 from posttrain_jax.objectives import Scorer, evaluation, measured
@@ -210,6 +210,8 @@ def _introduce(pieces: Pieces, say: Say) -> None:
     say(f"base: {pieces.config.model.base}, {size:,.0f} MB")
   if base.started is not None:
     say(base.started.describe())
+  for sentence in pieces.data.reads:
+    say(sentence)
   say(f"data: {pieces.batches.stats()}")
   if pieces.data.skipped:
     say(f"left out: {pieces.data.skipped}")
@@ -218,7 +220,7 @@ def _introduce(pieces: Pieces, say: Say) -> None:
     say(note)
   if pieces.task is not None:
     say(f"answers: {_asked(pieces.task, pieces.config.eval.before)}")
-  example = chat.describe(pieces.data.examples[0], base.tokenizer)
+  example = encoded.describe(pieces.data.examples[0], base.tokenizer)
   say(f"first example, trained tokens in [[ ]]:\n{example}\n")
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from posttrain_jax.data import answers, messages, schema, templates
-from posttrain_jax.data.files import RowError
+from posttrain_jax.data.errors import RowError
 from posttrain_jax.data.schema import Row
 from posttrain_jax.data.templates import Template
 

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from posttrain_jax import settings
-from posttrain_jax.data.files import RowError
+from posttrain_jax.data.errors import RowError
 from posttrain_jax.settings import ConfigError
 
 RIGHT = "ok"
@@ -99,7 +99,7 @@ def json_equal(answer: str, gold: str) -> tuple[bool, str]:
 def number(answer: str, gold: str) -> tuple[bool, str]:
   """The last number of the answer is the last number of the expected text, as GSM8K is graded.
 
-  Of a text with `####` what follows the last of them is read, if there is a number in it.  Numbers are compared
+  Of a text with `####` it is the first number after the last of them, if there is one.  Numbers are compared
   exactly, as fractions: 18 is 18.00, 1/2 is 0.5, 0.333 is not 1/3.  A number has a sign (-, +, or Unicode's minus),
   thousands parted by commas, apostrophes or narrow spaces, a decimal point, an exponent (1e5), or is a fraction a/b,
   1 a/b, or LaTeX's \\frac.  A unit, a currency and a percent sign are not compared: $5, 5 kg and 5 % are 5.  Digits
@@ -123,13 +123,14 @@ def last_number(text: str) -> fractions.Fraction:
   Raises:
     ValueError: there is none, or it can be read in several ways.
   """
-  for part in (text.rpartition("####")[2], text):
-    tokens = _TOKEN.findall(_plainly(part))
-    if tokens:
-      before, inside, digits = tokens[-1]
-      value = _value(digits)
-      return -value if before in _MINUS or inside in _MINUS else value
-  raise ValueError("no number")
+  _, marked, rest = text.rpartition("####")
+  final = _TOKEN.findall(_plainly(rest))[:1] if marked else []
+  tokens = final or _TOKEN.findall(_plainly(text))
+  if not tokens:
+    raise ValueError("no number")
+  before, inside, digits = tokens[-1]
+  value = _value(digits)
+  return -value if before in _MINUS or inside in _MINUS else value
 
 
 _MINUS = ("-", "\N{MINUS SIGN}")

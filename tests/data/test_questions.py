@@ -3,7 +3,7 @@
 import pytest
 
 from posttrain_jax.data import chat, questions, schema
-from posttrain_jax.data.files import RowError
+from posttrain_jax.data.errors import RowError
 from tests import tiny
 
 USER = {"role": "user", "content": "hi"}

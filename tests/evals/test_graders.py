@@ -2,7 +2,7 @@
 
 import pytest
 
-from posttrain_jax.data.files import RowError
+from posttrain_jax.data.errors import RowError
 from posttrain_jax.evals import graders, intervals
 from posttrain_jax.settings import ConfigError
 
@@ -62,7 +62,8 @@ SAME = {
     ("1\u202f234\u202f567", "1234567"),
     ("Answer:5", "5"),
     ("12,34,567", "1234567"),
-    ("#### 5\n\nShe pays on day 9", "9"),
+    ("#### 5\n\nShe pays on day 9", "5"),
+    ("It is 5 ####", "#### 5"),
   ],
 }
 DIFFERENT = {
