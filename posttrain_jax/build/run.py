@@ -30,6 +30,7 @@ from posttrain_jax.build import (
   model,
   objective,
   optimizer,
+  questions,
   reference,
   self_checks,
   use,
@@ -93,7 +94,7 @@ def train(
     if dry_run:
       _explain_memory(pieces, say)
       return 0
-    with run_folder.claimed(Path(folder), config, rows=data.identity(pieces.data)):
+    with run_folder.claimed(Path(folder), config, **pieces.identity()):
       return _Training(pieces.with_reference(say), Path(folder), say).to_the_end()
 
 
@@ -123,6 +124,13 @@ class Pieces:
   schedule: optax.Schedule
   batches: loader.Loader
   step: Any  # jitted: (state, context, batch) -> (state, metrics), the state donated
+  task: tasks.Task | None  # what is asked before and after training
+
+  def identity(self) -> dict[str, Any]:
+    """What the run's record says of what its config only names: the rows held out, and the user's code."""
+    digests = {g.name: g.digest for g in (self.task.graders if self.task else ()) if g.digest}
+    rows = {"rows": data.identity(self.data)}
+    return rows | ({"metrics": digests} if digests else {})
 
   def first_state(self) -> State:
     return state_lib.first(
@@ -191,6 +199,7 @@ def build(
     schedule=schedule,
     batches=data.stream(config, rows, devices),
     step=jitted_step(config, trees.adapter_config, loss, updates, shapes),
+    task=questions.make(config, base, rows),
   )
 
 
@@ -232,8 +241,19 @@ def _introduce(pieces: Pieces, say: Say) -> None:
   say(f"held out: {len(pieces.data.eval)} examples")
   for note in pieces.data.notes:
     say(note)
+  if pieces.task is not None:
+    say(f"answers: {_asked(pieces.task, pieces.config.eval.before)}")
   example = encoded.describe(pieces.data.examples[0], base.tokenizer)
   say(f"first example, trained tokens in [[ ]]:\n{example}\n")
+
+
+def _asked(task: tasks.Task, before: bool) -> str:
+  """What is asked when, and who grades it."""
+  when = "before and after training" if before else "after training"
+  graders = ", ".join(grader.name for grader in task.graders)
+  by = f", graded by {graders}" if graders else ", to be read in the report"
+  count, longest = len(task.examples("test")), task.max_new_tokens
+  return f"to {count} questions ({task.name}) {when}, at most {longest} tokens each{by}"
 
 
 def _explain_memory(pieces: Pieces, say: Say) -> None:
@@ -266,6 +286,7 @@ class _Training:
     if checkpoints.latest() is not None:
       data.check_held_out(self.folder, config, self.pieces.data)
       state, progress = self._resumed(checkpoints, state)
+      self._regrade()
     else:
       if told := record.last_step(self.folder):
         self.say(
@@ -349,30 +370,45 @@ class _Training:
     export.accompany(folder, pieces.model.folder, config.model.template, how)
 
   def _evaluate_task(self, when: str, state: State) -> None:
-    """Answers the built-in task's held-out questions and keeps the result beside the metrics."""
-    config, pieces, base = self.pieces.config, self.pieces, self.pieces.model
-    if not config.eval.task:
+    """Answers what the run asks, and keeps the answers with their grades beside the metrics."""
+    pieces, base, task = self.pieces, self.pieces.model, self.pieces.task
+    if task is None:
       return
     if pieces.trees.adapter_config is None:
       params = memory.fetch(state.trainable)
     else:
       nodes = tree.combine(state.trainable, state.carried)
-      params = adapters.merge(pieces.trees.context.base, nodes)
-    doing = f"answering {config.eval.task} {when} training"
+      params = use.for_writing(pieces.trees.context.base, nodes)
+    doing = f"answering {when} training"
     with settings.section("eval.task"), progress_lib.counter(doing) as count:
       result = tasks.evaluate(
         params,
         base.config,
         base.tokenizer,
-        task=config.eval.task,
-        limit=config.eval.task_limit or None,
+        task=task,
         template=base.template,
         dtype=base.dtype,
         progress=count,
       )
     files.write_json(self.folder / f"evaluation-{when}.json", result.to_json())
-    share = f"{result.correct}/{result.total} correct ({100 * result.accuracy:.1f} %)"
-    self.say(f"{result.task} {when} training: {share}")
+    for line in report.told(result, when):
+      self.say(line)
+
+  def _regrade(self) -> None:
+    """The answers before training are graded as those after it will be, where a metric's code has changed since."""
+    task, path = self.pieces.task, self.folder / record.BEFORE
+    if task is None:
+      return
+    was = files.read_json(self.folder / record.CONFIG).get("metrics", {})
+    changed = [g.name for g in task.graders if g.name in was and g.digest != was[g.name]]
+    if not changed:
+      return
+    anew = ""
+    if path.exists():
+      before = record.TaskResult.from_json(files.read_json(path))
+      files.write_json(path, tasks.regraded(before, task).to_json())
+      anew = ": the answers before training were graded anew with it"
+    self.say(f"the metric {', '.join(changed)} has changed since this run began{anew}")
 
   def _check_sound(self, state: State, progress: loop.Progress) -> None:
     """Raises Diverged where what the run made, or what it gives, is not finite: that is neither exported nor done."""
@@ -438,7 +474,7 @@ class _Training:
       "steps": progress.step,
       "seconds": round(progress.seconds, 1),
       "tokens": progress.tokens,
-      "final": record.last_values(self.folder),
+      "final": record.last_values(self.folder) | report.graded(record.read(self.folder)),
     }
     with _phase("drawing the report", sys.stdout):
       page = report.write(self.folder, done=done)
