@@ -12,6 +12,7 @@ import ml_collections
 
 from posttrain_jax import adapters, settings
 from posttrain_jax.adapters import layout
+from posttrain_jax.adapters.node import Change
 from posttrain_jax.build import decisions
 from posttrain_jax.core import tree
 from posttrain_jax.data import templates
@@ -78,6 +79,8 @@ def make(
     text_tokens=ids,
     model=model.config,
   )
+  if model.earlier is not None and model.earlier.goes_on is not None:
+    adapter = _goes_on(adapter, model.earlier.goes_on[0])
   trainable, carried = tree.partition(layout.laid_out(adapter, mesh))
   return Trees(
     trainable,
@@ -85,6 +88,24 @@ def make(
     Context(params, reference=reference),
     adapter_config.for_layers(model.config.num_layers),
   )
+
+
+def _goes_on(fresh: Any, earlier: Any) -> Any:
+  """The adapter that was trained before in the place of a fresh one; what that has beside it stays fresh.
+
+  Dropout is that of the fresh one: it is of the training.
+  """
+  new, old = tree.flatten(fresh), tree.flatten(earlier)
+  if unknown := sorted(old.keys() - new.keys()):
+    raise settings.ConfigError(
+      f"model.adapter: it adapts {unknown[0]}, which config.adapter does not"
+    )
+  nodes = dict(new)
+  for path, node in old.items():
+    if isinstance(node, Change) and node.dropout != new[path].dropout:
+      node = dataclasses.replace(node, dropout=new[path].dropout)
+    nodes[path] = node
+  return tree.unflatten(nodes)
 
 
 def resumed(

@@ -19,11 +19,12 @@ import optax
 import rich
 
 from posttrain_jax import adapters, settings
-from posttrain_jax.adapters import peft_format
+from posttrain_jax.adapters import over
 from posttrain_jax.build import (
   adapter,
   checks,
   data,
+  earlier,
   export,
   mesh,
   model,
@@ -75,23 +76,29 @@ def train(
   """
   say: Say = print if distributed.is_main() else lambda _: None
   fields.check(settings.plain(config), given)
+  config, notes = earlier.settled(config, given)
   checks.check(config)
   if not dry_run:
     folder = run_folder.check(folder, config)
     if (folder / record.DONE).exists():
       say(f"{folder} is complete: {(folder / record.DONE).read_text().strip()}")
       return 0
+    earlier.check_same(folder, config)
   devices = mesh.make(config)
   if devices is not None:
     say(f"mesh: {dict(devices.shape)}")
   ambient = contextlib.nullcontext() if devices is None else jax.set_mesh(devices)
   with ambient, signals.exiting():
     pieces = build(config, devices)
+    for note in notes:
+      say(note)
     _introduce(pieces, say)
     if dry_run:
       _explain_memory(pieces, say)
       return 0
-    with run_folder.claimed(Path(folder), config, rows=data.identity(pieces.data)):
+    began = earlier.fingerprint(config)
+    about = {} if began is None else {earlier.STARTED: began}
+    with run_folder.claimed(Path(folder), config, rows=data.identity(pieces.data), **about):
       return _Training(pieces.with_reference(say), Path(folder), say).to_the_end()
 
 
@@ -300,10 +307,10 @@ class _Training:
     adapter_config = pieces.trees.adapter_config
     if adapter_config is not None:
       nodes = tree.combine(trained, carried)
-      peft_format.save(
+      under = () if base.earlier is None else base.earlier.under
+      over.save(
         self.folder / name,
-        nodes,
-        adapter_config,
+        [*under, (nodes, adapter_config)],
         base.config,
         base_name=pieces.config.model.name,
         finish=self._accompany,
@@ -319,7 +326,8 @@ class _Training:
     """Beside what is exported stands what it needs to be used as it was trained."""
     pieces, config = self.pieces, self.pieces.config
     how = use.manner_of(config, is_chat=pieces.data.is_chat)
-    export.accompany(folder, pieces.model.folder, config.model.template, how)
+    spoken = pieces.model.speech or pieces.model.folder
+    export.accompany(folder, spoken, config.model.template, how)
 
   def _evaluate_task(self, when: str, state: State) -> None:
     """Answers the built-in task's held-out questions and keeps the result beside the metrics."""
