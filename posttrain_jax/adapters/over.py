@@ -1,8 +1,8 @@
 """An adapter over others that are frozen: W changed by the lowest first, then by the one over it.
 
 In files it is one adapter of the original base where that is exact: low-rank updates add up, ranks side by side.  Where
-it is not (DoRA, (IA)3, VeRA, a soft prompt), its folder has what it stands on in a folder `under`, and no name of a base:
-nothing but the base with that adapter is what it was trained on.
+it is not (DoRA, (IA)3, VeRA, a soft prompt), its folder has what it stands on in a folder `under`, and no name of a
+base: nothing but the base with that adapter is what it was trained on.
 """
 
 from __future__ import annotations
@@ -67,13 +67,9 @@ def save(
 ) -> None:
   """The folder of the last adapter over the others: one adapter of the base where it can be, else `under` beside it."""
   *below, (adapter, config) = levels
-  options = dict(base_name=base_name, finish=finish)
-  if not below:
-    peft_format.save(folder, adapter, config, model_config, **options)
-    return
-  together = combined(levels)
-  if together is not None:
-    peft_format.save(folder, *together, model_config, **options)
+  alone = (adapter, config) if not below else combined(levels)
+  if alone is not None:
+    peft_format.save(folder, *alone, model_config, base_name=base_name, finish=finish)
     return
 
   def with_its_base(new: Path) -> None:
@@ -86,7 +82,7 @@ def save(
 def combined(levels: Sequence[Level]) -> tuple[Any, AdapterConfig] | None:
   """(adapter, config) of the original base that computes what all of them do; None where no LoRA does exactly that.
 
-  LoRA over LoRA: x @ W + s1 (x @ a1) @ b1 + s2 (x @ a2) @ b2 has the factors [s1 a1, s2 a2] and [b1; b2] at a scale of 1.
+  x @ W + s1 (x @ a1) @ b1 + s2 (x @ a2) @ b2 has the factors [s1 a1, s2 a2] and [b1; b2] at a scale of 1.
   What was trained whole stands over what was below it.
   """
   configs = [part for _, config in levels for part in parts_of(config)]

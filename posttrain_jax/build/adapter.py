@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 
 from posttrain_jax import adapters, settings
@@ -79,13 +80,17 @@ def make(
     text_tokens=ids,
     model=model.config,
   )
+  compared_with = None
   if model.earlier is not None and model.earlier.goes_on is not None:
-    adapter = _goes_on(adapter, model.earlier.goes_on[0])
+    earlier, _ = model.earlier.goes_on
+    adapter = _goes_on(adapter, earlier)
+    if decisions.compares_with_start(config):
+      compared_with = jax.tree.map(jnp.copy, earlier)  # what trains is donated from step to step
   trainable, carried = tree.partition(layout.laid_out(adapter, mesh))
   return Trees(
     trainable,
     carried,
-    Context(params, reference=reference),
+    Context(params, reference=reference, reference_adapter=compared_with),
     adapter_config.for_layers(model.config.num_layers),
   )
 

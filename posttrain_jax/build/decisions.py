@@ -81,6 +81,11 @@ def compares_with_base(config: ml_collections.ConfigDict) -> bool:
   return not has_reference(config) or config.objective.reference == "base"
 
 
+def compares_with_start(config: ml_collections.ConfigDict) -> bool:
+  """Whether a policy that stays is compared with, and is the one that the run starts as."""
+  return has_reference(config) and compares_with_base(config) and not follows(config)
+
+
 def follows(config: ml_collections.ConfigDict) -> bool:
   """Whether the reference is a copy of the policy that follows it (TR-DPO), part of the state."""
   return "sync_every" in config.objective and config.objective.sync_every > 0

@@ -1,4 +1,4 @@
-"""config.model.adapter: an adapter that was trained before; it goes on being trained, or stays frozen under a fresh one.
+"""config.model.adapter: an adapter that was trained before; it goes on being trained, or is frozen under a fresh one.
 
 What its folder decides is put into the config before anything else reads that: the shape of what goes on, the template
 and the system message that it was trained with.  The config in a run's record is the run.
@@ -114,8 +114,8 @@ def check_same(folder: Path, config: ml_collections.ConfigDict) -> None:
   found = fingerprint(config)
   if (written or {}).get("sha256") != (found or {}).get("sha256"):
     raise ConfigError(
-      f"model.adapter={decisions.earlier(config)}: its files are not those that the run in {folder} began from; put them"
-      " back, or name another --workdir"
+      f"model.adapter={decisions.earlier(config)}: its files are not those that the run in {folder} began from; put"
+      " them back, or name another --workdir"
     )
 
 
@@ -183,8 +183,8 @@ def _check_over(config: ml_collections.ConfigDict, theirs: adapters.AnyConfig) -
   if decisions.is_full(config):
     raise ConfigError(
       "model.adapter_use=frozen trains a fresh adapter over the frozen one, and adapter=none has none: write"
-      " adapter=lora after the config's colon; to train the whole model, merge first (posttrain export --merge) and name"
-      " that as model"
+      " adapter=lora after the config's colon; to train the whole model, merge first (posttrain export --merge) and"
+      " name that as model"
     )
   fresh = adapter_lib.described(config)
   assert fresh is not None
@@ -362,6 +362,17 @@ def read(
   if decisions.goes_on(config):
     return Earlier(placed[:-1], placed[-1])
   return Earlier(placed, None)
+
+
+def under_as_shapes(
+  config: ml_collections.ConfigDict, model_config: ModelConfig
+) -> tuple[over.Level, ...]:
+  """What stands frozen under the adapter that trains, as shapes; () for nothing."""
+  where = home(config)
+  if where is None:
+    return ()
+  levels = _shapes(where, config.model.name, model_config)
+  return levels[:-1] if decisions.goes_on(config) else levels
 
 
 def policy(

@@ -86,7 +86,7 @@ def _compared(config: Config) -> dict[str, bool]:
   starts_there = adapter_config is None or adapter_config.starts_as_its_base
   if adapter_config is not None and goes_on:  # the reference has the adapter, too
     starts_there = not (adapter_config.lora_dropout or adapter_config.attention_group)
-  return {"own_base": is_base and not goes_on, "starts_there": is_base and starts_there}
+  return {"own_base": is_base, "starts_there": is_base and starts_there}
 
 
 Parts = tuple[tuple[str, Scorer, float], ...]

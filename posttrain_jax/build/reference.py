@@ -30,12 +30,6 @@ def is_in_step(config: ml_collections.ConfigDict) -> bool:
   return decisions.has_reference(config) and not beforehand
 
 
-def _is_at_hand(config: ml_collections.ConfigDict) -> bool:
-  """Whether the reference is there beside what is cached of it, at the price of an adapter: evaluations read it."""
-  starts_there = decisions.compares_with_base(config) and not decisions.follows(config)
-  return decisions.has_reference(config) and decisions.goes_on(config) and starts_there
-
-
 def is_adapter(name: str) -> bool:
   """Whether config.objective.reference is the folder of an adapter on the base."""
   return (Path(name).expanduser() / peft_format.CONFIG).exists()
@@ -43,11 +37,9 @@ def is_adapter(name: str) -> bool:
 
 def in_step(config: ml_collections.ConfigDict, model: Model, mesh: jax.sharding.Mesh | None) -> Any:
   """The parameters that a step compares with, where they are not the base under the adapter; else None."""
-  if not is_in_step(config) and not _is_at_hand(config):
+  if not is_in_step(config):
     return None
   is_base = decisions.compares_with_base(config)
-  if is_base and decisions.goes_on(config):  # the base's own arrays, under the adapter as it came
-    return params(config, model, mesh)
   if decisions.is_full(config) and (is_base or is_adapter(config.objective.reference)):
     # what trains is donated from step to step
     copied = jax.tree.map(jnp.copy, model.params)
