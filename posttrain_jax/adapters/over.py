@@ -79,33 +79,41 @@ def save(
   peft_format.save(folder, adapter, config, model_config, finish=with_its_base)
 
 
+def adds_up(levels: Sequence[Level]) -> bool:
+  """Whether all of them together are one adapter of the base: low-rank updates, and what was trained whole on top."""
+  configs = [part for _, config in levels for part in parts_of(config)]
+  if any(config.context_length or config.attention_group for config in configs):
+    return False
+  whole: set[str] = set()
+  low_rank: set[str] = set()
+  for adapter, _ in levels:
+    for path, node in tree.items(adapter):
+      if isinstance(node, Replaced) and node.mask is None:
+        whole.add(path)
+      elif type(node) is LoRA and path not in whole:
+        low_rank.add(path)
+      else:
+        return False
+  return bool(low_rank - whole)
+
+
 def combined(levels: Sequence[Level]) -> tuple[Any, AdapterConfig] | None:
   """(adapter, config) of the original base that computes what all of them do; None where no LoRA does exactly that.
 
   x @ W + s1 (x @ a1) @ b1 + s2 (x @ a2) @ b2 has the factors [s1 a1, s2 a2] and [b1; b2] at a scale of 1.
   What was trained whole stands over what was below it.
   """
+  if not adds_up(levels):
+    return None
   configs = [part for _, config in levels for part in parts_of(config)]
-  if any(config.context_length or config.attention_group for config in configs):
-    return None
-  whole: dict[str, Replaced] = {}
-  low_rank: list[dict[str, LoRA]] = []
-  for adapter, _ in levels:
-    here = {}
-    for path, node in tree.items(adapter):
-      if isinstance(node, Replaced) and node.mask is None:
-        whole[path] = node
-        low_rank = [{p: n for p, n in lower.items() if p != path} for lower in low_rank]
-      elif type(node) is LoRA and path not in whole:
-        here[path] = node
-      else:
-        return None
-    low_rank.append(here)
-  low_rank = [nodes for nodes in low_rank if nodes]
-  if not low_rank:
-    return None
-  adapter, config = combine.concatenate([tree.unflatten(nodes) for nodes in low_rank])
+  kept = {p: n for nodes, _ in levels for p, n in tree.items(nodes) if isinstance(n, Replaced)}
+  low_rank = [
+    tree.unflatten((path, node) for path, node in tree.items(nodes) if path not in kept)
+    for nodes, _ in levels
+  ]
+  adapter, config = combine.concatenate([nodes for nodes in low_rank if nodes])
   saved = dict.fromkeys(name for part in configs for name in part.modules_to_save)
-  dropout = configs[-1].lora_dropout
-  config = config.replace(modules_to_save=tuple(saved), lora_dropout=dropout)
-  return tree.unflatten({**tree.flatten(adapter), **whole}), config
+  config = config.replace(
+    modules_to_save=tuple(saved), lora_dropout=parts_of(levels[-1][1])[-1].lora_dropout
+  )
+  return tree.unflatten({**tree.flatten(adapter), **kept}), config

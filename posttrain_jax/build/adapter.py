@@ -13,6 +13,7 @@ import ml_collections
 
 from posttrain_jax import adapters, settings
 from posttrain_jax.adapters import layout
+from posttrain_jax.adapters.adalora import AdaLoRA
 from posttrain_jax.adapters.node import Change
 from posttrain_jax.build import decisions
 from posttrain_jax.core import tree
@@ -109,6 +110,11 @@ def _goes_on(fresh: Any, earlier: Any) -> Any:
   for path, node in old.items():
     if isinstance(node, Change) and node.dropout != new[path].dropout:
       node = dataclasses.replace(node, dropout=new[path].dropout)
+    if isinstance(
+      node, AdaLoRA
+    ):  # what it remembers of its gradients is in no file: its schedule begins anew
+      begun = new[path]
+      node = dataclasses.replace(node, importance=begun.importance, uncertainty=begun.uncertainty)
     nodes[path] = node
   return tree.unflatten(nodes)
 

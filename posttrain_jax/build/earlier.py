@@ -144,7 +144,7 @@ def settled(
   model_config = _with_score(config, shape(config.model.name))
   levels = _shapes(where, config.model.name, model_config)
   theirs = levels[-1][1]
-  config = ml_collections.ConfigDict(config.to_dict(), allow_dotted_keys=True)
+  config = settings.restored(config.to_dict())
   config.model.adapter = str(where)
   notes: list[str] = []
   if decisions.goes_on(config):

@@ -364,4 +364,4 @@ def _settings(
     return None
   if not (Path(workdir) / record.CONFIG).exists():
     raise ConfigError(f"{workdir} holds no run: there is no {record.CONFIG}")
-  return ml_collections.ConfigDict(record.config(workdir))
+  return settings.restored(record.config(workdir))

@@ -12,11 +12,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import safetensors
 
-from posttrain_jax import adapters
+from posttrain_jax import adapters, settings
 from posttrain_jax.adapters import dora, over, peft_format
 from posttrain_jax.build import adapter as adapter_lib
 from posttrain_jax.build import decisions, model_card, start, use
@@ -248,7 +247,7 @@ def _trained(run: runs.Run, source: Path) -> _Trained:
 
 def _started(run: runs.Run, folder: Path, config: ModelConfig, adapter: Any) -> tuple[Any, Any]:
   """(the base that was left of the original, as it was stored; the adapter on it)."""
-  asked = ml_collections.ConfigDict(run.record["config"])
+  asked = settings.restored(run.record["config"])
   described = adapter_lib.described(asked)
   starting = None if described is None else described.starting
   if starting is None:
@@ -301,7 +300,7 @@ def _merge(run: runs.Run, source: Path, out: Path, merge_base: str) -> list[str]
     merged, note = _merged_onto(merge_base, run.field("model.base"), trained)
     notes.append(note)
   config = trained.config
-  if config.scores and not decisions.writes(ml_collections.ConfigDict(run.record["config"])):
+  if config.scores and not decisions.writes(settings.restored(run.record["config"])):
     merged = {name: part for name, part in merged.items() if name != "lm_head"}
     config = dataclasses.replace(config, writes=False)
   for path, leaf in tree.items(merged):

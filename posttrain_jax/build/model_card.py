@@ -285,7 +285,7 @@ def _code(folder: Path, is_adapter: bool) -> tuple[str, str]:
 
 
 def _inputs(folder: Path, run: runs.Run, scores: bool) -> str:
-  if not _has_template(folder):
+  if not _has_template(folder / "base" if _is_kept(folder) else folder):
     return TEXT_CODE.format(question=json.dumps(QUESTION))
   source = run.field("data.train")
   system = tasks.TASKS[source].system if source in tasks.TASKS else run.field("data.system")

@@ -20,6 +20,7 @@ import rich
 
 from posttrain_jax import adapters, settings
 from posttrain_jax.adapters import over
+from posttrain_jax.adapters.peft_format import UNDER
 from posttrain_jax.build import (
   adapter,
   checks,
@@ -205,6 +206,12 @@ def _introduce(pieces: Pieces, say: Say) -> None:
     say(adapters.summary(trees.context.base, trees.adapter))
     size = tree.nbytes(trees.context.base) / 1e6
     say(f"base: {pieces.config.model.base}, {size:,.0f} MB")
+  if base.earlier is not None and base.earlier.under and trees.adapter_config is not None:
+    is_one = over.adds_up([*base.earlier.under, (trees.adapter, trees.adapter_config)])
+    how = (
+      "as one adapter of the base" if is_one else f"with what it stands on in {UNDER}/ beside it"
+    )
+    say(f"exported: {how}")
   if base.started is not None:
     say(base.started.describe())
   say(f"data: {pieces.batches.stats()}")

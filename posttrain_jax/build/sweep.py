@@ -21,7 +21,6 @@ from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import ml_collections
 import rich.box
 import rich.console
 import rich.table
@@ -231,7 +230,7 @@ def _settled(point: Point) -> Point:
     return point
   from posttrain_jax.build import earlier
 
-  config = ml_collections.ConfigDict(point.resolved, allow_dotted_keys=True)
+  config = settings.restored(point.resolved)
   config, _ = earlier.settled(config, settings.given(point.overrides))
   return dataclasses.replace(point, resolved=settings.plain(config))
 

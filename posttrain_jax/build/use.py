@@ -234,7 +234,7 @@ def produced(workdir: Path) -> tuple[str | None, str | None]:
 
 def of_run(workdir: Path) -> Manner:
   """What a run's config says of how it trained, for what it exported before it said so itself."""
-  return manner_of(ml_collections.ConfigDict(record.config(workdir)))
+  return manner_of(settings.restored(record.config(workdir)))
 
 
 def manner_of(config: ml_collections.ConfigDict, *, is_chat: bool = False) -> Manner:
