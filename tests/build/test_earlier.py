@@ -51,9 +51,8 @@ def saved(folders, kind):
     params, config = hf.load(folders / "model")
     described = AdapterConfig(**KINDS[kind])
     nodes = moved(adapters.init(KEY, params, described)[1], size=0.2)
-    peft_format.save(
-      saved(folders, kind), nodes, described, config, base_name=str(folders / "model")
-    )
+    name = str(folders / "model")
+    peft_format.save(folders / kind, nodes, described, config, base_name=name)
   return folders / kind
 
 
