@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from posttrain_jax.adapters.bind import base as base_at
 from posttrain_jax.adapters.bind import modules as modules_of
@@ -245,7 +246,7 @@ def _check_stored_base(name: str, array: np.ndarray, params: Any, path: Path) ->
       f"{path} holds a resized {name} of {array.shape}, the base has {shape}; "
       "merge the adapter with peft and load the merged model"
     )
-  if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(matrix)):
+  if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(matrix)):
     return  # asked for shapes alone
   expected = np.asarray(weight.dense(weight.unadapted(matrix)), np.float32)
   expected = expected.T if name == "lm_head" else expected
