@@ -68,6 +68,11 @@ def home(config: ml_collections.ConfigDict) -> Path | None:
     if not inside.is_dir():
       raise ConfigError(f"model.adapter={name}: {_without_adapter(folder)}")
     folder = inside
+  if (folder / "config.json").exists() and not (folder / peft_format.CONFIG).exists():
+    raise ConfigError(
+      f"model.adapter={name}: this is a model's folder; write model={name} after the config's colon, and leave"
+      " model.adapter out"
+    )
   try:
     return peft_format.locate(folder).absolute()
   except (FileNotFoundError, ValueError) as error:
@@ -132,7 +137,7 @@ def settled(
 
   Args:
     given: fields that were written by hand, which the folder does not change.
-    shape: a model's name -> its config; None for that of its folder.
+    shape: a model's name -> its config, for a plan, which reads no rows; None for that of its folder.
 
   Raises:
     ConfigError: no adapter there, one of another base, or what cannot be trained further as config.adapter says.
@@ -140,6 +145,7 @@ def settled(
   where = home(config)
   if where is None:
     return config, []
+  is_planned = shape is not None  # without rows
   shape = shape or (lambda name: hf.read_config(fetch.resolve(name)))
   model_config = _with_score(config, shape(config.model.name))
   levels = _shapes(where, config.model.name, model_config)
@@ -153,7 +159,7 @@ def settled(
   else:
     _check_over(config, theirs)
     notes.append(f"adapter: over the {_described(theirs)} of {where}, which stays as it is")
-  notes += _take_manner(config, where, given)
+  notes += [] if is_planned else _take_manner(config, where, given)
   notes += _base_notes(config, where)
   return config.lock(), notes
 

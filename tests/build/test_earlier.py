@@ -188,6 +188,7 @@ def test_the_shape_is_the_files_and_what_is_of_training_the_configs(folders):
   ("arguments", "fields", "message"),
   [
     ("", {"model.adapter": "nowhere"}, "model.adapter=nowhere: .*name an adapter's or a run's folder"),
+    ("", {"model.adapter": "model"}, "this is a model's folder; write model="),
     ("", {"adapter.r": 8}, r"adapter.r=8: the adapter in .*lora has 4.*write --config.adapter.r=4"),
     ("", {"adapter.target_modules": "('v_proj',)"}, r"adapter.target_modules=\('v_proj',\): the adapter in"),
     (",adapter=dora", {}, "adapter=dora: the adapter in .* is a lora.*write adapter=lora"),
@@ -198,7 +199,14 @@ def test_the_shape_is_the_files_and_what_is_of_training_the_configs(folders):
 )  # fmt: skip
 def test_what_does_not_fit_is_refused_with_the_cure(arguments, fields, message, folders):
   at = fields.get("model.adapter", "lora")
-  fields = {**fields, "model.adapter": at if at == "nowhere" else saved(folders, at)}
+  fields = {
+    **fields,
+    "model.adapter": at
+    if at == "nowhere"
+    else folders / at
+    if at == "model"
+    else saved(folders, at),
+  }
   with pytest.raises(settings.ConfigError, match=f"(?s){message}"):
     earlier.settled(*load(folders, arguments, **fields))
 
