@@ -39,9 +39,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 name = {name}
-tokenizer = AutoTokenizer.from_pretrained(name, subfolder="base")
-model = AutoModelForCausalLM.from_pretrained(name, subfolder="base", dtype=torch.float32)
-model = PeftModel.from_pretrained(model, name, subfolder="adapter")
+tokenizer = AutoTokenizer.from_pretrained(f"{{name}}/base")
+model = AutoModelForCausalLM.from_pretrained(f"{{name}}/base", dtype=torch.float32)
+model = PeftModel.from_pretrained(model, f"{{name}}/adapter")
 """
 UNDER_CODE = """\
 import torch
@@ -256,7 +256,13 @@ def _loading(folder: Path, run: runs.Run, is_adapter: bool, name: str) -> list[s
     if is_adapter:
       code = code.replace("dtype=", "num_labels=1, dtype=")
   where = "# this folder, where the program starts in it" if name == HERE else ""
-  code = code.format(name=f"{json.dumps(name)}  {where}".rstrip())
+  said = json.dumps(name)
+  if _is_kept(folder) and name != HERE:  # transformers finds no part of a repository by a path
+    code = code.replace(
+      "import torch\n", "import torch\nfrom huggingface_hub import snapshot_download\n"
+    )
+    said = f"snapshot_download({said})"
+  code = code.format(name=f"{said}  {where}".rstrip())
   return [
     *([comment] if comment else []),
     f"```python\n{code}\n{_inputs(folder, run, scores)}{end}```",
