@@ -40,7 +40,7 @@ from posttrain_jax.build.data import Data
 from posttrain_jax.build.model import Model
 from posttrain_jax.core import distributed, files, memory, metrics, tree
 from posttrain_jax.core.checkpoint import Checkpoints
-from posttrain_jax.data import chat, loader
+from posttrain_jax.data import encoded, loader
 from posttrain_jax.evals import report, tasks
 from posttrain_jax.models import hf
 from posttrain_jax.objectives import Scorer, evaluation, measured
@@ -214,13 +214,15 @@ def _introduce(pieces: Pieces, say: Say) -> None:
     say(f"exported: {how}")
   if base.started is not None:
     say(base.started.describe())
+  for sentence in pieces.data.reads:
+    say(sentence)
   say(f"data: {pieces.batches.stats()}")
   if pieces.data.skipped:
     say(f"left out: {pieces.data.skipped}")
   say(f"held out: {len(pieces.data.eval)} examples")
   for note in pieces.data.notes:
     say(note)
-  example = chat.describe(pieces.data.examples[0], base.tokenizer)
+  example = encoded.describe(pieces.data.examples[0], base.tokenizer)
   say(f"first example, trained tokens in [[ ]]:\n{example}\n")
 
 
