@@ -325,8 +325,13 @@ def _takes_system(config: ml_collections.ConfigDict, given: Sequence[str]) -> bo
     return False
   if not d.train or d.train in tasks.TASKS or decisions.is_mixture(d.train):
     return False
+  from posttrain_jax.build import (
+    data as data_lib,
+  )  # which reads rows for a model, and that starts from here
+
   try:
-    rows = schema.read(d.train, columns=d.columns.to_dict() or None, on_error="skip")
+    mapping = data_lib.columns(d.columns)
+    rows = schema.read(d.train, columns=mapping, on_error="skip", kinds=data_lib.KINDS[d.kind])
     return bool(len(rows)) and turns.in_strings(rows, d.train)
   except (ValueError, OSError):
     return False  # what is wrong with them is said where they are read to be trained on
