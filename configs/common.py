@@ -182,6 +182,9 @@ def run(arg):
 
   c.model = ml_collections.ConfigDict()
   c.model.name = arg.model  # "smollm2", a Hugging Face folder or hub name
+  # an adapter's or a run's folder to start from; "": a fresh adapter on the base alone
+  c.model.adapter = ""
+  c.model.adapter_use = "trained"  # it goes on being trained, or is frozen under a fresh one
   c.model.base = chosen("base", arg.base, BASES)  # how frozen matrices are stored
   c.model.dtype = "auto"  # of the computation: bfloat16 on accelerators, float32 on CPU
   # chat template: the tokenizer's own, or chatml llama3 llama2 mistral vicuna gemma
@@ -204,9 +207,13 @@ def run(arg):
   c.eval = ml_collections.ConfigDict()
   c.eval.every = 50  # steps; 0 for none but the last
   c.eval.rows = 8  # rows a batch
-  c.eval.task = ""  # a built-in task to answer before and after training, such as "sql"
-  c.eval.task_limit = 0  # questions; 0 for all
-  c.eval.before = True  # answer it before training too
+  c.eval.samples = 0  # held-out prompts whose answers, before and after, are shown in the report
+  # what grades answers: exact, contained, json, number, FILE.py:name, or several with commas between
+  c.eval.metric = ""
+  c.eval.task = ""  # what is asked instead of held-out prompts: "sql" (built in), or a file of rows
+  c.eval.task_limit = 0  # questions that are graded; 0 for all
+  c.eval.max_new_tokens = 0  # of an answer; 0: what the longest expected answer needs
+  c.eval.before = True  # answer before training too
   c.checkpoint = ml_collections.ConfigDict()
   c.checkpoint.every = 100  # steps; the last step is always kept
   c.checkpoint.keep = 2  # newest ones

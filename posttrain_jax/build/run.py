@@ -6,10 +6,11 @@ import contextlib
 import dataclasses
 import json
 import math
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 import jax.numpy as jnp
@@ -19,16 +20,19 @@ import optax
 import rich
 
 from posttrain_jax import adapters, settings
-from posttrain_jax.adapters import peft_format
+from posttrain_jax.adapters import over
+from posttrain_jax.adapters.peft_format import UNDER
 from posttrain_jax.build import (
   adapter,
   checks,
   data,
+  earlier,
   export,
   mesh,
   model,
   objective,
   optimizer,
+  questions,
   reference,
   self_checks,
   use,
@@ -37,6 +41,7 @@ from posttrain_jax.build.adapter import Trees
 from posttrain_jax.build.data import Data
 from posttrain_jax.build.model import Model
 from posttrain_jax.core import distributed, files, memory, metrics, tree
+from posttrain_jax.core import progress as progress_lib
 from posttrain_jax.core.checkpoint import Checkpoints
 from posttrain_jax.data import encoded, loader
 from posttrain_jax.evals import report, tasks
@@ -73,26 +78,42 @@ def train(
     ConfigError, RowError, ValueError, OSError: what the user can mend, in words.
     loop.Diverged: the gradients stayed not finite.
   """
-  say: Say = print if distributed.is_main() else lambda _: None
+  say: Say = _print if distributed.is_main() else lambda _: None
   fields.check(settings.plain(config), given)
+  config, notes = earlier.settled(config, given)
   checks.check(config)
   if not dry_run:
     folder = run_folder.check(folder, config)
     if (folder / record.DONE).exists():
       say(f"{folder} is complete: {(folder / record.DONE).read_text().strip()}")
       return 0
+    earlier.check_same(folder, config)
   devices = mesh.make(config)
   if devices is not None:
     say(f"mesh: {dict(devices.shape)}")
   ambient = contextlib.nullcontext() if devices is None else jax.set_mesh(devices)
   with ambient, signals.exiting():
-    pieces = build(config, devices)
+    pieces = build(config, devices, sys.stdout)
+    for note in notes:
+      say(note)
     _introduce(pieces, say)
     if dry_run:
       _explain_memory(pieces, say)
       return 0
-    with run_folder.claimed(Path(folder), config, rows=data.identity(pieces.data)):
+    with run_folder.claimed(Path(folder), config, **pieces.identity()):
       return _Training(pieces.with_reference(say), Path(folder), say).to_the_end()
+
+
+def _print(text: str) -> None:
+  print(text, flush=True)  # whoever reads a log file sees it when it is said
+
+
+@contextlib.contextmanager
+def _phase(doing: str, stream: TextIO | None) -> Generator[None]:
+  """Said by one process of a run."""
+  said = contextlib.nullcontext() if distributed.is_main() else progress_lib.muted()
+  with said, progress_lib.phase(doing, stream=stream):
+    yield
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +130,16 @@ class Pieces:
   schedule: optax.Schedule
   batches: loader.Loader
   step: Any  # jitted: (state, context, batch) -> (state, metrics), the state donated
+  task: tasks.Task | None  # what is asked before and after training
+
+  def identity(self) -> dict[str, Any]:
+    """What the run's record says of what its config only names: rows held out, the user's code, an earlier adapter."""
+    digests = {g.name: g.digest for g in (self.task.graders if self.task else ()) if g.digest}
+    began = earlier.fingerprint(self.config)
+    named = {"metrics": digests or None, earlier.STARTED: began}
+    return {"rows": data.identity(self.data)} | {
+      name: value for name, value in named.items() if value is not None
+    }
 
   def first_state(self) -> State:
     return state_lib.first(
@@ -142,10 +173,20 @@ class Pieces:
       )
 
 
-def build(config: ml_collections.ConfigDict, devices: jax.sharding.Mesh | None) -> Pieces:
-  """The pieces of a run; an optimizer that these parameters do not suit says so here."""
-  base = model.load(config, devices)
-  rows = data.read(config, base)
+def build(
+  config: ml_collections.ConfigDict,
+  devices: jax.sharding.Mesh | None,
+  stream: TextIO | None = None,
+) -> Pieces:
+  """The pieces of a run; an optimizer that these parameters do not suit says so here.
+
+  Args:
+    stream: where it is said what is read; default stderr.
+  """
+  with _phase(f"reading {config.model.name}", stream):
+    base = model.load(config, devices)
+  with _phase("reading the data", stream):
+    rows = data.read(config, base)
   with settings.section("objective"):
     loss = objective.make(config, base, rows.channels)
   if loss.needs_reference:
@@ -167,6 +208,7 @@ def build(config: ml_collections.ConfigDict, devices: jax.sharding.Mesh | None) 
     schedule=schedule,
     batches=data.stream(config, rows, devices),
     step=jitted_step(config, trees.adapter_config, loss, updates, shapes),
+    task=questions.make(config, base, rows),
   )
 
 
@@ -198,6 +240,12 @@ def _introduce(pieces: Pieces, say: Say) -> None:
     say(adapters.summary(trees.context.base, trees.adapter))
     size = tree.nbytes(trees.context.base) / 1e6
     say(f"base: {pieces.config.model.base}, {size:,.0f} MB")
+  if base.earlier is not None and base.earlier.under and trees.adapter_config is not None:
+    is_one = over.adds_up([*base.earlier.under, (trees.adapter, trees.adapter_config)])
+    how = (
+      "as one adapter of the base" if is_one else f"with what it stands on in {UNDER}/ beside it"
+    )
+    say(f"exported: {how}")
   if base.started is not None:
     say(base.started.describe())
   for sentence in pieces.data.reads:
@@ -208,8 +256,19 @@ def _introduce(pieces: Pieces, say: Say) -> None:
   say(f"held out: {len(pieces.data.eval)} examples")
   for note in pieces.data.notes:
     say(note)
+  if pieces.task is not None:
+    say(f"answers: {_asked(pieces.task, pieces.config.eval.before)}")
   example = encoded.describe(pieces.data.examples[0], base.tokenizer)
   say(f"first example, trained tokens in [[ ]]:\n{example}\n")
+
+
+def _asked(task: tasks.Task, before: bool) -> str:
+  """What is asked when, and who grades it."""
+  when = "before and after training" if before else "after training"
+  graders = ", ".join(grader.name for grader in task.graders)
+  by = f", graded by {graders}" if graders else ", to be read in the report"
+  count, longest = len(task.examples("test")), task.max_new_tokens
+  return f"to {count} questions ({task.name}) {when}, at most {longest} tokens each{by}"
 
 
 def _explain_memory(pieces: Pieces, say: Say) -> None:
@@ -242,12 +301,14 @@ class _Training:
     if checkpoints.latest() is not None:
       data.check_held_out(self.folder, config, self.pieces.data)
       state, progress = self._resumed(checkpoints, state)
+      self._regrade()
     else:
       if told := record.last_step(self.folder):
         self.say(
           f"{record.METRICS} goes to step {told} and no checkpoint is there: beginning again"
         )
-      self_checks.fresh_adapter(self.pieces, self.say)
+      with _phase("checking that the run starts at the base", sys.stdout):
+        self_checks.fresh_adapter(self.pieces, self.say)
       if config.eval.before:
         self._evaluate_task("before", state)
     state, progress, complete = loop.loop(self._run(), state, progress, checkpoints)
@@ -286,7 +347,7 @@ class _Training:
       export=self._export,
       check_start=pieces.objective.check_start,
       mesh=pieces.mesh,
-      eval_every=config.eval.every,
+      eval_every=config.eval.every if pieces.data.eval else 0,
       save_every=config.checkpoint.every,
       log_every=config.log_every,
       max_skipped=config.max_skipped,
@@ -302,10 +363,10 @@ class _Training:
     adapter_config = pieces.trees.adapter_config
     if adapter_config is not None:
       nodes = tree.combine(trained, carried)
-      peft_format.save(
+      under = () if base.earlier is None else base.earlier.under
+      over.save(
         self.folder / name,
-        nodes,
-        adapter_config,
+        [*under, (nodes, adapter_config)],
         base.config,
         base_name=pieces.config.model.name,
         finish=self._accompany,
@@ -321,31 +382,49 @@ class _Training:
     """Beside what is exported stands what it needs to be used as it was trained."""
     pieces, config = self.pieces, self.pieces.config
     how = use.manner_of(config, is_chat=pieces.data.is_chat)
-    export.accompany(folder, pieces.model.folder, config.model.template, how)
+    spoken = pieces.model.speech or pieces.model.folder
+    export.accompany(folder, spoken, config.model.template, how)
 
   def _evaluate_task(self, when: str, state: State) -> None:
-    """Answers the built-in task's held-out questions and keeps the result beside the metrics."""
-    config, pieces, base = self.pieces.config, self.pieces, self.pieces.model
-    if not config.eval.task:
+    """Answers what the run asks, and keeps the answers with their grades beside the metrics."""
+    pieces, base, task = self.pieces, self.pieces.model, self.pieces.task
+    if task is None:
       return
     if pieces.trees.adapter_config is None:
       params = memory.fetch(state.trainable)
     else:
       nodes = tree.combine(state.trainable, state.carried)
-      params = adapters.merge(pieces.trees.context.base, nodes)
-    with settings.section("eval.task"):
+      params = use.for_writing(pieces.trees.context.base, nodes)
+    doing = f"answering {when} training"
+    with settings.section("eval.task"), progress_lib.counter(doing) as count:
       result = tasks.evaluate(
         params,
         base.config,
         base.tokenizer,
-        task=config.eval.task,
-        limit=config.eval.task_limit or None,
+        task=task,
         template=base.template,
         dtype=base.dtype,
+        progress=count,
       )
     files.write_json(self.folder / f"evaluation-{when}.json", result.to_json())
-    share = f"{result.correct}/{result.total} correct ({100 * result.accuracy:.1f} %)"
-    self.say(f"{result.task} {when} training: {share}")
+    for line in report.told(result, when):
+      self.say(line)
+
+  def _regrade(self) -> None:
+    """The answers before training are graded as those after it will be, where a metric's code has changed since."""
+    task, path = self.pieces.task, self.folder / record.BEFORE
+    if task is None:
+      return
+    was = files.read_json(self.folder / record.CONFIG).get("metrics", {})
+    changed = [g.name for g in task.graders if g.name in was and g.digest != was[g.name]]
+    if not changed:
+      return
+    anew = ""
+    if path.exists():
+      before = record.TaskResult.from_json(files.read_json(path))
+      files.write_json(path, tasks.regraded(before, task).to_json())
+      anew = ": the answers before training were graded anew with it"
+    self.say(f"the metric {', '.join(changed)} has changed since this run began{anew}")
 
   def _check_sound(self, state: State, progress: loop.Progress) -> None:
     """Raises Diverged where what the run made, or what it gives, is not finite: that is neither exported nor done."""
@@ -402,7 +481,8 @@ class _Training:
         exported.rename(best)
       loss = f"{progress.best_loss:.4f} at step {progress.best_step}"
       self.say(f"lowest eval_loss {loss}: kept as {best}")
-    self._export(state, "adapter")
+    with _phase("writing what was trained", sys.stdout):
+      self._export(state, "adapter")
     self._evaluate_task("after", state)
     if not distributed.is_main():
       return
@@ -410,9 +490,10 @@ class _Training:
       "steps": progress.step,
       "seconds": round(progress.seconds, 1),
       "tokens": progress.tokens,
-      "final": record.last_values(self.folder),
+      "final": record.last_values(self.folder) | report.graded(record.read(self.folder)),
     }
-    page = report.write(self.folder, done=done)
+    with _phase("drawing the report", sys.stdout):
+      page = report.write(self.folder, done=done)
     files.write_json(self.folder / record.DONE, done)
     rich.print(report.summary_table(self.folder))
     self.say(f"{exported.name}: {exported}\nreport: {page}")

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from posttrain_jax.commands import common
+from posttrain_jax.core import progress
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -20,12 +21,19 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
   """0: it fits, or nothing is known of the device's memory.  1: it does not."""
   from posttrain_jax import settings
+  from posttrain_jax.build import earlier
   from posttrain_jax.core import files
-  from posttrain_jax.plan import estimate
 
-  config = settings.load(args.config, overrides)
-  settings.fields.check(settings.plain(config), settings.given(overrides))
-  figures = estimate.figures(config, topology=args.topology, devices=args.devices)
+  with progress.phase("starting"):
+    from posttrain_jax.plan import estimate, program
+
+  config, given = settings.load(args.config, overrides), settings.given(overrides)
+  settings.fields.check(settings.plain(config), given)
+  config, notes = earlier.settled(config, given, shape=program.shape)
+  for note in notes:
+    print(note)
+  with progress.phase("compiling"):
+    figures = estimate.figures(config, topology=args.topology, devices=args.devices)
   print(estimate.report(figures))
   if args.json is not None:
     files.write_json(args.json, figures)

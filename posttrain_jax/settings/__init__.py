@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +121,7 @@ def _printed(path: str, arguments: str) -> ml_collections.ConfigDict:
   if not isinstance(values, dict) or arguments:
     wrong = f"takes no arguments, {arguments!r}" if arguments else "has no object of fields"
     raise ConfigError(f"config file {path} {wrong}; change its fields with --config.NAME=value")
-  return ml_collections.ConfigDict(values, allow_dotted_keys=True)
+  return restored(values)
 
 
 def _set(config: ml_collections.ConfigDict, name: str, text: str, opened: set[str]) -> None:
@@ -278,17 +278,42 @@ def module(path: str) -> Any:
     return loaded
 
 
+def function(path: str, name: str) -> Callable[..., Any]:
+  """A function in a Python file of the user's, as `FILE.py:name` names it.
+
+  Raises:
+    ConfigError: no such file or function, or a mistake in the file, with its line.
+  """
+  file = Path(path).expanduser()
+  with _told(file, always=True), beside(file.parent):
+    values = vars(_executed(file, f"file {path}"))
+  if callable(values.get(name)):
+    return values[name]
+  own = [key for key, value in values.items() if callable(value) and not key.startswith("_")]
+  there = f"; it has {', '.join(own)}" if own else ""
+  raise ConfigError(f"{path} has no function {name!r}{there}")
+
+
 @contextlib.contextmanager
 def _opened(path: str) -> Generator[Any]:
   """The config file as a module, whose mistakes inside are ConfigErrors that name their line."""
   file = _file(path)
-  with _beside(file.parent.absolute()):
-    try:
-      yield _executed(path, file)
-    except ConfigError:
-      raise
-    except (Exception, SystemExit) as error:
-      raise ConfigError(_in_file(error, file)) from error
+  with _told(file), beside(file.parent):
+    loaded = _executed(file, f"config file {path}", _shipped_hint(file))
+    if not callable(vars(loaded).get("get_config")):
+      raise ConfigError(f"{path} has no get_config(arg): it is not a config file")
+    yield loaded
+
+
+@contextlib.contextmanager
+def _told(file: Path, *, always: bool = False) -> Generator[None]:
+  """A mistake in a file of the user's is a ConfigError that names its line; with `always` where it has words too."""
+  try:
+    yield
+  except ConfigError:
+    raise
+  except (Exception, SystemExit) as error:
+    raise ConfigError(_in_file(error, file, always)) from error
 
 
 def _file(path: str) -> Path:
@@ -303,11 +328,12 @@ def shipped_names() -> list[str]:
 
 
 @contextlib.contextmanager
-def _beside(folder: Path) -> Generator[None]:
+def beside(folder: Path) -> Generator[None]:
   """Modules of the folder can be imported, and are those of no other folder, before or after.
 
   Two folders of configs each have a `common`.
   """
+  folder = folder.absolute()
   names = {p.stem for p in folder.glob("*.py")} | {
     p.parent.name for p in folder.glob("*/__init__.py")
   }
@@ -333,9 +359,9 @@ def _lies_in(loaded: Any, folder: Path) -> bool:
   return spec is not None and str(spec.origin).startswith(f"{folder}{os.sep}")
 
 
-def _in_file(error: BaseException, file: Path) -> str:
+def _in_file(error: BaseException, file: Path, always: bool = False) -> str:
   """What went wrong in a config file or what it imports from its folder, with the place."""
-  if isinstance(error, ValueError) and str(error):
+  if isinstance(error, ValueError) and str(error) and not always:
     return str(error)
   if isinstance(error, SyntaxError) and error.filename:
     return f"{error.filename}:{error.lineno}: {error.msg}"
@@ -346,20 +372,18 @@ def _in_file(error: BaseException, file: Path) -> str:
   return f"{place}: {type(error).__name__}: {error}"
 
 
-def _executed(path: str, file: Path) -> Any:
+def _executed(file: Path, what: str, hint: str = "") -> Any:
   if not file.is_file():
     near = difflib.get_close_matches(
       file.name, [p.name for p in file.parent.glob("*.py")], n=1, cutoff=0.3
     )
     there = f"; there is {file.parent / near[0]}" if near else ""
-    raise ConfigError(f"config file {path} does not exist{there or _shipped_hint(file)}")
+    raise ConfigError(f"{what} does not exist{there or hint}")
   spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
   if spec is None or spec.loader is None:
-    raise ConfigError(f"config file {path} is not a Python file; its name must end in .py")
+    raise ConfigError(f"{what} is not a Python file; its name must end in .py")
   loaded = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(loaded)
-  if not callable(vars(loaded).get("get_config")):
-    raise ConfigError(f"{path} has no get_config(arg): it is not a config file")
   return loaded
 
 
@@ -374,6 +398,11 @@ def _shipped_hint(file: Path) -> str:
 def override(field: str, value: Any) -> str:
   """The command-line form of a sweep's {field: value}."""
   return f"--config.{field}={value}"
+
+
+def restored(values: Mapping[str, Any]) -> ml_collections.ConfigDict:
+  """The config whose `plain` form this is, as a run's record holds it; patterns over module names have dots in them."""
+  return ml_collections.ConfigDict(values, allow_dotted_keys=True)
 
 
 def plain(config: ml_collections.ConfigDict) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from posttrain_jax.core.checkpoint import Checkpoints
 from posttrain_jax.data.loader import Loader
 from posttrain_jax.objectives import Context, measured
 from posttrain_jax.runs.metrics_log import Journal
-from posttrain_jax.train.progress import Bar
+from posttrain_jax.train.progress import EVALUATING, SAVING, Bar
 from posttrain_jax.train.signals import Stop
 from posttrain_jax.train.state import State
 
@@ -70,7 +70,14 @@ def loop(
   """
   main = distributed.is_main()
   journal = Journal(run.folder, progress.step) if main else None
-  bar = Bar(run.steps, progress.step, silent=not main)
+  bar = Bar(
+    run.steps,
+    progress.step,
+    eval_every=run.eval_every,
+    save_every=run.save_every,
+    silent=not main,
+  )
+  step = bar.compiled(run.step)
   reader = _Reader(run, journal, bar)
   saved = progress.step
   clock = time.monotonic()
@@ -86,7 +93,8 @@ def loop(
     reader.flush(progress)
     tick()
     data = {"batches": run.batches.get_state(), "progress": dataclasses.asdict(progress)}
-    checkpoints.save(progress.step, state, data)
+    with bar.phase(SAVING):
+      checkpoints.save(progress.step, state, data)
     saved = progress.step
 
   with Stop() as stop, contextlib.ExitStack() as closing:
@@ -94,13 +102,14 @@ def loop(
     if journal:
       closing.callback(journal.close)
     while progress.step < run.steps:
-      state, metrics = run.step(state, run.context, _placed(run, next(run.batches)))
+      state, metrics = step(state, run.context, _placed(run, next(run.batches)))
       progress.step += 1
       reader.put(progress, metrics)
       last = progress.step == run.steps
       if last or (run.eval_every and progress.step % run.eval_every == 0):
         reader.flush(progress)
-        _evaluate(run, state, progress, journal, bar)
+        with bar.phase(EVALUATING):
+          _evaluate(run, state, progress, journal, bar)
         reader.restart()
       if last or (run.save_every and progress.step % run.save_every == 0):
         save()
