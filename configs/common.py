@@ -178,7 +178,8 @@ def run(arg):
   """The parts that every training run has: model, adapter, batch, optimizer, mesh, evaluation, checkpoints."""
   c = ml_collections.ConfigDict()
   c.seed = 0  # of data order, initialisation and dropout
-  c.steps = 100  # optimizer updates
+  c.steps = 100  # optimizer updates; None where epochs says how many
+  c.epochs = config_dict.placeholder(float)  # passes over the training rows, in place of steps
 
   c.model = ml_collections.ConfigDict()
   c.model.name = arg.model  # "smollm2", a Hugging Face folder or hub name
@@ -204,6 +205,9 @@ def run(arg):
   c.eval = ml_collections.ConfigDict()
   c.eval.every = 50  # steps; 0 for none but the last
   c.eval.rows = 8  # rows a batch
+  # held-out metric whose best step is exported, like "loss"; "": the last step
+  c.eval.best = ""
+  c.eval.stop_after = 0  # evaluations without its improvement after which the run ends; 0: never
   c.eval.task = ""  # a built-in task to answer before and after training, such as "sql"
   c.eval.task_limit = 0  # questions; 0 for all
   c.eval.before = True  # answer it before training too

@@ -129,7 +129,10 @@ def _facts(run: runs.Run) -> list[tuple[str, str]]:
     "loss": ", ".join([_loss(run), *numbers]),
     "optimizer": ", ".join(optimizer),
     "batch": f"{rows} rows" + (f" x {accumulate}" if (accumulate or 1) > 1 else "") if rows else "",
-    "steps": f"{run.steps:,}",
+    "steps": f"{run.steps:,}"
+    + (
+      "" if run.given_step in (None, run.steps) else f", of which this is step {run.given_step:,}"
+    ),
     "tokens": f"{tokens:,}" if tokens else "",
     "seed": str(run.field("seed")),
     "versions": ", ".join(f"{package} {version}" for package, version in versions.items()),

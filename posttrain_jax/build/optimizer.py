@@ -18,6 +18,12 @@ ELSEWHERE = (
 )  # which reach the chain in another form
 
 
+def rate(config: ml_collections.ConfigDict, steps: int) -> optax.Schedule:
+  """update -> learning rate, in a run of so many steps."""
+  o = config.optimizer
+  return chain.learning_rate(o.lr, steps=steps, warmup=o.warmup, schedule=o.schedule)
+
+
 def make(
   config: ml_collections.ConfigDict, model: ModelConfig
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:

@@ -29,6 +29,7 @@ def figures(
     "base": config.model.base,
     "adapter": config.adapter.method,
     "remat": built.config.model.remat,
+    "epochs": decisions.epochs(config),
     "rows": config.batch.rows,
     "length": config.data.length,
     "target": chips.name,
@@ -122,6 +123,8 @@ def report(facts: dict[str, Any]) -> str:
     for name, size in facts["compiled"].items()
     if name.endswith("_gib")
   }
+  if facts["epochs"] is not None:
+    lines += [f"epochs={facts['epochs']:g}: how many steps these are changes nothing here", ""]
   verdict = {True: "fits", False: "DOES NOT FIT", None: "whether it fits is not known"}
   return "\n".join(
     [

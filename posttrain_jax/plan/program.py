@@ -18,7 +18,16 @@ from jax.sharding import SingleDeviceSharding
 
 from posttrain_jax import adapters, quant
 from posttrain_jax.adapters import layout
-from posttrain_jax.build import adapter, checks, decisions, objective, optimizer, reference, start
+from posttrain_jax.build import (
+  adapter,
+  checks,
+  decisions,
+  length,
+  objective,
+  optimizer,
+  reference,
+  start,
+)
 from posttrain_jax.build import mesh as mesh_lib
 from posttrain_jax.build import run as runs
 from posttrain_jax.build.model import Model
@@ -87,7 +96,7 @@ def resolved(config: ml_collections.ConfigDict, platform: str) -> ml_collections
   with config.unlocked():
     config.model.dtype = jnp.dtype(decisions.compute_dtype(config, platform)).name
     config.model.remat = decisions.remat(config)
-  return config
+  return length.resolved(config, length.PLANNED)
 
 
 def build(config: ml_collections.ConfigDict, target: Target) -> Program:

@@ -11,6 +11,7 @@ from typing import Any
 
 from posttrain_jax.core import files
 
+HISTORY = "history"  # in config.json: the lengths that a run had before it was given another
 CONFIG, METRICS, DONE = "config.json", "metrics.jsonl", "done.json"
 LOG = "log.txt"  # what a sweep's point printed
 BEFORE, AFTER = "evaluation-before.json", "evaluation-after.json"
@@ -63,7 +64,9 @@ class Run:
 
   record: config.json: {"config": the resolved config, "command", "versions", "commit", ...}.
   rows: the lines of metrics.jsonl.
-  done: {"steps": ..., "final": {metric: value}, ...} of a finished run.
+  done: {"steps": ..., "final": {metric: value}, ...} of a finished run; "best" is {"step", "metric", "value",
+    "is_exported"} of the best evaluation, and "ended_early" {"after": evaluations, "of": steps} is there where the run
+    ended for want of a better one.
   """
 
   folder: Path
@@ -87,6 +90,17 @@ class Run:
       return {}
     methods = [name for name in section["method"].split("+") if name != "none"]
     return {name: section if len(methods) == 1 else section[name] for name in methods}
+
+  @property
+  def history(self) -> Sequence[Mapping[str, Any]]:
+    """The lengths that the run had before: {"step": up to which, "steps", "epochs", "command"}."""
+    return self.record.get(HISTORY, [])
+
+  @property
+  def given_step(self) -> int | None:
+    """The step whose adapter or model a finished run exported, where that is the best and not the last."""
+    best = (self.done or {}).get("best")
+    return best["step"] if best and best["is_exported"] else None
 
   def names(self) -> list[str]:
     """The metrics that some row has, in the order of their first appearance."""
@@ -164,9 +178,14 @@ def _what(folder: Path, written: Mapping[str, Any]) -> str:
 
 def is_begun(folder: Path) -> bool:
   """Whether a step of the run in a folder is there: in a checkpoint, or in its metrics."""
+  return saved_step(folder) > 0 or last_step(folder) > 0
+
+
+def saved_step(folder: Path) -> int:
+  """The newest step that a checkpoint of a run holds; 0 for none."""
   checkpoints = folder / "checkpoints"
-  saved = checkpoints.is_dir() and any(entry.name.isdecimal() for entry in checkpoints.iterdir())
-  return saved or last_step(folder) > 0
+  names = [entry.name for entry in checkpoints.iterdir()] if checkpoints.is_dir() else []
+  return max((int(name) for name in names if name.isdecimal()), default=0)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

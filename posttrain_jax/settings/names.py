@@ -16,9 +16,13 @@ SAME: Mapping[str, str] = {
   "adam_beta2": "optimizer.b2",
   "adam_epsilon": "optimizer.eps",
   "max_steps": "steps",
+  "num_train_epochs": "epochs",
+  "num_epochs": "epochs",
   "data_seed": "seed",
   "logging_steps": "log_every",
   "eval_steps": "eval.every",
+  "metric_for_best_model": "eval.best",
+  "early_stopping_patience": "eval.stop_after",
   "save_steps": "checkpoint.every",
   "save_total_limit": "checkpoint.keep",
   "gradient_accumulation_steps": "batch.accumulate",
@@ -60,9 +64,6 @@ SAME: Mapping[str, str] = {
 }
 # names whose values differ here, or that are no field here -> what to write
 INSTEAD: Mapping[str, str] = {
-  "num_train_epochs": "--config.steps=N counts optimizer updates, and metrics.jsonl has the epoch of each",
-  "num_epochs": "--config.steps=N counts optimizer updates, and metrics.jsonl has the epoch of each",
-  "epochs": "--config.steps=N counts optimizer updates, and metrics.jsonl has the epoch of each",
   "per_device_train_batch_size": "--config.batch.rows=N is the whole optimizer batch, of all devices and"
   " micro-batches; --config.batch.accumulate=N is how many of those it is cut into",
   "micro_batch_size": "--config.batch.rows=N is the whole optimizer batch, of all devices and micro-batches;"
@@ -90,6 +91,8 @@ INSTEAD: Mapping[str, str] = {
   "dataset_text_field": "--config.data.columns.text=NAME names the file's column",
   "val_set_size": "--config.data.eval_rows=N counts the rows that are held out",
   "test_size": "--config.data.eval_rows=N counts the rows that are held out",
+  "load_best_model_at_end": "--config.eval.best=loss exports the step with the lowest held-out loss",
+  "greater_is_better": "--config.eval.best=METRIC goes the way that is better of that metric",
   "do_eval": "--config.eval.every=N; 0 for none but the last",
   "eval_on_start": "--config.eval.before=true answers the task before training too",
   "evals_per_epoch": "--config.eval.every=N counts steps",
