@@ -10,7 +10,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 DRAWS ?= 500# of make compose
 WORKERS ?= 2# test processes; a file of tests stays in one, for what its tests share
 
-.PHONY: help quickstart test test-all test-newest check format oracle bench compile-70b offload optimizers mutate compose fuzz clean
+.PHONY: help quickstart test test-all test-newest check format oracle bench compile-70b offload optimizers mutate compose fuzz docs clean
 help:
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 16
 
@@ -73,6 +73,14 @@ SAMPLE ?= 25# breaks drawn per folder; 0: all of them
 
 mutate: .venv/ready ## small faults put into the code one at a time, and those that no test notices; FOLDER=losses SAMPLE=25
 	$(BIN)/python -m tests.mutation.mutate --sample=$(SAMPLE) --workers=$(WORKERS) $(if $(FOLDER),--folder=$(FOLDER))
+
+.venv/ready-docs: .venv/ready
+	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt -e '.[dev,docs]'
+	@touch $@
+
+docs: .venv/ready-docs ## the pages of docs/ as HTML in build/docs, with every field and the API; a broken link is an error
+	$(BIN)/python -m sphinx -b html -q -W --keep-going -d build/doctrees docs build/docs
+	@echo "build/docs/index.html"
 
 format: .venv/ready
 	$(BIN)/ruff format .

@@ -1,0 +1,73 @@
+"""Pages that are made of the code: every field of a config, and what other tools call it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from posttrain_jax import settings
+from posttrain_jax.configs import common, grouped
+from posttrain_jax.settings import fields, listing, names
+
+SECTIONS = {
+  "": "The run",
+  "model": "Model",
+  "data": "Data",
+  "batch": "Batch",
+  "optimizer": "Optimizer",
+  "objective": "Objective",
+  "adapter": "Adapter",
+  "eval": "Evaluation",
+  "checkpoint": "Checkpoints",
+  "mesh": "Mesh",
+}
+
+
+def write(folder: Path) -> None:
+  """Writes the generated parts, which pages include."""
+  folder.mkdir(exist_ok=True)
+  (folder / "fields.md").write_text("\n".join(field_tables()) + "\n")
+  (folder / "names.md").write_text("\n".join(name_table()) + "\n")
+
+
+def configs() -> Iterator[tuple[str, dict[str, object]]]:
+  """(what is written after --config=, its fields) of configs that together have every field."""
+  adapters = [f"sft:adapter={name}" for name in common.ADAPTERS[1:]]
+  optimizers = [f"sft:optimizer={name}" for name in common.OPTIMIZERS]
+  losses = [f"preference:loss={name}" for name in fields.LOSSES_OF_PAIRS]
+  methods = [f"grouped:method={name}" for name in grouped.METHODS]
+  for config in ("sft", *adapters, *optimizers, *losses, "kto", "reward", *methods):
+    yield config, dict(fields.items(settings.load(config, ()).to_dict()))
+
+
+def field_tables() -> Iterator[str]:
+  """A section each: a line a field with the value that the first config has that knows it."""
+  defaults: dict[str, tuple[object, str]] = {}
+  for config, values in configs():
+    for name, value in values.items():
+      defaults.setdefault(name, (value, config))
+  ordered = [name for section in SECTIONS for name in fields.FIELDS if _section(name) == section]
+  for section, title in SECTIONS.items():
+    yield from ("", f"## {title}", "", "| field | value | meaning |", "|---|---|---|")
+    for name in ordered:
+      if _section(name) == section:
+        value, config = defaults.get(name, ("", ""))
+        place = "" if config in ("sft", "") else f" in `{config}`"
+        shown = f"`{listing.written(value)}`{place}"
+        yield f"| `{name}` | {_cell(shown)} | {_cell(listing.meaning(name))} |"
+
+
+def name_table() -> Iterator[str]:
+  """A line for each name of another tool: what is written here."""
+  yield from ("| there | here |", "|---|---|")
+  here = {**{name: f"`--config.{field}=`" for name, field in names.SAME.items()}, **names.INSTEAD}
+  for name in sorted(here):
+    yield f"| `{name}` | {_cell(here[name])} |"
+
+
+def _section(name: str) -> str:
+  return name.rpartition(".")[0]
+
+
+def _cell(text: str) -> str:
+  return text.replace("|", "\\|")
