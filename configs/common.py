@@ -215,6 +215,10 @@ def run(arg):
   c.checkpoint.every = 100  # steps; the last step is always kept
   c.checkpoint.keep = 2  # newest ones
   c.log_every = 1  # steps
+  c.log = ml_collections.ConfigDict()  # trackers that get the metrics too, by project; "": none
+  c.log.wandb = ""
+  c.log.mlflow = ""
+  c.log.trackio = ""
   c.max_skipped = 10  # updates in a row with a gradient that is not finite before the run gives up
   return c
 

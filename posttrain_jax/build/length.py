@@ -1,4 +1,4 @@
-"""How long a run is: config.steps, or what config.epochs come to; and what another length changes of a run under way."""
+"""How long a run is: config.steps, or what config.epochs come to; and what another length makes of a run under way."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ def check_change(folder: Path, config: ml_collections.ConfigDict) -> None:
   """Raises unless a run in the folder may go on to the config's steps: there are such that it has not done.
 
   Raises:
-    ConfigError: the data has changed, steps beyond them were done, or the method's own schedule has ended with the former ones.
+    ConfigError: the data has changed, steps beyond them were done, or the method has a schedule of its own that the
+      former number has decided.
   """
   former = run_folder.former_length(folder, config)
   if former is None or former["steps"] == config.steps:
@@ -50,8 +51,8 @@ def check_change(folder: Path, config: ml_collections.ConfigDict) -> None:
   epochs = decisions.epochs(config)
   if epochs is not None and epochs == former["epochs"]:
     raise ConfigError(
-      f"epochs={epochs:g} were {former['steps']} steps when {folder} was started and are {config.steps} now: the rows of"
-      f" {config.data.train} have changed since; restore them, or start over in another folder"
+      f"epochs={epochs:g} were {former['steps']} steps when {folder} was started and are {config.steps} now: the rows"
+      f" of {config.data.train} have changed since; restore them, or start over in another folder"
     )
   if config.steps < former["reached"]:
     asked = f"steps={config.steps}" + (f" (epochs={epochs:g})" if epochs is not None else "")
@@ -82,7 +83,7 @@ def told(folder: Path, config: ml_collections.ConfigDict) -> str:
     return ""
   way = "raised" if config.steps > former["steps"] else "lowered"
   at = former["step"]
-  now, was = (float(optimizer.rate(config, n)(at)) for n in (config.steps, former["steps"]))
+  now, was = (optimizer.rate(config, n, at) for n in (config.steps, former["steps"]))
   learning = (
     f"the learning rate follows the new number from step {at + 1} on: it is {now:.3g} there"
   )

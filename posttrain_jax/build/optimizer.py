@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import ml_collections
 import optax
 
@@ -18,10 +20,11 @@ ELSEWHERE = (
 )  # which reach the chain in another form
 
 
-def rate(config: ml_collections.ConfigDict, steps: int) -> optax.Schedule:
-  """update -> learning rate, in a run of so many steps."""
+def rate(config: ml_collections.ConfigDict, steps: int, done: int) -> float:
+  """The learning rate of the step that follows `done` others, in a run of so many."""
   o = config.optimizer
-  return chain.learning_rate(o.lr, steps=steps, warmup=o.warmup, schedule=o.schedule)
+  schedule: Any = chain.learning_rate(o.lr, steps=steps, warmup=o.warmup, schedule=o.schedule)
+  return float(schedule(done))
 
 
 def make(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import shutil
@@ -46,7 +47,7 @@ from posttrain_jax.evals import report, tasks
 from posttrain_jax.models import hf
 from posttrain_jax.objectives import Scorer, evaluation, measured
 from posttrain_jax.runs import folder as run_folder
-from posttrain_jax.runs import record
+from posttrain_jax.runs import record, trackers
 from posttrain_jax.settings import fields
 from posttrain_jax.train import loop, signals, step
 from posttrain_jax.train import state as state_lib
@@ -79,6 +80,7 @@ def train(
   say: Say = print if distributed.is_main() else lambda _: None
   fields.check(settings.plain(config), given)
   checks.check(config)
+  trackers.check(settings.plain(config))
   if not dry_run:
     folder = run_folder.check(folder, config)
     if _is_complete(folder, config, say):
@@ -323,6 +325,7 @@ class _Training:
       learning_rate=pieces.schedule,
       export=self._export_best,
       best=best.of(config),
+      trackers=functools.partial(trackers.of_run, self.folder, settings.plain(config)),
       check_start=pieces.objective.check_start,
       mesh=pieces.mesh,
       eval_every=config.eval.every,

@@ -19,7 +19,6 @@ from posttrain_jax.data.mixture import Mixture
 from posttrain_jax.data.packing import Batch, best_fit, bucket_edges, pack, pack_answers
 from posttrain_jax.data.packing import slots as packing_slots
 
-
 COUNTED = 64  # epochs whose batches are counted one by one
 
 

@@ -224,15 +224,15 @@ def _given(run: Run) -> list[str]:
     return []
   best = run.done["best"]
   return [
-    f"What was exported is of step {best['step']:,}, the best one ({best['metric']} {number(best['value'])}), and so are"
-    " answers after training; curves go on to the last step."
+    f"What was exported is of step {best['step']:,}, the best one ({best['metric']} {number(best['value'])}), and so"
+    " are answers after training; curves go on to the last step."
   ]
 
 
 def _former(former: Mapping[str, Any]) -> str:
   return (
-    f"Up to step {former['step']:,} it was a run of {former['steps']:,} steps; from there on the learning rate follows the"
-    " new number."
+    f"Up to step {former['step']:,} it was a run of {former['steps']:,} steps; from there on the learning rate follows"
+    " the new number."
   )
 
 

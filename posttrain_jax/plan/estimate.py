@@ -104,12 +104,13 @@ def logits(model: ModelConfig, tokens: int) -> int:
 
 def report(facts: dict[str, Any]) -> str:
   """The figures as people read them."""
-  memory = facts["device_gib"]
+  memory, epochs = facts["device_gib"], facts["epochs"]
   lines = [
     f"{facts['model']}, {facts['base']} base, adapter {facts['adapter']}, {facts['rows']} rows x "
     f"{facts['length']} tokens, remat {facts['remat']}",
     f"on {facts['devices']} x {facts['target']}"
     + (f", {memory:g} GiB each" if memory is not None else ", memory not known"),
+    *([] if epochs is None else [f"epochs={epochs:g}: how many steps these are changes nothing"]),
     "",
     "by arithmetic, GiB a device:",
     *_rows(facts["arithmetic_gib"]),
@@ -123,8 +124,6 @@ def report(facts: dict[str, Any]) -> str:
     for name, size in facts["compiled"].items()
     if name.endswith("_gib")
   }
-  if facts["epochs"] is not None:
-    lines += [f"epochs={facts['epochs']:g}: how many steps these are changes nothing here", ""]
   verdict = {True: "fits", False: "DOES NOT FIT", None: "whether it fits is not known"}
   return "\n".join(
     [

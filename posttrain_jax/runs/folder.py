@@ -19,7 +19,7 @@ import ml_collections
 
 from posttrain_jax import settings
 from posttrain_jax.core import files
-from posttrain_jax.runs import lock, record
+from posttrain_jax.runs import lock, record, trackers
 from posttrain_jax.settings import ConfigError
 
 LOCK = ".lock"
@@ -133,7 +133,7 @@ def claimed(folder: Path, config: ml_collections.ConfigDict, **about: Any) -> Ge
       and written.exists()
       and not described.items() <= files.read_json(written).items()
     ):
-      for name in (record.CONFIG, record.METRICS, record.BEFORE):
+      for name in (record.CONFIG, record.METRICS, record.BEFORE, trackers.RUNS):
         (folder / name).unlink(missing_ok=True)
       shutil.rmtree(folder / "tensorboard", ignore_errors=True)
     files.remove_abandoned(folder, age=0)

@@ -225,6 +225,10 @@ def _unknown(name: str, text: str, config: ml_collections.ConfigDict) -> str:
   meant = names.elsewhere(name)
   if meant and not names.ending(name, there):
     return f"unknown config key {name!r}: {_here(meant, text, config)}"
+  is_here = bool(names.ending(name, there))
+  whole = [] if is_here else names.ending(name, fields.FIELDS)  # of a method that this is not
+  if whole and (why := _missing(whole[0], config)):
+    return f"unknown config key {name!r}; {why}"
   near = names.near(name, there)
   if near:
     return f"unknown config key {name!r}; did you mean {' or '.join(map(repr, near))}? {LISTED}"

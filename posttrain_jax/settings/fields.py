@@ -114,6 +114,18 @@ FIELDS: Mapping[str, Field] = {
     "steps from one checkpoint to the next; 0: the last alone, which is always kept", _whole(0)
   ),
   "checkpoint.keep": Field("newest checkpoints that are kept", _whole(1)),
+  # --- trackers, beside metrics.jsonl and TensorBoard
+  "log.wandb": Field(
+    "project of Weights & Biases that gets the metrics too; '': none",
+    Text("a project's name", empty=True),
+  ),
+  "log.mlflow": Field(
+    "experiment of MLflow that gets the metrics too; '': none",
+    Text("an experiment's name", empty=True),
+  ),
+  "log.trackio": Field(
+    "project of trackio that gets the metrics too; '': none", Text("a project's name", empty=True)
+  ),
   # --- data
   "data.train": Field(
     "a built-in task, a .jsonl .json .parquet path, a hub name, or a mixture FIRST*0.7+SECOND*0.3",

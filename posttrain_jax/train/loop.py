@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from posttrain_jax.core.checkpoint import Checkpoints
 from posttrain_jax.data.loader import Loader
 from posttrain_jax.objectives import Context, measured
 from posttrain_jax.runs.metrics_log import Journal
+from posttrain_jax.runs.trackers import Tracker
 from posttrain_jax.train.progress import Bar
 from posttrain_jax.train.signals import Stop
 from posttrain_jax.train.state import State
@@ -76,6 +77,7 @@ class Run:
   export: Callable[[State, str], None]  # (state, folder name): the adapter in PEFT's format
   check_start: Callable[[Mapping[str, float]], None]  # of the first step's metrics; may raise
   best: Best
+  trackers: Callable[[], Sequence[Tracker]]  # opened by the main process alone
   mesh: jax.sharding.Mesh | None
   eval_every: int
   save_every: int
@@ -92,7 +94,7 @@ def loop(
     Diverged: `max_skipped` updates in a row had gradients that were not finite; nothing of theirs was kept.
   """
   main = distributed.is_main()
-  journal = Journal(run.folder, progress.step) if main else None
+  journal = Journal(run.folder, progress.step, run.trackers()) if main else None
   bar = Bar(run.steps, progress.step, silent=not main)
   reader = _Reader(run, journal, bar)
   saved = progress.step
@@ -145,6 +147,8 @@ def loop(
         )
         return state, progress, False
     tick()
+    if journal:
+      journal.is_complete = True
     if run.best.gives_up(progress) and progress.step < run.steps:
       bar.say(
         f"ending at step {progress.step} of {run.steps}: {run.best.metric} has not improved in {progress.unimproved}"
