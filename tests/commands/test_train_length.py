@@ -73,6 +73,7 @@ def test_epochs_are_steps_for_the_schedule_and_the_record(shared, tmp_path, caps
 # --- another number of steps -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_that_was_given_more_steps_and_killed_is_as_one_that_was_not(
   shared, tmp_path, capsys
 ):
@@ -97,6 +98,7 @@ def test_a_run_that_was_given_more_steps_and_killed_is_as_one_that_was_not(
     assert "Up to step 4 it was a run of 4 steps" in (folder / report.NAME).read_text()
 
 
+@pytest.mark.slow
 def test_steps_are_lowered_to_those_done_and_no_further(shared, tmp_path, capsys):
   killed_at(3, shared, tmp_path, steps=6, **BARE)
   before = (tmp_path / "config.json").read_bytes()
@@ -106,6 +108,38 @@ def test_steps_are_lowered_to_those_done_and_no_further(shared, tmp_path, capsys
   assert train(shared, tmp_path, steps=3, **BARE) == 0
   assert "steps are lowered from 6 to 3" in capsys.readouterr().out
   assert record.read(tmp_path).done["steps"] == 3
+
+
+def test_steps_that_were_done_are_not_taken_back(tmp_path):
+  config = settings.load("sft", ["steps=9"])
+  with run_folder.claimed(tmp_path, config):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 4}\n')
+    (tmp_path / "done.json").write_text("{}")
+  before = (tmp_path / "config.json").read_bytes()
+  fewer = settings.load("sft", ["steps=3"])
+  assert run_folder.check(tmp_path, fewer) == tmp_path
+  with pytest.raises(settings.ConfigError, match=r"has done 4 steps, .* write steps=4 or more"):
+    length.check_change(tmp_path, fewer)
+  assert (tmp_path / "config.json").read_bytes() == before
+  as_many = settings.load("sft", ["steps=4"])
+  length.check_change(tmp_path, as_many)
+  assert not run_folder.is_complete(tmp_path, settings.plain(as_many))
+  assert "lowered from 9 to 4, and the run goes on from step 0" in length.told(tmp_path, as_many)
+  with run_folder.claimed(tmp_path, as_many):
+    assert not (tmp_path / "done.json").exists()
+  assert record.config(tmp_path)["steps"] == 4
+  (former,) = record.read(tmp_path).history
+  assert (former["step"], former["reached"], former["steps"]) == (0, 4, 9)
+
+
+def test_rows_that_have_changed_are_not_another_length(tmp_path):
+  config = settings.load("sft:data=mine.jsonl", ["epochs=3"])
+  with run_folder.claimed(tmp_path, length.resolved(config, 120)):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 4}\n')
+  with pytest.raises(
+    settings.ConfigError, match=r"were 120 steps .* are 130 now: the rows of mine"
+  ):
+    length.check_change(tmp_path, length.resolved(config, 130))
 
 
 def test_ranks_that_were_spent_by_the_number_of_steps_keep_it(tmp_path):
@@ -171,7 +205,12 @@ def test_a_run_ends_where_nothing_improves_and_gives_its_best(shared, tmp_path, 
   assert "What was exported is of step 2, the best one (eval_loss 3)" in page
   assert train(shared, folder, **STOPPED) == 0
   assert "is complete" in capsys.readouterr().out
-  # more steps: counted anew
+
+
+@pytest.mark.slow
+def test_a_run_that_ended_early_goes_on_to_more_steps_and_counts_anew(shared, tmp_path, evaluated):
+  folder = tmp_path / "run"
+  assert train(shared, folder, **STOPPED) == 0
   assert train(shared, folder, **STOPPED | dict(steps=21)) == 0
   assert record.read(folder).done["steps"] == 8
   assert record.read(folder).given_step == 2
