@@ -13,6 +13,7 @@ from posttrain_jax.core import tree, weight
 from posttrain_jax.core.weight import Adapted, Shared
 from posttrain_jax.models import decoder
 from tests.adapters.kinds import moved
+from tests.marks import slow
 from tests.models import families
 
 KEY = jax.random.key(0)
@@ -108,6 +109,7 @@ OPTIONS = {
   "prompt": dict(method="prompt", num_virtual_tokens=3),
   "prefix": dict(method="prefix", num_virtual_tokens=3),
 }
+FAST = (("dora", "lora"), ("lora", "prefix"))
 PAIRS = [  # what is frozen, what is trained over it
   ("dora", "lora"),
   ("vera", "lora"),
@@ -127,7 +129,9 @@ def logits(bound, tokens, config):
   return decoder.forward(bound, tokens, config)
 
 
-@pytest.mark.parametrize(("inner", "outer"), PAIRS)
+@pytest.mark.parametrize(
+  ("inner", "outer"), [pair if pair in FAST else slow(*pair) for pair in PAIRS]
+)
 def test_a_fresh_adapter_over_a_frozen_one_trains_and_merges(inner, outer):
   model, params = families.make("llama_biased")
   tokens = families.tokens(2, 9)

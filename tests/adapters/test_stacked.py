@@ -53,6 +53,7 @@ def alone(params, made, i):
   return params if i == NONE else adapters.bind(params, made[i])
 
 
+@pytest.mark.slow
 def test_every_row_is_as_with_its_adapter_alone_whatever_the_index(mixed):
   """One program for every index, with DoRA's factors computed as it goes and beforehand."""
   model, params, made = mixed

@@ -15,6 +15,7 @@ from posttrain_jax.models import before, decoder, partition
 from posttrain_jax.objectives import Context
 from posttrain_jax.rollout import engine
 from tests import tiny
+from tests.marks import slow
 from tests.models import families
 
 KEY = jax.random.key(0)
@@ -114,6 +115,7 @@ def test_generation_is_the_argmax_of_the_full_forward_pass(family, method):
   assert list(streamed) == found.tokens[0]
 
 
+@pytest.mark.slow
 def test_a_prompt_and_a_prefix_stand_together():
   model, params, _, prompt = made("gemma3", "prompt")
   prefix = made("gemma3", "prefix", seed=3, slots=4)[3]
@@ -127,7 +129,7 @@ def test_a_prompt_and_a_prefix_stand_together():
   assert np.abs(full - logits(params, prompt, tokens, model)).max() > 0.1
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [slow("prompt"), "prefix"])
 def test_they_work_under_adapters_and_over_stored_bases(method):
   model = families.config("llama", hidden_size=64, intermediate_size=64, head_dim=16)
   params = quant.quantize_params(families.params(model))
@@ -146,7 +148,7 @@ def test_they_work_under_adapters_and_over_stored_bases(method):
   assert set(everything) == {"embed_tokens", "layers", "lm_head"}  # they are no module
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [slow("prompt"), "prefix"])
 def test_a_computation_in_bfloat16_stays_one(method):
   model, params, _, adapter = made("llama", method)
   low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)

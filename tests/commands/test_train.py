@@ -200,6 +200,7 @@ for command, kill in json.loads(sys.argv[1]):
 """
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_of_a_save_and_run_again_is_as_never_stopped(shared, tmp_path):
   fields = dict(
     steps=8,

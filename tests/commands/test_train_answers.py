@@ -167,6 +167,7 @@ def test_every_kind_of_run_is_whole(config, kind, arguments, metric, folder, tmp
   assert main(["eval", f"--workdir={out}"]) == 0
 
 
+@pytest.mark.slow
 def test_an_adapter_is_the_reference_of_what_trains_whole(folder, tmp_path):
   """Bound to a base of its own: what trains is donated from step to step."""
   params, config = hf.load(folder / "model")
@@ -261,6 +262,7 @@ def test_two_processes_are_one(config, folder, tmp_path):
     assert np.linalg.norm(two[name] - array) <= 1e-4 * np.linalg.norm(array), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("config", "kind"), [slow("preference", "pairs"), ("kto", "labels")])
 def test_a_dry_run_compiles_the_step_that_runs(config, kind, folder, tmp_path, monkeypatch):
   """On batches of the very shapes, the reference's log-probabilities among them."""
@@ -352,6 +354,7 @@ def reward_model(folder, tmp_path_factory):
   return out / "adapter"
 
 
+@pytest.mark.slow
 def test_a_reward_model_orders_pairs_and_is_read_again(reward_model):
   out = reward_model.parent
   last = lines(out)[-1]

@@ -51,6 +51,7 @@ def train(shared, kind, folder):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [k if k == "prompt" else slow(k) for k in KINDS])
 def test_stopped_it_goes_on_as_if_it_had_not_and_its_files_are_of_use(
   kind, shared, tmp_path, monkeypatch, capsys

@@ -4,8 +4,9 @@ import pytest
 
 from tests.compose import check, draws, folders
 from tests.compose.run import ROOT
+from tests.marks import slow
 
-SEEDS = (61, 77)
+SEEDS = (slow(61), 77)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

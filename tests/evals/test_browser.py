@@ -8,6 +8,7 @@ import pytest
 
 from posttrain_jax.evals import compare, margins, merges, report
 from tests.evals import runs
+from tests.marks import slow
 
 sync_api = pytest.importorskip(
   "playwright.sync_api", reason="Playwright drives the browser: pip install playwright"
@@ -146,8 +147,10 @@ def open_page(browser, pages):
     context.close()
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 360])
+@pytest.mark.parametrize(
+  ("width", "scheme"),
+  [(1280, "light"), (360, "dark"), slow(1280, "dark"), slow(360, "light")],
+)
 @pytest.mark.parametrize("name", PAGES)
 def test_a_page_is_read_on_any_screen(name, width, scheme, open_page):
   look = open_page(name, width, scheme).evaluate(LOOK)

@@ -26,6 +26,7 @@ def test_normalising_keeps_what_distinguishes():
   assert vote.normalised("4.2") == "4.2"
 
 
+@pytest.mark.slow
 def test_an_ensemble_answers_in_one_batch_and_the_commonest_counts(monkeypatch):
   """Of three prompts two agree: theirs is the answer, and how each does alone is kept."""
   tokenizer = make_tokenizer("chatml")

@@ -59,6 +59,7 @@ def test_largest_of_any_shape_counts_in_the_flat_order(shape, levels):
   np.testing.assert_array_equal(largest(half, x.size // 2), sorted_mask(wide, x.size // 2))
 
 
+@pytest.mark.slow
 def test_accelerators_find_the_same_by_their_own_ways(monkeypatch):
   x = np.round(3 * normal(4, 5, 6))
   expected = sparsify.by_rank(jnp.asarray(x), 0.5, 0.2)

@@ -194,6 +194,7 @@ def anonymous(pid):
   return int(found[1]) * 1024 if found else 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads /proc")
 def test_loading_takes_the_result_and_some_matrices(tmp_path, monkeypatch):
   """268 MB of bfloat16, its largest leaf 67 MB, become 70 MB of NF4 with some 50 MB besides."""

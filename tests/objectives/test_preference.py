@@ -39,6 +39,7 @@ def test_dpo_at_its_reference_is_log_2_with_no_margin():
   assert float(metrics["rewards/margins"].count) == 7
 
 
+@pytest.mark.slow
 def test_evaluation_tells_the_kl_and_the_mean_logits():
   """Against the whole decoder, one pair a row; a cached reference changes nothing, and none at hand leaves it out."""
   objective, trainable, context, examples = setup("dpo")

@@ -33,7 +33,7 @@ from tests.objectives.batches import (
 )
 
 
-@pytest.mark.parametrize("name", ["dpo", "kto"])
+@pytest.mark.parametrize("name", [slow("dpo"), "kto"])
 def test_a_reference_that_is_not_the_start_is_refused(name):
   objective, trainable, context, examples = setup(name)
   objective = dataclasses.replace(objective, own_base=True, starts_there=True)

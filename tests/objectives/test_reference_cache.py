@@ -9,11 +9,12 @@ from safetensors import numpy as safetensors_numpy
 from posttrain_jax.core import sharding
 from posttrain_jax.objectives import Preference, Scorer, reference_cache
 from tests import tiny
+from tests.marks import slow
 from tests.objectives import batches, bigram
 from tests.objectives.batches import assert_same, batch, gradient, setup, whole
 
 
-@pytest.mark.parametrize("name", ["dpo", "kto", "grpo"])
+@pytest.mark.parametrize("name", ["dpo", slow("kto"), slow("grpo")])
 def test_a_cached_reference_is_the_base(name, tmp_path):
   objective, trainable, context, examples = setup(name)
   said = []

@@ -15,6 +15,7 @@ from posttrain_jax.losses import logprob
 from posttrain_jax.models import decoder
 from posttrain_jax.objectives import Sft
 from tests import tiny
+from tests.marks import slow
 from tests.objectives.batches import assert_same, gradient, placed
 
 KINDS = ("full", "lora", "qlora")
@@ -72,9 +73,9 @@ def test_eight_micro_batches_are_one_batch(whole, kind):
 @pytest.mark.parametrize(
   ("kind", "shape", "accumulate"),
   [
-    ("full", dict(data=8), 1),
-    ("full", dict(data=2, fsdp=2, tensor=2), 2),
-    ("lora", dict(fsdp=8), 1),
+    slow("full", dict(data=8), 1),
+    slow("full", dict(data=2, fsdp=2, tensor=2), 2),
+    slow("lora", dict(fsdp=8), 1),
     ("qlora", dict(fsdp=4, tensor=2), 2),
   ],
   ids=str,

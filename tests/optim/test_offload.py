@@ -192,6 +192,7 @@ def test_a_step_trains_as_without(mode, accumulate):
   assert kinds(found.trainable["layers"]) == ({HOST} if mode == "params" else {DEVICE})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [m if m == "state" else slow(m) for m in offload.MODES])
 def test_a_gradient_that_is_not_finite_changes_no_bit(mode):
   state, before = trained(mode, bad=np.nan)

@@ -102,6 +102,7 @@ def test_eight_devices_share_what_one_holds():
   assert program.compile(eight).peak < program.compile(one).peak / 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["full", slow("names")])
 def test_temporaries_grow_with_depth_by_what_is_counted(remat):
   """Saved activations and stacked gradients, and nothing else: no layer's weights stay dense."""

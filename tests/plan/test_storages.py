@@ -34,6 +34,7 @@ def growth(storage, remat):
     del shapes.SHAPES["deep"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("storage", "remat"),
   [
