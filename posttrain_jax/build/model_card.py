@@ -185,7 +185,7 @@ def _name_of(part: str) -> str:
 
 def _held_out(run: runs.Run) -> list[str]:
   """The figures on rows and questions that were not trained on; nothing where there are none."""
-  evaluated = {key.removeprefix("eval_"): v for key, v in run.final().items() if key[:5] == "eval_"}
+  evaluated = {key.removeprefix("eval_"): v for key, v in run.given().items() if key[:5] == "eval_"}
   rows = [(key, f"{evaluated[key]:.4g}") for key in FIGURES if key in evaluated]
   answered = {"before": run.before, "after": run.after}
   rows += [

@@ -111,6 +111,12 @@ class Run:
     points = [(row["step"], row[name]) for row in self.rows if name in row]
     return [step for step, _ in points], [value for _, value in points]
 
+  def given(self) -> dict[str, float]:
+    """The last value of every metric, and of held-out rows that of the step that was exported."""
+    at_best = [row for row in self.rows if row["step"] == self.given_step]
+    held_out = {k: v for row in at_best for k, v in row.items() if k.startswith("eval_")}
+    return {**self.final(), **held_out}
+
   def final(self) -> dict[str, float]:
     """The last value of every metric: what done.json says, else what the rows do."""
     if self.done is not None:

@@ -199,6 +199,7 @@ def test_a_run_ends_where_nothing_improves_and_gives_its_best(shared, tmp_path, 
   best = {"step": 2, "metric": "eval_loss", "value": 3.0, "is_exported": True}
   assert (done["steps"], done["best"]) == (5, best)
   assert done["ended_early"] == {"after": 3, "of": 20}
+  assert (done["final"]["eval_loss"], record.read(folder).given()["eval_loss"]) == (5.0, 3.0)
   assert_equal(weights(folder), evaluated)
   page = (folder / report.NAME).read_text()
   assert "Finished after 5 of 20 steps, since 3 evaluations had brought no better" in page
