@@ -100,16 +100,22 @@ def _resolved(path: str, arguments: str, asked: Mapping[str, str]) -> ml_collect
   """What the file's `get_config` makes of its arguments, a method that overrides name among them."""
   if path.endswith(".json"):
     return _printed(path, arguments)
-  named = [f"{STRUCTURE[name]}={text}" for name, text in asked.items() if name in STRUCTURE]
+  meant = {name: f"{STRUCTURE[name]}={text}" for name, text in asked.items() if name in STRUCTURE}
   with _opened(path) as loaded:
     try:
-      resolved = loaded.get_config(",".join(filter(None, [arguments, *named])) or None)
+      resolved = loaded.get_config(",".join(filter(None, [arguments, *meant.values()])) or None)
     except ValueError as error:
-      if not str(error).startswith(NO_ARGUMENT):
-        raise
-      if not named:
+      is_unknown = str(error).startswith(NO_ARGUMENT)
+      if not meant and is_unknown:
         raise ConfigError(f"{error}{_field_meant(str(error))}") from error
-      resolved = loaded.get_config(arguments or None)  # it has no such argument
+      if not meant:
+        raise
+      resolved = loaded.get_config(arguments or None)
+      if (
+        not is_unknown
+      ):  # it has the arguments that the fields stand for, and their values are wrong
+        fields_given = " ".join(f"--config.{name}={asked[name]}" for name in meant)
+        raise ConfigError(f"{fields_given}: {error}") from error
   if not isinstance(resolved, ml_collections.ConfigDict):
     raise ConfigError(
       f"{path}: get_config returned a {type(resolved).__name__}, expected an ml_collections.ConfigDict"

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 from unittest import mock
 
+import ml_collections
 import numpy as np
 
 from tests.compose import draws, folders, road
@@ -213,8 +214,9 @@ def _same(d, config, folder, whole: road.Result, scratch):
   """On one device the metrics of both steps and the whole update are those on the mesh."""
   if draws.devices(d) == 1:
     return
-  alone = scratch / "alone"
-  single = _train(config, alone, 1, scratch / "cache-alone")
+  alone, unsharded = scratch / "alone", ml_collections.ConfigDict(config)
+  unsharded.mesh = {axis: 1 for axis in config.mesh}
+  single = _train(unsharded, alone, 1, scratch / "cache-alone")
   apart = _change(whole.first, single.first)
   if apart > 1e-5 * _norm(single.first):
     yield f"the start differs by {apart:.2e} from one device's"

@@ -7,7 +7,7 @@ from tests.fuzz import inputs, run
 SEEDS: dict[str, tuple[int, ...]] = {
   "rows": (0, 1, 2, 3),
   "adapters": (16, 21, 24, 63),
-  "overrides": (14, 98, 120, 130, 134),
+  "overrides": (11, 14, 47, 98, 120, 130, 134),
   "templates": (1, 7, 36, 91, 138),
   "recipes": (7, 50),
   "checkpoints": (5, 6, 18, 25, 27, 42, 49, 82, 99),
