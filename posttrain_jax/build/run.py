@@ -96,11 +96,11 @@ def train(
     config = pieces.config
     if not dry_run and _is_complete(Path(folder), config, say):
       return 0
+    best.check(pieces)
     _introduce(pieces, say)
     if dry_run:
       _explain_memory(pieces, say)
       return 0
-    best.check(pieces)
     length.check_change(Path(folder), config)
     if told := length.told(Path(folder), config):
       say(told)

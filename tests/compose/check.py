@@ -215,7 +215,7 @@ def _same(d, config, folder, whole: road.Result, scratch):
   if draws.devices(d) == 1:
     return
   alone, unsharded = scratch / "alone", ml_collections.ConfigDict(config)
-  unsharded.mesh = {axis: 1 for axis in config.mesh}
+  unsharded.mesh = dict.fromkeys(config.mesh, 1)
   single = _train(unsharded, alone, 1, scratch / "cache-alone")
   apart = _change(whole.first, single.first)
   if apart > 1e-5 * _norm(single.first):
