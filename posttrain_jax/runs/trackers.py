@@ -31,7 +31,8 @@ NAMES = (
 )  # of the fields of config.log, of the extras, and of the libraries
 RUNS = "trackers.json"  # {name: what the tracker calls this run}
 WAITING = 10_000  # rows that a slow tracker may be behind
-PATIENCE = 10.0  # seconds that the end of a run waits for what a tracker has not sent yet
+PATIENCE = 30.0  # seconds that the end of a run waits for what a tracker has not sent yet
+HURRY = 5.0  # of a run that was stopped
 SECRETS = (
   (re.compile(r"(?<=://)[^/@\s]+(?=@)"), "***"),  # user:password@ of an address
   (re.compile(r"(?i)((?:token|key|secret|password|signature|credential)\w*=)[^&\s]+"), r"\1***"),
@@ -77,7 +78,7 @@ def close(trackers: Sequence[Tracker], *, is_complete: bool) -> None:
   """What they have not sent yet is sent, for a while."""
   for tracker in trackers:
     tracker.end(is_complete=is_complete)
-  deadline = time.monotonic() + PATIENCE
+  deadline = time.monotonic() + (PATIENCE if is_complete else HURRY)
   for tracker in trackers:
     tracker.wait(max(deadline - time.monotonic(), 0))
 

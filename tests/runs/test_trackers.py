@@ -101,7 +101,7 @@ def test_a_tracker_that_fails_is_told_of_once_and_the_run_goes_on(tmp_path, serv
 
 @pytest.mark.parametrize("waiting", [1, 100])
 def test_a_tracker_that_hangs_holds_nothing_up(tmp_path, service, monkeypatch, caplog, waiting):
-  monkeypatch.setattr(trackers, "PATIENCE", 0.05)
+  monkeypatch.setattr(trackers, "HURRY", 0.05)
   monkeypatch.setattr(trackers, "WAITING", waiting)
   hung = threading.Event()
   service.write = lambda step, values: hung.wait(30)
