@@ -251,11 +251,11 @@ def following(o):
 def text(arg):
   """Where rows come from, and how they become batches."""
   d = ml_collections.ConfigDict()
-  # a built-in task, a .jsonl .json .parquet path, or a hub dataset: owner/name[:config][#split]
+  # a built-in task, a .jsonl .json .csv .tsv .parquet path, or a hub dataset: owner/name[:config][#split]
   d.train = arg.data
   # the same; "": the task's own evaluation split, or `eval_rows` rows drawn from train, of each label its share
   d.eval = ""
-  d.eval_rows = 64
+  d.eval_rows = config_dict.placeholder(int)  # None: a tenth of the rows, at most 64; 0: none
   d.columns = ml_collections.ConfigDict()  # this schema's name -> the file's column(s)
   d.chat = True  # prompt and completion strings become a user's and an assistant's turn
   d.system = config_dict.placeholder(str)  # system message put before them

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from posttrain_jax import adapters, quant
 from posttrain_jax.core import tree
-from posttrain_jax.data.chat import Example
+from posttrain_jax.data.encoded import Example
 from posttrain_jax.data.packing import pack
 from posttrain_jax.models import decoder, hf
 from posttrain_jax.models.config import ModelConfig, from_hf

@@ -20,14 +20,24 @@ from posttrain_jax.build.model import Model
 from posttrain_jax.core import distributed, files
 from posttrain_jax.data import answers, chat, companions, held_out, loader, mixture, schema
 from posttrain_jax.data import bounds as bounds_lib
-from posttrain_jax.data.files import SHORTEN, RowError
+from posttrain_jax.data.errors import SHORTEN, RowError
 from posttrain_jax.evals import tasks
 from posttrain_jax.losses import advantage
 from posttrain_jax.models import before as before_lib
 from posttrain_jax.runs import record
 from posttrain_jax.settings import ConfigError
 
-TRAINED_ON = "no rows were held out (data.eval_rows=0): these were trained on, so the loss says nothing of others"
+# data.kind -> the kinds of rows that it is made of
+KINDS = {
+  "text": ("text", "messages", "prompt_completion"),
+  "pairs": ("preference",),
+  "triples": ("preference",),
+  "labels": ("unpaired", "preference"),
+  "outcomes": ("unpaired", "preference"),
+  "steps": ("stepwise",),
+  "scored": ("scored",),
+}
+TRAINED_ON = "no rows were held out (data.eval_rows): these were trained on, so the loss says nothing of others"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +49,7 @@ class Data:
   channels: tuple[str, ...]
   skipped: str
   notes: tuple[str, ...] = ()  # what else is to be said before the run starts
+  reads: tuple[str, ...] = ()  # what the columns of each source were taken for
 
   @property
   def examples(self) -> Sequence[Any]:
@@ -66,18 +77,18 @@ def read(config: ml_collections.ConfigDict, model: Model) -> Data:
     ConfigError: settings that do not fit one another.
   """
   d = config.data
-  train, skipped = _sources(config, model)
+  train, told = _sources(config, model)
   if d.limit:
     train = held_out.limited(train, d.limit, seed=config.seed)
-  train, eval_examples, notes, also_skipped = _parted(config, model, train)
-  skipped += also_skipped
+  train, eval_examples, also = _parted(config, model, train)
+  told += also
   if d.replay:
     with _told_of("data.replay"):
-      general, also_skipped = _encoded(config, d.replay, "train", model, d.replay_columns)
-    general, also_noted = _apart(general, eval_examples)
-    skipped, notes = skipped + also_skipped, notes + also_noted
+      general, also = _encoded(config, d.replay, "train", model, d.replay_columns)
+    general, notes = _apart(general, eval_examples)
+    told += also + _Told(notes=notes)
     train = mixture.replay(train, general, d.replay_fraction, by=d.replay_by, seed=config.seed)
-  data = Data(train, eval_examples, (), "; ".join(map(str, skipped)), tuple(notes))
+  data = told.of(train, eval_examples)
   if model.template is not None and d.kind != "steps":
     self_checks.end_of_turn(data.examples, model.tokenizer, model.template)
   return _finished(config, model, data)
@@ -94,43 +105,90 @@ def evaluated(
     limit: so many of its rows, drawn; 0 for all.
   """
   d = config.data
-  notes: tuple[str, ...] = ()
+  told = _Told()
   if source is not None:
     with _told_of("", SHORTEN):
-      rows, skipped = _encoded(config, source, "eval", model, d.columns)
+      rows, told = _encoded(config, source, "eval", model, d.columns)
   elif d.eval or d.train in tasks.TASKS:
-    _, rows, _, skipped = _parted(config, model, ())
+    _, rows, told = _parted(config, model, ())
   else:
     whole = read(config, model)
-    rows, skipped = whole.eval, [whole.skipped] if whole.skipped else []
+    rows = whole.eval
+    told = _Told([whole.skipped] if whole.skipped else [])
     if not rows:
-      rows, notes = whole.examples, (TRAINED_ON,)
+      rows, told = whole.examples, told + _Told(notes=[TRAINED_ON])
   if limit:
     rows = held_out.limited(rows, limit, seed=config.seed)
-  data = Data((), rows, (), "; ".join(map(str, skipped)), notes)
+  data = told.of((), rows)
   return _finished(config, model, data, source)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Told:
+  """What was left out of rows, what else is to be said of them, and what their columns are, a sentence each."""
+
+  skipped: list[str] = dataclasses.field(default_factory=list)
+  notes: list[str] = dataclasses.field(default_factory=list)
+  reads: list[str] = dataclasses.field(default_factory=list)
+
+  def __add__(self, other: _Told) -> _Told:
+    return _Told(self.skipped + other.skipped, self.notes + other.notes, self.reads + other.reads)
+
+  def of(self, train: Any, rows: Sequence[Any]) -> Data:
+    reads = tuple(dict.fromkeys(self.reads))
+    return Data(train, rows, (), "; ".join(self.skipped), tuple(self.notes), reads)
 
 
 def _parted(
   config: ml_collections.ConfigDict, model: Model, train: Any
-) -> tuple[Any, Sequence[Any], list[str], list[str]]:
-  """(what trains, what is held out, what is to be said, what was skipped)."""
+) -> tuple[Any, Sequence[Any], _Told]:
+  """(what trains, what is held out, what is to be said)."""
   d = config.data
   if d.eval or d.train in tasks.TASKS:
     with _told_of("data.eval" if d.eval else ""):
-      rows, skipped = _encoded(config, d.eval or d.train, "eval", model, d.columns)
-    if d.eval_rows:
-      rows = held_out.limited(rows, d.eval_rows, seed=config.seed)
-    return train, rows, [], skipped
-  if not d.eval_rows:
-    return train, (), [], []
+      rows, told = _encoded(config, d.eval or d.train, "eval", model, d.columns)
+    if d.eval_rows != 0:
+      most = held_out.MOST if d.eval_rows is None else d.eval_rows
+      rows = held_out.limited(rows, most, seed=config.seed)
+    return train, rows, told
+  if d.eval_rows == 0:
+    return train, (), _Told()
+  if decisions.is_mixture(d.train):
+    return train, (), _Told(notes=["held out: no row of a mixture; name some with data.eval"])
+  if d.eval_rows is None:
+    return _some_held_out(config, train)
   if len(train) <= d.eval_rows:
     raise ConfigError(
-      f"data.eval_rows={d.eval_rows} would leave nothing of the {len(train)} rows to train on; "
-      "lower it or name data.eval"
+      f"data.eval_rows={d.eval_rows} would leave nothing of the {len(train)} rows to train on; lower it, leave it out"
+      " (a tenth of the rows is held out, at most 64), or name data.eval"
     )
   train, rows, note = held_out.parted(train, d.eval_rows, seed=config.seed)
-  return train, rows, [note] if note else [], []
+  return train, rows, _Told(notes=[note] if note else [])
+
+
+def _some_held_out(
+  config: ml_collections.ConfigDict, train: Any
+) -> tuple[Any, Sequence[Any], _Told]:
+  """A tenth of the rows, at most `held_out.MOST`; none where what is compared would not be on both sides."""
+  least = 2 if config.data.kind in ("labels", "outcomes") or decisions.has_companions(config) else 1
+  count = min(held_out.MOST, len(train) // 10)
+  if count >= least:
+    rest, rows, note = held_out.parted(train, count, seed=config.seed)
+    if all(_is_whole(config, side) for side in (rest, rows)):
+      how = f"held out: a tenth of the rows, at most {held_out.MOST}; data.eval_rows says how many"
+      return rest, rows, _Told(notes=[how, *([note] if note else [])])
+  note = (
+    f"held out: no row, since a tenth of {len(train)} is too few to say anything, so that every loss is of rows that"
+    " are trained on; name others with data.eval, or say how many with data.eval_rows"
+  )
+  return train, (), _Told(notes=[note])
+
+
+def _is_whole(config: ml_collections.ConfigDict, examples: Sequence[Any]) -> bool:
+  """Whether a side of the cut has what is compared in it: both labels, several prompts."""
+  if config.data.kind in ("labels", "outcomes") and len(set(map(held_out.label, examples))) < 2:
+    return False
+  return not decisions.has_companions(config) or len(set(map(held_out.prompt, examples))) > 1
 
 
 def _apart(general: Sequence[Any], eval_examples: Sequence[Any]) -> tuple[Sequence[Any], list[str]]:
@@ -226,7 +284,8 @@ def _is_drawn(config: ml_collections.ConfigDict, data: Data) -> bool:
   """Whether the held-out rows are drawn among others."""
   d = config.data
   from_train = not d.eval and d.train not in tasks.TASKS
-  return bool(data.eval) and bool(d.limit or from_train or len(data.eval) == d.eval_rows)
+  most = held_out.MOST if d.eval_rows is None else d.eval_rows
+  return bool(data.eval) and bool(d.limit or from_train or len(data.eval) == most)
 
 
 def with_advantages(
@@ -275,17 +334,17 @@ def _trimmed(values: Any, examples: Sequence[answers.Answers]) -> list[list[floa
   return [row[: e.count].tolist() for row, e in zip(np.asarray(values), examples, strict=True)]
 
 
-def _sources(config: ml_collections.ConfigDict, model: Model) -> tuple[Any, list[str]]:
+def _sources(config: ml_collections.ConfigDict, model: Model) -> tuple[Any, _Told]:
   """config.data.train: one source, or several as `a.jsonl*0.7+b.jsonl*0.3`, fractions of the tokens."""
   text, columns = config.data.train, config.data.columns
   if not decisions.is_mixture(text):
     return _encoded(config, text, "train", model, columns)
   fractions = decisions.mixture(text)
-  sources, skipped = {}, []
+  sources, told = {}, _Told()
   for name in fractions:
-    sources[name], also_skipped = _encoded(config, name, "train", model, columns)
-    skipped += also_skipped
-  return mixture.Mixture(sources, fractions, by="tokens", seed=config.seed), skipped
+    sources[name], also = _encoded(config, name, "train", model, columns)
+    told += also
+  return mixture.Mixture(sources, fractions, by="tokens", seed=config.seed), told
 
 
 @contextlib.contextmanager
@@ -310,8 +369,8 @@ def _told_of(name: str, too_long: str = "") -> Generator[None]:
     ) from None
 
 
-def _encoded(config, source, split, model, mapping) -> tuple[Sequence[Any], list[str]]:
-  """(examples that the model can read, [what was skipped])."""
+def _encoded(config, source, split, model, mapping) -> tuple[Sequence[Any], _Told]:
+  """(examples that the model can read, what is to be said of them)."""
   d = config.data
   rows = schema.read(
     source,
@@ -320,9 +379,12 @@ def _encoded(config, source, split, model, mapping) -> tuple[Sequence[Any], list
     columns=columns(mapping),
     chat=bool(d.chat and model.template is not None),
     system=d.system if d.chat and model.template is not None else None,
+    kinds=KINDS[d.kind],
   )
   bounds = _bounds(config, model)
-  how: dict[str, Any] = dict(max_length=d.length, truncate=d.truncate, on_error=d.on_error)
+  how: dict[str, Any] = dict(
+    max_length=d.length, truncate=d.truncate, on_error=d.on_error, room=bounds.room
+  )
   if d.kind == "text":
     how |= dict(train_on=d.train_on)
     if d.truncate != "error":  # cut and split at what the model can read
@@ -335,7 +397,7 @@ def _encoded(config, source, split, model, mapping) -> tuple[Sequence[Any], list
     examples, bounds, truncate=d.truncate, on_error=d.on_error, tokenizer=model.tokenizer
   )
   every = (rows.skipped, examples.skipped, beyond)
-  return within, [f"{source}: {part}" for part in every if len(part)]
+  return within, _Told([f"{source}: {part}" for part in every if len(part)], reads=list(rows.reads))
 
 
 def _bounds(config: ml_collections.ConfigDict, model: Model) -> bounds_lib.Bounds:

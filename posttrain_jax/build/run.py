@@ -42,7 +42,7 @@ from posttrain_jax.build.data import Data
 from posttrain_jax.build.model import Model
 from posttrain_jax.core import distributed, files, memory, metrics, tree
 from posttrain_jax.core.checkpoint import Checkpoints
-from posttrain_jax.data import chat, loader
+from posttrain_jax.data import encoded, loader
 from posttrain_jax.evals import report, tasks
 from posttrain_jax.models import hf
 from posttrain_jax.objectives import Scorer, evaluation, measured
@@ -222,6 +222,8 @@ def _introduce(pieces: Pieces, say: Say) -> None:
     say(f"base: {pieces.config.model.base}, {size:,.0f} MB")
   if base.started is not None:
     say(base.started.describe())
+  for sentence in pieces.data.reads:
+    say(sentence)
   say(f"data: {pieces.batches.stats()}")
   say(length.describe(pieces.config, pieces.batches))
   if pieces.data.skipped:
@@ -231,7 +233,7 @@ def _introduce(pieces: Pieces, say: Say) -> None:
     say(best.describe(pieces.config))
   for note in pieces.data.notes:
     say(note)
-  example = chat.describe(pieces.data.examples[0], base.tokenizer)
+  example = encoded.describe(pieces.data.examples[0], base.tokenizer)
   say(f"first example, trained tokens in [[ ]]:\n{example}\n")
 
 

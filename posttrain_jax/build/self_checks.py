@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from posttrain_jax.data import chat, templates
+from posttrain_jax.data import encoded, templates
 from posttrain_jax.data.templates import Template
 from posttrain_jax.models import decoder
 from posttrain_jax.objectives import policy
@@ -68,7 +68,7 @@ def end_of_turn(examples: Iterable[Any], tokenizer: Any, template: Template | No
     if not example.is_cut and not _spans_end_with(example, wanted):
       raise ValueError(
         f"{example.origin}: a trained span does not end with {tokenizer.decode([wanted])!r}, so the"
-        f" model would not learn to stop:\n{chat.describe(example, tokenizer)}"
+        f" model would not learn to stop:\n{encoded.describe(example, tokenizer)}"
       )
 
 

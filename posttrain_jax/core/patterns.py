@@ -40,6 +40,28 @@ def check(expression: str) -> None:
   _matcher(expression)
 
 
+def wrong(expression: str) -> str:
+  """What `check` says of an expression, without it; "" where it is one.
+
+  >>> wrong("layers/[")
+  'is no regular expression: unterminated character set at position 7'
+  """
+  if len(expression) > LONGEST:
+    return f"has {len(expression):,} characters; an expression has {LONGEST:,}"
+  counts = [
+    max(map(int, re.findall(r"\d{1,9}", c)))
+    for c in re.findall(r"\{[\d, ]*\d[\d, ]*\}", expression)
+  ]
+  if math.prod(max(count, 1) for count in counts) > REPEATS:
+    return f"repeats up to {math.prod(counts):.3g} times: write + or *"
+  try:
+    re.compile(expression)
+    regex.compile(expression)
+  except (re.error, regex.error, RecursionError, OverflowError) as error:
+    return f"is no regular expression: {error}"
+  return ""
+
+
 @dataclasses.dataclass
 class _Matcher:
   """A compiled expression, what it has matched so far, and the seconds that are left to it."""
@@ -66,17 +88,7 @@ class _Matcher:
 
 @functools.lru_cache(maxsize=1024)
 def _matcher(expression: str) -> _Matcher:
-  shown = words.shown(expression)
-  if len(expression) > LONGEST:
-    raise ValueError(f"{shown} has {len(expression):,} characters; an expression has {LONGEST:,}")
-  counts = [
-    max(map(int, re.findall(r"\d{1,9}", c)))
-    for c in re.findall(r"\{[\d, ]*\d[\d, ]*\}", expression)
-  ]
-  if math.prod(max(count, 1) for count in counts) > REPEATS:
-    raise ValueError(f"{shown} repeats up to {math.prod(counts):.3g} times: write + or *")
-  try:
-    re.compile(expression)
-    return _Matcher(regex.compile(expression))
-  except (re.error, regex.error, RecursionError, OverflowError) as error:
-    raise ValueError(f"{shown} is no regular expression: {error}") from None
+  reason = wrong(expression)
+  if reason:
+    raise ValueError(f"{words.shown(expression)} {reason}")
+  return _Matcher(regex.compile(expression))

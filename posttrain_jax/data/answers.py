@@ -13,13 +13,18 @@ from typing import Any
 
 import numpy as np
 
-from posttrain_jax.data import borders, chat, schema
-from posttrain_jax.data.chat import Example
-from posttrain_jax.data.files import RowError
+from posttrain_jax.data import borders, chat, lengths, plans, schema
+from posttrain_jax.data.encoded import Encoded, Example
+from posttrain_jax.data.errors import RowError
 from posttrain_jax.data.schema import Row, Skipped
 
 SHARED = -1  # the answer that a token of the common beginning belongs to
 TRUNCATE = ("error", "drop", "prompt")
+# what else there is to write where rows are too long, by what was written
+WAYS = {
+  "error": f"prompt (their prompts lose the beginning, where that is enough) or {chat.DROP}",
+  "prompt": chat.DROP,
+}
 _BATCH = 500  # rows encoded together
 
 
@@ -145,7 +150,8 @@ def encode_all(
   truncate: str = "error",
   on_error: str = "raise",
   share: bool = True,
-) -> chat.Encoded:
+  room: int | None = None,
+) -> Encoded:
   """The Answers of many rows, in order.
 
   What does not fit into `max_length` tokens (prompt and all answers together) is an error, is left out and counted
@@ -157,9 +163,10 @@ def encode_all(
       (prompt, completions, labels), "scored" (prompt, completions, scores); "judged" takes any of these, and prompts
       with one completion, for a reward model to score.
     share: whether answers to a prompt share its tokens, or repeat them.
+    room: tokens that the model can read of a row, for the advice.
 
   Raises:
-    RowError: a row of another schema, answers that are equal, an empty one, one that does not fit.
+    RowError: a row of another schema, answers that are equal, an empty one, some that do not fit.
     ValueError: no row is left.
   """
   if truncate not in TRUNCATE:
@@ -167,6 +174,7 @@ def encode_all(
       f"truncate={truncate!r}: answers are kept whole; write one of {', '.join(TRUNCATE)}"
     )
   kept, skipped = [], Skipped()
+  too_long: list[RowError] = []
   split = functools.partial(_SPLIT[kind], tokenizer=tokenizer)
   encode = chat.each(tokenizer, template, max_length=max_length, any_prompt=truncate == "prompt")
   for start in range(0, len(rows), _BATCH):
@@ -189,12 +197,18 @@ def encode_all(
           joined = _process(joined, examples[0].spans, job.steps)
         kept.append(_fitted(joined, max_length, truncate))
       except RowError as error:
-        if on_error == "raise" and not (truncate == "drop" and error.reason == "too long"):
+        if on_error == "skip" or (truncate == "drop" and error.reason == "too long"):
+          skipped.add(error)
+        elif error.reason == "too long":
+          too_long.append(error)  # all of them are told together
+        else:
           raise
-        skipped.add(error)
+  if too_long:
+    fitting = [len(example.tokens) for example in kept]
+    raise lengths.summary(too_long, fitting, limit=max_length, ways=WAYS[truncate], room=room)
   if not kept:
     raise ValueError(f"no row gave an example; {skipped}")
-  return chat.Encoded(tuple(kept), skipped)
+  return Encoded(tuple(kept), skipped)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -298,7 +312,7 @@ def _judged(row: Row, tokenizer) -> list[_Job]:
 def _in_steps(row: Row, labels: Sequence[bool]) -> list[_Job]:
   fields = {k: v for k, v in row.fields.items() if k in schema.CARRIED}
   fields |= {"prompt": row.fields["prompt"], "completions": row.fields["completions"]}
-  parts = (Row(fields, row.origin, chat.IN_STEPS),)
+  parts = (Row(fields, row.origin, plans.IN_STEPS),)
   return [_Job(parts, {}, ("completions",), steps=tuple(labels))]
 
 
@@ -371,6 +385,8 @@ def _joined(job: _Job, examples, share) -> Answers:
     if isinstance(example, RowError):
       # an answer was encoded as a completion, which is not what the row calls it
       detail = example.detail.replace("completion[", f"{name}[")
+      if isinstance(example, lengths.TooLong):
+        raise example
       raise RowError(example.reason, example.origin, detail, example.cure)
   if job.different and np.array_equal(examples[0].tokens, examples[1].tokens):
     raise _identical(examples[0].origin)
@@ -396,12 +412,11 @@ def _fitted(example: Answers, limit: int, truncate: str) -> Answers:
   if truncate == "prompt" and per_copy <= room:
     return cut(example, per_copy)
   answers = "answers" if example.count > 1 else "answer"
-  raise RowError(
-    "too long",
+  raise lengths.TooLong(
     example.origin,
-    f"{len(example.tokens)} tokens, prompt and {answers} together, but a row has {limit}",
-    'raise data.length, or write data.truncate="prompt" (cuts the beginning of the prompt, where that is enough) or'
-    ' "drop"',
+    f"{len(example.tokens)} tokens, prompt and {answers} together, but a row has {limit} (data.length)",
+    f"raise --config.data.length, or write --config.data.truncate={WAYS.get(truncate, chat.DROP)}",
+    len(example.tokens),
   )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from posttrain_jax.data import answers
 from posttrain_jax.data.answers import SHARED, Answers
-from posttrain_jax.data.files import RowError
+from posttrain_jax.data.errors import RowError
 from posttrain_jax.data.schema import Skipped
 
 
@@ -38,17 +38,31 @@ def kept(
     RowError: an example that it cannot, unless "drop", "prompt" or on_error says what becomes of it.
   """
   within, skipped = [], Skipped()
+  too_long: list[RowError] = []
   for example in examples:
     try:
       check_ids(example, bounds, tokenizer)
       within.append(_within(example, bounds, truncate))
     except RowError as error:
-      if on_error == "raise" and not (truncate == "drop" and error.reason == "too long"):
+      if on_error == "skip" or (truncate == "drop" and error.reason == "too long"):
+        skipped.add(error)
+      elif error.reason == "too long":
+        too_long.append(error)  # the first is told, with the number of all
+      else:
         raise
-      skipped.add(error)
+  if too_long:
+    raise _told(too_long, len(examples))
   if not within:
     raise ValueError(f"no row gave an example; {skipped}")
   return tuple(within), skipped
+
+
+def _told(errors: Sequence[RowError], count: int) -> RowError:
+  first = errors[0]
+  if count == 1:
+    return first
+  others = f"of {count:,} rows {len(errors):,} are too long for the model, the first with "
+  return RowError(first.reason, first.origin, others + first.detail, first.cure)
 
 
 def check_ids(example: Any, bounds: Bounds, tokenizer: Any = None) -> None:
@@ -83,10 +97,10 @@ def _within(example: Any, bounds: Bounds, truncate: str) -> Any:
     if excess <= spare:
       return answers.cut(example, excess)
   soft = f", {bounds.before} of them taken by what stands before the text" if bounds.before else ""
-  ways = '"prompt" or "drop"' if isinstance(example, Answers) else '"keep_start", "split" or "drop"'
+  ways = "prompt or drop" if isinstance(example, Answers) else "keep_start, split or drop"
   raise RowError(
     "too long",
     example.origin,
     f"{positions(example)} tokens, but the model has {bounds.positions} positions{soft}",
-    f"write data.truncate={ways}, or stretch the context (adapter=longlora, adapter.context_length)",
+    f"write --config.data.truncate={ways}, or stretch the context (adapter=longlora, adapter.context_length)",
   )

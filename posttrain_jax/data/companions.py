@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from posttrain_jax.data.answers import Answers, join, with_values
-from posttrain_jax.data.chat import Example
+from posttrain_jax.data.encoded import Example
 
 
 def beside(examples: Sequence[Answers], limit: int, *, share: bool = True) -> list[Answers]:
@@ -30,7 +30,7 @@ def beside(examples: Sequence[Answers], limit: int, *, share: bool = True) -> li
   if len(set(prompts)) < 2:
     raise ValueError(
       "all answers are to one prompt: KTO estimates its KL from answers to other prompts; add rows with others, or"
-      " leave the estimate out (estimate_kl=False)"
+      " leave the estimate out (--config.objective.estimate_kl=false, of KTO)"
     )
   result, other = [], 0
   # the nearest before the first is looked for from the end

@@ -12,6 +12,7 @@ import numpy as np
 
 from posttrain_jax.data.answers import Answers
 
+MOST = 64  # rows that are held out where nobody says how many
 LIMIT, HELD_OUT = 1, 2  # what is drawn, so that one draw is not the other's
 
 

@@ -20,6 +20,14 @@ from posttrain_jax.data.packing import Batch, best_fit, bucket_edges, pack, pack
 from posttrain_jax.data.packing import slots as packing_slots
 
 COUNTED = 64  # epochs whose batches are counted one by one
+# what a config calls that which the order of the stream follows from
+CALLED = {
+  "data": "the digest of the rows",
+  "examples": "the number of rows",
+  "batch_size": "batch.rows",
+  "packing": "data.packing",
+  "edges": "lengths of rows (data.length)",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +173,9 @@ class Loader:
     was, now = state["stream"], self._stream
     if was != now:
       keys = sorted(key for key in {*was, *now} if was.get(key) != now.get(key))
-      changes = ", ".join(f"{key} was {was.get(key)}, is {now.get(key)}" for key in keys)
+      changes = ", ".join(
+        f"{CALLED.get(key, key)} was {was.get(key)}, is {now.get(key)}" for key in keys
+      )
       raise ValueError(
         f"the data cannot go on where it stopped, since its order has changed: {changes};"
         " restore these, or start over in another folder"
@@ -211,15 +221,15 @@ class Loader:
       raise ValueError(f"shard {self.shard}: write (index, count) with 0 <= index < count")
     if self.batch_size < 1 or self.batch_size % (count * self.accumulate):
       raise ValueError(
-        f"batch_size {self.batch_size} cannot be split evenly into {self.accumulate} micro-batches"
-        f" for {count} processes; use a multiple of {count * self.accumulate}"
+        f"a batch of {self.batch_size} rows (batch.rows, eval.rows) cannot be split evenly into {self.accumulate}"
+        f" micro-batches for {count} processes; use a multiple of {count * self.accumulate}"
       )
     longest = int(self._lengths.argmax())
     limit = min(self.length, max(edges)) if edges and not self.packing else self.length
     if self._lengths[longest] > limit:
       raise ValueError(
         f"{self.examples[longest].origin or f'example {longest}'} has {self._lengths[longest]} tokens,"
-        f" more than a row's {limit}; encode it with max_length={limit}"
+        f" more than a row's {limit}: raise data.length, or encode the rows within it"
       )
 
   def _local(self, rows):

@@ -12,7 +12,7 @@ import reprlib
 from collections.abc import Sequence
 from typing import Any
 
-from posttrain_jax.data.files import RowError
+from posttrain_jax.data.errors import RowError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -24,7 +24,9 @@ SHAREGPT_ROLES = {
   "gpt": "assistant",
   "assistant": "assistant",
   "tool": "tool",
+  "observation": "tool",
 }
+CALL = "function_call"  # the speaker of a message that is a call, as JSON
 
 REASONING = (
   "reasoning_content",
@@ -98,9 +100,14 @@ def shown(value: Any) -> str:
   return f"{name} {short if len(short) <= 60 else short[:57] + '...'}"
 
 
+def short(value: Any) -> str:
+  """A value as Python writes it, cut short."""
+  return _SHORT.repr(value)
+
+
 def names(keys: Any) -> list[str]:
   """Keys of a row or message as an error lists them."""
-  listed = sorted(map(str, keys))
+  listed = sorted(key if len(key) <= 60 else key[:57] + "..." for key in map(str, keys))
   return listed if len(listed) <= 12 else [*listed[:12], f"and {len(listed) - 12} more"]
 
 
@@ -111,9 +118,19 @@ def _message(message, where, origin):
   message = {key: value for key, value in message.items() if value is not None}
   if "role" not in message and {"from", "value"} <= set(message):
     speaker = message.pop("from")
+    if speaker == CALL:
+      calls = _parsed(message.pop("value"), f"{where}['value']", origin)
+      message = {
+        "role": "assistant",
+        "tool_calls": calls if isinstance(calls, list) else [calls],
+        **message,
+      }
+      return _message(message, where, origin)
     role = SHAREGPT_ROLES.get(speaker, speaker) if isinstance(speaker, str) else speaker
     message = {"role": role, "content": message.pop("value"), **message}
   role = message.get("role")
+  if role == "function":  # OpenAI's word before `tool`
+    role = message["role"] = "tool"
   if role is None:
     raise RowError(
       "message without role",
@@ -126,12 +143,14 @@ def _message(message, where, origin):
       origin,
       f"{where} has role {_SHORT.repr(role)}; roles are {', '.join(ROLES)}",
     )
-  if "function_call" in message:
-    raise RowError(
-      "function_call",
-      origin,
-      f"{where} has a 'function_call'; write it as a list under 'tool_calls'",
-    )
+  if CALL in message:
+    if "tool_calls" in message:
+      raise RowError(
+        "function_call",
+        origin,
+        f"{where} has 'function_call' and 'tool_calls'; write the latter alone",
+      )
+    message["tool_calls"] = [message.pop(CALL)]  # OpenAI's word before `tool_calls`
   if "tool_calls" in message:
     message["tool_calls"] = _calls(message["tool_calls"], f"{where}['tool_calls']", role, origin)
     if not message["tool_calls"]:

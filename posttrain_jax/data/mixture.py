@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from posttrain_jax.data.chat import Example
+from posttrain_jax.data.encoded import Example
 
 
 @dataclasses.dataclass(frozen=True)

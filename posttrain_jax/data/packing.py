@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from posttrain_jax.data.answers import Answers
-from posttrain_jax.data.chat import Example
+from posttrain_jax.data.encoded import Example
 
 Batch = dict[str, Any]
 

@@ -1,35 +1,23 @@
 """Rows of training data: what a file may hold, checked, each with the file and line it came from.
 
 The schemas are TRL's: `text`, `messages`, `prompt`/`completion`, `chosen`/`rejected`, `label`,
-`completions`/`labels`.  Nothing is guessed: a row that fits none of them is an error that lists
-them, and `columns=` says which columns of the file play which part.
+`completions`/`labels`; what Alpaca, ShareGPT and OpenAI write becomes one of them (`forms`).  Nothing is guessed: a
+row that fits none of them, or several, is an error that says so, and `columns=` says which columns of the file play
+which part.
 """
 
 import dataclasses
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from posttrain_jax.data import files, messages
-from posttrain_jax.data.files import RowError
+from posttrain_jax.data import files, forms, messages, tables
+from posttrain_jax.data.errors import RowError
 
 log = logging.getLogger(__name__)
-
-# name -> the columns that make it; a row is the kind with the most columns among those that fit.
-KINDS = {
-  "text": ({"text"},),
-  "messages": ({"messages"},),
-  "prompt": ({"prompt"},),
-  "prompt_completion": ({"prompt", "completion"},),
-  "preference": ({"chosen", "rejected"}, {"prompt", "chosen", "rejected"}),
-  "unpaired": ({"prompt", "completion", "label"}, {"messages", "label"}),
-  "stepwise": ({"prompt", "completions", "labels"},),
-  "scored": ({"prompt", "completions", "scores"},),
-  "steps": ({"prompt", "completions"},),
-}
 
 KNOWN = """\
   {"text": ...}                                            plain text
@@ -40,9 +28,12 @@ KNOWN = """\
   {"prompt": ..., "completions": [...], "labels": [...]}   stepwise
   {"prompt": ..., "completions": [...], "scores": [...]}   a group of scored answers
   {"prompt": ..., "completions": [...]}                    steps for a reward model to score
+  {"instruction": ..., "input": ..., "output": ...}        Alpaca ("input", "system", "history" may be left out)
+  {"conversations": [{"from": ..., "value": ...}, ...]}    ShareGPT
+  {"input": {"messages": [...]}, "preferred_output": [...], "non_preferred_output": [...]}   OpenAI's preferences
 or say which columns play these parts, as in
-  columns={"prompt": "question", "completion": "answer"}
-  columns={"prompt": ["instruction", "input"], "completion": "output"}   (joined by a newline)"""
+  --config.data.columns.prompt=question --config.data.columns.completion=answer
+  --config.data.columns.prompt="('title','body')" --config.data.columns.completion=answer   (joined by a newline)"""
 
 # What else a row may carry whatever its kind: kept when `columns` picks the others.
 # `reference` is a gold answer beside a pair (TPO), `margin` how much better its chosen answer is held to be.
@@ -75,7 +66,8 @@ class Skipped:
 
   def add(self, error: RowError):
     self.counts[error.reason] += 1
-    self.first.setdefault(error.reason, str(error))
+    # what to write instead was decided: to leave it out
+    self.first.setdefault(error.reason, f"{error.origin}: {error.detail}")
 
   def __add__(self, other: "Skipped") -> "Skipped":
     return Skipped(self.counts + other.counts, {**other.first, **self.first})
@@ -92,10 +84,11 @@ class Skipped:
 
 @dataclasses.dataclass(frozen=True)
 class Rows(Sequence):
-  """The rows of one source, and what was skipped on the way."""
+  """The rows of one source, what was skipped on the way, and in words what its columns were taken for."""
 
   rows: tuple[Row, ...]
   skipped: Skipped
+  reads: tuple[str, ...] = ()
 
   def __len__(self):
     return len(self.rows)
@@ -113,13 +106,14 @@ def read(
   chat: bool = False,
   system: str | None = None,
   channel: str | None = None,
+  kinds: Collection[str] | None = None,
 ) -> Rows:
   """The checked rows of a file, of a built-in task, of a hub dataset (`owner/name[:config][#split]`), or of a list.
 
-  Files end in .jsonl, .json (one array) or .parquet, the first two also with .gz.  `columns` maps a
+  Files end in .jsonl, .json, .csv, .tsv or .parquet, all but the last also with .gz.  `columns` maps a
   schema's names to the file's.  `chat` turns a prompt and a completion given as strings into a
   user's and an assistant's message (after `system`, if given), so that the chat template applies; rows that hold
-  messages or plain text stay as they are.
+  messages or plain text stay as they are.  `kinds` are those that can be used, of a row that could be several.
   `channel` names the rows that carry no channel of their own.  `on_error="skip"` counts the
   rows it cannot use instead of stopping at the first.
   """
@@ -129,12 +123,11 @@ def read(
     raise ValueError("system= has no effect on rows that stay strings: add chat=True")
   rows, skipped = [], Skipped()
   echoes: list[str] = []
-  left_out: dict[str, str] = {}
+  reads = _Reads(columns)
+  in_text = isinstance(source, str | Path) and tables.is_table(source)
   for origin, raw in _raw(source, split):
     try:
-      fields = check_row(raw, origin, columns)
-      if columns is not None:
-        left_out = dict.fromkeys(_left_out(raw, columns), origin) | left_out
+      fields = check_row(raw, origin, columns, chat=chat, in_text=in_text, kinds=kinds, reads=reads)
       if _echoes(fields):
         echoes.append(origin)
       if chat:
@@ -146,10 +139,6 @@ def read(
       if on_error == "raise":
         raise
       skipped.add(error)
-  for name, origin in sorted(left_out.items()):
-    log.warning(
-      "rows have %r, which is none of the columns to use and is left out (first: %s)", name, origin
-    )
   if echoes:
     log.warning(
       "the answers of %d of %d rows begin with their whole prompt, which is trained as if they said it (first: %s); if"
@@ -157,16 +146,52 @@ def read(
       " --config.data.columns.chosen=chosen --config.data.columns.rejected=rejected",
       *(len(echoes), len(rows), echoes[0]),
     )
+  held = source if isinstance(source, str | Path) else "the list"
   if not rows:
-    held = source if isinstance(source, str | Path) else "the list"
     raise ValueError(f"{held}: holds no usable row; {skipped}")
-  return Rows(tuple(rows), skipped)
+  return Rows(tuple(rows), skipped, reads.told(str(held)))
 
 
-def _left_out(raw, columns):
-  """What stands beside the conversation and is none of the columns to use."""
-  used = {name for of in columns.values() for name in ([of] if isinstance(of, str) else of)}
-  return [name for name in BESIDE if name not in used and _holds_words(raw.get(name))]
+class _Reads:
+  """What the columns of a source were taken for, and which nobody reads."""
+
+  def __init__(self, columns: Mapping[str, str | Sequence[str]] | None):
+    self._of = {
+      name: [of] if isinstance(of, str) else list(of) for name, of in (columns or {}).items()
+    }
+    # of each form: part -> its columns, and columns that no part has, both in their order
+    self._parts: dict[forms.Form, dict[str, dict[str, None]]] = {}
+    self._unread: dict[forms.Form, dict[str, None]] = {}
+    self._seen: set[tuple[int, tuple[str, ...]]] = set()
+
+  def add(self, form: forms.Form, raw: Mapping[str, Any]) -> None:
+    key = id(form), tuple(raw)
+    if key in self._seen:
+      return
+    self._seen.add(key)
+    parts, read = self._parts.setdefault(form, {}), set()
+    for name, part in form.parts.items():
+      for column in self._of.get(name, [name] if not self._of or name in CARRIED else []):
+        if column in raw:
+          parts.setdefault(part, {})[column] = None
+          read.add(column)
+    self._unread.setdefault(form, {}).update(dict.fromkeys(c for c in raw if c not in read))
+
+  def told(self, source: str) -> tuple[str, ...]:
+    """A sentence for each form that rows of the source have."""
+    return tuple(self._sentence(source, form) for form in self._parts)
+
+  def _sentence(self, source, form):
+    parts = [f"{_quoted(columns)} as {part}" for part, columns in self._parts[form].items()]
+    unread = self._unread[form]
+    beside = f"; nobody reads {_quoted(unread)}" if unread else ""
+    return f"{source}: reads {', '.join(parts)}{beside}"
+
+
+def _quoted(columns: Iterable[str]) -> str:
+  names = [messages.short(column) for column in columns]
+  rest = f" and {len(names) - 8} more columns" if len(names) > 8 else ""
+  return ", ".join(names[:8]) + rest
 
 
 def _echoes(fields):
@@ -189,8 +214,24 @@ def _raw(
   return ((f"row {i}", row) for i, row in enumerate(source))
 
 
-def check_row(raw: Any, origin: str, columns=None) -> dict[str, Any]:
-  """The fields of one raw row, renamed by `columns`, with every value of its kind checked."""
+def check_row(
+  raw: Any,
+  origin: str,
+  columns: Mapping[str, str | Sequence[str]] | None = None,
+  *,
+  chat: bool = False,
+  in_text: bool = False,
+  kinds: Collection[str] | None = None,
+  reads: _Reads | None = None,
+) -> dict[str, Any]:
+  """The fields of one raw row, renamed by `columns`, in TRL's columns, with every value of its kind checked.
+
+  Args:
+    chat: whether a chat template writes it.
+    in_text: whether all its values are texts, as those of a table.
+    kinds: which it may be, where it could be several.
+    reads: is told what its columns were taken for.
+  """
   if isinstance(raw, RowError):
     raise raw
   if not (isinstance(raw, dict) and all(isinstance(key, str) for key in raw)):
@@ -200,33 +241,27 @@ def check_row(raw: Any, origin: str, columns=None) -> dict[str, Any]:
       f"expected an object with named columns, found {messages.shown(raw)}",
     )
   fields = dict(raw) if columns is None else _renamed(raw, columns, origin)
-  return validate(fields, origin)
+  if in_text:
+    fields = tables.typed(fields, origin)
+  for alias, name in forms.ALIASES.items():
+    if alias in fields and name not in fields:
+      fields[name] = fields.pop(alias)
+  form = forms.of(fields.keys(), origin, kinds, KNOWN)
+  if reads is not None:
+    reads.add(form, raw)
+  return validate(forms.written(fields, form, origin, chat), origin)
 
 
 def kind(fields: Mapping[str, Any], origin: str) -> str:
-  """The schema that a row's columns fit: a key of KINDS."""
-  columns = set(fields)
-  fits = [(name, need) for name, forms in KINDS.items() for need in forms if need <= columns]
-  largest = [(name, need) for name, need in fits if not any(need < other for _, other in fits)]
-  names = sorted({name for name, _ in largest})
-  if not names:
-    raise RowError(
-      "unknown columns", origin, f"no schema has {messages.names(columns)}; write one of\n{KNOWN}"
-    )
-  if len(names) > 1:
-    raise RowError(
-      "ambiguous columns",
-      origin,
-      f"{messages.names(columns)} could be {' or '.join(names)}; pick the columns to use with columns=",
-    )
-  return names[0]
+  """The schema that a row's columns fit."""
+  return forms.of(fields.keys(), origin, None, KNOWN).kind
 
 
 def validate(fields: dict[str, Any], origin: str) -> dict[str, Any]:
   """The fields with each value checked for its kind, messages in one form (role, content)."""
   checked = dict(fields)
   for key in ("channel", "tools", "documents", TEMPLATE_VALUES):
-    if checked.get(key) is None:
+    if checked.get(key) is None or checked[key] == "":
       checked.pop(key, None)
   if not isinstance(checked.get("channel", ""), str):
     raise messages.wrong_type("channel", checked["channel"], "a string", origin)
@@ -276,8 +311,8 @@ def as_chat(fields: dict[str, Any], origin: str, system: str | None) -> dict[str
     raise RowError(
       "no place for the system message",
       origin,
-      f"system= goes before a prompt and its answers in strings, found {messages.names(fields)} (which are not all"
-      " strings); put the message into the rows, or leave system= out",
+      f"data.system goes before a prompt and its answers in strings, found {messages.names(fields)} (which are not all"
+      " strings); put the message into the rows, or leave data.system out",
     )
   if not fields["prompt"].strip():
     raise RowError("empty prompt", origin, "an empty prompt cannot be a user's message")
@@ -299,7 +334,7 @@ def _renamed(raw, columns, origin):
       raise RowError(
         "missing column",
         origin,
-        f"columns={dict(columns)!r} asks for {missing[0]!r}, the row has {messages.names(raw)}",
+        f"data.columns asks for {missing[0]!r} as {name!r}, the row has {messages.names(raw)}",
       )
     parts = [raw[column] for column in wanted]
     if len(parts) == 1:

@@ -9,7 +9,7 @@ import functools
 import itertools
 from typing import Any
 
-from posttrain_jax.data.files import RowError
+from posttrain_jax.data.errors import RowError
 
 MANY_SPANS = 16  # of a text: more are found piece by piece, and not by what stands before each
 

@@ -12,7 +12,7 @@ import numpy as np
 from posttrain_jax.core import progress
 from posttrain_jax.data import answers as answer_lib
 from posttrain_jax.data import bounds, held_out, schema, turns
-from posttrain_jax.data.files import SHORTEN, RowError
+from posttrain_jax.data.errors import SHORTEN, RowError
 from posttrain_jax.data.packing import pack_answers
 from posttrain_jax.evals import tasks
 from posttrain_jax.models import before

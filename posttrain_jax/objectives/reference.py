@@ -115,5 +115,6 @@ class Compared(Scorer):
       raise ValueError(
         f"before any training the policy's log-probabilities differ from the reference's by {drift:.3g} nats a token,"
         f" where rounding explains {allowed:g}: they are not of the same model. Were cached ones made by other"
-        " parameters? Delete the folder `reference` in the cache, or compute them at each step (cache_reference=false)"
+        " parameters? Delete the folder `reference` in the cache, or compute them at each step"
+        " (--config.objective.cache_reference=false)"
       )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from posttrain_jax.core import struct
+from posttrain_jax.core import patterns, struct
 from posttrain_jax.optim import adam8bit, paths
 
 Array = jax.Array
@@ -185,7 +184,7 @@ def adam(
 def is_target(path: tuple[Any, ...], p: Any, target: str) -> bool:
   """Whether the parameter is a matrix whose path `target` matches."""
   matrix = p.ndim - paths.stacked(path) == 2
-  return matrix and re.fullmatch(target, paths.module(path)) is not None
+  return matrix and patterns.fullmatch(target, paths.module(path))
 
 
 def check(params: Any, *, rank: int, target: str) -> None:

@@ -33,7 +33,7 @@ from posttrain_jax.build import run as runs
 from posttrain_jax.build.model import Model
 from posttrain_jax.core import sharding, tree
 from posttrain_jax.data import answers, packing
-from posttrain_jax.data.chat import Example
+from posttrain_jax.data.encoded import Example
 from posttrain_jax.models import decoder, fetch, hf, rotary
 from posttrain_jax.models.config import ModelConfig
 from posttrain_jax.models.shapes import SHAPES

@@ -6,11 +6,11 @@ does so while it reads.
 
 from __future__ import annotations
 
-import re
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from posttrain_jax.core import tree, weight
+from posttrain_jax.core import patterns, tree, weight
 from posttrain_jax.quant import fp4, int8, nf4, stack
 
 # What `base=` and `storage=` call a type -> the module with its `quantize` and `abstract`.
@@ -85,13 +85,14 @@ def _storage(name: str) -> Any:
 
 def _matches(pattern: str, leaves: Mapping[str, Any]) -> list[str]:
   """The paths that a pattern keeps dense."""
-  ending = re.compile(rf"(?:.*[./])?(?:{pattern})")
+  patterns.check(pattern)
+  is_kept = functools.partial(patterns.fullmatch, rf"(?:.*[./])?(?:{pattern})")
   paths = []
   for path, leaf in leaves.items():
     shape = weight.shape(leaf)
     names = tree.expand(path, shape[0] if shape else 0)
-    hits = [bool(ending.fullmatch(name)) for name in names]
-    if ending.fullmatch(path) or (hits and all(hits)):
+    hits = [is_kept(name) for name in names]
+    if is_kept(path) or (hits and all(hits)):
       paths.append(path)
     elif any(hits):
       raise ValueError(

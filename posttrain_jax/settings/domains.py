@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping
-from re import _constants, _parser  # ty: ignore[missing-module-member]
 from typing import Any, Protocol
+
+from posttrain_jax.core import patterns
 
 LARGEST = 3.4028234663852886e38  # of float32, in which a run computes
 SMALLEST = 1.1754943508222875e-38  # what is nearer to 0 counts as 0 there
@@ -125,12 +125,10 @@ class Flag:
 
 @dataclasses.dataclass(frozen=True)
 class Expression:
-  """A regular expression; one whose repetitions repeat what repeats is refused, since matching it may never end.
+  """A regular expression that can be matched; one that takes too long is refused where it is.
 
   >>> Expression().wrong("layers/[")
   'it is no regular expression: unterminated character set at position 7'
-  >>> Expression().wrong("(a+)+b")
-  'a repetition within a repetition may take for ever to match; write it with one'
   """
 
   empty: bool = False
@@ -142,35 +140,8 @@ class Expression:
   def wrong(self, value: Any) -> str:
     if not isinstance(value, str) or not (value or self.empty):
       return f"write {self.says}"
-    try:
-      parsed = _parser.parse(value)
-      re.compile(value)
-    except (re.error, OverflowError, RecursionError) as error:
-      return f"it is no regular expression: {error}"
-    if _nested(parsed, inside=False):
-      return "a repetition within a repetition may take for ever to match; write it with one"
-    return ""
-
-
-def _nested(parsed: Any, *, inside: bool) -> bool:
-  """Whether a repetition without end stands in another one."""
-  repeats = (_constants.MAX_REPEAT, _constants.MIN_REPEAT)
-  for operator, argument in parsed:
-    endless = operator in repeats and argument[1] == _constants.MAXREPEAT
-    if endless and inside:
-      return True
-    if any(_nested(part, inside=inside or endless) for part in _parts(argument)):
-      return True
-  return False
-
-
-def _parts(argument: Any) -> list[Any]:
-  """The expressions within a parsed expression's argument."""
-  if isinstance(argument, _parser.SubPattern):
-    return [argument]
-  if isinstance(argument, tuple | list):
-    return [part for item in argument for part in _parts(item)]
-  return []
+    reason = patterns.wrong(value)
+    return f"it {reason}" if reason else ""
 
 
 @dataclasses.dataclass(frozen=True)

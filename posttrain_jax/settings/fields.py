@@ -128,14 +128,16 @@ FIELDS: Mapping[str, Field] = {
   ),
   # --- data
   "data.train": Field(
-    "a built-in task, a .jsonl .json .parquet path, a hub name, or a mixture FIRST*0.7+SECOND*0.3",
+    "a built-in task, a .jsonl .json .csv .tsv .parquet path, a hub name, or a mixture FIRST*0.7+SECOND*0.3",
     Text("a source of rows", empty=True),  # what reads no rows needs none
   ),
   "data.eval": Field(
     "held-out rows, named as data.train; '': the task's own evaluation split, or eval_rows rows of train",
     Text("a source of rows", empty=True),
   ),
-  "data.eval_rows": Field("rows held out of train; 0 for none", _whole(0)),
+  "data.eval_rows": Field(
+    "rows held out of train; 0 for none; None: a tenth of them, at most 64", _whole(0, also=(None,))
+  ),
   "data.columns": Field("this schema's name -> the file's column, or columns", _COLUMNS),
   "data.chat": Field(
     "prompt and completion strings become a user's and an assistant's turn", Flag()

@@ -8,8 +8,8 @@ import pytest
 
 from posttrain_jax.build import data, decisions
 from posttrain_jax.build.model import Model
-from posttrain_jax.data import chat
-from posttrain_jax.data.files import RowError
+from posttrain_jax.data import chat, loader
+from posttrain_jax.data.errors import RowError
 from posttrain_jax.evals import judge
 from posttrain_jax.settings import ConfigError
 from tests import tiny
@@ -95,7 +95,9 @@ def given_rows(tmp_path, kind, train, **settings):
   )
   for name, rows in dict(train=train, **settings).items():
     is_rows = isinstance(rows, list)
-    config.data[name] = str(tiny.write_jsonl(tmp_path / f"{name}.jsonl", rows)) if is_rows else rows
+    with config.ignore_type():
+      path = tmp_path / f"{name}.jsonl"
+      config.data[name] = str(tiny.write_jsonl(path, rows)) if is_rows else rows
   tokenizer = tiny.tokenizer()
   used = Model(tmp_path, None, tiny.config(), tokenizer, chat.template(tokenizer), None)
   return config, used
@@ -129,6 +131,46 @@ def test_classes_may_stand_in_a_file_each(tmp_path):
   good, bad = (tiny.write_jsonl(tmp_path / f"{x}.jsonl", labelled(x)) for x in (True, False))
   config, used = given_rows(tmp_path, "outcomes", f"{good}*0.5+{bad}*0.5")
   assert len(data.read(config, used).examples) == 2
+
+
+PAIRS = [dict(prompt=f"q{i}", chosen="yes", rejected="no") for i in range(64)]
+SMALL = {
+  "text": [dict(prompt=f"q{i}", completion="a") for i in range(700)],
+  "pairs": PAIRS,
+  "labels": labelled(*[i % 3 == 0 for i in range(64)]),
+}
+
+
+@pytest.mark.parametrize(
+  ("kind", "count", "held_out"),
+  [
+    *(("text", count, held_out) for count, held_out in ((1, 0), (2, 0), (5, 0), (20, 2), (64, 6))),
+    *(("pairs", count, held_out) for count, held_out in ((1, 0), (5, 0), (20, 2), (64, 6))),
+    *(("labels", count, held_out) for count, held_out in ((2, 0), (19, 0), (20, 2), (64, 6))),
+    ("text", 700, 64),
+  ],
+)
+def test_where_nobody_says_how_many_a_tenth_is_held_out(kind, count, held_out, tmp_path):
+  """Of 60 rows, 64 could not be held out; of 5, none says anything.  Labels have both classes on both sides."""
+  config, used = given_rows(tmp_path, kind, SMALL[kind][:count], eval_rows=None)
+  if kind == "labels":
+    config.objective = ml_collections.ConfigDict(dict(name="kto", estimate_kl=True))
+  rows = data.read(config, used)
+  assert (len(rows.examples), len(rows.eval)) == (count - held_out, held_out)
+  assert (f"a tenth of {count} is too few" in " ".join(rows.notes)) == (not held_out)
+  assert "reads 'prompt' as the prompt" in rows.reads[0]
+  batches = loader.Loader(rows.train, batch_size=8, length=64)
+  assert [next(batches)["tokens"].shape for _ in range(3)] == [(8, 64)] * 3
+
+
+def test_one_class_of_two_rows_is_not_held_out(tmp_path):
+  config, used = given_rows(tmp_path, "outcomes", labelled(True, *[False] * 29), eval_rows=None)
+  assert len(data.read(config, used).eval) == 0
+  told = dict(train=SMALL["text"][:4], eval_rows=4)
+  with pytest.raises(
+    ConfigError, match=r"eval_rows=4 would leave nothing of the 4 rows .*leave it out"
+  ):
+    data.read(*given_rows(tmp_path, "text", **told))
 
 
 def test_advice_for_a_row_that_is_too_long_fits_the_command(tmp_path):

@@ -205,7 +205,7 @@ def test_the_reference_may_be_another_adapter_or_model(reference, folder, tmp_pa
     (dict(arguments=",loss=dop"), "objective.losses={'dop': 1.0}: 'dop': known are dpo"),
     (dict(arguments=",loss=tpo"), '"reference"'),
     (dict(objective__reference="nowhere"), "nowhere"),
-    (dict(data__length=20), "prompt and answers together"),
+    (dict(data__length=20), "20 of 20 rows have more than data.length=20 tokens"),
     (dict(data__truncate="keep_start"), "answers are kept whole"),
     (dict(config="grouped", kind="scored", objective__advantage="mean"), "known are group"),
     (dict(data__kind="text"), "objective.name='preference' reads rows of pairs or triples"),

@@ -107,7 +107,8 @@ def reloaded(config: Any, folder: pathlib.Path, storage: str) -> Any:
     return hf.load(folder / "model")[0]
   params, model = hf.load(config.model.name, storage=storage)
   if decisions.has_score(config):
-    params, model = decoder.scored(jax.random.key(0), params, model)
+    writes = decisions.writes(config)
+    params, model = decoder.scored(jax.random.key(0), params, model, writes=writes)
   return adapters.bind(params, peft_format.load(folder / "adapter", params, model)[0])
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from posttrain_jax.data import answers, chat, schema
 from posttrain_jax.data.answers import SHARED
-from posttrain_jax.data.files import RowError
+from posttrain_jax.data.errors import RowError
 from posttrain_jax.data.packing import pack_answers
 from posttrain_jax.data.schema import Row
 from tests import tiny

@@ -6,7 +6,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from posttrain_jax.data import answers, borders, chat, schema
-from posttrain_jax.data.files import RowError
+from posttrain_jax.data.errors import RowError
 from tests import tiny
 from tests.data.conftest import make_tokenizer
 

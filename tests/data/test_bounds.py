@@ -7,7 +7,7 @@ import pytest
 
 from posttrain_jax.data import bounds
 from posttrain_jax.data.bounds import Bounds
-from posttrain_jax.data.files import RowError
+from posttrain_jax.data.errors import RowError
 from tests import tiny
 from tests.objectives import batches
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from posttrain_jax.build import self_checks
-from posttrain_jax.data import chat, schema, templates
-from posttrain_jax.data.files import RowError
+from posttrain_jax.data import chat, encoded, schema, templates
+from posttrain_jax.data.errors import RowError
 from posttrain_jax.data.schema import Row
 from tests.data.conftest import make_tokenizer
 
@@ -154,10 +154,15 @@ LONG = row(prompt="hello there " * 20, completion="fine")
 
 
 def test_a_prompt_longer_than_the_sequence_is_named():
-  with pytest.raises(RowError, match=r"talk.jsonl:7: a prompt of 4\d tokens.*max_length is 20"):
+  with pytest.raises(
+    RowError, match=r"talk.jsonl:7: a prompt of 4\d tokens.*a row has 20 .data.length"
+  ):
     chat.encode(LONG, CHATML, max_length=20)
   short = row(prompt="Hi", completion="hello there " * 20)
-  with pytest.raises(RowError, match=r"talk.jsonl:7: \d+ tokens .*max_length is 20; raise"):
+  with pytest.raises(
+    RowError,
+    match=r"talk.jsonl:7: \d+ tokens .*a row has 20 .data.length.; raise --config.data.length",
+  ):
     chat.encode(short, CHATML, max_length=20)
 
 
@@ -267,7 +272,7 @@ def test_messages_need_a_template():
 def test_describe_marks_what_is_trained():
   messages = talk("Hi", "Hello there", "Bye", "é語")
   example = chat.encode(row(messages=messages), CHATML, TEMPLATE, max_length=99)
-  assert chat.describe(example, CHATML) == (
+  assert encoded.describe(example, CHATML) == (
     "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n[[Hello there<|im_end|>]]\n"
     "<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n[[é語<|im_end|>]]\n"
   )

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from posttrain_jax.data import held_out
-from posttrain_jax.data.chat import Example
+from posttrain_jax.data.encoded import Example
 from tests.objectives import batches
 
 

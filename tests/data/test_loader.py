@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from posttrain_jax.data.chat import Example
-from posttrain_jax.data.files import RowError
+from posttrain_jax.data.encoded import Example
+from posttrain_jax.data.errors import RowError
 from posttrain_jax.data.loader import Loader, channel_names, eval_batches, read
 from posttrain_jax.data.mixture import replay
 from tests import tiny
@@ -138,10 +138,10 @@ def test_a_checkpoint_of_two_processes_resumes_in_one():
   ("change", "message"),
   [
     ({"seed": 1}, "seed was 0, is 1"),
-    ({"batch_size": 8}, "batch_size was 4, is 8"),
+    ({"batch_size": 8}, "batch.rows was 4, is 8"),
     ({"window": 17}, "window was 16, is 17"),
-    ({"length": 64}, "edges was"),
-    ({"packing": False}, "packing was True, is False"),
+    ({"length": 64}, r"data.length. was"),
+    ({"packing": False}, "data.packing was True, is False"),
   ],
 )
 def test_a_stream_that_changed_is_refused(change, message):
@@ -149,7 +149,7 @@ def test_a_stream_that_changed_is_refused(change, message):
   with pytest.raises(ValueError, match=message):
     Loader(EXAMPLES, **{**PACKED, **change}).set_state(state)
   changed = [*EXAMPLES[:-1], Example(EXAMPLES[-1].tokens + 1, EXAMPLES[-1].mask)]
-  with pytest.raises(ValueError, match=r"order has changed: data was"):
+  with pytest.raises(ValueError, match=r"order has changed: the digest of the rows was"):
     Loader(changed, **PACKED).set_state(state)
 
 
@@ -245,7 +245,7 @@ def test_no_size_loses_an_example(count, batch_size, packing, seed):
   [
     (
       {"length": 20},
-      r"a.jsonl:\d+ has \d+ tokens, more than a row's 20; encode it with max_length=20",
+      r"a.jsonl:\d+ has \d+ tokens, more than a row's 20: raise data.length",
     ),
     ({"packing": False, "edges": (8, 16)}, "more than a row's 16"),
     ({"batch_size": 6, "shard": (0, 2), "accumulate": 2}, "use a multiple of 4"),

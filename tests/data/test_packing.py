@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from posttrain_jax.data.chat import Example
+from posttrain_jax.data.encoded import Example
 from posttrain_jax.data.packing import best_fit, bucket_edges, pack
 
 lengths_and_capacity = st.integers(1, 40).flatmap(

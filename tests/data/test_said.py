@@ -6,7 +6,7 @@ import logging
 import pytest
 
 from posttrain_jax.data import answers, chat, schema, templates
-from posttrain_jax.data.files import RowError
+from posttrain_jax.data.errors import RowError
 from tests import tiny
 
 TOKENIZER = tiny.tokenizer()
@@ -407,7 +407,11 @@ CITES = "{% for d in documents or [] %}{{ d.title ~ d.text }}{% endfor %}"
     ({"documents": ["rain"]}, r"'documents' is an array"),
     ({"system": "Be brief."}, r"'system' stands beside 'messages' .*columns.messages=messages"),
     ({"system_prompt": "Be brief."}, r"'system_prompt' stands beside .*first message"),
-    ({"functions": [{"name": "f"}]}, r"'functions' stands beside 'messages' .*'tools'"),
+    ({"functions": [{"name": "f"}]}, r"does not write all of 'tools'"),
+    (
+      {"functions": [{"name": "f"}], "tools": [{"name": "g"}]},
+      r"'functions' stands beside 'messages' .*'tools'",
+    ),
   ],
 )
 def test_what_stands_beside_a_conversation_is_not_lost(row, message):
@@ -439,13 +443,11 @@ def test_what_says_nothing_more_may_stand_beside_a_conversation(beside):
   assert schema.read([{"text": "a", "system": "linux"}])
 
 
-def test_what_columns_leave_out_beside_a_conversation_is_told_once(caplog):
+def test_what_columns_leave_out_beside_a_conversation_is_told_once():
   rows = [{"conversations": [ASKED, DRY], "system": "Be brief.", "system_prompt": " "}] * 2
-  with caplog.at_level(logging.WARNING):
-    schema.read(rows, columns={"messages": "conversations"})
-  assert [r.getMessage() for r in caplog.records] == [
-    "rows have 'system', which is none of the columns to use and is left out (first: row 0)"
-  ]
+  assert schema.read(rows, columns={"messages": "conversations"}).reads == (
+    "the list: reads 'conversations' as the conversation; nobody reads 'system', 'system_prompt'",
+  )
 
 
 def test_what_a_template_need_not_write_is_told_once_where_it_does_not(tmp_path, caplog):

@@ -9,7 +9,7 @@ import pytest
 from pyarrow import parquet
 
 from posttrain_jax.data import schema
-from posttrain_jax.data.files import RowError
+from posttrain_jax.data.errors import RowError
 
 USER = {"role": "user", "content": "Hi"}
 ASSISTANT = {"role": "assistant", "content": "Hello"}
@@ -105,7 +105,10 @@ BAD = [
   ("nested too deeply", {"messages": [USER, {**ASSISTANT, "extra": DEEP}]}),
   ("not text", calls([{"function": {"name": "f", "arguments": r'{"a": "\ud800"}'}}])),
   ("call of another", {"messages": [{**USER, "tool_calls": [{"function": {"name": "f"}}]}]}),
-  ("function_call", {"messages": [USER, {**ASSISTANT, "function_call": {"name": "f"}}]}),
+  (
+    "function_call",
+    {"messages": [USER, {"role": "assistant", "function_call": {"name": "f"}, "tool_calls": [{}]}]},
+  ),
   ("wrong type", {"messages": [USER, {**ASSISTANT, "reasoning_content": 3}]}),
   ("message without content", {"messages": [USER, {"role": "assistant", "tool_calls": []}]}),
   ("unknown role", {"messages": [{"role": ["user"], "content": "a"}]}),
@@ -129,7 +132,9 @@ def test_a_bad_row_names_file_and_line_and_can_be_skipped(reason, line, tmp_path
 
 def test_unknown_columns_show_the_schemas_and_how_to_map(tmp_path):
   path = write(tmp_path / "a.jsonl", {"question": "a", "answer": "b"})
-  with pytest.raises(RowError, match=r"chosen(.|\n)*columns=\{\"prompt\": \"question\""):
+  with pytest.raises(
+    RowError, match=r"columns.prompt=question --config.*completion=answer;(.|\n)*chosen"
+  ):
     schema.read(path)
 
 
@@ -241,7 +246,10 @@ def test_every_container_gives_the_same_rows(tmp_path):
     ('[\n{"text": "a"},\n{"text": }]', r"a.json:3: not JSON"),
     ('[\n{"text": "a"}\n{"text": "b"}]', r"a.json:3: not JSON \(expected ','"),
     ('[{"text": "a"}] 1', r"a.json:1: not JSON \(something follows"),
-    ('{"text": "a"}\n{"text": "b"}', r"one object to a line: name the file .jsonl"),
+    (
+      '{\n"rows": [{"text": "a"}]}',
+      r"a.json:1: expected one array of rows, or an object to a line",
+    ),
     ("", "found an empty file"),
     ("[]", "holds no usable row"),
     ('[\n{"text": "a"},', r"a.json:2: not JSON"),

@@ -11,7 +11,7 @@ from posttrain_jax.adapters import layout
 from posttrain_jax.core import metrics as metrics_lib
 from posttrain_jax.core import tree
 from posttrain_jax.data import answers, companions
-from posttrain_jax.data.chat import Example
+from posttrain_jax.data.encoded import Example
 from posttrain_jax.data.packing import pack_answers, slots
 from posttrain_jax.models import decoder
 from posttrain_jax.objectives import (

@@ -142,6 +142,7 @@ def test_eight_bit_moments_stay_near_the_others():
     (dict(projection="sideways"), r"sideways.*reverse_std"),
     (dict(target=r"layers/q_prj"), r"layers/q_prj.*matches no matrix of embed_tokens/weight"),
     (dict(target=r"norm/.*"), r"matches no matrix"),
+    (dict(target="("), r"^'\(' is no regular expression: missing \)"),
   ],
 )
 def test_mistakes_are_explained(wrong, message):

@@ -64,6 +64,8 @@ def test_excluded_weights_stay_dense(pattern):
 def test_mistakes_in_quantize_params_are_named():
   with pytest.raises(ValueError, match=r"no parameter matches 'dwn_proj'; .*down_proj"):
     quant.quantize_params(params(), exclude=["dwn_proj"])
+  with pytest.raises(ValueError, match=r"^'\(' is no regular expression: missing \)"):
+    quant.quantize_params(params(), exclude=["("])
   with pytest.raises(ValueError, match=r"matches 1 of the 2 layers of .*write 'down_proj'"):
     quant.quantize_params(params(), exclude=[r"layers\.1\.mlp\.down_proj"])
   with pytest.raises(ValueError, match=r"down_proj/weight: it is a NF4 already"):
