@@ -4,6 +4,7 @@ import importlib.util
 import json
 import logging
 import threading
+import time
 
 import pytest
 
@@ -125,7 +126,7 @@ def test_a_library_that_is_not_there_is_said_with_its_name(monkeypatch):
 # --- the libraries themselves, without a network ---------------------------------------------------------------------
 
 
-def two_starts(folder, name):
+def two_starts(folder, name, *, apart=0.0):
   config = {**CONFIG, "log": {name: "ours"}}
   for steps in ((1, 2), (3,)):
     told = Journal(folder, steps[0] - 1, trackers.of_run(folder, config))
@@ -134,6 +135,7 @@ def two_starts(folder, name):
     told.is_complete = True
     told.close()
     assert not any(tracker.has_failed for tracker in told.trackers)
+    time.sleep(apart)
   return json.loads((folder / trackers.RUNS).read_text())[name]
 
 
@@ -165,8 +167,8 @@ def test_trackio_has_the_run(tmp_path, monkeypatch):
 def test_wandb_has_the_run(tmp_path, monkeypatch):
   pytest.importorskip("wandb", reason="needs pip install 'posttrain-jax[wandb]'")
   monkeypatch.setenv("WANDB_MODE", "offline")
-  run = two_starts(tmp_path, "wandb")
+  run = two_starts(tmp_path, "wandb", apart=1.0)  # its files are named by the second
   files = sorted(tmp_path.glob(f"wandb/offline-run-*-{run}/run-{run}.wandb"))
-  assert all(b"eval_loss/sp+ecial" in file.read_bytes() for file in files)
+  assert [b"eval_loss/sp+ecial" in file.read_bytes() for file in files] == [True, True]
   assert len(files) == 2
   assert not any(b"pass1234" in file.read_bytes() for file in files)
