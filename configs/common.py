@@ -208,9 +208,13 @@ def run(arg):
   # held-out metric whose best step is exported, like "loss"; "": the last step
   c.eval.best = ""
   c.eval.stop_after = 0  # evaluations without its improvement after which the run ends; 0: never
-  c.eval.task = ""  # a built-in task to answer before and after training, such as "sql"
-  c.eval.task_limit = 0  # questions; 0 for all
-  c.eval.before = True  # answer it before training too
+  c.eval.samples = 0  # held-out prompts whose answers, before and after, are shown in the report
+  # what grades answers: exact, contained, json, number, FILE.py:name, or several with commas between
+  c.eval.metric = ""
+  c.eval.task = ""  # what is asked instead of held-out prompts: "sql" (built in), or a file of rows
+  c.eval.task_limit = 0  # questions that are graded; 0 for all
+  c.eval.max_new_tokens = 0  # of an answer; 0: what the longest expected answer needs
+  c.eval.before = True  # answer before training too
   c.checkpoint = ml_collections.ConfigDict()
   c.checkpoint.every = 100  # steps; the last step is always kept
   c.checkpoint.keep = 2  # newest ones

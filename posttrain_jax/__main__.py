@@ -10,13 +10,18 @@ import os
 import platform
 import re
 import shutil
+import signal
 import sys
 import threading
 from collections.abc import Mapping, Sequence
 from types import ModuleType, TracebackType
 
-from posttrain_jax import settings
-from posttrain_jax.commands import (
+from posttrain_jax.core import ending
+
+GUARD = ending.guard(__name__)  # before what takes a while to import
+
+from posttrain_jax import settings  # noqa: E402
+from posttrain_jax.commands import (  # noqa: E402
   chat,
   common,
   completion,
@@ -31,7 +36,6 @@ from posttrain_jax.commands import (
   train,
 )
 
-PREEMPTED = 75
 TRACEBACK = "POSTTRAIN_TRACEBACK"  # in the environment: errors show where they come from
 EXAMPLES = """\
   posttrain fetch smollm2
@@ -59,7 +63,14 @@ COMMANDS: Mapping[str, ModuleType] = {
 }
 
 
-INTERRUPTED = 130  # exit code: Ctrl-C, as shells have it
+# what a verb that was ended leaves, where it is not a file that is whole or not there
+LEFT: Mapping[str, str] = {
+  "train": "run the same command again",
+  "sweep": "finished points are kept; run the same command again",
+  "merge": "what is merged so far is kept beside --out, and the same command goes on there",
+  "fetch": "what was fetched so far is gone; run the same command again",
+  "chat": "nothing was being written",
+}
 # arguments that are paths, or names in the place of one; several have commas between
 PATHS = (
   "workdir",
@@ -78,7 +89,8 @@ PATHS = (
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs one command.
 
-  0: done; 75: preempted, safe to run again; 130: interrupted; 1 or 2: the user's mistake or a failure.
+  0: done; 75: preempted, safe to run again; 130: interrupted; 129 and 143: ended by SIGHUP and SIGTERM; 1 or 2: the
+  user's mistake or a failure.
   """
   if argv is not None:
     return _run(list(argv))
@@ -87,20 +99,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
   if not os.environ.get(TRACEBACK):
     _hush()
-  code = _run(sys.argv[1:])
-  return code if code in (0, PREEMPTED) else _leave(code)
+  guard = GUARD or ending.Guard(sys.argv[1] if len(sys.argv) > 1 else "")
+  with guard.armed():
+    code = _run(sys.argv[1:], guard)
+  return code if code in (0, ending.PREEMPTED) else _leave(code)
 
 
-def _run(argv: list[str]) -> int:
+def _run(argv: list[str], guard: ending.Guard | None = None) -> int:
   overrides = [arg for arg in argv if arg.startswith("--config.")]
   rest = [arg for arg in argv if arg not in overrides]
   try:
     parser = _parser(_fields(rest, overrides))
-  except Exception as error:
-    if os.environ.get(TRACEBACK):
-      raise
-    _tell(f"posttrain: {_message(error)}")
-    return 1
+  except (KeyboardInterrupt, ending.Ended, Exception) as error:
+    return _failed(error, argparse.Namespace(command=""), guard)
   args, unknown = parser.parse_known_args(rest)
   if unknown:
     said = f"unrecognized arguments: {' '.join(unknown)}"
@@ -111,21 +122,44 @@ def _run(argv: list[str]) -> int:
   for name, value in vars(args).items():
     if name in PATHS and isinstance(value, str):
       setattr(args, name, _home(value))
-  logging.basicConfig(level=logging.WARNING, format="%(message)s")
+  logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_ToStderr()])
   logging.getLogger("posttrain_jax").setLevel(logging.INFO)
   os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns that PyTorch is not there
   try:
     if "config" in args and args.print_config:
       return common.print_config(args.config, overrides)
     return COMMANDS[args.command].run(args, overrides)
-  except KeyboardInterrupt:
-    _tell(f"posttrain {args.command}: interrupted")
-    return INTERRUPTED
-  except Exception as error:
-    if os.environ.get(TRACEBACK):
-      raise
-    _tell(f"posttrain {args.command}: {_message(error)}")
-    return 1
+  except (KeyboardInterrupt, ending.Ended, Exception) as error:
+    return _failed(error, args, guard)
+
+
+def _failed(error: BaseException, args: argparse.Namespace, guard: ending.Guard | None) -> int:
+  """Says what went wrong, or that a signal ended it, and returns the exit code."""
+  number = guard.asked if guard else 0
+  if isinstance(error, KeyboardInterrupt):
+    number = signal.SIGINT
+  if guard:
+    guard.caught()
+  if number:  # compiled modules make an ImportError of what is raised while they are imported
+    return _ended(number, args)
+  if os.environ.get(TRACEBACK):
+    raise error
+  _tell(f"posttrain {args.command}".rstrip() + f": {_message(error)}")
+  return 1
+
+
+def _ended(number: int, args: argparse.Namespace) -> int:
+  """Says that a signal ended it and what is left, and returns the exit code."""
+  how = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
+  out = vars(args).get("out")
+  if out and args.command != "report" and os.path.exists(out):
+    left = f"{out} is whole"
+  elif out and args.command not in LEFT:
+    left = f"nothing was written to {out}"
+  else:
+    left = LEFT.get(args.command, "nothing was written")
+  _tell(f"posttrain {args.command}".rstrip() + f": {how}; {left}")
+  return ending.code(number, args.command)
 
 
 def _tell(text: str) -> None:
@@ -158,9 +192,17 @@ def _hush() -> None:
   """Of a failure a sentence is said: threads that fail as well would bury it under tracebacks, their own or Orbax's."""
   threading.excepthook = sys.unraisablehook = lambda _: None
   sys.excepthook = _told_of_the_main_thread  # tensorstore's threads call it
-  said = logging.StreamHandler()
+  said = _ToStderr()
   said.addFilter(lambda record: record.name != "absl")
   logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[said])
+
+
+class _ToStderr(logging.StreamHandler):
+  """Standard error as it is when something is said: a bar puts itself in its place, to stay below."""
+
+  def emit(self, record: logging.LogRecord) -> None:
+    self.stream = sys.stderr
+    super().emit(record)
 
 
 def _told_of_the_main_thread(

@@ -10,7 +10,7 @@ import ml_collections
 from posttrain_jax import settings
 from posttrain_jax.build import adapter, decisions
 from posttrain_jax.data import answers, chat
-from posttrain_jax.evals import meanings
+from posttrain_jax.evals import graders, meanings, tasks
 from posttrain_jax.settings import ConfigError, fields
 
 Config = ml_collections.ConfigDict
@@ -128,10 +128,25 @@ def _following_reference(config: Config) -> None:
     )
 
 
-def _task(config: Config) -> None:
-  if config.eval.task and jax.process_count() > 1:
+def _answers(config: Config) -> None:
+  if not decisions.asks(config):
+    return
+  e = config.eval
+  what = next(name for name in ("task", "metric", "samples") if e.get(name))
+  if jax.process_count() > 1:
     raise ConfigError(
-      "eval.task generates text in one process; run `posttrain eval` afterwards instead"
+      f"eval.{what} generates text in one process; run `posttrain eval` afterwards instead"
+    )
+  if not decisions.writes(config):
+    raise ConfigError(
+      f"eval.{what}: this run trains scores of answers, and writes none; leave it out, or train the model's own words"
+      " too with --config.objective.sft_weight above 0"
+    )
+  graders.load(decisions.grades(config))
+  if e.task and e.task not in tasks.TASKS and what == "task" and not decisions.grades(config):
+    raise ConfigError(
+      f"eval.task={e.task!r} is no built-in task ({', '.join(tasks.TASKS)}), and nothing says how answers to such rows"
+      " are graded: write --config.eval.metric=exact (or contained, json, number, FILE.py:name)"
     )
 
 
@@ -152,6 +167,6 @@ CHECKS: tuple[Callable[[Config], None], ...] = (
   _mixture,
   _shifted_attention,
   _following_reference,
-  _task,
+  _answers,
   _accumulation,
 )

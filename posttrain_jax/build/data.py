@@ -83,7 +83,7 @@ def read(config: ml_collections.ConfigDict, model: Model) -> Data:
   train, eval_examples, also = _parted(config, model, train)
   told += also
   if d.replay:
-    with _told_of("data.replay"):
+    with told_of("data.replay"):
       general, also = _encoded(config, d.replay, "train", model, d.replay_columns)
     general, notes = _apart(general, eval_examples)
     told += also + _Told(notes=notes)
@@ -107,7 +107,7 @@ def evaluated(
   d = config.data
   told = _Told()
   if source is not None:
-    with _told_of("", SHORTEN):
+    with told_of("", SHORTEN):
       rows, told = _encoded(config, source, "eval", model, d.columns)
   elif d.eval or d.train in tasks.TASKS:
     _, rows, told = _parted(config, model, ())
@@ -145,7 +145,7 @@ def _parted(
   """(what trains, what is held out, what is to be said)."""
   d = config.data
   if d.eval or d.train in tasks.TASKS:
-    with _told_of("data.eval" if d.eval else ""):
+    with told_of("data.eval" if d.eval else ""):
       rows, told = _encoded(config, d.eval or d.train, "eval", model, d.columns)
     if d.eval_rows != 0:
       most = held_out.MOST if d.eval_rows is None else d.eval_rows
@@ -209,7 +209,7 @@ def _finished(
   if kind in ("labels", "outcomes"):
     _check_classes(config, data, source)
   if decisions.has_companions(config):
-    data = data.map(functools.partial(_with_companions, config, _bounds(config, model)))
+    data = data.map(functools.partial(_with_companions, config, bounds_of(config, model)))
   if kind == "scored":
     data = data.map(functools.partial(with_advantages, config))
   channels = loader.channel_names(data.examples, data.eval)
@@ -348,7 +348,7 @@ def _sources(config: ml_collections.ConfigDict, model: Model) -> tuple[Any, _Tol
 
 
 @contextlib.contextmanager
-def _told_of(name: str, too_long: str = "") -> Generator[None]:
+def told_of(name: str, too_long: str = "") -> Generator[None]:
   """What is wrong with a source is said with the name of the setting that it stands in, "" for data.train.
 
   Args:
@@ -369,19 +369,39 @@ def _told_of(name: str, too_long: str = "") -> Generator[None]:
     ) from None
 
 
-def _encoded(config, source, split, model, mapping) -> tuple[Sequence[Any], _Told]:
-  """(examples that the model can read, what is to be said of them)."""
+def read_rows(
+  config: ml_collections.ConfigDict, model: Model, source: str, split: str, mapping: Any
+) -> schema.Rows:
+  """The rows of a source, with a template as turns where config.data.chat says so."""
   d = config.data
-  rows = schema.read(
+  as_turns = bool(d.chat and model.template is not None)
+  return schema.read(
     source,
     split=split,
     on_error=d.on_error,
     columns=columns(mapping),
-    chat=bool(d.chat and model.template is not None),
-    system=d.system if d.chat and model.template is not None else None,
+    chat=as_turns,
+    system=d.system if as_turns else None,
     kinds=KINDS[d.kind],
   )
-  bounds = _bounds(config, model)
+
+
+def held_out_rows(
+  config: ml_collections.ConfigDict, model: Model, examples: Sequence[Any]
+) -> list[schema.Row]:
+  """The rows that held-out examples were made of, in their order."""
+  d = config.data
+  is_apart = d.eval or d.train in tasks.TASKS
+  every = read_rows(config, model, d.eval or d.train, "eval" if is_apart else "train", d.columns)
+  by_origin = {row.origin: row for row in every}
+  return [by_origin[origin] for origin in dict.fromkeys(e.origin for e in examples)]
+
+
+def _encoded(config, source, split, model, mapping) -> tuple[Sequence[Any], _Told]:
+  """(examples that the model can read, what is to be said of them)."""
+  d = config.data
+  rows = read_rows(config, model, source, split, mapping)
+  bounds = bounds_of(config, model)
   how: dict[str, Any] = dict(
     max_length=d.length, truncate=d.truncate, on_error=d.on_error, room=bounds.room
   )
@@ -400,7 +420,7 @@ def _encoded(config, source, split, model, mapping) -> tuple[Sequence[Any], _Tol
   return within, _Told([f"{source}: {part}" for part in every if len(part)], reads=list(rows.reads))
 
 
-def _bounds(config: ml_collections.ConfigDict, model: Model) -> bounds_lib.Bounds:
+def bounds_of(config: ml_collections.ConfigDict, model: Model) -> bounds_lib.Bounds:
   """What the model can read, with what the adapter puts before every text."""
   adapter_config = adapter.described(config)
   before = 0 if adapter_config is None else adapter.slots(adapter_config)

@@ -63,6 +63,17 @@ def writes(config: ml_collections.ConfigDict) -> bool:
   return o.name != "preference" or {*o.losses} != {"reward"}
 
 
+def asks(config: ml_collections.ConfigDict) -> bool:
+  """Whether the run writes answers before and after training."""
+  e = config.eval
+  return bool(e.task or grades(config) or ("samples" in e and e.samples))
+
+
+def grades(config: ml_collections.ConfigDict) -> str:
+  """The metrics that the run grades answers with, "" for none; runs of older versions have none."""
+  return config.eval.metric if "metric" in config.eval else ""
+
+
 def has_companions(config: ml_collections.ConfigDict) -> bool:
   """Whether each row brings another prompt's answer, from which KTO estimates its KL."""
   o = config.objective

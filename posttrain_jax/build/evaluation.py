@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 from posttrain_jax import adapters, settings
 from posttrain_jax.adapters import peft_format
 from posttrain_jax.build import adapter as adapter_lib
-from posttrain_jax.build import checks, decisions, objective, reference, use
+from posttrain_jax.build import checks, decisions, objective, questions, reference, use
 from posttrain_jax.build import data as data_lib
 from posttrain_jax.build import model as model_lib
 from posttrain_jax.build import run as runs
@@ -45,8 +46,10 @@ def evaluate(
   limit: int = 0,
   base: str | None = None,
   template: str | None = None,
+  metric: str | None = None,
+  out: str | None = None,
 ) -> dict[str, Any]:
-  """What the objective says of held-out rows, and for a built-in task how many answers were right.
+  """What the objective says of held-out rows, and how good answers to them are: of a built-in task, or by a metric.
 
   A run folder brings its own model, adapter and data: the rows that its training held out, prepared by the functions
   that prepared them there, so that the loss is the one that training printed.  `eval.json` is left in it.  Without one,
@@ -57,6 +60,8 @@ def evaluate(
     limit: so many rows, drawn; 0 for all.
     base: how the base's matrices are stored; None: as they were when the adapter was trained.
     template: a chat template's name; None: what was trained with.
+    metric: what grades answers to the rows, as config.eval.metric; None: what the run's config says.
+    out: a JSONL file for the answers with their grades.
 
   Raises:
     ConfigError: too little was said, or the run has produced nothing yet.
@@ -83,16 +88,26 @@ def evaluate(
   if run is None:
     used.check_writes()  # rows are imitated
   how = _described(used, str(data)) if run is None else run
+  how = how if metric is None else _grading(how, metric)
   results: dict[str, Any] = {"model": str(used.folder), "adapter": adapter}
   results["base"] = used.storage
   results["data"] = data or how.data.eval or how.data.train
-  if len(used.nodes) > 1:
+  if run is None and metric and (kinds := _unlike(str(data))):
+    log.info("no loss: rows of %s are answered here, and not imitated", kinds)
+  elif len(used.nodes) > 1:
     each = [_measured(how, used, params, data, limit, None) for params in used.members]
     results["members"] = each
   else:
     results |= _measured(how, used, used.bound, data, limit, workdir, is_whole=is_whole)
-  if how.objective.name == "sft" and results["data"] in tasks.TASKS:
-    results |= _answered(used, results["data"], limit, results.get("members", ()))
+  task = _task(how, used, data, limit)
+  if task is None and how.objective.name == "sft" and results["data"] in tasks.TASKS:
+    task = tasks.TASKS[results["data"]]
+  if task is not None:
+    results |= _answered(used, task, limit, results.get("members", ()), out)
+  elif out is not None:
+    raise ConfigError(
+      "--out: no answers are graded here; write --metric=exact (contained, json, number, FILE.py:name)"
+    )
   if workdir:
     files.write_json(Path(workdir) / "eval.json", results)
   return results
@@ -133,7 +148,14 @@ def _described(used: use.Used, source: str) -> ml_collections.ConfigDict:
       "model": {"name": used.name, "remat": "none", "base": "dense"},
       "adapter": {"method": "none"},
       "objective": {"name": "sft"},
-      "eval": {"rows": ROWS},
+      "eval": {
+        "rows": ROWS,
+        "samples": 0,
+        "metric": "",
+        "task": "",
+        "task_limit": 0,
+        "max_new_tokens": 0,
+      },
       "data": {
         "train": "",
         "eval": "",
@@ -243,10 +265,52 @@ def _reference(config: ml_collections.ConfigDict, used: use.Used) -> Any:
   return reference.params(config, _as_model(used, None), None)
 
 
+def _unlike(source: str) -> str:
+  """The kinds of rows of a source that no text is imitated of, "" for none."""
+  kinds = {row.kind for row in schema.read(source, split="eval")}
+  return ", ".join(sorted(kinds - {"text", "messages", "prompt_completion"}))
+
+
+def _grading(config: ml_collections.ConfigDict, metric: str) -> ml_collections.ConfigDict:
+  """The config with another metric, of a run of any version."""
+  asked = dict(samples=0, task="", task_limit=0, max_new_tokens=0) | config.eval.to_dict()
+  return ml_collections.ConfigDict({**config.to_dict(), "eval": {**asked, "metric": metric}})
+
+
+def _task(
+  config: ml_collections.ConfigDict, used: use.Used, source: str | None, limit: int
+) -> tasks.Task | None:
+  """What a metric grades: the questions that training asked, or the rows of a source; None where there is no metric."""
+  if not decisions.grades(config):
+    return None
+  used.check_writes()
+  if limit:
+    config = _grading(config, config.eval.metric)
+    config.eval.task_limit = limit
+  model = _as_model(used, used.params)
+  held_out = None if source or config.eval.task else data_lib.evaluated(config, model)
+  if held_out is not None and data_lib.TRAINED_ON in held_out.notes:
+    log.info("answers: %s", data_lib.TRAINED_ON)
+  return questions.make(config, model, held_out, source)
+
+
+def graded(used: use.Used, source: str, metric: str, limit: int) -> tasks.Task:
+  """The training rows of a source as a task that a metric grades; so many of them, drawn, or with 0 all."""
+  config = _grading(_described(used, source), metric)
+  config.eval.task_limit = limit
+  task = questions.make(config, _as_model(used, used.params), None, source, "train")
+  assert task is not None
+  return task
+
+
 def _answered(
-  used: use.Used, task: str, limit: int, members: Sequence[dict[str, Any]]
+  used: use.Used,
+  task: tasks.Task,
+  limit: int,
+  members: Sequence[dict[str, Any]],
+  out: str | None,
 ) -> dict[str, Any]:
-  """How many answers to a built-in task were right; each member of an ensemble is told its own share."""
+  """How good answers to a task are; each member of an ensemble is told its own share."""
   is_ensemble = len(used.nodes) > 1
   with progress.counter("answering") as count:
     answered = tasks.evaluate(
@@ -263,12 +327,17 @@ def _answered(
     )
   for member, right in zip(members, answered.by_member):
     member["accuracy"] = right / answered.total
+  if out is not None:
+    lines = [json.dumps(answer, ensure_ascii=False) + "\n" for answer in answered.answers]
+    files.write_text(Path(out), "".join(lines))
   by_channel = {name: f"{right}/{n}" for name, (right, n) in answered.by_channel.items()}
+  counted = dict(accuracy=answered.accuracy, correct=answered.correct, by_channel=by_channel)
   return {
-    "accuracy": answered.accuracy,
-    "correct": answered.correct,
+    **(counted if answered.is_share else {}),
     "total": answered.total,
-    "by_channel": by_channel,
+    "scores": dict(answered.scores),
+    "cut": answered.cut,
+    **({"answers": out} if out is not None else {}),
   }
 
 
@@ -281,7 +350,8 @@ def scores(
   for source in sources:
     config = _described(used, source)
     lost = _measured(config, used, used.bound, source, limit, None)["loss"]
-    right = _answered(used, source, limit, ()) if source in tasks.TASKS else {}
+    asked = tasks.TASKS.get(source)
+    right = {} if asked is None else _answered(used, asked, limit, (), None)
     results[source] = {name: right[name] for name in ("accuracy",) if right} | {"loss": lost}
   return results
 
@@ -327,7 +397,7 @@ def _margins(
   columns: dict[str, list[np.ndarray]] = {}
   # one example a row, so that rows are in the order of the examples
   length = max(map(len, examples))
-  for start in range(0, len(examples), run.eval.rows):
+  for start in progress.told(range(0, len(examples), run.eval.rows), "comparing pairs"):
     some = examples[start : start + run.eval.rows]
     (batch,) = loader.eval_batches(
       some, batch_size=run.eval.rows, edges=(length,), length=length, packing=False

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -61,8 +60,8 @@ def export(
     raise ValueError(gguf_write.NO_SCORES)
   if run.field("adapter.method") == "none" or merge:
     gguf_write.check(hf.read_config(fetch.resolve(run.field("model.name"))))
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=_parent(out)) as scratch:
-      folder = Path(scratch) / "model"
+    with files.beside(out) as scratch:
+      folder = scratch / "model"
       folders.export(workdir, folder, merge=True, merge_base=merge_base)
       return of_model(folder, out, kind=kind, base=run.field("model.name"))
   if kind != "f16":
@@ -88,8 +87,8 @@ def of_model(name: str | Path, out: str | Path, *, kind: str, base: str | None =
   tensors = merge_inputs.opened([ref], {ref: folder})[ref]
   tokenizer = chat.load_tokenizer(folder)
   about = {"general.name": out.stem, **_based_on(base)}
-  with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=_parent(out)) as scratch:
-    path = Path(scratch) / out.name
+  with files.beside(out) as scratch:
+    path = scratch / out.name
     described = _described(tokenizer, config, folder)
     gguf_write.write(path, tensors, config, described, kind=kind, about=about)
     file = gguf_read.File(path)
@@ -110,11 +109,6 @@ def _named(out: str | Path) -> Path:
   if out.exists():
     raise FileExistsError(f"{out} exists; name a new file, or remove it first")
   return out
-
-
-def _parent(out: Path) -> Path:
-  out.absolute().parent.mkdir(parents=True, exist_ok=True)
-  return out.absolute().parent
 
 
 def _based_on(base: str | None) -> dict[str, Any]:
@@ -215,15 +209,15 @@ def _adapter(run: runs.Run, out: Path) -> Path:
   gguf_write.check(config)
   if (source / peft_format.CONFIG).exists():
     _check_pair(run, source)
-  with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=_parent(out)) as scratch:
-    folders.export(run.folder, Path(scratch) / "adapter")  # whole, finite, and said if unfinished
+  with files.beside(out) as scratch:
+    folders.export(run.folder, scratch / "adapter")  # whole, finite, and said if unfinished
     nodes, adapter_config = peft_format.load(source, decoder.abstract(config), config)
     if adapter_config.context_length:
       raise ValueError(
         f"this adapter stretches the positions of its base, which a GGUF LoRA cannot; {MERGE}"
       )
     factors = dict(pairs(nodes, config))
-    path = Path(scratch) / out.name
+    path = scratch / out.name
     about = {"general.name": out.stem, **_based_on(run.field("model.name"))}
     gguf_write.write_adapter(path, factors, config, about=about)
     _check_factors(factors, gguf_read.read_adapter(path, config))

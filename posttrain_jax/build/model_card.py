@@ -9,7 +9,7 @@ from pathlib import Path
 
 from posttrain_jax.adapters import peft_format
 from posttrain_jax.core import files
-from posttrain_jax.evals import tasks
+from posttrain_jax.evals import panels, tasks
 from posttrain_jax.models import fetch
 from posttrain_jax.runs import record as runs
 
@@ -188,11 +188,14 @@ def _held_out(run: runs.Run) -> list[str]:
   evaluated = {key.removeprefix("eval_"): v for key, v in run.given().items() if key[:5] == "eval_"}
   rows = [(key, f"{evaluated[key]:.4g}") for key in FIGURES if key in evaluated]
   answered = {"before": run.before, "after": run.after}
-  rows += [
-    (f"{result.task}, {when} training", f"{result.correct} of {result.total} right")
-    for when, result in answered.items()
-    if result is not None
-  ]
+  for when, result in answered.items():
+    if result is None or not result.is_graded:
+      continue
+    if not result.scores:
+      rows.append((f"{result.task}, {when} training", f"{result.correct} of {result.total} right"))
+    for name, score in result.scores.items():
+      what = name if name == result.task else f"{name} of answers to {result.task}"
+      rows.append((f"{what}, {when} training", panels.counted(score)))
   return ["## Held-out figures", _table(["", "value"], rows)] if rows else []
 
 

@@ -8,10 +8,11 @@ import functools
 import json
 import math
 import shutil
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,7 @@ from posttrain_jax.build import (
   model,
   objective,
   optimizer,
+  questions,
   reference,
   self_checks,
   use,
@@ -41,6 +43,7 @@ from posttrain_jax.build.adapter import Trees
 from posttrain_jax.build.data import Data
 from posttrain_jax.build.model import Model
 from posttrain_jax.core import distributed, files, memory, metrics, tree
+from posttrain_jax.core import progress as progress_lib
 from posttrain_jax.core.checkpoint import Checkpoints
 from posttrain_jax.data import encoded, loader
 from posttrain_jax.evals import report, tasks
@@ -77,7 +80,7 @@ def train(
     ConfigError, RowError, ValueError, OSError: what the user can mend, in words.
     loop.Diverged: the gradients stayed not finite.
   """
-  say: Say = print if distributed.is_main() else lambda _: None
+  say: Say = _print if distributed.is_main() else lambda _: None
   fields.check(settings.plain(config), given)
   checks.check(config)
   trackers.check(settings.plain(config))
@@ -92,7 +95,7 @@ def train(
     say(f"mesh: {dict(devices.shape)}")
   ambient = contextlib.nullcontext() if devices is None else jax.set_mesh(devices)
   with ambient, signals.exiting():
-    pieces = build(config, devices)
+    pieces = build(config, devices, sys.stdout)
     config = pieces.config
     if not dry_run and _is_complete(Path(folder), config, say):
       return 0
@@ -104,7 +107,7 @@ def train(
     length.check_change(Path(folder), config)
     if told := length.told(Path(folder), config):
       say(told)
-    with run_folder.claimed(Path(folder), config, rows=data.identity(pieces.data)):
+    with run_folder.claimed(Path(folder), config, **pieces.identity()):
       return _Training(pieces.with_reference(say), Path(folder), say).to_the_end()
 
 
@@ -113,6 +116,18 @@ def _is_complete(folder: Path, config: ml_collections.ConfigDict, say: Say) -> b
     return False
   say(f"{folder} is complete: {(folder / record.DONE).read_text().strip()}")
   return True
+
+
+def _print(text: str) -> None:
+  print(text, flush=True)  # whoever reads a log file sees it when it is said
+
+
+@contextlib.contextmanager
+def _phase(doing: str, stream: TextIO | None) -> Generator[None]:
+  """Said by one process of a run."""
+  said = contextlib.nullcontext() if distributed.is_main() else progress_lib.muted()
+  with said, progress_lib.phase(doing, stream=stream):
+    yield
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +144,13 @@ class Pieces:
   schedule: optax.Schedule
   batches: loader.Loader
   step: Any  # jitted: (state, context, batch) -> (state, metrics), the state donated
+  task: tasks.Task | None  # what is asked before and after training
+
+  def identity(self) -> dict[str, Any]:
+    """What the run's record says of what its config only names: the rows held out, and the user's code."""
+    digests = {g.name: g.digest for g in (self.task.graders if self.task else ()) if g.digest}
+    rows = {"rows": data.identity(self.data)}
+    return rows | ({"metrics": digests} if digests else {})
 
   def first_state(self) -> State:
     return state_lib.first(
@@ -162,10 +184,20 @@ class Pieces:
       )
 
 
-def build(config: ml_collections.ConfigDict, devices: jax.sharding.Mesh | None) -> Pieces:
-  """The pieces of a run; an optimizer that these parameters do not suit says so here."""
-  base = model.load(config, devices)
-  rows = data.read(config, base)
+def build(
+  config: ml_collections.ConfigDict,
+  devices: jax.sharding.Mesh | None,
+  stream: TextIO | None = None,
+) -> Pieces:
+  """The pieces of a run; an optimizer that these parameters do not suit says so here.
+
+  Args:
+    stream: where it is said what is read; default stderr.
+  """
+  with _phase(f"reading {config.model.name}", stream):
+    base = model.load(config, devices)
+  with _phase("reading the data", stream):
+    rows = data.read(config, base)
   batches = data.stream(config, rows, devices)
   config = length.of_data(config, batches)
   with settings.section("objective"):
@@ -189,6 +221,7 @@ def build(config: ml_collections.ConfigDict, devices: jax.sharding.Mesh | None) 
     schedule=schedule,
     batches=batches,
     step=jitted_step(config, trees.adapter_config, loss, updates, shapes),
+    task=questions.make(config, base, rows),
   )
 
 
@@ -233,8 +266,19 @@ def _introduce(pieces: Pieces, say: Say) -> None:
     say(best.describe(pieces.config))
   for note in pieces.data.notes:
     say(note)
+  if pieces.task is not None:
+    say(f"answers: {_asked(pieces.task, pieces.config.eval.before)}")
   example = encoded.describe(pieces.data.examples[0], base.tokenizer)
   say(f"first example, trained tokens in [[ ]]:\n{example}\n")
+
+
+def _asked(task: tasks.Task, before: bool) -> str:
+  """What is asked when, and who grades it."""
+  when = "before and after training" if before else "after training"
+  graders = ", ".join(grader.name for grader in task.graders)
+  by = f", graded by {graders}" if graders else ", to be read in the report"
+  count, longest = len(task.examples("test")), task.max_new_tokens
+  return f"to {count} questions ({task.name}) {when}, at most {longest} tokens each{by}"
 
 
 def _explain_memory(pieces: Pieces, say: Say) -> None:
@@ -267,12 +311,14 @@ class _Training:
     if checkpoints.latest() is not None:
       data.check_held_out(self.folder, config, self.pieces.data)
       state, progress = self._resumed(checkpoints, state)
+      self._regrade()
     else:
       if told := record.last_step(self.folder):
         self.say(
           f"{record.METRICS} goes to step {told} and no checkpoint is there: beginning again"
         )
-      self_checks.fresh_adapter(self.pieces, self.say)
+      with _phase("checking that the run starts at the base", sys.stdout):
+        self_checks.fresh_adapter(self.pieces, self.say)
       if config.eval.before:
         self._evaluate_task("before", state)
     state, progress, complete = loop.loop(self._run(), state, progress, checkpoints)
@@ -330,7 +376,7 @@ class _Training:
       trackers=functools.partial(trackers.of_run, self.folder, settings.plain(config)),
       check_start=pieces.objective.check_start,
       mesh=pieces.mesh,
-      eval_every=config.eval.every,
+      eval_every=config.eval.every if pieces.data.eval else 0,
       save_every=config.checkpoint.every,
       log_every=config.log_every,
       max_skipped=config.max_skipped,
@@ -380,28 +426,45 @@ class _Training:
     export.accompany(folder, pieces.model.folder, config.model.template, how)
 
   def _evaluate_task(self, when: str, state: State) -> None:
-    """Answers the built-in task's held-out questions and keeps the result beside the metrics."""
-    config, pieces, base = self.pieces.config, self.pieces, self.pieces.model
-    if not config.eval.task:
+    """Answers what the run asks, and keeps the answers with their grades beside the metrics."""
+    pieces, base, task = self.pieces, self.pieces.model, self.pieces.task
+    if task is None:
       return
     if pieces.trees.adapter_config is None:
       params = memory.fetch(state.trainable)
     else:
       nodes = tree.combine(state.trainable, state.carried)
-      params = adapters.merge(pieces.trees.context.base, nodes)
-    with settings.section("eval.task"):
+      params = use.for_writing(pieces.trees.context.base, nodes)
+    doing = f"answering {when} training"
+    with settings.section("eval.task"), progress_lib.counter(doing) as count:
       result = tasks.evaluate(
         params,
         base.config,
         base.tokenizer,
-        task=config.eval.task,
-        limit=config.eval.task_limit or None,
+        task=task,
         template=base.template,
         dtype=base.dtype,
+        progress=count,
       )
     files.write_json(self.folder / f"evaluation-{when}.json", result.to_json())
-    share = f"{result.correct}/{result.total} correct ({100 * result.accuracy:.1f} %)"
-    self.say(f"{result.task} {when} training: {share}")
+    for line in report.told(result, when):
+      self.say(line)
+
+  def _regrade(self) -> None:
+    """The answers before training are graded as those after it will be, where a metric's code has changed since."""
+    task, path = self.pieces.task, self.folder / record.BEFORE
+    if task is None:
+      return
+    was = files.read_json(self.folder / record.CONFIG).get("metrics", {})
+    changed = [g.name for g in task.graders if g.name in was and g.digest != was[g.name]]
+    if not changed:
+      return
+    anew = ""
+    if path.exists():
+      before = record.TaskResult.from_json(files.read_json(path))
+      files.write_json(path, tasks.regraded(before, task).to_json())
+      anew = ": the answers before training were graded anew with it"
+    self.say(f"the metric {', '.join(changed)} has changed since this run began{anew}")
 
   def _check_sound(self, state: State, progress: loop.Progress) -> None:
     """Raises Diverged where what the run made, or what it gives, is not finite: that is neither exported nor done."""
@@ -461,7 +524,8 @@ class _Training:
         if not _aside(exported).exists():
           exported.rename(_aside(exported))
         self.say(f"lowest eval_loss {value}: kept as {_aside(exported)}")
-    self._export(state, "adapter")
+    with _phase("writing what was trained", sys.stdout):
+      self._export(state, "adapter")
     self._evaluate_task("after", state)
     if not distributed.is_main():
       return
@@ -471,9 +535,10 @@ class _Training:
       "tokens": progress.tokens,
       **best.reached(chosen, progress, self.pieces.config.steps),
       **({record.HISTORY: history} if (history := record.read(self.folder).history) else {}),
-      "final": record.last_values(self.folder),
+      "final": record.last_values(self.folder) | report.graded(record.read(self.folder)),
     }
-    page = report.write(self.folder, done=done)
+    with _phase("drawing the report", sys.stdout):
+      page = report.write(self.folder, done=done)
     files.write_json(self.folder / record.DONE, done)
     rich.print(report.summary_table(self.folder))
     self.say(f"{exported.name}: {exported}\nreport: {page}")

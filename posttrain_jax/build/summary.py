@@ -77,8 +77,9 @@ def write(
 
 
 def _compared(known, configs) -> str | None:
-  """The first of METRICS that compares between the points; else the first that is not a loss."""
-  there = [name for name in METRICS if name in known]
+  """The first of METRICS, or of the points' scores, that compares between them; else the first that is not a loss."""
+  scores = [name for name in known if meanings.SCORE.covers(meanings.base(name))]
+  there = [name for name in (METRICS[0], *scores, *METRICS[1:]) if name in known]
   fair = (name for name in there if not meanings.obstacles(name, configs))
   unfair = (name for name in there if "loss" not in name)
   return next(fair, next(unfair, None))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain_jax.commands import common
+from posttrain_jax.core import progress
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -29,24 +30,35 @@ def add(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     "--reward", metavar="DIR", help="a reward model or its adapter: scores the answers in --data"
   )
-  parser.add_argument("--out", metavar="FILE.jsonl", help="where the rewards of --reward go")
+  parser.add_argument(
+    "--metric",
+    metavar="NAME[,NAME...]",
+    help="grade the model's answers to the rows: exact, contained, json, number, or a function of yours as"
+    " FILE.py:name; default what the run's config says",
+  )
+  parser.add_argument(
+    "--out",
+    metavar="FILE.jsonl",
+    help="where the rewards of --reward go, or the answers with their grades",
+  )
   parser.add_argument("--seed", type=int, default=0, help="of the answers of --best_of")
 
 
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
   """Prints the results as JSON; a run's folder keeps them as `eval.json`."""
-  common.cache_compilations()
-  import rich
+  with progress.phase("starting"):
+    common.cache_compilations()
+    import rich
 
-  from posttrain_jax.build import evaluation
+    from posttrain_jax.build import evaluation
 
   if args.best_of:
     results = _best_of(args)
   elif args.reward:
     results = _rewards(args)
   else:
-    if args.out:
-      raise ValueError("--out goes with --reward: where the rewards are written")
+    if args.out and Path(args.out).exists():
+      raise ValueError(f"{args.out} is there already: write another --out, or remove it")
     results = evaluation.evaluate(
       config=args.config,
       overrides=overrides,
@@ -57,6 +69,8 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
       limit=args.limit,
       base=args.base,
       template=args.template,
+      metric=args.metric,
+      out=args.out,
     )
   rich.print_json(json.dumps(results))
   return 0

@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from posttrain_jax.core import progress
+
 
 def add(parser: argparse.ArgumentParser) -> None:
   what = parser.add_mutually_exclusive_group(required=True)
@@ -43,7 +45,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
-  from posttrain_jax.build import push
+  with progress.phase("starting"):
+    from posttrain_jax.build import push
 
   if args.model is not None and args.gguf is None:
     raise ValueError(
@@ -51,7 +54,8 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     )
   if args.push is not None:
     push.check(args.push)
-  out = _exported(args)
+  with progress.phase("merging" if args.merge else "writing"):
+    out = _exported(args)
   print(out)
   if args.push is not None:
     print(push.push(out, args.push))

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from posttrain_jax.commands import common
+from posttrain_jax.core import progress
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -29,8 +30,9 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
-  common.cache_compilations()
-  from posttrain_jax.build import merge
+  with progress.phase("starting"):
+    common.cache_compilations()
+    from posttrain_jax.build import merge
 
   out = merge.merge(
     args.recipe, args.out, workers=args.workers, evaluate=args.evaluate, limit=args.limit

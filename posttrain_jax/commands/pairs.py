@@ -8,13 +8,25 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from posttrain_jax.commands import common
+from posttrain_jax.core import progress
 
 
 def add(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--model", metavar="NAME_OR_DIR", help="a model, or the folder of a run")
   parser.add_argument("--adapter", metavar="DIR")
   common.add_use(parser)
-  parser.add_argument("--task", default="sql", help="a built-in task; its training questions")
+  parser.add_argument(
+    "--task", default="sql", help="a built-in task, for its training questions; default sql"
+  )
+  parser.add_argument(
+    "--data", metavar="SOURCE", help=f"rows to ask instead, with --metric: {common.SOURCE}"
+  )
+  parser.add_argument(
+    "--metric",
+    metavar="NAME",
+    help="what tells right answers to --data from wrong ones: exact, contained, json, number, or a function of yours as"
+    " FILE.py:name",
+  )
   parser.add_argument("--out", required=True, metavar="FILE.jsonl")
   parser.add_argument("--limit", type=int, default=256, help="questions; 0 for all")
   parser.add_argument("--samples", type=int, default=4, help="answers to each")
@@ -23,27 +35,34 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
-  """Writes preference pairs, JSONL, out of the model's own answers to a task's training questions.
+  """Writes preference pairs, JSONL, out of the model's own answers to a task's training questions, or to own rows.
 
   Raises:
-    ConfigError: the file is there already, or every answer was right.
+    ConfigError: the file is there already, every answer was right, or one of --data and --metric is missing.
   """
-  common.cache_compilations()
-  from posttrain_jax.build import use
-  from posttrain_jax.core import files, progress
-  from posttrain_jax.evals import pairs
-  from posttrain_jax.settings import ConfigError
+  with progress.phase("starting"):
+    common.cache_compilations()
+    from posttrain_jax.build import evaluation, use
+    from posttrain_jax.core import files
+    from posttrain_jax.evals import pairs
+    from posttrain_jax.settings import ConfigError
 
   path = Path(args.out)
   if path.exists():
     raise ConfigError(f"{path} is there already: write another --out, or remove it")
+  if bool(args.data) != bool(args.metric):
+    raise ConfigError(
+      "own rows need both --data=SOURCE and --metric (exact, contained, json, number, FILE.py:name), which tells right"
+      " answers from wrong ones"
+    )
   used = use.load(args.model, args.adapter, base=args.base, template=args.template)
+  task = evaluation.graded(used, args.data, args.metric, args.limit) if args.data else args.task
   with progress.counter("answering") as count:
     drawn = pairs.make(
       used.written,
       used.config,
       used.tokenizer,
-      task=args.task,
+      task=task,
       limit=args.limit or None,
       samples=args.samples,
       temperature=args.temperature,
@@ -54,8 +73,8 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     )
   if not drawn.rows:
     raise ConfigError(
-      f"all {args.samples} answers to each of {drawn.questions} questions were right: there is no pair; raise"
-      " --temperature or --samples"
+      f"none of {drawn.questions} questions gave a pair: {drawn.all_right} had no wrong answer among {args.samples},"
+      f" {drawn.no_better} no better one; raise --temperature or --samples"
     )
   path.parent.mkdir(parents=True, exist_ok=True)
   files.write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in drawn.rows))

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from posttrain_jax.commands import common
+from posttrain_jax.core import progress
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -21,11 +22,14 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
   """0: it fits, or nothing is known of the device's memory.  1: it does not."""
   from posttrain_jax import settings
   from posttrain_jax.core import files
-  from posttrain_jax.plan import estimate
+
+  with progress.phase("starting"):
+    from posttrain_jax.plan import estimate
 
   config = settings.load(args.config, overrides)
   settings.fields.check(settings.plain(config), settings.given(overrides))
-  figures = estimate.figures(config, topology=args.topology, devices=args.devices)
+  with progress.phase("compiling"):
+    figures = estimate.figures(config, topology=args.topology, devices=args.devices)
   print(estimate.report(figures))
   if args.json is not None:
     files.write_json(args.json, figures)

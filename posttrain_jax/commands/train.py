@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import contextlib
+import os
+import sys
+from collections.abc import Generator, Sequence
 
 from posttrain_jax.commands import common
+from posttrain_jax.core import progress
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -17,10 +21,20 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
-  from posttrain_jax.train import signals
+  with _said("starting"):
+    from posttrain_jax.train import signals
 
   with signals.exiting():  # from here on: several processes wait for each other to join
     return _run(args, overrides)
+
+
+@contextlib.contextmanager
+def _said(doing: str) -> Generator[None]:
+  """A phase, told by the first process of several."""
+  is_first = os.environ.get("POSTTRAIN_PROCESS_ID", "0") == "0"
+  told = contextlib.nullcontext() if is_first else progress.muted()
+  with told, progress.phase(doing, stream=sys.stdout):
+    yield
 
 
 def _run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -29,7 +43,9 @@ def _run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
   distributed.initialize()
   common.cache_compilations()
   from posttrain_jax import settings
-  from posttrain_jax.build import run as runs
+
+  with _said("loading the trainer"):
+    from posttrain_jax.build import run as runs
 
   if not args.workdir and not args.dry_run:
     raise settings.ConfigError("--workdir=DIR is needed: the folder that becomes the run")

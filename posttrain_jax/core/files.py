@@ -19,6 +19,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from posttrain_jax.core import ending
+
 log = logging.getLogger(__name__)
 
 DTYPES = {
@@ -61,7 +63,9 @@ def publish(folder: str | Path) -> Generator[Path]:
       # Children, since mkdtemp's own folder is private (0700).
       new, old = scratch / "new", scratch / "old"
       new.mkdir()
-      yield new
+      with ending.writing(scratch):
+        yield new
+      # what is whole is no longer anybody's to remove
       try:
         if folder.exists():
           folder.rename(old)
@@ -75,6 +79,16 @@ def publish(folder: str | Path) -> Generator[Path]:
     remove_abandoned(
       folder.parent, folder.name
     )  # of a write that was killed a moment before this one
+
+
+@contextlib.contextmanager
+def beside(path: Path) -> Generator[Path]:
+  """A folder for what is made on the way to `path`, on the same disk; it is gone when the block ends."""
+  folder = path.absolute().parent
+  folder.mkdir(parents=True, exist_ok=True)
+  made = tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=folder)
+  with made as name, ending.writing(Path(name)):
+    yield Path(name)
 
 
 @contextlib.contextmanager
@@ -130,7 +144,7 @@ def write_text(path: str | Path, text: str) -> None:
   path = Path(path)
   scratch = path.with_name(f".{path.name}{PARTIAL}{os.getpid()}")
   try:
-    with scratch.open("w", encoding="utf-8") as f, _marked(scratch):
+    with ending.writing(scratch), scratch.open("w", encoding="utf-8") as f, _marked(scratch):
       f.write(text)
       f.flush()
       os.fsync(f.fileno())

@@ -1,4 +1,4 @@
-"""How far something is that takes a while: a bar on a terminal, a line now and then elsewhere; on stderr."""
+"""What takes a while is said, on stderr: a spinner or a bar on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -6,30 +6,85 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
-from typing import Any
+from typing import Any, TextIO
 
 import rich.console
 import rich.progress
 
 EVERY = 15.0  # seconds between lines where there is no terminal
+LONG = 1.0  # seconds from which on it is said how long something took
+
+
+_muted = [False]
+
+
+@contextlib.contextmanager
+def muted() -> Generator[None]:
+  """Inside, nothing is said: where a program reads what is printed."""
+  before, _muted[0] = _muted[0], True
+  try:
+    yield
+  finally:
+    _muted[0] = before
+
+
+@contextlib.contextmanager
+def phase(doing: str, *, stream: TextIO | None = None) -> Generator[None]:
+  """Says what begins, and where it took longer than LONG how long: "reading smollm2", "reading smollm2: 2.1 s".
+
+  Args:
+    stream: default stderr.
+  """
+  out = stream or sys.stderr
+  began = time.monotonic()
+  if not out.isatty():
+    _print(f"{doing} ...", out)
+  with waiting(doing, stream=out):
+    yield
+  taken = time.monotonic() - began
+  if taken >= LONG:
+    _print(f"{doing}: {took(taken)}", out)
+
+
+@contextlib.contextmanager
+def waiting(doing: str, *, stream: TextIO | None = None) -> Generator[None]:
+  """On a terminal a spinner with the time beside it, gone when the block ends; elsewhere nothing."""
+  out = stream or sys.stderr
+  if _muted[0] or not out.isatty():
+    yield
+    return
+  columns = (
+    rich.progress.SpinnerColumn(),
+    rich.progress.TextColumn("{task.description}", markup=False),
+    rich.progress.TimeElapsedColumn(),
+  )
+  console = rich.console.Console(file=out)
+  with rich.progress.Progress(*columns, console=console, transient=True) as bar:
+    bar.add_task(doing, total=None)
+    yield
 
 
 @contextlib.contextmanager
 def counter(what: str) -> Generator[Callable[[int, int | None], None]]:
   """A function of (how many are done, of how many; None where nobody knows)."""
+  began = time.monotonic()
   console = rich.console.Console(stderr=True)
-  if not console.is_terminal:
+  if console.is_terminal and not _muted[0]:
+    columns = (
+      rich.progress.TextColumn("{task.description}"),
+      rich.progress.BarColumn(),
+      rich.progress.MofNCompleteColumn(),
+      rich.progress.TimeElapsedColumn(),
+    )
+    with rich.progress.Progress(*columns, console=console, transient=True) as bar:
+      task = bar.add_task(what, total=None)
+      yield lambda done, total: bar.update(task, completed=done, total=total)
+  else:
+    _print(f"{what} ...")
     yield _lines(what)
-    return
-  columns = (
-    rich.progress.TextColumn("{task.description}"),
-    rich.progress.BarColumn(),
-    rich.progress.MofNCompleteColumn(),
-    rich.progress.TimeElapsedColumn(),
-  )
-  with rich.progress.Progress(*columns, console=console, transient=True) as bar:
-    task = bar.add_task(what, total=None)
-    yield lambda done, total: bar.update(task, completed=done, total=total)
+  taken = time.monotonic() - began
+  if taken >= LONG:
+    _print(f"{what}: {took(taken)}")
 
 
 def told(items: Iterable[Any], what: str) -> Iterator[Any]:
@@ -42,13 +97,36 @@ def told(items: Iterable[Any], what: str) -> Iterator[Any]:
     count(len(items), len(items))
 
 
+def took(seconds: float) -> str:
+  """
+  >>> took(0.42), took(75), took(3700)
+  ('0.4 s', '1:15 min', '1:01:40 h')
+  """
+  if seconds < 59.95:
+    return f"{seconds:.1f} s"
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f"{hours}:{minutes:02d}:{seconds:02d} h" if hours else f"{minutes}:{seconds:02d} min"
+
+
 def _lines(what: str) -> Callable[[int, int | None], None]:
-  last = [time.monotonic()]
+  began = time.monotonic()
+  last = [began]
 
   def count(done: int, total: int | None) -> None:
-    if time.monotonic() - last[0] < EVERY:
+    now = time.monotonic()
+    if now - last[0] < EVERY:
       return
-    last[0] = time.monotonic()
-    print(f"{what}: {done}{'' if total is None else f' of {total}'}", file=sys.stderr, flush=True)
+    last[0] = now
+    left = ""
+    if total and done:
+      left = f", {took((now - began) / done * (total - done))} left"
+    _print(f"{what}: {done}{'' if total is None else f' of {total}'}{left}")
 
   return count
+
+
+def _print(text: str, stream: TextIO | None = None) -> None:
+  if not _muted[0]:
+    with contextlib.suppress(OSError):  # nobody reads it any more
+      print(text, file=stream or sys.stderr, flush=True)

@@ -244,7 +244,7 @@ def _pairs(row: Row, tokenizer, with_gold: bool = False) -> list[_Job]:
     if "reference" not in fields:
       raise _wrong(row, 'a third answer, "reference", beside "chosen" and "rejected"')
     names = (*names, "reference")
-  prompt, texts = _apart(fields.get("prompt"), [fields[name] for name in names], row, tokenizer)
+  prompt, texts = apart(fields.get("prompt"), [fields[name] for name in names], row, tokenizer)
   numbers = {
     name: (float(fields[name]),) * len(texts)
     for name in ("margin", "weight")
@@ -265,10 +265,10 @@ def _labels(row: Row, tokenizer) -> list[_Job]:
     ]
   if row.kind != "unpaired":
     raise _wrong(row, '"prompt", "completion" and "label", or "messages" and "label", or pairs')
-  return [_Job((_answered(row),), {"label": (float(fields["label"]),)}, ("completion",))]
+  return [_Job((answered(row),), {"label": (float(fields["label"]),)}, ("completion",))]
 
 
-def _answered(row: Row) -> Row:
+def answered(row: Row) -> Row:
   """A prompt and its completion, or a conversation up to its last answer and that answer."""
   fields = row.fields
   if "messages" not in fields:
@@ -302,7 +302,7 @@ def _judged(row: Row, tokenizer) -> list[_Job]:
   if row.kind in ("stepwise", "steps"):
     return _in_steps(row, [False] * len(row.fields["completions"]))
   if row.kind in ("prompt_completion", "messages", "unpaired"):
-    return [_Job((_answered(row),), {}, ("completion",))]
+    return [_Job((answered(row),), {}, ("completion",))]
   if row.kind not in ("preference", "scored"):
     raise _wrong(row, "a prompt with its answer or answers")
   (job,) = _pairs(row, tokenizer) if row.kind == "preference" else _scored(row, tokenizer)
@@ -327,7 +327,7 @@ _SPLIT = {
 }
 
 
-def _apart(prompt, answers, row, tokenizer):
+def apart(prompt, answers, row, tokenizer):
   """(prompt, answers): what all answers begin with and no assistant wrote is prompt, whether there is one or not."""
   if isinstance(answers[0], str):
     if prompt is None:

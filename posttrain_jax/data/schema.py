@@ -12,6 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from posttrain_jax.data import files, forms, messages, tables
@@ -50,11 +51,12 @@ ANSWERS = ("completion", "chosen", "rejected", "reference")
 
 
 class Row(NamedTuple):
-  """One checked row: its fields, where it stands (`file.jsonl:12`), and which schema it fits."""
+  """One checked row: its fields, where it stands (`file.jsonl:12`), which schema it fits, and how its file has it."""
 
   fields: dict[str, Any]
   origin: str
   kind: str
+  raw: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclasses.dataclass
@@ -134,7 +136,9 @@ def read(
         fields = as_chat(fields, origin, system)
       if channel is not None and fields.get("channel") is None:
         fields = {**fields, "channel": channel}
-      rows.append(Row(fields, origin, kind(fields, origin)))
+      rows.append(
+        Row(fields, origin, kind(fields, origin), raw if isinstance(raw, Mapping) else {})
+      )
     except RowError as error:
       if on_error == "raise":
         raise
@@ -302,10 +306,10 @@ def _nothing_beside(fields, origin):
 
 
 def as_chat(fields: dict[str, Any], origin: str, system: str | None) -> dict[str, Any]:
-  """A prompt and its answers in strings, as a user's and an assistant's messages; other rows stay as they are."""
+  """A prompt and any answers in strings, as a user's and an assistant's messages; other rows stay as they are."""
   answers = [name for name in (*ANSWERS, "completions") if name in fields]
   steps = "completions" in fields and "scores" not in fields
-  if not (isinstance(fields.get("prompt"), str) and answers) or steps:
+  if not isinstance(fields.get("prompt"), str) or steps:
     if system is None:
       return fields
     raise RowError(

@@ -14,6 +14,7 @@ import numpy as np
 
 from posttrain_jax import settings
 from posttrain_jax.core import files
+from posttrain_jax.data import questions
 from posttrain_jax.evals import charts, figures, meanings, page, panels, report
 from posttrain_jax.evals.charts import Line
 from posttrain_jax.evals.meanings import ANSWERS, EVAL, NEITHER, Named
@@ -197,7 +198,11 @@ def kind_of(configs: Sequence[Mapping[str, Any]]) -> str | None:
 def finals(run: Run) -> dict[str, float]:
   """What `Run.given` says, and the accuracies of the built-in task's evaluations."""
   results = {f"{ANSWERS}before": run.before, f"{ANSWERS}after": run.after}
-  known = {name: result.accuracy for name, result in results.items() if result is not None}
+  known = {
+    name: result.accuracy
+    for name, result in results.items()
+    if result is not None and result.is_share
+  }
   return {**known, **run.given()}
 
 
@@ -322,7 +327,7 @@ def _examples(runs: Sequence[Run], names: Sequence[str]) -> list[dict[str, Any]]
     for answer in run.after.answers if run.after is not None else ():
       asked.setdefault((answer["question"], answer["gold"]), {})[name] = answer
   shared = [by_run for by_run in asked.values() if len(by_run) > 1]
-  disputed = lambda by_run: abs(np.mean([a["correct"] for a in by_run.values()]) - 0.5)
+  disputed = lambda by_run: abs(np.mean([a["correct"] or 0 for a in by_run.values()]) - 0.5)
   return [_example(by_run) for by_run in sorted(shared, key=disputed)[:QUESTIONS]]
 
 
@@ -330,10 +335,12 @@ def _example(by_run: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
   some = next(iter(by_run.values()))
   return dict(
     question=some["question"],
-    channel=some["channel"],
-    gold=some["gold"],
+    channel="" if some["channel"] == questions.NO_CHANNEL else some["channel"],
+    gold=MISSING if some["gold"] is None else some["gold"],
     answers=[
-      dict(when=name, correct=a["correct"], reason=a["reason"], text=_cut(a["answer"], LONGEST))
+      dict(
+        when=name, correct=a["correct"], reason=panels.reason(a), text=_cut(a["answer"], LONGEST)
+      )
       for name, a in by_run.items()
     ],
   )

@@ -316,10 +316,23 @@ SPEED = Group(
   "Level is right. Dips are evaluations, saves, or other work on the machine; a low first value "
   "is the compilation.",
 )
+SCORE = Metric(
+  "score/*",
+  "",
+  HIGHER,
+  "What eval.metric gives the answers to held-out prompts, on average; higher is better.",
+  "Score of answers",
+)
+SCORES = Group(
+  "Scores of answers",
+  (SCORE,),
+  "Taken before and after training. A score that falls while the held-out loss falls too: answers "
+  "no longer end or have another form; read them in the report.",
+)
 OTHER = Group(
   "Other", (Metric("*", "", NEITHER, "Recorded by an objective or an adapter of this run.", ""),)
 )
-_COMMON = (LENGTHS, PREDICTION, OPTIMISATION, SPEED, OTHER)
+_COMMON = (SCORES, LENGTHS, PREDICTION, OPTIMISATION, SPEED, OTHER)
 GROUPS: Mapping[str, tuple[Group, ...]] = {
   "sft": (LOSS, CHANNELS, *_COMMON),
   "preference": (LOSS, PARTS, PREFERENCE, DISTANCE, *_COMMON),
@@ -456,8 +469,12 @@ def obstacles(name: str, configs: Sequence[Mapping[str, Any]]) -> list[str]:
 def _decide(name: str, fields: Sequence[Mapping[str, Any]]) -> list[str]:
   """The fields, or their sections, that say what a metric is of."""
   bare = base(name)
-  if name.startswith(ANSWERS):
-    return ["eval.task"]
+  if name.startswith(ANSWERS) or SCORE.covers(bare):
+    decide = ["eval.task", "eval.task_limit", "eval.max_new_tokens"]
+    decide += ["eval.metric"] if name.startswith(ANSWERS) else []
+    if not any(some.get("eval.metric") and not some.get("eval.task") for some in fields):
+      return decide
+    return decide + (["data.eval"] if all(some.get("data.eval") for some in fields) else [*ROWS])
   if any(metric.covers(bare) for metric in (*OPTIMISATION.metrics, *SPEED.metrics)):
     return []
   has_own_rows = name.startswith(EVAL) and all(some.get("data.eval") for some in fields)

@@ -108,10 +108,11 @@ MACROS = """\
 {% endmacro %}
 {% macro pair(one) %}
 <div class="question"><b>{{ one.question }}</b> <span class="note">{{ one.channel }}</span></div>
-<pre>{{ one.gold }}</pre>
+<span class="note">expected</span><pre>{{ one.gold }}</pre>
 <div class="pair">
 {% for answer in one.answers %}
-<div><span class="{{ 'right' if answer.correct else 'wrong' }}">{{ answer.when }}: {{ answer.reason }}</span>\
+<div><span class="{{ '' if answer.correct is none else 'right' if answer.correct else 'wrong' }}">{{ answer.when }}\
+{% if answer.reason %}: {{ answer.reason }}{% endif %}</span>\
 <pre>{{ answer.text }}</pre></div>
 {% endfor %}
 </div>

@@ -57,11 +57,12 @@ class Section:
 
 
 def sections(run: Run) -> list[Section]:
-  """The groups of metrics that the run has."""
+  """The groups of metrics that the run has, but for scores of answers, which the report has beside the answers."""
   kind, final = run.field("objective.name"), run.final()
   return [
     Section(group.title, _reading(run, group), _panels(run, named), _rows(run, named, final))
     for group, named in meanings.sorted_into(kind, [*run.names(), *final])
+    if group is not meanings.SCORES
   ]
 
 
@@ -243,3 +244,19 @@ def _side(run: Run, one: Named, prefix: str, colour: int) -> list[Line]:
 def _is_constant(run: Run, one: Named) -> bool:
   values = [run.series(prefix + one.name)[1] for prefix in ("", EVAL)]
   return all(len(set(some)) <= 1 for some in values) and sum(map(len, values)) > 1
+
+
+def reason(answer: Mapping[str, Any]) -> str:
+  """What graders said: the first its reason, or its number; others their numbers."""
+  given = list((answer.get("scores") or {}).items())
+  said = [answer["reason"] or (number(given[0][1]) if given else "")]
+  said += [f"{name} {number(value)}" for name, value in given[1:]]
+  cut = [] if answer.get("finished", True) else ["cut"]
+  return ", ".join([*filter(None, said), *cut])
+
+
+def counted(score: Mapping[str, Any]) -> str:
+  """A metric's mean over answers, as `intervals.mean` gives it, with how many are right where it says so."""
+  if score["right"] is not None:
+    return f"{score['right']}/{score['count']} correct ({100 * score['mean']:.1f} %)"
+  return f"{number(score['mean'])}, the mean of {score['count']}"

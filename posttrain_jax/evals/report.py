@@ -16,7 +16,8 @@ import rich.text
 import safetensors
 
 from posttrain_jax.core import files
-from posttrain_jax.evals import curves, intervals, page, panels, tasks
+from posttrain_jax.data import questions
+from posttrain_jax.evals import curves, intervals, meanings, page, panels, tasks
 from posttrain_jax.evals.panels import number
 from posttrain_jax.runs import manner, record
 from posttrain_jax.runs.record import Run, TaskResult
@@ -45,8 +46,20 @@ BODY = """
 {% endfor %}
 </table></div>
 
+{% if scores %}
+<h2>Scores of answers: {{ scores.where }}</h2>
+{% for sentence in scores.verdicts %}<p class="verdict">{{ sentence }}</p>{% endfor %}
+<div class="scroll"><table>
+<tr><th>metric</th>{% for head in scores.heads %}<th class="number">{{ head }}</th>{% endfor %}</tr>
+{% for row in scores.rows %}
+<tr><td>{{ row[0] }}</td>{% for cell in row[1:] %}<td class="number">{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}
+</table></div>
+<p class="note">{{ scores.note }}</p>
+{% endif %}
+
 {% if accuracy %}
-<h2>Execution accuracy{{ accuracy.where }}</h2>
+<h2>{{ accuracy.title }}{{ accuracy.where }}</h2>
 {% if accuracy.verdict %}<p class="verdict">{{ accuracy.verdict }}</p>{% endif %}
 <div class="scroll"><table>
 <tr><th>channel</th>{% for head in accuracy.heads %}<th class="number">{{ head }}</th>{% endfor %}</tr>
@@ -89,6 +102,7 @@ twentieth of the run, and dots held-out values.</p>{% endif %}
 
 {% if groups %}
 <h2>Answers</h2>
+{% if answers_note %}<p class="note">{{ answers_note }}</p>{% endif %}
 {% for group in groups %}
 <h3>{{ group.title }}</h3>
 {% for one in group.pairs %}{{ page.pair(one) }}{% endfor %}
@@ -104,6 +118,7 @@ twentieth of the run, and dots held-out values.</p>{% endif %}
 <pre>{{ config }}</pre></details>{% endif %}
 """
 
+FILES |= {record.BEFORE: "answers before training", record.AFTER: "answers after training"}
 # (right before, right after) -> what became of the answer, in the order of the page.
 KINDS = {
   (False, True): "Wrong before, right after",
@@ -111,6 +126,8 @@ KINDS = {
   (False, False): "Wrong before and after",
   (True, True): "Right before and after",
 }
+CHANGES = ("Better after", "Worse after", "As before")
+UNGRADED = "Held-out prompts"
 
 
 def write(workdir: str | Path, *, done: Mapping[str, Any] | None = None) -> Path:
@@ -131,6 +148,8 @@ def write(workdir: str | Path, *, done: Mapping[str, Any] | None = None) -> Path
     state=_state(run),
     facts=_facts(run),
     accuracy=_accuracy(run),
+    scores=_scores(run),
+    answers_note=_answers_note(run),
     findings=curves.read(run),
     sections=panels.sections(run),
     groups=_groups(run),
@@ -154,7 +173,9 @@ def links(folder: Path) -> list[tuple[str, str]]:
 def summary_table(workdir: str | Path) -> rich.table.Table:
   """Accuracy before and after with counts, by channel and overall; without an evaluation, the last metrics."""
   run = record.read(workdir)
-  accuracy = _accuracy(run)
+  accuracy, scores = _accuracy(run), _scores(run)
+  if scores is not None:
+    return _table(["metric", *scores["heads"]], scores["brief"])
   if accuracy is None:
     return _table(
       ["metric", "last value"], [(k, number(v)) for k, v in sorted(run.final().items())]
@@ -331,19 +352,130 @@ def _json(value: Any) -> str | None:
   return None if value is None else json.dumps(value, indent=2, ensure_ascii=False)
 
 
-# Accuracy
+# Accuracy and scores
+
+
+def told(result: TaskResult, when: str) -> list[str]:
+  """A line for each metric, for the terminal."""
+  cut = (
+    f"; {result.cut} of {result.total} cut at {result.max_new_tokens} tokens" if result.cut else ""
+  )
+  if not result.scores:
+    return [f"answers {when} training: {result.total} written{cut}"]
+  lines = [
+    f"{name} {when} training: {panels.counted(score)}" for name, score in result.scores.items()
+  ]
+  return [*lines[:-1], lines[-1] + cut]
+
+
+def graded(run: Run) -> dict[str, float]:
+  """{"eval_score/METRIC": its mean after training}, for done.json: what sweeps and comparisons read."""
+  scores = {} if run.after is None else run.after.scores
+  return {f"eval_score/{name}": score["mean"] for name, score in scores.items()}
+
+
+def _results(run: Run) -> dict[str, TaskResult]:
+  """What is known of {"before", "after"}, of answers that somebody graded."""
+  results = {"before": run.before, "after": run.after}
+  return {when: r for when, r in results.items() if r is not None and r.is_graded}
+
+
+def _scores(run: Run) -> dict[str, Any] | None:
+  """Each metric before and after; None where there is a built-in task's own alone, which `_accuracy` shows."""
+  known = _results(run)
+  if not known or all({*result.scores} <= {result.task} for result in known.values()):
+    return None
+  some = next(iter(known.values()))
+  names = list(dict.fromkeys(name for result in known.values() for name in result.scores))
+  compared = len(known) == 2
+  changes = {name: _change(name, **known) for name in names} if compared else {}
+  return dict(
+    where=f"{some.total:,} questions, {some.task}",
+    heads=[*known, *(["change"] if compared else [])],
+    rows=[
+      [
+        name,
+        *(_shown(r.scores.get(name)) for r in known.values()),
+        *([changes[name][0]] if compared else []),
+      ]
+      for name in names
+    ],
+    brief=[
+      [
+        name,
+        *(_shown(r.scores.get(name), sure=False) for r in known.values()),
+        *([changes[name][0]] if compared else []),
+      ]
+      for name in names
+    ],
+    verdicts=[sentence for _, sentence in changes.values() if sentence],
+    note=f"{meanings.SCORE.meaning} In brackets: right answers of questions asked, and 95 % intervals"
+    " (Wilson's for right and wrong, else the normal one of the mean). The change is taken question by question.",
+  )
+
+
+def _shown(score: Mapping[str, Any] | None, *, sure: bool = True) -> str:
+  if score is None:
+    return NONE
+  is_share = score["right"] is not None
+  value = (lambda x: f"{100 * x:.1f}") if is_share else number
+  counted = f"{score['right']}/{score['count']}" if is_share else f"{score['count']} answers"
+  is_known = sure and score["low"] is not None
+  between = f"; {value(score['low'])} to {value(score['high'])}" if is_known else ""
+  return f"{value(score['mean'])}{' %' if is_share else ''} ({counted}{between})"
+
+
+def _change(name: str, before: TaskResult, after: TaskResult) -> tuple[str, str]:
+  """(a cell, a sentence) of what became of a metric on the questions that were asked twice."""
+  was = {_key(a): a["scores"][name] for a in before.answers if name in a["scores"]}
+  pairs = [
+    (was[_key(a)], a["scores"][name])
+    for a in after.answers
+    if name in a["scores"] and _key(a) in was
+  ]
+  if not pairs:
+    return NONE, ""
+  change = intervals.change([a for a, _ in pairs], [b for _, b in pairs])
+  is_share = after.scores[name]["right"] is not None
+  scale, unit = (100, " points") if is_share else (1, "")
+  signed = lambda x: f"{scale * x:+.1f}" if is_share else f"{x:+.3g}"
+  between = ""
+  if change["low"] is not None:
+    if is_share:
+      change |= dict(low=max(change["low"], -1), high=min(change["high"], 1))
+    chance = ": it may be chance" if change["low"] <= 0 <= change["high"] else ""
+    between = f" (95 % interval {signed(change['low'])} to {signed(change['high'])}{chance})"
+  moved = f"{signed(change['mean'])}{unit}"
+  sentence = (
+    f"{name}: {_brief(before.scores[name])} before, {_brief(after.scores[name])} after,"
+    f" {moved}{between}."
+  )
+  return moved, sentence
+
+
+def _brief(score: Mapping[str, Any]) -> str:
+  return f"{100 * score['mean']:.1f} %" if score["right"] is not None else number(score["mean"])
+
+
+def _key(answer: Mapping[str, Any]) -> tuple[Any, ...]:
+  """What tells one question from another."""
+  return answer["question"], answer["gold"], answer.get("origin")
 
 
 def _accuracy(run: Run) -> dict[str, Any] | None:
-  results = {"before": run.before, "after": run.after}
-  known = {when: result for when, result in results.items() if result is not None}
+  known = {
+    when: r
+    for when, r in _results(run).items()
+    if r.is_share and (not r.scores or r.task in r.scores or len(r.by_channel) > 1)
+  }
   if not known:
     return None
   some = next(iter(known.values()))
   compared = len(known) == 2
   names = sorted({name for result in known.values() for name in result.by_channel})
   return dict(
-    where=f": {some.task}, {some.split} split",
+    title="Execution accuracy" if some.task in tasks.TASKS else "Right answers by channel",
+    where=f": {some.task}, {some.split} split" if some.task in tasks.TASKS else "",
     heads=[*known, *(["change"] if compared else [])],
     rows=[_row(name, list(known.values())) for name in [*names, ALL]],
     note=_note(known),
@@ -394,36 +526,67 @@ def _note(results: Mapping[str, TaskResult]) -> str:
 
 
 def _groups(run: Run) -> list[dict[str, Any]]:
+  most = max(SHOWN, run.field("eval.samples") or 0)
   if run.before is None or run.after is None:
     one = run.after or run.before
     when = "after" if run.after else "before"
-    return [] if one is None else _one_sided(one, when)
-  asked = {(a["question"], a["gold"]): a for a in run.before.answers}
-  kinds: dict[tuple[bool, bool], list] = {kind: [] for kind in KINDS}
-  for after in run.after.answers:
-    before = asked.get((after["question"], after["gold"]))
-    if before is not None:
-      kinds[before["correct"], after["correct"]].append({"before": before, "after": after})
-  return [_group(KINDS[kind], pairs) for kind, pairs in kinds.items() if pairs]
+    return [] if one is None else _one_sided(one, when, most)
+  asked = {_key(a): a for a in run.before.answers}
+  pairs = [
+    {"before": asked[_key(after)], "after": after}
+    for after in run.after.answers
+    if _key(after) in asked
+  ]
+  kinds: dict[str, list] = {}
+  for pair in pairs:
+    kinds.setdefault(_kind(pair["before"], pair["after"]), []).append(pair)
+  order = [*KINDS.values(), *CHANGES, UNGRADED]
+  return [_group(kind, kinds[kind], most) for kind in order if kind in kinds]
 
 
-def _one_sided(result: TaskResult, when: str) -> list[dict[str, Any]]:
+def _kind(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+  """What became of an answer: by right and wrong, by the first metric where that is no share, or by nothing."""
+  if after["correct"] is None or before["correct"] is None:
+    return UNGRADED
+  was, now = (next(iter((a.get("scores") or {"": 0}).values())) for a in (before, after))
+  if {was, now} <= {0, 1}:
+    return KINDS[before["correct"], after["correct"]]
+  return CHANGES[0] if now > was else CHANGES[1] if now < was else CHANGES[2]
+
+
+def _answers_note(run: Run) -> str:
+  """How they were made: what a reader must know of what he compares."""
+  results = [result for result in (run.before, run.after) if result is not None]
+  if not results or not results[-1].max_new_tokens or results[-1].task in tasks.TASKS:
+    return ""
+  last = results[-1]
+  cut = f"; {last.cut} of {last.total} were cut there" if last.cut else ""
+  return (
+    "First the prompt, then the expected answer, then what the model wrote: greedily, with at most"
+    f" {last.max_new_tokens} tokens (eval.max_new_tokens){cut}."
+  )
+
+
+def _one_sided(result: TaskResult, when: str, most: int) -> list[dict[str, Any]]:
   groups = []
-  for correct, title in ((True, f"Right {when}"), (False, f"Wrong {when}")):
+  titles = ((True, f"Right {when}"), (False, f"Wrong {when}"), (None, UNGRADED))
+  for correct, title in titles:
     some = [{when: answer} for answer in result.answers if answer["correct"] is correct]
-    groups += [_group(title, some)] if some else []
+    groups += [_group(title, some, most)] if some else []
   return groups
 
 
-def _group(title: str, pairs: list[dict[str, Mapping[str, Any]]]) -> dict[str, Any]:
-  shown = _varied(pairs)
+def _group(title: str, pairs: list[dict[str, Mapping[str, Any]]], most: int) -> dict[str, Any]:
+  shown = _varied(pairs, most)
   return dict(
     title=f"{title}: {len(pairs):,}" + (f", {len(shown)} of them" if shown != pairs else ""),
     pairs=[_pair(pair) for pair in shown],
   )
 
 
-def _varied(pairs: list[dict[str, Mapping[str, Any]]]) -> list[dict[str, Mapping[str, Any]]]:
+def _varied(
+  pairs: list[dict[str, Mapping[str, Any]]], most: int
+) -> list[dict[str, Mapping[str, Any]]]:
   """The first few, of as many channels as there are."""
   nth: dict[str, int] = {}
   order = []
@@ -431,17 +594,17 @@ def _varied(pairs: list[dict[str, Mapping[str, Any]]]) -> list[dict[str, Mapping
     channel = next(iter(pair.values()))["channel"]
     nth[channel] = nth.get(channel, 0) + 1
     order.append((nth[channel], place))
-  return [pairs[place] for _, place in sorted(order)[:SHOWN]]
+  return [pairs[place] for _, place in sorted(order)[:most]]
 
 
 def _pair(pair: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
   some = next(iter(pair.values()))
   return dict(
     question=some["question"],
-    channel=some["channel"],
-    gold=some["gold"],
+    channel="" if some["channel"] == questions.NO_CHANNEL else some["channel"],
+    gold=NONE if some["gold"] is None else _cut(some["gold"]),
     answers=[
-      dict(when=when, correct=a["correct"], reason=a["reason"], text=_cut(a["answer"]))
+      dict(when=when, correct=a["correct"], reason=panels.reason(a), text=_cut(a["answer"]))
       for when, a in pair.items()
     ],
   )

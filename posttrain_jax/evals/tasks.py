@@ -1,11 +1,11 @@
-"""What a checkpoint is worth on a built-in task: generate an answer to every held-out question, and verify it."""
+"""What a checkpoint is worth on a task: an answer to every held-out question, and what graders say of it."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,10 +13,12 @@ import numpy as np
 
 from posttrain_jax import adapters
 from posttrain_jax.core import weight
-from posttrain_jax.data import chat, templates
+from posttrain_jax.data import chat, held_out, questions, templates
 from posttrain_jax.data.tasks import sql
 from posttrain_jax.data.templates import Template
-from posttrain_jax.evals import vote
+from posttrain_jax.evals import graders as graders_lib
+from posttrain_jax.evals import intervals, vote
+from posttrain_jax.evals.graders import Grader
 from posttrain_jax.models.config import ModelConfig
 from posttrain_jax.rollout import engine
 from posttrain_jax.rollout.sampling import GREEDY, Sampling
@@ -27,27 +29,49 @@ Params = Any
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """Questions with an answer that can be checked.
+  """Questions with answers that can be graded.
 
-  examples: (split, n=None) -> rows with `prompt` (messages), `question`, `gold` and `channel`.
-  score: (answer, gold) -> (correct, reason).
+  examples: (split, n=None) -> rows with `prompt` (messages, or a string to be continued), `question` (it, for a
+    reader), `gold` and `channel`; of one's own data also what `data.questions` says, and `best`, what each grader gives
+    for gold.
+  graders: the first says which answers are right: those that get as much as the gold answer, or 1; () for answers that
+    are read and not graded.
   max_new_tokens: enough for every gold answer, and for the model to end its turn.
   system: the system message that every prompt begins with.
   """
 
+  name: str
   examples: Callable[..., list[dict]]
-  score: Callable[[str, str], tuple[bool, str]]
+  graders: tuple[Grader, ...]
   max_new_tokens: int
-  system: str
+  system: str = ""
 
 
-def _score_sql(answer: str, gold: str) -> tuple[bool, str]:
-  score = sql.score(answer, gold)
-  return score.correct, score.reason
+def _score_sql(answer: str, question: Mapping[str, Any]) -> tuple[float, str]:
+  score = sql.score(answer, question["gold"])
+  return float(score.correct), score.reason
 
 
 # The longest gold query takes 38 tokens of SmolLM2's.
-TASKS = {"sql": Task(sql.examples, _score_sql, max_new_tokens=48, system=sql.SYSTEM)}
+TASKS = {
+  "sql": Task(
+    "sql", sql.examples, (Grader("sql", _score_sql),), max_new_tokens=48, system=sql.SYSTEM
+  )
+}
+
+
+def own(
+  name: str, rows: Sequence[dict[str, Any]], graders: Sequence[Grader], max_new_tokens: int
+) -> Task:
+  """A task of the rows of one's own data, whatever the split.
+
+  Raises:
+    RowError: a metric cannot compare with a row's expected answer.
+    ConfigError: a metric of the user's fails on it.
+  """
+  graded = [{**row, "best": {g.name: graders_lib.check(g, row) for g in graders}} for row in rows]
+  some = lambda split, n=None: graded if n is None else list(held_out.limited(graded, n, seed=0))
+  return Task(name, some, tuple(graders), max_new_tokens)
 
 
 def evaluate(
@@ -55,7 +79,7 @@ def evaluate(
   config: ModelConfig,
   tokenizer: Any,
   *,
-  task: str = "sql",
+  task: str | Task = "sql",
   limit: int | None = None,
   split: str = "test",
   template: Template | str | None = None,
@@ -72,6 +96,7 @@ def evaluate(
 
   Args:
     params: as for `rollout.engine.generate`, which is fastest with adapters merged.
+    task: the name of a built-in one, or questions of one's own.
     limit: that many questions, drawn over the channels as the whole split is; None for the split.
     template: a bound chat template, or the name of one; None for the tokenizer's own.
     ensemble: adapters of params, such as `adapters.stack` takes; () for params alone.
@@ -102,17 +127,65 @@ def evaluate(
   )
   ballots = [verified[i : i + members] for i in range(0, len(verified), members)]
   answers = [ballot[vote.majority([a["answer"] for a in ballot])] for ballot in ballots]
+  asked = known(task)
   return TaskResult(
-    task=task,
+    task=asked.name,
     split=split,
-    correct=sum(answer["correct"] for answer in answers),
+    correct=sum(answer["correct"] or 0 for answer in answers),
     total=len(answers),
     by_channel=_by_channel(answers),
     reasons=dict(Counter(a["reason"].partition(":")[0] for a in answers).most_common()),
     answers=[{k: v for k, v in a.items() if k != "tokens"} for a in answers],
     seconds=time.monotonic() - started,
     new_tokens=sum(a["tokens"] for a in verified),
-    by_member=tuple(sum(a["correct"] for a in verified[i::members]) for i in range(len(ensemble))),
+    by_member=tuple(
+      sum(a["correct"] or 0 for a in verified[i::members]) for i in range(len(ensemble))
+    ),
+    scores=scores(answers),
+    digests={grader.name: grader.digest for grader in asked.graders},
+    max_new_tokens=asked.max_new_tokens if max_new_tokens is None else max_new_tokens,
+  )
+
+
+def known(task: str | Task) -> Task:
+  """The task of a name.
+
+  Raises:
+    ValueError: there is none.
+  """
+  if isinstance(task, Task):
+    return task
+  if task not in TASKS:
+    raise ValueError(f"unknown task {task!r}; there are: {', '.join(TASKS)}")
+  return TASKS[task]
+
+
+def scores(answers: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+  """{grader: its mean over the answers, with a 95 % interval}, as `intervals.mean` gives them."""
+  names = list(answers[0]["scores"]) if answers else []
+  return {name: intervals.mean([a["scores"][name] for a in answers]) for name in names}
+
+
+def regraded(result: TaskResult, task: Task) -> TaskResult:
+  """The same answers as the task's graders see them now.
+
+  Raises:
+    ValueError: they are answers to other questions.
+  """
+  rows = task.examples(result.split)
+  if [row["question"] for row in rows] != [a["question"] for a in result.answers]:
+    raise ValueError("the answers are to other questions: answer them anew")
+  answers = [
+    {**answer, **_graded(answer["answer"], row, task)} for answer, row in zip(result.answers, rows)
+  ]
+  return dataclasses.replace(
+    result,
+    correct=sum(a["correct"] or 0 for a in answers),
+    by_channel=_by_channel(answers),
+    reasons=dict(Counter(a["reason"].partition(":")[0] for a in answers).most_common()),
+    answers=answers,
+    scores=scores(answers),
+    digests={grader.name: grader.digest for grader in task.graders},
   )
 
 
@@ -121,7 +194,7 @@ def answer(
   config: ModelConfig,
   tokenizer: Any,
   *,
-  task: str,
+  task: str | Task,
   split: str,
   limit: int | None = None,
   template: Template | str | None = None,
@@ -138,19 +211,17 @@ def answer(
 
   Answers are dicts as in `TaskResult`, and `tokens`, how many were generated.
   """
-  if task not in TASKS:
-    raise ValueError(f"unknown task {task!r}; there are: {', '.join(TASKS)}")
+  asked = known(task)
   if limit is not None and limit < 1:
     raise ValueError(f"limit={limit}: ask for at least one question, or None for the whole split")
   if batch_size < 1:
     raise ValueError(f"batch_size must be at least 1, found {batch_size}")
-  built_in = TASKS[task]
-  if not isinstance(template, Template):
+  rows = asked.examples(split, n=limit)
+  if not isinstance(template, Template) and any(not isinstance(r["prompt"], str) for r in rows):
     template = chat.template(tokenizer, template)
-  rows = built_in.examples(split, n=limit)
-  jobs = [templates.job(row["prompt"], True) for row in rows]
-  prompts = [_tokens(text, tokenizer) for text in template.render_all(jobs)]
-  ends = templates.end_of_turn(tokenizer, template)
+  spoken = template if isinstance(template, Template) else None
+  prompts = questions.tokens(rows, tokenizer, spoken)
+  ends = None if spoken is None else templates.end_of_turn(tokenizer, spoken)
   stops = {*engine.stop_tokens(config, tokenizer), *(() if ends is None else (ends,))}
   if ensemble:
     index = np.tile(np.arange(len(ensemble)), len(prompts))
@@ -163,21 +234,14 @@ def answer(
     progress,
     key,
     sampling=sampling,
-    max_new_tokens=built_in.max_new_tokens if max_new_tokens is None else max_new_tokens,
+    max_new_tokens=asked.max_new_tokens if max_new_tokens is None else max_new_tokens,
     stop_tokens=tuple(sorted(stops)),
     dtype=dtype,
   )
   return rows, [
-    _answer(rows[i // copies], ids, finished, tokenizer, built_in)
+    _answer(rows[i // copies], ids, finished, tokenizer, asked)
     for i, (ids, finished) in enumerate(drawn)
   ]
-
-
-def _tokens(text, tokenizer):
-  if isinstance(text, Exception):
-    raise text
-  # A rendered template has its BOS already.
-  return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def _generate(params, config, prompts, batch_size, progress, key, **options):
@@ -207,16 +271,29 @@ def _batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
 
 def _answer(row, ids, finished, tokenizer, task):
   text = tokenizer.decode(ids, skip_special_tokens=True)
-  correct, reason = task.score(text, row["gold"])
   return dict(
     question=row["question"],
     answer=text,
     gold=row["gold"],
-    correct=correct,
-    reason=reason,
     channel=row["channel"],
     finished=finished,
     tokens=len(ids),
+    **({"origin": row["origin"]} if "origin" in row else {}),
+    **_graded(text, row, task),
+  )
+
+
+def _graded(text, row, task):
+  """What the graders say of an answer; whether it is right, None where nobody says."""
+  given = {grader.name: grader.score(text, row) for grader in task.graders}
+  scores = {name: score for name, (score, _) in given.items()}
+  if not scores:
+    return dict(correct=None, reason="", scores={})
+  first = task.graders[0].name
+  return dict(
+    correct=scores[first] >= row.get("best", {}).get(first, 1.0),
+    reason=given[first][1],
+    scores=scores,
   )
 
 
@@ -224,5 +301,5 @@ def _by_channel(answers):
   counts = dict.fromkeys(sorted({answer["channel"] for answer in answers}), (0, 0))
   for answer in answers:
     correct, total = counts[answer["channel"]]
-    counts[answer["channel"]] = (correct + answer["correct"], total + 1)
+    counts[answer["channel"]] = (correct + (answer["correct"] or 0), total + 1)
   return counts

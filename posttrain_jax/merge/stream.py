@@ -6,6 +6,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -18,7 +19,7 @@ from typing import Any, Protocol
 import ml_dtypes
 import numpy as np
 
-from posttrain_jax.core import files, shards
+from posttrain_jax.core import files, progress, shards
 from posttrain_jax.merge import recipe as recipes
 from posttrain_jax.merge.recipe import ModelRef, Recipe, RecipeError, Wanted
 
@@ -196,8 +197,10 @@ def run(
     log.info("going on: %d of %d files are there", len(done), len(parts))
   by_name = {wanted.name: wanted for wanted in plan.wanted}
   try:
-    for file, part in left.items():
-      _write(scratch, file, part, by_name, opened, operator, workers)
+    with progress.counter("merging tensors") as count:
+      counted = _counted(operator, count, sum(map(len, left.values())))
+      for file, part in left.items():
+        _write(scratch, file, part, by_name, opened, counted, workers)
   except ValueError:  # no call of this recipe on these files will do better
     shutil.rmtree(scratch, ignore_errors=True)
     raise
@@ -205,6 +208,18 @@ def run(
   finish(scratch)
   (scratch / RECORD).unlink()
   scratch.rename(out)
+
+
+def _counted(operator: Operator, count: Callable[[int, int | None], None], total: int) -> Operator:
+  """The operator, told after each tensor."""
+  done = itertools.count(1)
+
+  def applied(wanted: Wanted, arrays: Sequence[np.ndarray]) -> Any:
+    result = operator(wanted, arrays)
+    count(next(done), total)
+    return result
+
+  return applied
 
 
 def _digest(plan: Plan, opened: Mapping[ModelRef, Tensors], parts) -> str:

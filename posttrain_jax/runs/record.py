@@ -23,10 +23,14 @@ class TaskResult:
 
   by_channel: {channel: (correct, total)}.
   reasons: {verdict: count}, "ok" among them.
-  answers: one dict a question, in the order of the task: question, answer, gold, correct, reason, channel, and
-    `finished`, False where max_new_tokens cut the answer.
+  answers: one dict a question, in the order of the task: question, answer, gold, correct (None where nobody graded
+    it), reason, channel, scores ({metric: value}), and `finished`, False where max_new_tokens cut the answer.
   seconds: of generating and scoring, compilation included.
   by_member: of an ensemble, how many each adapter alone answered correctly; () where there was none.
+  scores: {metric: {"mean", "low", "high", "count", "right"}}, as `evals.intervals.mean` gives them; `correct` is of the
+    first.
+  digests: {metric: of the code, where it is the user's}.
+  max_new_tokens: the most that an answer could have; 0 where nobody wrote it down.
   """
 
   task: str
@@ -39,19 +43,40 @@ class TaskResult:
   seconds: float
   new_tokens: int
   by_member: Sequence[int] = ()
+  scores: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+  digests: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  max_new_tokens: int = 0
 
   @property
   def accuracy(self) -> float:
-    """Correct / total, in [0, 1]."""
-    return self.correct / self.total if self.total else math.nan
+    """Correct / total, in [0, 1]; NaN where nothing was graded."""
+    return self.correct / self.total if self.total and self.is_graded else math.nan
+
+  @property
+  def is_graded(self) -> bool:
+    return any(answer["correct"] is not None for answer in self.answers)
+
+  @property
+  def is_share(self) -> bool:
+    """Whether the first metric says right or wrong, so that `correct` counts; of another its mean is what is told."""
+    first = next(iter(self.scores.values()), None)
+    return self.is_graded and (first is None or first["right"] is not None)
+
+  @property
+  def cut(self) -> int:
+    """How many answers max_new_tokens cut."""
+    return sum(not answer.get("finished", True) for answer in self.answers)
 
   def to_json(self) -> dict[str, Any]:
-    return dict(dataclasses.asdict(self), accuracy=self.accuracy)
+    graded = {"accuracy": self.accuracy} if self.is_graded else {}
+    return dict(dataclasses.asdict(self), **graded)
 
   @classmethod
   def from_json(cls, value: Mapping[str, Any]) -> TaskResult:
     """The result that `to_json` gave, before or after a round trip through a file."""
-    value = dict(value, by_member=value.get("by_member", ()))  # older results have no ensemble
+    # older results have no ensemble, and one metric
+    absent: dict[str, Any] = dict(by_member=(), scores={}, digests={}, max_new_tokens=0)
+    value = absent | dict(value)
     fields: dict[str, Any] = {field.name: value[field.name] for field in dataclasses.fields(cls)}
     fields["by_channel"] = {name: tuple(pair) for name, pair in value["by_channel"].items()}
     fields["by_member"] = tuple(value["by_member"])

@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Collection, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -305,17 +305,42 @@ def module(path: str) -> Any:
     return loaded
 
 
+def function(path: str, name: str) -> Callable[..., Any]:
+  """A function in a Python file of the user's, as `FILE.py:name` names it.
+
+  Raises:
+    ConfigError: no such file or function, or a mistake in the file, with its line.
+  """
+  file = Path(path).expanduser()
+  with _told(file, always=True), beside(file.parent):
+    values = vars(_executed(file, f"file {path}"))
+  if callable(values.get(name)):
+    return values[name]
+  own = [key for key, value in values.items() if callable(value) and not key.startswith("_")]
+  there = f"; it has {', '.join(own)}" if own else ""
+  raise ConfigError(f"{path} has no function {name!r}{there}")
+
+
 @contextlib.contextmanager
 def _opened(path: str) -> Generator[Any]:
   """The config file as a module, whose mistakes inside are ConfigErrors that name their line."""
   file = _file(path)
-  with _beside(file.parent.absolute()):
-    try:
-      yield _executed(path, file)
-    except ConfigError:
-      raise
-    except (Exception, SystemExit) as error:
-      raise ConfigError(_in_file(error, file)) from error
+  with _told(file), beside(file.parent):
+    loaded = _executed(file, f"config file {path}", _shipped_hint(file))
+    if not callable(vars(loaded).get("get_config")):
+      raise ConfigError(f"{path} has no get_config(arg): it is not a config file")
+    yield loaded
+
+
+@contextlib.contextmanager
+def _told(file: Path, *, always: bool = False) -> Generator[None]:
+  """A mistake in a file of the user's is a ConfigError that names its line; with `always` where it has words too."""
+  try:
+    yield
+  except ConfigError:
+    raise
+  except (Exception, SystemExit) as error:
+    raise ConfigError(_in_file(error, file, always)) from error
 
 
 def _file(path: str) -> Path:
@@ -330,11 +355,12 @@ def shipped_names() -> list[str]:
 
 
 @contextlib.contextmanager
-def _beside(folder: Path) -> Generator[None]:
+def beside(folder: Path) -> Generator[None]:
   """Modules of the folder can be imported, and are those of no other folder, before or after.
 
   Two folders of configs each have a `common`.
   """
+  folder = folder.absolute()
   names = {p.stem for p in folder.glob("*.py")} | {
     p.parent.name for p in folder.glob("*/__init__.py")
   }
@@ -360,9 +386,9 @@ def _lies_in(loaded: Any, folder: Path) -> bool:
   return spec is not None and str(spec.origin).startswith(f"{folder}{os.sep}")
 
 
-def _in_file(error: BaseException, file: Path) -> str:
+def _in_file(error: BaseException, file: Path, always: bool = False) -> str:
   """What went wrong in a config file or what it imports from its folder, with the place."""
-  if isinstance(error, ValueError) and str(error):
+  if isinstance(error, ValueError) and str(error) and not always:
     return str(error)
   if isinstance(error, SyntaxError) and error.filename:
     return f"{error.filename}:{error.lineno}: {error.msg}"
@@ -373,20 +399,18 @@ def _in_file(error: BaseException, file: Path) -> str:
   return f"{place}: {type(error).__name__}: {error}"
 
 
-def _executed(path: str, file: Path) -> Any:
+def _executed(file: Path, what: str, hint: str = "") -> Any:
   if not file.is_file():
     near = difflib.get_close_matches(
       file.name, [p.name for p in file.parent.glob("*.py")], n=1, cutoff=0.3
     )
     there = f"; there is {file.parent / near[0]}" if near else ""
-    raise ConfigError(f"config file {path} does not exist{there or _shipped_hint(file)}")
+    raise ConfigError(f"{what} does not exist{there or hint}")
   spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
   if spec is None or spec.loader is None:
-    raise ConfigError(f"config file {path} is not a Python file; its name must end in .py")
+    raise ConfigError(f"{what} is not a Python file; its name must end in .py")
   loaded = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(loaded)
-  if not callable(vars(loaded).get("get_config")):
-    raise ConfigError(f"{path} has no get_config(arg): it is not a config file")
   return loaded
 
 

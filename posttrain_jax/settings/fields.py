@@ -46,7 +46,8 @@ class Field:
 
   meaning: str
   domain: Domain
-  # (another field, whether its value has this one read, how that is said): read then alone
+  # (another field or several with " or " between, whether a value of it has this one read, how that is said): read
+  # then alone
   when: tuple[str, Callable[[Any], bool], str] | None = None
 
 
@@ -61,7 +62,9 @@ ADAPTERS = (
 )
 _FOLLOWS = ("objective.sync_every", lambda every: every > 0, "above 0")
 _REPLAYS = ("data.replay", bool, "a source")
-_HAS_TASK = ("eval.task", bool, "a task")
+# a run that writes answers
+_ANSWERS = ("eval.task or eval.metric or eval.samples", bool, "set")
+_GRADES = ("eval.task or eval.metric", bool, "set")
 _ELSEWHERE = ("objective.reference", lambda name: name != "base", "an adapter or another model")
 
 FIELDS: Mapping[str, Field] = {
@@ -107,9 +110,27 @@ FIELDS: Mapping[str, Field] = {
     "evaluations without an improvement of eval.best after which the run ends; 0: never", _whole(0)
   ),
   "eval.rows": Field("rows in an evaluation batch", _whole(1, MOST_ROWS)),
-  "eval.task": Field("a built-in task to answer before and after training", Choice(("", "sql"))),
-  "eval.task_limit": Field("questions of the task; 0 for all", _whole(0), _HAS_TASK),
-  "eval.before": Field("answer the task before training too", Flag(), _HAS_TASK),
+  "eval.samples": Field(
+    "held-out prompts that are answered before and after training, for the report to show; 0 for none",
+    _whole(0),
+  ),
+  "eval.metric": Field(
+    "what grades answers to held-out prompts, before and after training: exact, contained, json, number, or a function"
+    " of yours as FILE.py:name; several with commas between; '' for none",
+    Text("exact, contained, json, number or FILE.py:name", empty=True),
+  ),
+  "eval.task": Field(
+    "what is asked instead of held-out prompts: the built-in task sql, or rows of your own, named as data.eval, that"
+    " eval.metric grades",
+    Text("sql or a source of rows", empty=True),
+  ),
+  "eval.task_limit": Field("questions that are graded, drawn; 0 for all", _whole(0), _GRADES),
+  "eval.max_new_tokens": Field(
+    "tokens of an answer at most; 0: as many as the longest expected answer takes, and a quarter more",
+    _whole(0, MOST_TOKENS),
+    _ANSWERS,
+  ),
+  "eval.before": Field("write answers before training too", Flag(), _ANSWERS),
   "checkpoint.every": Field(
     "steps from one checkpoint to the next; 0: the last alone, which is always kept", _whole(0)
   ),
@@ -524,10 +545,11 @@ def _check_given(config: Config, name: str) -> None:
   """Raises ConfigError for a field written by hand that another field has left unread."""
   values = dict(items(config))
   when = FIELDS[known_as(name)].when if known_as(name) in FIELDS else None
-  if when is not None and when[0] in values and not when[1](values[when[0]]):
-    raise ConfigError(
-      f"{name} is not read where {when[0]} is {values[when[0]]!r}: make that {when[2]}, or leave {name} out"
-    )
+  others = [] if when is None else [other for other in when[0].split(" or ") if other in values]
+  if when is not None and others and not any(when[1](values[other]) for other in others):
+    are = " and ".join(f"{other} is {values[other]!r}" for other in others)
+    cure = "write one of them" if len(others) > 1 else f"make that {when[2]}"
+    raise ConfigError(f"{name} is not read where {are}: {cure}, or leave {name} out")
   objective = config.get("objective", {})
   compares = objective.get("kl_weight") or objective.get("old") == "reference"
   if objective.get("name") == "grouped" and _is_of_reference(name) and not compares:

@@ -19,7 +19,7 @@ from posttrain_jax.data.loader import Loader
 from posttrain_jax.objectives import Context, measured
 from posttrain_jax.runs.metrics_log import Journal
 from posttrain_jax.runs.trackers import Tracker
-from posttrain_jax.train.progress import Bar
+from posttrain_jax.train.progress import EVALUATING, SAVING, Bar
 from posttrain_jax.train.signals import Stop
 from posttrain_jax.train.state import State
 
@@ -95,7 +95,14 @@ def loop(
   """
   main = distributed.is_main()
   journal = Journal(run.folder, progress.step, run.trackers()) if main else None
-  bar = Bar(run.steps, progress.step, silent=not main)
+  bar = Bar(
+    run.steps,
+    progress.step,
+    eval_every=run.eval_every,
+    save_every=run.save_every,
+    silent=not main,
+  )
+  step = bar.compiled(run.step)
   reader = _Reader(run, journal, bar)
   saved = progress.step
   clock = time.monotonic()
@@ -111,7 +118,8 @@ def loop(
     reader.flush(progress)
     tick()
     data = {"batches": run.batches.get_state(), "progress": dataclasses.asdict(progress)}
-    checkpoints.save(progress.step, state, data)
+    with bar.phase(SAVING):
+      checkpoints.save(progress.step, state, data)
     if run.best.is_given:  # the former one is pruned once this save is whole
       checkpoints.stay({progress.best_step})
     saved = progress.step
@@ -124,15 +132,17 @@ def loop(
       checkpoints.stay({progress.best_step})
     # an interrupted run may be given no steps but those that it has done
     if progress.step == run.steps and progress.evaluated != progress.step:
-      _evaluate(run, state, progress, journal, bar)
+      with bar.phase(EVALUATING):
+        _evaluate(run, state, progress, journal, bar)
     while progress.step < run.steps and not run.best.gives_up(progress):
-      state, metrics = run.step(state, run.context, _placed(run, next(run.batches)))
+      state, metrics = step(state, run.context, _placed(run, next(run.batches)))
       progress.step += 1
       reader.put(progress, metrics)
       last, is_better = progress.step == run.steps, False
       if last or (run.eval_every and progress.step % run.eval_every == 0):
         reader.flush(progress)
-        is_better = _evaluate(run, state, progress, journal, bar)
+        with bar.phase(EVALUATING):
+          is_better = _evaluate(run, state, progress, journal, bar)
         reader.restart()
         last = last or run.best.gives_up(progress)
       is_due = run.save_every and progress.step % run.save_every == 0

@@ -7,7 +7,6 @@ import functools
 import os
 import signal
 import sys
-import threading
 from collections.abc import Generator
 from types import FrameType, TracebackType
 from typing import Any
@@ -17,10 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-PREEMPTED = 75  # exit code: stopped when asked, state saved, safe to run again (EX_TEMPFAIL)
-INTERRUPTED = 130  # exit code: Ctrl-C before the first step, or for the second time
-ENDING = (signal.SIGTERM, signal.SIGHUP)  # a scheduler's, and that of a terminal that is closed
-PATIENCE = 5.0  # seconds in which a start that waits in compiled code gets to end by itself
+from posttrain_jax.core import ending
+from posttrain_jax.core.ending import ENDING, INTERRUPTED, PREEMPTED, mute, say
 
 
 @contextlib.contextmanager
@@ -30,67 +27,29 @@ def exiting() -> Generator[None]:
   What waits in compiled code (for other processes, say) is not waited for longer than PATIENCE; nor is a handler whose
   exception Python drops (inside a garbage collection).  A process of several leaves without the others.
   """
-  watch = _Watch()
-  before = {number: signal.signal(number, watch.receive) for number in (*ENDING, signal.SIGINT)}
+  watch = ending.Watch(_receive, _late)
   try:
-    yield
+    with ending.handling(_receive, *ENDING, signal.SIGINT):
+      yield
   finally:
-    for number, handler in before.items():
-      signal.signal(number, handler)
     watch.close()
 
 
-class _Watch:
-  """Ends the process when a signal has come and Python's handler, which compiled code holds up, has not ended it."""
-
-  def __init__(self) -> None:
-    self._reader, self._writer = os.pipe()
-    os.set_blocking(self._writer, False)
-    self._over = threading.Event()
-    self._previous = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
-    threading.Thread(target=self._wait, daemon=True).start()
-
-  def _wait(self) -> None:
-    while numbers := os.read(self._reader, 64):
-      for number in {*numbers} & {*ENDING, signal.SIGINT}:
-        # a loop that takes signals itself has put its own handlers in the place of this one's
-        if signal.getsignal(number) == self.receive and not self._over.wait(PATIENCE):
-          say(f"{signal.Signals(number).name}: ended while it started; run the same command again")
-          os._exit(PREEMPTED if number in ENDING else INTERRUPTED)
-    os.close(self._reader)
-
-  def receive(self, number: int, frame: FrameType | None) -> None:
-    if number == signal.SIGINT:
-      raise KeyboardInterrupt
-    say(f"{signal.Signals(number).name}: ended before the first step; run the same command again")
-    if jax.distributed.is_initialized():  # whose end waits minutes for the others
-      os._exit(PREEMPTED)
-    sys.exit(PREEMPTED)
-
-  def close(self) -> None:
-    self._over.set()
-    signal.set_wakeup_fd(self._previous)
-    os.close(self._writer)
+def _receive(number: int, frame: FrameType | None) -> None:
+  if ending.is_importing(frame):
+    _late(number)
+  if number == signal.SIGINT:
+    raise KeyboardInterrupt
+  say(f"{signal.Signals(number).name}: ended before the first step; run the same command again")
+  if jax.distributed.is_initialized():  # whose end waits minutes for the others
+    os._exit(PREEMPTED)
+  sys.exit(PREEMPTED)
 
 
-def say(text: str) -> None:
-  """A line to standard error, from a handler or a thread; where nobody is left to read, nowhere."""
-  try:
-    # not print: a handler may run inside another write to the same stream
-    os.write(2, f"{text}\n".encode())
-  except OSError:
-    mute()
-
-
-def mute() -> None:
-  """Output whose reader is gone (a closed terminal, a broken pipe) goes nowhere from here on, and is no error."""
-  nowhere = os.open(os.devnull, os.O_WRONLY)
-  for descriptor in (1, 2):
-    try:
-      os.write(descriptor, b"")
-    except OSError:
-      os.dup2(nowhere, descriptor)
-  os.close(nowhere)
+def _late(number: int) -> None:
+  ending.remove_unfinished()
+  say(f"{signal.Signals(number).name}: ended while it started; run the same command again")
+  os._exit(PREEMPTED if number in ENDING else INTERRUPTED)
 
 
 class Stop:
@@ -109,11 +68,11 @@ class Stop:
 
   def __init__(self) -> None:
     self._pending: jax.Array | None = None
-    self._previous: dict[signal.Signals, Any] = {}
+    self._previous: dict[int, Any] = {}
     self._interrupts = 0
 
   def __enter__(self) -> Stop:
-    for number in (*ENDING, signal.SIGINT):
+    for number in ending.heard():
       self._previous[number] = signal.signal(number, self._receive)
     return self
 

@@ -60,6 +60,72 @@ def test_asked_to_stop_while_it_reads(name, code, words, server, shared, tmp_pat
   assert not (tmp_path / "run").exists()
 
 
+# --- verbs that do not train ------------------------------------------------------------------------------------------
+
+VERBS = {  # what each is told, and a function that it is in when the signal comes
+  "export": (
+    ["--model={shared}/model", "--gguf=f16", "--out={out}/model.gguf"],
+    "posttrain_jax.build.gguf._described",
+    "nothing was written to ",
+  ),
+  "merge": (
+    ["--recipe={shared}/recipe.yml", "--out={out}/merged"],
+    "posttrain_jax.core.shards.write_index",
+    "what is merged so far is kept beside --out, and the same command goes on there",
+  ),
+  "pairs": (
+    ["--model={shared}/model", "--out={out}/pairs.jsonl", "--template=chatml"],
+    "posttrain_jax.evals.tasks.answer",
+    "nothing was written to ",
+  ),
+  "eval": (
+    ["--model={shared}/model", "--data={shared}/rows.jsonl", "--template=chatml"],
+    "posttrain_jax.build.evaluation.measured",
+    "nothing was written",
+  ),
+  "fetch": (
+    [],
+    "posttrain_jax.models.fetch.fetch",
+    "what was fetched so far is gone; run the same command again",
+  ),
+}
+
+
+@pytest.mark.parametrize(
+  ("verb", "name", "code"),
+  [
+    ("export", "SIGTERM", 143),
+    slow("export", "SIGINT", 130),
+    slow("merge", "SIGHUP", 129),
+    slow("merge", "SIGINT", 130),
+    slow("pairs", "SIGTERM", 143),
+    slow("eval", "SIGINT", 130),
+    slow("eval", "SIGHUP", 129),
+    slow("fetch", "SIGTERM", 143),
+  ],
+)
+def test_a_verb_that_is_ended_says_so_and_leaves_nothing_half(
+  verb, name, code, server, shared, tmp_path
+):
+  (shared / "recipe.yml").write_text(
+    f"merge_method: linear\nmodels:\n- model: {shared}/model\n  parameters: {{weight: 1.0}}\n"
+  )
+  arguments, point, left = VERBS[verb]
+  out = tmp_path / "out"
+  out.mkdir()
+  told = server.run(
+    [verb, *(text.format(shared=shared, out=out) for text in arguments)], point, [name]
+  )
+  assert told["code"] == code, told
+  assert told["seconds"] < 5
+  assert "Traceback" not in told["err"]
+  how = "interrupted" if name == "SIGINT" else f"ended by {name}"
+  assert told["err"].splitlines()[-1].startswith(f"posttrain {verb}: {how}; {left}"), told["err"]
+  assert told["out"] == ""
+  kept = [".merged.merging"] if verb == "merge" else []
+  assert [path.name for path in out.iterdir()] == kept
+
+
 # --- while it trains -------------------------------------------------------------------------------------------------
 
 

@@ -232,10 +232,10 @@ def asked(monkeypatch):
   calls = []
 
   def answer(params, config, tokenizer, *, task, split, limit, **options):
-    calls.append((task, limit))
-    rows = tasks.TASKS[task].examples(split, n=limit)
+    rows = task.examples(split, n=limit)
+    calls.append((task.name, len(rows)))
     right = len(calls) > 1  # after training, when asked before
-    told = dict(correct=right, reason="", finished=True, tokens=1)
+    told = dict(correct=right, reason="", finished=True, tokens=1, scores={"sql": float(right)})
     names = ("question", "gold", "channel")
     return rows, [
       {name: row[name] for name in names} | told | {"answer": row["gold"]} for row in rows

@@ -142,7 +142,7 @@ def test_rows_that_changed_since_are_not_held_out(folder, tmp_path, capsys):
 def answers(used, prompt, capsys):
   speaker, system = use.speaker(used, sampling=engine.GREEDY, max_new_tokens=6)
   out = io.StringIO()
-  chat.chat(speaker, system=system, stdin=io.StringIO(prompt), stdout=out)
+  chat.answer_lines(speaker, system=system, stdin=io.StringIO(prompt), stdout=out)
   return speaker.tokens([dict(role="system", content=system), dict(role="user", content=prompt)])
 
 

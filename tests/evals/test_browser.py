@@ -80,7 +80,9 @@ def pages(tmp_path_factory):
     ("grpo", runs.grouped_rows(60), runs.GROUPED),
   ):
     config = dict(runs.CONFIG, objective=objective)
-    folders[name] = runs.write(root / name, lines=some, config=config, after=answers({0, 2}))
+    own = {EVIL: [0.1 * i for i, _ in CHANNELS], "exact": [1.0, 0.0, 1.0, 0.0, 0.0, 0.0]}
+    after = runs.graded(answers({0, 2}), **own)
+    folders[name] = runs.write(root / name, lines=some, config=config, after=after)
   made = {name: report.write(folder) for name, folder in folders.items()}
   values = np.random.default_rng(0).normal(size=(4, 40))
   compared = margins.Compared(

@@ -17,7 +17,7 @@ def changed(config, **fields):
     *path, last = name.split("__")
     node = config
     for part in path:
-      node = node[part]
+      node = node.setdefault(part, {})
     node[last] = value
   return config
 
@@ -40,6 +40,8 @@ def changed(config, **fields):
     ("eval_rewards/accuracies", dict(data__train="other.jsonl"), ["data.train"]),
     ("eval_loss", dict(model__name="other"), ["model.name"]),
     ("accuracy/after", dict(data__train="other.jsonl", objective__beta=1.0), []),
+    ("eval_score/exact", dict(eval__metric="exact", data__train="other.jsonl"), ["data.train"]),
+    ("eval_score/exact", dict(eval__metric="exact", objective__beta=1.0), []),
     ("loss", dict(data__replay="old.jsonl"), ["data.replay"]),
     ("eval_loss", dict(data__replay="old.jsonl"), []),
     ("tokens_per_second", dict(data__train="other.jsonl", objective__beta=1.0), []),

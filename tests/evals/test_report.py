@@ -170,14 +170,46 @@ def test_special_tokens_are_drawn_apart(tmp_path):
 
 
 def test_a_run_links_to_what_is_beside_it(folder):
-  assert page(folder).addresses == ["config.json"]
+  after = ["config.json", "evaluation-before.json", "evaluation-after.json"]
+  assert page(folder).addresses == after
   for name in ("preference.html", "eval.json", "log.txt"):
     (folder / name).touch()
   (folder.parent / ".sweep.lock").touch()
   found = page(folder)
-  wanted = ["preference.html", "eval.json", "config.json", "log.txt", "../compare.html"]
-  assert found.addresses == wanted
+  wanted = ["preference.html", "eval.json", "config.json", "log.txt", *after[1:]]
+  assert found.addresses == [*wanted, "../compare.html"]
   assert "all points of the sweep" in found.text
+
+
+def test_scores_of_own_rows_before_and_after(tmp_path):
+  answers = [runs.answer(f"Q{i}", "rows", False, f"A{i}") for i in range(4)]
+  before = runs.graded(runs.result(answers), exact=[0.0, 0, 0, 1], mine=[0.1, 0.2, 0.3, 0.4])
+  after = runs.graded(runs.result(answers), exact=[1.0, 1, 0, 1], mine=[0.2, 0.3, 0.3, 0.4])
+  for results in (before, after):
+    for a in results.answers:
+      a["correct"] = a["scores"]["exact"] == 1
+  folder = runs.write(tmp_path / "own", before=before, after=after)
+  found = page(folder).text
+  assert "exact: 25.0 % before, 75.0 % after, +50.0 points (95 % interval -6.6 to +100.0" in found
+  assert "it may be chance" in found
+  assert "mine: 0.25 before, 0.3 after, +0.05" in found
+  assert "75.0 % (3/4;" in found
+  assert "Wrong before, right after: 2" in found
+  assert "Wrong before and after: 1" in found
+  assert "Execution accuracy" not in found
+  table = printed(report.summary_table(folder))
+  assert "+50.0 points" in table
+  assert "95 %" not in table
+
+
+def test_a_metric_that_is_no_share_sorts_answers_into_better_and_worse(tmp_path):
+  answers = [runs.answer(f"Q{i}", "rows", False, f"A{i}") for i in range(3)]
+  before, after = (
+    runs.graded(runs.result(answers), mine=values) for values in ([0.5, 0.5, 0.5], [0.7, 0.2, 0.5])
+  )
+  found = page(runs.write(tmp_path / "own", before=before, after=after)).text
+  for title in ("Better after: 1", "Worse after: 1", "As before: 1"):
+    assert title in found
 
 
 def test_accuracy_before_and_after(folder):
@@ -223,7 +255,7 @@ def test_what_a_model_writes_is_text(tmp_path):
   found = page(folder)
   assert "script" not in found.tags
   assert not found.tags & {"img", "b onmouseover"}
-  assert found.addresses == ["metrics.jsonl", "config.json"]
+  assert found.addresses == ["metrics.jsonl", "config.json", "evaluation-after.json"]
   assert found.text.count(evil) >= 4
 
 

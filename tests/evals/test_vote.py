@@ -7,6 +7,7 @@ import pytest
 
 from posttrain_jax import adapters
 from posttrain_jax.evals import tasks, vote
+from posttrain_jax.evals.graders import Grader
 from tests.data.conftest import make_tokenizer
 from tests.models import families
 
@@ -40,8 +41,8 @@ def test_an_ensemble_answers_in_one_batch_and_the_commonest_counts(monkeypatch):
   one = start(1, method="prompt", num_virtual_tokens=4)
   two = start(2, method="prompt", num_virtual_tokens=2)
   # random models answer no question: a rule stands in for the verdict
-  right = lambda answer, gold: (len(answer) % 2 == 0, "ok")
-  task = dataclasses.replace(tasks.TASKS["sql"], score=right)
+  right = lambda answer, question: (float(len(answer) % 2 == 0), "ok")
+  task = dataclasses.replace(tasks.TASKS["sql"], graders=(Grader("even", right),))
   monkeypatch.setitem(tasks.TASKS, "sql", task)
   options = dict(limit=5, template="chatml", max_new_tokens=5, batch_size=6)
   alone = [

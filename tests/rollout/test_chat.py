@@ -23,11 +23,6 @@ from tests.models import families
 NEW = 12
 
 
-class Terminal(io.StringIO):
-  def isatty(self):
-    return True
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
   """(folder, params, config, tokenizer) of a model without a chat template."""
@@ -58,12 +53,11 @@ def ready(*args, system=None, max_new_tokens=NEW, **options):
   return use.speaker(used, system=system, sampling=engine.GREEDY, max_new_tokens=max_new_tokens)
 
 
-def talk(*args, terminal=None, lines=None, **options):
-  """(stdout, stderr) of a conversation."""
-  stdin = io.StringIO(lines) if terminal is None else Terminal(terminal)
+def talk(*args, lines, **options):
+  """(stdout, stderr) of the answers to lines from a pipe."""
   out, err = io.StringIO(), io.StringIO()
   speaker, system = ready(*args, **options)
-  chat.chat(speaker, system=system, stdin=stdin, stdout=out, stderr=err)
+  chat.answer_lines(speaker, system=system, stdin=io.StringIO(lines), stdout=out, stderr=err)
   return out.getvalue(), err.getvalue()
 
 
@@ -100,19 +94,6 @@ def test_each_line_of_a_pipe_is_a_conversation_of_its_own(base):
   first, second = expected(base, [user("Hello there")], [user("What is two?")])
   assert first != second
   assert (out, err) == (f"{first}\n{second}\n", "")
-
-
-def test_a_terminal_remembers_until_it_is_told_not_to(base):
-  lines = "Hello there\nWhat is two?\n/reset\nWhat is two?\n/exit\nnever read\n"
-  out, err = talk(base[0], terminal=lines, template="chatml", system="Four")
-  opening = [dict(role="system", content="Four"), user("Hello there")]
-  (first,) = expected(base, opening)
-  second, anew = expected(
-    base, [*opening, assistant(first), user("What is two?")], [opening[0], user("What is two?")]
-  )
-  assert second != anew
-  assert out == f"> {first}\n> {second}\n> > {anew}\n> "
-  assert err == chat.HELP + "\n"
 
 
 def test_an_adapter_and_the_merged_model_say_the_same_and_the_base_does_not(
@@ -157,12 +138,6 @@ def test_a_base_model_continues_text_and_says_so(base, caplog):
     talk(folder, lines="", system="Be brief")
 
 
-def test_a_conversation_that_fills_the_model_says_so_and_goes_on(base):
-  out, err = talk(base[0], terminal="Hello " * 200 + "\nHello there\n", template="chatml")
-  assert "positions; /reset starts anew" in err
-  assert out == f"> > {expected(base, [user('Hello there')])[0]}\n> "
-
-
 def test_streamed_pieces_are_whole_characters(base):
   speaker, _ = ready(base[0], template="chatml", max_new_tokens=40)
   pieces = list(speaker.stream([user("Hello there")], None))
@@ -186,7 +161,7 @@ def test_a_prompt_that_leaves_less_room_is_answered_in_what_is_left_and_one_that
   lines = "a\n" + "b " * (longest // 2 - 8) + "\n" + "c " * 400 + "\nd\n"
   speaker, _ = ready(folder, max_new_tokens=100)
   out, err = io.StringIO(), io.StringIO()
-  failed = chat.chat(speaker, stdin=io.StringIO(lines), stdout=out, stderr=err)
+  failed = chat.answer_lines(speaker, stdin=io.StringIO(lines), stdout=out, stderr=err)
   assert failed == 1
   assert err.getvalue().startswith("line 3: the conversation has")
   prompts = [templates.opening(tokenizer, line) for line in lines.splitlines()]
@@ -222,39 +197,6 @@ def ending(tokenizer):
   return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=end)
 
 
-class Interrupted(Terminal):
-  """Lines, and a Ctrl-C at the prompt where one is None."""
-
-  def __init__(self, *lines):
-    super().__init__()
-    self.left = list(lines)
-
-  def readline(self):
-    line = self.left.pop(0)
-    if line is None:
-      raise KeyboardInterrupt
-    return line
-
-
-def test_ctrl_c_ends_the_answer_and_at_the_prompt_the_chat(base, monkeypatch):
-  speaker, _ = ready(base[0], template="chatml")
-  whole = engine.stream
-
-  def cut(*args, **options):
-    drawn = whole(*args, **options)
-    yield next(drawn)
-    monkeypatch.setattr(engine, "stream", whole)
-    raise KeyboardInterrupt
-
-  monkeypatch.setattr(engine, "stream", cut)
-  stdin = Interrupted("Hello there\n", "/reset\n", "Hello there\n", None, "never read\n")
-  out = io.StringIO()
-  assert chat.chat(speaker, stdin=stdin, stdout=out, stderr=io.StringIO()) == 0
-  assert stdin.left == ["never read\n"]
-  (answer,) = expected(base, [user("Hello there")])
-  assert out.getvalue().endswith(f"> {answer}\n> \n")
-
-
 def test_a_template_renders_on_after_a_ctrl_c(base, monkeypatch):
   template = templates.bind(base[3], "chatml")
   jobs = [templates.job([user("one")], True)]
@@ -279,12 +221,12 @@ def test_a_line_that_is_not_utf8_leaves_the_others_answered(base, errors):
   stdin = io.TextIOWrapper(io.BytesIO(lines), encoding="utf-8", errors=errors)
   out, err = io.StringIO(), io.StringIO()
   speaker, _ = ready(base[0], template="chatml")
-  assert chat.chat(speaker, stdin=stdin, stdout=out, stderr=err) == 1
+  assert chat.answer_lines(speaker, stdin=stdin, stdout=out, stderr=err) == 1
   first, last = expected(base, [user("Hello there")], [user("What is two?")])
   assert out.getvalue() == f"{first}\n\n{last}\n"
   assert err.getvalue().startswith("line 2: byte 0xe9 at character 4 is not UTF-8; convert")
   with pytest.raises(ValueError, match="system message: byte 0xe9"):
-    chat.chat(speaker, system="caf\udce9", stdin=io.StringIO("Hello"))
+    chat.answer_lines(speaker, system="caf\udce9", stdin=io.StringIO("Hello"))
 
 
 @pytest.mark.parametrize("writes", [False, None, True])

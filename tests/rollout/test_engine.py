@@ -138,6 +138,57 @@ def test_streaming_gives_the_tokens_of_generate(llama):
   assert list(engine.stream(*llama, PROMPTS[0], **sampled(5), max_new_tokens=NEW)) == free
 
 
+def test_a_dialogue_reads_what_is_new_alone_and_compiles_once(llama, monkeypatch):
+  """Ten turns, each beginning with all that was said: two programs, whatever their lengths."""
+  monkeypatch.setattr(engine, "SLOTS", 256)
+  monkeypatch.setattr(engine, "CHUNKS", (16, 8))
+  programs = engine._extend._cache_size, engine._decode._cache_size
+  read = []
+  step = engine._extend
+
+  def counted(params, cache, start, tokens, count, *rest):
+    read.append(count)
+    return step(params, cache, start, tokens, count, *rest)
+
+  monkeypatch.setattr(engine, "_extend", counted)
+  dialogue = engine.Dialogue(*llama, stop_tokens=(1,))
+  said = []
+  for turn in range(10):
+    said += [5 + (turn * i) % 40 for i in range(4 + turn)]
+    whole = generate(llama, [said], stop_tokens=(1,), max_new_tokens=4).tokens[0]
+    now = [size() for size in programs]
+    drawn = list(dialogue.stream(said, max_new_tokens=4))
+    assert drawn == whole
+    after = [size() for size in programs]
+    # one program a piece's size, one that decodes: compiled in the first turn that needs them
+    assert sum(after) - sum(now) <= {0: 2, 1: 0}.get(turn, 1)
+    said += drawn
+  asked = sum(4 + turn for turn in range(10))
+  assert (
+    sum(read) == asked + 9
+  )  # and the last token of each answer before, which was drawn and not read
+
+
+def test_a_dialogue_whose_past_changes_reads_it_anew(llama):
+  """Another system message, a turn taken back, an answer cut short, a prompt said again."""
+  dialogue = engine.Dialogue(*llama)
+  first = PROMPTS[0]
+  stream = dialogue.stream(first, max_new_tokens=NEW)
+  cut = [next(stream), next(stream)]
+  stream.close()
+  for prompt in ([*first, *cut, 7], first, [9, *first], first[:2], [*first[:2], 11, 12]):
+    assert list(dialogue.stream(prompt, max_new_tokens=NEW)) == generate(llama, [prompt]).tokens[0]
+
+
+def test_a_dialogue_grows(llama, monkeypatch):
+  monkeypatch.setattr(engine, "SLOTS", 16)
+  monkeypatch.setattr(engine, "CHUNKS", (8, 4))
+  dialogue = engine.Dialogue(*llama)
+  for length in (3, 11, 30, 12):
+    prompt = [3 + i % 50 for i in range(length)]
+    assert list(dialogue.stream(prompt, max_new_tokens=NEW)) == generate(llama, [prompt]).tokens[0]
+
+
 def test_a_lower_limit_cuts_the_same_text(llama):
   longer, shorter = generate(llama).tokens, generate(llama, max_new_tokens=NEW - 3).tokens
   assert shorter == [tokens[:-3] for tokens in longer]

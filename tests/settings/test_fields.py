@@ -9,7 +9,6 @@ from posttrain_jax.adapters.config import OPTIONS
 from posttrain_jax.build import decisions, objective
 from posttrain_jax.configs import common
 from posttrain_jax.data import answers, chat
-from posttrain_jax.evals import tasks
 from posttrain_jax.models import decoder
 from posttrain_jax.objectives import groups, preference
 from posttrain_jax.optim import chain, galore, offload
@@ -59,7 +58,6 @@ def test_its_choices_are_the_codes():
   choices = {
     "model.base": ("dense", *STORAGES),
     "model.remat": ("auto", *decoder.REMAT),
-    "eval.task": ("", *tasks.TASKS),
     "data.truncate": {*chat.TRUNCATE, *answers.TRUNCATE},
     "data.train_on": chat.TRAIN_ON,
     "optimizer.schedule": chain.SCHEDULES,
@@ -102,7 +100,10 @@ OUTSIDE = {
   "mesh.fsdp": (0, -2, 1.5),
   "eval.rows": (0, -1),
   "eval.every": (-1, 2.5),
-  "eval.task": ("none", "sqll", None, 3),
+  "eval.task": (None, 3),
+  "eval.metric": (None, 3),
+  "eval.samples": (-1, 2.5),
+  "eval.max_new_tokens": (-1, None),
   "eval.task_limit": (-1,),
   "eval.before": (1, "yes"),
   "checkpoint.keep": (0, -1),

@@ -92,8 +92,9 @@ def test_a_program_that_stops_when_asked_exits_with_75():
 
 STUCK = """
 import sys, time
+from posttrain_jax.core import ending
 from posttrain_jax.train import signals
-signals.PATIENCE = 0.5
+ending.PATIENCE = 0.5
 with signals.exiting():
   if sys.argv[1] == "loop":
     with signals.Stop() as stop:

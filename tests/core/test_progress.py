@@ -1,0 +1,62 @@
+"""What is said of things that take a while, in a log file and in a program's output."""
+
+import io
+
+import pytest
+
+from posttrain_jax.core import progress
+
+
+@pytest.fixture
+def clock(monkeypatch):
+  """Seconds, moved by hand."""
+  now = [100.0]
+  monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+  return now
+
+
+def test_a_phase_is_said_when_it_begins_and_when_it_took_long(clock, capsys):
+  with progress.phase("reading smollm2"):
+    assert capsys.readouterr().err == "reading smollm2 ...\n"
+    clock[0] += 2.14
+  assert capsys.readouterr().err == "reading smollm2: 2.1 s\n"
+  with progress.phase("reading the data"):
+    clock[0] += 0.9
+  assert capsys.readouterr() == ("", "reading the data ...\n")
+
+
+def test_a_log_file_gets_lines_at_intervals_and_how_long_is_left(clock, capsys):
+  with progress.counter("answering") as count:
+    for done in range(1, 41):
+      clock[0] += 1
+      count(done, 40)
+  assert capsys.readouterr().err.splitlines() == [
+    "answering ...",
+    "answering: 15 of 40, 25.0 s left",
+    "answering: 30 of 40, 10.0 s left",
+    "answering: 40.0 s",
+  ]
+
+
+def test_nothing_is_said_where_a_program_reads(clock, capsys):
+  with progress.muted():
+    with progress.phase("reading"), progress.counter("answering") as count:
+      clock[0] += 20
+      count(1, 2)
+    assert list(progress.told([1, 2], "scoring")) == [1, 2]
+  assert capsys.readouterr() == ("", "")
+  with progress.phase("reading"):
+    pass
+  assert capsys.readouterr().err == "reading ...\n"
+
+
+def test_a_terminal_sees_a_spinner_and_afterwards_one_line(clock):
+  class Terminal(io.StringIO):
+    def isatty(self):
+      return True
+
+  out = Terminal()
+  with progress.phase("reading [bold]", stream=out):
+    clock[0] += 3
+  assert "reading [bold]" in out.getvalue()
+  assert out.getvalue().endswith("reading [bold]: 3.0 s\n")
