@@ -183,6 +183,9 @@ def run(arg):
 
   c.model = ml_collections.ConfigDict()
   c.model.name = arg.model  # "smollm2", a Hugging Face folder or hub name
+  # an adapter's or a run's folder to start from; "": a fresh adapter on the base alone
+  c.model.adapter = ""
+  c.model.adapter_use = "trained"  # it goes on being trained, or is frozen under a fresh one
   c.model.base = chosen("base", arg.base, BASES)  # how frozen matrices are stored
   c.model.dtype = "auto"  # of the computation: bfloat16 on accelerators, float32 on CPU
   # chat template: the tokenizer's own, or chatml llama3 llama2 mistral vicuna gemma

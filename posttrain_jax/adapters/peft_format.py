@@ -29,7 +29,8 @@ from posttrain_jax.adapters.codecs.codec import Codec, Folder, check_keys
 from posttrain_jax.adapters.combination import AnyConfig, parts_of, together
 from posttrain_jax.adapters.config import OPTIONS, AdapterConfig
 from posttrain_jax.core import files, shards, tree, words
-from posttrain_jax.models import decoder, fetch
+from posttrain_jax.core.weight import Adapted
+from posttrain_jax.models import before, decoder, fetch
 from posttrain_jax.models.config import ModelConfig
 
 log = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
 # ours: what the adapter was made for; PEFT rejects keys that it does not know
 RECORD = "posttrain.json"
+UNDER = "under"  # the folder, inside another's, of the adapter that it stands on: `adapters.over`
 BASE_NAME = "base_name"  # in the record: the built-in model that it was made for, whose weights are not the hub's
 HEADER_BYTES, CONFIG_BYTES = 32 * 2**20, 4 * 2**20  # larger ones are not read
 
@@ -135,6 +137,11 @@ def load(folder: str | Path, params: Any, model_config: ModelConfig) -> tuple[An
       names the file and the key, tensor or module.
   """
   path = locate(Path(folder))
+  if (path / UNDER).is_dir() and not _is_bound(params):
+    raise ValueError(
+      f"{path} stands on the adapter in its folder {UNDER}, and on the base alone it is of no use; merge both into one"
+      " model first (posttrain export --merge of its run)"
+    )
   others = _read_record(path / RECORD, model_config).get("with_methods", [])
   if not isinstance(others, list):
     raise ValueError(f"{path / RECORD}: with_methods={words.shown(others)} is no list of methods")
@@ -152,6 +159,13 @@ def load(folder: str | Path, params: Any, model_config: ModelConfig) -> tuple[An
     saved = [name for name in config.modules_to_save if name not in configs[0].modules_to_save]
     configs.append(config.replace(modules_to_save=tuple(saved)))
   return tree.unflatten(nodes), together(configs)
+
+
+def _is_bound(params: Any) -> bool:
+  """Whether an adapter is bound to params already."""
+  leaves = tree.flatten(params)
+  stands = before.PROMPT in leaves or before.PREFIX in leaves
+  return stands or any(isinstance(leaf, Adapted) for leaf in leaves.values())
 
 
 def _read(
@@ -179,6 +193,9 @@ def _read(
 
 def base_of(folder: str | Path) -> str | None:
   """The name of the base that an adapter's folder says it is for: a built-in model's, the hub's or a path."""
+  below = Path(folder) / UNDER
+  if below.is_dir():
+    return base_of(below)
   record = Path(folder) / RECORD
   said = _read_json(record).get(BASE_NAME) if record.exists() else None
   return said or _read_json(Path(folder) / CONFIG).get("base_model_name_or_path")

@@ -8,10 +8,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 
 from posttrain_jax import adapters, settings
 from posttrain_jax.adapters import layout
+from posttrain_jax.adapters.adalora import AdaLoRA
+from posttrain_jax.adapters.node import Change
 from posttrain_jax.build import decisions
 from posttrain_jax.core import tree
 from posttrain_jax.data import templates
@@ -78,13 +81,42 @@ def make(
     text_tokens=ids,
     model=model.config,
   )
+  compared_with = None
+  if model.earlier is not None and model.earlier.goes_on is not None:
+    earlier, _ = model.earlier.goes_on
+    adapter = _goes_on(adapter, earlier)
+    if decisions.compares_with_start(config):
+      compared_with = jax.tree.map(jnp.copy, earlier)  # what trains is donated from step to step
   trainable, carried = tree.partition(layout.laid_out(adapter, mesh))
   return Trees(
     trainable,
     carried,
-    Context(params, reference=reference),
+    Context(params, reference=reference, reference_adapter=compared_with),
     adapter_config.for_layers(model.config.num_layers),
   )
+
+
+def _goes_on(fresh: Any, earlier: Any) -> Any:
+  """The adapter that was trained before in the place of a fresh one; what that has beside it stays fresh.
+
+  Dropout is that of the fresh one: it is of the training.
+  """
+  new, old = tree.flatten(fresh), tree.flatten(earlier)
+  if unknown := sorted(old.keys() - new.keys()):
+    raise settings.ConfigError(
+      f"model.adapter: it adapts {unknown[0]}, which config.adapter does not"
+    )
+  nodes = dict(new)
+  for path, node in old.items():
+    if isinstance(node, Change) and node.dropout != new[path].dropout:
+      node = dataclasses.replace(node, dropout=new[path].dropout)
+    if isinstance(
+      node, AdaLoRA
+    ):  # what it remembers of its gradients is in no file: its schedule begins anew
+      begun = new[path]
+      node = dataclasses.replace(node, importance=begun.importance, uncertainty=begun.uncertainty)
+    nodes[path] = node
+  return tree.unflatten(nodes)
 
 
 def resumed(

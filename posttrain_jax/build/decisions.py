@@ -49,6 +49,16 @@ def is_full(config: ml_collections.ConfigDict) -> bool:
   return config.adapter.method == "none"
 
 
+def earlier(config: ml_collections.ConfigDict) -> str:
+  """The folder of the adapter that the run starts from; "" for none."""
+  return config.model.get("adapter") or ""  # runs of older versions have no such field
+
+
+def goes_on(config: ml_collections.ConfigDict) -> bool:
+  """Whether that adapter is trained further; where it is not, a fresh one is trained over it."""
+  return bool(earlier(config)) and config.model.get("adapter_use", "trained") == "trained"
+
+
 def has_score(config: ml_collections.ConfigDict) -> bool:
   """Whether the model has a score head beside its own: a reward model, or a sum with a reward's loss."""
   o = config.objective
@@ -95,6 +105,11 @@ def caches_reference(config: ml_collections.ConfigDict) -> bool:
 def compares_with_base(config: ml_collections.ConfigDict) -> bool:
   """Whether the reference is the base that the policy started from."""
   return not has_reference(config) or config.objective.reference == "base"
+
+
+def compares_with_start(config: ml_collections.ConfigDict) -> bool:
+  """Whether a policy that stays is compared with, and is the one that the run starts as."""
+  return has_reference(config) and compares_with_base(config) and not follows(config)
 
 
 def follows(config: ml_collections.ConfigDict) -> bool:

@@ -130,7 +130,7 @@ def _on_its_rest(run: ml_collections.ConfigDict, used: use.Used) -> use.Used:
   assert model.started is not None
   nodes = tree.unflatten(model.started.nodes.items())
   params = adapters.original(model.params, nodes)
-  return dataclasses.replace(used, params=params, storage=run.model.base)
+  return dataclasses.replace(used, params=params, bare=params, storage=run.model.base)
 
 
 def _described(used: use.Used, source: str) -> ml_collections.ConfigDict:
@@ -249,7 +249,13 @@ def _policy(
 def _as_model(used: use.Used, params: Any) -> model_lib.Model:
   """What training has of a model, of one that is used."""
   return model_lib.Model(
-    used.folder, params, used.config, used.tokenizer, used.template, used.dtype
+    used.folder,
+    params,
+    used.config,
+    used.tokenizer,
+    used.template,
+    used.dtype,
+    bare=used.bare,
   )
 
 
@@ -260,7 +266,7 @@ def _reference(config: ml_collections.ConfigDict, used: use.Used) -> Any:
     return reference.params(config, _as_model(used, used.params), None)
   if named == "base" or reference.is_adapter(named):
     params, began = hf.load(fetch.resolve(config.model.name), dtype=used.dtype, storage="dense")
-    model = dataclasses.replace(_as_model(used, params), config=began)
+    model = dataclasses.replace(_as_model(used, params), config=began, bare=params)
     return reference.params(config, model, None)
   return reference.params(config, _as_model(used, None), None)
 
@@ -429,4 +435,4 @@ def _settings(
     return None
   if not (Path(workdir) / record.CONFIG).exists():
     raise ConfigError(f"{workdir} holds no run: there is no {record.CONFIG}")
-  return ml_collections.ConfigDict(record.config(workdir))
+  return settings.restored(record.config(workdir))

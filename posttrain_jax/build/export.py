@@ -12,12 +12,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import safetensors
 
-from posttrain_jax import adapters
-from posttrain_jax.adapters import dora, peft_format
+from posttrain_jax import adapters, settings
+from posttrain_jax.adapters import dora, over, peft_format
 from posttrain_jax.build import adapter as adapter_lib
 from posttrain_jax.build import decisions, model_card, start, use
 from posttrain_jax.core import files, tree
@@ -89,19 +88,18 @@ def export(
     _check_adapter(source)
   if keep_base and (merge or is_full):
     raise ValueError("keep_base is for an adapter beside its base: leave merge out, and train one")
+  notes: list[str] = []
   with files.publish(out) as new:
     if keep_base:
       _keep_base(run, source, new, out)
     elif merge and not is_full:
-      _merge(run, source, new, merge_base)
+      notes = _merge(run, source, new, merge_base)
     else:
       shutil.copytree(source, new, dirs_exist_ok=True)
       _say_how_far(run, source)
-    if keep_base:
-      return out
-    if manner.read(new) is None:
+    if not keep_base and manner.read(new) is None:
       _accompany(run, new, is_merged=merge and not is_full)
-    model_card.write(new, run, name=name)
+    model_card.write(new, run, name=name, notes=notes)
   return out
 
 
@@ -130,7 +128,9 @@ def _accompany(run: runs.Run, folder: Path, *, is_merged: bool) -> None:
   )
   if is_merged:
     how = dataclasses.replace(how, storage=None)
-  accompany(folder, fetch.resolve(run.field("model.name")), template, how)
+  beside = next((d for d in (run.folder / ADAPTER, run.folder / MODEL) if d.is_dir()), None)
+  spoken = use.tokenizer_folder(fetch.resolve(run.field("model.name")), beside)
+  accompany(folder, spoken, template, how)
 
 
 def read(workdir: str | Path) -> runs.Run:
@@ -198,6 +198,8 @@ class _Trained:
   adapter: Any
   stored: Any
   stored_adapter: Any
+  below: tuple[str, ...]  # methods of the frozen adapters that either base has bound
+  in_weights: bool  # whether merged weights can hold all of it
 
   def logits(self, params: Any) -> Any:
     text = chat.load_tokenizer(self.folder)(PROBE)["input_ids"][: self.config.max_length]
@@ -216,8 +218,10 @@ def _trained(run: runs.Run, source: Path) -> _Trained:
   with_head = lambda params, config: use.scoring(source, params, config)
   original, plain = hf.load(folder, storage="dense")
   original, config = with_head(original, plain)
-  adapter, adapter_config = peft_format.load(source, original, config)
-  config = rotary.stretched(config, adapter_config.context_length)
+  *below, (adapter, adapter_config) = over.load(source, original, config)
+  lengths = [described.context_length for _, described in (*below, (adapter, adapter_config))]
+  config = rotary.stretched(config, max(lengths))
+  original = over.bound(original, below)
   if base in (None, "dense"):
     stored, stored_adapter = original, adapter
   elif _starts_from_base(run):
@@ -226,13 +230,24 @@ def _trained(run: runs.Run, source: Path) -> _Trained:
   else:
     stored, _ = with_head(*hf.load(folder, storage=base))
     # DoRA's node holds norms of its base: that of the stored one is another
-    stored_adapter, _ = peft_format.load(source, stored, config)
-  return _Trained(folder, config, adapter_config, original, adapter, stored, stored_adapter)
+    *below, (stored_adapter, _) = over.load(source, stored, config)
+    stored = over.bound(stored, below)
+  return _Trained(
+    folder,
+    config,
+    adapter_config,
+    original,
+    adapter,
+    stored,
+    stored_adapter,
+    below=tuple(described.method for _, described in below),
+    in_weights=all(described.in_weights for _, described in (*below, (adapter, adapter_config))),
+  )
 
 
 def _started(run: runs.Run, folder: Path, config: ModelConfig, adapter: Any) -> tuple[Any, Any]:
   """(the base that was left of the original, as it was stored; the adapter on it)."""
-  asked = ml_collections.ConfigDict(run.record["config"])
+  asked = settings.restored(run.record["config"])
   described = adapter_lib.described(asked)
   starting = None if described is None else described.starting
   if starting is None:
@@ -269,30 +284,36 @@ def _check_start(started: start.Start, nodes: Mapping[str, Any]) -> None:
       )
 
 
-def _merge(run: runs.Run, source: Path, out: Path, merge_base: str) -> None:
+def _merge(run: runs.Run, source: Path, out: Path, merge_base: str) -> list[str]:
+  """Writes the merged model; what its card is to say of that."""
   trained = _trained(run, source)
-  method = trained.adapter_config.method
-  if not trained.adapter_config.in_weights:
+  methods = " over a ".join([trained.adapter_config.method, *reversed(trained.below)])
+  if not trained.in_weights:
     raise ValueError(
-      f"merge: a {method} stands before the text and is in no weight, so no merged model can hold it;"
+      f"merge: a {methods} stands before the text and is in no weight, so no merged model can hold it;"
       " export without merge, and load the folder as an adapter: posttrain chat --adapter=DIR, or peft"
     )
-  merged = None
+  merged, notes = None, []
   if run.field("model.base") in (None, "dense"):
     merged = adapters.merge(trained.original, trained.adapter)
   else:
-    merged = _merged_onto(merge_base, run.field("model.base"), trained)
+    merged, note = _merged_onto(merge_base, run.field("model.base"), trained)
+    notes.append(note)
   config = trained.config
-  if config.scores and not decisions.writes(ml_collections.ConfigDict(run.record["config"])):
+  if config.scores and not decisions.writes(settings.restored(run.record["config"])):
     merged = {name: part for name, part in merged.items() if name != "lm_head"}
     config = dataclasses.replace(config, writes=False)
   for path, leaf in tree.items(merged):
     _check_finite(source, path, leaf)
   hf.save(out, merged, config, tokenizer_from=trained.folder)
+  return notes
 
 
-def _merged_onto(merge_base: str, base: str, trained: _Trained) -> Any:
-  """The adapter in what is asked for, the dense weights or the stored ones; the error of either is logged."""
+def _merged_onto(merge_base: str, base: str, trained: _Trained) -> tuple[Any, str]:
+  """(the adapter in what is asked for, the dense weights or the stored ones; a sentence that says how near it is).
+
+  The error of either is logged, and which is the nearer.
+  """
   makers = {
     "original": lambda: adapters.merge(trained.original, trained.adapter),
     "dequantised": lambda: adapters.merge(trained.stored, trained.stored_adapter),
@@ -312,7 +333,13 @@ def _merged_onto(merge_base: str, base: str, trained: _Trained) -> Any:
     log.warning(
       "--merge_base=%s is nearer to what was trained: KL %s nats, not %s", nearest, near, far
     )
-  return merged
+  else:
+    log.info("--merge_base=%s is as near to what was trained as the other, or nearer", merge_base)
+  note = (
+    f"It was trained on a base in {base} and merged onto the {merge_base} weights: on a probe text the logits are off"
+    f" from what was trained by {off[merge_base]}."
+  )
+  return merged, note
 
 
 def _say_how_far(run: runs.Run, source: Path) -> None:
@@ -333,10 +360,16 @@ def _say_how_far(run: runs.Run, source: Path) -> None:
 
 def _keep_base(run: runs.Run, source: Path, new: Path, out: Path) -> None:
   trained = _trained(run, source)
-  hf.save(new / "base", trained.stored, trained.config, tokenizer_from=trained.folder)
-  template = run.field("model.template")
-  if template not in (None, "tokenizer"):
-    write_template(new / "base", template)
+  base = trained.stored
+  if trained.below:
+    if not trained.in_weights:
+      raise ValueError(
+        "keep_base: a soft prompt or prefix is in no weight, so the base under this adapter cannot be written; export"
+        " without it, and load the folder as an adapter: posttrain chat --adapter=DIR"
+      )
+    base = adapters.merge(base)
+    log.info("base: with the frozen %s merged into it", " and ".join(trained.below))
+  hf.save(new / "base", base, trained.config, tokenizer_from=trained.folder)
   peft_format.save(
     new / ADAPTER,
     trained.stored_adapter,
@@ -344,6 +377,8 @@ def _keep_base(run: runs.Run, source: Path, new: Path, out: Path) -> None:
     trained.config,
     base_name=str(out.absolute() / "base"),
   )
+  for folder in (new / "base", new / ADAPTER):
+    _accompany(run, folder, is_merged=True)  # the base's own files say how it is stored
 
 
 def _starts_from_base(run: runs.Run) -> bool:

@@ -11,9 +11,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 
+from posttrain_jax import settings
 from posttrain_jax.adapters import peft_format
 from posttrain_jax.adapters.lora import LoRA
 from posttrain_jax.build import decisions, merge_inputs
@@ -56,7 +56,7 @@ def export(
   """
   out = _named(out)
   run = folders.read(workdir)
-  if decisions.has_score(ml_collections.ConfigDict(run.record["config"])):
+  if decisions.has_score(settings.restored(run.record["config"])):
     raise ValueError(gguf_write.NO_SCORES)
   if run.field("adapter.method") == "none" or merge:
     gguf_write.check(hf.read_config(fetch.resolve(run.field("model.name"))))

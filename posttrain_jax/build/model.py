@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from posttrain_jax.adapters import layout
+from posttrain_jax.adapters import layout, over
 from posttrain_jax.build import adapter, decisions, start, use
+from posttrain_jax.build import earlier as earlier_lib
+from posttrain_jax.build.earlier import Earlier
 from posttrain_jax.data import chat
 from posttrain_jax.models import decoder, fetch, hf, rotary
 from posttrain_jax.models.config import ModelConfig
@@ -24,12 +26,20 @@ class Model:
   """A base on its devices, and what belongs to it."""
 
   folder: Path
-  params: Any
+  params: Any  # with the frozen adapters bound that the run stands on
   config: ModelConfig
   tokenizer: Any
   template: Any  # None for a base model that has no chat template
   dtype: Any  # of the computation
   started: start.Start | None = None  # where the adapter starts with a part of the base
+  earlier: Earlier | None = None  # the adapter that the run starts from
+  bare: Any = None  # the params without any adapter; None: params are
+  speech: Path | None = None  # the folder of the tokenizer; None: the base's
+
+  @property
+  def plain(self) -> Any:
+    """The base alone, under whatever is bound to it."""
+    return self.params if self.bare is None else self.bare
 
 
 def load(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh | None = None) -> Model:
@@ -54,11 +64,26 @@ def load(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh | None = Non
   )
   if decisions.has_score(config):
     params, model_config = _with_score(config, params, model_config, mesh)
-  tokenizer = chat.load_tokenizer(folder)
+  earlier = earlier_lib.read(config, params, model_config, mesh)
+  speech = use.tokenizer_folder(folder, earlier_lib.home(config))
+  tokenizer = chat.load_tokenizer(speech)
   template = use.of(tokenizer, config.model.template)
-  if adapter_config is not None:
-    model_config = rotary.stretched(model_config, adapter_config.context_length)
-  return Model(folder, params, model_config, tokenizer, template, dtype, started)
+  levels = () if earlier is None else earlier.under
+  lengths = [adapter_config.context_length] if adapter_config is not None else []
+  lengths += [below.context_length for _, below in levels]
+  model_config = rotary.stretched(model_config, max(lengths, default=0))
+  return Model(
+    folder,
+    over.bound(params, levels),
+    model_config,
+    tokenizer,
+    template,
+    dtype,
+    started,
+    earlier,
+    params,
+    speech,
+  )
 
 
 def _with_score(config, params, model_config, mesh):

@@ -33,6 +33,27 @@ name = {name}
 tokenizer = AutoTokenizer.from_pretrained(name)
 model = AutoPeftModelForCausalLM.from_pretrained(name, dtype=torch.float32)
 """
+KEPT_CODE = """\
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+name = {name}
+tokenizer = AutoTokenizer.from_pretrained(f"{{name}}/base")
+model = AutoModelForCausalLM.from_pretrained(f"{{name}}/base", dtype=torch.float32)
+model = PeftModel.from_pretrained(model, f"{{name}}/adapter")
+"""
+UNDER_CODE = """\
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+name = {name}
+tokenizer = AutoTokenizer.from_pretrained(name)
+model = AutoModelForCausalLM.from_pretrained({base}, dtype=torch.float32)
+{steps}
+model = PeftModel.from_pretrained(model, name)
+"""
 MODEL_CODE = """\
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -60,18 +81,23 @@ with torch.no_grad():
 """
 
 
-def write(folder: Path, run: runs.Run, *, name: str = HERE) -> None:
-  """README.md in an exported folder of a run's adapter or model; name: that the folder has on the hub."""
-  files.write_text(folder / NAME, text(folder, run, name=name))
+def write(folder: Path, run: runs.Run, *, name: str = HERE, notes: Sequence[str] = ()) -> None:
+  """README.md in an exported folder of a run's adapter or model, or of both.
+
+  Args:
+    name: that the folder has on the hub.
+    notes: sentences on how the folder was made.
+  """
+  files.write_text(folder / NAME, text(folder, run, name=name, notes=notes))
 
 
-def text(folder: Path, run: runs.Run, *, name: str = HERE) -> str:
-  is_adapter = (folder / peft_format.CONFIG).exists()
+def text(folder: Path, run: runs.Run, *, name: str = HERE, notes: Sequence[str] = ()) -> str:
+  is_adapter = (folder / peft_format.CONFIG).exists() or _is_kept(folder)
   title = name if name != HERE else f"{_base(run)}, {_loss(run)}"
   parts = [
     _head(run, is_adapter),
     f"# {title}",
-    _what(run, is_adapter),
+    " ".join([_what(run, is_adapter), *_earlier(folder, run), *notes]),
     _table(["", ""], _facts(run)),
     *_held_out(run),
     "## How to load it",
@@ -110,6 +136,30 @@ def _what(run: runs.Run, is_adapter: bool) -> str:
   )
   state = "" if run.done is not None else " The run is not finished: this is what it had saved."
   return f"{made}, made with posttrain_jax from {_base(run)}.{state}"
+
+
+def _is_kept(folder: Path) -> bool:
+  """Whether the folder has the base as it was stored in training, and the adapter for it."""
+  return (folder / "base").is_dir() and (folder / "adapter" / peft_format.CONFIG).exists()
+
+
+def _earlier(folder: Path, run: runs.Run) -> list[str]:
+  """What the run started from, and what the folder therefore stands on."""
+  start = run.field("model.adapter")
+  if not start:
+    return []
+  earlier = f"an adapter that was trained before (`{Path(start).parent.name}/{Path(start).name}`)"
+  if run.field("model.adapter_use") == "trained":
+    return [f"It went on from {earlier}."]
+  if (folder / peft_format.UNDER).is_dir():
+    return [
+      f"It stands on {earlier}, which is in `{peft_format.UNDER}/`: on the bare base it is of no use."
+    ]
+  if (folder / peft_format.CONFIG).exists():
+    return [
+      f"It holds {earlier}, frozen, and the one trained over it: together one adapter of the base."
+    ]
+  return [f"It was trained over {earlier}, which it holds too."]
 
 
 def _facts(run: runs.Run) -> list[tuple[str, str]]:
@@ -205,23 +255,49 @@ def _loading(folder: Path, run: runs.Run, is_adapter: bool, name: str) -> list[s
       "Several methods trained together, which PEFT does not load together; `posttrain chat --adapter=DIR` does."
     ]
   scores = "reward" in _losses(run)
-  code = ADAPTER_CODE if is_adapter else MODEL_CODE
+  code, comment = _code(folder, is_adapter)
   end = ANSWER_CODE
   if scores:
     code, end = code.replace("ForCausalLM", "ForSequenceClassification"), SCORE_CODE
     if is_adapter:
       code = code.replace("dtype=", "num_labels=1, dtype=")
   where = "# this folder, where the program starts in it" if name == HERE else ""
-  code = code.format(name=f"{json.dumps(name)}  {where}".rstrip())
-  comment = "The base is found by the name in `adapter_config.json`."
+  said = json.dumps(name)
+  if _is_kept(folder) and name != HERE:  # transformers finds no part of a repository by a path
+    code = code.replace(
+      "import torch\n", "import torch\nfrom huggingface_hub import snapshot_download\n"
+    )
+    said = f"snapshot_download({said})"
+  code = code.format(name=f"{said}  {where}".rstrip())
   return [
-    *([comment] if is_adapter else []),
+    *([comment] if comment else []),
     f"```python\n{code}\n{_inputs(folder, run, scores)}{end}```",
   ]
 
 
+def _code(folder: Path, is_adapter: bool) -> tuple[str, str]:
+  """(what loads the folder with transformers and PEFT, a sentence before it)."""
+  if not is_adapter:
+    return MODEL_CODE, ""
+  if _is_kept(folder):
+    return KEPT_CODE, "`base/` is the base as it was stored in training, and `adapter/` is for it."
+  if not (folder / peft_format.UNDER).is_dir():
+    return ADAPTER_CODE, "The base is found by the name in `adapter_config.json`."
+  steps, below = [], folder
+  while (below := below / peft_format.UNDER).is_dir():
+    inside = json.dumps(below.relative_to(folder).as_posix())
+    steps.append(
+      f"model = PeftModel.from_pretrained(model, name, subfolder={inside}).merge_and_unload()"
+    )
+    named = peft_format.base_of(below)
+  code = UNDER_CODE.replace("{base}", json.dumps(str(named)))
+  return code.replace(
+    "{steps}", "\n".join(reversed(steps))
+  ), "What it stands on is merged into the base first."
+
+
 def _inputs(folder: Path, run: runs.Run, scores: bool) -> str:
-  if not _has_template(folder):
+  if not _has_template(folder / "base" if _is_kept(folder) else folder):
     return TEXT_CODE.format(question=json.dumps(QUESTION))
   source = run.field("data.train")
   system = tasks.TASKS[source].system if source in tasks.TASKS else run.field("data.system")

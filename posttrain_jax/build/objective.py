@@ -81,10 +81,12 @@ def _own(config: Config) -> dict[str, Any]:
 
 
 def _compared(config: Config) -> dict[str, bool]:
-  is_base = decisions.compares_with_base(config)
+  is_base, goes_on = decisions.compares_with_base(config), decisions.goes_on(config)
   adapter_config = adapter.described(config)
-  starts_there = is_base and (adapter_config is None or adapter_config.starts_as_its_base)
-  return {"own_base": is_base, "starts_there": starts_there}
+  starts_there = adapter_config is None or adapter_config.starts_as_its_base
+  if adapter_config is not None and goes_on:  # the reference has the adapter, too
+    starts_there = not (adapter_config.lora_dropout or adapter_config.attention_group)
+  return {"own_base": is_base, "starts_there": is_base and starts_there}
 
 
 Parts = tuple[tuple[str, Scorer, float], ...]

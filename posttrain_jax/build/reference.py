@@ -14,8 +14,8 @@ import ml_collections
 import numpy as np
 
 from posttrain_jax import adapters
-from posttrain_jax.adapters import layout, peft_format
-from posttrain_jax.build import decisions
+from posttrain_jax.adapters import layout, over, peft_format
+from posttrain_jax.build import decisions, earlier
 from posttrain_jax.build.data import Data
 from posttrain_jax.build.model import Model
 from posttrain_jax.core import tree
@@ -42,24 +42,29 @@ def in_step(config: ml_collections.ConfigDict, model: Model, mesh: jax.sharding.
   is_base = decisions.compares_with_base(config)
   if decisions.is_full(config) and (is_base or is_adapter(config.objective.reference)):
     # what trains is donated from step to step
-    model = dataclasses.replace(model, params=jax.tree.map(jnp.copy, model.params))
+    copied = jax.tree.map(jnp.copy, model.params)
+    model = dataclasses.replace(model, params=copied, bare=copied)
   elif is_base:
     return None
   return params(config, model, mesh)
 
 
 def params(config: ml_collections.ConfigDict, model: Model, mesh: jax.sharding.Mesh | None) -> Any:
-  """The parameters of config.objective.reference: the base, the base with an adapter folder, or another model."""
-  name, base = config.objective.reference, model.params
+  """The parameters of config.objective.reference: the base, the base with an adapter folder, or another model.
+
+  The base is the policy that the run starts as: with the adapter of config.model.adapter, if there is one.
+  """
+  name, base = config.objective.reference, model.plain
   if model.started is not None:  # what a start took out of the base is the reference's again
     # copies: what the adapter carries of its start is donated from step to step
     started = jax.tree.map(jnp.copy, tree.unflatten(model.started.nodes.items()))
     base = adapters.original(base, layout.laid_out(started, mesh))
   if name == "base":
-    return base
+    return earlier.policy(config, base, model.config, mesh)
   if is_adapter(name):
-    adapter, _ = peft_format.load(Path(name).expanduser(), model.params, model.config)
-    return adapters.bind(base, layout.laid_out(adapter, mesh))
+    levels = over.load(Path(name).expanduser(), model.plain, model.config)
+    placed = [(layout.laid_out(nodes, mesh), described) for nodes, described in levels]
+    return over.bound(base, placed)
   place = functools.partial(layout.place, mesh=mesh)
   storage = config.objective.reference_base
   other, _ = hf.load(fetch.resolve(name), dtype=model.dtype, storage=storage, place=place)

@@ -22,12 +22,14 @@ import optax
 import rich
 
 from posttrain_jax import adapters, settings
-from posttrain_jax.adapters import peft_format
+from posttrain_jax.adapters import over
+from posttrain_jax.adapters.peft_format import UNDER
 from posttrain_jax.build import (
   adapter,
   best,
   checks,
   data,
+  earlier,
   export,
   length,
   mesh,
@@ -82,6 +84,7 @@ def train(
   """
   say: Say = _print if distributed.is_main() else lambda _: None
   fields.check(settings.plain(config), given)
+  config, notes = earlier.settled(config, given)
   checks.check(config)
   trackers.check(settings.plain(config))
   if not dry_run:
@@ -90,6 +93,7 @@ def train(
       return 0
     if config.steps is not None:
       length.check_change(folder, config)
+    earlier.check_same(folder, config)
   devices = mesh.make(config)
   if devices is not None:
     say(f"mesh: {dict(devices.shape)}")
@@ -100,6 +104,8 @@ def train(
     if not dry_run and _is_complete(Path(folder), config, say):
       return 0
     best.check(pieces)
+    for note in notes:
+      say(note)
     _introduce(pieces, say)
     if dry_run:
       _explain_memory(pieces, say)
@@ -147,10 +153,13 @@ class Pieces:
   task: tasks.Task | None  # what is asked before and after training
 
   def identity(self) -> dict[str, Any]:
-    """What the run's record says of what its config only names: the rows held out, and the user's code."""
+    """What the run's record says of what its config only names: rows held out, the user's code, an earlier adapter."""
     digests = {g.name: g.digest for g in (self.task.graders if self.task else ()) if g.digest}
-    rows = {"rows": data.identity(self.data)}
-    return rows | ({"metrics": digests} if digests else {})
+    began = earlier.fingerprint(self.config)
+    named = {"metrics": digests or None, earlier.STARTED: began}
+    return {"rows": data.identity(self.data)} | {
+      name: value for name, value in named.items() if value is not None
+    }
 
   def first_state(self) -> State:
     return state_lib.first(
@@ -253,6 +262,12 @@ def _introduce(pieces: Pieces, say: Say) -> None:
     say(adapters.summary(trees.context.base, trees.adapter))
     size = tree.nbytes(trees.context.base) / 1e6
     say(f"base: {pieces.config.model.base}, {size:,.0f} MB")
+  if base.earlier is not None and base.earlier.under and trees.adapter_config is not None:
+    is_one = over.adds_up([*base.earlier.under, (trees.adapter, trees.adapter_config)])
+    how = (
+      "as one adapter of the base" if is_one else f"with what it stands on in {UNDER}/ beside it"
+    )
+    say(f"exported: {how}")
   if base.started is not None:
     say(base.started.describe())
   for sentence in pieces.data.reads:
@@ -404,10 +419,10 @@ class _Training:
     adapter_config = pieces.trees.adapter_config
     if adapter_config is not None:
       nodes = tree.combine(trained, carried)
-      peft_format.save(
+      under = () if base.earlier is None else base.earlier.under
+      over.save(
         self.folder / name,
-        nodes,
-        adapter_config,
+        [*under, (nodes, adapter_config)],
         base.config,
         base_name=pieces.config.model.name,
         finish=self._accompany,
@@ -423,7 +438,8 @@ class _Training:
     """Beside what is exported stands what it needs to be used as it was trained."""
     pieces, config = self.pieces, self.pieces.config
     how = use.manner_of(config, is_chat=pieces.data.is_chat)
-    export.accompany(folder, pieces.model.folder, config.model.template, how)
+    spoken = pieces.model.speech or pieces.model.folder
+    export.accompany(folder, spoken, config.model.template, how)
 
   def _evaluate_task(self, when: str, state: State) -> None:
     """Answers what the run asks, and keeps the answers with their grades beside the metrics."""

@@ -40,7 +40,9 @@ def fresh_adapter(pieces: Pieces, say: Callable[[str], None]) -> None:
     )
   change = float(jnp.max(jnp.abs(bound - plain)) / jnp.max(jnp.abs(plain)))
   method = trees.adapter_config.method
-  if not trees.adapter_config.in_weights:
+  if base.earlier is not None and base.earlier.goes_on is not None:
+    say(f"the {method} that goes on changes the base's logits by {change:.2g} of their size")
+  elif not trees.adapter_config.in_weights:
     say(f"the fresh {method} changes the logits by {change:.2f} of their size")
   elif not change <= TOLERANCE:
     raise ValueError(

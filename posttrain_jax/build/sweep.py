@@ -91,6 +91,7 @@ def run(
   if command == TRAIN:  # which would refuse it, each point when its turn comes
     for point in points:
       settings.fields.check(point.resolved, settings.given(point.overrides))
+    points = [_settled(point) for point in points]
   workdir.mkdir(parents=True, exist_ok=True)
   with _locked(workdir) as lock, _stopping() as asked:
     states = _run_all(points, workdir, jobs, command, lock, asked, console)
@@ -222,6 +223,17 @@ def _announce(console, points, waiting, jobs) -> None:
   console.print(
     rich.text.Text(f"{len(points)} points{over}{before}; {len(waiting)} to run, {at_once}")
   )
+
+
+def _settled(point: Point) -> Point:
+  """The point with what the adapter that it starts from decides, as its run will have it."""
+  if not point.resolved.get("model", {}).get("adapter"):
+    return point
+  from posttrain_jax.build import earlier
+
+  config = settings.restored(point.resolved)
+  config, _ = earlier.settled(config, settings.given(point.overrides))
+  return dataclasses.replace(point, resolved=settings.plain(config))
 
 
 def _start(point, workdir, command, lock) -> _Job:

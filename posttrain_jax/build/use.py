@@ -16,7 +16,7 @@ import jax
 import ml_collections
 
 from posttrain_jax import adapters, settings
-from posttrain_jax.adapters import peft_format
+from posttrain_jax.adapters import over, peft_format
 from posttrain_jax.build import adapter as adapter_lib
 from posttrain_jax.build import decisions
 from posttrain_jax.core import files, progress, tree
@@ -41,7 +41,7 @@ class Used:
 
   name: str  # of the base
   folder: Path  # of the base
-  params: Any  # the base's, without an adapter
+  params: Any  # the base's, with the frozen adapter bound that the adapter stands on
   config: ModelConfig
   nodes: Sequence[Any]  # of each adapter; () for none
   tokenizer: Any
@@ -49,6 +49,7 @@ class Used:
   manner: Manner
   dtype: Any  # of the computation
   storage: str  # of the base's matrices: "dense", or a type of `quant.STORAGES`
+  bare: Any  # the base's parameters, without what the adapter stands on
 
   @property
   def bound(self) -> Any:
@@ -137,7 +138,8 @@ def load(
     params, config = hf.load(folder, dtype=dtype, storage=storage)
     if homes:
       params, config = scoring(homes[0], params, config)
-    loaded = [peft_format.load(home, params, config) for home in homes]
+    bare = params
+    params, loaded = _loaded(homes, params, config)
   lengths = {adapter_config.context_length for _, adapter_config in loaded}
   if len(lengths) > 1:
     raise ConfigError(f"{adapter}: the adapters are made for contexts of different lengths")
@@ -148,8 +150,24 @@ def load(
   if template is not None:  # who names a template wants it spoken
     manner = dataclasses.replace(manner, chat=template != NONE)
   nodes = [node for node, _ in loaded]
-  kept = _stored(params)
-  return Used(str(name), folder, params, config, nodes, tokenizer, spoken, manner, dtype, kept)
+  kept = _stored(bare)
+  return Used(
+    str(name), folder, params, config, nodes, tokenizer, spoken, manner, dtype, kept, bare
+  )
+
+
+def _loaded(
+  homes: Sequence[Path], params: Any, config: ModelConfig
+) -> tuple[Any, Sequence[over.Level]]:
+  """(the base with what the adapter stands on bound, each adapter with its config)."""
+  each = [over.load(home, params, config) for home in homes]
+  below = [home for home, levels in zip(homes, each) if len(levels) > 1]
+  if below and len(homes) > 1:
+    raise ConfigError(
+      f"--adapter: {below[0]} stands on another adapter, and several answer on one base: name it alone, or merge it"
+      " (posttrain export --merge)"
+    )
+  return over.bound(params, each[0][:-1] if each else ()), [levels[-1] for levels in each]
 
 
 def for_writing(params: Any, nodes: Any) -> Any:
@@ -221,7 +239,7 @@ def produced(workdir: Path) -> tuple[str | None, str | None]:
 
 def of_run(workdir: Path) -> Manner:
   """What a run's config says of how it trained, for what it exported before it said so itself."""
-  return manner_of(ml_collections.ConfigDict(record.config(workdir)))
+  return manner_of(settings.restored(record.config(workdir)))
 
 
 def manner_of(config: ml_collections.ConfigDict, *, is_chat: bool = False) -> Manner:
@@ -309,6 +327,16 @@ def _speech(
   if homes and template is not None and name in (None, str(written)):
     _say_template(folder, template, home)
   return tokenizer, template
+
+
+def tokenizer_folder(folder: Path, home: Path | None) -> Path:
+  """Where the tokenizer is: beside the adapter in `home`, else in the base's folder."""
+  return home if home is not None and (home / "tokenizer.json").exists() else folder
+
+
+def manner_at(home: Path) -> Manner:
+  """How an adapter was trained: by its folder, or by the run that it lies in."""
+  return _manner([home], None)
 
 
 def of(tokenizer: Any, name: str) -> templates.Template | None:

@@ -33,6 +33,9 @@ class Context:
   base: Any = None  # the parameters under the adapter; None in full fine-tuning, where they train
   fixed: Any = None  # the part of the adapter that does not train; None without an adapter
   reference: Any = None  # parameters of a reference policy; None: the base without its adapter
+  reference_adapter: Any = (
+    None  # what the base has as the reference, where the run goes on with an adapter
+  )
 
 
 class Objective(Protocol):

@@ -31,7 +31,8 @@ ROUNDING = {"float32": 2e-3, "bfloat16": 0.05}
 def reference(context: Context) -> Any:
   """The parameters of the reference policy, never differentiated: given ones, or the base without its adapter.
 
-  Where the adapter began with a part of the base, that part is the base's again.
+  A run that goes on with an adapter has the base with that one, as it came, for its reference.  Where the adapter
+  began with a part of the base, that part is the base's again.
 
   Raises:
     ValueError: full fine-tuning without a reference: its base is what changes.
@@ -40,6 +41,8 @@ def reference(context: Context) -> Any:
     return stop(context.reference)
   if context.base is None:
     raise ValueError("full fine-tuning changes its base: give it a reference, or cache its scores")
+  if context.reference_adapter is not None:
+    return stop(adapters.bind(context.base, context.reference_adapter))
   return stop(adapters.original(context.base, context.fixed or {}))
 
 

@@ -17,11 +17,12 @@ from jax.sharding import PartitionSpec as P
 from jax.sharding import SingleDeviceSharding
 
 from posttrain_jax import adapters, quant
-from posttrain_jax.adapters import layout
+from posttrain_jax.adapters import layout, over
 from posttrain_jax.build import (
   adapter,
   checks,
   decisions,
+  earlier,
   length,
   objective,
   optimizer,
@@ -138,6 +139,7 @@ def parameters(
   kind, dtype = config.model.base, decisions.compute_dtype(config)
   # a start is taken out of the dense matrix, and the rest is stored
   params = base(model, dtype, "dense" if adapter_config.changes_base else kind)
+  params = over.bound(params, earlier.under_as_shapes(config, model))
   params, nodes = jax.eval_shape(
     lambda params: adapters.init(
       jax.random.key(0),
@@ -150,7 +152,8 @@ def parameters(
     ),
     params,
   )
-  params = _stored(params, kind)
+  if adapter_config.changes_base:
+    params = _stored(params, kind)
   trainable, carried = tree.partition(placed(nodes))
   other = _other(config, model, loss, placed, None)
   return trainable, carried, Context(placed(params), reference=other)

@@ -144,7 +144,7 @@ def _printed(path: str, arguments: str) -> ml_collections.ConfigDict:
   if not isinstance(values, dict) or arguments:
     wrong = f"takes no arguments, {arguments!r}" if arguments else "has no object of fields"
     raise ConfigError(f"config file {path} {wrong}; change its fields with --config.NAME=value")
-  return ml_collections.ConfigDict(values, allow_dotted_keys=True)
+  return restored(values)
 
 
 def _set(config: ml_collections.ConfigDict, name: str, text: str, opened: set[str]) -> None:
@@ -425,6 +425,11 @@ def _shipped_hint(file: Path) -> str:
 def override(field: str, value: Any) -> str:
   """The command-line form of a sweep's {field: value}."""
   return f"--config.{field}={value}"
+
+
+def restored(values: Mapping[str, Any]) -> ml_collections.ConfigDict:
+  """The config whose `plain` form this is, as a run's record holds it; patterns over module names have dots in them."""
+  return ml_collections.ConfigDict(values, allow_dotted_keys=True)
 
 
 def plain(config: ml_collections.ConfigDict) -> dict[str, Any]:

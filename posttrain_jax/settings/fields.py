@@ -65,6 +65,7 @@ _REPLAYS = ("data.replay", bool, "a source")
 # a run that writes answers
 _ANSWERS = ("eval.task or eval.metric or eval.samples", bool, "set")
 _GRADES = ("eval.task or eval.metric", bool, "set")
+_HAS_EARLIER = ("model.adapter", bool, "a folder")
 _ELSEWHERE = ("objective.reference", lambda name: name != "base", "an adapter or another model")
 
 FIELDS: Mapping[str, Field] = {
@@ -80,6 +81,15 @@ FIELDS: Mapping[str, Field] = {
   ),
   # --- model
   "model.name": Field("smollm2 (built in), a Hugging Face folder or a hub name", Text("a name")),
+  "model.adapter": Field(
+    "an adapter's or a run's folder to start from; '': a fresh adapter on the base alone",
+    Text("a folder", empty=True),
+  ),
+  "model.adapter_use": Field(
+    "trained: that adapter goes on being trained, and is DPO's reference as it came; frozen: under a fresh one",
+    Choice(("trained", "frozen")),
+    _HAS_EARLIER,
+  ),
   "model.base": Field("how frozen matrices are stored", _STORAGES),
   "model.dtype": Field(
     "number format of the computation; auto: bfloat16 on accelerators, float32 on CPU",

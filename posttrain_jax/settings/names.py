@@ -44,6 +44,8 @@ SAME: Mapping[str, str] = {
   "model_name": "model.name",
   "model_name_or_path": "model.name",
   "base_model": "model.name",
+  "lora_model_dir": "model.adapter",
+  "adapter_name_or_path": "model.adapter",
   "chat_template": "model.template",
   "chat_template_path": "model.template",
   "system_prompt": "data.system",

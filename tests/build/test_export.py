@@ -219,6 +219,10 @@ def test_the_base_of_an_adapter_is_kept_where_that_is_asked_for(tmp_path, base, 
   params, _ = hf.load(base, storage="int8")
   expected = logits(adapters.bind(params, adapter[0]), model)
   np.testing.assert_allclose(logits(on_it, model), expected, atol=1e-6)
+  assert "`adapter/` is for it" in (kept / "README.md").read_text()
+  for part in ("base", "adapter"):
+    assert manner.read(kept / part) is not None
+    assert chat.load_tokenizer(kept / part).get_vocab() == chat.load_tokenizer(base).get_vocab()
   with pytest.raises(ValueError, match="keep_base is for an adapter beside its base"):
     export.export(run, tmp_path / "out", merge=True, keep_base=True)
 

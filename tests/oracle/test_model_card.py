@@ -37,22 +37,24 @@ def base(tmp_path_factory):
   return tiny.tiny_model_folder(tmp_path_factory.mktemp("base") / "model")
 
 
-def exported(tmp_path, base, *, merge):
+def exported(tmp_path, base, *, merge=False, keep_base=False):
   params, model_config = hf.load(base)
   node, chosen = make_adapter(params, target_modules=("q_proj", "down_proj"))
   run = make_run(tmp_path / "run", base)
   peft_format.save(run / "adapter", node, chosen, model_config, base_name=str(base))
   hf.copy_tokenizer(base, run / "adapter")
   return (
-    export.export(run, tmp_path / "out", merge=merge),
+    export.export(run, tmp_path / "out", merge=merge, keep_base=keep_base),
     adapters.bind(params, node),
     model_config,
   )
 
 
-@pytest.mark.parametrize("merge", [False, True], ids=["adapter", "merged"])
-def test_the_code_answers_with_what_was_trained(tmp_path, base, monkeypatch, merge):
-  out, params, config = exported(tmp_path, base, merge=merge)
+@pytest.mark.parametrize(
+  "how", [{}, {"merge": True}, {"keep_base": True}], ids=["adapter", "merged", "both"]
+)
+def test_the_code_answers_with_what_was_trained(tmp_path, base, monkeypatch, how):
+  out, params, config = exported(tmp_path, base, **how)
   names, printed = executed(out, monkeypatch)
   ids = names["inputs"]["input_ids"]
   rendered = chat.template(chat.load_tokenizer(base)).render(

@@ -221,7 +221,7 @@ def _node(matrix, names, parts, config, path) -> lora.LoRA:
 def _with_magnitudes(node, matrix, names, parts, path) -> dora.DoRA:
   """The DoRA of node; a module that is not adapted has the magnitude of its base."""
   dora_node = dora.over(node, matrix)
-  magnitudes = np.array(np.atleast_2d(dora_node.magnitude))
+  magnitudes = list(jnp.atleast_2d(dora_node.magnitude))
   tensor = MAGNITUDE["magnitude"][0]
   for i, name in enumerate(names):
     if name in parts:
@@ -232,10 +232,9 @@ def _with_magnitudes(node, matrix, names, parts, path) -> dora.DoRA:
         raise ValueError(
           f"{path}: {tensor} of {name!r} has shape {shape}, expected {magnitudes[i].shape}"
         )
-      magnitudes[i] = parts[name]["magnitude"]
-  return dataclasses.replace(
-    dora_node, magnitude=jnp.asarray(magnitudes.reshape(dora_node.magnitude.shape))
-  )
+      magnitudes[i] = jnp.asarray(parts[name]["magnitude"])
+  magnitude = jnp.stack(magnitudes).reshape(dora_node.magnitude.shape)
+  return dataclasses.replace(dora_node, magnitude=magnitude)
 
 
 def _pair(name, tensors, rows, columns, rank, path):
