@@ -178,7 +178,8 @@ def run(arg):
   """The parts that every training run has: model, adapter, batch, optimizer, mesh, evaluation, checkpoints."""
   c = ml_collections.ConfigDict()
   c.seed = 0  # of data order, initialisation and dropout
-  c.steps = 100  # optimizer updates
+  c.steps = 100  # optimizer updates; None where epochs says how many
+  c.epochs = config_dict.placeholder(float)  # passes over the training rows, in place of steps
 
   c.model = ml_collections.ConfigDict()
   c.model.name = arg.model  # "smollm2", a Hugging Face folder or hub name
@@ -207,6 +208,9 @@ def run(arg):
   c.eval = ml_collections.ConfigDict()
   c.eval.every = 50  # steps; 0 for none but the last
   c.eval.rows = 8  # rows a batch
+  # held-out metric whose best step is exported, like "loss"; "": the last step
+  c.eval.best = ""
+  c.eval.stop_after = 0  # evaluations without its improvement after which the run ends; 0: never
   c.eval.samples = 0  # held-out prompts whose answers, before and after, are shown in the report
   # what grades answers: exact, contained, json, number, FILE.py:name, or several with commas between
   c.eval.metric = ""
@@ -218,6 +222,10 @@ def run(arg):
   c.checkpoint.every = 100  # steps; the last step is always kept
   c.checkpoint.keep = 2  # newest ones
   c.log_every = 1  # steps
+  c.log = ml_collections.ConfigDict()  # trackers that get the metrics too, by project; "": none
+  c.log.wandb = ""
+  c.log.mlflow = ""
+  c.log.trackio = ""
   c.max_skipped = 10  # updates in a row with a gradient that is not finite before the run gives up
   return c
 

@@ -19,6 +19,7 @@ SECTIONS = {
   "adapter": "Adapter",
   "eval": "Evaluation",
   "checkpoint": "Checkpoints",
+  "log": "Trackers",
   "mesh": "Mesh",
 }
 

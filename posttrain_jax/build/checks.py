@@ -10,7 +10,7 @@ import ml_collections
 from posttrain_jax import settings
 from posttrain_jax.build import adapter, decisions
 from posttrain_jax.data import answers, chat
-from posttrain_jax.evals import graders, tasks
+from posttrain_jax.evals import graders, meanings, tasks
 from posttrain_jax.settings import ConfigError, fields
 
 Config = ml_collections.ConfigDict
@@ -29,6 +29,22 @@ def check(config: Config) -> None:
   fields.check_values(settings.plain(config))
   for check_one in CHECKS:
     check_one(config)
+
+
+def _best(config: Config) -> None:
+  if not decisions.best_metric(config):
+    return
+  if config.eval.stop_after and not config.eval.every:
+    raise ConfigError(
+      "eval.stop_after counts evaluations, and eval.every=0 leaves the last alone: write --config.eval.every=N steps"
+    )
+  name = decisions.best_metric(config)
+  if not meanings.better(config.objective.name, name):
+    known = meanings.ranked(config.objective.name)
+    raise ConfigError(
+      f"eval.best={name}: nothing says which way of it is better, with objective.name={config.objective.name!r};"
+      f" of held-out metrics there are {', '.join(known)}"
+    )
 
 
 def _frozen_base(config: Config) -> None:
@@ -143,6 +159,7 @@ def _accumulation(config: Config) -> None:
 
 
 CHECKS: tuple[Callable[[Config], None], ...] = (
+  _best,
   _frozen_base,
   _offload,
   _kind,

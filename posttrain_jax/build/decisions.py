@@ -29,6 +29,21 @@ def remat(config: ml_collections.ConfigDict) -> str:
   return "names" if config.model.remat == "auto" else config.model.remat
 
 
+def epochs(config: ml_collections.ConfigDict) -> float | None:
+  """The passes over the data that say how long the run is; None where steps do."""
+  return config.epochs if "epochs" in config else None  # runs of older versions have none
+
+
+def best_metric(config: ml_collections.ConfigDict) -> str:
+  """The held-out metric, without eval_, whose best step the run gives; "" where it gives the last."""
+  named = config.eval.best if "best" in config.eval else ""  # runs of older versions have none
+  return named.removeprefix("eval_") or ("loss" if named or _stops_early(config) else "")
+
+
+def _stops_early(config: ml_collections.ConfigDict) -> bool:
+  return "stop_after" in config.eval and config.eval.stop_after > 0
+
+
 def is_full(config: ml_collections.ConfigDict) -> bool:
   """Whether the parameters themselves train: full fine-tuning."""
   return config.adapter.method == "none"

@@ -230,14 +230,15 @@ def _policy(
   loss: Scorer,
   workdir: str | None,
 ) -> tuple[Any, Context, Any]:
-  """(what is evaluated, what it is compared with, what the objective carries): the last of a run's checkpoint."""
+  """(what is evaluated, what it is compared with, what the objective carries): of the checkpoint that a run gave."""
   memory = loss.start(None)
   carries = memory is not None or decisions.follows(config)
   if carries and workdir is not None:
     with Checkpoints(Path(workdir) / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
       if checkpoints.latest() is not None:
         pieces = runs.build(config, None)
-        state, _, _ = checkpoints.restore(runs.abstract(pieces.first_state()))
+        shapes = runs.abstract(pieces.first_state())
+        state, _, _ = checkpoints.restore(shapes, step=record.read(workdir).given_step)
         return state.trainable, state.context(pieces.trees.context), state.memory
   if carries:
     log.info("what the objective carries from step to step begins anew: the loss is not training's")

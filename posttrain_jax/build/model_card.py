@@ -179,7 +179,10 @@ def _facts(run: runs.Run) -> list[tuple[str, str]]:
     "loss": ", ".join([_loss(run), *numbers]),
     "optimizer": ", ".join(optimizer),
     "batch": f"{rows} rows" + (f" x {accumulate}" if (accumulate or 1) > 1 else "") if rows else "",
-    "steps": f"{run.steps:,}",
+    "steps": f"{run.steps:,}"
+    + (
+      "" if run.given_step in (None, run.steps) else f", of which this is step {run.given_step:,}"
+    ),
     "tokens": f"{tokens:,}" if tokens else "",
     "seed": str(run.field("seed")),
     "versions": ", ".join(f"{package} {version}" for package, version in versions.items()),
@@ -232,7 +235,7 @@ def _name_of(part: str) -> str:
 
 def _held_out(run: runs.Run) -> list[str]:
   """The figures on rows and questions that were not trained on; nothing where there are none."""
-  evaluated = {key.removeprefix("eval_"): v for key, v in run.final().items() if key[:5] == "eval_"}
+  evaluated = {key.removeprefix("eval_"): v for key, v in run.given().items() if key[:5] == "eval_"}
   rows = [(key, f"{evaluated[key]:.4g}") for key in FIGURES if key in evaluated]
   answered = {"before": run.before, "after": run.after}
   for when, result in answered.items():

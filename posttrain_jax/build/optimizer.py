@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import ml_collections
 import optax
 
@@ -16,6 +18,13 @@ ELSEWHERE = (
   "loraplus_lr_ratio",
   "offload",
 )  # which reach the chain in another form
+
+
+def rate(config: ml_collections.ConfigDict, steps: int, done: int) -> float:
+  """The learning rate of the step that follows `done` others, in a run of so many."""
+  o = config.optimizer
+  schedule: Any = chain.learning_rate(o.lr, steps=steps, warmup=o.warmup, schedule=o.schedule)
+  return float(schedule(done))
 
 
 def make(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
+import shutil
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -24,10 +26,12 @@ from posttrain_jax.adapters import over
 from posttrain_jax.adapters.peft_format import UNDER
 from posttrain_jax.build import (
   adapter,
+  best,
   checks,
   data,
   earlier,
   export,
+  length,
   mesh,
   model,
   objective,
@@ -48,7 +52,7 @@ from posttrain_jax.evals import report, tasks
 from posttrain_jax.models import hf
 from posttrain_jax.objectives import Scorer, evaluation, measured
 from posttrain_jax.runs import folder as run_folder
-from posttrain_jax.runs import record
+from posttrain_jax.runs import record, trackers
 from posttrain_jax.settings import fields
 from posttrain_jax.train import loop, signals, step
 from posttrain_jax.train import state as state_lib
@@ -82,11 +86,13 @@ def train(
   fields.check(settings.plain(config), given)
   config, notes = earlier.settled(config, given)
   checks.check(config)
+  trackers.check(settings.plain(config))
   if not dry_run:
     folder = run_folder.check(folder, config)
-    if (folder / record.DONE).exists():
-      say(f"{folder} is complete: {(folder / record.DONE).read_text().strip()}")
+    if _is_complete(folder, config, say):
       return 0
+    if config.steps is not None:
+      length.check_change(folder, config)
     earlier.check_same(folder, config)
   devices = mesh.make(config)
   if devices is not None:
@@ -94,14 +100,28 @@ def train(
   ambient = contextlib.nullcontext() if devices is None else jax.set_mesh(devices)
   with ambient, signals.exiting():
     pieces = build(config, devices, sys.stdout)
+    config = pieces.config
+    if not dry_run and _is_complete(Path(folder), config, say):
+      return 0
+    best.check(pieces)
     for note in notes:
       say(note)
     _introduce(pieces, say)
     if dry_run:
       _explain_memory(pieces, say)
       return 0
+    length.check_change(Path(folder), config)
+    if told := length.told(Path(folder), config):
+      say(told)
     with run_folder.claimed(Path(folder), config, **pieces.identity()):
       return _Training(pieces.with_reference(say), Path(folder), say).to_the_end()
+
+
+def _is_complete(folder: Path, config: ml_collections.ConfigDict, say: Say) -> bool:
+  if not run_folder.is_complete(folder, settings.plain(config)):
+    return False
+  say(f"{folder} is complete: {(folder / record.DONE).read_text().strip()}")
+  return True
 
 
 def _print(text: str) -> None:
@@ -187,6 +207,8 @@ def build(
     base = model.load(config, devices)
   with _phase("reading the data", stream):
     rows = data.read(config, base)
+  batches = data.stream(config, rows, devices)
+  config = length.of_data(config, batches)
   with settings.section("objective"):
     loss = objective.make(config, base, rows.channels)
   if loss.needs_reference:
@@ -206,7 +228,7 @@ def build(
     objective=loss,
     optimizer=updates,
     schedule=schedule,
-    batches=data.stream(config, rows, devices),
+    batches=batches,
     step=jitted_step(config, trees.adapter_config, loss, updates, shapes),
     task=questions.make(config, base, rows),
   )
@@ -251,9 +273,12 @@ def _introduce(pieces: Pieces, say: Say) -> None:
   for sentence in pieces.data.reads:
     say(sentence)
   say(f"data: {pieces.batches.stats()}")
+  say(length.describe(pieces.config, pieces.batches))
   if pieces.data.skipped:
     say(f"left out: {pieces.data.skipped}")
   say(f"held out: {len(pieces.data.eval)} examples")
+  if pieces.data.eval:
+    say(best.describe(pieces.config))
   for note in pieces.data.notes:
     say(note)
   if pieces.task is not None:
@@ -312,9 +337,15 @@ class _Training:
       if config.eval.before:
         self._evaluate_task("before", state)
     state, progress, complete = loop.loop(self._run(), state, progress, checkpoints)
-    checkpoints.close()
     if not complete:
+      checkpoints.close()
       return signals.PREEMPTED
+    self._check_sound(state, progress)
+    if best.of(config).is_given and progress.best_step not in (0, progress.step):
+      shapes = abstract(state)
+      del state  # there may be no room for two
+      state, _, _ = checkpoints.restore(shapes, step=progress.best_step)
+    checkpoints.close()
     self._finish(state, progress)
     return 0
 
@@ -328,10 +359,21 @@ class _Training:
         f"{self.folder / 'checkpoints' / str(at)} holds the state of step {progress.step}: its folder has been renamed;"
         " name it by that step"
       )
+    self._take_up(progress)
     if told <= at - self.pieces.config.log_every:
       self.say(f"{record.METRICS} ends at step {told}: its lines from there to step {at} are gone")
     self.say(f"going on from step {at} of {self.pieces.config.steps}")
     return state, progress
+
+  def _take_up(self, progress: loop.Progress) -> None:
+    """What a run that was given other steps at this one counts anew."""
+    history = record.read(self.folder).history
+    if not history or history[-1]["step"] != progress.step:
+      return
+    progress.unimproved = 0
+    if history[-1]["reached"] > progress.step and not best.of(self.pieces.config).is_given:
+      # what was exported is perhaps of a step that this run takes otherwise
+      progress.best_step, progress.best_value = 0, None
 
   def _run(self) -> loop.Run:
     pieces, config = self.pieces, self.pieces.config
@@ -344,7 +386,9 @@ class _Training:
       batches=pieces.batches,
       eval_batches=pieces.eval_batches,
       learning_rate=pieces.schedule,
-      export=self._export,
+      export=self._export_best,
+      best=best.of(config),
+      trackers=functools.partial(trackers.of_run, self.folder, settings.plain(config)),
       check_start=pieces.objective.check_start,
       mesh=pieces.mesh,
       eval_every=config.eval.every if pieces.data.eval else 0,
@@ -352,6 +396,18 @@ class _Training:
       log_every=config.log_every,
       max_skipped=config.max_skipped,
     )
+
+  def _export_best(self, state: State, name: str) -> None:
+    """The best so far; an older one that a finished run put aside is no longer that."""
+    self._export(state, name)
+    if distributed.is_main():
+      shutil.rmtree(_aside(self._exported), ignore_errors=True)
+
+  @property
+  def _exported(self) -> Path:
+    """The folder of what the run gives."""
+    is_full = self.pieces.trees.adapter_config is None
+    return self.folder / ("model" if is_full else "adapter")
 
   def _export(self, state: State, name: str) -> None:
     """The adapter as a PEFT folder, or (full fine-tuning) the model as a Hugging Face folder."""
@@ -471,16 +527,19 @@ class _Training:
     return False
 
   def _finish(self, state: State, progress: loop.Progress) -> None:
-    """Exports, last evaluation, report; `done.json` comes last, so that it means complete."""
-    self._check_sound(state, progress)
-    is_full = self.pieces.trees.adapter_config is None
-    exported = self.folder / ("model" if is_full else "adapter")
-    if progress.best_step not in (0, progress.step) and distributed.is_main() and exported.exists():
-      best = exported.with_name(f"{exported.name}-best")
-      if not best.exists():
-        exported.rename(best)
-      loss = f"{progress.best_loss:.4f} at step {progress.best_step}"
-      self.say(f"lowest eval_loss {loss}: kept as {best}")
+    """Exports, last evaluation, report; `done.json` comes last, so that it means complete.
+
+    state: what the run gives: the last, or the best.
+    """
+    exported, chosen = self._exported, best.of(self.pieces.config)
+    if progress.best_step not in (0, progress.step) and distributed.is_main():
+      value = f"{progress.best_value:.4f} at step {progress.best_step}"
+      if chosen.is_given:
+        self.say(f"exported is the best, {chosen.metric} {value}; the last is in checkpoints/")
+      elif exported.exists():
+        if not _aside(exported).exists():
+          exported.rename(_aside(exported))
+        self.say(f"lowest eval_loss {value}: kept as {_aside(exported)}")
     with _phase("writing what was trained", sys.stdout):
       self._export(state, "adapter")
     self._evaluate_task("after", state)
@@ -490,6 +549,8 @@ class _Training:
       "steps": progress.step,
       "seconds": round(progress.seconds, 1),
       "tokens": progress.tokens,
+      **best.reached(chosen, progress, self.pieces.config.steps),
+      **({record.HISTORY: history} if (history := record.read(self.folder).history) else {}),
       "final": record.last_values(self.folder) | report.graded(record.read(self.folder)),
     }
     with _phase("drawing the report", sys.stdout):
@@ -498,6 +559,11 @@ class _Training:
     rich.print(report.summary_table(self.folder))
     self.say(f"{exported.name}: {exported}\nreport: {page}")
     self.say(f"use it: {report.use_command(record.read(self.folder))}")
+
+
+def _aside(exported: Path) -> Path:
+  """Where the best lies beside the last."""
+  return exported.with_name(f"{exported.name}-best")
 
 
 @jax.jit

@@ -29,6 +29,7 @@ import rich.text
 from posttrain_jax import settings
 from posttrain_jax.build import summary
 from posttrain_jax.evals import compare, report
+from posttrain_jax.runs import folder as run_folder
 from posttrain_jax.runs import record as runs
 from posttrain_jax.settings import ConfigError
 from posttrain_jax.train.signals import PREEMPTED
@@ -184,7 +185,7 @@ def _run_all(points, workdir, jobs, command, lock, asked, console) -> dict[str, 
   states: dict[str, int] = {}
   waiting, running = [], []
   for point in points:
-    if is_finished(workdir / point.name, point.resolved):
+    if run_folder.is_complete(workdir / point.name, point.resolved):
       states[point.name] = 0
       _say(console, point, "finished before")
     else:
@@ -233,14 +234,6 @@ def _settled(point: Point) -> Point:
   config = settings.restored(point.resolved)
   config, _ = earlier.settled(config, settings.given(point.overrides))
   return dataclasses.replace(point, resolved=settings.plain(config))
-
-
-def is_finished(folder: Path, resolved: Mapping[str, Any]) -> bool:
-  """Whether the folder holds a finished run of this very config."""
-  if not (folder / runs.DONE).exists():
-    return False
-  record = runs.read_json(folder / runs.CONFIG) or {}
-  return not settings.differences(record.get("config", {}), resolved)
 
 
 def _start(point, workdir, command, lock) -> _Job:
@@ -320,9 +313,10 @@ def _progress(job, workdir) -> str:
   except (OSError, ValueError):  # not there yet, or just being written
     return ""
   row = next((row for row in reversed(rows) if "loss" in row), None)
-  return (
-    f", step {row['step']}/{job.point.resolved.get('steps')}, loss {row['loss']:.4g}" if row else ""
-  )
+  if row is None:
+    return ""
+  steps = runs.config(workdir / job.point.name)["steps"]  # which epochs may have decided
+  return f", step {row['step']}/{steps}, loss {row['loss']:.4g}"
 
 
 # Stopping

@@ -33,7 +33,7 @@ class Checkpoints:
   Args:
     directory: seen by every process; made if it is not there.
     keep: how many of the newest steps stay.
-    keep_steps: steps that stay for good.
+    keep_steps: steps that stay whatever follows; `stay` names others.
   """
 
   def __init__(
@@ -107,6 +107,10 @@ class Checkpoints:
     # donating step would write into what is being saved.
     if any(_on_host(leaf) for leaf in leaves.values()):
       self.wait()
+
+  def stay(self, steps: Iterable[int]) -> None:
+    """From the next save on these steps stay, and no longer those named before."""
+    self._keep_steps = frozenset(steps)
 
   def steps(self) -> list[int]:
     """The complete steps on disk, oldest first; waits for a save under way."""

@@ -19,6 +19,7 @@ from posttrain_jax.data.mixture import Mixture
 from posttrain_jax.data.packing import Batch, best_fit, bucket_edges, pack, pack_answers
 from posttrain_jax.data.packing import slots as packing_slots
 
+COUNTED = 64  # epochs whose batches are counted one by one
 # what a config calls that which the order of the stream follows from
 CALLED = {
   "data": "the digest of the rows",
@@ -122,6 +123,29 @@ class Loader:
   def batches(self, epoch: int = 0) -> int:
     """How many batches an epoch has; with packing this differs a little between epochs."""
     return len(self._plan(epoch))
+
+  def steps(self, epochs: float) -> int:
+    """How many batches so many epochs have, the last one in part; at least one."""
+    whole = int(epochs)
+    part = round((epochs - whole) * self.batches(whole)) if epochs > whole else 0
+    if self._is_steady:
+      return max(whole * self.batches() + part, 1)
+    return max(sum(map(self.batches, range(whole))) + part, 1)
+
+  def epochs(self, steps: int) -> float:
+    """How many epochs so many batches are; beyond COUNTED of them as if those that follow had as many batches."""
+    left = steps
+    for epoch in range(1 if self._is_steady else COUNTED):
+      if left <= self.batches(epoch):
+        return epoch + left / self.batches(epoch)
+      left -= self.batches(epoch)
+    counted = 1 if self._is_steady else COUNTED
+    return steps * counted / (steps - left)
+
+  @property
+  def _is_steady(self):
+    """Whether each epoch has as many batches: packing depends on the order, a mixture draws anew."""
+    return not self.packing and self._mixture is None
 
   def stats(self, epoch: int = 0) -> Stats:
     """What an epoch holds: tokens, trained tokens, padding and shapes."""

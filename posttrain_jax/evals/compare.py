@@ -51,7 +51,8 @@ BODY = """
 <td class="number{{ ' best' if cell.best }}">{{ cell.text }}</td>{% endfor %}</tr>
 {% endfor %}
 </table></div>
-<p class="note">Last values; * marks the best of a column where one way is better and the values compare.</p>
+<p class="note">Last values, held-out ones of the step that was exported; \
+* marks the best of a column where one way is better and the values compare.</p>
 {% endif %}
 <h2>Settings that differ</h2>
 {% if table.rows %}
@@ -195,14 +196,14 @@ def kind_of(configs: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 def finals(run: Run) -> dict[str, float]:
-  """The last value of every metric, and the accuracies of the built-in task's evaluations."""
+  """What `Run.given` says, and the accuracies of the built-in task's evaluations."""
   results = {f"{ANSWERS}before": run.before, f"{ANSWERS}after": run.after}
   known = {
     name: result.accuracy
     for name, result in results.items()
     if result is not None and result.is_share
   }
-  return {**known, **run.final()}
+  return {**known, **run.given()}
 
 
 def _configs(runs: Sequence[Run]) -> list[Mapping[str, Any]]:

@@ -196,6 +196,8 @@ def _held_out(run: Run, held_out: Curve, train: Curve | None) -> list[str]:
 
 
 def _kept(run: Run) -> str:
+  if run.given_step is not None:
+    return f"; what was exported is of step {run.given_step:,}"
   names = [name for name in ("adapter-best", "model-best") if (run.folder / name).is_dir()]
   return f"; {names[0]}/ is of the better step" if names else ""
 

@@ -415,6 +415,14 @@ def better(objective: str | None, name: str) -> str:
   return meaning(objective, name).better
 
 
+def ranked(objective: str | None) -> list[str]:
+  """The metrics of an objective of which one way is better, but those of which every run has its own."""
+  metrics = [metric for group in groups(objective) for metric in group.metrics]
+  apart = {metric.name for metric in (*OPTIMISATION.metrics, *SPEED.metrics)}
+  names = [m.name for m in metrics if m.name not in apart and not m.name.endswith("*")]
+  return [name for name in dict.fromkeys(names) if better(objective, name)]
+
+
 def best(objective: str | None, name: str, values: Sequence[float | None]) -> int | None:
   """The place of the best value that is a number; None where neither way is better, or all are equal.
 

@@ -223,10 +223,38 @@ def use_command(run: Run) -> str | None:
 
 
 def _state(run: Run) -> str:
+  """How far the run is, what its result is of, and what it was told of its length before."""
+  return " ".join([_how_far(run), *_given(run), *map(_former, run.history)])
+
+
+def _how_far(run: Run) -> str:
   wanted = run.field("steps")
-  if run.done is not None:
+  if run.done is None:
+    return f"Not finished: {run.steps:,} steps done" + (f" of {wanted:,}." if wanted else ".")
+  early = run.done.get("ended_early")
+  if early is None:
     return f"Finished after {run.steps:,} steps."
-  return f"Not finished: {run.steps:,} steps done" + (f" of {wanted:,}." if wanted else ".")
+  return (
+    f"Finished after {run.steps:,} of {early['of']:,} steps, since {early['after']} evaluations had brought no better"
+    f" {run.done['best']['metric'] if 'best' in run.done else 'value'}."
+  )
+
+
+def _given(run: Run) -> list[str]:
+  if run.done is None or run.given_step in (None, run.steps):
+    return []
+  best = run.done["best"]
+  return [
+    f"What was exported is of step {best['step']:,}, the best one ({best['metric']} {number(best['value'])}), and so"
+    " are answers after training; curves go on to the last step."
+  ]
+
+
+def _former(former: Mapping[str, Any]) -> str:
+  return (
+    f"Up to step {former['step']:,} it was a run of {former['steps']:,} steps; from there on the learning rate follows"
+    " the new number."
+  )
 
 
 def _facts(run: Run) -> list[tuple[str, str]]:

@@ -29,6 +29,7 @@ def figures(
     "base": config.model.base,
     "adapter": config.adapter.method,
     "remat": built.config.model.remat,
+    "epochs": decisions.epochs(config),
     "rows": config.batch.rows,
     "length": config.data.length,
     "target": chips.name,
@@ -103,12 +104,13 @@ def logits(model: ModelConfig, tokens: int) -> int:
 
 def report(facts: dict[str, Any]) -> str:
   """The figures as people read them."""
-  memory = facts["device_gib"]
+  memory, epochs = facts["device_gib"], facts["epochs"]
   lines = [
     f"{facts['model']}, {facts['base']} base, adapter {facts['adapter']}, {facts['rows']} rows x "
     f"{facts['length']} tokens, remat {facts['remat']}",
     f"on {facts['devices']} x {facts['target']}"
     + (f", {memory:g} GiB each" if memory is not None else ", memory not known"),
+    *([] if epochs is None else [f"epochs={epochs:g}: how many steps these are changes nothing"]),
     "",
     "by arithmetic, GiB a device:",
     *_rows(facts["arithmetic_gib"]),

@@ -23,6 +23,7 @@ from posttrain_jax.build import (
   checks,
   decisions,
   earlier,
+  length,
   objective,
   optimizer,
   reference,
@@ -96,7 +97,7 @@ def resolved(config: ml_collections.ConfigDict, platform: str) -> ml_collections
   with config.unlocked():
     config.model.dtype = jnp.dtype(decisions.compute_dtype(config, platform)).name
     config.model.remat = decisions.remat(config)
-  return config
+  return length.resolved(config, length.PLANNED)
 
 
 def build(config: ml_collections.ConfigDict, target: Target) -> Program:

@@ -10,7 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import ml_collections
 
 from posttrain_jax import settings
 from posttrain_jax.core import files
-from posttrain_jax.runs import lock, record
+from posttrain_jax.runs import lock, record, trackers
 from posttrain_jax.settings import ConfigError
 
 LOCK = ".lock"
@@ -38,6 +38,8 @@ PACKAGES = (
 def check(workdir: str | Path, config: ml_collections.ConfigDict) -> Path:
   """The folder that this run may have: absent, empty, one of the same config, or one in which no step was taken.
 
+  A config that differs in its length alone is the same: a run may go on to more steps.
+
   Raises:
     ConfigError: the folder holds a run of another config (the differences are shown) or something else, or another
       process trains in it.
@@ -53,7 +55,7 @@ def check(workdir: str | Path, config: ml_collections.ConfigDict) -> Path:
         f"{folder} is not empty and holds no run (no {record.CONFIG}); name another --workdir"
       )
     return folder
-  changed = settings.differences(record.config(folder), _plain(config))
+  changed = settings.differences(record.config(folder), _plain(config), but=settings.LENGTH)
   if changed and record.is_begun(folder):
     listed = "\n  ".join(changed)
     raise ConfigError(
@@ -62,6 +64,41 @@ def check(workdir: str | Path, config: ml_collections.ConfigDict) -> Path:
   if jax.process_index() == 0 and not (folder / record.DONE).exists():
     lock.check(folder / LOCK)
   return folder
+
+
+def is_complete(folder: Path, config: Mapping[str, Any]) -> bool:
+  """Whether the folder holds a finished run of this very config, its length included.
+
+  config: plain; where its epochs have not been made steps yet, the epochs are compared.
+  """
+  if not (folder / record.DONE).exists():
+    return False
+  was = (record.read_json(folder / record.CONFIG) or {}).get("config", {})
+  if settings.differences(was, config, but=settings.LENGTH):
+    return False
+  name = "epochs" if config.get("steps") is None else "steps"
+  return was.get(name) == config.get(name)
+
+
+def former_length(folder: Path, config: ml_collections.ConfigDict) -> dict[str, Any] | None:
+  """What a begun run in the folder was told of its length, as its history will have it; None where that is unchanged.
+
+  {"step": where it goes on from, "reached": the last step done, "steps", "epochs", "command": the former ones}.
+  """
+  if not (folder / record.CONFIG).exists() or not record.is_begun(folder):
+    return None
+  written = files.read_json(folder / record.CONFIG)
+  was, now = written["config"], _plain(config)
+  if all(was.get(name) == now.get(name) for name in settings.LENGTH):
+    return None
+  step = record.saved_step(folder)
+  return {
+    "step": step,
+    "reached": max(step, record.last_step(folder)),
+    "steps": was["steps"],
+    "epochs": was.get("epochs"),
+    "command": written["command"],
+  }
 
 
 @contextlib.contextmanager
@@ -84,21 +121,42 @@ def claimed(folder: Path, config: ml_collections.ConfigDict, **about: Any) -> Ge
   with lock.held(folder / LOCK):
     written = folder / record.CONFIG
     is_begun = record.is_begun(folder)
-    if is_begun and settings.differences(record.config(folder), _plain(config)):
+    if is_begun and settings.differences(
+      record.config(folder), _plain(config), but=settings.LENGTH
+    ):
       raise ConfigError(f"{folder} has been claimed by a run of another config meanwhile")
+    if (former := former_length(folder, config)) is not None:
+      _change_length(folder, config, former)
     described = {"config": _plain(config), **about}
     if (
       not is_begun
       and written.exists()
       and not described.items() <= files.read_json(written).items()
     ):
-      for name in (record.CONFIG, record.METRICS, record.BEFORE):
+      for name in (record.CONFIG, record.METRICS, record.BEFORE, trackers.RUNS):
         (folder / name).unlink(missing_ok=True)
       shutil.rmtree(folder / "tensorboard", ignore_errors=True)
     files.remove_abandoned(folder, age=0)
     if not written.exists():
       files.write_json(written, {**described, **origin()})
     yield
+
+
+def _change_length(
+  folder: Path, config: ml_collections.ConfigDict, former: Mapping[str, Any]
+) -> None:
+  """The record of a run that goes on to another number of steps; the former one is in its history.
+
+  What says that the run is finished goes first: killed in between, it is as before the change.
+  """
+  for name in (record.DONE, record.AFTER):
+    (folder / name).unlink(missing_ok=True)
+  written = files.read_json(folder / record.CONFIG)
+  history = written.get(record.HISTORY, [])
+  if former["steps"] != config.steps:
+    history = [*history, former]
+  changed = {"config": _plain(config), "command": shlex.join(sys.argv), record.HISTORY: history}
+  files.write_json(folder / record.CONFIG, {**written, **changed})
 
 
 def _plain(config: ml_collections.ConfigDict) -> dict[str, Any]:

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import tensorboardX
 
 from posttrain_jax.core import files, metrics
-from posttrain_jax.runs import record
+from posttrain_jax.runs import record, trackers
+
+CLOCK = ("tokens_per_second",)  # what differs where the same step is done again
 
 
 class Journal:
-  """`metrics.jsonl` and TensorBoard; a resumed run goes on after `step` with nothing written twice."""
+  """`metrics.jsonl`, TensorBoard and trackers; a resumed run goes on after `step` with nothing written twice.
 
-  def __init__(self, folder: Path, step: int):
-    self.path = folder / record.METRICS
+  is_complete: set before `close` where the run is at its end.
+  """
+
+  def __init__(self, folder: Path, step: int, told: Sequence[trackers.Tracker] = ()):
+    self.path, self.trackers, self.is_complete = folder / record.METRICS, told, False
+    self.known: set[str] = set()  # to trackers, of the rows that are done again
     if self.path.exists():
-      kept = [row for row in record.read_rows(self.path) if row["step"] <= step]
+      rows = record.read_rows(self.path)
+      kept = [row for row in rows if row["step"] <= step]
+      self.known = {_mark(row) for row in rows if row["step"] > step}
       files.write_text(self.path, "".join(f"{json.dumps(row)}\n" for row in kept))
     self.lines = self.path.open("a", encoding="utf-8")
     self.board = tensorboardX.SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
@@ -34,6 +42,9 @@ class Journal:
       ) from error
     for name, value in values.items():
       self.board.add_scalar(name, value, step)
+    if _mark({"step": step, **values}) not in self.known:
+      for tracker in self.trackers:
+        tracker.write(step, values)
 
   def draw(self, step: int, histograms: Mapping[str, np.ndarray]) -> None:
     """Counts between `metrics.EDGES`, to TensorBoard alone."""
@@ -58,3 +69,9 @@ class Journal:
   def close(self) -> None:
     self.lines.close()
     self.board.close()
+    trackers.close(self.trackers, is_complete=self.is_complete)
+
+
+def _mark(row: Mapping[str, float]) -> str:
+  """A row but for its clock."""
+  return json.dumps({name: value for name, value in row.items() if name not in CLOCK})

@@ -11,6 +11,7 @@ from typing import Any
 
 from posttrain_jax.core import files
 
+HISTORY = "history"  # in config.json: the lengths that a run had before it was given another
 CONFIG, METRICS, DONE = "config.json", "metrics.jsonl", "done.json"
 LOG = "log.txt"  # what a sweep's point printed
 BEFORE, AFTER = "evaluation-before.json", "evaluation-after.json"
@@ -88,7 +89,9 @@ class Run:
 
   record: config.json: {"config": the resolved config, "command", "versions", "commit", ...}.
   rows: the lines of metrics.jsonl.
-  done: {"steps": ..., "final": {metric: value}, ...} of a finished run.
+  done: {"steps": ..., "final": {metric: value}, ...} of a finished run; "best" is {"step", "metric", "value",
+    "is_exported"} of the best evaluation, and "ended_early" {"after": evaluations, "of": steps} is there where the run
+    ended for want of a better one.
   """
 
   folder: Path
@@ -113,6 +116,17 @@ class Run:
     methods = [name for name in section["method"].split("+") if name != "none"]
     return {name: section if len(methods) == 1 else section[name] for name in methods}
 
+  @property
+  def history(self) -> Sequence[Mapping[str, Any]]:
+    """The lengths that the run had before: {"step": up to which, "steps", "epochs", "command"}."""
+    return self.record.get(HISTORY, [])
+
+  @property
+  def given_step(self) -> int | None:
+    """The step whose adapter or model a finished run exported, where that is the best and not the last."""
+    best = (self.done or {}).get("best")
+    return best["step"] if best and best["is_exported"] else None
+
   def names(self) -> list[str]:
     """The metrics that some row has, in the order of their first appearance."""
     return list(dict.fromkeys(name for row in self.rows for name in row if name != "step"))
@@ -121,6 +135,12 @@ class Run:
     """(steps, values) of one metric."""
     points = [(row["step"], row[name]) for row in self.rows if name in row]
     return [step for step, _ in points], [value for _, value in points]
+
+  def given(self) -> dict[str, float]:
+    """The last value of every metric, and of held-out rows that of the step that was exported."""
+    at_best = [row for row in self.rows if row["step"] == self.given_step]
+    held_out = {k: v for row in at_best for k, v in row.items() if k.startswith("eval_")}
+    return {**self.final(), **held_out}
 
   def final(self) -> dict[str, float]:
     """The last value of every metric: what done.json says, else what the rows do."""
@@ -189,9 +209,14 @@ def _what(folder: Path, written: Mapping[str, Any]) -> str:
 
 def is_begun(folder: Path) -> bool:
   """Whether a step of the run in a folder is there: in a checkpoint, or in its metrics."""
+  return saved_step(folder) > 0 or last_step(folder) > 0
+
+
+def saved_step(folder: Path) -> int:
+  """The newest step that a checkpoint of a run holds; 0 for none."""
   checkpoints = folder / "checkpoints"
-  saved = checkpoints.is_dir() and any(entry.name.isdecimal() for entry in checkpoints.iterdir())
-  return saved or last_step(folder) > 0
+  names = [entry.name for entry in checkpoints.iterdir()] if checkpoints.is_dir() else []
+  return max((int(name) for name in names if name.isdecimal()), default=0)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

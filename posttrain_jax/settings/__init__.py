@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ UNREADABLE = (ValueError, SyntaxError, TypeError, MemoryError, RecursionError)  
 SHIPPED = Path(__file__).parents[1] / "configs"
 NO_CONFIGS = ("__init__", "common")  # beside them
 NO_ARGUMENT = "unknown config argument "  # how config files begin to say so
+LENGTH = ("steps", "epochs")  # of which one says how long a run is
 LISTED = "posttrain train --config=FILE --help lists all of them"
 # fields that decide which others a section has -> the argument of the config file that makes the section so
 STRUCTURE = {"optimizer.name": "optimizer", "adapter.method": "adapter"}
@@ -59,7 +60,27 @@ def load(config: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDic
   opened = {field for field, value in flat(plain(resolved)).items() if value == {}}
   for name, text in asked.items():
     _set(resolved, name, text, opened)
+  _check_length(resolved, asked)
   return resolved.lock()
+
+
+def _check_length(config: ml_collections.ConfigDict, asked: Mapping[str, str]) -> None:
+  """One of steps and epochs says how long the run is: the one asked for takes the place of the file's."""
+  if not {*LENGTH} <= {*config} or None in (config.steps, config.epochs):
+    return
+  named = [name for name in LENGTH if name in asked]
+  if len(named) != 1:
+    where = (
+      "leave one of them out"
+      if named
+      else "write c.steps = None in the config file, or no c.epochs"
+    )
+    raise ConfigError(
+      f"steps={config.steps} and epochs={config.epochs:g} both say how long the run is; {where}"
+    )
+  (other,) = {*LENGTH} - {*named}
+  with config.unlocked(), config.ignore_type():
+    config[other] = None
 
 
 def given(overrides: Sequence[str]) -> list[str]:
@@ -118,6 +139,8 @@ def _printed(path: str, arguments: str) -> ml_collections.ConfigDict:
   values = (
     values.get("config", values) if isinstance(values, dict) else values
   )  # as a run records it
+  if isinstance(values, dict) and values.get("epochs") is not None:
+    values["steps"] = None  # a run records what its epochs came to
   if not isinstance(values, dict) or arguments:
     wrong = f"takes no arguments, {arguments!r}" if arguments else "has no object of fields"
     raise ConfigError(f"config file {path} {wrong}; change its fields with --config.NAME=value")
@@ -208,6 +231,10 @@ def _unknown(name: str, text: str, config: ml_collections.ConfigDict) -> str:
   meant = names.elsewhere(name)
   if meant and not names.ending(name, there):
     return f"unknown config key {name!r}: {_here(meant, text, config)}"
+  is_here = bool(names.ending(name, there))
+  whole = [] if is_here else names.ending(name, fields.FIELDS)  # of a method that this is not
+  if whole and (why := _missing(whole[0], config)):
+    return f"unknown config key {name!r}; {why}"
   near = names.near(name, there)
   if near:
     return f"unknown config key {name!r}; did you mean {' or '.join(map(repr, near))}? {LISTED}"
@@ -418,9 +445,11 @@ def _plain(value: Any) -> Any:
   return value
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-  """`field: old -> new` for every field in which two resolved configs differ."""
-  a, b = flat(old), flat(new)
+def differences(
+  old: Mapping[str, Any], new: Mapping[str, Any], but: Collection[str] = ()
+) -> list[str]:
+  """`field: old -> new` for every field, but some, in which two resolved configs differ."""
+  a, b = ({k: v for k, v in flat(config).items() if k not in but} for config in (old, new))
   missing = "(absent)"
   return [
     f"{key}: {a.get(key, missing)!r} -> {b.get(key, missing)!r}"

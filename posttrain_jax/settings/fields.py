@@ -29,6 +29,7 @@ Config = Mapping[str, Any]
 MOST_ROWS = 2**20  # of a batch; more would be a slip of the hand that ends in memory
 MOST_TOKENS = 2**24  # in a row
 HIGHEST_RANK = 2**14
+MOST_EPOCHS = 2**16
 
 _whole = lambda low, high=LARGEST_WHOLE, also=(): Number(low, high, whole=True, also=also)
 _POSITIVE, _NOT_NEGATIVE = Number(0, above=True), Number(0)
@@ -69,7 +70,11 @@ _ELSEWHERE = ("objective.reference", lambda name: name != "base", "an adapter or
 
 FIELDS: Mapping[str, Field] = {
   "seed": Field("seed of data order, initialisation and dropout", _whole(0)),
-  "steps": Field("optimizer updates", _whole(1)),
+  "steps": Field("optimizer updates; None: epochs says how many", _whole(1, also=(None,))),
+  "epochs": Field(
+    "passes over the training rows, parts of one too, in place of steps; None: steps says how many",
+    Number(0, MOST_EPOCHS, above=True, also=(None,)),
+  ),
   "log_every": Field("steps from one line of metrics.jsonl to the next", _whole(1)),
   "max_skipped": Field(
     "updates in a row with a gradient that is not finite before the run gives up", _whole(1)
@@ -106,6 +111,14 @@ FIELDS: Mapping[str, Field] = {
   "mesh.fsdp": Field("devices along fsdp; -1: all that are left", _whole(1, also=(-1,))),
   "mesh.tensor": Field("devices along tensor; -1: all that are left", _whole(1, also=(-1,))),
   "eval.every": Field("steps from one evaluation to the next; 0: after the last alone", _whole(0)),
+  "eval.best": Field(
+    "held-out metric whose best step is exported, like loss; '': the last step is, or with stop_after that of the"
+    " lowest loss",
+    Text("a metric's name", empty=True),
+  ),
+  "eval.stop_after": Field(
+    "evaluations without an improvement of eval.best after which the run ends; 0: never", _whole(0)
+  ),
   "eval.rows": Field("rows in an evaluation batch", _whole(1, MOST_ROWS)),
   "eval.samples": Field(
     "held-out prompts that are answered before and after training, for the report to show; 0 for none",
@@ -132,6 +145,18 @@ FIELDS: Mapping[str, Field] = {
     "steps from one checkpoint to the next; 0: the last alone, which is always kept", _whole(0)
   ),
   "checkpoint.keep": Field("newest checkpoints that are kept", _whole(1)),
+  # --- trackers, beside metrics.jsonl and TensorBoard
+  "log.wandb": Field(
+    "project of Weights & Biases that gets the metrics too; '': none",
+    Text("a project's name", empty=True),
+  ),
+  "log.mlflow": Field(
+    "experiment of MLflow that gets the metrics too; '': none",
+    Text("an experiment's name", empty=True),
+  ),
+  "log.trackio": Field(
+    "project of trackio that gets the metrics too; '': none", Text("a project's name", empty=True)
+  ),
   # --- data
   "data.train": Field(
     "a built-in task, a .jsonl .json .csv .tsv .parquet path, a hub name, or a mixture FIRST*0.7+SECOND*0.3",
@@ -492,6 +517,8 @@ def check_values(config: Config) -> None:
     if field is not None and (wrong := field.domain.wrong(value)):
       shown = repr(value) if len(repr(value)) < 200 else f"{repr(value)[:200]}..."
       raise ConfigError(f"{name}={shown}: {wrong}")
+  if "steps" in config and config["steps"] is None and config.get("epochs") is None:
+    raise ConfigError("steps=None: nothing says how long the run is; write steps, or epochs")
 
 
 def check_read(config: Config) -> None:

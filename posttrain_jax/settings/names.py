@@ -16,9 +16,15 @@ SAME: Mapping[str, str] = {
   "adam_beta2": "optimizer.b2",
   "adam_epsilon": "optimizer.eps",
   "max_steps": "steps",
+  "num_train_epochs": "epochs",
+  "num_epochs": "epochs",
   "data_seed": "seed",
   "logging_steps": "log_every",
+  "wandb_project": "log.wandb",
+  "mlflow_experiment_name": "log.mlflow",
   "eval_steps": "eval.every",
+  "metric_for_best_model": "eval.best",
+  "early_stopping_patience": "eval.stop_after",
   "save_steps": "checkpoint.every",
   "save_total_limit": "checkpoint.keep",
   "gradient_accumulation_steps": "batch.accumulate",
@@ -65,9 +71,6 @@ SAME: Mapping[str, str] = {
 }
 # names whose values differ here, or that are no field here -> what to write
 INSTEAD: Mapping[str, str] = {
-  "num_train_epochs": "--config.steps=N counts optimizer updates, and metrics.jsonl has the epoch of each",
-  "num_epochs": "--config.steps=N counts optimizer updates, and metrics.jsonl has the epoch of each",
-  "epochs": "--config.steps=N counts optimizer updates, and metrics.jsonl has the epoch of each",
   "per_device_train_batch_size": "--config.batch.rows=N is the whole optimizer batch, of all devices and"
   " micro-batches; --config.batch.accumulate=N is how many of those it is cut into",
   "micro_batch_size": "--config.batch.rows=N is the whole optimizer batch, of all devices and micro-batches;"
@@ -95,6 +98,8 @@ INSTEAD: Mapping[str, str] = {
   "dataset_text_field": "--config.data.columns.text=NAME names the file's column",
   "val_set_size": "--config.data.eval_rows=N counts the rows that are held out",
   "test_size": "--config.data.eval_rows=N counts the rows that are held out",
+  "load_best_model_at_end": "--config.eval.best=loss exports the step with the lowest held-out loss",
+  "greater_is_better": "--config.eval.best=METRIC goes the way that is better of that metric",
   "do_eval": "--config.eval.every=N; 0 for none but the last",
   "eval_on_start": "--config.eval.before=true writes answers before training too",
   "evals_per_epoch": "--config.eval.every=N counts steps",
@@ -103,6 +108,7 @@ INSTEAD: Mapping[str, str] = {
   "save_strategy": "--config.checkpoint.every=N counts steps",
   "output_dir": "--workdir=DIR is the run's folder",
   "run_name": "--workdir=DIR is the run's folder, and its name",
+  "report_to": "--config.log.wandb=PROJECT, --config.log.mlflow=EXPERIMENT or --config.log.trackio=PROJECT",
   "logging_dir": "--workdir=DIR has metrics.jsonl and TensorBoard's files",
   "resume_from_checkpoint": "the same command with the same --workdir continues a run",
   "gradient_checkpointing": "--config.model.remat=full (or auto, none, names, dots)",

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from posttrain_jax.core.checkpoint import Checkpoints
 from posttrain_jax.data.loader import Loader
 from posttrain_jax.objectives import Context, measured
 from posttrain_jax.runs.metrics_log import Journal
+from posttrain_jax.runs.trackers import Tracker
 from posttrain_jax.train.progress import EVALUATING, SAVING, Bar
 from posttrain_jax.train.signals import Stop
 from posttrain_jax.train.state import State
@@ -34,9 +35,31 @@ class Progress:
   step: int = 0
   seconds: float = 0.0  # of training, over all starts
   tokens: int = 0
-  best_step: int = 0
-  best_loss: float = math.inf
+  best_step: int = 0  # 0: none yet
+  best_value: float | None = None  # of the metric that says which step is the best
+  unimproved: int = 0  # evaluations since that step
+  evaluated: int = 0  # the last step that was evaluated
   is_sound: bool = True  # whether the last evaluation gave a number
+
+
+@dataclasses.dataclass(frozen=True)
+class Best:
+  """Which evaluated step is the best, and what that decides."""
+
+  metric: str = "eval_loss"
+  is_higher: bool = False  # whether the best is the highest value
+  is_given: bool = (
+    False  # whether the run gives that step: its checkpoint is kept, whatever follows
+  )
+  stop_after: int = 0  # evaluations without a better one after which the run ends; 0: it goes on
+
+  def improves(self, value: float, best: float | None) -> bool:
+    if best is None or not math.isfinite(value):
+      return math.isfinite(value)
+    return value > best if self.is_higher else value < best
+
+  def gives_up(self, progress: Progress) -> bool:
+    return 0 < self.stop_after <= progress.unimproved
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +76,8 @@ class Run:
   learning_rate: Callable[[int], Any]
   export: Callable[[State, str], None]  # (state, folder name): the adapter in PEFT's format
   check_start: Callable[[Mapping[str, float]], None]  # of the first step's metrics; may raise
+  best: Best
+  trackers: Callable[[], Sequence[Tracker]]  # opened by the main process alone
   mesh: jax.sharding.Mesh | None
   eval_every: int
   save_every: int
@@ -69,7 +94,7 @@ def loop(
     Diverged: `max_skipped` updates in a row had gradients that were not finite; nothing of theirs was kept.
   """
   main = distributed.is_main()
-  journal = Journal(run.folder, progress.step) if main else None
+  journal = Journal(run.folder, progress.step, run.trackers()) if main else None
   bar = Bar(
     run.steps,
     progress.step,
@@ -95,23 +120,33 @@ def loop(
     data = {"batches": run.batches.get_state(), "progress": dataclasses.asdict(progress)}
     with bar.phase(SAVING):
       checkpoints.save(progress.step, state, data)
+    if run.best.is_given:  # the former one is pruned once this save is whole
+      checkpoints.stay({progress.best_step})
     saved = progress.step
 
   with Stop() as stop, contextlib.ExitStack() as closing:
     closing.callback(bar.close)
     if journal:
       closing.callback(journal.close)
-    while progress.step < run.steps:
+    if run.best.is_given:
+      checkpoints.stay({progress.best_step})
+    # an interrupted run may be given no steps but those that it has done
+    if progress.step == run.steps and progress.evaluated != progress.step:
+      with bar.phase(EVALUATING):
+        _evaluate(run, state, progress, journal, bar)
+    while progress.step < run.steps and not run.best.gives_up(progress):
       state, metrics = step(state, run.context, _placed(run, next(run.batches)))
       progress.step += 1
       reader.put(progress, metrics)
-      last = progress.step == run.steps
+      last, is_better = progress.step == run.steps, False
       if last or (run.eval_every and progress.step % run.eval_every == 0):
         reader.flush(progress)
         with bar.phase(EVALUATING):
-          _evaluate(run, state, progress, journal, bar)
+          is_better = _evaluate(run, state, progress, journal, bar)
         reader.restart()
-      if last or (run.save_every and progress.step % run.save_every == 0):
+        last = last or run.best.gives_up(progress)
+      is_due = run.save_every and progress.step % run.save_every == 0
+      if last or is_due or (is_better and run.best.is_given):
         save()
       if stop.agreed() and not last:
         if saved != progress.step:
@@ -122,8 +157,21 @@ def loop(
         )
         return state, progress, False
     tick()
+    if journal:
+      journal.is_complete = True
+    if run.best.gives_up(progress) and progress.step < run.steps:
+      bar.say(
+        f"ending at step {progress.step} of {run.steps}: {run.best.metric} has not improved in {progress.unimproved}"
+        f" evaluations (eval.stop_after), {_the_best(run.best, progress)}"
+      )
   checkpoints.wait()
   return state, progress, True
+
+
+def _the_best(best: Best, progress: Progress) -> str:
+  if progress.best_value is None:
+    return "and none gave a number"
+  return f"the best is {progress.best_value:.4f} of step {progress.best_step}"
 
 
 class _Reader:
@@ -175,20 +223,43 @@ def _placed(run: Run, batch: Any) -> Any:
 
 def _evaluate(
   run: Run, state: State, progress: Progress, journal: Journal | None, bar: Bar
-) -> None:
-  """Metrics over every held-out example, `eval_` before each name; nothing without held-out data."""
+) -> bool:
+  """Metrics over every held-out example, `eval_` before each name; whether they are the best so far.
+
+  Nothing without held-out data.
+  """
   batches = (_placed(run, batch) for batch in run.eval_batches())
   context = state.context(run.context)
   total = measured(run.evaluate, batches, state.trainable, context, state.memory)
   if not total:
-    return
+    return False
   named = lambda values: {f"eval_{name}": value for name, value in values.items()}
   values = named(metrics_lib.read(total))
   if journal:
     journal.write(progress.step, values)
     journal.draw(progress.step, named(metrics_lib.histograms(total)))
-  bar.say(f"step {progress.step}: eval_loss {values['eval_loss']:.4f}")
   progress.is_sound = math.isfinite(values["eval_loss"])
-  if values["eval_loss"] < progress.best_loss:
-    progress.best_step, progress.best_loss = progress.step, values["eval_loss"]
+  progress.evaluated = progress.step
+  # of what no row has (pairs whose chosen answer is the longer one) there is no mean
+  value = values.get(run.best.metric, math.nan)
+  is_better = run.best.improves(value, progress.best_value)
+  if is_better:
+    progress.best_step, progress.best_value, progress.unimproved = progress.step, value, 0
+  else:
+    progress.unimproved += 1
+  bar.say(f"step {progress.step}: {_evaluated(run.best, progress, values, is_better)}")
+  if is_better:
     run.export(state, "adapter")
+  return is_better
+
+
+def _evaluated(best: Best, progress: Progress, values: Mapping[str, float], is_better: bool) -> str:
+  """What a line says of an evaluation."""
+  names = dict.fromkeys(["eval_loss", best.metric])
+  said = ", ".join(f"{name} {values.get(name, math.nan):.4f}" for name in names)
+  if not best.is_given:
+    return said
+  if is_better:
+    return f"{said}, the best so far"
+  of = f" of {best.stop_after}" if best.stop_after else ""
+  return f"{said}; {_the_best(best, progress)}, {progress.unimproved}{of} without improvement"

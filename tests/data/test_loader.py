@@ -66,6 +66,27 @@ def test_every_example_occurs_once_per_epoch(kind):
 
 
 @KINDS
+@pytest.mark.parametrize("epochs", [0.01, 0.5, 1, 2.5, 3])
+def test_steps_are_as_many_batches_as_epochs_have(kind, epochs):
+  loader = Loader(EXAMPLES, **kind)
+  steps = loader.steps(epochs)
+  take(loader, steps)
+  assert loader.epoch == pytest.approx(loader.epochs(steps))
+  assert loader.epoch == pytest.approx(
+    epochs, abs=0.5 / loader.batches(int(epochs)) + 0.2 * (epochs < 0.1)
+  )
+  if epochs >= 1:
+    assert loader.steps(loader.epochs(steps)) == steps
+
+
+def test_epochs_far_away_are_not_counted_one_by_one(monkeypatch):
+  loader = Loader(EXAMPLES, **PACKED)
+  exact = loader.epochs(loader.steps(64))
+  assert exact == 64
+  assert loader.epochs(loader.steps(64) * 10**6) == pytest.approx(64e6)
+
+
+@KINDS
 def test_the_order_follows_from_the_seed(kind):
   assert_equal(take(Loader(EXAMPLES, **kind), 9), take(Loader(EXAMPLES, **kind), 9))
   other = take(Loader(EXAMPLES, seed=1, **kind), 9)

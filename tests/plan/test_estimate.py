@@ -176,3 +176,17 @@ def test_compiles_for_a_tpu_that_is_not_here():
   assert found["device_gib"] == 16
   assert found["fits"] is True
   assert found["compiled"]["temporaries_gib"] > 0
+
+
+def test_how_many_steps_epochs_are_changes_nothing_of_what_is_needed(capsys):
+  """No data is read, which would say."""
+  by_steps, by_epochs = (
+    program.build(config(**length), one_cpu()) for length in ({}, {"epochs": 3})
+  )
+  assert estimate.arithmetic(by_steps) == estimate.arithmetic(by_epochs)
+  shown = {"compiled": None, "out_of_memory": "", "device_gib": None, "arithmetic_gib": {}}
+  facts = dict.fromkeys(
+    ("model", "base", "adapter", "remat", "rows", "length", "devices", "target")
+  )
+  said = estimate.report({**facts, **shown, "epochs": 3.0})
+  assert "epochs=3: how many steps these are changes nothing\n" in said

@@ -1,6 +1,7 @@
 """A config file, its arguments and overrides: typed, known by name, refused with what to write instead."""
 
 import contextlib
+import json
 import re
 import sys
 import types
@@ -88,6 +89,29 @@ def test_an_override_takes_the_type_of_its_field(file, text, field, value):
 def test_a_wrong_override_says_what_to_write(file, text, message):
   with pytest.raises(ConfigError, match=re.escape(message)):
     settings.load(file, [f"--config.{text}"])
+
+
+def test_one_of_steps_and_epochs_says_how_long_a_run_is(tmp_path):
+  """The one asked for takes the place of the file's."""
+  length = lambda *given, path="sft": [settings.load(path, given)[name] for name in settings.LENGTH]
+  assert length() == [100, None]
+  assert length("--config.epochs=3") == [None, 3]
+  assert length("--config.epochs=0.5") == [None, 0.5]
+  assert length("--config.epochs=None") == [100, None]
+  with pytest.raises(ConfigError, match=r"steps=7 and epochs=3 both say how long .* leave one"):
+    length("--config.epochs=3", "--config.steps=7")
+  mine = tmp_path / "mine.py"
+  mine.write_text(
+    "from posttrain_jax.configs import sft\n"
+    "def get_config(arg=None):\n  c = sft.get_config(arg)\n  c.epochs = 2.0\n  return c\n"
+  )
+  with pytest.raises(ConfigError, match=r"steps=100 and epochs=2 both .* c.steps = None"):
+    length(path=str(mine))
+  assert length("--config.steps=7", path=str(mine)) == [7, None]
+  recorded = tmp_path / "config.json"  # of a run, whose epochs came to 120 steps
+  recorded.write_text(json.dumps({"config": {"steps": 120, "epochs": 3.0}}))
+  assert length(path=str(recorded)) == [None, 3.0]
+  assert length("--config.steps=7", path=str(recorded)) == [7, None]
 
 
 def test_a_loaded_config_is_locked(file):

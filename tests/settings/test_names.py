@@ -50,8 +50,7 @@ def test_another_tools_name_is_told_as_it_is_written_here(override, field):
 @pytest.mark.parametrize(
   ("override", "said"),
   [
-    ("num_train_epochs=3", "--config.steps=N"),
-    ("num_epochs=3", "--config.steps=N"),
+    ("load_best_model_at_end=true", "--config.eval.best=loss"),
     ("per_device_train_batch_size=4", "--config.batch.rows=N"),
     ("micro_batch_size=4", "--config.batch.rows=N"),
     ("output_dir=out", "--workdir=DIR"),
