@@ -103,7 +103,9 @@ def _few(line):
   """The same with few steps: what is asked for by hand stays."""
   added = []
   if re.search(r"posttrain (train|sweep)|local\.py", line) and "--dry_run" not in line:
-    added += ["--config.steps=2", "--config.eval.every=0"]
+    best = ".eval." in line  # which asks for evaluations, in steps or after the last
+    added += [] if "epochs" in line else ["--config.steps=2"]
+    added += ["--config.eval.every=1"] if best else ["--config.eval.every=0"]
     added += ["--config.eval.task_limit=2"] if "--config=quickstart" in line else []
   if "posttrain eval" in line and "--limit" not in line:
     added += ["--limit=2"] if "=sql" in line else []
