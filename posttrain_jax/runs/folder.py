@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import json
-import os
 import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Generator, Mapping
 from pathlib import Path
@@ -19,20 +16,10 @@ import ml_collections
 
 from posttrain_jax import settings
 from posttrain_jax.core import files
-from posttrain_jax.runs import lock, record, trackers
+from posttrain_jax.runs import lock, provenance, record, trackers
 from posttrain_jax.settings import ConfigError
 
 LOCK = ".lock"
-PACKAGES = (
-  "posttrain-jax",
-  "jax",
-  "jaxlib",
-  "flax",
-  "optax",
-  "orbax-checkpoint",
-  "transformers",
-  "numpy",
-)
 
 
 def check(workdir: str | Path, config: ml_collections.ConfigDict) -> Path:
@@ -138,7 +125,7 @@ def claimed(folder: Path, config: ml_collections.ConfigDict, **about: Any) -> Ge
       shutil.rmtree(folder / "tensorboard", ignore_errors=True)
     files.remove_abandoned(folder, age=0)
     if not written.exists():
-      files.write_json(written, {**described, **origin()})
+      files.write_json(written, {**described, **provenance.provenance()})
     yield
 
 
@@ -162,33 +149,3 @@ def _change_length(
 def _plain(config: ml_collections.ConfigDict) -> dict[str, Any]:
   """The config as its record holds it."""
   return json.loads(json.dumps(settings.plain(config)))
-
-
-def origin() -> dict[str, Any]:
-  """Command, versions, commit and devices: what a figure needs beside it to be believed."""
-  return {
-    "command": shlex.join(sys.argv),
-    "versions": {
-      "python": sys.version.split()[0],
-      **{p: importlib.metadata.version(p) for p in PACKAGES},
-    },
-    "commit": _commit(),
-    "devices": [
-      f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-      f"{os.cpu_count()} host cores",
-    ],
-  }
-
-
-def _commit() -> str | None:
-  """The project's commit, marked where the tree differs from it; None outside a checkout."""
-  root = Path(__file__).parents[2]
-  git = lambda *args: subprocess.run(
-    ["git", "-C", str(root), *args], capture_output=True, text=True
-  )
-  try:
-    head = git("rev-parse", "HEAD")
-    changed = git("status", "--porcelain", "--untracked-files=no").stdout.strip()
-  except FileNotFoundError:
-    return None
-  return head.stdout.strip() + (" (modified)" if changed else "") if head.returncode == 0 else None
