@@ -473,9 +473,8 @@ class _Training:
       return
     was = files.read_json(self.folder / record.CONFIG).get("metrics", {})
     before = record.read_json(path)
-    if (
-      before is not None
-    ):  # by what they were graded last, which need not be what the run began with
+    if before is not None:
+      # by what they were graded last, which need not be what the run began with
       was = was | before.get("digests", {})
     changed = [g.name for g in task.graders if g.name in was and g.digest != was[g.name]]
     if not changed:
