@@ -332,7 +332,7 @@ class _Training:
         self.say(
           f"{record.METRICS} goes to step {told} and no checkpoint is there: beginning again"
         )
-      with _phase("checking that the run starts at the base", sys.stdout):
+      with _phase("checking what the run starts from", sys.stdout):
         self_checks.fresh_adapter(self.pieces, self.say)
       if config.eval.before:
         self._evaluate_task("before", state)
