@@ -10,7 +10,6 @@ import pages  # noqa: E402
 
 project = "posttrain_jax"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-exclude_patterns = ["generated"]
 myst_heading_anchors = 3
 html_theme = "furo"
 html_title = "posttrain_jax"
@@ -19,7 +18,7 @@ html_copy_source = False
 autodoc_typehints = "none"
 autodoc_member_order = "bysource"
 
-pages.write(HERE / "generated")
+pages.write(HERE)
 
 
 def setup(app):

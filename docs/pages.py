@@ -1,4 +1,4 @@
-"""Pages that are made of the code: every field of a config, and what other tools call it."""
+"""Tables that are made of the code: every field of a config, and what other tools call it."""
 
 from __future__ import annotations
 
@@ -24,11 +24,25 @@ SECTIONS = {
 }
 
 
+MADE = "<!-- made of the code by docs/pages.py; `make docs` makes it anew -->"
+
+
 def write(folder: Path) -> None:
-  """Writes the generated parts, which pages include."""
-  folder.mkdir(exist_ok=True)
-  (folder / "fields.md").write_text("\n".join(field_tables()) + "\n")
-  (folder / "names.md").write_text("\n".join(name_table()) + "\n")
+  """Writes the tables anew into the pages of the folder, each after the line that says so."""
+  for page, table in tables().items():
+    path = folder / page
+    path.write_text(made(path.read_text(), table))
+
+
+def tables() -> dict[str, str]:
+  """The table that each page ends in."""
+  return {"fields.md": "\n".join(field_tables()), "coming_from.md": "\n".join(name_table())}
+
+
+def made(page: str, table: str) -> str:
+  """The page with the table in the place of what stood after the line."""
+  before, _, _ = page.partition(MADE)
+  return f"{before}{MADE}\n\n{table.strip()}\n"
 
 
 def configs() -> Iterator[tuple[str, dict[str, object]]]:

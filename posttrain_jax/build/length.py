@@ -31,11 +31,17 @@ def of_data(config: ml_collections.ConfigDict, batches: Loader) -> ml_collection
   return config if epochs is None else resolved(config, batches.steps(epochs))
 
 
+MANY = 20  # epochs, from which on a small model knows its rows by heart
+
+
 def describe(config: ml_collections.ConfigDict, batches: Loader) -> str:
   """Both measures of a run's length, in a line."""
   epochs = batches.epochs(config.steps)
   passes = f"{epochs:,.1f}" if epochs >= 1 else f"{epochs:.2g}"
-  return f"length: {config.steps:,} steps, which are {passes} epochs"
+  told = f"length: {config.steps:,} step{'s' * (config.steps != 1)}, which are {passes} epochs"
+  return (
+    told if epochs <= MANY else f"{told}, more than most data bear; --config.epochs=3 says fewer"
+  )
 
 
 def check_change(folder: Path, config: ml_collections.ConfigDict) -> None:

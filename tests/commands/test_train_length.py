@@ -1,8 +1,10 @@
 """How long a run is: epochs for steps, more steps than a run was to have, and an end where nothing improves."""
 
 import shutil
+from unittest import mock
 
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import pytest
 
@@ -10,6 +12,7 @@ from posttrain_jax import settings
 from posttrain_jax.__main__ import main
 from posttrain_jax.build import length, mesh
 from posttrain_jax.core import metrics
+from posttrain_jax.data.loader import Loader
 from posttrain_jax.evals import report
 from posttrain_jax.runs import folder as run_folder
 from posttrain_jax.runs import record
@@ -235,3 +238,21 @@ def test_a_best_that_nothing_tells_is_refused_before_the_start(
   assert train(shared, tmp_path / "run", **fields) == 1
   assert said in capsys.readouterr().err
   assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+  ("steps", "passes", "said"),
+  [
+    (1, 0.25, "length: 1 step, which are 0.25 epochs"),
+    (100, 20.0, "length: 100 steps, which are 20.0 epochs"),
+    (
+      100,
+      100.0,
+      "length: 100 steps, which are 100.0 epochs, more than most data bear; --config.epochs=3 says fewer",
+    ),
+  ],
+)
+def test_both_measures_of_a_length_are_said_and_many_epochs_questioned(steps, passes, said):
+  loader = mock.create_autospec(Loader, instance=True)
+  loader.epochs.return_value = passes
+  assert length.describe(ml_collections.ConfigDict({"steps": steps}), loader) == said
