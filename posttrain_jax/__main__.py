@@ -138,6 +138,8 @@ def _failed(error: BaseException, args: argparse.Namespace, guard: ending.Guard 
   number = guard.asked if guard else 0
   if isinstance(error, KeyboardInterrupt):
     number = signal.SIGINT
+  elif isinstance(error, ending.Ended):  # from a handler of a verb's own, as chat's
+    number = error.number
   if guard:
     guard.caught()
   if number:  # compiled modules make an ImportError of what is raised while they are imported
