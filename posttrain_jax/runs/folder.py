@@ -10,7 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from posttrain_jax.runs import lock, record, trackers
 from posttrain_jax.settings import ConfigError
 
 LOCK = ".lock"
+MODULE = ("posttrain_jax", "__main__.py")  # as `python -m posttrain_jax` names its program
 PACKAGES = (
   "posttrain-jax",
   "jax",
@@ -155,7 +156,7 @@ def _change_length(
   history = written.get(record.HISTORY, [])
   if former["steps"] != config.steps:
     history = [*history, former]
-  changed = {"config": _plain(config), "command": shlex.join(sys.argv), record.HISTORY: history}
+  changed = {"config": _plain(config), "command": command(sys.argv), record.HISTORY: history}
   files.write_json(folder / record.CONFIG, {**written, **changed})
 
 
@@ -164,10 +165,21 @@ def _plain(config: ml_collections.ConfigDict) -> dict[str, Any]:
   return json.loads(json.dumps(settings.plain(config)))
 
 
+def command(argv: Sequence[str]) -> str:
+  """The command of this process as it is typed again, however the program was found.
+
+  >>> command(["/a/posttrain_jax/__main__.py", "train", "--config=my sft.py"])
+  "posttrain train '--config=my sft.py'"
+  """
+  program, *rest = argv
+  is_ours = Path(program).name == "posttrain" or Path(program).parts[-2:] == MODULE
+  return shlex.join(["posttrain" if is_ours else program, *rest])
+
+
 def origin() -> dict[str, Any]:
   """Command, versions, commit and devices: what a figure needs beside it to be believed."""
   return {
-    "command": shlex.join(sys.argv),
+    "command": command(sys.argv),
     "versions": {
       "python": sys.version.split()[0],
       **{p: importlib.metadata.version(p) for p in PACKAGES},
