@@ -3,17 +3,17 @@
 import sys
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from posttrain_jax import adapters, objectives, train
+from posttrain_jax.adapters.node import Change
 from posttrain_jax.core import struct, tree, weight
 from posttrain_jax.data import chat, loader
 from posttrain_jax.models import fetch, hf
 
 
 @struct.dataclass
-class Rescaled(adapters.node.Change):
+class Rescaled(Change):
   """(x * gain) @ W with gain: [in]; a matrix costs as many parameters as it has inputs."""
 
   gain: jax.Array
@@ -31,7 +31,7 @@ base, config = hf.load(model, dtype="float32")
 rows = [{"prompt": "Who wrote Emma?", "completion": "Jane Austen."}]
 batches = loader.read(rows, chat.load_tokenizer(fetch.resolve(model)), batch_size=1, length=128)
 weights = {path: w for path, w in tree.flatten(base).items() if path.endswith("_proj/weight")}
-adapter = tree.unflatten((p, Rescaled(jnp.ones(w.shape[:-1]))) for p, w in weights.items())
+adapter = tree.unflatten((p, Rescaled(jax.numpy.ones(w.shape[:-1]))) for p, w in weights.items())
 state, step = train.begin(objectives.Sft(config), optax.adamw(5e-3), adapter)
 for _ in range(6):
   state, metrics = step(state, objectives.Context(base), next(batches))
