@@ -34,9 +34,11 @@ def check(config: Config) -> None:
 def _best(config: Config) -> None:
   if not decisions.best_metric(config):
     return
-  if config.eval.stop_after and not config.eval.every:
+  if not config.eval.every:
+    counts = config.eval.stop_after > 0
+    what = "stop_after counts" if counts else f"best={config.eval.best} chooses among"
     raise ConfigError(
-      "eval.stop_after counts evaluations, and eval.every=0 leaves the last alone: write --config.eval.every=N steps"
+      f"eval.{what} evaluations, and eval.every=0 leaves the last alone: write --config.eval.every=N steps"
     )
   name = decisions.best_metric(config)
   if not meanings.better(config.objective.name, name):

@@ -175,7 +175,8 @@ def _shapes(where: Path, name: str, model_config: ModelConfig) -> tuple[over.Lev
     return over.shapes(where, model_config)
   except (ValueError, KeyError, OSError) as error:
     named = peft_format.base_of(where)
-    other = f"; it names {named} as its base, and this run has model={name}" if named else ""
+    is_other = named not in (None, "", name)
+    other = f"; it names {named} as its base, and this run has model={name}" if is_other else ""
     raise ConfigError(f"model.adapter: {error}{other}") from error
 
 

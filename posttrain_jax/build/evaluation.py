@@ -141,38 +141,12 @@ def _described(used: use.Used, source: str) -> ml_collections.ConfigDict:
   system = manner.system
   if system is not None:
     system = system if turns.in_strings(schema.read(source, split="eval"), source) else None
-  return ml_collections.ConfigDict(
-    {
-      "seed": 0,
-      "steps": 1,
-      "model": {"name": used.name, "remat": "none", "base": "dense"},
-      "adapter": {"method": "none"},
-      "objective": {"name": "sft"},
-      "eval": {
-        "rows": ROWS,
-        "samples": 0,
-        "metric": "",
-        "task": "",
-        "task_limit": 0,
-        "max_new_tokens": 0,
-      },
-      "data": {
-        "train": "",
-        "eval": "",
-        "eval_rows": 0,
-        "kind": "text",
-        "columns": {},
-        "chat": manner.chat,
-        "system": system,
-        "length": length,
-        "truncate": "error",
-        "train_on": "assistant",
-        "on_error": "raise",
-        "packing": False,
-        "limit": 0,
-      },
-    }
-  )
+  config = settings.load("sft:adapter=none").unlock()
+  config.model.update(name=used.name, remat="none", base="dense")
+  config.eval.rows = ROWS
+  config.data.update(train="", eval="", eval_rows=0, packing=False, system=system)
+  config.data.update(chat=manner.chat, length=length)
+  return config.lock()
 
 
 def _measured(

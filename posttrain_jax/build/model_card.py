@@ -335,7 +335,10 @@ def _linked(run: runs.Run) -> str:
     return f"the folder `{_base(run)}`"
   link = f"[{hub_id}](https://huggingface.co/{hub_id})"
   converted = str(run.field("model.name")) in fetch.BUILT_IN
-  return link + (" (trained on 4-bit weights of it made plain)" if converted else "")
+  told = (
+    " (trained on a copy that was once stored in 4 bits, so its weights are not quite the hub's)"
+  )
+  return link + (told if converted else "")
 
 
 def _licence(run: runs.Run) -> str | None:

@@ -10,7 +10,7 @@ import optax
 from posttrain_jax.core import tree
 from posttrain_jax.models import decoder
 from posttrain_jax.models.config import ModelConfig
-from posttrain_jax.optim import chain
+from posttrain_jax.optim import chain, schedules
 
 ELSEWHERE = (
   "name",
@@ -23,7 +23,7 @@ ELSEWHERE = (
 def rate(config: ml_collections.ConfigDict, steps: int, done: int) -> float:
   """The learning rate of the step that follows `done` others, in a run of so many."""
   o = config.optimizer
-  schedule: Any = chain.learning_rate(o.lr, steps=steps, warmup=o.warmup, schedule=o.schedule)
+  schedule: Any = schedules.learning_rate(o.lr, steps=steps, warmup=o.warmup, schedule=o.schedule)
   return float(schedule(done))
 
 

@@ -332,7 +332,7 @@ class _Training:
         self.say(
           f"{record.METRICS} goes to step {told} and no checkpoint is there: beginning again"
         )
-      with _phase("checking that the run starts at the base", sys.stdout):
+      with _phase("checking what the run starts from", sys.stdout):
         self_checks.fresh_adapter(self.pieces, self.say)
       if config.eval.before:
         self._evaluate_task("before", state)
@@ -472,13 +472,17 @@ class _Training:
     if task is None:
       return
     was = files.read_json(self.folder / record.CONFIG).get("metrics", {})
+    before = record.read_json(path)
+    if before is not None:
+      # by what they were graded last, which need not be what the run began with
+      was = was | before.get("digests", {})
     changed = [g.name for g in task.graders if g.name in was and g.digest != was[g.name]]
     if not changed:
       return
     anew = ""
-    if path.exists():
-      before = record.TaskResult.from_json(files.read_json(path))
-      files.write_json(path, tasks.regraded(before, task).to_json())
+    if before is not None:
+      result = record.TaskResult.from_json(before)
+      files.write_json(path, tasks.regraded(result, task).to_json())
       anew = ": the answers before training were graded anew with it"
     self.say(f"the metric {', '.join(changed)} has changed since this run began{anew}")
 

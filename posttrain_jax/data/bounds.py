@@ -61,7 +61,8 @@ def _told(errors: Sequence[RowError], count: int) -> RowError:
   first = errors[0]
   if count == 1:
     return first
-  others = f"of {count:,} rows {len(errors):,} are too long for the model, the first with "
+  are = "is" if len(errors) == 1 else "are"
+  others = f"{len(errors):,} of {count:,} rows {are} too long for the model, the first with "
   return RowError(first.reason, first.origin, others + first.detail, first.cure)
 
 

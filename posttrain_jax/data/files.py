@@ -82,15 +82,21 @@ def _hub_rows(name, split):
 
 def _nearby(path):
   folder = path.parent
+  if path.is_symlink():
+    return f": it is a link to {path.readlink()}, where there is no file"
   if not folder.is_dir():
     return f", nor does its folder {folder}"
-  close = difflib.get_close_matches(path.name, [p.name for p in folder.iterdir()], n=3)
+  close = difflib.get_close_matches(
+    path.name, [p.name for p in folder.iterdir() if p.exists()], n=3
+  )
   if close:
     return f"; did you mean {' or '.join(str(folder / name) for name in close)}?"
   return f"; {folder} holds {_listed(folder)}"
 
 
 def _listed(folder):
-  names = sorted(p.name for p in folder.iterdir() if p.name.lower().endswith(SUFFIXES))
+  names = sorted(
+    p.name for p in folder.iterdir() if p.exists() and p.name.lower().endswith(SUFFIXES)
+  )
   rest = f" and {len(names) - 8} more" if len(names) > 8 else ""
   return (", ".join(names[:8]) or "no data file") + rest

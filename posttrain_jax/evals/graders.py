@@ -6,6 +6,7 @@ What a model thought aloud before its answer, up to the last `</think>`, is comp
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import decimal
 import difflib
@@ -250,9 +251,8 @@ def load(names: str) -> tuple[Grader, ...]:
     ConfigError: there is no such grader, no such file, or no such function in it.
   """
   graders = [_of(name.strip()) for name in names.split(",")] if names.strip() else []
-  twice = next((g.name for i, g in enumerate(graders) if g in graders[:i]), None)
-  if twice or len({grader.name for grader in graders}) < len(graders):
-    raise ConfigError(f"{names}: a metric is named twice; write each once")
+  if len({grader.name for grader in graders}) < len(graders):
+    raise ConfigError(f"eval.metric={names}: a metric is named twice; write each once")
   return tuple(graders)
 
 
@@ -267,7 +267,10 @@ def _of(name: str) -> Grader:
     raise ConfigError(
       f"eval.metric: there is no {name!r}: known are {known}, or a function of yours as FILE.py:name{hint}"
     )
-  called, file = settings.function(path, function), Path(path).expanduser()
+  try:
+    called, file = settings.function(path, function), Path(path).expanduser()
+  except ConfigError as error:
+    raise ConfigError(f"eval.metric: {error}") from error
   return Grader(
     f"{file.name}:{function}",
     functools.partial(_called, called, file, function),
@@ -306,26 +309,35 @@ def _compared(compare, answer, question):
 
 def _called(called, file, name, answer, question):
   """What the user's function says, whose mistakes are told with file, line and row."""
-  row = dict(question["row"])
+  row = copy.deepcopy(dict(question["row"]))  # what it does to the row is not seen by the next
   if question["gold"] is not None:
     row.setdefault("gold", question["gold"])
   try:
     with settings.beside(file.parent):
       value = called(answer, row)
-  except Exception as error:
+  except (Exception, SystemExit) as error:
     frames = traceback.extract_tb(error.__traceback__)
     at = [frame for frame in frames if Path(frame.filename).resolve() == file.resolve()]
     place = f"{file}:{at[-1].lineno}" if at else str(file)
     raise ConfigError(
       f"{place}: {name} raised {type(error).__name__}: {error} (row {question['origin']}, answer {_shown(answer)})"
     ) from error
-  is_number = isinstance(value, bool | int | float | np.bool_ | np.number)
-  if not is_number or not math.isfinite(value):
+  if not _is_score(value):
     raise ConfigError(
       f"{file}: {name} returned {value!r} (row {question['origin']}, answer {_shown(answer)}); return a finite number,"
       " higher is better"
     )
   return float(value), ""
+
+
+def _is_score(value: Any) -> bool:
+  """Whether a metric's value is a number that a mean can be taken of."""
+  if not isinstance(value, bool | int | float | np.bool_ | np.integer | np.floating):
+    return False
+  try:
+    return math.isfinite(value)
+  except OverflowError:  # an integer beyond what floats hold
+    return False
 
 
 def _shown(text: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,9 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from posttrain_jax.optim import adam8bit, adam_mini, galore, offload, paths
+from posttrain_jax.optim import adam8bit, adam_mini, galore, offload, paths, schedules
 
-SCHEDULES = ("constant", "linear", "cosine")
 WHOLE = ("adafactor",)  # their state mixes layers: nothing of them can be moved layer by layer
 
 
@@ -61,7 +59,7 @@ def chain(
       "embedding" are read from.
     head_dim: entries of a `heads` axis in one head.
   """
-  rate = learning_rate(lr, steps=steps, warmup=warmup, schedule=schedule)
+  rate = schedules.learning_rate(lr, steps=steps, warmup=warmup, schedule=schedule)
   axes = axes or {}
   small = lambda path: embeddings_in_float32 and is_embedding(path, axes)
   adam: dict[str, Any] = dict(b1=b1, b2=b2, weight_decay=weight_decay)
@@ -116,7 +114,9 @@ def chain(
   if name.startswith("galore"):
     checks.append(lambda params: galore.check(params, rank=rank, target=target))
   if loraplus_lr_ratio is not None:
-    embedding = learning_rate(loraplus_lr_embedding, steps=steps, warmup=warmup, schedule=schedule)
+    embedding = schedules.learning_rate(
+      loraplus_lr_embedding, steps=steps, warmup=warmup, schedule=schedule
+    )
     optimizer = optax.partition(
       {
         "a": optimizer,
@@ -169,29 +169,6 @@ def _check_loraplus(params, ratio, axes):
     raise ValueError(
       "loraplus_lr_ratio: nothing that is trained has a factor b; write 0, or train such an adapter (lora)"
     )
-
-
-def learning_rate(lr: float, *, steps: int, warmup: float, schedule: str) -> optax.Schedule:
-  """update -> learning rate: linear over the first `warmup` share of steps, then as `schedule` says."""
-  if schedule not in SCHEDULES:
-    raise ValueError(f"schedule={schedule!r}: known are {', '.join(SCHEDULES)}")
-  if not 0 <= lr < math.inf:
-    raise ValueError(f"lr={lr}: write a finite number of at least 0")
-  if not 0 <= warmup <= 1:
-    raise ValueError(f"warmup={warmup}: a share of the steps, from 0 to 1")
-  rising = round(warmup * steps)
-  falling = max(steps - rising, 1)
-  after = {
-    "constant": lambda: optax.constant_schedule(lr),
-    "linear": lambda: optax.linear_schedule(lr, 0.0, falling),
-    "cosine": lambda: optax.cosine_decay_schedule(lr, falling),
-  }[schedule]()
-  if not rising:
-    return after
-  # the first update is not wasted on a rate of 0
-  return optax.join_schedules(
-    [optax.linear_schedule(lr / rising, lr, rising - 1 or 1), after], [rising]
-  )
 
 
 def matrices(params: Any) -> Any:

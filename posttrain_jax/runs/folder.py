@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import json
-import os
-import shlex
 import shutil
-import subprocess
 import sys
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +15,10 @@ import ml_collections
 
 from posttrain_jax import settings
 from posttrain_jax.core import files
-from posttrain_jax.runs import lock, record, trackers
+from posttrain_jax.runs import lock, provenance, record, trackers
 from posttrain_jax.settings import ConfigError
 
 LOCK = ".lock"
-MODULE = ("posttrain_jax", "__main__.py")  # as `python -m posttrain_jax` names its program
-PACKAGES = (
-  "posttrain-jax",
-  "jax",
-  "jaxlib",
-  "flax",
-  "optax",
-  "orbax-checkpoint",
-  "transformers",
-  "numpy",
-)
 
 
 def check(workdir: str | Path, config: ml_collections.ConfigDict) -> Path:
@@ -139,7 +124,7 @@ def claimed(folder: Path, config: ml_collections.ConfigDict, **about: Any) -> Ge
       shutil.rmtree(folder / "tensorboard", ignore_errors=True)
     files.remove_abandoned(folder, age=0)
     if not written.exists():
-      files.write_json(written, {**described, **origin()})
+      files.write_json(written, {**described, **provenance.provenance()})
     yield
 
 
@@ -156,51 +141,14 @@ def _change_length(
   history = written.get(record.HISTORY, [])
   if former["steps"] != config.steps:
     history = [*history, former]
-  changed = {"config": _plain(config), "command": command(sys.argv), record.HISTORY: history}
+  changed = {
+    "config": _plain(config),
+    "command": provenance.command(sys.argv),
+    record.HISTORY: history,
+  }
   files.write_json(folder / record.CONFIG, {**written, **changed})
 
 
 def _plain(config: ml_collections.ConfigDict) -> dict[str, Any]:
   """The config as its record holds it."""
   return json.loads(json.dumps(settings.plain(config)))
-
-
-def command(argv: Sequence[str]) -> str:
-  """The command of this process as it is typed again, however the program was found.
-
-  >>> command(["/a/posttrain_jax/__main__.py", "train", "--config=my sft.py"])
-  "posttrain train '--config=my sft.py'"
-  """
-  program, *rest = argv
-  is_ours = Path(program).name == "posttrain" or Path(program).parts[-2:] == MODULE
-  return shlex.join(["posttrain" if is_ours else program, *rest])
-
-
-def origin() -> dict[str, Any]:
-  """Command, versions, commit and devices: what a figure needs beside it to be believed."""
-  return {
-    "command": command(sys.argv),
-    "versions": {
-      "python": sys.version.split()[0],
-      **{p: importlib.metadata.version(p) for p in PACKAGES},
-    },
-    "commit": _commit(),
-    "devices": [
-      f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-      f"{os.cpu_count()} host cores",
-    ],
-  }
-
-
-def _commit() -> str | None:
-  """The project's commit, marked where the tree differs from it; None outside a checkout."""
-  root = Path(__file__).parents[2]
-  git = lambda *args: subprocess.run(
-    ["git", "-C", str(root), *args], capture_output=True, text=True
-  )
-  try:
-    head = git("rev-parse", "HEAD")
-    changed = git("status", "--porcelain", "--untracked-files=no").stdout.strip()
-  except FileNotFoundError:
-    return None
-  return head.stdout.strip() + (" (modified)" if changed else "") if head.returncode == 0 else None

@@ -18,7 +18,7 @@ from typing import Any
 import ml_collections
 
 from posttrain_jax.settings import fields, listing, names
-from posttrain_jax.settings.domains import Text
+from posttrain_jax.settings.domains import Number, Text
 from posttrain_jax.settings.errors import ConfigError
 
 __all__ = ["ConfigError", "fields", "listing", "load", "names", "section"]
@@ -162,11 +162,16 @@ def _set(config: ml_collections.ConfigDict, name: str, text: str, opened: set[st
       f"like --config.{name}.{next(iter(old))}=value"
     )
   try:
-    value = _unset(name, text) if old is None or free else _typed(text, old)
+    is_open = old is None or free or _may_be_none(name, text)
+    value = _unset(name, text) if is_open else _typed(text, old)
   except UNREADABLE:
     raise ConfigError(
       f"--config.{name}={text[:200]}: expected {_expected(old)}, like {_shown(old)}"
     ) from None
+  field = fields.FIELDS.get(fields.known_as(name))
+  if isinstance(value, bool) and field is not None and isinstance(field.domain, Number):
+    # a placeholder of numbers would make 1 and 0 of them
+    raise ConfigError(f"--config.{name}={text}: write {field.domain.says}")
   if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
     raise ConfigError(f"--config.{name}={text}: the keys of a dict are texts, in quotes")
   with node.unlocked(), node.ignore_type():
@@ -193,12 +198,21 @@ def _typed(text: str, old: Any) -> Any:
   return tuple(value) if isinstance(value, tuple | list) else text
 
 
+def _may_be_none(name: str, text: str) -> bool:
+  """Whether a text is None, in a number's field that may hold that."""
+  field = fields.FIELDS.get(fields.known_as(name))
+  is_open = field is not None and isinstance(field.domain, Number) and None in field.domain.also
+  return is_open and text.lower() == "none"
+
+
 def _unset(name: str, text: str) -> Any:
   """The value of a field that holds nothing yet, from which a type could be told."""
   if text.lower() == "none":
     return None
   field = fields.FIELDS.get(fields.known_as(name))
-  return text if field is not None and isinstance(field.domain, Text) else _literal(text)
+  if field is not None and isinstance(field.domain, Text):
+    return text
+  return _literal(text)
 
 
 def _word(text):
@@ -405,8 +419,10 @@ def _in_file(error: BaseException, file: Path, always: bool = False) -> str:
 def _executed(file: Path, what: str, hint: str = "") -> Any:
   if not file.is_file():
     near = difflib.get_close_matches(
-      file.name, [p.name for p in file.parent.glob("*.py")], n=1, cutoff=0.3
+      file.name, [p.name for p in file.parent.glob("*.py") if p.is_file()], n=1, cutoff=0.3
     )
+    if file.is_dir():
+      raise ConfigError(f"{what} is a folder; name a file in it")
     there = f"; there is {file.parent / near[0]}" if near else ""
     raise ConfigError(f"{what} does not exist{there or hint}")
   spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)

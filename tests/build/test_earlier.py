@@ -220,6 +220,11 @@ def test_an_adapter_of_another_base_is_refused_by_its_name(folders, tmp_path):
   (tmp_path / "a" / peft_format.RECORD).unlink()  # as PEFT writes it
   with pytest.raises(settings.ConfigError, match="it names Some/Model as its base"):
     earlier.settled(*load(folders, **{"model.adapter": tmp_path / "a"}))
+  peft_format.save(tmp_path / "b", nodes, described, small, base_name=str(folders / "model"))
+  (tmp_path / "b" / peft_format.RECORD).unlink()
+  with pytest.raises(settings.ConfigError) as error:
+    earlier.settled(*load(folders, **{"model.adapter": tmp_path / "b"}))
+  assert "as its base" not in str(error.value)  # it is this run's
 
 
 def test_a_changed_adapter_is_not_gone_on_from(folders, tmp_path):

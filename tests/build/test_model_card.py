@@ -103,6 +103,17 @@ def test_a_base_in_a_folder_is_named_and_not_located(tmp_path):
   assert str(tmp_path) not in text
 
 
+def test_an_adapter_of_the_built_in_model_says_that_the_hubs_weights_are_not_quite_its_base(
+  tmp_path,
+):
+  text = model_card.text(
+    make_folder(tmp_path / "out"), make(tmp_path / "run", model=dict(name="smollm2"))
+  )
+  (row,) = [line for line in text.splitlines() if line.startswith("| base |")]
+  assert "huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct" in row
+  assert "once stored in 4 bits, so its weights are not quite the hub's" in row
+
+
 def test_what_a_merged_model_a_text_model_and_a_reward_model_are_loaded_with(tmp_path):
   run = make(tmp_path / "run")
   merged = model_card.text(make_folder(tmp_path / "merged", kind="model"), run, name="org/name")

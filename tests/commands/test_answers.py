@@ -88,6 +88,14 @@ def test_eval_repeats_the_runs_number_and_another_metric_is_told(rows, tmp_path,
     again = read(run, f"evaluation-{when}.json")
     assert again["scores"]["mine.py:f"]["mean"] == pytest.approx(right / 20)
 
+  # and with the first one again, by which the answers before are no longer graded
+  (run / "done.json").unlink()
+  metric(tmp_path, 0.5)
+  assert train(rows, run, **fields) == 0
+  for when in ("before", "after"):
+    again = read(run, f"evaluation-{when}.json")
+    assert again["scores"]["mine.py:f"]["mean"] == pytest.approx(right / 10)
+
 
 @pytest.mark.slow
 def test_samples_alone_are_shown_beside_what_was_expected(rows, tmp_path, answers, capsys):

@@ -225,6 +225,7 @@ def test_a_run_that_ended_early_goes_on_to_more_steps_and_counts_anew(shared, tm
     (dict(eval__best="entropy"), "nothing says which way of it is better"),
     (dict(eval__best="loss/jokes"), "have no such metric; of theirs there are loss, loss/special"),
     (dict(eval__stop_after=2, eval__every=0), "eval.every=0 leaves the last alone"),
+    (dict(eval__best="loss", eval__every=0), "eval.best=loss chooses among evaluations, and"),
     (dict(eval__stop_after=2, data__eval_rows=0), "eval.stop_after=2: the best step is told by"),
   ],
 )

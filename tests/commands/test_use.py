@@ -207,7 +207,9 @@ def test_ids_and_positions_in_use_are_what_counts(folder, tmp_path, capsys):
     assert "extra.jsonl:21: token 261 ('<extra>') has no row in the model's embedding" in said
   tiny.write_jsonl(tmp_path / "long.jsonl", [*rows, dict(prompt="a", completion="b" * 500)])
   assert train(tmp_path, tmp_path / "other", kind="long", data__length=1000) == 1
-  assert "long.jsonl:21: 5" in (said := capsys.readouterr().err)
+  assert "long.jsonl:21: 1 of 21 rows is too long for the model, the first with 5" in (
+    said := capsys.readouterr().err
+  )
   assert "but the model has 128 positions" in said
   assert not (tmp_path / "other").exists()
   how = dict(data__length=1000, data__truncate="keep_start", steps=1)

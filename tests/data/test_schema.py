@@ -278,6 +278,11 @@ def test_a_source_that_is_not_there(tmp_path):
     schema.read(tmp_path)
   with pytest.raises(ValueError, match="no built-in task"):
     schema.read("what is this?")
+  (tmp_path / "link.jsonl").symlink_to("gone.jsonl")
+  with pytest.raises(
+    FileNotFoundError, match=r"link.jsonl does not exist: it is a link to gone.jsonl"
+  ):
+    schema.read(tmp_path / "link.jsonl")
   damaged = tmp_path / "a.parquet"
   damaged.write_bytes(b"PAR1 and nothing else")
   with pytest.raises(ValueError, match=r"a.parquet is a damaged parquet file"):

@@ -149,7 +149,10 @@ def file(tmp_path):
     "def late(answer, row):\n  import beside\n  return beside.FACTOR\n\n"
     "def fails(answer, row):\n  x = 1\n  return x / 0\n\n"
     "def nothing(answer, row):\n  pass\n\n"
-    "def infinite(answer, row):\n  return float('inf')\n"
+    "def infinite(answer, row):\n  return float('inf')\n\n"
+    "def ends(answer, row):\n  raise SystemExit(0)\n\n"
+    "def huge(answer, row):\n  return 10**400\n\n"
+    "def adds(answer, row):\n  row['turns'].append(answer)\n  return len(row['turns'])\n"
   )
   return path
 
@@ -161,6 +164,8 @@ def test_a_function_of_ones_own_gets_the_answer_and_the_row(file):
   assert score("gold", "x", question("x")) == 1
   assert score("gold", "x", question("x", gold="own")) == 0  # a column of that name is the row's
   assert score("late", "", question(None)) == 2
+  asked = question("x", turns=[])
+  assert [score("adds", "a", asked), score("adds", "a", asked)] == [1, 1]  # each sees the row anew
 
 
 @pytest.mark.parametrize(
@@ -169,6 +174,8 @@ def test_a_function_of_ones_own_gets_the_answer_and_the_row(file):
     ("fails", "mine.py:18: fails raised ZeroDivisionError: division by zero (row rows.jsonl:7, answer 'a'"),
     ("nothing", "mine.py: nothing returned None (row rows.jsonl:7"),
     ("infinite", "infinite returned inf"),
+    ("ends", "mine.py:27: ends raised SystemExit: 0 (row rows.jsonl:7"),
+    ("huge", "huge returned 1000"),
     ("lenght", "has no function 'lenght'; it has length, column"),
   ],
 )  # fmt: skip
@@ -182,7 +189,10 @@ def test_a_file_that_does_not_load_is_told_with_its_line(tmp_path):
   (tmp_path / "a.py").write_text("x = 1\nraise ValueError('no')\n")
   with pytest.raises(ConfigError, match=r"a\.py:2: ValueError: no"):
     graders.load(f"{tmp_path / 'a.py'}:f")
-  with pytest.raises(ConfigError, match=r"b\.py does not exist; there is .*a\.py"):
+  with pytest.raises(ConfigError, match=r"eval\.metric: .*b\.py does not exist; there is .*a\.py"):
+    graders.load(f"{tmp_path / 'b.py'}:f")
+  (tmp_path / "b.py").mkdir()
+  with pytest.raises(ConfigError, match=r"b\.py is a folder"):
     graders.load(f"{tmp_path / 'b.py'}:f")
 
 

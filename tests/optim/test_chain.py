@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from posttrain_jax.adapters.lora import LoRA
-from posttrain_jax.optim import chain
+from posttrain_jax.optim import chain, schedules
 from tests.optim import cases
 
 NAMES = ("adamw", "adafactor", "lion", "sgd", *cases.NEW)
@@ -18,7 +18,7 @@ OPTIONS = dict(rank=2, axes=cases.AXES | AXES, head_dim=1)
 
 
 def rates(steps=10, lr=2.0, warmup=0.3, schedule="cosine"):
-  rate = chain.learning_rate(lr, steps=steps, warmup=warmup, schedule=schedule)
+  rate = schedules.learning_rate(lr, steps=steps, warmup=warmup, schedule=schedule)
   return np.asarray([rate(step) for step in range(steps + 1)])
 
 

@@ -10,7 +10,7 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from posttrain_jax.runs import folder as workdir
-from posttrain_jax.runs import record
+from posttrain_jax.runs import provenance, record
 from posttrain_jax.runs.metrics_log import Journal
 from posttrain_jax.settings import ConfigError
 
@@ -199,5 +199,5 @@ def test_tensorboard_holds_the_histograms(tmp_path):
   ],
 )
 def test_a_runs_command_is_one_that_can_be_typed(program, named):
-  said = workdir.command([program, "train", "--config=sft:data=my rows.jsonl"])
+  said = provenance.command([program, "train", "--config=sft:data=my rows.jsonl"])
   assert said == f"{named} train '--config=sft:data=my rows.jsonl'"

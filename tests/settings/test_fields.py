@@ -11,7 +11,7 @@ from posttrain_jax.configs import common
 from posttrain_jax.data import answers, chat
 from posttrain_jax.models import decoder
 from posttrain_jax.objectives import groups, preference
-from posttrain_jax.optim import chain, galore, offload
+from posttrain_jax.optim import chain, galore, offload, schedules
 from posttrain_jax.quant import STORAGES
 from posttrain_jax.settings import ConfigError, fields
 from posttrain_jax.settings.domains import Choice, Expression, Number
@@ -60,7 +60,7 @@ def test_its_choices_are_the_codes():
     "model.remat": ("auto", *decoder.REMAT),
     "data.truncate": {*chat.TRUNCATE, *answers.TRUNCATE},
     "data.train_on": chat.TRAIN_ON,
-    "optimizer.schedule": chain.SCHEDULES,
+    "optimizer.schedule": schedules.SCHEDULES,
     "optimizer.offload": offload.MODES,
     "optimizer.projection": galore.PROJECTIONS,
     "objective.name": objective.NAMES,

@@ -98,6 +98,9 @@ def test_one_of_steps_and_epochs_says_how_long_a_run_is(tmp_path):
   assert length("--config.epochs=3") == [None, 3]
   assert length("--config.epochs=0.5") == [None, 0.5]
   assert length("--config.epochs=None") == [100, None]
+  assert length("--config.steps=None", "--config.epochs=3") == [None, 3]
+  with pytest.raises(ConfigError, match=r"epochs=True: write a number above 0"):
+    length("--config.epochs=True")
   with pytest.raises(ConfigError, match=r"steps=7 and epochs=3 both say how long .* leave one"):
     length("--config.epochs=3", "--config.steps=7")
   mine = tmp_path / "mine.py"
