@@ -1,10 +1,8 @@
 """An adapter type of one's own, trained and merged: python examples/own_adapter.py [MODEL]"""
 
 import sys
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from posttrain_jax import adapters, objectives, train
@@ -16,28 +14,24 @@ from posttrain_jax.models import fetch, hf
 
 @struct.dataclass
 class Rescaled(Change):
-  """((x * rows) @ W) * columns with rows: [in], columns: [out]; a matrix costs in + out parameters."""
+  """(x * gain) @ W with gain: [in]; a matrix costs as many parameters as it has inputs."""
 
-  rows_gain: jax.Array
-  columns_gain: jax.Array
-  TRAINED = ("rows_gain", "columns_gain")
+  gain: jax.Array
+  TRAINED = ("gain",)
 
-  def apply(self, x: jax.Array, base: Any, key: jax.Array | None = None) -> jax.Array:
-    return (weight.linear(x * self.rows_gain, base) * self.columns_gain).astype(x.dtype)
+  def apply(self, x, base, key=None):
+    return weight.linear((x * self.gain).astype(x.dtype), base)
 
-  def dense(self, base: Any, dtype: Any = None) -> jax.Array:
-    w = self.rows_gain[..., :, None] * weight.dense(base) * self.columns_gain[..., None, :]
-    return w.astype(dtype or w.dtype)
+  def dense(self, base, dtype=None):
+    return (self.gain[..., None] * weight.dense(base)).astype(dtype or self.gain.dtype)
 
 
 model = sys.argv[1] if len(sys.argv) > 1 else "smollm2"
 base, config = hf.load(model, dtype="float32")
 rows = [{"prompt": "Who wrote Emma?", "completion": "Jane Austen."}]
 batches = loader.read(rows, chat.load_tokenizer(fetch.resolve(model)), batch_size=1, length=128)
-paths = [path for path in tree.flatten(base) if path.endswith("_proj/weight")]
-shapes = {path: weight.shape(tree.get(base, path)) for path in paths}  # [layers, in, out]
-ones = lambda shape: Rescaled(jnp.ones(shape[:-1]), jnp.ones((shape[0], shape[2])))
-adapter = tree.unflatten((path, ones(shape)) for path, shape in shapes.items())
+weights = {path: w for path, w in tree.flatten(base).items() if path.endswith("_proj/weight")}
+adapter = tree.unflatten((p, Rescaled(jax.numpy.ones(w.shape[:-1]))) for p, w in weights.items())
 state, step = train.begin(objectives.Sft(config), optax.adamw(5e-3), adapter)
 for _ in range(6):
   state, metrics = step(state, objectives.Context(base), next(batches))

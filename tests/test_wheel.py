@@ -87,6 +87,16 @@ def test_a_config_is_named_without_a_path_from_any_folder(posttrain, tmp_path):
   assert not [*tmp_path.iterdir()]
 
 
+SHIPPED = sorted({path.stem for path in (ROOT / "configs").glob("*.py")} - {"__init__", "common"})
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_config_is_named_without_a_path(name, posttrain, tmp_path):
+  said = posttrain(tmp_path, "train", f"--config={name}", "--print_config")
+  assert not said.returncode, said.stderr
+  assert json.loads(said.stdout) == settings.plain(settings.load(f"{ROOT / 'configs' / name}.py"))
+
+
 def test_ones_own_config_imports_what_they_share(posttrain, tmp_path):
   (tmp_path / "mine.py").write_text(OWN)
   said = posttrain(tmp_path, "train", "--config=mine.py:base=nf4", "--print_config")

@@ -214,7 +214,7 @@ def build(
   if loss.needs_reference:
     reference.check(config, base)
   other = reference.in_step(config, base, devices) if loss.needs_reference else None
-  with settings.section("adapter"):
+  with _phase("making what trains", stream), settings.section("adapter"):
     trees = adapter.make(config, base, other, devices)
   with settings.section("optimizer"):
     updates, schedule = optimizer.make(config, base.config)

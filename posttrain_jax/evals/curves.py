@@ -162,7 +162,8 @@ def _loss(run: Run, kind: str | None) -> list[str]:
       )
     elif held_out is None:
       said.append(
-        f"The training loss fell, {span}. No held-out loss says whether that is learning or learning by heart."
+        f"The training loss fell, {span}. Whether that is learning or learning by heart is told by two held-out losses"
+        " or more: set eval.every."
       )
   if held_out is None:
     return said

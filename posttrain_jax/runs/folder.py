@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shlex
 import shutil
 import sys
 from collections.abc import Generator, Mapping
@@ -142,7 +141,11 @@ def _change_length(
   history = written.get(record.HISTORY, [])
   if former["steps"] != config.steps:
     history = [*history, former]
-  changed = {"config": _plain(config), "command": shlex.join(sys.argv), record.HISTORY: history}
+  changed = {
+    "config": _plain(config),
+    "command": provenance.command(sys.argv),
+    record.HISTORY: history,
+  }
   files.write_json(folder / record.CONFIG, {**written, **changed})
 
 

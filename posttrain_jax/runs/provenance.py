@@ -7,11 +7,13 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
+MODULE = ("posttrain_jax", "__main__.py")  # as `python -m posttrain_jax` names its program
 PACKAGES = (
   "posttrain-jax",
   "jax",
@@ -24,10 +26,21 @@ PACKAGES = (
 )
 
 
+def command(argv: Sequence[str]) -> str:
+  """The command of this process as it is typed again, however the program was found.
+
+  >>> command(["/a/posttrain_jax/__main__.py", "train", "--config=my sft.py"])
+  "posttrain train '--config=my sft.py'"
+  """
+  program, *rest = argv
+  is_ours = Path(program).name == "posttrain" or Path(program).parts[-2:] == MODULE
+  return shlex.join(["posttrain" if is_ours else program, *rest])
+
+
 def provenance() -> dict[str, Any]:
   """Command, versions, commit and devices: what a figure needs beside it to be believed."""
   return {
-    "command": shlex.join(sys.argv),
+    "command": command(sys.argv),
     "versions": {
       "python": sys.version.split()[0],
       **{p: importlib.metadata.version(p) for p in PACKAGES},

@@ -255,6 +255,9 @@ def _unknown(name: str, text: str, config: ml_collections.ConfigDict) -> str:
   missing = [why for field in names.near(name, fields.FIELDS) if (why := _missing(field, config))]
   if missing:
     return f"unknown config key {name!r}; {missing[0]}"
+  if other := names.alike(name):
+    here = _here(names.elsewhere(other), text, config)
+    return f"unknown config key {name!r}; did you mean another tool's {other!r}? {here}"
   parent = name.rpartition(".")[0]
   siblings = [f for f in there if f.rpartition(".")[0] == parent] or list(there)
   return f"unknown config key {name!r}. Keys there: {', '.join(siblings)}. {LISTED}"

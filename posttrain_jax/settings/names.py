@@ -132,6 +132,15 @@ def elsewhere(name: str) -> str:
   return SAME.get(word, INSTEAD.get(word, ""))
 
 
+def alike(name: str) -> str:
+  """Another tool's name that a misspelt one resembles, or "".
+
+  >>> alike("gradient_accumulation")
+  'gradient_accumulation_steps'
+  """
+  return next(iter(difflib.get_close_matches(_word(name), [*SAME, *INSTEAD], n=1, cutoff=0.8)), "")
+
+
 def near(name: str, known: Collection[str]) -> list[str]:
   """The fields that a name resembles, whatever their section; those of its last word first.
 

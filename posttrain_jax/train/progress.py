@@ -85,7 +85,10 @@ class Bar:
         return step(*arguments)
       is_first = False
       with self.phase(COMPILING):
-        return step(*arguments)
+        result = step(*arguments)  # which is dispatched, not done
+      if not self.rich:
+        self.say("training ...")
+      return result
 
     return called
 

@@ -14,6 +14,7 @@ from posttrain_jax.settings import fields, listing
 from tests.settings.test_fields import METHODS
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
+SHIPPED = sorted({path.stem for path in CONFIGS.glob("*.py")} - {"__init__", "common"})
 SFT = f"--config={CONFIGS}/sft.py"
 VERBS = ("train", "plan", "sweep", "eval")
 
@@ -29,7 +30,7 @@ def listed(text):
   return re.findall(r"^  ((?:\w+\.)*\w+)=", text, re.MULTILINE)
 
 
-@pytest.mark.parametrize("config", METHODS)
+@pytest.mark.parametrize("config", [*METHODS, *(f"{name}.py" for name in SHIPPED)])
 @pytest.mark.parametrize("width", [80, 120])
 def test_every_field_is_listed_once_with_its_value_and_meaning(config, width):
   resolved = settings.load(str(CONFIGS / config))

@@ -154,3 +154,11 @@ def test_the_noise_of_a_short_run_is_no_trend(tmp_path):
   assert curves.curve([1], [2.0]) is None
   assert curves.spikes([1, 2], [1.0, 99.0]) == []
   assert curves.read(record.read(runs.write(tmp_path / "a"))) == []
+
+
+def test_one_held_out_loss_is_not_said_to_be_none(tmp_path):
+  lines = [{"step": t, "loss": 3 - t / 10} for t in range(1, 25)]
+  lines.append({"step": 24, "eval_loss": 0.7})
+  (sentence, *_) = curves.read(record.read(runs.write(tmp_path / "run", lines=lines)))
+  assert "fell" in sentence
+  assert sentence.endswith("two held-out losses or more: set eval.every.")

@@ -10,7 +10,7 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from posttrain_jax.runs import folder as workdir
-from posttrain_jax.runs import record
+from posttrain_jax.runs import provenance, record
 from posttrain_jax.runs.metrics_log import Journal
 from posttrain_jax.settings import ConfigError
 
@@ -188,3 +188,16 @@ def test_tensorboard_holds_the_histograms(tmp_path):
   assert (step, value.tag, value.histo.num) == (7, "margins", 5)
   assert list(value.histo.bucket) == counts.tolist()
   assert len(value.histo.bucket_limit) == len(counts)
+
+
+@pytest.mark.parametrize(
+  ("program", "named"),
+  [
+    ("/home/a/posttrain_jax/__main__.py", "posttrain"),
+    ("/home/a/.venv/bin/posttrain", "posttrain"),
+    ("mine.py", "mine.py"),
+  ],
+)
+def test_a_runs_command_is_one_that_can_be_typed(program, named):
+  said = provenance.command([program, "train", "--config=sft:data=my rows.jsonl"])
+  assert said == f"{named} train '--config=sft:data=my rows.jsonl'"

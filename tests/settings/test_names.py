@@ -63,6 +63,22 @@ def test_a_name_whose_values_differ_here_says_what_to_write(override, said):
 
 
 @pytest.mark.parametrize(
+  ("override", "said"),
+  [
+    (
+      "learning_rte=1e-4",
+      "'learning_rate'? here it is optimizer.lr; write --config.optimizer.lr=1e-4",
+    ),
+    ("gradient_accumulation=4", "here it is batch.accumulate"),
+    ("num_train_epoch=3", "here it is epochs"),
+    ("per_device_train_batchsize=4", "--config.batch.rows=N"),
+  ],
+)
+def test_another_tools_name_that_is_misspelt_is_told_too(override, said):
+  assert said in refused("sft.py", override)
+
+
+@pytest.mark.parametrize(
   ("config", "override", "field"),
   [
     ("sft.py", "lr=1", "optimizer.lr"),

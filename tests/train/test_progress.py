@@ -62,6 +62,7 @@ def test_a_log_file_says_what_takes_long(clock, capsys):
   assert lines == [
     "compiling ...",
     "compiling: 1:00 min",
+    "training ...",  # whose first values come behind the second step
     "step 1/20  loss 1.5000  1,000 tokens/s",
     "evaluating ...",  # it was not known to be short
     "step 16/20  loss 1.5000  1,000 tokens/s  0:04 left",
