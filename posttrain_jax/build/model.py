@@ -13,8 +13,8 @@ import ml_collections
 
 from posttrain_jax.adapters import layout, over
 from posttrain_jax.build import adapter, decisions, start, use
-from posttrain_jax.build import earlier as earlier_lib
-from posttrain_jax.build.earlier import Earlier
+from posttrain_jax.build import earlier_adapter as earlier_lib
+from posttrain_jax.build.earlier_adapter import Earlier
 from posttrain_jax.data import chat
 from posttrain_jax.models import decoder, fetch, hf, rotary
 from posttrain_jax.models.config import ModelConfig

@@ -15,7 +15,7 @@ import numpy as np
 
 from posttrain_jax import adapters
 from posttrain_jax.adapters import layout, over, peft_format
-from posttrain_jax.build import decisions, earlier
+from posttrain_jax.build import decisions, earlier_adapter
 from posttrain_jax.build.data import Data
 from posttrain_jax.build.model import Model
 from posttrain_jax.core import tree
@@ -60,7 +60,7 @@ def params(config: ml_collections.ConfigDict, model: Model, mesh: jax.sharding.M
     started = jax.tree.map(jnp.copy, tree.unflatten(model.started.nodes.items()))
     base = adapters.original(base, layout.laid_out(started, mesh))
   if name == "base":
-    return earlier.policy(config, base, model.config, mesh)
+    return earlier_adapter.policy(config, base, model.config, mesh)
   if is_adapter(name):
     levels = over.load(Path(name).expanduser(), model.plain, model.config)
     placed = [(layout.laid_out(nodes, mesh), described) for nodes, described in levels]

@@ -29,15 +29,15 @@ from posttrain_jax.build import (
   best,
   checks,
   data,
-  earlier,
+  earlier_adapter,
   export,
-  length,
   mesh,
   model,
   objective,
   optimizer,
   questions,
   reference,
+  run_length,
   self_checks,
   use,
 )
@@ -84,7 +84,7 @@ def train(
   """
   say: Say = _print if distributed.is_main() else lambda _: None
   fields.check(settings.plain(config), given)
-  config, notes = earlier.settled(config, given)
+  config, notes = earlier_adapter.settled(config, given)
   checks.check(config)
   trackers.check(settings.plain(config))
   if not dry_run:
@@ -92,8 +92,8 @@ def train(
     if _is_complete(folder, config, say):
       return 0
     if config.steps is not None:
-      length.check_change(folder, config)
-    earlier.check_same(folder, config)
+      run_length.check_change(folder, config)
+    earlier_adapter.check_same(folder, config)
   devices = mesh.make(config)
   if devices is not None:
     say(f"mesh: {dict(devices.shape)}")
@@ -110,8 +110,8 @@ def train(
     if dry_run:
       _explain_memory(pieces, say)
       return 0
-    length.check_change(Path(folder), config)
-    if told := length.told(Path(folder), config):
+    run_length.check_change(Path(folder), config)
+    if told := run_length.told(Path(folder), config):
       say(told)
     with run_folder.claimed(Path(folder), config, **pieces.identity()):
       return _Training(pieces.with_reference(say), Path(folder), say).to_the_end()
@@ -155,8 +155,8 @@ class Pieces:
   def identity(self) -> dict[str, Any]:
     """What the run's record says of what its config only names: rows held out, the user's code, an earlier adapter."""
     digests = {g.name: g.digest for g in (self.task.graders if self.task else ()) if g.digest}
-    began = earlier.fingerprint(self.config)
-    named = {"metrics": digests or None, earlier.STARTED: began}
+    began = earlier_adapter.fingerprint(self.config)
+    named = {"metrics": digests or None, earlier_adapter.STARTED: began}
     return {"rows": data.identity(self.data)} | {
       name: value for name, value in named.items() if value is not None
     }
@@ -208,7 +208,7 @@ def build(
   with _phase("reading the data", stream):
     rows = data.read(config, base)
   batches = data.stream(config, rows, devices)
-  config = length.of_data(config, batches)
+  config = run_length.of_data(config, batches)
   with settings.section("objective"):
     loss = objective.make(config, base, rows.channels)
   if loss.needs_reference:
@@ -273,7 +273,7 @@ def _introduce(pieces: Pieces, say: Say) -> None:
   for sentence in pieces.data.reads:
     say(sentence)
   say(f"data: {pieces.batches.stats()}")
-  say(length.describe(pieces.config, pieces.batches))
+  say(run_length.describe(pieces.config, pieces.batches))
   if pieces.data.skipped:
     say(f"left out: {pieces.data.skipped}")
   say(f"held out: {len(pieces.data.eval)} examples")

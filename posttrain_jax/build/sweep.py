@@ -229,10 +229,10 @@ def _settled(point: Point) -> Point:
   """The point with what the adapter that it starts from decides, as its run will have it."""
   if not point.resolved.get("model", {}).get("adapter"):
     return point
-  from posttrain_jax.build import earlier
+  from posttrain_jax.build import earlier_adapter
 
   config = settings.restored(point.resolved)
-  config, _ = earlier.settled(config, settings.given(point.overrides))
+  config, _ = earlier_adapter.settled(config, settings.given(point.overrides))
   return dataclasses.replace(point, resolved=settings.plain(config))
 
 

@@ -21,7 +21,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
   """0: it fits, or nothing is known of the device's memory.  1: it does not."""
   from posttrain_jax import settings
-  from posttrain_jax.build import earlier
+  from posttrain_jax.build import earlier_adapter
   from posttrain_jax.core import files
 
   with progress.phase("starting"):
@@ -29,7 +29,7 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
 
   config, given = settings.load(args.config, overrides), settings.given(overrides)
   settings.fields.check(settings.plain(config), given)
-  config, notes = earlier.settled(config, given, shape=program.shape)
+  config, notes = earlier_adapter.settled(config, given, shape=program.shape)
   for note in notes:
     print(note)
   with progress.phase("compiling"):

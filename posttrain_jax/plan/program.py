@@ -22,11 +22,11 @@ from posttrain_jax.build import (
   adapter,
   checks,
   decisions,
-  earlier,
-  length,
+  earlier_adapter,
   objective,
   optimizer,
   reference,
+  run_length,
   start,
 )
 from posttrain_jax.build import mesh as mesh_lib
@@ -97,7 +97,7 @@ def resolved(config: ml_collections.ConfigDict, platform: str) -> ml_collections
   with config.unlocked():
     config.model.dtype = jnp.dtype(decisions.compute_dtype(config, platform)).name
     config.model.remat = decisions.remat(config)
-  return length.resolved(config, length.PLANNED)
+  return run_length.resolved(config, run_length.PLANNED)
 
 
 def build(config: ml_collections.ConfigDict, target: Target) -> Program:
@@ -139,7 +139,7 @@ def parameters(
   kind, dtype = config.model.base, decisions.compute_dtype(config)
   # a start is taken out of the dense matrix, and the rest is stored
   params = base(model, dtype, "dense" if adapter_config.changes_base else kind)
-  params = over.bound(params, earlier.under_as_shapes(config, model))
+  params = over.bound(params, earlier_adapter.under_as_shapes(config, model))
   params, nodes = jax.eval_shape(
     lambda params: adapters.init(
       jax.random.key(0),

@@ -10,7 +10,7 @@ import pytest
 
 from posttrain_jax import adapters, settings
 from posttrain_jax.adapters import AdapterConfig, over, peft_format
-from posttrain_jax.build import earlier, export, run, use
+from posttrain_jax.build import earlier_adapter, export, run, use
 from posttrain_jax.core import tree
 from posttrain_jax.models import decoder, hf
 from posttrain_jax.objectives import policy
@@ -67,7 +67,7 @@ def load(folders, arguments="", **fields):
 def start(folders, arguments="", **fields):
   """The pieces of a run, its config settled first."""
   config, given = load(folders, arguments, **fields)
-  return run.build(earlier.settled(config, given)[0], None)
+  return run.build(earlier_adapter.settled(config, given)[0], None)
 
 
 def begun(pieces):
@@ -170,12 +170,12 @@ def test_the_shape_is_the_files_and_what_is_of_training_the_configs(folders):
     folders,
     **{"model.adapter": saved(folders, "lora"), "adapter.lora_dropout": 0.25, "adapter.r": 4},
   )
-  settled, notes = earlier.settled(config, given)
+  settled, notes = earlier_adapter.settled(config, given)
   assert (settled.adapter.r, settled.adapter.lora_alpha) == (4, 4)
   assert dict(settled.adapter.rank_pattern) == {"layers.1.mlp.down_proj": 3}
   assert settled.adapter.lora_dropout == 0.25
   assert any("adapter.lora_alpha 32.0 -> 4" in note for note in notes)
-  again, _ = earlier.settled(settled, given)
+  again, _ = earlier_adapter.settled(settled, given)
   assert not settings.differences(settings.plain(settled), settings.plain(again))
   restored = settings.restored(json.loads(json.dumps(settings.plain(settled))))
   assert use.manner_of(restored).storage == "dense"
@@ -208,7 +208,7 @@ def test_what_does_not_fit_is_refused_with_the_cure(arguments, fields, message, 
     else saved(folders, at),
   }
   with pytest.raises(settings.ConfigError, match=f"(?s){message}"):
-    earlier.settled(*load(folders, arguments, **fields))
+    earlier_adapter.settled(*load(folders, arguments, **fields))
 
 
 def test_an_adapter_of_another_base_is_refused_by_its_name(folders, tmp_path):
@@ -219,24 +219,24 @@ def test_an_adapter_of_another_base_is_refused_by_its_name(folders, tmp_path):
   peft_format.save(tmp_path / "a", nodes, described, small, base_name="Some/Model")
   (tmp_path / "a" / peft_format.RECORD).unlink()  # as PEFT writes it
   with pytest.raises(settings.ConfigError, match="it names Some/Model as its base"):
-    earlier.settled(*load(folders, **{"model.adapter": tmp_path / "a"}))
+    earlier_adapter.settled(*load(folders, **{"model.adapter": tmp_path / "a"}))
   peft_format.save(tmp_path / "b", nodes, described, small, base_name=str(folders / "model"))
   (tmp_path / "b" / peft_format.RECORD).unlink()
   with pytest.raises(settings.ConfigError) as error:
-    earlier.settled(*load(folders, **{"model.adapter": tmp_path / "b"}))
+    earlier_adapter.settled(*load(folders, **{"model.adapter": tmp_path / "b"}))
   assert "as its base" not in str(error.value)  # it is this run's
 
 
 def test_a_changed_adapter_is_not_gone_on_from(folders, tmp_path):
   config, given = load(folders, **{"model.adapter": saved(folders, "lora")})
-  config, _ = earlier.settled(config, given)
-  began = {earlier.STARTED: earlier.fingerprint(config)}
+  config, _ = earlier_adapter.settled(config, given)
+  began = {earlier_adapter.STARTED: earlier_adapter.fingerprint(config)}
   (tmp_path / "config.json").write_text(json.dumps({"config": {}, **began}))
   (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
-  earlier.check_same(tmp_path, config)
+  earlier_adapter.check_same(tmp_path, config)
   other, given = load(folders, ",adapter=none", **{"model.adapter": saved(folders, "ia3")})
   with pytest.raises(settings.ConfigError, match="its files are not those that the run"):
-    earlier.check_same(tmp_path, earlier.settled(other, given)[0])
+    earlier_adapter.check_same(tmp_path, earlier_adapter.settled(other, given)[0])
 
 
 def test_template_and_system_message_travel(folders, tmp_path):
@@ -247,13 +247,13 @@ def test_template_and_system_message_travel(folders, tmp_path):
     tmp_path / "a", nodes, described, config, finish=lambda new: manner.write(new, how)
   )
   asked = {"model.adapter": tmp_path / "a"}
-  settled, notes = earlier.settled(*load(folders, **asked))
+  settled, notes = earlier_adapter.settled(*load(folders, **asked))
   assert (settled.data.system, settled.model.template) == ("Be brief.", "chatml")
   assert any("the adapter was trained on it in nf4" in note for note in notes)
-  settled, _ = earlier.settled(*load(folders, **asked, **{"data.system": ""}))
+  settled, _ = earlier_adapter.settled(*load(folders, **asked, **{"data.system": ""}))
   assert settled.data.system == ""
   export.accompany(tmp_path / "a", folders / "model", "chatml", how)
-  settled, _ = earlier.settled(*load(folders, **asked))
+  settled, _ = earlier_adapter.settled(*load(folders, **asked))
   assert run.build(settled, None).model.speech == tmp_path / "a"
 
 
@@ -262,7 +262,7 @@ def test_a_plan_knows_what_stands_under_it(folders):
     folders,
     **{"model.adapter": saved(folders, "lora"), "model.adapter_use": "frozen", "adapter.r": 2},
   )
-  config, _ = earlier.settled(config, given, shape=program.shape)
+  config, _ = earlier_adapter.settled(config, given, shape=program.shape)
   planned = program.build(config, target(None, 1))
   real = run.build(config, None)
   shapes = lambda tree: sorted((x.shape, str(x.dtype)) for x in jax.tree.leaves(tree))
@@ -276,7 +276,7 @@ def test_a_reward_head_is_trained_beside_the_adapter_that_goes_on(folders):
     f"{reward}:model={folders / 'model'},data={folders / 'pairs.jsonl'}",
     [f"--config.{f}" for f in ("data.eval_rows=0", "data.length=64", f"model.adapter={saved(folders, 'lora')}")],
   )  # fmt: skip
-  config, _ = earlier.settled(config)
+  config, _ = earlier_adapter.settled(config)
   pieces = run.build(config, None)
   nodes = tree.flatten(pieces.trees.adapter)
   params, model_config = hf.load(folders / "model")

@@ -10,7 +10,7 @@ import pytest
 
 from posttrain_jax import settings
 from posttrain_jax.__main__ import main
-from posttrain_jax.build import length, mesh
+from posttrain_jax.build import mesh, run_length
 from posttrain_jax.core import metrics
 from posttrain_jax.data.loader import Loader
 from posttrain_jax.evals import report
@@ -122,12 +122,14 @@ def test_steps_that_were_done_are_not_taken_back(tmp_path):
   fewer = settings.load("sft", ["steps=3"])
   assert run_folder.check(tmp_path, fewer) == tmp_path
   with pytest.raises(settings.ConfigError, match=r"has done 4 steps, .* write steps=4 or more"):
-    length.check_change(tmp_path, fewer)
+    run_length.check_change(tmp_path, fewer)
   assert (tmp_path / "config.json").read_bytes() == before
   as_many = settings.load("sft", ["steps=4"])
-  length.check_change(tmp_path, as_many)
+  run_length.check_change(tmp_path, as_many)
   assert not run_folder.is_complete(tmp_path, settings.plain(as_many))
-  assert "lowered from 9 to 4, and the run goes on from step 0" in length.told(tmp_path, as_many)
+  assert "lowered from 9 to 4, and the run goes on from step 0" in run_length.told(
+    tmp_path, as_many
+  )
   with run_folder.claimed(tmp_path, as_many):
     assert not (tmp_path / "done.json").exists()
   assert record.config(tmp_path)["steps"] == 4
@@ -137,25 +139,25 @@ def test_steps_that_were_done_are_not_taken_back(tmp_path):
 
 def test_rows_that_have_changed_are_not_another_length(tmp_path):
   config = settings.load("sft:data=mine.jsonl", ["epochs=3"])
-  with run_folder.claimed(tmp_path, length.resolved(config, 120)):
+  with run_folder.claimed(tmp_path, run_length.resolved(config, 120)):
     (tmp_path / "metrics.jsonl").write_text('{"step": 4}\n')
   with pytest.raises(
     settings.ConfigError, match=r"were 120 steps .* are 130 now: the rows of mine"
   ):
-    length.check_change(tmp_path, length.resolved(config, 130))
+    run_length.check_change(tmp_path, run_length.resolved(config, 130))
 
 
 def test_ranks_that_were_spent_by_the_number_of_steps_keep_it(tmp_path):
   config = settings.load("sft:adapter=adalora", ["steps=4"])
   with run_folder.claimed(tmp_path, config):
     (tmp_path / "metrics.jsonl").write_text('{"step": 4}\n')
-  length.check_change(tmp_path, config)
+  run_length.check_change(tmp_path, config)
   longer = settings.load("sft:adapter=adalora", ["steps=9"])
   with pytest.raises(settings.ConfigError, match="by which AdaLoRA has spent its ranks"):
-    length.check_change(tmp_path, longer)
+    run_length.check_change(tmp_path, longer)
   with longer.unlocked():
     longer.adapter.total_step = 4
-  length.check_change(tmp_path, longer)
+  run_length.check_change(tmp_path, longer)
 
 
 # --- the best step ---------------------------------------------------------------------------------------------------
@@ -255,4 +257,4 @@ def test_a_best_that_nothing_tells_is_refused_before_the_start(
 def test_both_measures_of_a_length_are_said_and_many_epochs_questioned(steps, passes, said):
   loader = mock.create_autospec(Loader, instance=True)
   loader.epochs.return_value = passes
-  assert length.describe(ml_collections.ConfigDict({"steps": steps}), loader) == said
+  assert run_length.describe(ml_collections.ConfigDict({"steps": steps}), loader) == said

@@ -14,7 +14,7 @@ peft = pytest.importorskip("peft")
 
 from posttrain_jax import adapters, settings  # noqa: E402
 from posttrain_jax.adapters import AdapterConfig, over  # noqa: E402
-from posttrain_jax.build import earlier, run  # noqa: E402
+from posttrain_jax.build import earlier_adapter, run  # noqa: E402
 from posttrain_jax.core import metrics, tree  # noqa: E402
 from posttrain_jax.models import hf  # noqa: E402
 from posttrain_jax.train import step  # noqa: E402
@@ -104,7 +104,7 @@ def test_dpo_from_an_adapter_is_trls(is_moved, models, tokenizer, begun, tmp_pat
   }
   asked = [f"--config.{name}={value}" for name, value in fields.items()]
   config = settings.load(f"{CONFIG}:model={models[0]},data={data}", asked)
-  config, _ = earlier.settled(config, list(fields))
+  config, _ = earlier_adapter.settled(config, list(fields))
   pieces = run.build(config, None)
   state, batch = pieces.first_state(), next(pieces.batches)
   trainable, context = state.trainable, state.context(pieces.trees.context)
