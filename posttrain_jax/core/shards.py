@@ -80,17 +80,25 @@ class Reader:
     Raises:
       ValueError: it holds a NaN or an infinity, which no way of storing or merging may hide; or no array has its dtype.
     """
+    array = self.bits(name)
+    if not files.is_finite(array):
+      raise ValueError(
+        f"{self.where[name]}: tensor {name!r} holds {files.worst(array)}, and a model that computes with them answers"
+        " NaN: fetch the file again, or look for the run that wrote it"
+      )
+    return array
+
+  def bits(self, name: str) -> np.ndarray:
+    """The tensor whatever it holds: bytes of 4-bit codes may travel as numbers, and be NaN as such.
+
+    Raises:
+      ValueError: no array has its dtype.
+    """
     path, stored = self.where[name], self.stored(name)
     if stored not in files.STORED:
       raise ValueError(f"{path}: {name!r} is stored as {stored}, of which no array can be made")
     start = self.held[path].start + self._entry(name)["data_offsets"][0]
-    array = files.read_array(path, start, self.shape(name), files.STORED[stored])
-    if not files.is_finite(array):
-      raise ValueError(
-        f"{path}: tensor {name!r} holds {files.worst(array)}, and a model that computes with them answers NaN: "
-        "fetch the file again, or look for the run that wrote it"
-      )
-    return array
+    return files.read_array(path, start, self.shape(name), files.STORED[stored])
 
   def _entry(self, name: str) -> Mapping[str, Any]:
     return self.held[self.where[name]].tensors[name]

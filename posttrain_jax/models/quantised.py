@@ -130,9 +130,8 @@ def _matrix(reader, name, shape, turn, dtype):
     tensor = reader.get(name)
     tensor = files.narrowed(name, tensor, str(jnp.dtype(dtype or tensor.dtype)))
     return tensor.T if turn else tensor
-  weight = bnb.read(
-    name, {part: reader.get(tensor_name) for part, tensor_name in parts.items()}, shape
-  )
+  beside = {part: reader.get(tensor_name) for part, tensor_name in parts.items() if part}
+  weight = bnb.read(name, {"": reader.bits(name), **beside}, shape)
   return weight if dtype is None else dataclasses.replace(weight, dtype=jnp.dtype(dtype))
 
 

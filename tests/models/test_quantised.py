@@ -86,6 +86,20 @@ def test_saved_weights_return_exactly(tmp_path, monkeypatch, name, storage, opti
   assert set(said["llm_int8_skip_modules"]) == {"self_attn.k_proj", "lm_head"}
 
 
+def test_codes_may_travel_as_numbers_that_are_none(folder):
+  """What FSDP needs: four codes of 15 in a row are NaN where bytes are stored as bfloat16."""
+
+  def spread(tensors):
+    tensors[Q] = np.concatenate([np.full((4, 1), 255, np.uint8), tensors[Q][4:]])
+
+  change(folder, spread)
+  expected, _ = hf.load(folder)
+  change(
+    folder, lambda tensors: tensors.update({Q: tensors[Q].reshape(1, -1).view(ml_dtypes.bfloat16)})
+  )
+  assert_equal(hf.load(folder)[0], expected)
+
+
 def test_saved_int8_weights_return_exactly(tmp_path):
   config, params = make()
   params = stored(params, "int8")
