@@ -31,7 +31,7 @@ def of_data(config: ml_collections.ConfigDict, batches: Loader) -> ml_collection
   return config if epochs is None else resolved(config, batches.steps(epochs))
 
 
-MANY = 20  # epochs, from which on a small model knows its rows by heart
+MANY = 20  # epochs that nobody asks for by mistake; recipes for fine-tuning have one to five
 
 
 def describe(config: ml_collections.ConfigDict, batches: Loader) -> str:
@@ -40,7 +40,9 @@ def describe(config: ml_collections.ConfigDict, batches: Loader) -> str:
   passes = f"{epochs:,.1f}" if epochs >= 1 else f"{epochs:.2g}"
   told = f"length: {config.steps:,} step{'s' * (config.steps != 1)}, which are {passes} epochs"
   return (
-    told if epochs <= MANY else f"{told}, more than most data bear; --config.epochs=3 says fewer"
+    told
+    if epochs <= MANY
+    else f"{told}: every row is seen that often; --config.epochs=3 says fewer"
   )
 
 

@@ -250,7 +250,7 @@ def test_a_best_that_nothing_tells_is_refused_before_the_start(
     (
       100,
       100.0,
-      "length: 100 steps, which are 100.0 epochs, more than most data bear; --config.epochs=3 says fewer",
+      "length: 100 steps, which are 100.0 epochs: every row is seen that often; --config.epochs=3 says fewer",
     ),
   ],
 )
