@@ -24,8 +24,8 @@ from posttrain_jax.data import chat, templates
 from posttrain_jax.models import decoder, fetch, hf, quantised, rotary
 from posttrain_jax.models.config import ModelConfig
 from posttrain_jax.rollout import engine
-from posttrain_jax.rollout.chat import Speaker
 from posttrain_jax.rollout.sampling import Sampling
+from posttrain_jax.rollout.speaker import Speaker
 from posttrain_jax.runs import manner as manners
 from posttrain_jax.runs import record
 from posttrain_jax.runs.manner import Manner

@@ -40,9 +40,9 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     return 0
   with progress.muted():  # a pipe is read by programs
     speaker, system = _speaker(args)
-  from posttrain_jax.rollout import chat
+  from posttrain_jax.rollout.speaker import answer_lines
 
-  return 1 if chat.answer_lines(speaker, system=system) else 0
+  return 1 if answer_lines(speaker, system=system) else 0
 
 
 def _converse(args: argparse.Namespace) -> None:

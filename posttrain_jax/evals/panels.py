@@ -9,7 +9,7 @@ from typing import Any
 
 import markupsafe
 
-from posttrain_jax.evals import charts, curves, figures, meanings
+from posttrain_jax.evals import charts, curve_advice, figures, meanings
 from posttrain_jax.evals.charts import Line
 from posttrain_jax.evals.meanings import EVAL, Named
 from posttrain_jax.runs.record import Run
@@ -68,7 +68,7 @@ def sections(run: Run) -> list[Section]:
 
 def _reading(run: Run, group: meanings.Group) -> str:
   if group is meanings.LOSS and run.field("objective.name") == "grouped":
-    return curves.ZERO if curves.is_zero_by_construction(run) else curves.POLICY
+    return curve_advice.ZERO if curve_advice.is_zero_by_construction(run) else curve_advice.POLICY
   return group.reading
 
 
@@ -109,7 +109,7 @@ def _loss_meaning(run: Run) -> str:
         " certainty."
       )
     case "preference" | "kto" | "reward" | "grouped" as kind:
-      if curves.is_zero_by_construction(run):
+      if curve_advice.is_zero_by_construction(run):
         return "Minus the mean advantage, about 0 by construction: its value says nothing, its gradient trains."
       of = {
         "preference": "pairs",

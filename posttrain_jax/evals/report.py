@@ -17,7 +17,7 @@ import safetensors
 
 from posttrain_jax.core import files
 from posttrain_jax.data import questions
-from posttrain_jax.evals import curves, intervals, meanings, page, panels, tasks
+from posttrain_jax.evals import curve_advice, intervals, meanings, page, panels, tasks
 from posttrain_jax.evals.panels import number
 from posttrain_jax.runs import manner, record
 from posttrain_jax.runs.record import Run, TaskResult
@@ -150,7 +150,7 @@ def write(workdir: str | Path, *, done: Mapping[str, Any] | None = None) -> Path
     accuracy=_accuracy(run),
     scores=_scores(run),
     answers_note=_answers_note(run),
-    findings=curves.read(run),
+    findings=curve_advice.read(run),
     sections=panels.sections(run),
     groups=_groups(run),
     use=use_command(run),

@@ -13,8 +13,7 @@ from typing import TextIO
 import jax
 
 from posttrain_jax.core import progress
-from posttrain_jax.rollout import chat
-from posttrain_jax.rollout.chat import Speaker
+from posttrain_jax.rollout.speaker import Speaker, message, opening
 
 HELP = """\
 /system TEXT  the system message from here on; alone it shows it, and "" removes it
@@ -60,7 +59,7 @@ class Conversation:
   said: list[dict] = dataclasses.field(default_factory=list)
 
   def __post_init__(self) -> None:
-    chat.opening(self.system)  # a mistake in it is found before the first question
+    opening(self.system)  # a mistake in it is found before the first question
     self._dialogue = self.speaker.dialogue()
     self._turns = itertools.count()
 
@@ -134,13 +133,13 @@ class Conversation:
     return question
 
   def _answer(self, question: str) -> bool:
-    asked = [*self.said, chat.message("user", question)]
+    asked = [*self.said, message("user", question)]
     answer, is_whole = "", True
     try:
-      opening = chat.opening(self.system)
-      asked = self._fitting(opening, asked)
+      before = opening(self.system)
+      asked = self._fitting(before, asked)
       key = jax.random.fold_in(jax.random.key(self.seed), next(self._turns))
-      pieces = self.speaker.stream([*opening, *asked], key, self._dialogue)
+      pieces = self.speaker.stream([*before, *asked], key, self._dialogue)
       for piece in _after_a_while(pieces):
         answer += piece
         self.stdout.write(piece)
@@ -157,16 +156,16 @@ class Conversation:
     if is_whole and not self._dialogue.ended:
       self._tell(f"(cut after {self.speaker.max_new_tokens} tokens; --max_new_tokens=N gives more)")
     if answer:  # cut short before its first word, it did not happen either
-      self.said = [*asked, chat.message("assistant", answer)]
+      self.said = [*asked, message("assistant", answer)]
     return is_whole
 
-  def _fitting(self, opening: list[dict], asked: list[dict]) -> list[dict]:
+  def _fitting(self, before: list[dict], asked: list[dict]) -> list[dict]:
     """The turns without the earliest ones, where all of them leave no room for an answer."""
     positions, speaker = self.speaker.positions, self.speaker
     wanted = min(speaker.max_new_tokens, positions // 4)
-    speaker.room(speaker.tokens([*opening, asked[-1]]))  # too long by itself: nothing is forgotten
+    speaker.room(speaker.tokens([*before, asked[-1]]))  # too long by itself: nothing is forgotten
     kept = asked
-    while len(kept) > 1 and len(speaker.tokens([*opening, *kept])) + wanted > positions:
+    while len(kept) > 1 and len(speaker.tokens([*before, *kept])) + wanted > positions:
       kept = kept[2:]
     if gone := (len(asked) - len(kept)) // 2:
       turns = "the earliest turn is" if gone == 1 else f"the {gone} earliest turns are"

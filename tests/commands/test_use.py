@@ -10,7 +10,8 @@ import pytest
 
 from posttrain_jax.__main__ import main
 from posttrain_jax.build import use
-from posttrain_jax.rollout import chat, engine
+from posttrain_jax.rollout import engine
+from posttrain_jax.rollout.speaker import answer_lines
 from tests import tiny
 from tests.commands.test_train import lines
 from tests.commands.test_train_answers import ROWS
@@ -142,7 +143,7 @@ def test_rows_that_changed_since_are_not_held_out(folder, tmp_path, capsys):
 def answers(used, prompt, capsys):
   speaker, system = use.speaker(used, sampling=engine.GREEDY, max_new_tokens=6)
   out = io.StringIO()
-  chat.answer_lines(speaker, system=system, stdin=io.StringIO(prompt), stdout=out)
+  answer_lines(speaker, system=system, stdin=io.StringIO(prompt), stdout=out)
   return speaker.tokens([dict(role="system", content=system), dict(role="user", content=prompt)])
 
 

@@ -6,10 +6,10 @@ import pytest
 
 from posttrain_jax.rollout import engine
 from posttrain_jax.rollout.conversation import AGAIN, HELP, Conversation, Interrupted
-from tests.rollout import test_chat
-from tests.rollout.test_chat import NEW, assistant, expected, ready, user
+from tests.rollout import test_speaker
+from tests.rollout.test_speaker import NEW, assistant, expected, ready, user
 
-base = test_chat.base
+base = test_speaker.base
 CTRL_C, CTRL_D = object(), object()
 
 

@@ -14,7 +14,8 @@ from posttrain_jax.adapters import AdapterConfig, peft_format
 from posttrain_jax.build import use
 from posttrain_jax.data import template_sandbox, templates
 from posttrain_jax.models import hf
-from posttrain_jax.rollout import chat, engine
+from posttrain_jax.rollout import engine
+from posttrain_jax.rollout.speaker import answer_lines
 from posttrain_jax.settings import ConfigError
 from tests.adapters.cases import trained
 from tests.data.conftest import make_tokenizer
@@ -57,7 +58,7 @@ def talk(*args, lines, **options):
   """(stdout, stderr) of the answers to lines from a pipe."""
   out, err = io.StringIO(), io.StringIO()
   speaker, system = ready(*args, **options)
-  chat.answer_lines(speaker, system=system, stdin=io.StringIO(lines), stdout=out, stderr=err)
+  answer_lines(speaker, system=system, stdin=io.StringIO(lines), stdout=out, stderr=err)
   return out.getvalue(), err.getvalue()
 
 
@@ -161,7 +162,7 @@ def test_a_prompt_that_leaves_less_room_is_answered_in_what_is_left_and_one_that
   lines = "a\n" + "b " * (longest // 2 - 8) + "\n" + "c " * 400 + "\nd\n"
   speaker, _ = ready(folder, max_new_tokens=100)
   out, err = io.StringIO(), io.StringIO()
-  failed = chat.answer_lines(speaker, stdin=io.StringIO(lines), stdout=out, stderr=err)
+  failed = answer_lines(speaker, stdin=io.StringIO(lines), stdout=out, stderr=err)
   assert failed == 1
   assert err.getvalue().startswith("line 3: the conversation has")
   prompts = [templates.opening(tokenizer, line) for line in lines.splitlines()]
@@ -221,12 +222,12 @@ def test_a_line_that_is_not_utf8_leaves_the_others_answered(base, errors):
   stdin = io.TextIOWrapper(io.BytesIO(lines), encoding="utf-8", errors=errors)
   out, err = io.StringIO(), io.StringIO()
   speaker, _ = ready(base[0], template="chatml")
-  assert chat.answer_lines(speaker, stdin=stdin, stdout=out, stderr=err) == 1
+  assert answer_lines(speaker, stdin=stdin, stdout=out, stderr=err) == 1
   first, last = expected(base, [user("Hello there")], [user("What is two?")])
   assert out.getvalue() == f"{first}\n\n{last}\n"
   assert err.getvalue().startswith("line 2: byte 0xe9 at character 4 is not UTF-8; convert")
   with pytest.raises(ValueError, match="system message: byte 0xe9"):
-    chat.answer_lines(speaker, system="caf\udce9", stdin=io.StringIO("Hello"))
+    answer_lines(speaker, system="caf\udce9", stdin=io.StringIO("Hello"))
 
 
 @pytest.mark.parametrize("writes", [False, None, True])

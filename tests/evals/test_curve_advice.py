@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from posttrain_jax.evals import curves
+from posttrain_jax.evals import curve_advice
 from posttrain_jax.runs import record
 from tests.evals import runs
 
@@ -20,7 +20,7 @@ def said(folder, series, config=None):
     held_out = {n: float(v[t]) for n, v in series.items() if n.startswith("eval_")}
     if held_out and t % 10 == 9:
       lines.append({"step": int(t) + 1, **held_out})
-  return " ".join(curves.read(record.read(runs.write(folder, lines=lines, config=config))))
+  return " ".join(curve_advice.read(record.read(runs.write(folder, lines=lines, config=config))))
 
 
 def of(objective):
@@ -151,14 +151,14 @@ def test_groups_that_teach_nothing_and_clipped_tokens(tmp_path):
 
 
 def test_the_noise_of_a_short_run_is_no_trend(tmp_path):
-  assert curves.curve([1], [2.0]) is None
-  assert curves.spikes([1, 2], [1.0, 99.0]) == []
-  assert curves.read(record.read(runs.write(tmp_path / "a"))) == []
+  assert curve_advice.curve([1], [2.0]) is None
+  assert curve_advice.spikes([1, 2], [1.0, 99.0]) == []
+  assert curve_advice.read(record.read(runs.write(tmp_path / "a"))) == []
 
 
 def test_one_held_out_loss_is_not_said_to_be_none(tmp_path):
   lines = [{"step": t, "loss": 3 - t / 10} for t in range(1, 25)]
   lines.append({"step": 24, "eval_loss": 0.7})
-  (sentence, *_) = curves.read(record.read(runs.write(tmp_path / "run", lines=lines)))
+  (sentence, *_) = curve_advice.read(record.read(runs.write(tmp_path / "run", lines=lines)))
   assert "fell" in sentence
   assert sentence.endswith("two held-out losses or more: set eval.every.")
