@@ -1,0 +1,33 @@
+"""A function in a file of the user's, by which `FILE.py:name` goes to a worker."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from posttrain_jax import settings
+
+
+@dataclasses.dataclass(frozen=True)
+class Named:
+  """The function `name` of the file at `path`: loaded once a process, with the modules beside the file in reach."""
+
+  path: str
+  name: str
+
+  def __call__(self, *arguments: Any, **named: Any) -> Any:
+    function = load(self.path, self.name)
+    with settings.beside(Path(self.path).parent):
+      return function(*arguments, **named)
+
+  def __str__(self) -> str:
+    return f"{Path(self.path).name}:{self.name}"
+
+
+@functools.cache
+def load(path: str, name: str) -> Callable[..., Any]:
+  """Raises ConfigError where there is no such file or function."""
+  return settings.function(path, name)

@@ -1,0 +1,80 @@
+"""The program that a worker runs: it loads tasks and calls them, and answers each message with a line of JSON.
+
+A task is a picklable function whose result is JSON.  What it prints goes to standard error; it ends with who started
+it, and by the kernel's clock where that one was killed while a call ran.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import struct
+import sys
+from collections.abc import Callable
+from typing import Any, BinaryIO
+
+HEADER = struct.Struct("<Q")  # the length of a pickled message
+PATIENCE = (
+  5.0  # seconds after its deadline at which a call ends even though nobody is left to end it
+)
+
+
+def serve(asked: BinaryIO, answer: Callable[[Any], None]) -> None:
+  tasks: dict[int, Callable[..., Any]] = {}
+  while len(header := asked.read(HEADER.size)) == HEADER.size:
+    kind, key, body, seconds = pickle.loads(asked.read(*HEADER.unpack(header)))
+    if kind == "load":
+      answer(_loaded(tasks, key, body))
+    else:
+      answer({"began": True})  # only from here does time count, and is a death one of the call
+      answer(_called(tasks[key], body, seconds))
+
+
+def _loaded(tasks: dict[int, Callable[..., Any]], key: int, body: bytes) -> dict[str, str]:
+  try:
+    tasks[key] = pickle.loads(body)
+  except Exception as error:
+    return {"error": f"{type(error).__name__}: {error}"}
+  return {}
+
+
+def _called(task: Callable[..., Any], body: bytes, seconds: float) -> dict[str, Any]:
+  try:
+    return {"result": _timed(task, pickle.loads(body), seconds)}
+  except (Exception, SystemExit) as error:
+    return {"failed": f"raised {type(error).__name__}: {error}"}
+
+
+def _timed(task: Callable[..., Any], arguments: tuple[Any, ...], seconds: float) -> Any:
+  signal.setitimer(signal.ITIMER_REAL, seconds + PATIENCE)
+  try:
+    return task(*arguments)
+  finally:
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # as it was, whatever the task made of it
+
+
+def main() -> None:
+  memory = int(sys.argv[1])
+  if memory and sys.platform == "linux":  # elsewhere the address space cannot be limited
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+  signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for who asks
+  asked, replies = os.fdopen(os.dup(0), "rb"), os.dup(1)
+  nothing = os.open(os.devnull, os.O_RDONLY)
+  os.dup2(nothing, 0)
+  os.dup2(2, 1)  # what a task prints is no reply
+
+  def answer(value: Any) -> None:
+    rest = memoryview(json.dumps(value, default=str).encode() + b"\n")
+    while rest:
+      rest = rest[os.write(replies, rest) :]
+
+  serve(asked, answer)
+
+
+if __name__ == "__main__":
+  main()

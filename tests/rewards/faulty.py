@@ -1,0 +1,27 @@
+"""Verifiers with every fault, imported by workers."""
+
+import os
+import signal
+import time
+
+
+def length(prompt, completion, example):
+  return len(completion)
+
+
+def told(prompt, completion, example):
+  """What the answer asks for."""
+  if completion == "hang":
+    time.sleep(600)
+  if completion == "loop":
+    while True:
+      pass
+  if completion == "crash":
+    os.kill(os.getpid(), signal.SIGKILL)
+  if completion == "leave":
+    os._exit(0)
+  if completion == "raise":
+    return {}["gold"]
+  if completion == "print":
+    print('{"result": [1.0, "", true]}', flush=True)
+  return float(completion) if completion.isdigit() else 0.5
