@@ -9,6 +9,12 @@ from typing import Any
 
 from posttrain_jax.rewards.matching import RIGHT
 
+# (answer, expected): those that are equal, and those that are not
+EXAMPLES = (
+  (('```json\n{"b": [1.0], "a": null}\n```', '{"a": null, "b": [1]}'),),
+  (("[2, 1]", "[1, 2]"), ("{'a': 1}", '{"a": 1}')),
+)
+
 
 def json_equal(answer: str, gold: str) -> tuple[bool, str]:
   """Both are JSON (RFC 8259) of the same value.

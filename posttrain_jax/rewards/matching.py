@@ -5,6 +5,10 @@ from __future__ import annotations
 import unicodedata
 
 RIGHT = "ok"  # what is said of an answer that is right
+# (answer, expected): those that are equal, and those that are not
+EXACT = ((("Paris", "Paris"),), (("Rome", "Paris"), ("paris", "Paris")))
+CONTAINED = ((("It is Paris, of course.", "paris"),), (("a party", "art"), ("13", "3")))
+FUZZY = ((("Paris", "paris"),), (("Pairs", "paris"), ("Rome", "Paris")))
 
 
 def exact(answer: str, gold: str) -> tuple[bool, str]:

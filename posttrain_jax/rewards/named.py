@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,11 @@ class Named:
     function = load(self.path, self.name)
     with settings.beside(Path(self.path).parent):
       return function(*arguments, **named)
+
+  @property
+  def __signature__(self) -> inspect.Signature:
+    """What `inspect.signature` says of it: what the function takes."""
+    return inspect.signature(load(self.path, self.name))
 
   def __str__(self) -> str:
     return f"{Path(self.path).name}:{self.name}"

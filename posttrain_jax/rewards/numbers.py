@@ -8,6 +8,12 @@ import re
 
 from posttrain_jax.rewards.matching import RIGHT
 
+# (answer, expected): those that are equal, and those that are not
+EXAMPLES = (
+  (("12 + 34 = 46, so $1,234.00.", "#### 1234"), ("-0.5", "-1/2")),
+  (("1235", "1234"), ("0.5", "-0.5"), ("none", "0")),
+)
+
 
 def number(answer: str, gold: str, *, tolerance: float = 0.0) -> tuple[bool, str]:
   """The last number of the answer is the last number of the expected text, as GSM8K is graded.
@@ -47,7 +53,22 @@ def last_number(text: str) -> fractions.Fraction:
   tokens = final or _TOKEN.findall(_plainly(text))
   if not tokens:
     raise ValueError("no number")
-  before, inside, digits = tokens[-1]
+  return _signed(*tokens[-1])
+
+
+def only_number(text: str) -> fractions.Fraction:
+  """The number that the whole text is, with a currency or a sign.
+
+  Raises:
+    ValueError: it is none, or more than a number.
+  """
+  match = _TOKEN.fullmatch(_plainly(text).strip().lstrip("$€£¥"))
+  if match is None:
+    raise ValueError("no number")
+  return _signed(*match.groups())
+
+
+def _signed(before: str, inside: str, digits: str) -> fractions.Fraction:
   value = _value(digits)
   return -value if before in _MINUS or inside in _MINUS else value
 

@@ -17,18 +17,22 @@ from typing import Any
 
 from posttrain_jax.rewards import score
 from posttrain_jax.rewards.score import Score
-from posttrain_jax.rewards.verifier import Answer, Batch, Log, Verifier, called
+from posttrain_jax.rewards.verifier import Answer, Batch, Known, Log, Verifier, called
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-  """verifier: a function (prompt, completion, example), or a `Batch`.  range: what is outside of it is missing."""
+  """verifier: a function (prompt, completion, example), or a `Batch`.  range: what is outside of it is missing.
+
+  known: answers of which is known whether they are right, for `selftest`.
+  """
 
   name: str
   verifier: Verifier | Batch
   weight: float = 1.0
   gate: bool = False
   range: tuple[float, float] = score.ANY
+  known: tuple[Known, ...] = ()
 
   def __post_init__(self):
     if not math.isfinite(self.weight):

@@ -44,8 +44,8 @@ def of(returned: Any, within: tuple[float, float] = ANY) -> Score:
   (Score(value=1.0, reason='', applies=True), 0.5)
   >>> of(float("nan")).reason, of(7, (0, 1)).reason
   ('returned nan', 'returned 7.0, which is not within 0 and 1')
-  >>> of(None).reason, of("1").reason
-  ("returned None; return a number, or a Score that says why there is none", "returned '1', a str; return a number")
+  >>> of("1").reason
+  "returned '1', a str; return a number"
   """
   if isinstance(returned, Score):
     return returned if returned.value is None else _number(returned.value, returned.reason, within)

@@ -1,0 +1,292 @@
+"""The verifiers by name, and rewards made of names as configs write them."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from posttrain_jax.rewards import (
+  boxed,
+  expressions,
+  gym,
+  json_values,
+  matching,
+  named,
+  numbers,
+  score,
+  trl,
+)
+from posttrain_jax.rewards.compared import Compared
+from posttrain_jax.rewards.formats import Json, Regex, Schema, Tags
+from posttrain_jax.rewards.judge import Judge
+from posttrain_jax.rewards.length import SoftOverlong
+from posttrain_jax.rewards.reward import Part, Reward
+from posttrain_jax.rewards.verifier import Batch, Verifier
+from posttrain_jax.rewards.workers import SECONDS, Apart, Workers
+from posttrain_jax.settings import ConfigError
+
+# Names that data sets give to the column of the expected answer; `gold` is the one that our own rows have.
+EXPECTED = ("gold", "answer", "solution", "ground_truth", "target")
+
+
+@dataclasses.dataclass(frozen=True)
+class BuiltIn:
+  """A verifier that a config can name.
+
+  make: its options, as keywords -> the verifier.  An option `column` is the row's column with what is expected.
+  says: what it scores.
+  reads: other columns that a row must have.
+  apart: it runs in a worker process, since somebody else's code decides how long it takes.
+  """
+
+  make: Callable[..., Any]
+  says: str
+  reads: tuple[str, ...] = ()
+  apart: bool = False
+  range: tuple[float, float] = (0.0, 1.0)
+
+  @property
+  def options(self) -> tuple[str, ...]:
+    return tuple(inspect.signature(self.make).parameters)
+
+
+def _exact(column: str, within: str = "") -> Compared:
+  return Compared(matching.exact, column, within, *matching.EXACT)
+
+
+def _contained(column: str, within: str = "") -> Compared:
+  return Compared(matching.contained, column, within, *matching.CONTAINED)
+
+
+def _fuzzy(column: str, within: str = "") -> Compared:
+  return Compared(matching.fuzzy, column, within, *matching.FUZZY)
+
+
+def _json(column: str, within: str = "") -> Compared:
+  return Compared(json_values.json_equal, column, within, *json_values.EXAMPLES)
+
+
+def _number(column: str, within: str = "", tolerance: float = 0.0) -> Compared:
+  if not 0 <= tolerance < 1:
+    raise ValueError(f"number: tolerance={tolerance}; it is a share of the expected number")
+  return Compared(numbers.number, column, within, *numbers.EXAMPLES, {"tolerance": tolerance})
+
+
+def _boxed(column: str) -> Compared:
+  return Compared(boxed.boxed, column, "", *boxed.EXAMPLES)
+
+
+def _expression(column: str, within: str = "") -> Compared:
+  expressions.check()
+  return Compared(expressions.expression, column, within, *expressions.EXAMPLES)
+
+
+def _tags(names: Sequence[str] = ("think", "answer"), opened: bool = False) -> Tags:
+  return Tags(tuple(names), opened)
+
+
+def _gym() -> gym.Gym:
+  gym.check()
+  return gym.Gym()
+
+
+VERIFIERS: Mapping[str, BuiltIn] = {
+  "exact": BuiltIn(_exact, "the answer is the expected text; only white space may differ"),
+  "contained": BuiltIn(_contained, "the expected text stands in the answer, as whole words"),
+  "fuzzy": BuiltIn(_fuzzy, "the share of letters that both have in common, in order"),
+  "number": BuiltIn(_number, "the last number of the answer is the expected one, by value"),
+  "boxed": BuiltIn(_boxed, r"what is in the last \boxed{} is the expected answer"),
+  "expression": BuiltIn(_expression, "the last expression equals the expected one", apart=True),
+  "json": BuiltIn(_json, "the answer is JSON of the expected value"),
+  "is_json": BuiltIn(Json, "the answer is JSON"),
+  "schema": BuiltIn(Schema, "the answer is JSON that a JSON Schema describes", apart=True),
+  "regex": BuiltIn(Regex, "a regular expression matches"),
+  "tags": BuiltIn(_tags, "the answer is tags in their order, each once, and nothing else"),
+  "length": BuiltIn(SoftOverlong, "DAPO's penalty of long answers, in tokens", range=(-1.0, 0.0)),
+  "gym": BuiltIn(_gym, "what reasoning-gym says", reads=(gym.COLUMN,), apart=True),
+  "judge": BuiltIn(Judge, "the number that a model at an address gives", range=score.ANY),
+}
+
+
+def make(
+  spec: Mapping[str, Any],
+  columns: Collection[str],
+  *,
+  given: Mapping[str, Verifier | Batch] | None = None,
+  workers: Workers | None = None,
+) -> Reward:
+  """The reward that a config's section describes.
+
+  >>> reward = make({"parts": ("number",), "gates": ("tags",)}, ["question", "answer"])
+  >>> [(part.name, part.gate) for part in reward.parts]
+  [('number', False), ('tags', True)]
+
+  Args:
+    spec: parts: names of verifiers, `FILE.py:name` for one's own; weights: one each, 1 where there are none;
+      gates: names of those that multiply; options: {name: the verifier's options}; ranges: {name: (low, high)};
+      seconds: the deadline of a call in a worker; retries.
+    columns: that the rows have.
+    given: verifiers that the caller made, by the names that parts give them, as a reward model.
+    workers: the processes that verifiers run in; None: as many as there are cores.
+
+  Raises:
+    ConfigError: there is no such verifier or option, or the rows do not have what one reads.
+  """
+  unknown = [key for key in spec if key not in SPEC]
+  if unknown:
+    raise ConfigError(f"reward.{unknown[0]}: there is no such field; there are {', '.join(SPEC)}")
+  parts, gates = tuple(spec.get("parts", ())), tuple(spec.get("gates", ()))
+  weights = tuple(spec.get("weights", ())) or (1.0,) * len(parts)
+  options, ranges = dict(spec.get("options", {})), dict(spec.get("ranges", {}))
+  if len(weights) != len(parts):
+    raise ConfigError(
+      f"reward.weights: {len(weights)} weights of {len(parts)} parts; name one each"
+    )
+  both = [name for name in gates if name in parts]
+  if both:
+    raise ConfigError(
+      f"reward.gates: {both[0]!r} is a part, too; a gate multiplies the sum and is not in it, so name it in one of them"
+    )
+  for field, named_there in (("options", options), ("ranges", ranges)):
+    for name in named_there:
+      if name not in (*parts, *gates):
+        raise ConfigError(f"reward.{field}: {name!r} is neither a part nor a gate of this reward")
+  room = _Room(columns, given or {}, workers, float(spec.get("seconds", SECONDS)))
+  try:
+    made = [
+      room.part(name, dict(options.get(name, {})), ranges.get(name), weight=weight, gate=is_gate)
+      for name, weight, is_gate in [
+        *((name, float(weight), False) for name, weight in zip(parts, weights, strict=True)),
+        *((name, 1.0, True) for name in gates),
+      ]
+    ]
+    return Reward(made, retries=int(spec.get("retries", 1)))
+  except ConfigError:
+    raise
+  except ValueError as error:
+    raise ConfigError(f"reward: {str(error).removeprefix('reward: ')}") from error
+
+
+SPEC = ("parts", "weights", "gates", "options", "ranges", "seconds", "retries")
+
+
+class _Room:
+  """What all parts of a reward are made with."""
+
+  def __init__(
+    self,
+    columns: Collection[str],
+    given: Mapping[str, Verifier | Batch],
+    workers: Workers | None,
+    seconds: float,
+  ):
+    self.columns, self.given, self.seconds = columns, given, seconds
+    self._workers = workers
+
+  @property
+  def workers(self) -> Workers:
+    if self._workers is None:
+      self._workers = Workers()  # its processes start when they are called
+    return self._workers
+
+  def part(
+    self,
+    name: str,
+    options: dict[str, Any],
+    within: Sequence[float] | None,
+    *,
+    weight: float,
+    gate: bool,
+  ) -> Part:
+    built_in = VERIFIERS.get(name)
+    known: tuple[Any, ...] = ()
+    low, high = within or (score.ANY if built_in is None else built_in.range)
+    if built_in is None or name in self.given:
+      if options:
+        raise ConfigError(f"reward.options: {name} takes none here")
+      verifier = self.given[name] if name in self.given else self._own(name)
+    else:
+      verifier, known = self._built_in(name, built_in, options)
+    return Part(name, verifier, weight, gate, (float(low), float(high)), known)
+
+  def _built_in(
+    self, name: str, built_in: BuiltIn, options: dict[str, Any]
+  ) -> tuple[Verifier | Batch, tuple[Any, ...]]:
+    wrong = [option for option in options if option not in built_in.options]
+    if wrong:
+      there = ", ".join(built_in.options) or "none"
+      raise ConfigError(f"reward.options: {name} has no option {wrong[0]!r}; it has {there}")
+    if _is_needed(built_in, "column"):
+      options["column"] = self._column(name, options.get("column"))
+    needed = [option for option in built_in.options if _is_needed(built_in, option)]
+    absent = [option for option in needed if option not in options]
+    if absent:
+      raise ConfigError(f"reward.options: {name} needs {' and '.join(absent)}")
+    for column in built_in.reads:
+      self._has(name, column)
+    made = built_in.make(**options)
+    known = tuple(made.known()) if isinstance(made, WITH_KNOWN) else ()
+    return Apart(made, self.workers, self.seconds) if built_in.apart else made, known
+
+  def _column(self, name: str, asked: str | None) -> str:
+    """The column with what is expected: the one that was named, or the only one whose name says so."""
+    if asked is not None:
+      return self._has(name, asked)
+    there = [column for column in EXPECTED if column in self.columns]
+    if "gold" in there or len(there) == 1:
+      return there[0]
+    listed = ", ".join(self.columns)
+    what = f"{' and '.join(there)} may be it" if there else "none has a name that says so"
+    raise ConfigError(
+      f"reward.options: {name} compares with the expected answer, and of the data's columns ({listed}) {what}; write"
+      f" options={{{name!r}: {{'column': NAME}}}}"
+    )
+
+  def _has(self, name: str, column: str) -> str:
+    if column not in self.columns:
+      listed = ", ".join(self.columns)
+      raise ConfigError(
+        f"reward: {name} reads the column {column!r}, which the data does not have; its columns are {listed}"
+      )
+    return column
+
+  def _own(self, name: str) -> Verifier | Batch:
+    """A function of the user's: a plain verifier, or one of TRL's."""
+    path, colon, function = name.rpartition(":")
+    if not colon or not path.endswith(".py"):
+      known = [*VERIFIERS, *self.given]
+      near = difflib.get_close_matches(name, known, n=1)
+      hint = f"; did you mean {near[0]}?" if near else ""
+      raise ConfigError(
+        f"reward: there is no {name!r}: known are {', '.join(known)}, or a function of yours as FILE.py:name{hint}"
+      )
+    file = str(Path(path).expanduser().absolute())
+    try:
+      called = named.load(file, function)
+    except ConfigError as error:
+      raise ConfigError(f"reward: {error}") from error
+    own = named.Named(file, function)
+    if trl.is_one(called):
+      trl.check(called, str(own), self.columns)
+      return trl.Function(own, str(own), self.workers, self.seconds)
+    try:
+      inspect.signature(called).bind("prompt", "completion", {})
+    except TypeError as error:
+      raise ConfigError(
+        f"reward: {own} takes {inspect.signature(called)}; a verifier takes (prompt, completion, example), and a reward"
+        " function of TRL's lists by their names: (prompts, completions, **columns)"
+      ) from error
+    return Apart(own, self.workers, self.seconds)
+
+
+WITH_KNOWN = (Compared, Json, Tags, SoftOverlong, gym.Gym)
+
+
+def _is_needed(built_in: BuiltIn, option: str) -> bool:
+  """Whether it has the option, and no value for it of its own."""
+  parameter = inspect.signature(built_in.make).parameters.get(option)
+  return parameter is not None and parameter.default is parameter.empty
