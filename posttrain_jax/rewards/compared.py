@@ -12,11 +12,11 @@ from posttrain_jax.core import words
 from posttrain_jax.rewards import score
 from posttrain_jax.rewards.matching import without_thoughts
 from posttrain_jax.rewards.score import Score
-from posttrain_jax.rewards.verifier import Known, Prompt
+from posttrain_jax.rewards.verifier import Known, Prompt, Tried
 
 
 @dataclasses.dataclass(frozen=True)
-class Compared:
+class Compared(Tried):
   """compare: (answer, expected) -> (value, what is to be said of it); ValueError where the expected text is unreadable.
 
   Thoughts, up to the last `</think>`, are not compared.
@@ -54,7 +54,6 @@ class Compared:
     return Score(float(value), reason)
 
   def known(self) -> list[Known]:
-    """Answers of which is known whether they are right."""
     opening, closing = (f"<{self.within}>", f"</{self.within}>") if self.within else ("", "")
     pairs = [(pair, True) for pair in self.right] + [(pair, False) for pair in self.wrong]
     return [

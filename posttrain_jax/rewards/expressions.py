@@ -6,10 +6,13 @@ and the worker's deadline counts.  A comparison that fails is missing.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import logging
 import re
+from collections.abc import Callable
 
+from posttrain_jax.rewards.compared import Compared
 from posttrain_jax.rewards.matching import RIGHT
 
 # (answer, expected): those that are equal, and those that are not
@@ -27,6 +30,27 @@ def check() -> None:
     raise ValueError("expression needs math-verify: pip install 'posttrain-jax[math]'")
 
 
+@dataclasses.dataclass(frozen=True)
+class Expression(Compared):
+  """`expression` on a row's column; a worker imports math-verify as it reads this, in no call's time."""
+
+  def __reduce__(self) -> tuple[Callable[..., Expression], tuple[str, str]]:
+    return _loaded, (self.column, self.within)
+
+
+def verifier(column: str, within: str = "") -> Expression:
+  """Raises ValueError where math-verify is not installed."""
+  check()
+  return Expression(expression, column, within, *EXAMPLES)
+
+
+def _loaded(column: str, within: str) -> Expression:
+  import math_verify
+
+  logging.getLogger(math_verify.__name__).setLevel(logging.ERROR)  # it warns that alarms are off
+  return verifier(column, within)
+
+
 def expression(answer: str, gold: str) -> tuple[bool, str]:
   r"""The answer's last expression (in a box, in LaTeX, or a plain number) equals the expected one.
 
@@ -38,7 +62,6 @@ def expression(answer: str, gold: str) -> tuple[bool, str]:
   """
   import math_verify
 
-  logging.getLogger("math_verify").setLevel(logging.ERROR)  # else it warns that its alarms are off
   wanted = _parsed(_latex(gold.rpartition("####")[2].strip()))
   if not wanted:
     raise ValueError("no expression")

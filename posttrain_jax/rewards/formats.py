@@ -11,7 +11,7 @@ from posttrain_jax.core import patterns
 from posttrain_jax.rewards import json_values, score
 from posttrain_jax.rewards.matching import RIGHT, without_thoughts
 from posttrain_jax.rewards.score import Score
-from posttrain_jax.rewards.verifier import Known, Prompt
+from posttrain_jax.rewards.verifier import Known, Prompt, Tried
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Regex:
 
 
 @dataclasses.dataclass(frozen=True)
-class Json:
+class Json(Tried):
   """1 where the answer without its thoughts, or what its last code fence holds, is JSON (RFC 8259)."""
 
   def __call__(self, prompt: Prompt, completion: str, example: Mapping[str, Any]) -> Score:
@@ -120,7 +120,7 @@ def _floats(value: Any) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class Tags:
+class Tags(Tried):
   """1 where the answer is `<think>...</think>` and then `<answer>...</answer>`, each once, with nothing around them.
 
   Args:

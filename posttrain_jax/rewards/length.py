@@ -8,11 +8,11 @@ from typing import Any
 
 from posttrain_jax.rewards import score
 from posttrain_jax.rewards.score import Score
-from posttrain_jax.rewards.verifier import IDS, Known, Prompt
+from posttrain_jax.rewards.verifier import IDS, Known, Prompt, Tried
 
 
 @dataclasses.dataclass(frozen=True)
-class SoftOverlong:
+class SoftOverlong(Tried):
   """0 for n <= L - C;  ((L - C) - n) / C up to n = L;  -1 beyond.  DAPO (Yu et al. 2025), eq. 13.
 
   n: tokens of the answer.  L: `longest`.  C: `soft`, the tokens over which the penalty grows.

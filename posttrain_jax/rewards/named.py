@@ -14,7 +14,10 @@ from posttrain_jax import settings
 
 @dataclasses.dataclass(frozen=True)
 class Named:
-  """The function `name` of the file at `path`: loaded once a process, with the modules beside the file in reach."""
+  """The function `name` of the file at `path`: loaded once a process, with the modules beside the file in reach.
+
+  A worker loads the file as it reads this, so that what the file imports is no part of a call's time.
+  """
 
   path: str
   name: str
@@ -23,6 +26,9 @@ class Named:
     function = load(self.path, self.name)
     with settings.beside(Path(self.path).parent):
       return function(*arguments, **named)
+
+  def __reduce__(self) -> tuple[Callable[..., Named], tuple[str, str]]:
+    return _loaded, (self.path, self.name)
 
   @property
   def __signature__(self) -> inspect.Signature:
@@ -37,3 +43,8 @@ class Named:
 def load(path: str, name: str) -> Callable[..., Any]:
   """Raises ConfigError where there is no such file or function."""
   return settings.function(path, name)
+
+
+def _loaded(path: str, name: str) -> Named:
+  load(path, name)
+  return Named(path, name)

@@ -25,6 +25,7 @@ class Part:
   """verifier: a function (prompt, completion, example), or a `Batch`.  range: what is outside of it is missing.
 
   known: answers of which is known whether they are right, for `selftest`.
+  untested: it does not ask whether an answer is right, so that rows of the data cannot try it.
   """
 
   name: str
@@ -33,6 +34,7 @@ class Part:
   gate: bool = False
   range: tuple[float, float] = score.ANY
   known: tuple[Known, ...] = ()
+  untested: bool = False
 
   def __post_init__(self):
     if not math.isfinite(self.weight):

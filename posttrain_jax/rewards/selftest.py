@@ -7,7 +7,7 @@ looks like a hard task.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 from posttrain_jax.core import words
 from posttrain_jax.rewards.reward import Part, Reward
@@ -18,9 +18,7 @@ from posttrain_jax.settings import ConfigError
 PAIRS = 8  # rows whose own answer and another row's are tried
 
 
-def check(
-  reward: Reward, references: Sequence[Answer] = (), *, untested: Collection[str] = ()
-) -> None:
+def check(reward: Reward, references: Sequence[Answer] = ()) -> None:
   """Raises ConfigError, with two answers and their scores, where a part cannot tell right from wrong.
 
   Built-in verifiers are tried on answers of their own.  A verifier of the user's that is no gate is tried on rows: it
@@ -28,13 +26,12 @@ def check(
 
   Args:
     references: rows of the data, each with its own right answer as the completion.
-    untested: parts that do not ask whether an answer is right, such as one of style.
   """
   for part in reward.parts:
     if part.known:
       _on_known(part, reward.retries)
       _can_read(part, references[:PAIRS], reward.retries)
-    elif not part.gate and part.name not in untested:
+    elif not (part.gate or part.untested):
       _on_rows(part, _pairs(references), reward.retries)
 
 
@@ -72,7 +69,7 @@ def _on_rows(part: Part, pairs: Sequence[tuple[Answer, Answer]], retries: int) -
   if tried and not any(_is_above(one[1], other[1]) for one, other in tried):
     raise ConfigError(
       f"reward: {_told(part, *tried[0])} (and so of all {len(tried)} rows that were tried); where it does not ask"
-      f" whether an answer is right, write untested={part.name}"
+      f" whether an answer is right, name it in reward.untested"
     )
 
 
@@ -88,7 +85,7 @@ def _pairs(references: Sequence[Answer]) -> list[tuple[Answer, Answer]]:
 
 
 def _scores(part: Part, answers: Sequence[Answer], retries: int) -> list[Score]:
-  alone = dataclasses.replace(part, gate=False, range=part.within)
+  alone = dataclasses.replace(part, weight=1.0, gate=False, range=part.within)
   result = Reward([alone], retries=retries).score(answers)
   return [one.parts[part.name] for one in result.answers]
 

@@ -25,7 +25,7 @@ from posttrain_jax.rewards.formats import Json, Regex, Schema, Tags
 from posttrain_jax.rewards.judge import Judge
 from posttrain_jax.rewards.length import SoftOverlong
 from posttrain_jax.rewards.reward import Part, Reward
-from posttrain_jax.rewards.verifier import Batch, Verifier
+from posttrain_jax.rewards.verifier import Batch, Tried, Verifier
 from posttrain_jax.rewards.workers import SECONDS, Apart, Workers
 from posttrain_jax.settings import ConfigError
 
@@ -41,6 +41,7 @@ class BuiltIn:
   says: what it scores.
   reads: other columns that a row must have.
   apart: it runs in a worker process, since somebody else's code decides how long it takes.
+  untested: it does not ask whether an answer is right, so that rows cannot try it.
   """
 
   make: Callable[..., Any]
@@ -48,6 +49,7 @@ class BuiltIn:
   reads: tuple[str, ...] = ()
   apart: bool = False
   range: tuple[float, float] = (0.0, 1.0)
+  untested: bool = False
 
   @property
   def options(self) -> tuple[str, ...]:
@@ -80,11 +82,6 @@ def _boxed(column: str) -> Compared:
   return Compared(boxed.boxed, column, "", *boxed.EXAMPLES)
 
 
-def _expression(column: str, within: str = "") -> Compared:
-  expressions.check()
-  return Compared(expressions.expression, column, within, *expressions.EXAMPLES)
-
-
 def _tags(names: Sequence[str] = ("think", "answer"), opened: bool = False) -> Tags:
   return Tags(tuple(names), opened)
 
@@ -100,11 +97,15 @@ VERIFIERS: Mapping[str, BuiltIn] = {
   "fuzzy": BuiltIn(_fuzzy, "the share of letters that both have in common, in order"),
   "number": BuiltIn(_number, "the last number of the answer is the expected one, by value"),
   "boxed": BuiltIn(_boxed, r"what is in the last \boxed{} is the expected answer"),
-  "expression": BuiltIn(_expression, "the last expression equals the expected one", apart=True),
+  "expression": BuiltIn(
+    expressions.verifier, "the last expression equals the expected one", apart=True
+  ),
   "json": BuiltIn(_json, "the answer is JSON of the expected value"),
   "is_json": BuiltIn(Json, "the answer is JSON"),
-  "schema": BuiltIn(Schema, "the answer is JSON that a JSON Schema describes", apart=True),
-  "regex": BuiltIn(Regex, "a regular expression matches"),
+  "schema": BuiltIn(
+    Schema, "the answer is JSON that a JSON Schema describes", apart=True, untested=True
+  ),
+  "regex": BuiltIn(Regex, "a regular expression matches", untested=True),
   "tags": BuiltIn(_tags, "the answer is tags in their order, each once, and nothing else"),
   "length": BuiltIn(SoftOverlong, "DAPO's penalty of long answers, in tokens", range=(-1.0, 0.0)),
   "gym": BuiltIn(_gym, "what reasoning-gym says", reads=(gym.COLUMN,), apart=True),
@@ -128,8 +129,8 @@ def make(
   Args:
     spec: parts: names of verifiers, `FILE.py:name` for one's own; weights: one each, 1 where there are none;
       gates: names of those that multiply; options: {name: the verifier's options}; ranges: {name: (low, high)};
-      seconds: the deadline of a call in a worker; retries.
-    columns: that the rows have.
+      untested: names of those that do not ask whether an answer is right (`selftest`);
+      seconds: the deadline of a call in a worker; retries: how often a missing score is asked for again.
     given: verifiers that the caller made, by the names that parts give them, as a reward model.
     workers: the processes that verifiers run in; None: as many as there are cores.
 
@@ -151,14 +152,20 @@ def make(
     raise ConfigError(
       f"reward.gates: {both[0]!r} is a part, too; a gate multiplies the sum and is not in it, so name it in one of them"
     )
-  for field, named_there in (("options", options), ("ranges", ranges)):
+  untested = tuple(spec.get("untested", ()))
+  for field, named_there in (("options", options), ("ranges", ranges), ("untested", untested)):
     for name in named_there:
       if name not in (*parts, *gates):
         raise ConfigError(f"reward.{field}: {name!r} is neither a part nor a gate of this reward")
   room = _Room(columns, given or {}, workers, float(spec.get("seconds", SECONDS)))
   try:
     made = [
-      room.part(name, dict(options.get(name, {})), ranges.get(name), weight=weight, gate=is_gate)
+      dataclasses.replace(
+        room.part(name, dict(options.get(name, {})), ranges.get(name)),
+        weight=weight,
+        gate=is_gate,
+        **({"untested": True} if name in untested else {}),
+      )
       for name, weight, is_gate in [
         *((name, float(weight), False) for name, weight in zip(parts, weights, strict=True)),
         *((name, 1.0, True) for name in gates),
@@ -171,7 +178,7 @@ def make(
     raise ConfigError(f"reward: {str(error).removeprefix('reward: ')}") from error
 
 
-SPEC = ("parts", "weights", "gates", "options", "ranges", "seconds", "retries")
+SPEC = ("parts", "weights", "gates", "options", "ranges", "untested", "seconds", "retries")
 
 
 class _Room:
@@ -193,25 +200,20 @@ class _Room:
       self._workers = Workers()  # its processes start when they are called
     return self._workers
 
-  def part(
-    self,
-    name: str,
-    options: dict[str, Any],
-    within: Sequence[float] | None,
-    *,
-    weight: float,
-    gate: bool,
-  ) -> Part:
-    built_in = VERIFIERS.get(name)
-    known: tuple[Any, ...] = ()
-    low, high = within or (score.ANY if built_in is None else built_in.range)
-    if built_in is None or name in self.given:
+  def part(self, name: str, options: dict[str, Any], within: Sequence[float] | None) -> Part:
+    """The part of that name, with a weight of 1."""
+    built_in = None if name in self.given else VERIFIERS.get(name)
+    if built_in is None:
       if options:
         raise ConfigError(f"reward.options: {name} takes none here")
       verifier = self.given[name] if name in self.given else self._own(name)
-    else:
-      verifier, known = self._built_in(name, built_in, options)
-    return Part(name, verifier, weight, gate, (float(low), float(high)), known)
+      low, high = within or score.ANY
+      return Part(name, verifier, range=(float(low), float(high)))
+    verifier, known = self._built_in(name, built_in, options)
+    low, high = within or built_in.range
+    return Part(
+      name, verifier, range=(float(low), float(high)), known=known, untested=built_in.untested
+    )
 
   def _built_in(
     self, name: str, built_in: BuiltIn, options: dict[str, Any]
@@ -229,7 +231,7 @@ class _Room:
     for column in built_in.reads:
       self._has(name, column)
     made = built_in.make(**options)
-    known = tuple(made.known()) if isinstance(made, WITH_KNOWN) else ()
+    known = tuple(made.known()) if isinstance(made, Tried) else ()
     return Apart(made, self.workers, self.seconds) if built_in.apart else made, known
 
   def _column(self, name: str, asked: str | None) -> str:
@@ -281,9 +283,6 @@ class _Room:
         " function of TRL's lists by their names: (prompts, completions, **columns)"
       ) from error
     return Apart(own, self.workers, self.seconds)
-
-
-WITH_KNOWN = (Compared, Json, Tags, SoftOverlong, gym.Gym)
 
 
 def _is_needed(built_in: BuiltIn, option: str) -> bool:

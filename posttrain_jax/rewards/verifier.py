@@ -6,6 +6,7 @@ its own columns.  Where the token ids of the completion are known the example ha
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import os
 import traceback
@@ -67,6 +68,14 @@ class Known:
   example: Mapping[str, Any]
   is_right: bool
   tokens: Sequence[int] | None = None
+
+
+class Tried(abc.ABC):
+  """A verifier that knows right and wrong answers, which are tried before a run."""
+
+  @abc.abstractmethod
+  def known(self) -> list[Known]:
+    """At least one right and one wrong answer."""
 
 
 def called(verifier: Verifier, answer: Answer) -> Score:

@@ -1,7 +1,7 @@
 """The program that a worker runs: it loads tasks and calls them, and answers each message with a line of JSON.
 
-A task is a picklable function whose result is JSON.  What it prints goes to standard error; it ends with who started
-it, and by the kernel's clock where that one was killed while a call ran.
+A task is a picklable function whose result is JSON.  What it prints goes to standard error.  The program ends with who
+started it, and what it started itself ends, too; a call that is stuck in C then is ended by the kernel's clock.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import pickle
 import signal
 import struct
 import sys
+import threading
+import time
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
@@ -56,12 +58,19 @@ def _timed(task: Callable[..., Any], arguments: tuple[Any, ...], seconds: float)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # as it was, whatever the task made of it
 
 
+def _ends_with(parent: int) -> None:
+  while os.getppid() == parent:
+    time.sleep(1)
+  os.killpg(0, signal.SIGKILL)
+
+
 def main() -> None:
   memory = int(sys.argv[1])
   if memory and sys.platform == "linux":  # elsewhere the address space cannot be limited
     import resource
 
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+  threading.Thread(target=_ends_with, args=(int(sys.argv[2]),), daemon=True).start()
   signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for who asks
   asked, replies = os.fdopen(os.dup(0), "rb"), os.dup(1)
   nothing = os.open(os.devnull, os.O_RDONLY)

@@ -31,6 +31,7 @@ from posttrain_jax.rewards.worker import HEADER
 SECONDS = 10.0  # for one call
 LOADING = 120.0  # seconds for a process to start and to import what it calls
 ENDS = 3  # processes a slot that may end before they call anything
+PROGRAM = "posttrain_jax.rewards.worker"
 MEMORY = 8 << 30  # bytes of address space of one process; 0: without a limit
 
 
@@ -78,10 +79,9 @@ class Workers:
       key = self._tasks.setdefault(body, len(self._tasks))
       try:
         return _Round(self._slots, key, body, calls, seconds).results()
-      finally:
-        for slot in self._slots:
-          if slot.state != IDLE:  # an interrupt: nobody asks for what it would answer
-            slot.end()
+      except BaseException:  # an interrupt: nobody asks for what they would answer
+        _end_all([slot for slot in self._slots if slot.state != IDLE])
+        raise
 
   def close(self) -> None:
     """Ends the processes."""
@@ -99,7 +99,7 @@ class _Slot:
     self.memory = memory
     self.process: subprocess.Popen[bytes] | None = None
     self.loaded: set[int] = set()
-    self.state, self.call, self.deadline = IDLE, -1, 0.0
+    self.state, self.key, self.call, self.deadline = IDLE, -1, -1, 0.0
     self.received = b""
 
   def send(self, kind: str, key: int, body: bytes, seconds: float = 0.0) -> None:
@@ -109,13 +109,14 @@ class _Slot:
     assert process.stdin is not None
     process.stdin.write(HEADER.pack(len(message)) + message)
     process.stdin.flush()
-    self.state, self.deadline = LOADS_TASK if kind == "load" else SENT, time.monotonic() + LOADING
+    self.state, self.key = LOADS_TASK if kind == "load" else SENT, key
+    self.deadline = time.monotonic() + LOADING
 
   def _start(self) -> subprocess.Popen[bytes]:
     libraries = os.pathsep.join(path or os.getcwd() for path in sys.path)
     one_core = {"OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu"}  # the accelerator is the trainer's
     self.process = subprocess.Popen(
-      [sys.executable, "-P", "-m", "posttrain_jax.rewards.worker", str(self.memory)],
+      [sys.executable, "-P", "-m", PROGRAM, str(self.memory), str(os.getpid())],
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
       start_new_session=True,  # what a verifier starts ends with it
@@ -182,7 +183,8 @@ class _Round:
   def results(self) -> list[Any]:
     while self.waiting or any(slot.state in (SENT, RUNS) for slot in self.slots):
       for slot in self.slots:
-        if slot.state == IDLE and self.waiting:
+        loading = sum(s.state == LOADS_TASK for s in self.slots)
+        if slot.state == IDLE and len(self.waiting) > (0 if self.key in slot.loaded else loading):
           self._hand_out(slot)
       self._wait()
     return self.given
@@ -234,7 +236,7 @@ class _Round:
     if slot.state == RUNS:
       self.given[slot.call] = Failed(reply["failed"]) if "failed" in reply else reply["result"]
     else:
-      slot.loaded.add(self.key)
+      slot.loaded.add(slot.key)
     slot.state = IDLE
 
   def _died(self, slot: _Slot) -> None:

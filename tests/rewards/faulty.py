@@ -1,7 +1,9 @@
 """Verifiers with every fault, imported by workers."""
 
 import os
+import pathlib
 import signal
+import subprocess
 import time
 
 
@@ -25,3 +27,10 @@ def told(prompt, completion, example):
   if completion == "print":
     print('{"result": [1.0, "", true]}', flush=True)
   return float(completion) if completion.isdigit() else 0.5
+
+
+def leaves_a_child(prompt, completion, example):
+  """Starts a program that sleeps, writes its number to the file that the answer names, and hangs."""
+  child = subprocess.Popen(["sleep", "600"])
+  pathlib.Path(completion).write_text(f"{os.getpid()} {child.pid}")
+  time.sleep(600)

@@ -1,5 +1,6 @@
 """A judge behind an address: a local server that answers as it is told."""
 
+import contextlib
 import http.server
 import json
 import threading
@@ -116,29 +117,30 @@ def test_a_deadline_is_one_of_all_of_it(server, drops):
   def slow(handler, text):
     handler.send_response(200)
     handler.end_headers()
-    for _ in range(20):
+    for _ in range(100):
       time.sleep(0.05)
       if drops:
-        handler.wfile.write(b" ")
+        with contextlib.suppress(OSError):  # whom it was for has left
+          handler.wfile.write(b" ")
 
   server.answer = slow
   began = time.monotonic()
   given = judge(server, seconds=0.2).judged(answer())
   assert given.reason == "the judge took longer than 0.2 s"
-  assert time.monotonic() - began < 0.8
+  assert time.monotonic() - began < 3
 
 
-def test_many_answers_are_judged_at_once(server):
-  def slow(handler, text):
-    time.sleep(0.1)
+def test_several_answers_are_judged_at_once(server):
+  together = threading.Barrier(3, timeout=20)  # nobody gets a reply until three ask
+
+  def waits(handler, text):
+    together.wait()
     handler.say(f"Score: {text}")
 
-  server.answer = slow
-  part = Part("judge", judge(server, template="{completion}", at_once=8))
-  began = time.monotonic()
-  result = Reward([part]).score([answer(str(i % 10 + 1)) for i in range(16)])
-  assert time.monotonic() - began < 1.2
-  assert [one.total.value for one in result.answers] == [i % 10 + 1 for i in range(16)]
+  server.answer = waits
+  part = Part("judge", judge(server, template="{completion}", at_once=3))
+  result = Reward([part]).score([answer(str(i)) for i in (1, 2, 3, 4, 5, 6)])
+  assert [one.total.value for one in result.answers] == [1, 2, 3, 4, 5, 6]
 
 
 def test_an_address_where_nobody_is(server):

@@ -66,17 +66,23 @@ def test_rows_say_both_answers_and_scores():
   told = str(error.value)
   assert "the right 'Paris' 0.5 and the wrong 'Rome' 0.5" in told
   assert "all 3 rows that were tried" in told
-  assert "untested=mine" in told
+  assert "name it in reward.untested" in told
 
 
 def test_what_is_not_about_rightness_is_not_tried():
   style = of(lambda p, c, e: 0.5)
-  selftest.check(style, ROWS, untested=("mine",))
+  selftest.check(of(lambda p, c, e: 0.5, untested=True), ROWS)
   selftest.check(style, [])
   selftest.check(style, ROWS[1:])  # one answer to all: there is no wrong one
   selftest.check(of(lambda p, c, e: score.not_applicable()), ROWS)
   gate = Part("gate", lambda p, c, e: 1.0, gate=True)
   selftest.check(Reward([Part("mine", lambda p, c, e: c == e["gold"]), gate]), ROWS)
+  regex = table.make({"parts": ("regex",), "options": {"regex": {"pattern": "."}}}, ())
+  selftest.check(regex, ROWS)
+  own = table.make(
+    {"parts": ("style",), "untested": ("style",)}, (), given={"style": lambda p, c, e: 1}
+  )
+  selftest.check(own, ROWS)
 
 
 def test_rows_that_a_built_in_cannot_read_are_told():

@@ -194,13 +194,15 @@ def test_reasoning_gym_scores_its_own_tasks():
   pytest.importorskip("reasoning_gym", reason="gym needs an extra")
   from posttrain_jax.rewards import gym
 
-  rows = gym.rows("basic_arithmetic", 3, seed=5)
-  assert rows == gym.rows("basic_arithmetic", 3, seed=5)
+  rows = gym.rows("basic_arithmetic", 3, seed=5, max_digits=2)
+  assert rows == gym.rows("basic_arithmetic", 3, seed=5, max_digits=2)
+  rows = json.loads(json.dumps(rows))  # as a file keeps them
   check = gym.Gym()
   for row in rows:
     assert value(check, f"<think>1</think>So <answer>{row['answer']}</answer>", row) == 1
     assert value(check, "<answer>no</answer>", row) < 1
   assert check("?", "1", {}).is_missing
+  assert "draws another question" in check("?", "1", {**rows[0], "answer": "x"}).reason
   with pytest.raises(ValueError, match="gym: no_such_task"):
     gym.rows("no_such_task", 1)
 

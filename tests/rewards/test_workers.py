@@ -1,6 +1,8 @@
 """Workers: every call gets an answer or a reason, whatever the calls before it did."""
 
 import os
+import pathlib
+import subprocess
 import sys
 import time
 
@@ -38,9 +40,9 @@ def test_faults_are_missing_with_a_reason_and_the_rest_is_scored(workers):
 
 
 def test_waiting_for_a_worker_is_not_running(workers):
-  """Forty calls that take 0.05 s each on two workers: the last has waited for a second, ten times its deadline."""
-  scores = Apart(naps, workers, 0.5).scores(answers(*["x"] * 40), Log())
-  assert [given.value for given in scores] == [1.0] * 40
+  """The last of 24 calls of 0.05 s has waited for more than its deadline."""
+  scores = Apart(naps, workers, 0.5).scores(answers(*["x"] * 24), Log())
+  assert [given.value for given in scores] == [1.0] * 24
 
 
 def naps(prompt, completion, example):
@@ -71,6 +73,74 @@ def test_workers_do_not_import_jax(workers):
 
 def modules(prompt, completion, example):
   return "jax" in sys.modules
+
+
+def lives(process):
+  """Whether a process runs; one that ended and that nobody has asked for is a zombie."""
+  try:
+    state = pathlib.Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+  except FileNotFoundError:
+    return False
+  return state != "Z"
+
+
+def ended_within(processes, seconds):
+  processes = [*processes]
+  until = time.monotonic() + seconds
+  while any(map(lives, processes)) and time.monotonic() < until:
+    time.sleep(0.02)
+  return not any(map(lives, processes))
+
+
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="processes are looked at in /proc")
+
+
+@on_linux
+def test_what_a_verifier_started_ends_with_it(workers, tmp_path):
+  told = tmp_path / "processes"
+  (given,) = Apart(faulty.leaves_a_child, workers, 1.0).scores(answers(str(told)), Log())
+  assert given.reason == "timed out after 1 s"
+  assert ended_within(map(int, told.read_text().split()), 2)
+
+
+def test_an_interrupt_leaves_no_answers_to_others(workers, monkeypatch):
+  """Ctrl-C while calls run: the next ones get their own answers."""
+  from posttrain_jax.rewards import workers as module
+
+  part = Apart(faulty.told, workers, 5)
+
+  def interrupted(self):
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patched:
+    patched.setattr(module._Round, "_wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+      part.scores(answers("1", "2", "3"), Log())
+  assert [given.value for given in part.scores(answers("4", "5", "6"), Log())] == [4, 5, 6]
+
+
+@on_linux
+def test_workers_end_with_a_run_that_was_killed(tmp_path):
+  script = tmp_path / "run.py"
+  script.write_text(
+    "import sys\n"
+    "from posttrain_jax.rewards.verifier import Answer, Log\n"
+    "from posttrain_jax.rewards.workers import Apart, Workers\n"
+    "from tests.rewards import faulty\n"
+    "asked = [Answer('?', path, {}) for path in sys.argv[1:]]\n"
+    "Apart(faulty.leaves_a_child, Workers(1), 60.0).scores(asked, Log())\n"
+  )
+  told = tmp_path / "processes"
+  process = subprocess.Popen(
+    [sys.executable, str(script), str(told)],
+    env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+  )
+  until = time.monotonic() + 30
+  while not (told.exists() and told.read_text()) and time.monotonic() < until:
+    time.sleep(0.02)
+  process.kill()
+  process.wait()
+  assert ended_within(map(int, told.read_text().split()), 5)
 
 
 def load_of(count):
@@ -104,8 +174,6 @@ def test_none_of_many_calls_is_lost_among_hangs_and_crashes(workers):
 @pytest.mark.slow
 def test_two_thousand_calls_on_busy_cores():
   """Other programs keep every core busy: what times out through them is missing, never wrong."""
-  import subprocess
-
   busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
   pool = Workers()
   began = time.monotonic()
