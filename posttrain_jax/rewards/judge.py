@@ -22,7 +22,7 @@ from posttrain_jax.core import patterns, words
 from posttrain_jax.data import questions
 from posttrain_jax.rewards import score
 from posttrain_jax.rewards.score import Score
-from posttrain_jax.rewards.verifier import Answer, Log
+from posttrain_jax.rewards.verifier import Answer, Context
 
 TEMPLATE = """Judge an answer to a question.
 
@@ -81,7 +81,7 @@ class Judge:
     if self.key and self.key not in os.environ:
       raise ValueError(f"judge: the environment has no {self.key}, which key={self.key} names")
 
-  def scores(self, answers: Sequence[Answer], log: Log) -> list[Score]:
+  def scores(self, answers: Sequence[Answer], context: Context) -> list[Score]:
     with futures.ThreadPoolExecutor(self.at_once) as threads:
       return list(threads.map(self.judged, answers))
 

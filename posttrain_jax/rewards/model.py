@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from posttrain_jax.rewards.verifier import Answer, Log, Prompt
+from posttrain_jax.rewards.verifier import Answer, Context, Prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Model:
   score: Callable[[Sequence[tuple[Prompt, str]]], Sequence[Any]]
   rows: int = 8
 
-  def scores(self, answers: Sequence[Answer], log: Log) -> list[Any]:
+  def scores(self, answers: Sequence[Answer], context: Context) -> list[Any]:
     given: list[Any] = []
     for start in range(0, len(answers), self.rows):
       some = [(a.prompt, a.completion) for a in answers[start : start + self.rows]]

@@ -17,7 +17,7 @@ from typing import Any
 
 from posttrain_jax.rewards import score
 from posttrain_jax.rewards.score import Score
-from posttrain_jax.rewards.verifier import Answer, Batch, Known, Log, Verifier, called
+from posttrain_jax.rewards.verifier import Answer, Batch, Context, Known, Verifier, called
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,12 +91,16 @@ class Reward:
       raise ValueError(f"reward: retries={retries}; it is 0 or more")
     self.parts, self.retries = tuple(parts), retries
 
-  def score(self, answers: Sequence[Answer]) -> Result:
-    """Each answer's total and parts, in order."""
-    log, retried = Log(), 0
+  def score(self, answers: Sequence[Answer], *, trainer_state: Any = None) -> Result:
+    """Each answer's total and parts, in order.
+
+    Args:
+      trainer_state: what TRL's functions are given under this name.
+    """
+    context, retried = Context(trainer_state), 0
     by_part: dict[str, list[Score]] = {}
     for part in self.parts:
-      by_part[part.name], again = self._part(part, answers, log)
+      by_part[part.name], again = self._part(part, answers, context)
       retried += again
     _without_gaps(by_part, answers)
     scored = tuple(
@@ -104,30 +108,34 @@ class Reward:
       for i in range(len(answers))
     )
     columns = {
-      name: [values.get(i) for i in range(len(answers))] for name, values in log.columns.items()
+      name: [values.get(i) for i in range(len(answers))] for name, values in context.columns.items()
     }
     missing = _missing(scored)
     metrics = _metrics(scored, by_part) | {
       "rewards/retried": float(retried),
-      **{name: statistics.fmean(values) for name, values in log.metrics.items()},
+      **{name: statistics.fmean(values) for name, values in context.metrics.items()},
     }
     return Result(scored, columns, metrics, missing, retried)
 
-  def _part(self, part: Part, answers: Sequence[Answer], log: Log) -> tuple[list[Score], int]:
+  def _part(
+    self, part: Part, answers: Sequence[Answer], context: Context
+  ) -> tuple[list[Score], int]:
     """The part's scores, and how many of them had to be asked for again."""
-    scores, retried = scores_of(part, answers, log), 0
+    scores, retried = scores_of(part, answers, context), 0
     for _ in range(self.retries):
       again = [i for i, given in enumerate(scores) if given.is_missing and given.applies]
       if not again:
         break
       retried += len(again)
-      some = Log()
+      some = Context(context.trainer_state)
       for i, given in zip(again, scores_of(part, [answers[i] for i in again], some), strict=True):
         scores[i] = given
       for name, values in some.columns.items():
-        log.columns.setdefault(name, {}).update({again[i]: value for i, value in values.items()})
+        context.columns.setdefault(name, {}).update(
+          {again[i]: value for i, value in values.items()}
+        )
       for name, numbers in some.metrics.items():
-        log.metrics.setdefault(name, []).extend(numbers)
+        context.metrics.setdefault(name, []).extend(numbers)
     return scores, retried
 
   def _total(self, parts: Mapping[str, Score]) -> Scored:
@@ -148,7 +156,7 @@ class Reward:
     return Scored(score.of(min(total, total * math.prod(gates))), parts)
 
 
-def scores_of(part: Part, answers: Sequence[Answer], log: Log) -> list[Score]:
+def scores_of(part: Part, answers: Sequence[Answer], context: Context) -> list[Score]:
   """The scores of one part, asked once; each within the part's range or missing."""
   if not answers:
     return []
@@ -156,7 +164,7 @@ def scores_of(part: Part, answers: Sequence[Answer], log: Log) -> list[Score]:
   if callable(verifier):
     returned: Sequence[Any] = [called(verifier, answer) for answer in answers]
   else:
-    returned = verifier.scores(answers, log)
+    returned = verifier.scores(answers, context)
     if len(returned) != len(answers):
       raise ValueError(
         f"reward: {part.name} returned {len(returned)} scores for {len(answers)} answers; return one for each"

@@ -16,7 +16,7 @@ from typing import Any
 
 from posttrain_jax.rewards import score
 from posttrain_jax.rewards.score import Score
-from posttrain_jax.rewards.verifier import Answer, Log, raised
+from posttrain_jax.rewards.verifier import Answer, Context, raised
 from posttrain_jax.rewards.workers import SECONDS, Failed, Workers
 
 GIVEN = ("prompts", "completions", "completion_ids")
@@ -58,21 +58,21 @@ class Function:
 
   Args:
     workers: run it in a process with a deadline of `seconds` for each answer; None: here, without one.
-    trainer_state: what it is given under this name.
   """
 
   function: Callable[..., Any]
   name: str
   workers: Workers | None = None
   seconds: float = SECONDS
-  trainer_state: Any = None
 
-  def scores(self, answers: Sequence[Answer], log: Log) -> list[Score]:
-    task = Call(self.function, self.trainer_state)
+  def scores(self, answers: Sequence[Answer], context: Context) -> list[Score]:
+    task = Call(self.function)
     if self.workers is None:
-      given: Any = task(answers)
+      given: Any = task(answers, context.trainer_state)
     else:
-      (given,) = self.workers.run(task, [(answers,)], [self.seconds * len(answers)])
+      (given,) = self.workers.run(
+        task, [(answers, context.trainer_state)], [self.seconds * len(answers)]
+      )
     reason = given.reason if isinstance(given, Failed) else given.get("reason")
     if reason is not None:
       return [score.missing(reason)] * len(answers)
@@ -87,9 +87,9 @@ class Function:
         raise ValueError(
           f"{self.name} logged {len(listed)} values of {column!r} for {len(answers)} completions; log one for each"
         )
-      log.columns.setdefault(column, {}).update(enumerate(listed))
+      context.columns.setdefault(column, {}).update(enumerate(listed))
     for metric, numbers in given["metrics"].items():
-      log.metrics.setdefault(metric, []).extend(numbers)
+      context.metrics.setdefault(metric, []).extend(numbers)
     return [Score(*value) for value in values]
 
 
@@ -98,13 +98,12 @@ class Call:
   """A call of such a function as a task of workers; its result is JSON."""
 
   function: Callable[..., Any]
-  trainer_state: Any = None
 
-  def __call__(self, answers: Sequence[Answer]) -> dict[str, Any]:
+  def __call__(self, answers: Sequence[Answer], trainer_state: Any = None) -> dict[str, Any]:
     columns: dict[str, list[Any]] = {}
     metrics: dict[str, list[float]] = {}
     helpers = {
-      "trainer_state": self.trainer_state,
+      "trainer_state": trainer_state,
       "log_extra": lambda column, values: columns.update({column: [*values]}),
       "log_metric": lambda name, value: metrics.setdefault(name, []).append(float(value)),
     }

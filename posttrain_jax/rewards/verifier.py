@@ -45,8 +45,13 @@ Verifier = Callable[[Prompt, str, Mapping[str, Any]], Any]
 
 
 @dataclasses.dataclass
-class Log:
-  """What functions want to be logged beside their scores: columns of the table of answers, and metrics."""
+class Context:
+  """What a batch is scored in: what functions are told of the run, and what they log beside their scores.
+
+  columns: of the table of answers, {column: {place of the answer: value}}.
+  """
+
+  trainer_state: Any = None
 
   columns: dict[str, dict[int, Any]] = dataclasses.field(default_factory=dict)
   metrics: dict[str, list[float]] = dataclasses.field(default_factory=dict)
@@ -55,7 +60,7 @@ class Log:
 class Batch(Protocol):
   """A verifier that is given many answers at once, as a model is, or a process that has a deadline."""
 
-  def scores(self, answers: Sequence[Answer], log: Log) -> Sequence[Any]:
+  def scores(self, answers: Sequence[Answer], context: Context) -> Sequence[Any]:
     """A number or Score for each answer, in order."""
     ...
 

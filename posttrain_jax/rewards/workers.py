@@ -25,7 +25,7 @@ from typing import Any
 
 from posttrain_jax.rewards import score
 from posttrain_jax.rewards.score import Score
-from posttrain_jax.rewards.verifier import Answer, Log, Verifier, called
+from posttrain_jax.rewards.verifier import Answer, Context, Verifier, called
 from posttrain_jax.rewards.worker import HEADER
 
 SECONDS = 10.0  # for one call
@@ -141,7 +141,7 @@ class _Slot:
   def end(self) -> int:
     """Ends the process and what it started; its status."""
     process, self.process = self.process, None
-    self.loaded, self.state, self.received = set(), IDLE, b""
+    self.loaded, self.state, self.call, self.received = set(), IDLE, -1, b""
     return 0 if process is None else _end(process)
 
 
@@ -183,7 +183,7 @@ class _Round:
   def results(self) -> list[Any]:
     while self.waiting or any(slot.state in (SENT, RUNS) for slot in self.slots):
       for slot in self.slots:
-        loading = sum(s.state == LOADS_TASK for s in self.slots)
+        loading = sum(s.state == LOADS_TASK and s.key == self.key for s in self.slots)
         if slot.state == IDLE and len(self.waiting) > (0 if self.key in slot.loaded else loading):
           self._hand_out(slot)
       self._wait()
@@ -192,8 +192,9 @@ class _Round:
   def _hand_out(self, slot: _Slot) -> None:
     try:
       if self.key in slot.loaded:
+        body = pickle.dumps(self.calls[self.waiting[0]])
         slot.call = self.waiting.popleft()
-        slot.send("call", self.key, pickle.dumps(self.calls[slot.call]), self.seconds[slot.call])
+        slot.send("call", self.key, body, self.seconds[slot.call])
       else:
         slot.send("load", self.key, self.body)
     except BrokenPipeError:
@@ -237,34 +238,35 @@ class _Round:
       self.given[slot.call] = Failed(reply["failed"]) if "failed" in reply else reply["result"]
     else:
       slot.loaded.add(slot.key)
-    slot.state = IDLE
+    slot.state, slot.call = IDLE, -1
 
   def _died(self, slot: _Slot) -> None:
     if slot.state != RUNS:
       self._ended_early(slot)
       return
+    call = slot.call
     status = slot.end()
-    self.given[slot.call] = Failed(
-      _late_after(self.seconds[slot.call])
+    self.given[call] = Failed(
+      _late_after(self.seconds[call])
       if status == -signal.SIGALRM
       else f"the worker died: {_said(status)}"
     )
 
   def _late(self, slot: _Slot) -> None:
-    is_running = slot.state == RUNS
-    slot.end()
-    if not is_running:
-      raise WorkerError(f"a worker took more than {LOADING:g} s to load what it should call")
-    self.given[slot.call] = Failed(_late_after(self.seconds[slot.call]))
+    if slot.state == RUNS:
+      self.given[slot.call] = Failed(_late_after(self.seconds[slot.call]))
+      slot.end()
+    else:
+      self._ended_early(slot, f"they have not begun after {LOADING:g} s")
 
-  def _ended_early(self, slot: _Slot) -> None:
+  def _ended_early(self, slot: _Slot, reason: str = "") -> None:
     """It was ended from outside while it ran nothing, or cannot start: what it was given is asked again."""
-    if slot.state == SENT or self.key in slot.loaded:
+    if slot.call >= 0:
       self.waiting.appendleft(slot.call)
     status = slot.end()
     self.ended_early += 1
     if self.ended_early >= ENDS * len(self.slots):
-      raise WorkerError(f"workers end before they call anything: {_said(status)}")
+      raise WorkerError(f"workers end before they call anything: {reason or _said(status)}")
 
 
 def _late_after(seconds: float) -> str:
@@ -310,7 +312,7 @@ class Apart:
   workers: Workers
   seconds: float = SECONDS
 
-  def scores(self, answers: Sequence[Answer], log: Log) -> list[Score]:
+  def scores(self, answers: Sequence[Answer], context: Context) -> list[Score]:
     calls = [(answer,) for answer in answers]
     given = self.workers.run(One(self.verifier), calls, [self.seconds] * len(calls))
     return [score.missing(g.reason) if isinstance(g, Failed) else Score(*g) for g in given]

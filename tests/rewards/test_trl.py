@@ -60,7 +60,7 @@ def hangs(completions, **columns):
 
 def scored(function, answers, workers=None, **options):
   part = Part("f", trl.Function(function, "f", workers, **options))
-  return Reward([part], retries=0).score(answers)
+  return Reward([part], retries=0).score(answers, trainer_state=3)
 
 
 def values(result):
@@ -87,7 +87,7 @@ def test_functions_work_unchanged(workers, apart):
   assert values(scored(right, ANSWERS, pool)) == [1, 0]
   assert values(scored(of_ids, ANSWERS, pool)) == [1, 2]
   assert values(scored(later, ANSWERS, pool)) == [1, 1]
-  result = scored(of_messages, TALK, pool, trainer_state=3)
+  result = scored(of_messages, TALK, pool)
   assert values(result) == [1, 1]
   assert result.columns == {"said": ["a", "b"]}
   assert result.metrics["steps"] == 3

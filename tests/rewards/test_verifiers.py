@@ -211,13 +211,13 @@ def test_reasoning_gym_scores_its_own_tasks():
 def test_an_expression_that_never_ends_is_missing():
   """In this process it would take all memory or hours; the worker is ended and the next call is answered."""
   pytest.importorskip("math_verify", reason="expression needs an extra")
-  from posttrain_jax.rewards.verifier import Log
+  from posttrain_jax.rewards.verifier import Context
   from posttrain_jax.rewards.workers import Apart
 
   pool = Workers(1)
   apart = Apart(verifier("expression", column="gold"), pool, 3.0)
   asked = [r"\boxed{9^{9^{9^{9}}}}", r"\boxed{2}"]
-  hard, plain = apart.scores([Answer("?", text, {"gold": "2"}) for text in asked], Log())
+  hard, plain = apart.scores([Answer("?", text, {"gold": "2"}) for text in asked], Context())
   assert hard.value != 1
   assert plain.value == 1
   pool.close()

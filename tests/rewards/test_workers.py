@@ -9,7 +9,7 @@ import time
 import pytest
 
 from posttrain_jax.rewards.reward import Part, Reward
-from posttrain_jax.rewards.verifier import Answer, Log
+from posttrain_jax.rewards.verifier import Answer, Context
 from posttrain_jax.rewards.workers import Apart, WorkerError, Workers
 from tests.rewards import faulty
 
@@ -27,7 +27,7 @@ def answers(*texts):
 
 def test_faults_are_missing_with_a_reason_and_the_rest_is_scored(workers):
   asked = ("1", "hang", "crash", "2", "leave", "raise", "loop", "print", "3")
-  scores = Apart(faulty.told, workers, 0.4).scores(answers(*asked), Log())
+  scores = Apart(faulty.told, workers, 0.4).scores(answers(*asked), Context())
   by = dict(zip(asked, scores))
   assert [by[text].value for text in ("1", "2", "3", "print")] == [1, 2, 3, 0.5]
   assert by["hang"].reason == by["loop"].reason == "timed out after 0.4 s"
@@ -41,7 +41,7 @@ def test_faults_are_missing_with_a_reason_and_the_rest_is_scored(workers):
 
 def test_waiting_for_a_worker_is_not_running(workers):
   """The last of 24 calls of 0.05 s has waited for more than its deadline."""
-  scores = Apart(naps, workers, 0.5).scores(answers(*["x"] * 24), Log())
+  scores = Apart(naps, workers, 0.5).scores(answers(*["x"] * 24), Context())
   assert [given.value for given in scores] == [1.0] * 24
 
 
@@ -52,22 +52,27 @@ def naps(prompt, completion, example):
 
 def test_what_cannot_be_imported_is_told_at_once(workers):
   with pytest.raises(WorkerError, match=r"cannot be imported.*FILE\.py:name"):
-    Apart(lambda prompt, completion, example: 1, workers).scores(answers("x"), Log())
+    Apart(lambda prompt, completion, example: 1, workers).scores(answers("x"), Context())
   with pytest.raises(ValueError, match="name a number from 1 to"):
     Workers(10_000)
 
 
 def test_a_worker_that_was_killed_at_rest_loses_no_call(workers):
   part = Apart(faulty.told, workers, 5)
-  part.scores(answers("1", "2", "3"), Log())
+  part.scores(answers("1", "2", "3"), Context())
   for slot in workers._slots:
     if slot.process is not None:
       os.kill(slot.process.pid, 9)
-  assert [given.value for given in part.scores(answers("4", "5", "6", "7"), Log())] == [4, 5, 6, 7]
+  assert [given.value for given in part.scores(answers("4", "5", "6", "7"), Context())] == [
+    4,
+    5,
+    6,
+    7,
+  ]
 
 
 def test_workers_do_not_import_jax(workers):
-  (given,) = Apart(modules, workers, 20).scores(answers("x"), Log())
+  (given,) = Apart(modules, workers, 20).scores(answers("x"), Context())
   assert given.value == 0
 
 
@@ -98,7 +103,7 @@ on_linux = pytest.mark.skipif(sys.platform != "linux", reason="processes are loo
 @on_linux
 def test_what_a_verifier_started_ends_with_it(workers, tmp_path):
   told = tmp_path / "processes"
-  (given,) = Apart(faulty.leaves_a_child, workers, 1.0).scores(answers(str(told)), Log())
+  (given,) = Apart(faulty.leaves_a_child, workers, 1.0).scores(answers(str(told)), Context())
   assert given.reason == "timed out after 1 s"
   assert ended_within(map(int, told.read_text().split()), 2)
 
@@ -115,8 +120,8 @@ def test_an_interrupt_leaves_no_answers_to_others(workers, monkeypatch):
   with monkeypatch.context() as patched:
     patched.setattr(module._Round, "_wait", interrupted)
     with pytest.raises(KeyboardInterrupt):
-      part.scores(answers("1", "2", "3"), Log())
-  assert [given.value for given in part.scores(answers("4", "5", "6"), Log())] == [4, 5, 6]
+      part.scores(answers("1", "2", "3"), Context())
+  assert [given.value for given in part.scores(answers("4", "5", "6"), Context())] == [4, 5, 6]
 
 
 @on_linux
@@ -124,11 +129,11 @@ def test_workers_end_with_a_run_that_was_killed(tmp_path):
   script = tmp_path / "run.py"
   script.write_text(
     "import sys\n"
-    "from posttrain_jax.rewards.verifier import Answer, Log\n"
+    "from posttrain_jax.rewards.verifier import Answer, Context\n"
     "from posttrain_jax.rewards.workers import Apart, Workers\n"
     "from tests.rewards import faulty\n"
     "asked = [Answer('?', path, {}) for path in sys.argv[1:]]\n"
-    "Apart(faulty.leaves_a_child, Workers(1), 60.0).scores(asked, Log())\n"
+    "Apart(faulty.leaves_a_child, Workers(1), 60.0).scores(asked, Context())\n"
   )
   told = tmp_path / "processes"
   process = subprocess.Popen(
