@@ -25,7 +25,7 @@ from posttrain_jax.rewards.formats import Json, Regex, Schema, Tags
 from posttrain_jax.rewards.judge import Judge
 from posttrain_jax.rewards.length import SoftOverlong
 from posttrain_jax.rewards.reward import Part, Reward
-from posttrain_jax.rewards.verifier import Batch, Tried, Verifier
+from posttrain_jax.rewards.verifier import Batch, Known, Tried, Verifier
 from posttrain_jax.rewards.workers import SECONDS, Apart, Workers
 from posttrain_jax.settings import ConfigError
 
@@ -127,58 +127,78 @@ def make(
   [('number', False), ('tags', True)]
 
   Args:
-    spec: parts: names of verifiers, `FILE.py:name` for one's own; weights: one each, 1 where there are none;
-      gates: names of those that multiply; options: {name: the verifier's options}; ranges: {name: (low, high)};
-      untested: names of those that do not ask whether an answer is right (`selftest`);
+    spec: parts: names of verifiers, a list or a text with commas, `FILE.py:name` for one's own; weights: one each,
+      1 where there are none; gates: names of those that multiply; options: {name: the verifier's options};
+      ranges: {name: (low, high)}; untested: names of those that do not ask whether an answer is right (`selftest`);
       seconds: the deadline of a call in a worker; retries: how often a missing score is asked for again.
+    columns: that the rows have.
     given: verifiers that the caller made, by the names that parts give them, as a reward model.
     workers: the processes that verifiers run in; None: as many as there are cores.
 
   Raises:
     ConfigError: there is no such verifier or option, or the rows do not have what one reads.
   """
-  unknown = [key for key in spec if key not in SPEC]
-  if unknown:
-    raise ConfigError(f"reward.{unknown[0]}: there is no such field; there are {', '.join(SPEC)}")
-  parts, gates = tuple(spec.get("parts", ())), tuple(spec.get("gates", ()))
-  weights = tuple(spec.get("weights", ())) or (1.0,) * len(parts)
-  options, ranges = dict(spec.get("options", {})), dict(spec.get("ranges", {}))
-  if len(weights) != len(parts):
-    raise ConfigError(
-      f"reward.weights: {len(weights)} weights of {len(parts)} parts; name one each"
-    )
-  both = [name for name in gates if name in parts]
-  if both:
-    raise ConfigError(
-      f"reward.gates: {both[0]!r} is a part, too; a gate multiplies the sum and is not in it, so name it in one of them"
-    )
-  untested = tuple(spec.get("untested", ()))
-  for field, named_there in (("options", options), ("ranges", ranges), ("untested", untested)):
-    for name in named_there:
-      if name not in (*parts, *gates):
-        raise ConfigError(f"reward.{field}: {name!r} is neither a part nor a gate of this reward")
-  room = _Room(columns, given or {}, workers, float(spec.get("seconds", SECONDS)))
+  asked = _read(spec)
+  room = _Room(columns, given or {}, workers, asked.seconds)
   try:
-    made = [
-      dataclasses.replace(
-        room.part(name, dict(options.get(name, {})), ranges.get(name)),
-        weight=weight,
-        gate=is_gate,
-        **({"untested": True} if name in untested else {}),
-      )
-      for name, weight, is_gate in [
-        *((name, float(weight), False) for name, weight in zip(parts, weights, strict=True)),
-        *((name, 1.0, True) for name in gates),
-      ]
-    ]
-    return Reward(made, retries=int(spec.get("retries", 1)))
+    return Reward([room.part(asked, name) for name in asked.names], retries=asked.retries)
   except ConfigError:
     raise
   except ValueError as error:
     raise ConfigError(f"reward: {str(error).removeprefix('reward: ')}") from error
 
 
-SPEC = ("parts", "weights", "gates", "options", "ranges", "untested", "seconds", "retries")
+@dataclasses.dataclass(frozen=True)
+class _Spec:
+  """The section, field by field."""
+
+  parts: tuple[str, ...] = ()
+  weights: tuple[float, ...] = ()
+  gates: tuple[str, ...] = ()
+  options: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+  ranges: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict)
+  untested: tuple[str, ...] = ()
+  seconds: float = SECONDS
+  retries: int = 1
+
+  @property
+  def names(self) -> tuple[str, ...]:
+    return (*self.parts, *self.gates)
+
+  def weight(self, name: str) -> float:
+    weights = self.weights or (1.0,) * len(self.parts)
+    return 1.0 if name in self.gates else float(weights[self.parts.index(name)])
+
+
+def _read(spec: Mapping[str, Any]) -> _Spec:
+  fields = [field.name for field in dataclasses.fields(_Spec)]
+  unknown = [key for key in spec if key not in fields]
+  if unknown:
+    raise ConfigError(f"reward.{unknown[0]}: there is no such field; there are {', '.join(fields)}")
+  lists = {key: _names(spec[key]) for key in ("parts", "gates", "untested") if key in spec}
+  values: dict[str, Any] = {**spec, **lists}
+  asked = _Spec(**values)
+  if len(asked.weights) not in (0, len(asked.parts)):
+    raise ConfigError(
+      f"reward.weights: {len(asked.weights)} weights of {len(asked.parts)} parts; name one each"
+    )
+  both = [name for name in asked.gates if name in asked.parts]
+  if both:
+    raise ConfigError(
+      f"reward.gates: {both[0]!r} is a part, too; a gate multiplies the sum and is not in it, so name it in one of them"
+    )
+  named_there = {"options": asked.options, "ranges": asked.ranges, "untested": asked.untested}
+  for field, there in named_there.items():
+    for name in there:
+      if name not in asked.names:
+        raise ConfigError(f"reward.{field}: {name!r} is neither a part nor a gate of this reward")
+  return asked
+
+
+def _names(value: str | Sequence[str]) -> tuple[str, ...]:
+  """The names of a list, or of a text with commas."""
+  listed = value.split(",") if isinstance(value, str) else value
+  return tuple(name.strip() for name in listed if name.strip())
 
 
 class _Room:
@@ -200,24 +220,30 @@ class _Room:
       self._workers = Workers()  # its processes start when they are called
     return self._workers
 
-  def part(self, name: str, options: dict[str, Any], within: Sequence[float] | None) -> Part:
-    """The part of that name, with a weight of 1."""
+  def part(self, asked: _Spec, name: str) -> Part:
     built_in = None if name in self.given else VERIFIERS.get(name)
-    if built_in is None:
-      if options:
-        raise ConfigError(f"reward.options: {name} takes none here")
+    options = dict(asked.options.get(name, {}))
+    known: tuple[Known, ...] = ()
+    if built_in is not None:
+      verifier, known = self._built_in(name, built_in, options)
+    elif options:
+      raise ConfigError(f"reward.options: {name} takes none here")
+    else:
       verifier = self.given[name] if name in self.given else self._own(name)
-      low, high = within or score.ANY
-      return Part(name, verifier, range=(float(low), float(high)))
-    verifier, known = self._built_in(name, built_in, options)
-    low, high = within or built_in.range
+    low, high = asked.ranges.get(name) or (score.ANY if built_in is None else built_in.range)
     return Part(
-      name, verifier, range=(float(low), float(high)), known=known, untested=built_in.untested
+      name,
+      verifier,
+      asked.weight(name),
+      name in asked.gates,
+      (float(low), float(high)),
+      known,
+      name in asked.untested or (built_in is not None and built_in.untested),
     )
 
   def _built_in(
     self, name: str, built_in: BuiltIn, options: dict[str, Any]
-  ) -> tuple[Verifier | Batch, tuple[Any, ...]]:
+  ) -> tuple[Verifier | Batch, tuple[Known, ...]]:
     wrong = [option for option in options if option not in built_in.options]
     if wrong:
       there = ", ".join(built_in.options) or "none"

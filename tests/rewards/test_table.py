@@ -117,6 +117,13 @@ def test_mistakes_in_ones_own_functions_are_told_before_anything_runs(file, name
     make({"parts": (f"{file}:{name}",)})
 
 
+def test_names_may_stand_in_a_text():
+  reward = make({"parts": "number, exact", "weights": (2, 1), "untested": "exact"})
+  assert [(p.name, p.weight, p.untested) for p in reward.parts] == [
+    ("number", 2, False), ("exact", 1, True),
+  ]  # fmt: skip
+
+
 def test_gold_is_what_our_own_rows_call_it():
   reward = make({"parts": ("exact",)}, ("gold", "answer", "solution"))
   (one,) = reward.score([Answer("?", "a", {"gold": "a", "answer": "b"})]).answers
