@@ -11,17 +11,14 @@ import dataclasses
 import difflib
 import functools
 import hashlib
-import math
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from posttrain_jax import settings
 from posttrain_jax.data.errors import RowError
-from posttrain_jax.rewards import json_values, matching, numbers
+from posttrain_jax.rewards import json_values, matching, numbers, score
 from posttrain_jax.settings import ConfigError
 
 
@@ -137,22 +134,13 @@ def _called(called, file, name, answer, question):
     raise ConfigError(
       f"{place}: {name} raised {type(error).__name__}: {error} (row {question['origin']}, answer {_shown(answer)})"
     ) from error
-  if not _is_score(value):
+  given = score.of(value)
+  if given.value is None:
     raise ConfigError(
-      f"{file}: {name} returned {value!r} (row {question['origin']}, answer {_shown(answer)}); return a finite number,"
+      f"{file}: {name} {given.reason} (row {question['origin']}, answer {_shown(answer)}); return a finite number,"
       " higher is better"
     )
-  return float(value), ""
-
-
-def _is_score(value: Any) -> bool:
-  """Whether a metric's value is a number that a mean can be taken of."""
-  if not isinstance(value, bool | int | float | np.bool_ | np.integer | np.floating):
-    return False
-  try:
-    return math.isfinite(value)
-  except OverflowError:  # an integer beyond what floats hold
-    return False
+  return given.value, given.reason
 
 
 def _shown(text: str) -> str:

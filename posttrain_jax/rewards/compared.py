@@ -26,6 +26,7 @@ class Compared(Tried):
     within: of an answer only what the last `<within>...</within>` holds is compared; "": all of it.
     right, wrong: (answer, expected) of which is known that they are equal, and that they are not.
     options: further keywords of `compare`.
+    is_json: what is expected may be any value, which is compared as JSON.
   """
 
   compare: Callable[..., tuple[float, str]]
@@ -34,9 +35,10 @@ class Compared(Tried):
   right: tuple[tuple[str, str], ...] = ()
   wrong: tuple[tuple[str, str], ...] = ()
   options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  is_json: bool = False
 
   def __call__(self, prompt: Prompt, completion: str, example: Mapping[str, Any]) -> Score:
-    gold = expected(example, self.column)
+    gold = expected(example, self.column, is_json=self.is_json)
     if isinstance(gold, Score):
       return gold
     answer = without_thoughts(completion)
@@ -62,15 +64,19 @@ class Compared(Tried):
     ]
 
 
-def expected(example: Mapping[str, Any], column: str) -> str | Score:
-  """What the row expects as text, without thoughts; missing where there is nothing."""
+def expected(example: Mapping[str, Any], column: str, *, is_json: bool = False) -> str | Score:
+  """What the row expects as text, without thoughts; missing where there is nothing, or something else."""
   if column not in example:
     return score.missing(f"the row has no column {column!r}")
   value = example[column]
-  if value is None:
-    return score.missing(f"the row's {column} is empty")
+  if not is_json and not isinstance(value, str | int | float | None):
+    return score.missing(
+      f"the row's {column} is a {type(value).__name__}, {words.shown(value, 60)}; it should be a text or a number"
+    )
   gold = without_thoughts(value if isinstance(value, str) else json.dumps(value))
-  return gold if gold.strip() else score.missing(f"the row's {column} is empty")
+  return (
+    gold if gold.strip() and value is not None else score.missing(f"the row's {column} is empty")
+  )
 
 
 def tagged(text: str, tag: str) -> str | None:

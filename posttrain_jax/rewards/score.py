@@ -45,7 +45,7 @@ def of(returned: Any, within: tuple[float, float] = ANY) -> Score:
   >>> of(float("nan")).reason, of(7, (0, 1)).reason
   ('returned nan', 'returned 7.0, which is not within 0 and 1')
   >>> of("1").reason
-  "returned '1', a str; return a number"
+  "returned '1', a str"
   """
   if isinstance(returned, Score):
     return returned if returned.value is None else _number(returned.value, returned.reason, within)
@@ -54,9 +54,9 @@ def of(returned: Any, within: tuple[float, float] = ANY) -> Score:
 
 def _number(value: Any, reason: str, within: tuple[float, float]) -> Score:
   if value is None:
-    return missing("returned None; return a number, or a Score that says why there is none")
+    return missing("returned None")
   if not isinstance(value, SupportsFloat):
-    return missing(f"returned {words.shown(value, 60)}, a {type(value).__name__}; return a number")
+    return missing(f"returned {words.shown(value, 60)}, a {type(value).__name__}")
   try:
     number = float(value)
   except (TypeError, ValueError, OverflowError, RuntimeError) as error:

@@ -22,17 +22,20 @@ def check(reward: Reward, references: Sequence[Answer] = ()) -> None:
   """Raises ConfigError, with two answers and their scores, where a part cannot tell right from wrong.
 
   Built-in verifiers are tried on answers of their own.  A verifier of the user's that is no gate is tried on rows: it
-  should give the row's own answer more than another row's in at least one of them.
+  should give the row's own answer more than another row's in at least one of them.  Every part should have a score for
+  an answer to at least one row.
 
   Args:
-    references: rows of the data, each with its own right answer as the completion.
+    references: rows of the data, each with its own right answer as the completion, or with any where that is not known.
   """
+  pairs = _pairs(references)
   for part in reward.parts:
     if part.known:
       _on_known(part, reward.retries)
+    if part.known or part.gate or part.untested or not pairs:
       _can_read(part, references[:PAIRS], reward.retries)
-    elif not (part.gate or part.untested):
-      _on_rows(part, _pairs(references), reward.retries)
+    else:
+      _on_rows(part, pairs, reward.retries)
 
 
 def _on_known(part: Part, retries: int) -> None:
@@ -49,15 +52,13 @@ def _on_known(part: Part, retries: int) -> None:
 def _can_read(part: Part, references: Sequence[Answer], retries: int) -> None:
   """Whether the part has a number for any answer to these rows."""
   scores = _scores(part, references, retries)
-  if scores and all(given.is_missing for given in scores):
+  if scores and all(given.is_missing and given.applies for given in scores):
     raise ConfigError(
       f"reward: {part.name} has no score for any of the first {len(scores)} rows: {scores[0].reason}"
     )
 
 
 def _on_rows(part: Part, pairs: Sequence[tuple[Answer, Answer]], retries: int) -> None:
-  if not pairs:
-    return
   scores = _scores(part, [answer for pair in pairs for answer in pair], retries)
   tried = [
     (one, other)
@@ -85,6 +86,7 @@ def _pairs(references: Sequence[Answer]) -> list[tuple[Answer, Answer]]:
 
 
 def _scores(part: Part, answers: Sequence[Answer], retries: int) -> list[Score]:
+  answers = [a if a.tokens is not None else dataclasses.replace(a, tokens=()) for a in answers]
   alone = dataclasses.replace(part, weight=1.0, gate=False, range=part.within)
   result = Reward([alone], retries=retries).score(answers)
   return [one.parts[part.name] for one in result.answers]
@@ -107,5 +109,5 @@ def _shown(answer: Answer, given: Score) -> str:
   value = "no score" if given.value is None else f"{given.value:g}"
   text = words.shown(answer.completion, 60)
   return (
-    f"{text if answer.tokens is None else f'answer of {len(answer.tokens)} tokens'} {value}{reason}"
+    f"{text if not answer.tokens else f'answer of {len(answer.tokens)} tokens'} {value}{reason}"
   )

@@ -69,7 +69,7 @@ def _fuzzy(column: str, within: str = "") -> Compared:
 
 
 def _json(column: str, within: str = "") -> Compared:
-  return Compared(json_values.json_equal, column, within, *json_values.EXAMPLES)
+  return Compared(json_values.json_equal, column, within, *json_values.EXAMPLES, is_json=True)
 
 
 def _number(column: str, within: str = "", tolerance: float = 0.0) -> Compared:

@@ -58,6 +58,16 @@ def _timed(task: Callable[..., Any], arguments: tuple[Any, ...], seconds: float)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # as it was, whatever the task made of it
 
 
+def _search(paths: list[str]) -> list[str]:
+  """Where modules are looked for: as in the process that asks, but for Python's own, which come first.
+
+  A file of the user's that is called types.py lies beside the script there, which Python has read by then.
+  """
+  library = os.path.dirname(os.__file__)
+  own = (library, os.path.join(library, "lib-dynload"))
+  return sorted(paths, key=lambda path: path not in own)
+
+
 def _ends_with(parent: int) -> None:
   while os.getppid() == parent:
     time.sleep(1)
@@ -65,12 +75,13 @@ def _ends_with(parent: int) -> None:
 
 
 def main() -> None:
-  memory = int(sys.argv[1])
+  settings = json.loads(sys.argv[1])
+  memory, sys.path[:] = settings["memory"], _search(settings["paths"])
   if memory and sys.platform == "linux":  # elsewhere the address space cannot be limited
     import resource
 
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-  threading.Thread(target=_ends_with, args=(int(sys.argv[2]),), daemon=True).start()
+  threading.Thread(target=_ends_with, args=(settings["parent"],), daemon=True).start()
   signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for who asks
   asked, replies = os.fdopen(os.dup(0), "rb"), os.dup(1)
   nothing = os.open(os.devnull, os.O_RDONLY)

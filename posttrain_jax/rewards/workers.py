@@ -23,15 +23,13 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from posttrain_jax.rewards import score
+from posttrain_jax.rewards import score, worker
 from posttrain_jax.rewards.score import Score
 from posttrain_jax.rewards.verifier import Answer, Context, Verifier, called
-from posttrain_jax.rewards.worker import HEADER
 
 SECONDS = 10.0  # for one call
 LOADING = 120.0  # seconds for a process to start and to import what it calls
 ENDS = 3  # processes a slot that may end before they call anything
-PROGRAM = "posttrain_jax.rewards.worker"
 MEMORY = 8 << 30  # bytes of address space of one process; 0: without a limit
 
 
@@ -107,20 +105,24 @@ class _Slot:
     process = self.process or self._start()
     message = pickle.dumps((kind, key, body, seconds))
     assert process.stdin is not None
-    process.stdin.write(HEADER.pack(len(message)) + message)
+    process.stdin.write(worker.HEADER.pack(len(message)) + message)
     process.stdin.flush()
     self.state, self.key = LOADS_TASK if kind == "load" else SENT, key
     self.deadline = time.monotonic() + LOADING
 
   def _start(self) -> subprocess.Popen[bytes]:
-    libraries = os.pathsep.join(path or os.getcwd() for path in sys.path)
+    settings = {
+      "memory": self.memory,
+      "paths": [path or os.getcwd() for path in sys.path],
+      "parent": os.getpid(),
+    }
     one_core = {"OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu"}  # the accelerator is the trainer's
     self.process = subprocess.Popen(
-      [sys.executable, "-P", "-m", PROGRAM, str(self.memory), str(os.getpid())],
+      [sys.executable, "-P", worker.__file__, json.dumps(settings)],
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
       start_new_session=True,  # what a verifier starts ends with it
-      env={**os.environ, **one_core, "PYTHONPATH": libraries},
+      env={**os.environ, **one_core},
     )
     return self.process
 

@@ -92,3 +92,14 @@ def test_rows_that_a_built_in_cannot_read_are_told():
   ):
     selftest.check(reward, ROWS)
   selftest.check(reward, [*ROWS, Answer("?", "7", {"gold": "7"})])
+
+
+def test_a_verifier_that_fails_on_every_row_is_told_also_where_no_answer_is_known():
+  rows = [Answer("?", "", {"answer": i}) for i in range(3)]
+  for options in ({}, {"untested": True}):
+    with pytest.raises(
+      ConfigError, match=r"mine has no score for any of the first 3 rows: .*KeyError"
+    ):
+      selftest.check(of(lambda p, c, e: e["gold"], **options), rows)
+  selftest.check(of(lambda p, c, e: e["answer"]), rows)
+  selftest.check(table.make({"parts": ("length",), "options": OPTIONS}, ()), rows)

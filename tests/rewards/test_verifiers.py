@@ -45,9 +45,10 @@ CASES = {
     ("7", "seven", None),
     ("7", "", None),
     ("7", None, None),
+    ("7", ["7", "seven"], None),
     ("none", "seven", None),  # not 0: nothing can be right here
   ],
-  "json": [('{"a": 1.0}', {"a": 1}, 1), ("{", {"a": 1}, 0), ("{}", "{", None)],
+  "json": [('{"a": 1.0}', {"a": 1}, 1), ("{", {"a": 1}, 0), ("{}", "{", None), ("[1]", [1], 1)],
   "fuzzy": [("PARIS", "Paris", 1), ("Pari", "Paris", 8 / 9), ("xyz", "Paris", 0), ("", "Paris", 0)],
   "expression": [
     (r"$x^2 + 2x + 1$", "(x+1)^2", 1),

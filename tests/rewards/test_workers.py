@@ -124,27 +124,44 @@ def test_an_interrupt_leaves_no_answers_to_others(workers, monkeypatch):
   assert [given.value for given in part.scores(answers("4", "5", "6"), Context())] == [4, 5, 6]
 
 
+SCRIPT = """
+import sys
+from posttrain_jax.rewards.verifier import Answer, Context
+from posttrain_jax.rewards.workers import Apart, Workers
+from tests.rewards import faulty
+
+verifier = {"length": faulty.length, "leaves_a_child": faulty.leaves_a_child}[sys.argv[1]]
+asked = [Answer("?", sys.argv[2], {})]
+print(Apart(verifier, Workers(1), 60.0).scores(asked, Context())[0].value)
+"""
+
+
+def started(folder, *arguments):
+  """A run of the script, beside a file that has the name of one of Python's own."""
+  (folder / "types.py").write_text("raise ImportError('the wrong types')\n")
+  (folder / "run.py").write_text(SCRIPT)
+  return subprocess.Popen(
+    [sys.executable, str(folder / "run.py"), *arguments],
+    env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    stdout=subprocess.PIPE,
+    text=True,
+  )
+
+
+def test_a_file_beside_the_script_is_not_taken_for_one_of_pythons(tmp_path):
+  with started(tmp_path, "length", "four") as process:
+    assert process.communicate(timeout=60)[0] == "4.0\n"
+
+
 @on_linux
 def test_workers_end_with_a_run_that_was_killed(tmp_path):
-  script = tmp_path / "run.py"
-  script.write_text(
-    "import sys\n"
-    "from posttrain_jax.rewards.verifier import Answer, Context\n"
-    "from posttrain_jax.rewards.workers import Apart, Workers\n"
-    "from tests.rewards import faulty\n"
-    "asked = [Answer('?', path, {}) for path in sys.argv[1:]]\n"
-    "Apart(faulty.leaves_a_child, Workers(1), 60.0).scores(asked, Context())\n"
-  )
   told = tmp_path / "processes"
-  process = subprocess.Popen(
-    [sys.executable, str(script), str(told)],
-    env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-  )
+  process = started(tmp_path, "leaves_a_child", str(told))
   until = time.monotonic() + 30
   while not (told.exists() and told.read_text()) and time.monotonic() < until:
     time.sleep(0.02)
   process.kill()
-  process.wait()
+  process.communicate()
   assert ended_within(map(int, told.read_text().split()), 5)
 
 
