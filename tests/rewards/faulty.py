@@ -15,6 +15,8 @@ def told(prompt, completion, example):
   """What the answer asks for."""
   if completion == "hang":
     time.sleep(600)
+  if completion == "slow":
+    time.sleep(0.5)
   if completion == "loop":
     while True:
       pass

@@ -72,6 +72,16 @@ def test_a_fault_of_ones_own_is_told_with_its_line(file, workers):
   assert f"{file}:{line}: raised TypeError: " in one.total.reason
 
 
+def test_what_a_file_imports_is_no_part_of_a_calls_time(tmp_path, workers):
+  path = tmp_path / "slow.py"
+  path.write_text(
+    "import time\ntime.sleep(0.5)\ndef one(prompt, completion, example):\n  return 1\n"
+  )
+  reward = make({"parts": f"{path}:one", "seconds": 0.4, "retries": 0}, workers=workers)
+  (one,) = reward.score([Answer("?", "!", {})]).answers
+  assert one.total.value == 1
+
+
 def test_what_the_caller_made_has_a_name(workers):
   reward = make(
     {"parts": ("model", "exact"), "weights": (0.5, 1)}, given={"model": lambda p, c, e: len(c)}

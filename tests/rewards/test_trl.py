@@ -144,6 +144,14 @@ def test_what_is_asked_again_keeps_its_place():
   assert result.columns == {"n": [1, 2]}
 
 
+def test_columns_do_not_stand_for_what_is_given():
+  def named(completions, completion_ids, **columns):
+    return [completion_ids == [[5]] and {*columns} == {"prompts", "solution", *trl.HELPERS}]
+
+  row = {"prompt": "a", "completion": "b", "completion_ids": [9], "solution": "c"}
+  assert values(scored(named, [Answer("?", "!", row, [5])])) == [1]
+
+
 def test_a_column_that_the_data_does_not_have_is_told():
   columns = ["prompt", "answer"]
   with pytest.raises(
