@@ -9,6 +9,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ml_collections import ConfigDict
+
+from posttrain_jax.core import words
 from posttrain_jax.rewards import (
   boxed,
   expressions,
@@ -82,8 +85,8 @@ def _boxed(column: str) -> Compared:
   return Compared(boxed.boxed, column, "", *boxed.EXAMPLES)
 
 
-def _tags(names: Sequence[str] = ("think", "answer"), opened: bool = False) -> Tags:
-  return Tags(tuple(names), opened)
+def _tags(names: str | Sequence[str] = ("think", "answer"), opened: bool = False) -> Tags:
+  return Tags(_names(names), opened)
 
 
 def _gym() -> gym.Gym:
@@ -175,6 +178,10 @@ def _read(spec: Mapping[str, Any]) -> _Spec:
   unknown = [key for key in spec if key not in fields]
   if unknown:
     raise ConfigError(f"reward.{unknown[0]}: there is no such field; there are {', '.join(fields)}")
+  for field, value in spec.items():
+    what, is_one = SHAPES[field]
+    if not is_one(value):
+      raise ConfigError(f"reward.{field}={words.shown(value)}: it is {what}")
   lists = {key: _names(spec[key]) for key in ("parts", "gates", "untested") if key in spec}
   values: dict[str, Any] = {**spec, **lists}
   asked = _Spec(**values)
@@ -193,6 +200,43 @@ def _read(spec: Mapping[str, Any]) -> _Spec:
       if name not in asked.names:
         raise ConfigError(f"reward.{field}: {name!r} is neither a part nor a gate of this reward")
   return asked
+
+
+def _is_list(value: Any, kind: Any) -> bool:
+  return isinstance(value, list | tuple) and all(isinstance(one, kind) for one in value)
+
+
+def _are_names(value: Any) -> bool:
+  return isinstance(value, str) or _is_list(value, str)
+
+
+def _is_number(value: Any) -> bool:
+  return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _are_options(value: Any) -> bool:
+  return isinstance(value, Mapping | ConfigDict) and all(
+    isinstance(one, Mapping | ConfigDict) for one in value.values()
+  )
+
+
+def _are_ranges(value: Any) -> bool:
+  return isinstance(value, Mapping | ConfigDict) and all(
+    _is_list(one, int | float) and len(one) == 2 and one[0] <= one[1] for one in value.values()
+  )
+
+
+NAMES = ("a list of names, or a text with commas", _are_names)
+SHAPES: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
+  "parts": NAMES,
+  "weights": ("a list of numbers, one a part", lambda value: _is_list(value, int | float)),
+  "gates": NAMES,
+  "options": ("{name: {option: value}}", _are_options),
+  "ranges": ("{name: (low, high)}", _are_ranges),
+  "untested": NAMES,
+  "seconds": ("a number of seconds above 0", lambda value: _is_number(value) and value > 0),
+  "retries": ("a count from 0", lambda value: _is_number(value) and value in range(1000)),
+}
 
 
 def _names(value: str | Sequence[str]) -> tuple[str, ...]:
@@ -256,7 +300,10 @@ class _Room:
       raise ConfigError(f"reward.options: {name} needs {' and '.join(absent)}")
     for column in built_in.reads:
       self._has(name, column)
-    made = built_in.make(**options)
+    try:
+      made = built_in.make(**options)
+    except TypeError as error:
+      raise ConfigError(f"reward.options: {name} with {words.shown(options)}: {error}") from error
     known = tuple(made.known()) if isinstance(made, Tried) else ()
     return Apart(made, self.workers, self.seconds) if built_in.apart else made, known
 

@@ -1,5 +1,6 @@
 """Rewards as configs describe them, and what is wrong with a description."""
 
+import ml_collections
 import pytest
 
 from posttrain_jax.rewards import table
@@ -106,6 +107,14 @@ def test_what_the_caller_made_has_a_name(workers):
     (dict(parts=("length",)), ("answer",), "length needs longest and soft"),
     (dict(parts=("regex",), options={"regex": {"pattern": "("}}), ("answer",), "is no regular expression"),
     (dict(parts=("judge",), options={"judge": {"url": "x", "model": "m"}}), ("answer",), "begins with http"),
+    (dict(parts=3), (), "reward.parts=3: it is a list of names, or a text with commas"),
+    (dict(parts="exact", weights=1.0), (), "reward.weights=1.0: it is a list of numbers"),
+    (dict(parts="exact", weights=("a",)), (), "it is a list of numbers"),
+    (dict(parts="exact", options={"exact": 3}), (), r"it is \{name: \{option: value\}\}"),
+    (dict(parts="exact", ranges={"exact": (1, 0)}), (), r"it is \{name: \(low, high\)\}"),
+    (dict(parts="exact", seconds=0), (), "reward.seconds=0: it is a number of seconds above 0"),
+    (dict(parts="exact", retries=1.5), (), "reward.retries=1.5: it is a count from 0"),
+    (dict(parts="length", options={"length": {"longest": "x", "soft": 1}}), (), "length with {'longest': 'x'"),
     (dict(parts=("mine.py:f",)), ("answer",), "mine.py does not exist"),
   ],
 )  # fmt: skip
@@ -132,6 +141,16 @@ def test_names_may_stand_in_a_text():
   assert [(p.name, p.weight, p.untested) for p in reward.parts] == [
     ("number", 2, False), ("exact", 1, True),
   ]  # fmt: skip
+
+
+def test_a_section_of_a_config_is_read():
+  section = ml_collections.ConfigDict(
+    {"parts": "number", "gates": "tags", "options": {"tags": {"names": "think, answer"}}}
+  )
+  (one,) = (
+    make(section).score([Answer("?", "<think></think><answer>2</answer>", {"answer": 2})]).answers
+  )
+  assert one.total.value == 1
 
 
 def test_gold_is_what_our_own_rows_call_it():
