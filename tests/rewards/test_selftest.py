@@ -2,7 +2,7 @@
 
 import pytest
 
-from posttrain_jax.rewards import score, selftest, table
+from posttrain_jax.rewards import score, section, selftest, table
 from posttrain_jax.rewards.reward import Part, Reward
 from posttrain_jax.rewards.verifier import Answer, Known
 from posttrain_jax.rewards.workers import Workers
@@ -31,7 +31,7 @@ def test_every_built_in_passes_on_answers_of_its_own(name, workers):
   if name in NEEDS:
     pytest.importorskip(NEEDS[name], reason=f"{name} needs an extra")
   spec = {"parts": (name,), "options": {name: OPTIONS.get(name, {})}, "seconds": 60}
-  reward = table.make(spec, ("gold", "gym"), workers=workers)
+  reward = section.make(spec, ("gold", "gym"), workers=workers)
   known = reward.parts[0].known
   assert {k.is_right for k in known} == {True, False}
   selftest.check(reward)
@@ -77,16 +77,16 @@ def test_what_is_not_about_rightness_is_not_tried():
   selftest.check(of(lambda p, c, e: score.not_applicable()), ROWS)
   gate = Part("gate", lambda p, c, e: 1.0, gate=True)
   selftest.check(Reward([Part("mine", lambda p, c, e: c == e["gold"]), gate]), ROWS)
-  regex = table.make({"parts": ("regex",), "options": {"regex": {"pattern": "."}}}, ())
+  regex = section.make({"parts": ("regex",), "options": {"regex": {"pattern": "."}}}, ())
   selftest.check(regex, ROWS)
-  own = table.make(
+  own = section.make(
     {"parts": ("style",), "untested": ("style",)}, (), given={"style": lambda p, c, e: 1}
   )
   selftest.check(own, ROWS)
 
 
 def test_rows_that_a_built_in_cannot_read_are_told():
-  reward = table.make({"parts": ("number",)}, ("gold",))
+  reward = section.make({"parts": ("number",)}, ("gold",))
   with pytest.raises(
     ConfigError, match=r"number has no score for any of the first 3 rows: .*'Paris'"
   ):
@@ -102,4 +102,4 @@ def test_a_verifier_that_fails_on_every_row_is_told_also_where_no_answer_is_know
     ):
       selftest.check(of(lambda p, c, e: e["gold"], **options), rows)
   selftest.check(of(lambda p, c, e: e["answer"]), rows)
-  selftest.check(table.make({"parts": ("length",), "options": OPTIONS}, ()), rows)
+  selftest.check(section.make({"parts": ("length",), "options": OPTIONS}, ()), rows)

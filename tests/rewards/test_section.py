@@ -1,9 +1,11 @@
 """Rewards as configs describe them, and what is wrong with a description."""
 
+import importlib.util
+
 import ml_collections
 import pytest
 
-from posttrain_jax.rewards import table
+from posttrain_jax.rewards import section
 from posttrain_jax.rewards.verifier import Answer
 from posttrain_jax.rewards.workers import Workers
 from posttrain_jax.settings import ConfigError
@@ -45,7 +47,7 @@ def workers():
 
 
 def make(spec, columns=("question", "answer"), **options):
-  return table.make(spec, columns, **options)
+  return section.make(spec, columns, **options)
 
 
 def test_a_sum_with_a_gate_and_functions_of_ones_own(file, workers):
@@ -162,7 +164,7 @@ def test_gold_is_what_our_own_rows_call_it():
 @pytest.mark.parametrize("extra", [("expression", "math_verify", "math"), ("gym", "reasoning_gym", "gym")])  # fmt: skip
 def test_an_extra_that_is_not_installed_is_named(extra, monkeypatch):
   name, package, words = extra
-  found = table.expressions.importlib.util.find_spec
+  found = importlib.util.find_spec
   monkeypatch.setattr(
     "importlib.util.find_spec", lambda wanted: None if wanted == package else found(wanted)
   )
