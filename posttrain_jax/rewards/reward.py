@@ -198,7 +198,7 @@ def _missing(scored: Sequence[Scored]) -> Mapping[tuple[str, str], int]:
 def kind(reason: str) -> str:
   """What a reason is counted under: without the place, and without numbers and quotations that differ.
 
-  >>> kind("/tmp/mine.py:7: raised KeyError: 'gold'"), kind("returned 7.5, which is not within 0 and 1")
+  >>> kind("mine.py:7: raised KeyError: 'gold'"), kind("returned 7.5, which is not within 0 and 1")
   ('raised KeyError', 'returned N, which is not within N and N')
   """
   found = re.search(r"raised \w+", reason)

@@ -20,7 +20,7 @@ class Score:
 
   value: float | None
   reason: str = ""
-  applies: bool = True
+  applies: bool = dataclasses.field(default=True, repr=False)
 
   @property
   def is_missing(self) -> bool:
@@ -41,7 +41,7 @@ def of(returned: Any, within: tuple[float, float] = ANY) -> Score:
   """What a verifier returned as a score: a Score, or anything that `float` takes, NumPy's and JAX's scalars included.
 
   >>> of(True), of(0.5, (0, 1)).value
-  (Score(value=1.0, reason='', applies=True), 0.5)
+  (Score(value=1.0, reason=''), 0.5)
   >>> of(float("nan")).reason, of(7, (0, 1)).reason
   ('returned nan', 'returned 7.0, which is not within 0 and 1')
   >>> of("1").reason
