@@ -1,0 +1,83 @@
+"""The model's program, as the judge sees it."""
+
+import os
+import select
+import signal
+import time
+
+from posttrain_jax.rewards.sandbox.inside import values
+
+
+class Ended(Exception):
+  """The program has ended."""
+
+
+class Wrong(Exception):
+  """The program's fault."""
+
+
+class Child:
+  """The model's program: what is asked of it, what it says, and how it ended."""
+
+  def __init__(self, pid, asks, replies, seconds):
+    self.pid, self.asks, self.replies, self.seconds = pid, asks, replies, seconds
+    self.status, self.used, self._read = None, 0.0, b""
+
+  def ended(self):
+    if self.status is None:
+      pid, status, usage = os.wait4(self.pid, os.WNOHANG)
+      if pid:
+        self.status, self.used = status, usage.ru_utime + usage.ru_stime
+    return self.status is not None
+
+  def send(self, line):
+    try:
+      while line:
+        line = line[os.write(self.asks, line) :]
+    except OSError:
+      raise Ended from None
+
+  def line(self):
+    """Its next message.
+
+    Raises:
+      Ended: there will be none.
+    """
+    parts = [self._read]
+    size = len(self._read)
+    while b"\n" not in parts[-1]:
+      if select.select([self.replies], [], [], 0.05)[0]:
+        part = os.read(self.replies, 1 << 16)
+        if not part:
+          self._wait()
+          raise Ended
+        parts.append(part)
+        size += len(part)
+        if size > values.MAX_MESSAGE:
+          raise Wrong(f"an answer of more than {values.MAX_MESSAGE >> 20} MiB")
+      elif self.ended():
+        raise Ended  # a child of its own may still hold the pipe
+    line, _, self._read = b"".join(parts).partition(b"\n")
+    return line
+
+  def _wait(self):
+    """It may have closed the pipe and go on: then it is the caller's deadline that ends it."""
+    while not self.ended():
+      time.sleep(0.005)
+
+  def end(self):
+    """(verdict, reason) of how it ended."""
+    self._wait()
+    code = os.waitstatus_to_exitcode(self.status)
+    if code in (-signal.SIGXCPU, -signal.SIGKILL) and self.used > self.seconds - 0.5:
+      return "cpu", f"used its {self.seconds} s of CPU time"
+    if code < 0:
+      return "failed", f"ended by {_signal(-code)}"
+    return ("ended", "") if code == 0 else ("failed", f"ended with exit code {code}")
+
+
+def _signal(number):
+  try:
+    return signal.Signals(number).name
+  except ValueError:
+    return f"signal {number}"
