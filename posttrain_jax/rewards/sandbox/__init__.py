@@ -1,7 +1,7 @@
 """A sandbox: a stranger's program runs, is tested, and leaves nothing behind.
 
   outcome = sandbox.run(code, stdin=b"3 4", deadline=10)
-  outcome = sandbox.run(code, tests=sandbox.Tests(cases=("assert add(3, 4) == 7",)))
+  outcome = sandbox.run(code, tests=sandbox.Checks(cases=("assert add(3, 4) == 7",)))
 
 `docs/sandbox.md` says what it keeps from the host, and what not.
 """
@@ -12,14 +12,14 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from posttrain_jax.rewards.sandbox import start
-from posttrain_jax.rewards.sandbox.outcome import Limits, NoSandbox, Outcome
 from posttrain_jax.rewards.sandbox.isolation import INSTALL, Probe, probe
+from posttrain_jax.rewards.sandbox.outcome import Limits, NoSandbox, Outcome
 
-__all__ = ["INSTALL", "Limits", "NoSandbox", "Outcome", "Probe", "Tests", "probe", "run"]
+__all__ = ["INSTALL", "Checks", "Limits", "NoSandbox", "Outcome", "Probe", "probe", "run"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Tests:
+class Checks:
   """What is asked of a program's functions.
 
   cases: statements, one test each; the program passes when none raises.
@@ -35,7 +35,7 @@ class Tests:
 def run(
   program: str | Sequence[str],
   *,
-  tests: Tests | None = None,
+  tests: Checks | None = None,
   stdin: bytes = b"",
   files: Mapping[str, bytes] | None = None,
   limits: Limits = Limits(),  # noqa: B008 (frozen)
@@ -67,9 +67,7 @@ def run(
   order: dict = {"code": program} if isinstance(program, str) else {"argv": list(program)}
   if tests is not None:
     order["tests"] = dict(cases=list(tests.cases), setup=tests.setup, names=list(tests.names))
-  return start.once(
-    isolation, order, stdin=stdin, files=files, limits=limits, deadline=deadline
-  )
+  return start.once(isolation, order, stdin=stdin, files=files, limits=limits, deadline=deadline)
 
 
 def _isolation(asked: str, unsafe: bool) -> str:

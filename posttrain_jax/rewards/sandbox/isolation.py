@@ -40,7 +40,7 @@ def probe() -> Probe:
   """The best isolation that works here."""
   why = {}
   for isolation in ("bubblewrap", "landlock"):
-    why[isolation] = _trouble(isolation)
+    why[isolation] = trouble(isolation)
     if not why[isolation]:
       return Probe(isolation, _sentence(isolation, why))
   return Probe(
@@ -58,7 +58,7 @@ def _sentence(isolation: str, why: dict[str, str]) -> str:
   )
 
 
-def _trouble(isolation: str) -> str:
+def trouble(isolation: str) -> str:
   """Why an isolation is not to be had; "" where it holds."""
   if isolation == "bubblewrap" and shutil.which("bwrap") is None:
     return "bwrap is not installed"

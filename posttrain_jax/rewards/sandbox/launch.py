@@ -36,7 +36,9 @@ ENVIRONMENT = {
 }
 
 
-def command(isolation: str, limits: Limits, uid: int | None, order: int, verdict: int, filter_fd: int) -> list[str]:
+def command(
+  isolation: str, limits: Limits, uid: int | None, order: int, verdict: int, filter_fd: int
+) -> list[str]:
   """The arguments; `order`, `verdict` and `filter_fd` are descriptors that it inherits."""
   bubblewrap = isolation == "bubblewrap"
   setup = dict(
@@ -65,7 +67,7 @@ def _rlimits(limits: Limits, *, counted: bool) -> dict[str, int]:
     RLIMIT_MEMLOCK=0,
     RLIMIT_MSGQUEUE=0,
   )
-  return held | ({"RLIMIT_NPROC": limits.processes + 2} if counted else {})
+  return held | ({"RLIMIT_NPROC": limits.processes + 3} if counted else {})
 
 
 def _bubblewrap(limits: Limits, uid: int | None, filter_fd: int) -> list[str]:
@@ -76,14 +78,23 @@ def _bubblewrap(limits: Limits, uid: int | None, filter_fd: int) -> list[str]:
     else ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
   )
   arguments = [_program(), *users]
-  arguments += "--unshare-ipc --unshare-pid --unshare-net --unshare-uts --unshare-cgroup-try".split()
-  arguments += "--hostname sandbox --new-session --die-with-parent --clearenv".split()
+  arguments += [
+    "--unshare-ipc",
+    "--unshare-pid",
+    "--unshare-net",
+    "--unshare-uts",
+    "--unshare-cgroup-try",
+  ]
+  arguments += ["--hostname", "sandbox", "--new-session", "--die-with-parent", "--clearenv"]
+  # The judge is process 1: nothing in its namespace can signal it, and everything ends with it.  bubblewrap's own
+  # would be one that the program can read.
+  arguments += ["--as-pid-1"]
   for name, value in ENVIRONMENT.items():
     arguments += ["--setenv", name, value]
   arguments += _mounts()
   arguments += ["--proc", "/proc", "--dev", "/dev"]
   arguments += _writable("/dev/shm", 16 * MIB) + _writable("/tmp", limits.files)
-  arguments += "--remount-ro /dev --remount-ro / --chdir /tmp".split()
+  arguments += ["--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/tmp"]
   return [*arguments, "--seccomp", str(filter_fd), "--"]
 
 

@@ -11,7 +11,7 @@ MIB = 1 << 20
 class Limits:
   """What one program may use, with all the processes that it starts.
 
-  seconds: of its own time, in which it computes or waits; time in which it could not run for want of a core is nobody's.
+  seconds: of its own time, in which it computes or waits.  Time in which it wanted a core and had none is nobody's.
   memory: bytes, of any one process's addresses and of all processes' memory together.
   processes: at once, threads counted.
   files: bytes that it may leave in /tmp, in one file or many.
@@ -44,9 +44,9 @@ class Outcome:
   """What a program wrote, and the verdict on it.
 
   verdict: `passed`, every test; `ended`, without tests and with exit code 0; `failed`, a test or the program; `cpu`,
-    `waited`, `memory` and `output`, it used more than its limit. Those are answers. `timed out`, the deadline came while
-    it had not had its time; `broken`, the tests themselves; `lost`, the sandbox ended without a verdict. Those say nothing
-    of the program.
+    `waited`, `memory` and `output`, it used more than its limit.  Those are answers.  `timed out`, the deadline came
+    while it had not had its time; `broken`, the tests themselves; `lost`, the sandbox ended without a verdict.  Those
+    say nothing of the program.
   reason: a sentence's worth, for a reader.
   seconds: from the start, without the queue.
   """

@@ -5,7 +5,7 @@ import os
 import queue
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 
 # Between the uids that people (below 30000) and packages and systemd (above 60000) are given.
 FIRST_UID, UIDS = 47_000, 4_000
@@ -21,7 +21,7 @@ class Slots:
       self._free.put(self._uid() if with_uids else None)
 
   @contextlib.contextmanager
-  def one(self) -> Iterator[int | None]:
+  def one(self) -> Generator[int | None]:
     """Waits for a free slot; its uid, or None where all run as who we are."""
     uid = self._free.get()
     try:

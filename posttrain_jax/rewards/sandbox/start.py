@@ -55,9 +55,7 @@ def _run(
     raise
   finally:
     _close(theirs)
-  supervisor = supervise.Supervisor(
-    process, limits, deadline, nonce, in_namespace=isolation == "bubblewrap"
-  )
+  supervisor = supervise.Supervisor(process, limits, deadline, nonce)
   for name, data in (("stdin", stdin), ("order", order), ("filter", _filter(isolation))):
     supervisor.writes(ours[name], data)
   for name in ("stdout", "stderr", "verdict"):

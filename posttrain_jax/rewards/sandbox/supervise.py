@@ -23,11 +23,14 @@ class Supervisor:
   """Feeds a started sandbox and looks after it until there is a verdict; `outcome` is then what came of it."""
 
   def __init__(
-    self, process: subprocess.Popen, limits: Limits, deadline: float, nonce: str, *, in_namespace: bool
+    self,
+    process: subprocess.Popen,
+    limits: Limits,
+    deadline: float,
+    nonce: str,
   ) -> None:
-    """in_namespace: the process ends when all in it has ended."""
     self.process, self.limits, self.deadline, self.nonce = process, limits, deadline, nonce
-    self.in_namespace = in_namespace
+    self.has_verdict = False
     self.started = time.monotonic()
     self.kills_before = tree.out_of_memory_kills()
     self.read: dict[int, bytearray] = {}
@@ -61,13 +64,15 @@ class Supervisor:
 
   def _watched(self, stdout: int, stderr: int, verdict: int) -> tuple[str, str]:
     while True:
+      ended = self.process.poll() is not None  # before the last look into the pipes
       moved = self._moved()
       line, complete, _ = bytes(self.read[verdict]).partition(b"\n")
       if complete:
+        self.has_verdict = True
         return self._verdict(line)
       if any(len(self.read[d]) > self.limits.output for d in (stdout, stderr)):
         return "output", f"wrote more than {self.limits.output:,} bytes"
-      if verdict not in self.selector.get_map() or len(line) > MAX_VERDICT:
+      if ended or verdict not in self.selector.get_map() or len(line) > MAX_VERDICT:
         return self._lost(bytes(self.read[stderr]))
       if said := self._looked(moved):
         return said
@@ -152,13 +157,14 @@ class Supervisor:
     last = stderr.decode(errors="replace").strip().rpartition("\n")[2][:300]
     return "lost", f"the sandbox ended without a verdict{': ' + last if last else ''}"
 
-  def _end(self) -> None:
-    """Kills all, and waits until it is gone."""
-    if not tree.kill(self.process.pid) or not self.in_namespace:
-      self._kill_group()
+  def _end(self, patience: float = 1.0) -> None:
+    """Until all is gone: the judge ends by itself when its program has, and bubblewrap with the judge."""
+    if not self.has_verdict:
+      tree.kill(self.process.pid)
     try:
-      self.process.wait(1)
+      self.process.wait(patience)
     except subprocess.TimeoutExpired:
+      tree.kill(self.process.pid)
       self._kill_group()
       self.process.wait()
 
@@ -167,6 +173,6 @@ class Supervisor:
       os.killpg(self.process.pid, signal.SIGKILL)
 
   def close(self) -> None:
-    for descriptor in list(self.selector.get_map()):
-      self._close(descriptor)
+    for key in list(self.selector.get_map().values()):
+      self._close(key.fd)
     self.selector.close()

@@ -60,15 +60,21 @@ class Child:
     line, _, self._read = b"".join(parts).partition(b"\n")
     return line
 
+  def kill(self):
+    """It is gone, and reaped here, when this returns."""
+    if not self.ended():
+      os.kill(self.pid, signal.SIGKILL)
+      self._wait()
+
   def _wait(self):
     """It may have closed the pipe and go on: then it is the caller's deadline that ends it."""
     while not self.ended():
       time.sleep(0.005)
+    return self.status
 
   def end(self):
     """(verdict, reason) of how it ended."""
-    self._wait()
-    code = os.waitstatus_to_exitcode(self.status)
+    code = os.waitstatus_to_exitcode(self._wait())
     if code in (-signal.SIGXCPU, -signal.SIGKILL) and self.used > self.seconds - 0.5:
       return "cpu", f"used its {self.seconds} s of CPU time"
     if code < 0:

@@ -4,9 +4,11 @@ In this order, for the sake of which there are two processes: limits and the unp
 judge hides its memory from it; only then it reads the order with the tests and the nonce, and sends the child its code.
 """
 
+import _thread
 import json
 import os
 import resource
+import select
 import signal
 import sys
 
@@ -21,8 +23,10 @@ def main() -> None:
   os.close(0)
   os.open("/dev/null", os.O_RDWR)
   if setup["isolation"] == "landlock":
-    seccomp.install(seccomp.base(namespaces=False))
+    seccomp.install(seccomp.base(alone=child.pid))
   kernel.hide()
+  _thread.start_new_thread(_end_with, (setup["verdict"],))
+  resource.setrlimit(resource.RLIMIT_CPU, (2 * setup["seconds"] + 10,) * 2)  # tests may hang, too
   order = json.loads(_all_of(setup["order"]))
   try:
     verdict, reason = _judged(order, child)
@@ -30,6 +34,7 @@ def main() -> None:
     verdict, reason = "failed", "the judge ran out of memory over an answer"
   said = dict(nonce=order["nonce"], verdict=verdict, reason=reason[:2000])
   os.write(setup["verdict"], json.dumps(said).encode() + b"\n")
+  child.kill()
   os._exit(0)
 
 
@@ -50,6 +55,17 @@ def _enter(setup):
     from posttrain_jax.rewards.sandbox.inside import landlock
 
     landlock.restrict(folders or setup["folders"], ["/dev/null", "/dev/zero", "/dev/urandom"])
+
+
+def _end_with(pipe):
+  """When nobody is left to read the verdict the judge ends, and everything with it.
+
+  A parent's death could say so, too, but the kernel forgets that wish with a change of uid.
+  """
+  poll = select.poll()
+  poll.register(pipe, 0)
+  poll.poll()
+  os._exit(1)
 
 
 def _held(folders):
@@ -92,7 +108,7 @@ def _become_program(setup, judge, asked, says):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     program.limited(setup)
     if setup["isolation"] == "landlock":
-      seccomp.install(seccomp.base(namespaces=False))
+      seccomp.install(seccomp.base(alone=os.getpid()))
     if setup["isolation"] != "none":
       seccomp.install(seccomp.answering(judge))
     with open(asked, "rb") as orders, open(says, "wb") as replies:

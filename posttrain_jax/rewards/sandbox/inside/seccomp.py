@@ -15,40 +15,46 @@ CALL, ARCHITECTURE, FIRST, SECOND = 0, 4, 16, 24  # offsets of struct seccomp_da
 X32 = 0x40000000  # the other numbering of x86_64
 NAMESPACES = 0x7E020000  # CLONE_NEW*
 THREAD = 0x00010000  # CLONE_THREAD
-TIOCSTI, TIOCLINUX = 0x5412, 0x541C  # they type into a terminal
+TYPES = [0x5412, 0x541C]  # TIOCSTI, TIOCLINUX: they type into a terminal
+OWNERS = [0x8901, 0x8902]  # FIOSETOWN, SIOCSPGRP
+OWNED = [8, 10, 15]  # F_SETOWN, F_SETSIG, F_SETOWN_EX: whom a descriptor sends its signals
 
 Filter = list[tuple[int, int, int, int]]
 
 
-def base(*, namespaces: bool = True, machine: str | None = None) -> bytes:
-  """The filter of all that runs in a sandbox; without `namespaces` no process is started, and no file changed."""
+def base(*, alone: int | None = None, machine: str | None = None) -> bytes:
+  """The filter of all that runs in a sandbox.
+
+  alone: without namespaces, the one process that it may signal; it then starts none, and changes no file.
+  """
   name = machine or syscalls.machine()
-  denied = syscalls.DENIED | ({} if namespaces else syscalls.WITHOUT_NAMESPACES)
+  denied = syscalls.DENIED | ({} if alone is None else syscalls.WITHOUT_NAMESPACES)
   lines = _opening(name)
   lines += [(EQUAL, 0, 1, syscalls.number(syscalls.CLONE3, name)), (RETURN, 0, 0, ENOSYS)]
   for call in syscalls.numbers(denied, name):
     lines += [(EQUAL, 0, 1, call), (RETURN, 0, 0, EPERM)]
-  lines += _where(syscalls.number(syscalls.IOCTL, name), SECOND, [TIOCSTI, TIOCLINUX])
+  lines += _refused(syscalls.number(syscalls.IOCTL, name), SECOND, TYPES + OWNERS)
+  lines += _refused(syscalls.number(syscalls.FCNTL, name), SECOND, OWNED)
   clone = syscalls.number(syscalls.CLONE, name)
   lines += [(EQUAL, 0, 4, clone), (LOAD, 0, 0, FIRST)]
-  if namespaces:
-    lines += [(ANY_BIT, 0, 1, NAMESPACES), (RETURN, 0, 0, EPERM)]
+  if alone is None:
+    lines += [(ANY_BIT, 0, 1, NAMESPACES), (RETURN, 0, 0, EPERM), (LOAD, 0, 0, CALL)]
   else:
-    lines += [(ANY_BIT, 1, 0, THREAD), (RETURN, 0, 0, EPERM)]
-  lines += [(LOAD, 0, 0, CALL)]
+    lines += [(ANY_BIT, 1, 0, THREAD), (RETURN, 0, 0, EPERM), (LOAD, 0, 0, CALL)]
+    for call in syscalls.numbers(syscalls.SIGNALS, name):
+      lines += _only(call, alone)
+    lines += _only(syscalls.number(syscalls.PRLIMIT, name), 0)
   return _packed([*lines, (RETURN, 0, 0, ALLOW)])
 
 
 def answering(judge: int, *, machine: str | None = None) -> bytes:
-  """What the model's program has besides: it sends the judge no signal, nor all at once, and sets only its own limits."""
+  """What the model's program has besides: it signals neither the judge nor everybody, and sets its own limits alone."""
   name = machine or syscalls.machine()
   lines = _opening(name)
   refused = [0, 1, -1, judge, -judge]  # 0 and -1 are all of a group, and all there are
   for call in syscalls.numbers(syscalls.SIGNALS, name):
-    lines += _where(call, FIRST, refused)
-  limit = syscalls.number(syscalls.PRLIMIT, name)
-  lines += [(EQUAL, 0, 4, limit), (LOAD, 0, 0, FIRST)]
-  lines += [(EQUAL, 1, 0, 0), (RETURN, 0, 0, EPERM), (LOAD, 0, 0, CALL)]
+    lines += _refused(call, FIRST, refused)
+  lines += _only(syscalls.number(syscalls.PRLIMIT, name), 0)
   return _packed([*lines, (RETURN, 0, 0, ALLOW)])
 
 
@@ -73,12 +79,21 @@ def _opening(name: str) -> Filter:
   return lines + ([(AT_LEAST, 0, 1, X32), (RETURN, 0, 0, EPERM)] if name == "x86_64" else [])
 
 
-def _where(call: int, argument: int, values: list[int]) -> Filter:
+def _refused(call: int, argument: int, values: list[int]) -> Filter:
   """EPERM for a call whose argument is one of the values."""
-  tests = [
-    line for v in values for line in [(EQUAL, 0, 1, v & 0xFFFFFFFF), (RETURN, 0, 0, EPERM)]
-  ]
+  tests = [line for v in values for line in [(EQUAL, 0, 1, v & 0xFFFFFFFF), (RETURN, 0, 0, EPERM)]]
   return [(EQUAL, 0, len(tests) + 2, call), (LOAD, 0, 0, argument), *tests, (LOAD, 0, 0, CALL)]
+
+
+def _only(call: int, first: int) -> Filter:
+  """EPERM for a call whose first argument is another."""
+  return [
+    (EQUAL, 0, 4, call),
+    (LOAD, 0, 0, FIRST),
+    (EQUAL, 1, 0, first),
+    (RETURN, 0, 0, EPERM),
+    (LOAD, 0, 0, CALL),
+  ]
 
 
 def _packed(lines: Filter) -> bytes:

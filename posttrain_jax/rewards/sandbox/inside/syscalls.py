@@ -1,6 +1,7 @@
 """Numbers of Linux system calls, {name: (x86_64, aarch64)}; None where the architecture has no such call."""
 
 import platform
+from collections.abc import Mapping
 
 ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # AUDIT_ARCH_*, what a filter sees
 
@@ -108,7 +109,6 @@ WITHOUT_NAMESPACES = {
   "setsid": (112, 157),
   "setxattr": (188, 5),
   "setxattrat": (463, 463),
-  "socketpair": (53, 199),
   "truncate": (76, 45),
   "utime": (132, None),
   "utimensat": (280, 88),
@@ -126,7 +126,7 @@ SIGNALS = {
 }
 
 CLONE, CLONE3 = (56, 220), (435, 435)
-IOCTL, PRLIMIT = (16, 29), (302, 261)
+FCNTL, IOCTL, PRLIMIT = (72, 25), (16, 29), (302, 261)
 LANDLOCK = (444, 445, 446)  # create_ruleset, add_rule, restrict_self: the same everywhere
 
 
@@ -142,7 +142,7 @@ def machine() -> str:
   return name
 
 
-def numbers(calls: dict[str, tuple[int | None, int | None]], name: str) -> list[int]:
+def numbers(calls: Mapping[str, tuple[int | None, int | None]], name: str) -> list[int]:
   """The calls' numbers on an architecture."""
   column = list(ARCHITECTURES).index(name)
   return [found for row in calls.values() if (found := row[column]) is not None]

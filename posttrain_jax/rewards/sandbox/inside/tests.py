@@ -1,4 +1,4 @@
-"""Tests, run by the judge on functions that are in another process.
+"""Checks, run by the judge on functions that are in another process.
 
 What is compared has crossed over as plain data (`values`), so that nothing of the program's (an `__eq__`, a patched
 builtin, a frame, an early exit) takes part in the comparison.
@@ -160,7 +160,9 @@ def _line(error):
 def _place(error, text):
   """The deepest line of the tests that was running."""
   numbers = [
-    frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "tests.py"
+    frame.lineno
+    for frame in traceback.extract_tb(error.__traceback__)
+    if frame.filename == "tests.py"
   ]
   lines = text.splitlines()
   return lines[numbers[-1] - 1].strip()[:200] if numbers and numbers[-1] else lines[0][:200]
@@ -172,6 +174,7 @@ def _free(text, defined):
   reads = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
   writes = {n.id for n in nodes if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
   writes |= {n.name for n in nodes if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+  writes |= {n.name for n in nodes if isinstance(n, ast.ExceptHandler) and n.name}
   writes |= {n.arg for n in nodes if isinstance(n, ast.arg)}
   writes |= {
     (alias.asname or alias.name).partition(".")[0]
