@@ -15,7 +15,8 @@ ROOTS = dict(
   prompt='from typing import List\n\ndef poly(xs: List, x):\n  return sum(c * x**i for i, c in enumerate(xs))\n\n'
   'def zero(xs: List):\n    """A zero of the polynomial.\n    >>> zero([1, 1])\n    -1\n    """\n',
   entry_point="zero",
-  test="METADATA = {}\n\ndef check(candidate):\n  for xs in ([1, 1], [4, 2]):\n    assert abs(poly(xs, candidate(list(xs)))) < 1e-6\n",
+  test="METADATA = {}\n\ndef check(candidate):\n  for xs in ([1, 1], [4, 2]):\n"
+  "    assert abs(poly(xs, candidate(list(xs)))) < 1e-6\n",
 )  # fmt: skip
 BODY = "    return -xs[0] / xs[1]\n"
 WHOLE = "def zero(xs):\n  return -xs[0] / xs[1]\n"
@@ -78,7 +79,6 @@ def test_a_deadline_is_missing_and_used_up_time_is_wrong():
   late = python("", loop, ADD, deadline=0.4)
   assert late.value is None
   assert late.reason.startswith("timed out after 0.4 s")
-  assert python("", loop, ADD, limits=QUICK) == Score(0.0, "used its 1 s of CPU time")
   assert python("", "while True: pass", SUMS, limits=QUICK).value == 0
   waits = python("", "import time; time.sleep(100)", SUMS, limits=QUICK)
   assert waits == Score(0.0, "test 1 of 2: waited for 1 s, for nothing that comes")

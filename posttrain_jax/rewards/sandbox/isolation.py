@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import compileall
 import dataclasses
 import functools
 import shutil
 
-from posttrain_jax.rewards.sandbox import start
+from posttrain_jax.rewards.sandbox import launch, start
 from posttrain_jax.rewards.sandbox.outcome import Limits
 
 INSTALL = "install bubblewrap (Debian and Ubuntu: apt-get install bubblewrap; Fedora: dnf install bubblewrap)"
@@ -38,6 +39,8 @@ class Probe:
 @functools.cache
 def probe() -> Probe:
   """The best isolation that works here."""
+  # in a sandbox nothing is written, and compiling each time would take longer than the program
+  compileall.compile_dir(launch.FOLDER / "inside", quiet=2)
   why = {}
   for isolation in ("bubblewrap", "landlock"):
     why[isolation] = trouble(isolation)

@@ -3,7 +3,6 @@
 import os
 import select
 import signal
-import time
 
 from posttrain_jax.rewards.sandbox.inside import values
 
@@ -21,14 +20,14 @@ class Child:
 
   def __init__(self, pid, asks, replies, seconds):
     self.pid, self.asks, self.replies, self.seconds = pid, asks, replies, seconds
-    self.status, self.used, self._read = None, 0.0, b""
+    self.has_ended, self.status, self.used, self._read = False, 0, 0.0, b""
 
-  def ended(self):
-    if self.status is None:
-      pid, status, usage = os.wait4(self.pid, os.WNOHANG)
-      if pid:
-        self.status, self.used = status, usage.ru_utime + usage.ru_stime
-    return self.status is not None
+  def ended(self, wait=os.WNOHANG):
+    """Whether it has; `wait=0` returns when it has."""
+    if not self.has_ended:
+      pid, self.status, usage = os.wait4(self.pid, wait)
+      self.has_ended, self.used = pid != 0, usage.ru_utime + usage.ru_stime
+    return self.has_ended
 
   def send(self, line):
     try:
@@ -49,7 +48,8 @@ class Child:
       if select.select([self.replies], [], [], 0.05)[0]:
         part = os.read(self.replies, 1 << 16)
         if not part:
-          self._wait()
+          # it may have closed the pipe and go on: then it is the caller's limits that end it
+          self.ended(0)
           raise Ended
         parts.append(part)
         size += len(part)
@@ -64,17 +64,12 @@ class Child:
     """It is gone, and reaped here, when this returns."""
     if not self.ended():
       os.kill(self.pid, signal.SIGKILL)
-      self._wait()
-
-  def _wait(self):
-    """It may have closed the pipe and go on: then it is the caller's deadline that ends it."""
-    while not self.ended():
-      time.sleep(0.005)
-    return self.status
+      self.ended(0)
 
   def end(self):
     """(verdict, reason) of how it ended."""
-    code = os.waitstatus_to_exitcode(self._wait())
+    self.ended(0)
+    code = os.waitstatus_to_exitcode(self.status)
     if code in (-signal.SIGXCPU, -signal.SIGKILL) and self.used > self.seconds - 0.5:
       return "cpu", f"used its {self.seconds} s of CPU time"
     if code < 0:

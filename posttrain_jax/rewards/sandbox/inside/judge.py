@@ -97,6 +97,8 @@ def _started(setup):
     _become_program(setup, judge, asked, says)
   os.close(asked)
   os.close(says)
+  # process 1 takes no signal from within but those it has a handler for, and Python has one for this
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
   signal.signal(signal.SIGPIPE, signal.SIG_IGN)
   return children.Child(pid, asks, replies, setup["seconds"])
 
