@@ -18,6 +18,7 @@ from posttrain_jax.rewards.score import Score
 _FENCE = re.compile(
   r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE
 )
+_DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 _LANGUAGES = ("python", "py", "python3")
 
 
@@ -72,9 +73,10 @@ def extract(text: str) -> str:
 def _tests(code: str, example: Mapping[str, Any]) -> tuple[Checks | None, str]:
   """(tests, the program) of a row; a completion may be a whole function or the body that HumanEval asks for."""
   if example.get("test") and example.get("entry_point"):
-    name, start = str(example["entry_point"]), _text(example.get("prompt"))
+    entry, start = str(example["entry_point"]), _text(example.get("prompt"))
+    name = entry.partition("(")[0].partition(".")[0]  # of `Solution().sum`
     whole = f"{start}\n{code}" if _defines(code, name) else start + code
-    case = f"{example['test']}\ncheck({name})"
+    case = f"{example['test']}\ncheck({entry})"
     return Checks(cases=(case,), setup=_helpers(start, name), names=(name,)), whole
   cases = example.get("tests") or example.get("test_list")
   if not isinstance(cases, Sequence) or isinstance(cases, str) or not cases:
@@ -91,8 +93,8 @@ def _defines(code: str, name: str) -> bool:
   try:
     body = ast.parse(code).body
   except (SyntaxError, ValueError, RecursionError, MemoryError):
-    return re.search(rf"^(async )?def {re.escape(name)}\b", code, re.MULTILINE) is not None
-  return any(isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef) and n.name == name for n in body)
+    return re.search(rf"^(def|class|async def) {re.escape(name)}\b", code, re.MULTILINE) is not None
+  return any(isinstance(n, _DEFINITIONS) and n.name == name for n in body)
 
 
 def _helpers(start: str, name: str) -> str:
@@ -101,7 +103,7 @@ def _helpers(start: str, name: str) -> str:
     tree = ast.parse(start)
   except SyntaxError:  # it ends where a body is to begin
     return ""
-  tree.body = [n for n in tree.body if not (isinstance(n, ast.FunctionDef) and n.name == name)]
+  tree.body = [n for n in tree.body if not (isinstance(n, _DEFINITIONS) and n.name == name)]
   return ast.unparse(tree)
 
 
@@ -117,7 +119,7 @@ def _pairs(example: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _all_written(code: str, pairs: Sequence[tuple[str, str]], options: Mapping[str, Any]) -> Score:
   """Each in a sandbox of its own; what is expected is compared here and never enters one."""
   for i, (given, expected) in enumerate(pairs):
-    outcome = sandbox.run(code, stdin=given.encode(), **options)
+    outcome = sandbox.run(code, stdin=given.encode(errors="replace"), **options)
     if outcome.is_missing or outcome.verdict != "ended":
       score = of(outcome)
       return Score(score.value, f"test {i + 1} of {len(pairs)}: {score.reason}")

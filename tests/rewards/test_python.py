@@ -20,6 +20,11 @@ ROOTS = dict(
 )  # fmt: skip
 BODY = "    return -xs[0] / xs[1]\n"
 WHOLE = "def zero(xs):\n  return -xs[0] / xs[1]\n"
+METHOD = dict(
+  prompt="from typing import List\n",
+  entry_point="Sums().add",
+  test="def check(candidate):\n  assert candidate(1, 2) == 3",
+)
 ADD = dict(tests=["assert add(1, 2) == 3", "assert add(-1, 1) == 0"])
 SUMS = dict(tests=[dict(input="1 2\n", output="3\n"), dict(input="4 5", output="9")])
 
@@ -42,6 +47,9 @@ def _isolated():
     ("def poly(xs, x): return 0\ndef zero(xs): return 1", ROOTS, 0),
     ("I do not know.", ROOTS, 0),
     ("", ROOTS, 0),
+    ("\ud800", ROOTS, 0),
+    ("class Sums:\n  def add(self, a, b): return a + b", METHOD, 1),
+    ("class Sums:\n  def add(self, a, b): return a - b", METHOD, 0),
     ("def add(a, b): return a + b", ADD, 1),
     ("def add(a, b): return 3", ADD, 0),
     ("def plus(a, b): return a + b", ADD, 0),

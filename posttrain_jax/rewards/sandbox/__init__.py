@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Mapping, Sequence
 
 from posttrain_jax.rewards.sandbox import start
@@ -71,6 +72,8 @@ def run(
 
 
 def _isolation(asked: str, unsafe: bool) -> str:
+  if sys.platform != "linux":
+    raise NoSandbox(f"programs that a model writes run on Linux alone, and this is {sys.platform}")
   if asked == "none" and not unsafe:
     raise NoSandbox('isolation="none" runs a stranger\'s program as yourself: say unsafe=True, too')
   if asked:

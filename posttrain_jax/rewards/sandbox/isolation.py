@@ -5,27 +5,34 @@ from __future__ import annotations
 import compileall
 import dataclasses
 import functools
+import os
 import shutil
+import sys
+import threading
 
 from posttrain_jax.rewards.sandbox import launch, start
 from posttrain_jax.rewards.sandbox.outcome import Limits
 
 INSTALL = "install bubblewrap (Debian and Ubuntu: apt-get install bubblewrap; Fedora: dnf install bubblewrap)"
-# Ends with 0 where each try to get out fails: a file of the host's, a socket, a namespace, another's memory.
+# What the program gets out to: the host's files, a socket, a namespace, another process's memory.
 TRY = """
 import ctypes, os, socket
-libc, out = ctypes.CDLL(None, use_errno=True), []
-try:
-  socket.socket().close(); out.append("sockets")
-except OSError: pass
-if libc.unshare(0x10000000) == 0: out.append("namespaces")
-if libc.ptrace(0, 0, 0, 0) == 0: out.append("tracing")
-for name in ("/etc/passwd", "/proc/%d/environ" % os.getppid()):
+def escapes():
+  libc, out = ctypes.CDLL(None, use_errno=True), []
   try:
-    open(name).close(); out.append(name)
+    socket.socket().close()
+    out.append("sockets")
   except OSError: pass
-assert not out, out
+  if libc.unshare(0x10000000) == 0: out.append("namespaces")
+  if libc.ptrace(0, 0, 0, 0) == 0: out.append("tracing")
+  for name in ("/etc/passwd", "/proc/%d/environ" % os.getppid()):
+    try:
+      open(name).close()
+      out.append(name)
+    except OSError: pass
+  return out
 """
+CASE = "assert escapes() == [], f'a program gets out: {escapes()}'"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,13 +70,17 @@ def _sentence(isolation: str, why: dict[str, str]) -> str:
 
 def trouble(isolation: str) -> str:
   """Why an isolation is not to be had; "" where it holds."""
+  if sys.platform != "linux":
+    return f"it needs Linux, and this is {sys.platform}"
+  if not os.path.exists(f"/proc/self/task/{threading.get_native_id()}/children"):
+    return (
+      "this kernel does not list a process's children in /proc, so that nobody can look after them"
+    )
   if isolation == "bubblewrap" and shutil.which("bwrap") is None:
     return "bwrap is not installed"
   try:
-    outcome = start.once(isolation, dict(code=TRY), limits=Limits(), deadline=30.0)
+    tests = dict(cases=[CASE], setup="", names=[])
+    outcome = start.once(isolation, dict(code=TRY, tests=tests), limits=Limits(), deadline=30.0)
   except OSError as error:
     return str(error)
-  if outcome.verdict == "ended":
-    return ""
-  last = outcome.stderr.decode(errors="replace").strip().rpartition("\n")[2]
-  return last[:200] or outcome.reason
+  return "" if outcome.verdict == "passed" else outcome.reason[:300]

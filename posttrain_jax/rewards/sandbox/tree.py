@@ -41,11 +41,17 @@ def usage(pid: int) -> Usage:
     if stat:
       # after the name, which may hold anything: utime, stime and those of children that were waited for
       cpu += TICK * sum(map(int, stat.rpartition(")")[2].split()[11:15]))
-    idle = idle and all(
-      _read(f"/proc/{process}/task/{task}/stat").rpartition(")")[2][1:2] in "STtZX"
-      for task in _names(f"/proc/{process}/task")
-    )
+    idle = idle and _is_idle(process)
   return Usage(memory, cpu, idle)
+
+
+def _is_idle(pid: int) -> bool:
+  """Every thread is seen to sleep, or to be stopped; what cannot be seen is not idle."""
+  states = [
+    _read(f"/proc/{pid}/task/{task}/stat").rpartition(")")[2][1:2]
+    for task in _names(f"/proc/{pid}/task")
+  ]
+  return bool(states) and all(state and state in "STtZX" for state in states)
 
 
 def kill(pid: int) -> int:

@@ -45,6 +45,9 @@ def _enter(setup):
   sys.path += setup["libraries"]
   folders = []
   if setup["uid"] is not None:
+    # this folder may be root's alone
+    from posttrain_jax.rewards.sandbox.inside import landlock, tests  # noqa: F401
+
     # what only root reaches is reached through descriptors; namespaces have it bound where all can read it
     folders = _held(setup["folders"]) if setup["isolation"] == "landlock" else []
     os.setgroups([])
