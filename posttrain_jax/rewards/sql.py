@@ -71,8 +71,8 @@ def sql(prompt: Any, completion: str, example: Mapping[str, Any]) -> Score:
   The row may name its `database`, a file that is opened read-only, or have a `schema`, a script of CREATE and INSERT;
   without either the built-in task's facts are asked.
 
-  >>> sql("", "SELECT 2 + 2 WHERE 0", {"gold": "SELECT 4", "schema": "CREATE TABLE t (x)"})
-  Score(value=0.0, reason='wrong result')
+  >>> sql("", "SELECT 2 + 2 WHERE 0", {"gold": "SELECT 4", "schema": "CREATE TABLE t (x)"}).value
+  0.0
   """
   gold = example.get("gold")
   if not isinstance(gold, str):
@@ -94,10 +94,10 @@ def score(answer: str, gold: str, *, connection: sqlite3.Connection | None = Non
   `connection`, that database alone decides.
 
   >>> gold = "SELECT capital FROM country WHERE name = 'France'"
-  >>> score("SELECT capital AS c FROM country WHERE name LIKE 'france'", gold)
-  Score(value=1.0, reason='ok')
-  >>> score("SELECT 'Paris'", gold)
-  Score(value=0.0, reason='wrong result')
+  >>> score("SELECT capital AS c FROM country WHERE name LIKE 'france'", gold).value
+  1.0
+  >>> score("SELECT 'Paris'", gold).reason
+  'wrong result'
   """
   if connection is not None:
     return _score(answer, gold, [connection], BUILT_IN)
