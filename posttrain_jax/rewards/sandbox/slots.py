@@ -17,8 +17,9 @@ class Slots:
   def __init__(self, count: int, *, with_uids: bool) -> None:
     self._free: queue.SimpleQueue[int | None] = queue.SimpleQueue()
     self._claims: list[socket.socket] = []
-    for _ in range(count):
-      self._free.put(self._uid() if with_uids else None)
+    self.uids = [self._uid() if with_uids else None for _ in range(count)]
+    for uid in self.uids:
+      self._free.put(uid)
 
   @contextlib.contextmanager
   def one(self) -> Generator[int | None]:

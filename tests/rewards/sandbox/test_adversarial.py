@@ -58,14 +58,11 @@ def state(folder):
 
 
 def of_slots():
-  """Processes of the uids that root gives to sandboxes."""
-  if os.geteuid():
-    return []
-  uids = range(slots.FIRST_UID, slots.FIRST_UID + slots.UIDS)
+  """Processes of the uids that this process gives to sandboxes, where it is root's."""
   found = []
   for process in Path("/proc").iterdir():
     try:
-      if process.name.isdigit() and process.stat().st_uid in uids:
+      if process.name.isdigit() and process.stat().st_uid in slots.shared().uids:
         found.append(int(process.name))
     except FileNotFoundError:
       continue
