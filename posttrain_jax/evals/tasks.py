@@ -20,6 +20,7 @@ from posttrain_jax.evals import graders as graders_lib
 from posttrain_jax.evals import intervals, vote
 from posttrain_jax.evals.graders import Grader
 from posttrain_jax.models.config import ModelConfig
+from posttrain_jax.rewards import sql as sql_reward
 from posttrain_jax.rollout import engine
 from posttrain_jax.rollout.sampling import GREEDY, Sampling
 from posttrain_jax.runs.record import TaskResult
@@ -48,8 +49,8 @@ class Task:
 
 
 def _score_sql(answer: str, question: Mapping[str, Any]) -> tuple[float, str]:
-  score = sql.score(answer, question["gold"])
-  return float(score.correct), score.reason
+  score = sql_reward.score(answer, question["gold"])
+  return score.value or 0.0, score.reason  # never missing: a gold query that fails raises
 
 
 # The longest gold query takes 38 tokens of SmolLM2's.
