@@ -75,7 +75,7 @@ def measured(folder: Path) -> dict[str, float]:
     max_new_tokens=LONGEST,
     sampling=Sampling(temperature=1.0),
     stop_tokens=engine.stop_tokens(config, tokenizer),
-    key=jax.random.key(0),
+    seed=0,
   )
   made = []
   for prompt, tokens in zip(prompts, drawn.tokens):
