@@ -248,6 +248,26 @@ def reference(o):
   o.cache_reference = True  # its log-probabilities are computed once, before training
 
 
+def reward(parts):
+  """What scores the answers that a model writes.
+
+  Args:
+    parts: names with "+" between, such as "number+length".
+  """
+  r = ml_collections.ConfigDict()
+  # verifiers whose scores are added: built in, FILE.py:name, or a reward model's folder
+  r.parts = tuple(filter(None, parts.split("+")))
+  r.weights = ()  # one for each of them; (): 1 each
+  r.gates = ()  # verifiers that multiply the sum
+  r.options = ml_collections.ConfigDict()  # part or gate -> its options
+  r.ranges = ml_collections.ConfigDict()  # part or gate -> (lowest, highest) score
+  r.untested = ()  # those that do not ask whether an answer is right
+  r.seconds = config_dict.placeholder(float)  # deadline of a call in a worker; None: its own
+  r.retries = 1  # how often a missing score is asked for again
+  r.unsafe_code = False  # run programs that the model wrote where nothing isolates them
+  return r
+
+
 def following(o):
   """TR-DPO: whether the reference follows the policy."""
   # updates from one step of the reference towards the policy to the next; 0: it stays

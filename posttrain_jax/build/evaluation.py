@@ -14,7 +14,6 @@ import ml_collections
 import numpy as np
 
 from posttrain_jax import adapters, settings
-from posttrain_jax.adapters import peft_format
 from posttrain_jax.build import adapter as adapter_lib
 from posttrain_jax.build import checks, decisions, objective, questions, reference, use
 from posttrain_jax.build import data as data_lib
@@ -24,7 +23,6 @@ from posttrain_jax.core import files, progress, tree
 from posttrain_jax.core import metrics as metrics_lib
 from posttrain_jax.core.checkpoint import Checkpoints
 from posttrain_jax.data import loader, schema, turns
-from posttrain_jax.evals import judge as judge_lib
 from posttrain_jax.evals import margins, tasks
 from posttrain_jax.models import before, fetch, hf
 from posttrain_jax.objectives import Context, Preference, Scorer, Sum, evaluation, measured
@@ -334,34 +332,6 @@ def scores(
     right = {} if asked is None else _answered(used, asked, limit, (), None)
     results[source] = {name: right[name] for name in ("accuracy",) if right} | {"loss": lost}
   return results
-
-
-def judge(folder: str, *, base: str | None = None, template: str | None = None) -> judge_lib.Judge:
-  """The reward model in a folder of a model, of an adapter or of a run, which reads answers as it was trained to.
-
-  Raises:
-    ConfigError: it is no reward model.
-  """
-  path = Path(folder).expanduser()
-  is_adapter = (path / peft_format.CONFIG).exists()
-  if is_adapter and not use.scores(path):
-    raise ConfigError(f"{folder}: this adapter has no score head; it is no reward model")
-  model, adapter = (None, folder) if is_adapter else (folder, None)
-  used = use.load(model, adapter, base=base, template=template)
-  if used.config.scores != 1:
-    raise ConfigError(
-      f"{folder}: {used.config.scores or 'no'} scores a token; a reward model has one"
-    )
-  manner = used.manner
-  return judge_lib.Judge(
-    used.bound,
-    used.config,
-    used.tokenizer,
-    used.template,
-    chat=manner.chat,
-    system=manner.system,
-    dtype=used.dtype,
-  )
 
 
 def _preference(loss: Scorer) -> Preference | None:

@@ -78,13 +78,13 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 def _best_of(args: argparse.Namespace) -> dict[str, Any]:
   """How often the answer is right that a reward model likes best of several."""
-  from posttrain_jax.build import evaluation, use
+  from posttrain_jax.build import scoring, use
   from posttrain_jax.evals import judge
 
   if not ((args.model or args.adapter) and args.data and args.reward):
     raise ValueError("--best_of=N takes --model, --data (a built-in task) and --reward")
   judge.check_best_of(args.data, args.best_of)
-  liked = evaluation.judge(args.reward)  # before the long part
+  liked = scoring.judge(args.reward)  # before the long part
   used = use.load(args.model, args.adapter, base=args.base, template=args.template)
   return judge.best_of(
     liked,
@@ -104,7 +104,7 @@ def _rewards(args: argparse.Namespace) -> dict[str, Any]:
 
   A row gives `reward`, `chosen` and `rejected`, `rewards` of a group's answers, or `steps`.
   """
-  from posttrain_jax.build import evaluation
+  from posttrain_jax.build import scoring
   from posttrain_jax.core import files
   from posttrain_jax.evals import judge
 
@@ -112,7 +112,7 @@ def _rewards(args: argparse.Namespace) -> dict[str, Any]:
     raise ValueError("--reward=DIR takes --data (a file of answers), or --best_of with --model")
   if args.out is not None and Path(args.out).exists():
     raise ValueError(f"{args.out} is there already: write another --out, or remove it")
-  liked = evaluation.judge(args.reward, base=args.base, template=args.template)
+  liked = scoring.judge(args.reward, base=args.base, template=args.template)
   lines, summary = judge.score(liked, args.data, args.limit)
   text = "".join(json.dumps(line) + "\n" for line in lines)
   if args.out is None:

@@ -18,6 +18,8 @@ from posttrain_jax.evals import tasks
 from posttrain_jax.models import before
 from posttrain_jax.models.config import ModelConfig
 from posttrain_jax.objectives import Reward
+from posttrain_jax.rewards.score import Score, missing
+from posttrain_jax.rewards.verifier import Prompt
 from posttrain_jax.rollout.sampling import Sampling
 
 ROWS = 8  # prompts in a batch
@@ -73,6 +75,39 @@ class Judge:
       examples, within, truncate="error", on_error="raise", tokenizer=self.tokenizer
     )
     return kept
+
+  def scores(self, pairs: Sequence[tuple[Prompt, str]]) -> list[Score]:
+    """Of each (prompt, completion) the score; missing where it cannot be read, as one that is too long."""
+    rows = [self._row(prompt, completion, i) for i, (prompt, completion) in enumerate(pairs)]
+    try:
+      read = dict(enumerate(self.encode(rows)))
+      unread = {}
+    except RowError:
+      read, unread = self._one_by_one(rows)
+    values = dict(zip(read, self.rewards([*read.values()]) if read else []))
+    return [Score(values[i][0]) if i in values else missing(unread[i]) for i in range(len(rows))]
+
+  def _row(self, prompt: Prompt, completion: str, number: int) -> schema.Row:
+    fields: dict[str, Any] = {"prompt": prompt, "completion": completion or " "}
+    origin = f"answer {number + 1}"
+    if not isinstance(prompt, str):
+      said = {"role": "assistant", "content": completion.strip() or " "}
+      fields = {"prompt": [*prompt], "completion": [said]}
+    elif self.chat:
+      fields = schema.as_chat(fields, origin, self.system)
+    return schema.Row(fields, origin, "prompt_completion")
+
+  def _one_by_one(
+    self, rows: Sequence[schema.Row]
+  ) -> tuple[dict[int, answer_lib.Answers], dict[int, str]]:
+    """({place: what can be read}, {place: why it cannot})."""
+    read, unread = {}, {}
+    for i, row in enumerate(rows):
+      try:
+        (read[i],) = self.encode([row])
+      except RowError as error:
+        unread[i] = error.detail
+    return read, unread
 
   def rewards(self, examples: Sequence[answer_lib.Answers]) -> list[list[float]]:
     """The rewards of each example, in order: one number an answer, or where it is told apart into steps, one a step."""

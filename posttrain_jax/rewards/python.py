@@ -7,6 +7,7 @@ pairs of what is read and what is to be written (`{"input": "3 4", "output": "7"
 from __future__ import annotations
 
 import ast
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,12 +15,44 @@ from typing import Any
 from posttrain_jax.rewards import sandbox
 from posttrain_jax.rewards.sandbox import Checks, Limits, Outcome
 from posttrain_jax.rewards.score import Score
+from posttrain_jax.rewards.verifier import Known, Prompt, Tried
 
 _FENCE = re.compile(
   r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE
 )
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 _LANGUAGES = ("python", "py", "python3")
+SECONDS = 120.0  # for all the runs of one answer; each has its own deadline
+
+
+@dataclasses.dataclass(frozen=True)
+class Program(Tried):
+  """`python` as a part of a reward.
+
+  unsafe_code: run programs where nothing isolates them.
+  """
+
+  unsafe_code: bool = False
+
+  def __call__(self, prompt: Prompt, completion: str, example: Mapping[str, Any]) -> Score:
+    return python(prompt, completion, example, unsafe=self.unsafe_code)
+
+  def known(self) -> list[Known]:
+    row = {"tests": ["assert double(3) == 6"]}
+    return [
+      Known("```python\ndef double(x):\n  return 2 * x\n```", row, True),
+      Known("```python\ndef double(x):\n  return x\n```", row, False),
+      Known("double(3) == 6", row, False),
+    ]
+
+
+def verifier(unsafe_code: bool = False) -> Program:
+  """Raises ValueError where no program can be run here."""
+  try:
+    sandbox.check(unsafe_code)
+  except sandbox.NoSandbox as error:
+    raise ValueError(f"python: {error}") from error
+  return Program(unsafe_code)
 
 
 def python(

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from posttrain_jax.core import words
 from posttrain_jax.rewards import named, score, trl
 from posttrain_jax.rewards.reward import Part, Reward
-from posttrain_jax.rewards.table import VERIFIERS, BuiltIn
+from posttrain_jax.rewards.table import UNSAFE, VERIFIERS, BuiltIn
 from posttrain_jax.rewards.verifier import Batch, Known, Tried, Verifier
 from posttrain_jax.rewards.workers import SECONDS, Apart, Workers
 from posttrain_jax.settings import ConfigError
@@ -40,7 +40,8 @@ def make(
     spec: parts: names of verifiers, a list or a text with commas, `FILE.py:name` for one's own; weights: one each,
       1 where there are none; gates: names of those that multiply; options: {name: the verifier's options};
       ranges: {name: (low, high)}; untested: names of those that do not ask whether an answer is right (`selftest`);
-      seconds: the deadline of a call in a worker; retries: how often a missing score is asked for again.
+      seconds: the deadline of a call in a worker, None: each verifier's own; unsafe_code: programs that the model
+      wrote are run where nothing isolates them; retries: how often a missing score is asked for again.
     columns: that the rows have.
     given: verifiers that the caller made, by the names that parts give them, as a reward model.
     workers: the processes that verifiers run in; None: as many as there are cores.
@@ -49,7 +50,7 @@ def make(
     ConfigError: there is no such verifier or option, or the rows do not have what one reads.
   """
   asked = _read(spec)
-  room = _Room(columns, given or {}, workers, asked.seconds)
+  room = _Room(columns, given or {}, workers)
   try:
     return Reward([room.part(asked, name) for name in asked.names], retries=asked.retries)
   except ConfigError:
@@ -68,8 +69,9 @@ class _Spec:
   options: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
   ranges: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict)
   untested: tuple[str, ...] = ()
-  seconds: float = SECONDS
+  seconds: float | None = None
   retries: int = 1
+  unsafe_code: bool = False
 
   @property
   def names(self) -> tuple[str, ...]:
@@ -89,7 +91,7 @@ def _read(spec: Mapping[str, Any]) -> _Spec:
     what, is_one = SHAPES[field]
     if not is_one(value):
       raise ConfigError(f"reward.{field}={words.shown(value)}: it is {what}")
-  lists = {key: _names(spec[key]) for key in ("parts", "gates", "untested") if key in spec}
+  lists = {key: names(spec[key]) for key in ("parts", "gates", "untested") if key in spec}
   values: dict[str, Any] = {**spec, **lists}
   asked = _Spec(**values)
   if len(asked.weights) not in (0, len(asked.parts)):
@@ -141,12 +143,16 @@ SHAPES: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
   "options": ("{name: {option: value}}", _are_options),
   "ranges": ("{name: (low, high)}", _are_ranges),
   "untested": NAMES,
-  "seconds": ("a number of seconds above 0", lambda value: _is_number(value) and value > 0),
+  "seconds": (
+    "a number of seconds above 0, or None",
+    lambda value: value is None or (_is_number(value) and value > 0),
+  ),
   "retries": ("a count from 0", lambda value: _is_number(value) and value in range(1000)),
+  "unsafe_code": ("true or false", lambda value: isinstance(value, bool)),
 }
 
 
-def _names(value: str | Sequence[str]) -> tuple[str, ...]:
+def names(value: str | Sequence[str]) -> tuple[str, ...]:
   """The names of a list, or of a text with commas."""
   listed = value.split(",") if isinstance(value, str) else value
   return tuple(name.strip() for name in listed if name.strip())
@@ -160,9 +166,8 @@ class _Room:
     columns: Collection[str],
     given: Mapping[str, Verifier | Batch],
     workers: Workers | None,
-    seconds: float,
   ):
-    self.columns, self.given, self.seconds = columns, given, seconds
+    self.columns, self.given = columns, given
     self._workers = workers
 
   @property
@@ -176,11 +181,11 @@ class _Room:
     options = dict(asked.options.get(name, {}))
     known: tuple[Known, ...] = ()
     if built_in is not None:
-      verifier, known = self._built_in(name, built_in, options)
+      verifier, known = self._built_in(name, built_in, options, asked)
     elif options:
       raise ConfigError(f"reward.options: {name} takes none here")
     else:
-      verifier = self.given[name] if name in self.given else self._own(name)
+      verifier = self.given[name] if name in self.given else self._own(name, asked.seconds)
     low, high = asked.ranges.get(name) or (score.ANY if built_in is None else built_in.range)
     return Part(
       name,
@@ -193,7 +198,7 @@ class _Room:
     )
 
   def _built_in(
-    self, name: str, built_in: BuiltIn, options: dict[str, Any]
+    self, name: str, built_in: BuiltIn, options: dict[str, Any], asked: _Spec
   ) -> tuple[Verifier | Batch, tuple[Known, ...]]:
     wrong = [option for option in options if option not in built_in.options]
     if wrong:
@@ -204,14 +209,17 @@ class _Room:
     absent = [option for option in built_in.needed if option not in options]
     if absent:
       raise ConfigError(f"reward.options: {name} needs {' and '.join(absent)}")
-    for column in built_in.reads:
-      self._has(name, column)
+    self._has_one(name, built_in.reads)
+    if built_in.runs_code:
+      options[UNSAFE] = asked.unsafe_code
     try:
       made = built_in.make(**options)
     except TypeError as error:
       raise ConfigError(f"reward.options: {name} with {words.shown(options)}: {error}") from error
     known = tuple(made.known()) if isinstance(made, Tried) else ()
-    return Apart(made, self.workers, self.seconds) if built_in.apart else made, known
+    if not built_in.apart:
+      return made, known
+    return Apart(made, self.workers, asked.seconds or built_in.seconds), known
 
   def _column(self, name: str, asked: str | None) -> str:
     """The column with what is expected: the one that was named, or the only one whose name says so."""
@@ -235,7 +243,19 @@ class _Room:
       )
     return column
 
-  def _own(self, name: str) -> Verifier | Batch:
+  def _has_one(self, name: str, reads: Sequence[tuple[str, ...]]) -> None:
+    """Raises where the rows have all columns of none of these."""
+    if len(reads) == 1:
+      for column in reads[0]:
+        self._has(name, column)
+    elif reads and not any({*columns} <= {*self.columns} for columns in reads):
+      listed = ", ".join(self.columns)
+      wanted = ", or ".join(" and ".join(columns) for columns in reads)
+      raise ConfigError(
+        f"reward: {name} reads the columns {wanted}, which the data does not have; its columns are {listed}"
+      )
+
+  def _own(self, name: str, seconds: float | None) -> Verifier | Batch:
     """A function of the user's: a plain verifier, or one of TRL's."""
     path, colon, function = name.rpartition(":")
     if not colon or not path.endswith(".py"):
@@ -253,7 +273,7 @@ class _Room:
     own = named.Named(file, function)
     if trl.is_one(called):
       trl.check(called, str(own), self.columns)
-      return trl.Function(own, str(own), self.workers, self.seconds)
+      return trl.Function(own, str(own), self.workers, seconds or SECONDS)
     try:
       inspect.signature(called).bind("prompt", "completion", {})
     except TypeError as error:
@@ -261,4 +281,4 @@ class _Room:
         f"reward: {own} takes {inspect.signature(called)}; a verifier takes (prompt, completion, example), and a reward"
         " function of TRL's lists by their names: (prompts, completions, **columns)"
       ) from error
-    return Apart(own, self.workers, self.seconds)
+    return Apart(own, self.workers, seconds or SECONDS)

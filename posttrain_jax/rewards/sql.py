@@ -21,6 +21,7 @@ from typing import Any
 
 from posttrain_jax.data.tasks import sql as task
 from posttrain_jax.rewards.score import Score
+from posttrain_jax.rewards.verifier import Known, Prompt, Tried
 
 # What a question about a database can need.  Absent on purpose: random, the clock, files, extensions, and
 # everything that makes a large value out of a small one.
@@ -63,6 +64,25 @@ BUILT_IN = Bounds()
 OWN = Bounds(
   10_000, 100, 2_000_000, 5.0, 10_000, FUNCTIONS | MORE_FUNCTIONS
 )  # for a row's database
+
+
+@dataclasses.dataclass(frozen=True)
+class Query(Tried):
+  """`sql` as a part of a reward; the gold query is in the row's `column`."""
+
+  column: str = "gold"
+
+  def __call__(self, prompt: Prompt, completion: str, example: Mapping[str, Any]) -> Score:
+    return sql(prompt, completion, {**example, "gold": example.get(self.column)})
+
+  def known(self) -> list[Known]:
+    gold = "SELECT capital FROM country WHERE name = 'France'"
+    row = {self.column: gold}
+    return [
+      Known(f"```sql\n{gold};\n```", row, True),
+      Known("SELECT name FROM country WHERE name = 'France'", row, False),
+      Known("Paris", row, False),
+    ]
 
 
 def sql(prompt: Any, completion: str, example: Mapping[str, Any]) -> Score:

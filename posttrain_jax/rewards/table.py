@@ -7,11 +7,24 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from posttrain_jax.rewards import boxed, expressions, gym, json_values, matching, numbers, score
+from posttrain_jax.rewards import (
+  boxed,
+  expressions,
+  gym,
+  json_values,
+  matching,
+  numbers,
+  python,
+  score,
+  sql,
+)
 from posttrain_jax.rewards.compared import Compared
 from posttrain_jax.rewards.formats import Json, Regex, Schema, Tags
 from posttrain_jax.rewards.judge import Judge
 from posttrain_jax.rewards.length import SoftOverlong
+from posttrain_jax.rewards.workers import SECONDS
+
+UNSAFE = "unsafe_code"  # what a verifier that runs programs is told; of the reward, not of one part
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,27 +33,37 @@ class BuiltIn:
 
   make: its options, as keywords -> the verifier.  An option `column` is the row's column with what is expected.
   says: what it scores.
-  reads: other columns that a row must have.
+  reads: other columns: a row has all of one of these tuples; () for none.
   apart: it runs in a worker process, since somebody else's code decides how long it takes.
+  seconds: of one call there, where the reward does not say.
   untested: it does not ask whether an answer is right, so that rows cannot try it.
   """
 
   make: Callable[..., Any]
   says: str
-  reads: tuple[str, ...] = ()
+  reads: tuple[tuple[str, ...], ...] = ()
   apart: bool = False
+  seconds: float = SECONDS
   range: tuple[float, float] = (0.0, 1.0)
   untested: bool = False
 
   @property
   def options(self) -> tuple[str, ...]:
-    return tuple(inspect.signature(self.make).parameters)
+    return tuple(name for name in self._parameters if name != UNSAFE)
+
+  @property
+  def runs_code(self) -> bool:
+    """Whether it runs what the model wrote, and is told whether that may be without isolation."""
+    return UNSAFE in self._parameters
 
   @property
   def needed(self) -> tuple[str, ...]:
     """The options that have no value of their own."""
-    parameters = inspect.signature(self.make).parameters.values()
-    return tuple(one.name for one in parameters if one.default is one.empty)
+    return tuple(one.name for one in self._parameters.values() if one.default is one.empty)
+
+  @property
+  def _parameters(self) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(self.make).parameters
 
 
 def _exact(column: str, within: str = "") -> Compared:
@@ -74,6 +97,10 @@ def _tags(names: str | Sequence[str] = ("think", "answer"), opened: bool = False
   return Tags(tuple(name.strip() for name in listed), opened)
 
 
+def _sql(column: str) -> sql.Query:
+  return sql.Query(column)
+
+
 def _gym() -> gym.Gym:
   gym.check()
   return gym.Gym()
@@ -96,6 +123,14 @@ VERIFIERS: Mapping[str, BuiltIn] = {
   "regex": BuiltIn(Regex, "a regular expression matches", untested=True),
   "tags": BuiltIn(_tags, "the answer is tags in their order, each once, and nothing else"),
   "length": BuiltIn(SoftOverlong, "DAPO's penalty of long answers, in tokens", range=(-1.0, 0.0)),
-  "gym": BuiltIn(_gym, "what reasoning-gym says", reads=(gym.COLUMN,), apart=True),
+  "gym": BuiltIn(_gym, "what reasoning-gym says", reads=((gym.COLUMN,),), apart=True),
+  "sql": BuiltIn(_sql, "the query returns what the expected one returns", apart=True),
+  "python": BuiltIn(
+    python.verifier,
+    "the program passes the row's tests",
+    reads=(("tests",), ("test_list",), ("test", "entry_point")),
+    apart=True,
+    seconds=python.SECONDS,
+  ),
   "judge": BuiltIn(Judge, "the number that a model at an address gives", range=score.ANY),
 }

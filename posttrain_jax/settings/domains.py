@@ -183,6 +183,16 @@ class Table:
 
 
 @dataclasses.dataclass(frozen=True)
+class Anything:
+  """What only its reader knows the domain of, as an option of a verifier."""
+
+  says: str = "a value"
+
+  def wrong(self, value: Any) -> str:
+    return ""
+
+
+@dataclasses.dataclass(frozen=True)
 class Either:
   """What one of two domains holds; a text is judged by the first."""
 

@@ -13,6 +13,7 @@ from typing import Any
 from posttrain_jax.settings import names
 from posttrain_jax.settings.domains import (
   LARGEST_WHOLE,
+  Anything,
   Choice,
   Domain,
   Either,
@@ -209,6 +210,35 @@ FIELDS: Mapping[str, Field] = {
   ),
   "data.replay_by": Field(
     "what replay_fraction is a share of", Choice(("tokens", "examples")), _REPLAYS
+  ),
+  # --- reward
+  "reward.parts": Field(
+    "verifiers whose scores are added: built in, a function of yours as FILE.py:name, or a reward model's folder",
+    _NAMES,
+  ),
+  "reward.weights": Field("one for each of the parts; (): 1 each", Several(Number())),
+  "reward.gates": Field(
+    "verifiers within 0 and 1 that multiply the sum of the parts, and never raise it", _NAMES
+  ),
+  "reward.options": Field(
+    "part or gate -> its options",
+    Table(Text("a name"), Table(Text("an option's name"), Anything())),
+  ),
+  "reward.ranges": Field(
+    "part or gate -> (lowest, highest) score; one beyond is missing",
+    Table(Text("a name"), Several(Number())),
+  ),
+  "reward.untested": Field(
+    "verifiers that do not ask whether an answer is right, so that rows do not try them at the start",
+    _NAMES,
+  ),
+  "reward.seconds": Field(
+    "deadline of a call in a worker process; None: 10, of python 120",
+    Number(0, above=True, also=(None,)),
+  ),
+  "reward.retries": Field("how often a missing score is asked for again", _whole(0, 999)),
+  "reward.unsafe_code": Field(
+    "run programs that the model wrote where nothing isolates them", Flag()
   ),
   # --- optimizer
   "optimizer.name": Field(

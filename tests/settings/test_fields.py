@@ -51,6 +51,7 @@ def test_the_table_knows_nothing_else():
   for config in METHODS:
     known |= {fields.known_as(name) for name, _ in fields.items(settings.plain(load(config)))}
   unset = {"adapter.total_step"}  # which no config writes: the run's steps
+  unset |= {f"reward.{name}" for name in common.reward("number")}
   assert set(fields.FIELDS) == known | unset
 
 

@@ -16,7 +16,7 @@ from posttrain_jax.rewards.sandbox import start
 from posttrain_jax.rewards.sandbox.isolation import INSTALL, Probe, probe
 from posttrain_jax.rewards.sandbox.outcome import Limits, NoSandbox, Outcome
 
-__all__ = ["INSTALL", "Checks", "Limits", "NoSandbox", "Outcome", "Probe", "probe", "run"]
+__all__ = ["INSTALL", "Checks", "Limits", "NoSandbox", "Outcome", "Probe", "check", "probe", "run"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +69,11 @@ def run(
   if tests is not None:
     order["tests"] = dict(cases=list(tests.cases), setup=tests.setup, names=list(tests.names))
   return start.once(isolation, order, stdin=stdin, files=files, limits=limits, deadline=deadline)
+
+
+def check(unsafe: bool = False) -> None:
+  """Raises NoSandbox where nothing here isolates a program, and `unsafe` is not said."""
+  _isolation("", unsafe)
 
 
 def _isolation(asked: str, unsafe: bool) -> str:

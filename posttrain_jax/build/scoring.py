@@ -1,0 +1,98 @@
+"""config.reward: what scores the answers that a model writes, and the reward models that it may name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from posttrain_jax import settings
+from posttrain_jax.adapters import peft_format
+from posttrain_jax.build import use
+from posttrain_jax.evals.judge import Judge
+from posttrain_jax.rewards import section
+from posttrain_jax.rewards.model import Model
+from posttrain_jax.rewards.reward import Reward
+from posttrain_jax.settings import ConfigError
+
+
+def make(config: ml_collections.ConfigDict, columns: Collection[str]) -> Reward:
+  """The reward of a run.
+
+  Args:
+    columns: that the rows have.
+
+  Raises:
+    ConfigError: as `rewards.section.make`, or a folder that holds no reward model.
+  """
+  return of(settings.plain(config.reward), columns)
+
+
+def of(spec: Mapping[str, Any], columns: Collection[str]) -> Reward:
+  """The reward that a section describes, its reward models loaded."""
+  names = [name for field in ("parts", "gates") for name in section.names(spec.get(field, ()))]
+  folders = [name for name in names if Path(name).expanduser().is_dir()]
+  given = {name: Model(judge(name).scores) for name in folders}
+  return section.make(spec, columns, given=given)
+
+
+def spec(parts: str, gates: str = "", *, unsafe_code: bool = False) -> dict[str, Any]:
+  """The section that command-line options stand for.
+
+  Args:
+    parts: names with commas between, or a .json file with fields of the section.
+    gates: names with commas between.
+
+  Raises:
+    ConfigError: the file cannot be read.
+  """
+  asked = _written(parts) if parts.endswith(".json") else {"parts": section.names(parts)}
+  return (
+    asked
+    | ({"gates": section.names(gates)} if gates else {})
+    | ({"unsafe_code": True} if unsafe_code else {})
+  )
+
+
+def _written(path: str) -> dict[str, Any]:
+  """The fields of a section in a file."""
+  try:
+    written = json.loads(Path(path).expanduser().read_text())
+  except (OSError, ValueError) as error:
+    raise ConfigError(f"--reward={path}: {error}") from error
+  if not isinstance(written, dict):
+    raise ConfigError(
+      f'--reward={path}: it holds no object of fields, like {{"parts": ["number"]}}'
+    )
+  return written
+
+
+def judge(folder: str, *, base: str | None = None, template: str | None = None) -> Judge:
+  """The reward model in a folder of a model, of an adapter or of a run, which reads answers as it was trained to.
+
+  Raises:
+    ConfigError: it is no reward model.
+  """
+  path = Path(folder).expanduser()
+  is_adapter = (path / peft_format.CONFIG).exists()
+  if is_adapter and not use.scores(path):
+    raise ConfigError(f"{folder}: this adapter has no score head; it is no reward model")
+  model, adapter = (None, folder) if is_adapter else (folder, None)
+  used = use.load(model, adapter, base=base, template=template)
+  if used.config.scores != 1:
+    raise ConfigError(
+      f"{folder}: {used.config.scores or 'no'} scores a token; a reward model has one"
+    )
+  manner = used.manner
+  return Judge(
+    used.bound,
+    used.config,
+    used.tokenizer,
+    used.template,
+    chat=manner.chat,
+    system=manner.system,
+    dtype=used.dtype,
+  )

@@ -1,0 +1,65 @@
+"""config.reward, and the command-line options that stand for it."""
+
+import json
+
+import ml_collections
+import pytest
+
+from posttrain_jax.build import scoring
+from posttrain_jax.configs import common
+from posttrain_jax.rewards.verifier import Answer
+from posttrain_jax.settings import ConfigError
+
+
+def test_a_config_and_the_options_make_the_same_reward(tmp_path):
+  config = ml_collections.ConfigDict({"reward": common.reward("number+exact")})
+  config.reward.weights, config.reward.gates = (1.0, 0.5), ("tags",)
+  config.reward.options = {"tags": {"names": ["answer"]}}
+  path = tmp_path / "reward.json"
+  path.write_text(
+    json.dumps(
+      {
+        "parts": "number,exact",
+        "weights": [1, 0.5],
+        "gates": ["tags"],
+        "options": {"tags": {"names": ["answer"]}},
+      }
+    )
+  )
+  one = scoring.make(config, ["prompt", "gold"])
+  other = scoring.of(scoring.spec(str(path)), ["prompt", "gold"])
+  answers = [Answer("?", text, {"gold": "4"}) for text in ("4", "<answer>4</answer>")]
+  assert [scored.total.value for scored in one.score(answers).answers] == [0.0, 1.0]
+  assert other.score(answers).answers == one.score(answers).answers
+
+
+def test_names_on_the_command_line():
+  spec = scoring.spec("number, length", "tags", unsafe_code=True)
+  assert (spec["parts"], spec["gates"], spec["unsafe_code"]) == (
+    ("number", "length"),
+    ("tags",),
+    True,
+  )
+
+
+@pytest.mark.parametrize(
+  ("text", "said"),
+  [
+    ('{"part": ["number"]}', "reward.part: there is no such field; there are parts, weights"),
+    ("[1]", "holds no object of fields"),
+    ("{", "Expecting property name"),
+    ('{"parts": ["number"], "retries": -1}', r"reward.retries=-1: it is a count"),
+  ],
+)
+def test_a_file_that_describes_no_reward(tmp_path, text, said):
+  path = tmp_path / "reward.json"
+  path.write_text(text)
+  with pytest.raises(ConfigError, match=said):
+    scoring.of(scoring.spec(str(path)), ["gold"])
+
+
+def test_a_column_that_the_data_lacks():
+  with pytest.raises(
+    ConfigError, match="python reads the columns tests, or test_list, or test and"
+  ):
+    scoring.of(scoring.spec("python"), ["prompt", "entry_point"])
