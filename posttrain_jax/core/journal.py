@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Mapping
@@ -18,6 +19,10 @@ class Journal:
 
   def __init__(self, path: Path):
     self.path = path
+    self._read()
+
+  def _read(self) -> None:
+    path = self.path
     written = path.read_bytes() if path.exists() else b""
     # killed in the middle of a line: what stands behind the last line break was never said
     self._whole = written.rfind(b"\n") + 1
@@ -34,8 +39,22 @@ class Journal:
       ) from error
 
   def begin(self, header: Mapping[str, Any]) -> Journal:
-    """Ready to be written to, a new file with this header."""
+    """Ready to be written to, by this process alone, a new file with this header.
+
+    Raises:
+      ValueError: another process writes it.
+    """
     self._file = self.path.open("ab")
+    try:
+      fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process
+    except BlockingIOError:
+      self._file.close()
+      raise ValueError(
+        f"another process writes {self.path}: wait for its end, or write another file"
+      ) from None
+    except OSError:  # a file system without locks
+      pass
+    self._read()  # what the other has written meanwhile
     self._file.truncate(self._whole)
     if self.header is None:
       self.header = dict(header)
