@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from posttrain_jax.build import data as data_lib
 from posttrain_jax.build import evaluation, questions, scoring, use
 from posttrain_jax.core import files, progress, tree
 from posttrain_jax.core.journal import Journal
-from posttrain_jax.data import chat, held_out
+from posttrain_jax.data import chat, held_out, schema
 from posttrain_jax.data import questions as questions_lib
+from posttrain_jax.data.errors import RowError
 from posttrain_jax.evals import keeping, samples, tasks
 from posttrain_jax.evals.keeping import Keep, Summary
 from posttrain_jax.evals.samples import Drawn, Plan, Question, Sample, Writer
@@ -27,6 +28,7 @@ from posttrain_jax.rollout.sampling import Sampling
 from posttrain_jax.settings import ConfigError
 
 log = logging.getLogger(__name__)
+ASKS = ("prompt", "prompt_completion", "messages")  # what a row is taken for that could be several
 GROUPS = 16  # prompts whose answers are scored together, and are then paid for
 
 
@@ -35,6 +37,7 @@ class Wanted:
   """What `posttrain sample` is asked for.
 
   reward: the section that scores, as `scoring.spec` makes it; without parts the task's own scores.
+  columns: of the data, as config.data.columns: {"prompt": "question"}.
   right: the score from which on an answer is right; None: the highest there is.
   max_new_tokens: 0: what the task needs, or a quarter more than the longest expected answer.
   """
@@ -46,6 +49,7 @@ class Wanted:
   keep: Keep
   reward: Mapping[str, Any]
   sampling: Sampling
+  columns: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   right: float | None = None
   max_new_tokens: int = 0
   seed: int = 0
@@ -146,7 +150,15 @@ def _asked(used: use.Used, wanted: Wanted) -> tuple[list[Question], int]:
     longest = wanted.max_new_tokens or task.max_new_tokens
   else:
     longest = wanted.max_new_tokens
-    rows = data_lib.read_rows(config, model, wanted.data, "train", config.data.columns)
+    as_turns = bool(config.data.chat and model.template is not None)
+    with _told_of_columns():
+      rows = schema.read(
+        wanted.data,
+        columns=wanted.columns or None,
+        chat=as_turns,
+        system=config.data.system if as_turns else None,
+        kinds=ASKS,
+      )
     asked = [questions_lib.of(row, used.tokenizer) for row in rows]
     if wanted.limit:
       asked = list(held_out.limited(asked, wanted.limit, seed=0))
@@ -154,6 +166,17 @@ def _asked(used: use.Used, wanted: Wanted) -> tuple[list[Question], int]:
     raise ConfigError(f"{wanted.data or wanted.task} has no rows")
   config.eval.max_new_tokens = longest
   return asked, questions.longest(config, model, asked, True, "--max_new_tokens")
+
+
+@contextlib.contextmanager
+def _told_of_columns() -> Generator[None]:
+  """What columns are to be named is said as this command names them."""
+  field = "--config.data.columns."
+  try:
+    yield
+  except RowError as error:
+    detail, cure = (text.replace(field, "--columns=") for text in (error.detail, error.cure))
+    raise RowError(error.reason, error.origin, detail, cure) from None
 
 
 def example(question: Question) -> dict[str, Any]:

@@ -41,6 +41,7 @@ def place(tmp_path_factory):
   tiny.tiny_model_folder(folder / "model")
   items = [{"prompt": f"say {i % 4}", "completion": "ab"[i % 2], "id": i} for i in range(4)]
   tiny.write_jsonl(folder / "rows.jsonl", items)
+  tiny.write_jsonl(folder / "math.jsonl", [{"question": "1 + 1", "answer": "a", "level": 1}] * 2)
   tiny.write_jsonl(folder / "texts.jsonl", [{"text": "nothing is asked"}])
   tiny.write_jsonl(folder / "long.jsonl", [{"prompt": "x" * 200, "completion": "b"}] + items)
   (folder / "mine.py").write_text(VERIFIERS)
@@ -210,6 +211,18 @@ def test_what_cannot_be_asked_is_told_before_anything_is_written(
   assert not list(tmp_path.iterdir())
 
 
+def test_prompts_alone_in_columns_of_any_name(place, used, written, tmp_path):
+  asked = dict(data=str(place / "math.jsonl"), keep="best")
+  with pytest.raises(ValueError, match="write --columns=prompt=question --columns=completion"):
+    sampling_lib.write(wanted(place, tmp_path / "a.jsonl", **asked), lambda: used)
+  sampling_lib.write(
+    wanted(place, tmp_path / "a.jsonl", columns={"prompt": "question"}, **asked), lambda: used
+  )
+  (row, other) = rows_of(tmp_path / "a.jsonl")
+  assert row["prompt"] == [{"role": "user", "content": "1 + 1"}]
+  assert (row["score"], other["number"]) == (1.0, 1)
+
+
 def test_no_answer_that_is_kept_is_an_error_that_counts(place, used, written, tmp_path):
   with pytest.raises(ConfigError, match=r"no answer is kept:\n16 answers to 4 prompts"):
     sampling_lib.write(wanted(place, tmp_path / "a.jsonl", keep="above:1"), lambda: used)
@@ -278,6 +291,8 @@ def test_the_command_from_a_model_to_a_file_that_trains(place, tmp_path, capsys)
     f"--model={place / 'model'}",
     f"--data={place / 'rows.jsonl'}",
     f"--reward={own}",
+    "--columns=prompt=prompt",
+    "--columns=completion=completion",
     "--n=2",
     "--keep=all",
     "--max_new_tokens=4",
