@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from tests.marks import few
 from tests.mutation import breaks, mutate
 
 CASES = [
@@ -107,7 +108,7 @@ def test_keywords_are_dropped_where_the_package_says_that_they_may_be():
   ]
 
 
-@pytest.mark.parametrize("folder", mutate.FOLDERS)
+@pytest.mark.parametrize("folder", few(mutate.FOLDERS, "losses"))
 def test_every_break_of_the_package_is_seen_and_has_a_name_of_its_own(folder):
   several = mutate.all_breaks(folder)
   assert len(several) > 100

@@ -10,6 +10,7 @@ import pytest
 from posttrain_jax.models import decoder
 from posttrain_jax.rollout import engine
 from posttrain_jax.rollout.sampling import GREEDY, Sampling
+from tests.marks import few
 from tests.models import families
 
 LENGTHS = (11, 3, 17, 8, 5)
@@ -44,7 +45,7 @@ def full_logps(config, params, prompt, tokens, temperature=1.0):
   return jax.nn.log_softmax(logits / temperature)[len(prompt) - 1 : len(text) - 1]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", few(FAMILIES, "llama3", "gemma3"))
 def test_greedy_is_the_argmax_of_the_full_forward_pass(name):
   config, params = families.make(name)
   # compiles sooner; all other tests decode with layers apart
