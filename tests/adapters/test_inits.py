@@ -257,7 +257,6 @@ def test_a_model_starts_where_its_original_is_and_is_exported_for_it(how, tmp_pa
   ("how", "kind"),
   few(
     [(how, kind) for how in (*STARTS, "loftq") for kind in QUANTISED],
-    ("loftq", "nf4"),
     ("olora", "int8"),
   ),
 )

@@ -15,7 +15,7 @@ from posttrain_jax.models import before, decoder, partition
 from posttrain_jax.objectives import Context
 from posttrain_jax.rollout import engine
 from tests import tiny
-from tests.marks import few, slow
+from tests.marks import few
 from tests.models import families
 
 KEY = jax.random.key(0)
@@ -129,7 +129,8 @@ def test_a_prompt_and_a_prefix_stand_together():
   assert np.abs(full - logits(params, prompt, tokens, model)).max() > 0.1
 
 
-@pytest.mark.parametrize("method", [slow("prompt"), "prefix"])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
 def test_they_work_under_adapters_and_over_stored_bases(method):
   model = families.config("llama", hidden_size=64, intermediate_size=64, head_dim=16)
   params = quant.quantize_params(families.params(model))
@@ -148,7 +149,8 @@ def test_they_work_under_adapters_and_over_stored_bases(method):
   assert set(everything) == {"embed_tokens", "layers", "lm_head"}  # they are no module
 
 
-@pytest.mark.parametrize("method", [slow("prompt"), "prefix"])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
 def test_a_computation_in_bfloat16_stays_one(method):
   model, params, _, adapter = made("llama", method)
   low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)

@@ -215,7 +215,8 @@ def test_the_kl_is_added_with_its_weight(folder, tmp_path):
   assert held[1]["loss"] - free[1]["loss"] == pytest.approx(0.5 * held[1]["kl"], rel=1e-2)
 
 
-@pytest.mark.parametrize("storage", [slow("dense"), slow("nf4")])
+@pytest.mark.slow
+@pytest.mark.parametrize("storage", ["dense", "nf4"])
 def test_the_reference_is_stored_as_reference_base_says(storage, folder, tmp_path):
   """The policy's own folder: dense it is the policy, in four bits it is not quite."""
   fields = dict(objective__reference=folder / "model", objective__reference_base=storage)

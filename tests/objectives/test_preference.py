@@ -30,6 +30,7 @@ from tests.objectives.batches import (
 )
 
 
+@pytest.mark.slow
 def test_dpo_at_its_reference_is_log_2_with_no_margin():
   model, _, _ = tiny.setup("full")
   params = decoder.init(jax.random.key(1), model, std=tiny.STD)

@@ -63,7 +63,7 @@ def test_one_batch_is_the_plain_formula(kind):
   assert metrics["loss"] == pytest.approx(float(value), rel=1e-6)
 
 
-@pytest.mark.parametrize("kind", few(KINDS, "qlora"))
+@pytest.mark.parametrize("kind", few(KINDS, "lora"))
 def test_eight_micro_batches_are_one_batch(kind):
   grads, metrics = gradient(*make(kind), tiny.batch(), accumulate=8)
   assert_same(grads, whole(kind)[0])
@@ -76,7 +76,7 @@ def test_eight_micro_batches_are_one_batch(kind):
     slow("full", dict(data=8), 1),
     slow("full", dict(data=2, fsdp=2, tensor=2), 2),
     slow("lora", dict(fsdp=8), 1),
-    ("qlora", dict(fsdp=4, tensor=2), 2),
+    slow("qlora", dict(fsdp=4, tensor=2), 2),
   ],
   ids=str,
 )

@@ -102,6 +102,7 @@ def test_a_text_ends_with_its_first_stop_token(llama):
   assert not all(found.finished)
 
 
+@pytest.mark.slow
 def test_a_beginning_that_all_rows_share_is_read_once(llama):
   params, _ = llama
   begins = PROMPTS[0] * 20
@@ -181,6 +182,7 @@ def test_a_dialogue_whose_past_changes_reads_it_anew(llama):
     assert list(dialogue.stream(prompt, max_new_tokens=NEW)) == generate(llama, [prompt]).tokens[0]
 
 
+@pytest.mark.slow
 def test_a_dialogue_grows(llama, monkeypatch):
   monkeypatch.setattr(engine, "SLOTS", 16)
   monkeypatch.setattr(engine, "CHUNKS", (8, 4))

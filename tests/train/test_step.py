@@ -153,6 +153,7 @@ def test_reading_metrics_divides_sums_by_counts():
   assert metrics_lib.read({"none": metrics_lib.mean(jnp.ones(2), jnp.zeros(2, bool))}) == {}
 
 
+@pytest.mark.slow
 def test_an_adapter_whose_every_number_trains_is_bound_to_its_base():
   config = tiny.config()
   params = decoder.init(jax.random.key(0), config)
