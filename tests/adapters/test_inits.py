@@ -14,7 +14,7 @@ from posttrain_jax.core.weight import Adapted
 from posttrain_jax.models import decoder
 from posttrain_jax.quant import fp4, int8, nf4
 from tests.adapters.cases import trained
-from tests.marks import few
+from tests.marks import few, slow
 from tests.models import families
 
 KEY = jax.random.key(0)
@@ -68,7 +68,7 @@ def test_pissa_takes_the_largest_singular_values():
     np.testing.assert_allclose(wide(node.b[i]) @ wide(node.b[i]).T, shares, atol=1e-6)
 
 
-@pytest.mark.parametrize("iterations", [1, 4, 16])
+@pytest.mark.parametrize("iterations", few([1, 4, 16], 4))
 def test_fast_pissa_nears_the_exact_one(iterations):
   """No matrix of rank 4 is nearer than the best; where values fall by 5 % it is close in one turn."""
   w = matrix(decay=0.95)
@@ -103,7 +103,7 @@ def test_base_and_start_together_are_the_original(how, dtype):
   assert norm(wide(base) - wide(w)) > 0.1 * norm(w)
 
 
-@pytest.mark.parametrize("how", STARTS)
+@pytest.mark.parametrize("how", few(STARTS, "olora"))
 def test_layers_that_are_not_adapted_are_as_they_were(how):
   w = matrix()
   options = dict(exclude_modules=[STACKED[1]], rank_pattern={r"layers\.2\..*": 6})
@@ -281,7 +281,7 @@ def test_the_export_from_a_quantised_base_adds_what_was_learned(how, kind, tmp_p
       assert norm(lost) < 1.02 * alone
 
 
-@pytest.mark.parametrize("options", [dict(init_lora_weights="pissa"), dict(use_dora=True)])
+@pytest.mark.parametrize("options", [dict(init_lora_weights="pissa"), slow(dict(use_dora=True))])
 def test_no_two_fields_share_a_buffer(options):
   """A training step donates them all, each once."""
   _, params = families.make("llama")
