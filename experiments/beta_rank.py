@@ -34,6 +34,7 @@ from posttrain_jax.evals import figures
 from posttrain_jax.losses import logprob
 from posttrain_jax.models import decoder, fetch, hf
 from posttrain_jax.objectives.rows import spans
+from posttrain_jax.rewards import sql as sql_reward
 from posttrain_jax.rollout import engine
 from posttrain_jax.rollout.sampling import Sampling
 from posttrain_jax.runs import record as runs
@@ -74,7 +75,7 @@ def measured(folder: Path) -> dict[str, float]:
     max_new_tokens=LONGEST,
     sampling=Sampling(temperature=1.0),
     stop_tokens=engine.stop_tokens(config, tokenizer),
-    key=jax.random.key(0),
+    seed=0,
   )
   made = []
   for prompt, tokens in zip(prompts, drawn.tokens):
@@ -100,7 +101,9 @@ def measured(folder: Path) -> dict[str, float]:
     "kl": float(np.mean(kl)),
     "kl_error": float(np.std(kl, ddof=1) / len(kl) ** 0.5),
     "length": float(np.mean([len(tokens) for tokens in drawn.tokens])),
-    "correct": sum(sql.score(text, row["gold"]).correct for text, row in zip(texts, questions)),
+    "correct": sum(
+      sql_reward.score(text, row["gold"]).value == 1 for text, row in zip(texts, questions)
+    ),
   }
 
 

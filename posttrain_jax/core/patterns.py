@@ -35,6 +35,27 @@ def fullmatch(expression: str, text: str) -> bool:
   return _matcher(expression).matches(text)
 
 
+def stands_in(expression: str, text: str, *, whole: bool = False, seconds: float = SECONDS) -> bool:
+  """Whether the expression matches somewhere in the text, which is a new one each time; with `whole`, all of it.
+
+  A point matches line ends, too.
+
+  >>> stands_in("<b>.*</b>", "a <b>c</b>"), stands_in("<b>.*</b>", "a <b>c</b>", whole=True)
+  (True, False)
+
+  Raises:
+    ValueError: it is no regular expression, or takes longer.
+  """
+  compiled = _across_lines(expression)
+  matched = compiled.fullmatch if whole else compiled.search
+  try:
+    return matched(text, timeout=seconds) is not None
+  except (TimeoutError, MemoryError):
+    raise ValueError(
+      f"the regular expression {words.shown(expression)} takes more than {seconds:g} s to match"
+    ) from None
+
+
 def check(expression: str) -> None:
   """Raises ValueError where this is no regular expression that `fullmatch` takes."""
   _matcher(expression)
@@ -92,3 +113,11 @@ def _matcher(expression: str) -> _Matcher:
   if reason:
     raise ValueError(f"{words.shown(expression)} {reason}")
   return _Matcher(regex.compile(expression))
+
+
+@functools.lru_cache(maxsize=1024)
+def _across_lines(expression: str) -> Any:
+  reason = wrong(expression)
+  if reason:
+    raise ValueError(f"{words.shown(expression)} {reason}")
+  return regex.compile(expression, regex.DOTALL)

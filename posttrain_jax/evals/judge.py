@@ -194,7 +194,7 @@ def best_of(
     template=template,
     copies=samples,
     sampling=Sampling(temperature=1.0),
-    key=jax.random.key(seed),
+    seed=seed,
     batch_size=32,
     dtype=judge.dtype,
   )

@@ -6,8 +6,6 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
-
 from posttrain_jax.data import questions
 from posttrain_jax.evals import tasks
 from posttrain_jax.models.config import ModelConfig
@@ -73,7 +71,7 @@ def make(
     template=template,
     copies=samples,
     sampling=Sampling(temperature=temperature),
-    key=jax.random.key(seed),
+    seed=seed,
     batch_size=batch_size,
     dtype=dtype,
     progress=progress,

@@ -5,14 +5,12 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from posttrain_jax import adapters
-from posttrain_jax.core import weight
 from posttrain_jax.data import chat, held_out, questions, templates
 from posttrain_jax.data.tasks import sql
 from posttrain_jax.data.templates import Template
@@ -20,6 +18,7 @@ from posttrain_jax.evals import graders as graders_lib
 from posttrain_jax.evals import intervals, vote
 from posttrain_jax.evals.graders import Grader
 from posttrain_jax.models.config import ModelConfig
+from posttrain_jax.rewards import sql as sql_reward
 from posttrain_jax.rollout import engine
 from posttrain_jax.rollout.sampling import GREEDY, Sampling
 from posttrain_jax.runs.record import TaskResult
@@ -48,8 +47,8 @@ class Task:
 
 
 def _score_sql(answer: str, question: Mapping[str, Any]) -> tuple[float, str]:
-  score = sql.score(answer, question["gold"])
-  return float(score.correct), score.reason
+  score = sql_reward.score(answer, question["gold"])
+  return score.value or 0.0, score.reason  # never missing: a gold query that fails raises
 
 
 # The longest gold query takes 38 tokens of SmolLM2's.
@@ -201,7 +200,7 @@ def answer(
   ensemble: Sequence[Any] = (),
   copies: int = 1,
   sampling: Sampling = GREEDY,
-  key: Any = None,
+  seed: int = 0,
   max_new_tokens: int | None = None,
   batch_size: int = 16,
   dtype: Any = None,
@@ -223,50 +222,29 @@ def answer(
   prompts = questions.tokens(rows, tokenizer, spoken)
   ends = None if spoken is None else templates.end_of_turn(tokenizer, spoken)
   stops = {*engine.stop_tokens(config, tokenizer), *(() if ends is None else (ends,))}
-  if ensemble:
-    index = np.tile(np.arange(len(ensemble)), len(prompts))
+  samples = copies
+  if ensemble:  # each of its adapters answers each question once
+    prompts = [prompt for prompt in prompts for _ in ensemble]
+    index = np.tile(np.arange(len(ensemble)), len(rows))
     params = adapters.bind(params, adapters.stack(ensemble, params), rows=index)
-  drawn = _generate(
-    engine.prepare(params, config),
+    samples = 1
+  drawn = engine.generate(
+    params,
     config,
-    [prompt for prompt in prompts for _ in range(copies)],
-    batch_size,
-    progress,
-    key,
+    prompts,
+    samples=samples,
     sampling=sampling,
+    seed=seed,
     max_new_tokens=asked.max_new_tokens if max_new_tokens is None else max_new_tokens,
     stop_tokens=tuple(sorted(stops)),
+    batch_size=batch_size,
     dtype=dtype,
+    progress=progress,
   )
   return rows, [
     _answer(rows[i // copies], ids, finished, tokenizer, asked)
-    for i, (ids, finished) in enumerate(drawn)
+    for i, (ids, finished) in enumerate(zip(drawn.tokens, drawn.finished))
   ]
-
-
-def _generate(params, config, prompts, batch_size, progress, key, **options):
-  """(new tokens, finished) of each prompt, in batches of like length so that progress can be told."""
-  drawn: dict[int, tuple[list[int], bool]] = {}
-  for number, batch in enumerate(_batches([len(prompt) for prompt in prompts], batch_size)):
-    # the batch's, since a row draws with its own number in it
-    options["key"] = None if key is None else jax.random.fold_in(key, number)
-    some = [prompts[i] for i in batch]
-    batch_params = weight.take_rows(params, np.asarray(batch))
-    generation = engine.generate(batch_params, config, some, batch_size=len(some), **options)
-    drawn.update(zip(batch, zip(generation.tokens, generation.finished)))
-    if progress is not None:
-      progress(len(drawn), len(prompts))
-  return [drawn[i] for i in range(len(prompts))]
-
-
-def _batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-  """Indices by rising length in batches of one size, since each size is a compilation; the last ones overlap."""
-  order = np.argsort(lengths, kind="stable").tolist()
-  count = -(-len(order) // batch_size)
-  size = -(-len(order) // count)
-  for start in range(0, len(order), size):
-    start = min(start, len(order) - size)
-    yield order[start : start + size]
 
 
 def _answer(row, ids, finished, tokenizer, task):

@@ -92,6 +92,69 @@ def attend(
   return out.transpose(0, 3, 1, 2, 4).reshape(batch, time, heads, dim)
 
 
+def attend_cached(
+  q: Array,
+  k: Array,
+  v: Array,
+  layer: Array | int,
+  positions: Array,
+  end: Array,
+  window: Array | None,
+  *,
+  scale: float,
+  softcap: float | None = None,
+) -> Array:
+  """softmax(cap(scale q k^T)) v over what a `cache.Cache` holds of each query's row, a block of slots at a time.
+
+  Blocks are read up to `end`, so the cost follows the longest row that is read for and not the allocated slots; the
+  running maximum and sum of Dao et al. 2022, section 3.1.  A block that a row sees nothing of changes its result by no
+  bit, so that a row does not depend on how long its neighbours are.
+
+  Args:
+    q: [rows, time, heads, head_dim].
+    k, v: as a `Cache` holds them.
+    layer: which layer's.
+    positions: [rows, time], of the queries; a query sees the slots up to its own.
+    end: the slots that any row which counts has in use.
+    window: how many slots back a query sees, its own among them; None for all.
+
+  Returns:
+    [rows, time, heads, head_dim] in q's dtype; scores and softmax in float32.
+  """
+  rows, time, heads, dim = q.shape
+  kv_heads, block = k.shape[3], k.shape[5]
+  groups = heads // kv_heads
+  folded = (q * scale).reshape(rows, time, kv_heads, groups, dim).transpose(0, 2, 3, 1, 4)
+  folded = folded.astype(k.dtype).reshape(rows, kv_heads, groups * time, dim)
+  places = jnp.tile(positions, (1, groups))[:, None, :, None]  # as the queries are folded
+  first = 0 if window is None else jnp.maximum(jnp.min(positions) - window + 1, 0) // block
+
+  def read(number, so_far):
+    most, total, out = so_far
+    part = lambda x: jax.lax.dynamic_slice(
+      x, (layer, number, 0, 0, 0, 0), (1, 1, *x.shape[2:])
+    ).reshape(x.shape[2:])
+    scores = _products("rkqd,rkds->rkqs", folded, part(k))
+    if softcap is not None:
+      scores = softcap * jnp.tanh(scores / softcap)
+    slot = number * block + jnp.arange(block)
+    seen = slot <= places
+    if window is not None:
+      seen &= slot > places - window
+    scores = jnp.where(seen, scores, NEGATIVE)
+    higher = jnp.maximum(most, jnp.max(scores, axis=-1, keepdims=True))
+    weights, kept = jnp.exp(scores - higher), jnp.exp(most - higher)
+    total = total * kept + jnp.sum(weights, axis=-1, keepdims=True)
+    out = out * kept + _products("rkqs,rksd->rkqd", weights.astype(v.dtype), part(v))
+    return higher, total, out
+
+  zeros = jnp.zeros((rows, kv_heads, groups * time, 1))
+  start = (zeros + NEGATIVE, zeros, jnp.zeros((rows, kv_heads, groups * time, dim)))
+  _, total, out = jax.lax.fori_loop(first, (end + block - 1) // block, read, start)
+  out = (out / total).astype(q.dtype).reshape(rows, kv_heads, groups, time, dim)
+  return out.transpose(0, 3, 1, 2, 4).reshape(rows, time, heads, dim)
+
+
 def attend_shifted(
   q: Array,
   k: Array,

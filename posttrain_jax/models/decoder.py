@@ -31,7 +31,7 @@ from posttrain_jax.core.weight import (
   unadapted,
 )
 from posttrain_jax.models import attention, before, rotary
-from posttrain_jax.models.cache import Cache, empty_cache
+from posttrain_jax.models.cache import Cache, empty_cache, written
 from posttrain_jax.models.config import SLIDING, ModelConfig
 from posttrain_jax.models.partition import RULES
 
@@ -211,26 +211,20 @@ def through(layers: Params, x: Array, config: ModelConfig) -> Array:
   return _over_layers(layer, x, layers, config)
 
 
-def start(params: Params, config: ModelConfig, batch: int, slots: int, dtype: Any) -> Cache:
-  """A cache of `slots` a row that holds what is bound to stand before the tokens, the first `before.slots` of them."""
-  cache = empty_cache(config, batch, slots, dtype)
+def start(params: Params, config: ModelConfig, rows: int, slots: int, dtype: Any) -> Cache:
+  """A cache of `slots` a row that holds what is bound to stand before the tokens, `before.slots` of them at most."""
+  cache = empty_cache(config, rows, slots, dtype)
   prefix, prompt = before.bound(params)
   if prefix is not None:
-    k, v = (x.reshape(*x.shape[:3], -1, config.head_dim) for x in prefix.read(batch))
-    put = lambda whole, part: jax.lax.dynamic_update_slice(
-      whole, part.astype(whole.dtype), (0,) * whole.ndim
+    by_head = lambda x: x.reshape(*x.shape[:3], -1, config.head_dim)  # [layers, rows, slots, ...]
+    put = jax.vmap(written, in_axes=(0, 0, 0, 0, None, None))
+    k, v = put(
+      cache.k[:, None], cache.v[:, None], *map(by_head, prefix.read(rows)), 0, cache.lengths
     )
-    segments = prefix.segments(batch)
-    cache = Cache(
-      put(cache.k, k),
-      put(cache.v, v),
-      put(cache.positions, before.counted(segments)),
-      put(cache.segments, segments),
-      jnp.asarray(segments.shape[1], jnp.int32),
-    )
+    cache = Cache(k[:, 0], v[:, 0], _used(prefix.segments(rows)))
   if prompt is not None:
-    x = constrain(prompt.read(batch).astype(dtype), "batch time embed")
-    _, cache = _read(params, x, prompt.segments(batch), config, cache)
+    x = constrain(prompt.read(rows).astype(dtype), "batch time embed")
+    _, cache = _read(params, x, _used(prompt.segments(rows)), config, cache)
   return cache
 
 
@@ -240,50 +234,50 @@ def step(
   config: ModelConfig,
   cache: Cache,
   *,
-  segment_ids: Array | None = None,
+  counts: Array | None = None,
   dtype: Any = None,
 ) -> tuple[Array, Cache]:
-  """(hidden [batch, time, embed], cache) after reading `tokens` [batch, time] into the next `time` slots.
+  """(hidden [rows, time, embed], cache) after reading `tokens` [rows, time] behind what each row holds.
 
-  Positions go on from each row's own count of tokens.  segment_ids: 0 where a token is left padding; default none.
+  counts: [rows], how many of a row's tokens are read; what is behind them is padding, and its hidden states mean
+  nothing.  Default all of them.  The cache needs `time` free slots behind every row that reads any.
   What is bound to stand before the tokens is in the cache already: `start` made it.
   """
-  if segment_ids is None:
-    segment_ids = jnp.ones(tokens.shape, jnp.int32)
-  x = _inputs(params, tokens, None, config, dtype)
-  return _read(params, x, segment_ids.astype(jnp.int32), config, cache)
+  if counts is None:
+    counts = jnp.full(tokens.shape[0], tokens.shape[1], jnp.int32)
+  return _read(params, _inputs(params, tokens, None, config, dtype), counts, config, cache)
 
 
-def _read(params, x, segments, config, cache):
-  """(hidden, cache) after reading x: [batch, time, embed] into the next slots."""
-  time, start = x.shape[1], cache.length
-  seen = jnp.sum(cache.segments != 0, axis=1, keepdims=True, dtype=jnp.int32)
-  positions = seen + before.counted(segments)
-  write = jax.lax.dynamic_update_slice
-  all_positions = write(cache.positions, positions, (0, start))
-  all_segments = write(cache.segments, segments, (0, start))
-  shared = _by_kind(
-    config,
-    positions,
-    lambda window: attention.visible(positions, all_positions, segments, all_segments, window),
-  )
+def _read(params, x, counts, config, cache):
+  """(hidden, cache) after reading the first counts of x: [rows, time, embed]."""
+  positions = cache.lengths[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)
+  lengths = cache.lengths + counts
+  end = jnp.max(jnp.where(counts > 0, lengths, 0))
+  span = lambda window: None if SLIDING not in config.kinds else jnp.int32(window or cache.slots)
+  shared = _by_kind(config, positions, span)
 
   def layer(carry, p, kind, index):
     x, keys, values = carry
 
     def extend(k, v):
       nonlocal keys, values
-      keys = write(keys, k.astype(keys.dtype)[None], (index, 0, start, 0, 0))
-      values = write(values, v.astype(values.dtype)[None], (index, 0, start, 0, 0))
-      return keys[index].astype(k.dtype), values[index].astype(v.dtype)
+      keys, values = written(keys, values, k, v, index, cache.lengths)
+      return keys, values
 
-    x = _layer(x, p, _pick(shared, kind), config, extend, attention.attend)
+    def look(q, k, v, window, **how):
+      return attention.attend_cached(q, k, v, index, positions, end, window, **how)
+
+    x = _layer(x, p, _pick(shared, kind), config, extend, look)
     return x, keys, values
 
   carry = (x, cache.k, cache.v)
   x, keys, values = _over_layers(layer, carry, params["layers"], config, indexed=True)
-  cache = Cache(keys, values, all_positions, all_segments, start + time)
-  return _norm(x, params["norm"]["weight"], config), cache
+  return _norm(x, params["norm"]["weight"], config), Cache(keys, values, lengths)
+
+
+def _used(segments):
+  """[rows]: how many of the slots in front are a row's own; they come first."""
+  return jnp.sum(segments != 0, axis=1, dtype=jnp.int32)
 
 
 def head(params: Params) -> Any:

@@ -10,8 +10,6 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TextIO
 
-import jax
-
 from posttrain_jax.core import progress
 from posttrain_jax.rollout.speaker import Speaker, message, opening
 
@@ -138,8 +136,8 @@ class Conversation:
     try:
       before = opening(self.system)
       asked = self._fitting(before, asked)
-      key = jax.random.fold_in(jax.random.key(self.seed), next(self._turns))
-      pieces = self.speaker.stream([*before, *asked], key, self._dialogue)
+      turn = next(self._turns)
+      pieces = self.speaker.stream([*before, *asked], self.seed, self._dialogue, turn=turn)
       for piece in _after_a_while(pieces):
         answer += piece
         self.stdout.write(piece)

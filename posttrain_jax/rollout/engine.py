@@ -1,11 +1,16 @@
-"""Text generation: one jitted prefill, one jitted decode loop, the cache updated in place."""
+"""The engine: the only place where a model writes.  Requests in, answers as they finish.
+
+A fixed number of rows is under way; a row that ends is given the next request at once, while the others go on.  Tokens
+are drawn in windows on the device, between which the host reads what was drawn.
+"""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-import functools
 import itertools
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,121 +19,104 @@ import jax.numpy as jnp
 import numpy as np
 
 from posttrain_jax.core import files, struct, weight
-from posttrain_jax.models import before, decoder
+from posttrain_jax.models import before, cache, decoder
 from posttrain_jax.models.config import ModelConfig, as_ids
+from posttrain_jax.rollout import requests, slots
 from posttrain_jax.rollout import sampling as samplers
+from posttrain_jax.rollout.requests import Answer, Request
 from posttrain_jax.rollout.sampling import GREEDY, Sampling
 
-Array = jax.Array
+log = logging.getLogger(__name__)
 Params = Any
-SHARED = 16  # tokens
-CHUNKS = (
-  512,
-  64,
-)  # tokens of a dialogue that are read at once; of the last size is what is left over
-SLOTS = 1024  # of a dialogue's cache at first
+PIECES = (256, 128, 64, 32, 16)  # tokens of a prompt that are read at once
+TOGETHER = 256  # tokens of several prompts that are read at once
+SPARE = 32  # filling that the last piece may have rather than be two
+WINDOW = 16  # tokens drawn between two looks of the host
 
 
-@dataclasses.dataclass(frozen=True)
-class Generation:
-  """What was generated, one entry a prompt, in the order of the prompts.
-
-  tokens: the new ids, the stop token included where one was drawn.
-  logps: their log-probabilities as `sampling.sample` defines them, float32.
-  finished: True where the last token is a stop token, False where max_new_tokens cut the text.
-  """
-
-  tokens: list[list[int]]
-  logps: list[np.ndarray]
-  finished: list[bool]
-
-
-@struct.dataclass
-class State:
-  """A batch under way: `count` tokens of each row are drawn, the last of them not yet read into the cache."""
-
-  cache: decoder.Cache
-  tokens: Array  # [batch, slots], so that the cache alone decides which program runs
-  logps: Array  # [batch, slots]
-  lengths: Array  # [batch], tokens up to the stop token
-  stopped: Array  # [batch]
-  count: Array
-  keys: Array  # [batch]
-  stop_tokens: Array
+class CompilationError(RuntimeError):
+  """A program was compiled after the engine said that it had all of them."""
 
 
 @struct.dataclass
 class Ready:
-  """Parameters as generation wants them, made by `prepare`: once, where they are used for several calls."""
+  """Parameters as the engine wants them, made by `prepare`: once, where they are used for several engines."""
 
-  # reads the prompt: a scan compiles in a tenth of the time that separate layers take
+  # reads prompts: a scan compiles in a tenth of the time that separate layers take
   stacked: Params
-  layers_apart: Params  # decodes
+  layers_apart: Params  # draws
 
 
-def generate(
-  params: Params | Ready,
-  config: ModelConfig,
-  prompts: Sequence[Sequence[int]],
-  *,
-  max_new_tokens: int,
-  sampling: Sampling = GREEDY,
-  stop_tokens: Sequence[int] = (),
-  key: Array | None = None,
-  batch_size: int = 16,
-  dtype: Any = None,
-) -> Generation:
-  """Continuations of ragged prompts; a row's does not depend on what shares its batch (up to rounding).
+@dataclasses.dataclass
+class _Held:
+  """What a row of the cache holds behind what is bound to stand before it.
 
-  Args:
-    params: as for `decoder`, adapters bound or (faster) merged; or `prepare(params, config)` where calls repeat.
-      Bound with rows, there is one for each prompt.
-    prompts: token ids, at least one each.
-    stop_tokens: ids that end a text, see `stop_tokens`; () for none.
-    key: token t of row i is drawn with fold_in(fold_in(key, i), t); needed unless greedy.
-    batch_size: the most rows at once; prompts are sorted by length first, so that a batch holds little padding.
-    dtype: of the computation and the cache; default the embedding's.
+  ends: after how many tokens a piece that was read ends; what lies between cannot be told apart from another reading.
   """
-  ready = prepare(params, config)
-  _check(prompts, max_new_tokens, config, ready.stacked)
-  if batch_size < 1:
-    raise ValueError(f"batch_size must be at least 1, found {batch_size}")
-  keys = _row_keys(key, sampling, len(prompts))
-  tokens: list[list[int]] = [[]] * len(prompts)
-  logps: list[np.ndarray] = [np.zeros(0, np.float32)] * len(prompts)
-  finished = [False] * len(prompts)
-  for rows in _batches([len(prompt) for prompt in prompts], batch_size):
-    filled = np.maximum(rows, 0)  # -1 marks a row that only fills the batch
-    some = [prompts[i] for i in filled]
-    shared = (max_new_tokens, stop_tokens, config, sampling, dtype)
-    batch_params = weight.take_rows(ready, filled)
-    state = _start(batch_params.stacked, some, keys[filled], rows < 0, *shared)
-    state = _decode(batch_params.layers_apart, state, max_new_tokens, config, sampling, dtype)
-    drawn = jax.device_get((state.tokens, state.logps, state.lengths, state.stopped))
-    for row, ids, lps, length, stopped in zip(rows, *drawn):
-      if row >= 0:
-        tokens[row], logps[row] = ids[:length].tolist(), lps[:length]
-        finished[row] = bool(stopped)
-  return Generation(tokens, logps, finished)
+
+  row: int
+  tokens: list[int]
+  ends: list[int]
+
+  def shared(self, other: _Held, *, anywhere: bool) -> int:
+    """How many tokens of other's it holds as other's own reading would have left them.
+
+    anywhere: whether a reading may go on from any token, and not from the end of a piece alone.
+    """
+    if self.row != other.row:
+      return 0
+    both = zip(self.tokens, other.tokens)
+    same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], both))
+    if anywhere:
+      return same
+    ends = zip(self.ends, other.ends)
+    alike = itertools.takewhile(lambda pair: pair[0] == pair[1] and pair[0] <= same, ends)
+    return max((end for end, _ in alike), default=0)
 
 
-def stream(
-  params: Params | Ready,
-  config: ModelConfig,
-  prompt: Sequence[int],
-  *,
-  max_new_tokens: int,
-  key: Array | None = None,
-  **options: Any,
-) -> Iterator[int]:
-  """The tokens of `generate` for one prompt, each as soon as it is drawn, the stop token included."""
-  return Dialogue(params, config, **options).stream(prompt, max_new_tokens=max_new_tokens, key=key)
+@dataclasses.dataclass
+class _Row:
+  """A row under way."""
+
+  ticket: int
+  request: Request
+  tokens: list[int] = dataclasses.field(default_factory=list)
+  logps: list[np.ndarray] = dataclasses.field(default_factory=list)
+  kept: list[np.ndarray] = dataclasses.field(default_factory=list)
+  top: list[tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=list)
 
 
-class Dialogue:
-  """One conversation: what its next prompt has in common with what was read is not read again.
+@dataclasses.dataclass
+class _Reading:
+  """A prompt on its way into a row: `at` tokens of it are read, or will be once `source` is copied."""
 
-  Few programs serve every length: text is read in pieces of CHUNKS, and slots double from SLOTS on.
+  index: int
+  row: int
+  prompt: list[int]
+  at: int
+  source: int | None = None
+
+  @property
+  def left(self) -> bool:
+    return self.source is not None or self.at < len(self.prompt)
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+  """What a window brought to a request: new tokens, and the answer where it is whole."""
+
+  ticket: int
+  tokens: list[int]
+  answer: Answer | None
+
+
+class Engine:
+  """Requests in, answers as they finish.
+
+  A token depends on its request's (seed, number, sample) and its place in the text: the same text comes out whatever
+  else is under way, in which row, and in which order rows are filled.  Sums are those of one program whatever the
+  neighbours do, so on one machine it is the same bit by bit.  Another number of rows or devices is another program: its
+  logits differ by rounding, a few 1e-6 of their size in float32, which moves a token where two are as close as that.
   """
 
   def __init__(
@@ -136,70 +124,478 @@ class Dialogue:
     params: Params | Ready,
     config: ModelConfig,
     *,
-    sampling: Sampling = GREEDY,
-    stop_tokens: Sequence[int] = (),
+    rows: int = 16,
+    length: int,
+    window: int = WINDOW,
     dtype: Any = None,
+    cache_dtype: Any = None,
+    records_kept: bool = False,
+    top: int = 0,
+    decode: Callable[[Sequence[int]], str] | None = None,
+    reuses_written: bool = False,
   ) -> None:
-    self.ready, self.config = prepare(params, config), config
-    self.sampling, self.stop_tokens, self.dtype = sampling, stop_tokens, dtype
-    self.ended = True  # whether a stop token was the last text's last
-    self._read: list[int] = []  # the tokens in the cache
-    self._cache: decoder.Cache | None = None
+    """Rows that hold nothing.
 
-  def stream(
-    self, prompt: Sequence[int], *, max_new_tokens: int, key: Array | None = None
-  ) -> Iterator[int]:
-    """The tokens of `generate`, each as soon as it is drawn, the stop token included."""
-    _check([prompt], max_new_tokens, self.config, self.ready.stacked)
-    how = (self.config, self.sampling, self.dtype)
-    state = self._prompted(prompt, max_new_tokens, _row_keys(key, self.sampling, 1))
-    read, token = list(prompt), -1
-    for count in range(1, max_new_tokens + 1):
-      if count > 1:  # the first came with the prompt
-        self._cache = None  # given away until the call ends: what interrupts it leaves none behind
-        state = _decode(self.ready.layers_apart, state, count, *how)
-        read = [*read, token]
-      self._read, self._cache = read, state.cache
-      token, self.ended = int(state.tokens[0, count - 1]), bool(state.stopped[0])
-      yield token
-      if self.ended:
-        return
+    Args:
+      params: as for `decoder`, adapters bound or (faster) merged, or what `prepare` made of them.  Bound with rows, a
+        request names its row.
+      rows: how many texts are under way at once.
+      length: the most tokens of a text, prompt and answer, with what is bound to stand before it.
+      window: the most tokens drawn between two looks of the host.
+      dtype: of the computation; default the embedding's.
+      cache_dtype: of keys and values; default the computation's.
+      records_kept: answers say which tokens the filters kept, and log-probabilities are those among the kept.
+      top: answers give the log-probabilities of so many most likely tokens at each place.
+      decode: token ids -> text, for requests with stop strings.
+      reuses_written: what a row wrote itself counts as read where a prompt begins with it, as in a dialogue; then a
+        text depends, by rounding, on how its beginning was read.
+    """
+    if rows < 1:
+      raise ValueError(f"an engine has at least 1 row, found rows={rows}")
+    if window < 1:
+      raise ValueError(f"a window has at least 1 token, found window={window}")
+    self.config, self.rows, self.length, self.width = config, rows, length, window
+    self.dtype, self.decode, self.reuses_written = dtype, decode, reuses_written
+    self.records_kept, self.top = records_kept, top
+    self.programs: list[str] = []  # what was compiled for this engine, in order
+    self.is_warm, self.is_strict = False, False
+    self._tickets = itertools.count()
+    self._waiting: collections.deque[tuple[int, Request]] = collections.deque()
+    self._busy: dict[int, _Row] = {}
+    self._held: list[_Held | None] = [None] * rows
+    self.load(params)
+    embedding = self._ready.stacked["embed_tokens"]["weight"].dtype
+    self._cache_dtype = cache_dtype or dtype or embedding
+    self._slots = self._empty()
 
-  def _prompted(self, prompt: Sequence[int], max_new_tokens: int, keys: Array) -> State:
-    """The prompt read, one token drawn."""
-    params, how = self.ready.stacked, (self.config, self.sampling, self.dtype)
-    bound = before.slots(params)
-    # what is padded behind the last piece is overwritten by what comes next
-    cache = self._room(bound + len(prompt) + max_new_tokens + CHUNKS[-1])
-    both = zip(self._read, prompt[:-1])  # one token at least is read
-    at = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], both))
-    self._read, self._cache = [], None
-    stops = _padded_stops(self.stop_tokens)
+  def _empty(self) -> slots.Slots:
+    """Rows that hold nothing."""
+    room = cache.fitting(self.length + SPARE)
+    make = lambda: slots.empty(self.config, self.rows, room, self._cache_dtype, self._plan({}))
+    return jax.jit(make)()
+
+  def load(self, params: Params | Ready) -> None:
+    """Other weights of the same shapes: no program is compiled anew.
+
+    Rows under way go on with them and with the keys and values that they have; what is read later is read anew.
+    """
+    self._ready = prepare(params, self.config)
+    self._held = [None] * self.rows
+    self._bound = before.slots(self._ready.stacked)
+    self._bound_rows = weight.batch_rows(self._ready.stacked)
+
+  def submit(self, request: Request) -> int:
+    """The ticket of a request, by which its answer is known; it waits until a row is free.
+
+    Raises:
+      ValueError: it cannot be answered by this model, or in this length.
+    """
+    at = next(self._tickets)
+    requests.check(request, self.config, self.length, self._bound, self._bound_rows, at)
+    if request.stop_strings and self.decode is None:
+      raise ValueError("a request with stop_strings needs an engine with decode=tokenizer.decode")
+    if "" in request.stop_strings:
+      raise ValueError('an empty stop string ends every text: leave "" out of stop_strings')
+    self._waiting.append((at, request))
+    return at
+
+  @property
+  def is_idle(self) -> bool:
+    return not self._waiting and not self._busy
+
+  def answers(self) -> Iterator[tuple[int, Answer]]:
+    """(ticket, answer) of everything submitted, each when it is whole; more may be submitted meanwhile."""
+    while not self.is_idle:
+      for progress in self.advance():
+        if progress.answer is not None:
+          yield progress.ticket, progress.answer
+
+  def run(self, asked: Iterable[Request]) -> Iterator[tuple[int, Answer]]:
+    """(place in `asked`, answer), each when it is whole; requests are taken as rows fall free."""
+    left, places = enumerate(asked), {}
     while True:
-      width = next((size for size in CHUNKS if len(prompt) - at >= size), CHUNKS[-1])
-      piece = prompt[at : at + width]
-      tokens = np.zeros((1, width), np.int32)
-      tokens[0, : len(piece)] = piece
-      state = _extend(params, cache, bound + at, tokens, len(piece), keys, stops, *how)
-      cache, at = state.cache, at + len(piece)
-      if at == len(prompt):
-        return state
+      room = max(0, self.rows + 1 - len(self._busy) - len(self._waiting))
+      for place, request in itertools.islice(left, room):
+        places[self.submit(request)] = place
+      if self.is_idle:
+        return
+      for progress in self.advance():
+        if progress.answer is not None:
+          yield places.pop(progress.ticket), progress.answer
 
-  def _room(self, wanted: int) -> decoder.Cache:
-    """The cache with that many slots at least; an empty one where there is none."""
-    slots = SLOTS
-    while slots < wanted:
-      slots *= 2
-    slots = min(slots, self.config.max_length + CHUNKS[-1])
-    if self._cache is None:
-      self._read = []
-      dtype = self.dtype or self.ready.stacked["embed_tokens"]["weight"].dtype
-      return _opened(self.ready.stacked, self.config, 1, slots, dtype)
-    return self._cache.grown(max(slots - self._cache.segments.shape[1], 0))
+  def advance(self, most: int | None = None) -> list[Progress]:
+    """What the next window brings: `most` tokens of each row at most, fewer where rows ended that others wait for.
+
+    What interrupts it (Ctrl-C) ends every row under way: what their last window drew is known to nobody.
+    """
+    try:
+      self._admit()
+      return self._collect(self._window(most)) if self._busy else []
+    except BaseException:
+      self._busy, self._held = {}, [None] * self.rows
+      self._slots = self._empty()
+      raise
+
+  def _window(self, most: int | None) -> slots.Drawn:
+    """The next window, on the host."""
+    most = self.width if most is None else min(most, self.width)
+    enough = max(1, self.rows // 8) if self._waiting else self.rows
+    self._slots, drawn = self._call(
+      slots.window,
+      f"window of {self.width} tokens, {self.rows} rows of {self._slots.cache.slots} slots",
+      self._ready.layers_apart,
+      self._slots,
+      jnp.int32(most),
+      jnp.int32(enough),
+      self.config,
+      self.width,
+      self.dtype,
+      self.records_kept,
+      self.top,
+    )
+    return jax.device_get(drawn)
+
+  def drop(self, ticket: int) -> None:
+    """Forgets a request, waiting or under way; nothing comes of it."""
+    self._waiting = collections.deque(pair for pair in self._waiting if pair[0] != ticket)
+    if indices := {index for index, row in self._busy.items() if row.ticket == ticket}:
+      self._end(indices)
+      self._free(indices)
+
+  def grow(self, length: int) -> None:
+    """Room for texts of `length` tokens; what is held stays.  The programs are compiled anew."""
+    slots_then = cache.fitting(length + SPARE)
+    self.length = max(self.length, length)
+    if slots_then <= self._slots.cache.slots:
+      return
+    held = self._slots
+    self._slots = dataclasses.replace(
+      held,
+      cache=held.cache.grown(slots_then),
+      text=jnp.pad(held.text, ((0, 0), (0, slots_then - held.cache.slots))),
+    )
+
+  def warm_up(self) -> None:
+    """Compiles every program there is, by a text that needs each; from then on a compilation is told, or an error."""
+    room = self.length - self._bound - 2
+    longest = sum(size for size in PIECES) + 1
+    ask = Request([0] * max(1, min(longest, room)), 2, row=0)
+    for _ in range(min(2, self.rows)):  # the second is copied
+      self.submit(ask)
+    for _ in self.answers():
+      pass
+    self._held = [None] * self.rows
+    self.is_warm = True
+
+  def _admit(self) -> None:
+    """Waiting requests into the rows that are free."""
+    free = [index for index in range(self.rows) if index not in self._busy]
+    chosen: dict[int, Request] = {}
+    readings: dict[int, _Reading] = {}
+    while free and self._waiting:
+      ticket, request = self._waiting.popleft()
+      reading = self._place(request, free, readings)
+      free.remove(reading.index)
+      self._busy[reading.index] = _Row(ticket, request)
+      chosen[reading.index], readings[reading.index] = request, reading
+    if not chosen:
+      return
+    self._read(readings)
+    lengths, last = np.zeros(self.rows, np.int32), np.zeros(self.rows, np.int32)
+    text = np.zeros(self._slots.text.shape, np.int32)
+    for index, request in chosen.items():
+      lengths[index], last[index] = len(request.prompt) - 1, request.prompt[-1]
+      text[index, : len(request.prompt)] = request.prompt
+    mask = np.isin(np.arange(self.rows), list(chosen))
+    args = (self._slots, mask, lengths, text, last, self._plan(chosen))
+    self._slots = self._call(slots.admit, "admission", *args)
+
+  def _place(self, request: Request, free: list[int], readings: dict[int, _Reading]) -> _Reading:
+    """The row that will hold the request's prompt but for its last token, which the window reads."""
+    prompt = [int(token) for token in request.prompt[:-1]]
+    wanted = _Held(request.row, prompt, list(_ends(len(prompt))))
+    shares = [
+      -1 if held is None else held.shared(wanted, anywhere=self.reuses_written)
+      for held in self._held
+    ]
+    alike = [index for index, held in enumerate(self._held) if held and held.row == request.row]
+    source = max(alike, key=lambda index: shares[index], default=None)
+    index = min(free, key=lambda index: (index != source, shares[index], index))
+    reading = _Reading(index, request.row, prompt, 0 if source is None else shares[source])
+    if source is None:
+      if self._bound:
+        args = (
+          self._ready.stacked,
+          self._slots,
+          np.int32(index),
+          np.int32(request.row),
+          self.config,
+        )
+        self._slots = self._call(slots.begin, "beginning of a row", *args)
+    elif source != index and (shares[source] > 0 or self._bound):
+      if source in readings:  # which is still to be read itself
+        reading.source = source
+      else:
+        self._copy(source, index)
+    self._held[index] = wanted
+    return reading
+
+  def _read(self, readings: dict[int, _Reading]) -> None:
+    """Every prompt, pieces of one size together."""
+    while any(reading.left for reading in readings.values()):
+      for reading in readings.values():
+        if reading.source is not None and readings[reading.source].at >= reading.at:
+          self._copy(reading.source, reading.index)
+          reading.source = None
+      by_size: dict[int, list[_Reading]] = {}
+      for reading in readings.values():
+        if reading.source is None and reading.at < len(reading.prompt):
+          _, size, _ = next(_pieces(reading.at, len(reading.prompt)))
+          by_size.setdefault(size, []).append(reading)
+      for size, some in by_size.items():
+        most = max(1, TOGETHER // size)
+        for start in range(0, len(some), most):
+          batch = some[start : start + most]
+          if 2 * len(batch) >= most:
+            self._read_pieces(size, most, batch)
+          else:
+            for reading in batch:
+              self._read_pieces(size, 1, [reading])
+
+  def _read_pieces(self, size: int, count: int, readings: list[_Reading]) -> None:
+    """The next piece of each, which has that size; `count` rows in all."""
+    # what only fills the batch is written to rows that there are not
+    index = self.rows + np.arange(count, dtype=np.int32)
+    row, start, counts = np.zeros((3, count), np.int32)
+    tokens = np.zeros((count, size), np.int32)
+    for i, reading in enumerate(readings):
+      at, _, length = next(_pieces(reading.at, len(reading.prompt)))
+      index[i], row[i], start[i], counts[i] = reading.index, reading.row, at, length
+      tokens[i, :length] = reading.prompt[at : at + length]
+      reading.at += length
+    pieces = slots.Pieces(*map(jnp.asarray, (index, row, start, counts, tokens)))
+    self._slots = self._call(
+      slots.read,
+      f"{count} pieces of {size} tokens, {self.rows} rows of {self._slots.cache.slots} slots",
+      *(self._ready.stacked, self._slots, pieces, self.config, self.dtype),
+    )
+
+  def _copy(self, source: int, index: int) -> None:
+    args = (self._slots, np.int32(source), np.int32(index))
+    self._slots = self._call(slots.copy, "copy of a row", *args)
+
+  def _collect(self, drawn: slots.Drawn) -> list[Progress]:
+    """What a window drew, row by row; rows that ended are free."""
+    told, ended, cut = [], set(), set()
+    for index, row in self._busy.items():
+      count = int(drawn.counts[index])
+      new = drawn.tokens[index, :count].tolist()
+      row.tokens += new
+      part = lambda x, index=index, count=count: np.asarray(x)[index, :count]
+      row.logps.append(part(drawn.logps))
+      if drawn.kept is not None:
+        row.kept.append(part(drawn.kept))
+      if drawn.top is not None:
+        row.top.append((part(drawn.top[0]), part(drawn.top[1])))
+      reason = self._reason(row, bool(drawn.live[index]), len(row.tokens) - count)
+      if reason is None:
+        told.append(Progress(row.ticket, new, None))
+        continue
+      why, length = reason
+      beyond = len(row.tokens) - length
+      told.append(Progress(row.ticket, new[: count - beyond], _answer(row, why, length)))
+      ended.add(index)
+      if drawn.live[index]:
+        cut.add(index)
+    if cut:
+      self._end(cut)
+    self._free(ended)
+    return told
+
+  def _reason(self, row: _Row, is_live: bool, read: int) -> tuple[str, int] | None:
+    """(why a row has ended, after how many tokens), None where it goes on."""
+    request, tokens = row.request, row.tokens
+    if request.stop_strings and self.decode is not None:
+      length = requests.string_end(tokens, read, request.stop_strings, self.decode)
+      if length is not None:
+        return requests.STRING, length
+    if is_live:
+      return None
+    stopped = tokens[-1] in request.stop_tokens
+    return (requests.STOPPED if stopped else requests.FULL), len(tokens)
+
+  def _end(self, indices: set[int]) -> None:
+    """Those rows draw no more."""
+    mask = np.isin(np.arange(self.rows), list(indices))
+    self._slots = self._call(slots.end, "end of rows", self._slots, mask)
+
+  def _free(self, indices: set[int]) -> None:
+    for index in indices:
+      row, held = self._busy.pop(index), self._held[index]
+      if held is not None and self.reuses_written:
+        # the last token drawn was not read
+        held.tokens = [*map(int, row.request.prompt), *row.tokens][:-1]
+
+  def _plan(self, chosen: dict[int, Request]) -> slots.Plan:
+    """Of each row what its request asks for; of the others nothing that matters."""
+    idle = Request([0], 1)
+    each = [chosen.get(index, idle) for index in range(self.rows)]
+    stops = np.full((self.rows, requests.MOST_STOPS), -1, np.int32)
+    for index, request in chosen.items():
+      stops[index, : len(request.stop_tokens)] = list(request.stop_tokens)
+    of = lambda name: jnp.asarray([getattr(request, name) for request in each], jnp.int32)
+    identity = [(r.seed % 2**32, r.number % 2**32, r.sample % 2**32) for r in each]
+    return slots.Plan(
+      how=samplers.Rows.of([request.sampling for request in each]),
+      least=of("min_new_tokens"),
+      most=of("max_new_tokens"),
+      stops=jnp.asarray(stops),
+      identity=jnp.asarray(identity, jnp.uint32),
+      row=of("row"),
+    )
+
+  def _call(self, program: Any, name: str, *args: Any) -> Any:
+    """A program's result; a new compilation is kept in `programs`, and told once the engine is warm."""
+    before_call = program._cache_size()
+    result = program(*args)
+    if program._cache_size() > before_call:
+      self.programs.append(name)
+      if self.is_strict and self.is_warm:
+        raise CompilationError(f"compiled after the warm-up: {name}")
+      if self.is_warm:
+        log.warning("compiled after the warm-up: %s", name)
+    return result
+
+
+def _answer(row: _Row, why: str, length: int) -> Answer:
+  whole = lambda parts: np.concatenate(parts)[:length]
+  return Answer(
+    request=row.request,
+    tokens=row.tokens[:length],
+    logps=whole(row.logps),
+    ended=why,
+    kept=whole(row.kept) if row.kept else None,
+    top=(whole([ids for ids, _ in row.top]), whole([lps for _, lps in row.top]))
+    if row.top
+    else None,
+  )
+
+
+def _pieces(start: int, end: int) -> Iterator[tuple[int, int, int]]:
+  """(first token, size, how many of it are tokens) of the pieces in which tokens start to end are read.
+
+  >>> list(_pieces(0, 90)), list(_pieces(0, 300))
+  ([(0, 64, 64), (64, 32, 26)], [(0, 256, 256), (256, 64, 44)])
+  """
+  while start < end:
+    left = end - start
+    over = next((size for size in reversed(PIECES) if size >= left), None)
+    under = next((size for size in PIECES if size <= left), PIECES[-1])
+    size = over if over is not None and over - left <= SPARE else under
+    count = min(size, left)
+    yield start, size, count
+    start += count
+
+
+def _ends(length: int) -> Iterator[int]:
+  """Where the pieces of so many tokens end."""
+  return (at + count for at, _, count in _pieces(0, length))
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+  """What was generated, one entry a text, in the order of the prompts, the samples of a prompt together.
+
+  tokens: the new ids, the stop token included where one was drawn.
+  logps: their log-probabilities as in `requests.Answer`, float32.
+  finished: True where the text came to an end of its own, False where max_new_tokens cut it.
+  """
+
+  tokens: list[list[int]]
+  logps: list[np.ndarray]
+  finished: list[bool]
+
+
+def generate(
+  params: Params | Ready,
+  config: ModelConfig,
+  prompts: Sequence[Sequence[int]],
+  *,
+  max_new_tokens: int | Sequence[int],
+  sampling: Sampling = GREEDY,
+  stop_tokens: Sequence[int] = (),
+  seed: int = 0,
+  samples: int = 1,
+  batch_size: int = 16,
+  dtype: Any = None,
+  progress: Callable[[int, int], None] | None = None,
+) -> Generation:
+  """Continuations of ragged prompts, `samples` of each; one does not depend on what is written beside it.
+
+  Args:
+    params: as for `Engine`.  Bound with rows, there is one for each prompt.
+    prompts: token ids, at least one each.
+    max_new_tokens: of every answer, or of each prompt's.
+    stop_tokens: ids that end a text, see `stop_tokens`; () for none.
+    seed: token t of sample s of prompt i is drawn by (seed, i, s, t).
+    batch_size: the most texts under way at once.
+    dtype: of the computation and the cache; default the embedding's.
+    progress: called with (answers done, answers wanted).
+  """
+  if batch_size < 1:
+    raise ValueError(f"batch_size must be at least 1, found {batch_size}")
+  if samples < 1:
+    raise ValueError(f"samples must be at least 1, found {samples}")
+  ready = prepare(params, config)
+  rows = weight.batch_rows(ready.stacked)
+  if rows is not None and rows != len(prompts):
+    raise ValueError(f"{len(prompts)} prompts, but the parameters are bound for {rows} rows")
+  single = isinstance(max_new_tokens, int | np.integer)
+  most = [max_new_tokens] * len(prompts) if single else list(max_new_tokens)
+  asked = [
+    Request(
+      prompt=prompts[i],
+      max_new_tokens=int(most[i]),
+      sampling=sampling,
+      stop_tokens=stop_tokens,
+      seed=seed,
+      number=i,
+      sample=sample,
+      row=0 if rows is None else i,
+    )
+    for i in range(len(prompts))
+    for sample in range(samples)
+  ]
+  bound = before.slots(ready.stacked)
+  for at, request in enumerate(asked):
+    requests.check(request, config, config.max_length, bound, rows, at // samples)
+  if not asked:
+    return Generation([], [], [])
+  length = bucket(max(bound + len(r.prompt) + r.max_new_tokens for r in asked))
+  engine = Engine(
+    ready,
+    config,
+    rows=min(batch_size, len(asked)),
+    length=min(length, config.max_length),
+    dtype=dtype,
+  )
+  # texts of like length side by side, the answers to one prompt together
+  order = sorted(range(len(asked)), key=lambda i: -len(asked[i].prompt) - asked[i].max_new_tokens)
+  answers: dict[int, Answer] = {}
+  for place, answer in engine.run(asked[i] for i in order):
+    answers[order[place]] = answer
+    if progress is not None:
+      progress(len(answers), len(asked))
+  ordered = [answers[i] for i in range(len(asked))]
+  return Generation(
+    [answer.tokens for answer in ordered],
+    [answer.logps for answer in ordered],
+    [answer.finished for answer in ordered],
+  )
 
 
 def prepare(params: Params | Ready, config: ModelConfig) -> Ready:
-  """params in the two forms that generation wants; on a CPU the second is a copy.
+  """params in the two forms that the engine wants; on a CPU the second is a copy.
 
   There a scan copies each layer's weights out of the stack at every step: with the layers apart a step of SmolLM2-135M
   takes 45 ms of processor time instead of 87 (batch 1), 190 instead of 270 (batch 16).
@@ -233,209 +629,3 @@ def bucket(length: int) -> int:
   while size < length:
     size = size * 3 // 2 if size & (size - 1) == 0 else size // 3 * 4
   return size
-
-
-def _start(
-  params: Params,
-  prompts: Sequence[Sequence[int]],
-  keys: Array,
-  stopped: np.ndarray,
-  max_new_tokens: int,
-  stop_tokens: Sequence[int],
-  config: ModelConfig,
-  sampling: Sampling,
-  dtype: Any,
-) -> State:
-  """The prompts read, one token of each row drawn."""
-  shared = _shared_length(params, prompts)
-  rests = [prompt[shared:] for prompt in prompts]
-  width = bucket(max(map(len, rests)))
-  tokens = np.zeros((len(prompts), width), np.int32)
-  segments = np.zeros_like(tokens)
-  for row, rest in enumerate(rests):
-    tokens[row, width - len(rest) :] = rest
-    segments[row, width - len(rest) :] = 1
-  beginning = np.asarray([prompts[0][:shared]], np.int32)
-  stops = _padded_stops(stop_tokens)
-  slots = bucket(before.slots(params) + shared + width + max_new_tokens)
-  read = (beginning, tokens, segments)
-  return _prefill(params, *read, keys, stopped, stops, slots, config, sampling, dtype)
-
-
-def _padded_stops(stop_tokens: Sequence[int]) -> np.ndarray:
-  """Filled up with -1, which no token is, so that one program serves any few of them."""
-  stops = np.full(bucket(len(stop_tokens)), -1, np.int32)
-  stops[: len(stop_tokens)] = stop_tokens
-  return stops
-
-
-def _shared_length(params: Params, prompts: Sequence[Sequence[int]]) -> int:
-  """How many tokens all prompts begin with, in steps of SHARED so that few shapes compile; at least one is left over.
-
-  Rows that share a system message read it once.
-  """
-  if len(prompts) == 1 or weight.batch_rows(params) is not None:
-    return 0
-  in_order = sorted(map(tuple, prompts))
-  ends = in_order[0], in_order[-1]  # what the first and last in order share, all do
-  most = min(map(len, prompts)) - 1
-  same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*(end[:most] for end in ends)))
-  return sum(1 for _ in same) // SHARED * SHARED
-
-
-@functools.partial(jax.jit, static_argnames=("slots", "config", "sampling", "dtype"))
-def _prefill(
-  params: Params,
-  beginning: Array,
-  tokens: Array,
-  segments: Array,
-  keys: Array,
-  stopped: Array,
-  stop_tokens: Array,
-  slots: int,
-  config: ModelConfig,
-  sampling: Sampling,
-  dtype: Any,
-) -> State:
-  batch = tokens.shape[0]
-  cache_dtype = dtype or params["embed_tokens"]["weight"].dtype
-  if beginning.shape[1]:
-    cache = decoder.start(params, config, 1, slots, cache_dtype)
-    _, cache = decoder.step(params, beginning, config, cache, dtype=dtype)
-    cache = cache.repeated(batch)
-  else:
-    cache = decoder.start(params, config, batch, slots, cache_dtype)
-  x, cache = decoder.step(params, tokens, config, cache, segment_ids=segments, dtype=dtype)
-  state = _undrawn(cache, stopped, keys, stop_tokens)
-  return _draw(params, state, x, config, sampling)
-
-
-_opened = jax.jit(decoder.start, static_argnames=("config", "batch", "slots", "dtype"))
-
-
-@functools.partial(
-  jax.jit, static_argnames=("config", "sampling", "dtype"), donate_argnames=("cache",)
-)
-def _extend(
-  params: Params,
-  cache: decoder.Cache,
-  start: Array | int,
-  tokens: Array,
-  count: Array | int,
-  keys: Array,
-  stop_tokens: Array,
-  config: ModelConfig,
-  sampling: Sampling,
-  dtype: Any,
-) -> State:
-  """The first `count` of tokens [1, time] read behind the first `start` slots of the cache, one token drawn."""
-  segments = (jnp.arange(tokens.shape[1]) < count).astype(jnp.int32)[None]
-  x, cache = decoder.step(
-    params, tokens, config, cache.cut(start), segment_ids=segments, dtype=dtype
-  )
-  x = jax.lax.dynamic_slice_in_dim(x, count - 1, 1, axis=1)
-  state = _undrawn(cache.cut(start + count), jnp.zeros(1, bool), keys, stop_tokens)
-  return _draw(params, state, x, config, sampling)
-
-
-def _undrawn(cache: decoder.Cache, stopped: Array, keys: Array, stop_tokens: Array) -> State:
-  batch, slots = cache.segments.shape
-  return State(
-    cache=cache,
-    tokens=jnp.zeros((batch, slots), jnp.int32),
-    logps=jnp.zeros((batch, slots), jnp.float32),
-    lengths=jnp.zeros(batch, jnp.int32),
-    stopped=stopped,
-    count=jnp.zeros((), jnp.int32),
-    keys=keys,
-    stop_tokens=stop_tokens,
-  )
-
-
-@functools.partial(
-  jax.jit, static_argnames=("config", "sampling", "dtype"), donate_argnames=("state",)
-)
-def _decode(
-  params: Params,
-  state: State,
-  count: Array | int,
-  config: ModelConfig,
-  sampling: Sampling,
-  dtype: Any,
-) -> State:
-  """state with `count` tokens drawn, or fewer where every row has stopped."""
-
-  def going(state: State) -> Array:
-    return (state.count < count) & ~jnp.all(state.stopped)
-
-  def body(state: State) -> State:
-    last = jax.lax.dynamic_slice_in_dim(state.tokens, state.count - 1, 1, axis=1)
-    x, cache = decoder.step(params, last, config, state.cache, dtype=dtype)
-    return _draw(params, dataclasses.replace(state, cache=cache), x, config, sampling)
-
-  return jax.lax.while_loop(going, body, state)
-
-
-def _draw(params: Params, state: State, x: Array, config: ModelConfig, sampling: Sampling) -> State:
-  """state with the token that follows the last hidden state of x: [batch, time, embed]."""
-  keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.count)
-  logits = decoder.logits(params, x[:, -1], config)
-  token, logp = samplers.sample(keys, logits, sampling)
-  write = lambda buffer, new: jax.lax.dynamic_update_slice(buffer, new[:, None], (0, state.count))
-  ends = jnp.any(token[:, None] == state.stop_tokens, axis=1)
-  return dataclasses.replace(
-    state,
-    tokens=write(state.tokens, token),
-    logps=write(state.logps, logp),
-    lengths=state.lengths + ~state.stopped,
-    stopped=state.stopped | ends,
-    count=state.count + 1,
-  )
-
-
-def _batches(lengths: Sequence[int], batch_size: int) -> np.ndarray:
-  """Row indices by rising length, in batches of one size (one compilation); -1 fills the first up."""
-  if not lengths:
-    return np.zeros((0, 0), np.int64)
-  count = -(-len(lengths) // batch_size)
-  size = -(-len(lengths) // count)
-  order = np.argsort(lengths, kind="stable")
-  order = np.concatenate([np.full(count * size - len(order), -1), order]).astype(np.int64)
-  return order.reshape(count, size)
-
-
-def _row_keys(key: Array | None, sampling: Sampling, rows: int) -> Array:
-  if key is None:
-    if sampling.temperature > 0:
-      raise ValueError("sampling at a temperature above 0 needs a key, such as jax.random.key(0)")
-    key = jax.random.key(0)
-  return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
-
-
-def check_ids(prompt: Sequence[int], config: ModelConfig, name: str = "the prompt") -> None:
-  """Raises ValueError where a prompt is empty, or a token has no row in the embedding."""
-  if len(prompt) == 0:
-    raise ValueError(f"{name} is empty; give it at least the token that starts a text")
-  if min(prompt) < 0 or max(prompt) >= config.vocab_size:
-    raise ValueError(
-      f"{name} holds ids outside 0..{config.vocab_size - 1}: {min(prompt)}..{max(prompt)}"
-    )
-
-
-def _check(
-  prompts: Sequence[Sequence[int]], max_new_tokens: int, config: ModelConfig, params: Params
-) -> None:
-  rows = weight.batch_rows(params)
-  if rows is not None and rows != len(prompts):
-    raise ValueError(f"{len(prompts)} prompts, but the parameters are bound for {rows} rows")
-  bound = before.slots(params)
-  if max_new_tokens < 1:
-    raise ValueError(f"max_new_tokens must be at least 1, found {max_new_tokens}")
-  for i, prompt in enumerate(prompts):
-    check_ids(prompt, config, f"prompt {i}")
-    if bound + len(prompt) + max_new_tokens > config.max_length:
-      soft = f" and {bound} of a soft prompt or prefix" if bound else ""
-      raise ValueError(
-        f"prompt {i} has {len(prompt)} tokens{soft}; with max_new_tokens={max_new_tokens} that is more than the "
-        f"{config.max_length} positions of the model"
-      )

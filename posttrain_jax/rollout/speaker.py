@@ -8,12 +8,11 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TextIO
 
-import jax
-
 from posttrain_jax.data import templates
 from posttrain_jax.models import before
 from posttrain_jax.models.config import ModelConfig
-from posttrain_jax.rollout import engine
+from posttrain_jax.rollout import engine, requests
+from posttrain_jax.rollout.dialogue import Dialogue
 from posttrain_jax.rollout.sampling import Sampling
 
 
@@ -67,9 +66,9 @@ class Speaker:
       )
     return min(left, self.max_new_tokens)
 
-  def dialogue(self) -> engine.Dialogue:
+  def dialogue(self) -> Dialogue:
     """What remembers a conversation's tokens from one `stream` to the next."""
-    return engine.Dialogue(
+    return Dialogue(
       self.params,
       self.config,
       sampling=self.sampling,
@@ -78,15 +77,21 @@ class Speaker:
     )
 
   def stream(
-    self, messages: list[dict], key: Any, dialogue: engine.Dialogue | None = None
+    self,
+    messages: list[dict],
+    seed: int,
+    dialogue: Dialogue | None = None,
+    *,
+    turn: int = 0,
   ) -> Iterator[str]:
     """The next turn in pieces, each of whole characters, and none that a later token changes."""
     prompt = self.tokens(messages)
-    engine.check_ids(prompt, self.config)
+    requests.check_ids(prompt, self.config)
     drawn: list[int] = []
     shown = ""
     reader = dialogue or self.dialogue()
-    for token in reader.stream(prompt, max_new_tokens=self.room(prompt), key=key):
+    room = self.room(prompt)
+    for token in reader.stream(prompt, max_new_tokens=room, seed=seed, number=turn):
       drawn.append(token)
       text = self.text(drawn)
       # a character may take several tokens, and a decoder that cleans up may wait for the next word
@@ -97,29 +102,34 @@ class Speaker:
     if whole.startswith(shown):
       yield whole[len(shown) :]
 
-  def answer(self, conversations: Iterable[list[dict]], key: Any) -> list[str | ValueError]:
-    """The next turn of each conversation, in batches; of one that cannot be answered, why.
+  def answer(self, conversations: Iterable[list[dict]], seed: int) -> list[str | ValueError]:
+    """The next turn of each conversation; of one that cannot be answered, why.
 
     Where a conversation leaves fewer positions than `max_new_tokens`, its answer has as many as are left.
     """
     answers: dict[int, str | ValueError] = {}
-    by_room: dict[int, list[tuple[int, list[int]]]] = {}
+    prompts: dict[int, list[int]] = {}
+    rooms: list[int] = []
     for at, messages in enumerate(conversations):
       try:
         prompt = self.tokens(messages)
-        engine.check_ids(prompt, self.config)
-        by_room.setdefault(self.room(prompt), []).append((at, prompt))
+        requests.check_ids(prompt, self.config)
+        rooms.append(self.room(prompt))
+        prompts[at] = prompt
       except ValueError as error:
         answers[at] = error
-    for room, asked in by_room.items():
-      drawn = engine.generate(
-        self.params, self.config, [p for _, p in asked], max_new_tokens=room, **self.how(key)
-      )
-      answers |= {at: self.text(tokens) for (at, _), tokens in zip(asked, drawn.tokens)}
+    drawn = engine.generate(
+      self.params,
+      self.config,
+      list(prompts.values()),
+      max_new_tokens=rooms,
+      sampling=self.sampling,
+      stop_tokens=self.stop_tokens,
+      seed=seed,
+      dtype=self.dtype,
+    )
+    answers |= {at: self.text(tokens) for at, tokens in zip(prompts, drawn.tokens)}
     return [answers[at] for at in sorted(answers)]
-
-  def how(self, key: Any) -> dict:
-    return dict(sampling=self.sampling, stop_tokens=self.stop_tokens, key=key, dtype=self.dtype)
 
 
 def answer_lines(
@@ -145,7 +155,7 @@ def answer_lines(
   first = opening(system)
   lines = [(at, line.rstrip("\r\n")) for at, line in enumerate(stdin, 1) if line.strip()]
   asked = ([*first, message("user", prompt)] for _, prompt in lines)
-  answers = speaker.answer(asked, jax.random.key(seed))
+  answers = speaker.answer(asked, seed)
   for (at, _), answer in zip(lines, answers):
     if isinstance(answer, ValueError):
       print(f"line {at}: {answer}", file=stderr)

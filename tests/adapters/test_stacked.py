@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from posttrain_jax import adapters, quant
+from posttrain_jax import adapters, quant, rollout
 from posttrain_jax.adapters import AdapterConfig, layout
 from posttrain_jax.core import sharding, tree, weight
 from posttrain_jax.models import decoder
@@ -91,7 +91,7 @@ def test_generation_serves_ragged_rows_of_mixed_adapters(mixed):
   for row, i in enumerate(index):
     [expected] = generate(alone(params, made, i), [prompts[row]]).tokens
     assert found.tokens[row] == expected
-  streamed = engine.stream(
+  streamed = rollout.stream(
     adapters.bind(params, adapters.stack(made, params), rows=[7]),
     model,
     prompts[3],

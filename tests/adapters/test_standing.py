@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from posttrain_jax import adapters, objectives, quant
+from posttrain_jax import adapters, objectives, quant, rollout
 from posttrain_jax.adapters import AdapterConfig, layout, peft_format
 from posttrain_jax.core import sharding, tree
 from posttrain_jax.models import before, decoder, partition
@@ -72,11 +72,12 @@ def test_a_prompt_of_token_embeddings_is_those_tokens(family):
 def test_a_prefix_of_a_texts_own_keys_and_values_is_that_text(family):
   model, params = families.make(family)
   text, tokens = families.tokens(SLOTS, seed=7), families.tokens(2, 12)
-  cache = decoder.empty_cache(model, 1, SLOTS, jnp.float32)
+  cache = decoder.empty_cache(model, 1, 16, jnp.float32)
   _, cache = decoder.step(params, text[None], model, cache)
   node = made(family, "prefix")[3]["layers"]["self_attn"]["prefix"]
-  flat = lambda x: x[:, 0].reshape(node.k.shape)
-  adapter = tree.unflatten({before.PREFIX: node.replace(k=flat(cache.k), v=flat(cache.v))})
+  k = cache.k[:, 0, 0].transpose(0, 3, 1, 2)[:, :SLOTS].reshape(node.k.shape)
+  v = cache.v[:, 0, 0].transpose(0, 2, 1, 3)[:, :SLOTS].reshape(node.v.shape)
+  adapter = tree.unflatten({before.PREFIX: node.replace(k=k, v=v)})
   found = logits(params, adapter, tokens, model)
   whole = np.concatenate([np.tile(text, (2, 1)), tokens], axis=1)
   close(found, decoder.forward(params, whole, model)[:, SLOTS:])
@@ -111,7 +112,7 @@ def test_generation_is_the_argmax_of_the_full_forward_pass(family, method):
     expected = jax.nn.log_softmax(logits(params, adapter, text, model)[0, at])
     np.testing.assert_array_equal(drawn, expected.argmax(axis=1))
     np.testing.assert_allclose(logps, expected.max(axis=1), rtol=1e-3, atol=1e-4)
-  streamed = engine.stream(ready, model, prompts[0], max_new_tokens=12)
+  streamed = rollout.stream(ready, model, prompts[0], max_new_tokens=12)
   assert list(streamed) == found.tokens[0]
 
 
@@ -122,8 +123,8 @@ def test_a_prompt_and_a_prefix_stand_together():
   bound = adapters.bind(adapters.bind(params, prefix), prompt)
   tokens = families.tokens(2, 9)
   full = decoder.forward(bound, tokens, model)
-  cache = decoder.start(bound, model, 2, 20, jnp.float32)
-  assert int(cache.length) == before.slots(bound) == SLOTS + 4
+  cache = decoder.start(bound, model, 2, 32, jnp.float32)
+  assert cache.lengths.tolist() == [before.slots(bound)] * 2 == [SLOTS + 4] * 2
   x, _ = decoder.step(bound, tokens, model, cache)
   close(decoder.logits(bound, x, model), full)
   assert np.abs(full - logits(params, prompt, tokens, model)).max() > 0.1
@@ -157,7 +158,7 @@ def test_a_computation_in_bfloat16_stays_one(method):
   bound = adapters.bind(low, adapter)
   tokens = families.tokens(2, 9)
   assert decoder.hidden(bound, tokens, model).dtype == jnp.bfloat16
-  cache = decoder.start(bound, model, 2, 20, jnp.bfloat16)
+  cache = decoder.start(bound, model, 2, 32, jnp.bfloat16)
   x, cache = decoder.step(bound, tokens, model, cache)
   assert x.dtype == cache.k.dtype == jnp.bfloat16
   exact = logits(params, adapter, tokens, model)

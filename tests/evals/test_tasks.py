@@ -39,7 +39,7 @@ def model(monkeypatch, tokenizer):
   def generate(params, config, prompts, *, batch_size, stop_tokens, max_new_tokens, **options):
     by_prompt = {template.render(row["prompt"], add_generation_prompt=True): row for row in rows}
     asked.calls.append(dict(prompts=prompts, stops=stop_tokens, max_new_tokens=max_new_tokens))
-    assert batch_size == len(prompts)
+    asked.calls[-1].update(options, batch_size=batch_size)
     texts = [asked.answers(by_prompt[tokenizer.decode(prompt)]) for prompt in prompts]
     ids = [tokenizer(f"{text}<|im_end|>")["input_ids"] for text in texts]
     return engine.Generation(ids, [None] * len(ids), [asked.finished] * len(ids))
@@ -76,13 +76,11 @@ def test_counts_by_channel_and_reason_add_up(model, tokenizer, config):
   assert any(a["reason"].startswith("syntax error: near") for a in result.answers)
 
 
-def test_batches_have_one_size_and_hold_prompts_of_like_length(model, tokenizer, config):
-  told = []
-  run(tokenizer, config, batch_size=10, progress=lambda done, wanted: told.append((done, wanted)))
-  assert [len(call["prompts"]) for call in model.calls] == [8, 8, 8]
-  longest = [max(map(len, call["prompts"])) for call in model.calls]
-  assert longest == sorted(longest)
-  assert told == [(8, 23), (16, 23), (23, 23)]
+def test_the_engine_is_asked_once_and_tells_how_far_it_is(model, tokenizer, config):
+  tell = lambda done, wanted: None
+  run(tokenizer, config, batch_size=10, progress=tell)
+  (call,) = model.calls
+  assert (len(call["prompts"]), call["batch_size"], call["progress"]) == (23, 10, tell)
 
 
 def test_an_answer_stops_at_the_turns_end_and_at_the_texts(model, tokenizer, config):

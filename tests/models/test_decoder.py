@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from posttrain_jax.core import sharding, tree
+from posttrain_jax.models import cache as cache_lib
 from posttrain_jax.models import decoder, partition, rotary
 from posttrain_jax.models.config import Rope
 from tests.marks import few, slow
@@ -194,40 +195,56 @@ def test_llama3_rope_keeps_short_waves_slows_long_ones_and_blends_between():
 )
 def test_prefill_and_decode_of_ragged_rows_equal_forward(run, name, apart):
   config, params = families.make(name)
-  time, lengths = 20, (20, 11, 6)
-  segments = np.stack([np.arange(time) >= time - n for n in lengths]).astype(np.int32)
-  tokens = families.tokens(3, time)
+  lengths, new = (16, 11, 2), 4
+  prompt, rows = max(lengths), len(lengths)
+  tokens = families.tokens(rows, prompt + new)  # of a row its prompt, then what follows it
 
   @jax.jit
-  def step(params, tokens, cache, segments):
-    x, cache = decoder.step(params, tokens, config, cache, segment_ids=segments)
+  def step(params, tokens, cache, counts):
+    x, cache = decoder.step(params, tokens, config, cache, counts=counts)
     return decoder.logits(params, x, config), cache
 
   weights = decoder.unstack(params, config) if apart else params
-  cache = decoder.empty_cache(config, 3, time + 5, jnp.float32)
-  prompt = 16
-  pieces = []
-  out, cache = step(weights, tokens[:, :prompt], cache, segments[:, :prompt])
-  pieces.append(out)
-  for i in range(prompt, time):
-    out, cache = step(weights, tokens[:, i : i + 1], cache, segments[:, i : i + 1])
-    pieces.append(out)
-  found = np.concatenate(pieces, axis=1)
-  assert int(cache.length) == time
-  np.testing.assert_array_equal(cache.segments.sum(axis=1), lengths)
-  assert np.isfinite(found).all()
-
-  alone = np.zeros((3, LONGEST), np.int32)
+  cache = decoder.empty_cache(config, rows, 32, jnp.float32)
+  read, cache = step(weights, tokens[:, :prompt], cache, np.asarray(lengths))
+  drawn = []
+  for i in range(new):
+    next_token = np.stack([tokens[row, n + i] for row, n in enumerate(lengths)])[:, None]
+    out, cache = step(weights, next_token, cache, np.asarray([1, 1, int(i % 2 == 0)]))
+    drawn.append(out)
+    if i % 2:  # the last row read nothing: it goes on where it was
+      assert cache.lengths.tolist() == [lengths[0] + i + 1, lengths[1] + i + 1, 2 + (i + 1) // 2]
+  alone = np.zeros((rows, LONGEST), np.int32)
   for row, n in enumerate(lengths):
-    alone[row, :n] = tokens[row, -n:]
+    alone[row, : n + new] = tokens[row, : n + new]
+  alone[2, 3] = tokens[2, 4]  # it skipped the second
   expected = run(name, alone)  # what follows a row's text cannot reach it
   for row, n in enumerate(lengths):
-    np.testing.assert_allclose(found[row, -n:], expected[row, :n], **TOLERANCE)
+    np.testing.assert_allclose(read[row, :n], expected[row, :n], **TOLERANCE)
+    times = range(new) if row < 2 else (0, 2)
+    for place, i in enumerate(times):
+      np.testing.assert_allclose(drawn[i][row, 0], expected[row, n + place], **TOLERANCE)
+
+
+def test_attention_reads_block_by_block(monkeypatch):
+  """Two blocks and a part of the third, in a cache of four, with a window that leaves the first out."""
+  monkeypatch.setattr(cache_lib, "BLOCK", 16)
+  config = families.config("qwen2_sliding", sliding_window=10)
+  params = families.params(config)
+  tokens = families.tokens(2, 40)
+  cache = decoder.empty_cache(config, 2, 64, jnp.float32)
+  assert cache.k.shape[1] == 4
+  pieces = []
+  for start in range(0, 40, 8):
+    x, cache = decoder.step(params, tokens[:, start : start + 8], config, cache)
+    pieces.append(decoder.logits(params, x, config))
+  expected = decoder.forward(params, tokens, config)
+  np.testing.assert_allclose(np.concatenate(pieces, axis=1), expected, **TOLERANCE)
 
 
 def test_a_step_in_bfloat16_keeps_the_caches_type():
   config, params = families.make("llama")
-  cache = decoder.empty_cache(config, 2, 4, jnp.bfloat16)
+  cache = decoder.empty_cache(config, 2, 16, jnp.bfloat16)
   x, after = jax.jit(lambda p, t, c: decoder.step(p, t, config, c))(
     params, families.tokens(2, 3), cache
   )

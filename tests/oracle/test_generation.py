@@ -47,13 +47,28 @@ def test_greedy_text_of_the_embedded_model_is_that_of_transformers():
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 @pytest.mark.parametrize("top_k", [0, 1, 50])
 @pytest.mark.parametrize("top_p", [0.05, 0.9, 1.0])
-def test_filters_are_those_of_transformers(temperature, top_k, top_p):
+@pytest.mark.parametrize("min_p", [0.0, 0.2])
+def test_filters_are_those_of_transformers(temperature, top_k, top_p, min_p):
   logits = np.random.default_rng(1).normal(0, 3, (8, 2000)).astype(np.float32)
   warpers = [transformers.TemperatureLogitsWarper(temperature)]
   warpers += [transformers.TopKLogitsWarper(top_k)] if top_k else []
   warpers += [transformers.TopPLogitsWarper(top_p)] if top_p < 1 else []
+  warpers += [transformers.MinPLogitsWarper(min_p)] if min_p else []
   expected = torch.from_numpy(logits)
   for warper in warpers:
     expected = warper(None, expected)
-  found = sampling.filter(jnp.asarray(logits), temperature=temperature, top_k=top_k, top_p=top_p)
+  how = sampling.Rows.of([sampling.Sampling(top_k=top_k, top_p=top_p, min_p=min_p)] * 8)
+  found = sampling.filtered(jnp.asarray(logits) / np.float32(temperature), how)
+  np.testing.assert_allclose(found, expected.numpy(), rtol=1e-6)
+
+
+def test_the_repetition_penalty_is_that_of_transformers():
+  rng = np.random.default_rng(2)
+  logits = rng.normal(0, 3, (4, 500)).astype(np.float32)
+  text = rng.integers(0, 500, (4, 40))
+  expected = transformers.RepetitionPenaltyLogitsProcessor(1.3)(
+    torch.from_numpy(text), torch.from_numpy(logits.copy())
+  )
+  how = sampling.Rows.of([sampling.Sampling(repetition_penalty=1.3)] * 4)
+  found = sampling.penalised(jnp.asarray(logits), text, np.full(4, 40), how)
   np.testing.assert_allclose(found, expected.numpy(), rtol=1e-6)

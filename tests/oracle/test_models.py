@@ -32,22 +32,24 @@ def forward(params, tokens, config):
   return np.asarray(run(params, tokens, positions))
 
 
-def read_in_steps(params, tokens, config, prompt, segment_ids):
-  """Logits of `tokens`, the first `prompt` read at once and the others one by one."""
-  rows, time = tokens.shape
+def read_in_steps(params, tokens, config, lengths, new):
+  """Logits [row, place, vocab]: of each row its first `lengths` tokens read at once, `new` more one by one."""
+  rows = len(tokens)
 
   @jax.jit
-  def step(params, tokens, cache, segment_ids):
-    x, cache = decoder.step(params, tokens, config, cache, segment_ids=segment_ids)
+  def step(params, tokens, cache, counts):
+    x, cache = decoder.step(params, tokens, config, cache, counts=counts)
     return decoder.logits(params, x, config), cache
 
-  cache = decoder.empty_cache(config, rows, time + 3, jnp.float32)  # some slots stay empty
-  out, cache = step(params, tokens[:, :prompt], cache, segment_ids[:, :prompt])
-  pieces = [out]
-  for i in range(prompt, time):
-    out, cache = step(params, tokens[:, i : i + 1], cache, segment_ids[:, i : i + 1])
-    pieces.append(out)
-  return np.concatenate(pieces, axis=1)
+  cache = decoder.empty_cache(config, rows, 128, jnp.float32)  # some slots stay empty
+  out, cache = step(params, tokens[:, : max(lengths)], cache, np.asarray(lengths))
+  found = [[*out[row, :n]] for row, n in enumerate(lengths)]
+  for i in range(new):
+    following = np.stack([tokens[row, n + i] for row, n in enumerate(lengths)])[:, None]
+    out, cache = step(params, following, cache, np.ones(rows, np.int32))
+    for row in range(rows):
+      found[row].append(out[row, 0])
+  return found
 
 
 def test_embedded_model_on_real_text(torch_logits):
@@ -85,13 +87,13 @@ def test_prefill_and_cached_decode_of_ragged_prompts_equal_transformers(
   model = tiny_model(name)
   model.save_pretrained(tmp_path)
   params, config = hf.load(tmp_path)
-  lengths = (LONGEST, 21, LONGEST - 9)  # the first row has no padding
+  new = 20
+  lengths = (LONGEST - new, 3, LONGEST - new - 9)  # the first row has no padding
   tokens = families.tokens(3, LONGEST)
-  segments = np.stack([np.arange(LONGEST) >= LONGEST - n for n in lengths]).astype(np.int32)
-  found = read_in_steps(params, tokens, config, LONGEST - 20, segments)
+  found = read_in_steps(params, tokens, config, lengths, new)
   for row, n in enumerate(lengths):
-    alone = torch_logits(model, tokens[row : row + 1, -n:])[0]
-    np.testing.assert_allclose(found[row, -n:], alone, **TOLERANCE)
+    alone = torch_logits(model, tokens[row : row + 1, : n + new])[0]
+    np.testing.assert_allclose(np.stack(found[row]), alone, **TOLERANCE)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

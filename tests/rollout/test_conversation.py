@@ -4,8 +4,8 @@ import io
 
 import pytest
 
-from posttrain_jax.rollout import engine
 from posttrain_jax.rollout.conversation import AGAIN, HELP, Conversation, Interrupted
+from posttrain_jax.rollout.dialogue import Dialogue
 from tests.rollout import test_speaker
 from tests.rollout.test_speaker import NEW, assistant, expected, ready, user
 
@@ -99,17 +99,17 @@ def test_a_block_of_lines_is_one_question(base, speaker):
 
 
 def test_ctrl_c_ends_an_answer_and_what_was_said_is_the_turn(base, speaker, monkeypatch):
-  whole, cut = engine.Dialogue.stream, []
+  whole, cut = Dialogue.stream, []
 
   def interrupted(self, *args, **options):
     drawn = whole(self, *args, **options)
     for _ in range(3):
       cut.append(next(drawn))
       yield cut[-1]
-    monkeypatch.setattr(engine.Dialogue, "stream", whole)
+    monkeypatch.setattr(Dialogue, "stream", whole)
     raise KeyboardInterrupt
 
-  monkeypatch.setattr(engine.Dialogue, "stream", interrupted)
+  monkeypatch.setattr(Dialogue, "stream", interrupted)
   out, err, left = talk(speaker, "Hello there", "What is two?", CTRL_C, CTRL_C, "never")
   said = speaker.text(cut)
   (second,) = answers(base, [user("Hello there"), assistant(said), user("What is two?")])
@@ -120,14 +120,14 @@ def test_ctrl_c_ends_an_answer_and_what_was_said_is_the_turn(base, speaker, monk
 
 
 def test_ctrl_c_before_the_first_word_is_no_turn(base, speaker, monkeypatch):
-  whole = engine.Dialogue.stream
+  whole = Dialogue.stream
 
   def interrupted(self, *args, **options):
-    monkeypatch.setattr(engine.Dialogue, "stream", whole)
+    monkeypatch.setattr(Dialogue, "stream", whole)
     raise KeyboardInterrupt
     yield
 
-  monkeypatch.setattr(engine.Dialogue, "stream", interrupted)
+  monkeypatch.setattr(Dialogue, "stream", interrupted)
   out, _, _ = talk(speaker, "What is two?", "Hello there", CTRL_D)
   assert out == f"\n{answers(base, [user('Hello there')])[0]}\n"
 

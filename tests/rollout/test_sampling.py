@@ -7,11 +7,9 @@ import pytest
 
 from posttrain_jax.rollout import sampling
 from posttrain_jax.rollout.sampling import GREEDY, Sampling
-from tests.marks import few
 
 LOGITS = np.random.default_rng(0).normal(0, 2, (4, 300)).astype(np.float32)
 SETTINGS = [(1.0, 0, 1.0), (0.7, 0, 1.0), (1.0, 5, 1.0), (1.3, 0, 0.8), (0.9, 40, 0.6)]
-sample = jax.jit(sampling.sample, static_argnums=2)
 
 
 def kept_by_hand(row, temperature, top_k, top_p):
@@ -23,13 +21,18 @@ def kept_by_hand(row, temperature, top_k, top_p):
   return {int(token): row[token] for token in order[:count]}
 
 
+def asked(how, rows):
+  return sampling.Rows.of([how] * rows)
+
+
 def keys(rows, seed=0):
   return jax.random.split(jax.random.key(seed), rows)
 
 
 @pytest.mark.parametrize(("temperature", "top_k", "top_p"), SETTINGS)
 def test_filter_keeps_what_a_loop_keeps(temperature, top_k, top_p):
-  found = sampling.filter(LOGITS, temperature=temperature, top_k=top_k, top_p=top_p)
+  how = asked(Sampling(top_k=top_k, top_p=top_p), 4)
+  found = sampling.filtered(LOGITS / np.float32(temperature), how)
   for row, logits in zip(np.asarray(found), LOGITS):
     expected = kept_by_hand(logits, temperature, top_k, top_p)
     assert set(np.flatnonzero(row > -np.inf)) == set(expected)
@@ -38,9 +41,10 @@ def test_filter_keeps_what_a_loop_keeps(temperature, top_k, top_p):
 
 def test_filter_keeps_the_most_likely_whatever_the_mass_and_all_of_a_tie():
   logits = jnp.asarray([[0.0, 5.0, 5.0, -1.0]])
-  for options in (dict(top_p=1e-6), dict(top_k=1)):
+  for options in (dict(top_p=1e-6), dict(top_k=1), dict(min_p=1.0)):
     np.testing.assert_array_equal(
-      sampling.filter(logits, **options)[0] > -np.inf, [False, True, True, False]
+      sampling.filtered(logits, asked(Sampling(**options), 1))[0] > -np.inf,
+      [False, True, True, False],
     )
 
 
@@ -48,8 +52,8 @@ def test_filter_keeps_the_most_likely_whatever_the_mass_and_all_of_a_tie():
 def test_draws_follow_the_filtered_distribution(temperature, top_k, top_p):
   draws = 8_000
   row = LOGITS[0]
-  token, _ = jax.jit(sampling.sample, static_argnums=2)(
-    keys(draws), jnp.tile(row, (draws, 1)), Sampling(temperature, top_k, top_p)
+  token, _ = jax.jit(sampling.sample)(
+    keys(draws), jnp.tile(row, (draws, 1)), asked(Sampling(temperature, top_k, top_p), draws)
   )
   kept = kept_by_hand(row, temperature, top_k, top_p)
   expected = np.zeros(len(row))
@@ -62,23 +66,42 @@ def test_draws_follow_the_filtered_distribution(temperature, top_k, top_p):
   assert chi2 < common.sum() + 5 * np.sqrt(2 * common.sum())
 
 
-@pytest.mark.parametrize("how", few([Sampling(0.7, 5, 0.9), Sampling(2.0), GREEDY], Sampling(2.0)))
-def test_logp_is_that_of_the_scaled_unfiltered_distribution(how):
-  token, logp = sample(keys(4), jnp.asarray(LOGITS), how)
-  reference = jax.nn.log_softmax(LOGITS / (how.temperature or 1.0))
-  np.testing.assert_allclose(logp, reference[np.arange(4), token], rtol=1e-5)
+def test_min_p_keeps_what_is_likely_enough():
+  probabilities = np.exp(LOGITS) / np.exp(LOGITS).sum(axis=1, keepdims=True)
+  for least in (0.01, 0.3):
+    found = sampling.filtered(jnp.asarray(LOGITS), asked(Sampling(min_p=least), 4)) > -np.inf
+    np.testing.assert_array_equal(
+      found, probabilities >= least * probabilities.max(axis=1, keepdims=True)
+    )
 
 
-def test_temperature_zero_is_the_most_likely_and_a_low_one_nearly_so():
+def test_a_repetition_is_dearer_whatever_the_sign_of_its_logit():
+  text = np.asarray([[3, 7, 3, 250], [0, 0, 0, 0], [9, 8, 7, 6], [1, 2, 3, 4]])
+  lengths = np.asarray([3, 0, 1, 4])
+  hows = [Sampling(repetition_penalty=p) for p in (1.5, 2.0, 1.0, 0.5)]
+  found = sampling.penalised(jnp.asarray(LOGITS), text, lengths, sampling.Rows.of(hows))
+  expected = LOGITS.copy()
+  for row, how in enumerate(hows):
+    for token in set(text[row, : lengths[row]]):
+      old = LOGITS[row, token]
+      penalty = how.repetition_penalty
+      expected[row, token] = old / penalty if old > 0 else old * penalty
+  np.testing.assert_allclose(found, expected, rtol=1e-6)
+  assert (expected != LOGITS).sum() == 2 + 4
+
+
+def test_each_row_draws_as_it_was_asked():
+  hows = [GREEDY, Sampling(1e-3), Sampling(top_k=1), Sampling(0.7, 5, 0.9)]
+  together, logits = sampling.sample(keys(4), jnp.asarray(LOGITS), sampling.Rows.of(hows))
   best = LOGITS.argmax(axis=1)
-  for how in (GREEDY, Sampling(1e-3), Sampling(1.0, top_k=1)):
-    np.testing.assert_array_equal(sample(keys(4), jnp.asarray(LOGITS), how)[0], best)
-
-
-def test_a_row_draws_with_its_own_key_alone():
-  together, _ = sample(keys(4), jnp.asarray(LOGITS), Sampling())
-  alone = [sample(keys(4)[i, None], LOGITS[i, None], Sampling())[0][0] for i in range(4)]
-  np.testing.assert_array_equal(together, alone)
+  np.testing.assert_array_equal(together[:3], best[:3])
+  for row, how in enumerate(hows):
+    one, kept = sampling.sample(keys(4)[row, None], LOGITS[row, None], asked(how, 1))
+    assert one[0] == together[row]
+    np.testing.assert_array_equal(kept[0], logits[row])
+  assert (logits[3] > -np.inf).sum() <= 5
+  expected = jax.nn.log_softmax(logits)[np.arange(4), together]
+  np.testing.assert_allclose(sampling.logp_of(together, logits), expected, rtol=1e-5)
 
 
 def test_settings_that_mean_nothing_are_refused():
@@ -88,6 +111,8 @@ def test_settings_that_mean_nothing_are_refused():
     (dict(top_k=-1), "top_k must be 0 .off."),
     (dict(top_p=0.0), "top_p must be above 0"),
     (dict(top_p=1.5), "found 1.5"),
+    (dict(min_p=-0.1), "min_p must be from 0 .off. to 1, found -0.1"),
+    (dict(repetition_penalty=0.0), "repetition_penalty must be above 0"),
   ]:
     with pytest.raises(ValueError, match=message):
       Sampling(**wrong)

@@ -141,8 +141,8 @@ def test_a_base_model_continues_text_and_says_so(base, caplog):
 
 def test_streamed_pieces_are_whole_characters(base):
   speaker, _ = ready(base[0], template="chatml", max_new_tokens=40)
-  pieces = list(speaker.stream([user("Hello there")], None))
-  (whole,) = speaker.answer([[user("Hello there")]], None)
+  pieces = list(speaker.stream([user("Hello there")], 0))
+  (whole,) = speaker.answer([[user("Hello there")]], 0)
   assert "".join(pieces) == whole
   assert len(pieces) > 5
 
@@ -168,9 +168,9 @@ def test_a_prompt_that_leaves_less_room_is_answered_in_what_is_left_and_one_that
   prompts = [templates.opening(tokenizer, line) for line in lines.splitlines()]
   rooms = [config.max_length - len(prompt) for prompt in prompts]
   assert 0 < rooms[1] < 100 < rooms[0]
-  answers = speaker.answer([[user(line)] for line in lines.splitlines()], None)
+  answers = speaker.answer([[user(line)] for line in lines.splitlines()], 0)
   assert isinstance(answers[2], ValueError)
-  (alone,) = speaker.answer([[user("d")]], None)
+  (alone,) = speaker.answer([[user("d")]], 0)
   assert answers[3] == alone
   whole = engine.generate(
     speaker.params, config, [prompts[1]], max_new_tokens=rooms[1], stop_tokens=speaker.stop_tokens

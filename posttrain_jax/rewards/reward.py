@@ -1,0 +1,226 @@
+"""A reward is made of parts, and each part is a verifier with a weight.
+
+total = min(s, s · Π gates), s = Σ weight · part over the parts that are no gates.  A gate, which is within 0 and 1,
+multiplies and does not add: what fails a format gets no reward for anything else, and a format alone earns nothing.
+The minimum keeps a gate from raising a sum that is negative.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from posttrain_jax.rewards import score
+from posttrain_jax.rewards.score import Score
+from posttrain_jax.rewards.verifier import Answer, Batch, Context, Known, Verifier, called
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """verifier: a function (prompt, completion, example), or a `Batch`.  range: what is outside of it is missing.
+
+  known: answers of which is known whether they are right, for `selftest`.
+  untested: it does not ask whether an answer is right, so that rows of the data cannot try it.
+  """
+
+  name: str
+  verifier: Verifier | Batch
+  weight: float = 1.0
+  gate: bool = False
+  range: tuple[float, float] = score.ANY
+  known: tuple[Known, ...] = ()
+  untested: bool = False
+
+  def __post_init__(self):
+    if not math.isfinite(self.weight):
+      raise ValueError(f"reward: the weight of {self.name} is {self.weight}; it is a finite number")
+    if self.gate and self.weight != 1:
+      raise ValueError(
+        f"reward: {self.name} is a gate, which multiplies: its weight {self.weight:g} would mean nothing"
+      )
+
+  @property
+  def within(self) -> tuple[float, float]:
+    """What its scores lie in; of a gate at most 0 to 1."""
+    low, high = self.range
+    return (max(low, 0.0), min(high, 1.0)) if self.gate else (low, high)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+  """total and parts of one answer."""
+
+  total: Score
+  parts: Mapping[str, Score]
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """answers: in order.  columns: what functions log of each answer, None where they logged nothing of it.
+
+  missing: how often each part was missing in the end, by (part, reason).  retried: how often a part was asked again.
+  """
+
+  answers: tuple[Scored, ...]
+  columns: Mapping[str, Sequence[Any]]
+  metrics: Mapping[str, float]
+  missing: Mapping[tuple[str, str], int]
+  retried: int
+
+
+class Reward:
+  """Scores answers by parts.
+
+  Args:
+    retries: how often a part that is missing is asked again before the total of the answer is missing, too.
+  """
+
+  def __init__(self, parts: Sequence[Part], *, retries: int = 1):
+    names = [part.name for part in parts]
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+      raise ValueError(f"reward: two parts are called {twice[0]}; give each a name of its own")
+    if all(part.gate for part in parts):
+      raise ValueError("reward: it has no part that is not a gate, so there is nothing to multiply")
+    if retries < 0:
+      raise ValueError(f"reward: retries={retries}; it is 0 or more")
+    self.parts, self.retries = tuple(parts), retries
+
+  def score(self, answers: Sequence[Answer], *, trainer_state: Any = None) -> Result:
+    """Each answer's total and parts, in order.
+
+    Args:
+      trainer_state: what TRL's functions are given under this name.
+    """
+    context, retried = Context(trainer_state), 0
+    by_part: dict[str, list[Score]] = {}
+    for part in self.parts:
+      by_part[part.name], again = self._part(part, answers, context)
+      retried += again
+    _without_gaps(by_part, answers)
+    scored = tuple(
+      self._total({name: scores[i] for name, scores in by_part.items()})
+      for i in range(len(answers))
+    )
+    columns = {
+      name: [values.get(i) for i in range(len(answers))] for name, values in context.columns.items()
+    }
+    missing = _missing(scored)
+    metrics = _metrics(scored, by_part) | {
+      "rewards/retried": float(retried),
+      **{name: statistics.fmean(values) for name, values in context.metrics.items()},
+    }
+    return Result(scored, columns, metrics, missing, retried)
+
+  def _part(
+    self, part: Part, answers: Sequence[Answer], context: Context
+  ) -> tuple[list[Score], int]:
+    """The part's scores, and how many of them had to be asked for again."""
+    scores, retried = scores_of(part, answers, context), 0
+    for _ in range(self.retries):
+      again = [i for i, given in enumerate(scores) if given.is_missing and given.applies]
+      if not again:
+        break
+      retried += len(again)
+      some = Context(context.trainer_state)
+      for i, given in zip(again, scores_of(part, [answers[i] for i in again], some), strict=True):
+        scores[i] = given
+      for name, values in some.columns.items():
+        context.columns.setdefault(name, {}).update(
+          {again[i]: value for i, value in values.items()}
+        )
+      for name, numbers in some.metrics.items():
+        context.metrics.setdefault(name, []).extend(numbers)
+    return scores, retried
+
+  def _total(self, parts: Mapping[str, Score]) -> Scored:
+    for part in self.parts:
+      given = parts[part.name]
+      if given.is_missing and given.applies:
+        return Scored(score.missing(f"{part.name}: {given.reason}"), parts)
+    values = {name: given.value for name, given in parts.items() if given.value is not None}
+    terms = [
+      part.weight * values[part.name]
+      for part in self.parts
+      if part.name in values and not part.gate
+    ]
+    if not terms:
+      return Scored(score.missing("no part applies to this row"), parts)
+    gates = [values[part.name] for part in self.parts if part.gate and part.name in values]
+    total = sum(terms)
+    return Scored(score.of(min(total, total * math.prod(gates))), parts)
+
+
+def scores_of(part: Part, answers: Sequence[Answer], context: Context) -> list[Score]:
+  """The scores of one part, asked once; each within the part's range or missing."""
+  if not answers:
+    return []
+  verifier = part.verifier
+  if callable(verifier):
+    returned: Sequence[Any] = [called(verifier, answer) for answer in answers]
+  else:
+    returned = verifier.scores(answers, context)
+    if len(returned) != len(answers):
+      raise ValueError(
+        f"reward: {part.name} returned {len(returned)} scores for {len(answers)} answers; return one for each"
+      )
+  return [score.of(value, part.within) for value in returned]
+
+
+def _without_gaps(by_part: Mapping[str, list[Score]], answers: Sequence[Answer]) -> None:
+  """A part that applies to one answer of a prompt applies to all of them.
+
+  Left out of the sum of some it would count as 0 beside the others, which are compared with them.
+  """
+  for scores in by_part.values():
+    judged = {a.group for a, s in zip(answers, scores, strict=True) if s.applies} - {None}
+    for i, answer in enumerate(answers):
+      if not scores[i].applies and answer.group in judged:
+        scores[i] = score.missing(
+          f"{scores[i].reason}, though to another answer of the same prompt it does"
+        )
+
+
+def _missing(scored: Sequence[Scored]) -> Mapping[tuple[str, str], int]:
+  return Counter(
+    (name, kind(given.reason))
+    for one in scored
+    for name, given in one.parts.items()
+    if given.is_missing and given.applies
+  )
+
+
+def kind(reason: str) -> str:
+  """What a reason is counted under: without the place, and without numbers and quotations that differ.
+
+  >>> kind("mine.py:7: raised KeyError: 'gold'"), kind("returned 7.5, which is not within 0 and 1")
+  ('raised KeyError', 'returned N, which is not within N and N')
+  """
+  found = re.search(r"raised \w+", reason)
+  if found:
+    return found[0]
+  return re.sub(r"-?\d+(\.\d+)?(e[-+]?\d+)?", "N", re.sub(r"'[^']*'", "'…'", reason))
+
+
+def _metrics(scored: Sequence[Scored], by_part: Mapping[str, Sequence[Score]]) -> dict[str, float]:
+  """Under TRL's names: reward, rewards/NAME/mean and /std; rewards/missing is the share without a total."""
+  metrics = {}
+  totals = [one.total.value for one in scored if one.total.value is not None]
+  if totals:
+    metrics["reward"] = statistics.fmean(totals)
+  for name, scores in by_part.items():
+    values = [given.value for given in scores if given.value is not None]
+    if values:
+      metrics[f"rewards/{name}/mean"] = statistics.fmean(values)
+      metrics[f"rewards/{name}/std"] = statistics.stdev(values) if len(values) > 1 else 0.0
+    if scores:
+      lost = sum(given.is_missing and given.applies for given in scores)
+      metrics[f"rewards/{name}/missing"] = lost / len(scores)
+  if scored:
+    metrics["rewards/missing"] = 1 - len(totals) / len(scored)
+  return metrics

@@ -1,0 +1,264 @@
+"""Rewards as a section of a config describes them: names, weights, options."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from posttrain_jax.core import words
+from posttrain_jax.rewards import named, score, trl
+from posttrain_jax.rewards.reward import Part, Reward
+from posttrain_jax.rewards.table import VERIFIERS, BuiltIn
+from posttrain_jax.rewards.verifier import Batch, Known, Tried, Verifier
+from posttrain_jax.rewards.workers import SECONDS, Apart, Workers
+from posttrain_jax.settings import ConfigError
+
+# Names that data sets give to the column of the expected answer; `gold` is the one that our own rows have.
+EXPECTED = ("gold", "answer", "solution", "ground_truth", "target")
+
+
+def make(
+  spec: Mapping[str, Any],
+  columns: Collection[str],
+  *,
+  given: Mapping[str, Verifier | Batch] | None = None,
+  workers: Workers | None = None,
+) -> Reward:
+  """The reward that a config's section describes.
+
+  >>> reward = make({"parts": ("number",), "gates": ("tags",)}, ["question", "answer"])
+  >>> [(part.name, part.gate) for part in reward.parts]
+  [('number', False), ('tags', True)]
+
+  Args:
+    spec: parts: names of verifiers, a list or a text with commas, `FILE.py:name` for one's own; weights: one each,
+      1 where there are none; gates: names of those that multiply; options: {name: the verifier's options};
+      ranges: {name: (low, high)}; untested: names of those that do not ask whether an answer is right (`selftest`);
+      seconds: the deadline of a call in a worker; retries: how often a missing score is asked for again.
+    columns: that the rows have.
+    given: verifiers that the caller made, by the names that parts give them, as a reward model.
+    workers: the processes that verifiers run in; None: as many as there are cores.
+
+  Raises:
+    ConfigError: there is no such verifier or option, or the rows do not have what one reads.
+  """
+  asked = _read(spec)
+  room = _Room(columns, given or {}, workers, asked.seconds)
+  try:
+    return Reward([room.part(asked, name) for name in asked.names], retries=asked.retries)
+  except ConfigError:
+    raise
+  except ValueError as error:
+    raise ConfigError(f"reward: {str(error).removeprefix('reward: ')}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class _Spec:
+  """The section, field by field."""
+
+  parts: tuple[str, ...] = ()
+  weights: tuple[float, ...] = ()
+  gates: tuple[str, ...] = ()
+  options: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+  ranges: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict)
+  untested: tuple[str, ...] = ()
+  seconds: float = SECONDS
+  retries: int = 1
+
+  @property
+  def names(self) -> tuple[str, ...]:
+    return (*self.parts, *self.gates)
+
+  def weight(self, name: str) -> float:
+    weights = self.weights or (1.0,) * len(self.parts)
+    return 1.0 if name in self.gates else float(weights[self.parts.index(name)])
+
+
+def _read(spec: Mapping[str, Any]) -> _Spec:
+  fields = [field.name for field in dataclasses.fields(_Spec)]
+  unknown = [key for key in spec if key not in fields]
+  if unknown:
+    raise ConfigError(f"reward.{unknown[0]}: there is no such field; there are {', '.join(fields)}")
+  for field, value in spec.items():
+    what, is_one = SHAPES[field]
+    if not is_one(value):
+      raise ConfigError(f"reward.{field}={words.shown(value)}: it is {what}")
+  lists = {key: _names(spec[key]) for key in ("parts", "gates", "untested") if key in spec}
+  values: dict[str, Any] = {**spec, **lists}
+  asked = _Spec(**values)
+  if len(asked.weights) not in (0, len(asked.parts)):
+    raise ConfigError(
+      f"reward.weights: {len(asked.weights)} weights of {len(asked.parts)} parts; name one each"
+    )
+  both = [name for name in asked.gates if name in asked.parts]
+  if both:
+    raise ConfigError(
+      f"reward.gates: {both[0]!r} is a part, too; a gate multiplies the sum and is not in it, so name it in one of them"
+    )
+  named_there = {"options": asked.options, "ranges": asked.ranges, "untested": asked.untested}
+  for field, there in named_there.items():
+    for name in there:
+      if name not in asked.names:
+        raise ConfigError(f"reward.{field}: {name!r} is neither a part nor a gate of this reward")
+  return asked
+
+
+def _is_list(value: Any, kind: Any) -> bool:
+  return isinstance(value, list | tuple) and all(isinstance(one, kind) for one in value)
+
+
+def _are_names(value: Any) -> bool:
+  return isinstance(value, str) or _is_list(value, str)
+
+
+def _is_number(value: Any) -> bool:
+  return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _are_options(value: Any) -> bool:
+  return isinstance(value, Mapping | ConfigDict) and all(
+    isinstance(one, Mapping | ConfigDict) for one in value.values()
+  )
+
+
+def _are_ranges(value: Any) -> bool:
+  return isinstance(value, Mapping | ConfigDict) and all(
+    _is_list(one, int | float) and len(one) == 2 and one[0] <= one[1] for one in value.values()
+  )
+
+
+NAMES = ("a list of names, or a text with commas", _are_names)
+SHAPES: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
+  "parts": NAMES,
+  "weights": ("a list of numbers, one a part", lambda value: _is_list(value, int | float)),
+  "gates": NAMES,
+  "options": ("{name: {option: value}}", _are_options),
+  "ranges": ("{name: (low, high)}", _are_ranges),
+  "untested": NAMES,
+  "seconds": ("a number of seconds above 0", lambda value: _is_number(value) and value > 0),
+  "retries": ("a count from 0", lambda value: _is_number(value) and value in range(1000)),
+}
+
+
+def _names(value: str | Sequence[str]) -> tuple[str, ...]:
+  """The names of a list, or of a text with commas."""
+  listed = value.split(",") if isinstance(value, str) else value
+  return tuple(name.strip() for name in listed if name.strip())
+
+
+class _Room:
+  """What all parts of a reward are made with."""
+
+  def __init__(
+    self,
+    columns: Collection[str],
+    given: Mapping[str, Verifier | Batch],
+    workers: Workers | None,
+    seconds: float,
+  ):
+    self.columns, self.given, self.seconds = columns, given, seconds
+    self._workers = workers
+
+  @property
+  def workers(self) -> Workers:
+    if self._workers is None:
+      self._workers = Workers()  # its processes start when they are called
+    return self._workers
+
+  def part(self, asked: _Spec, name: str) -> Part:
+    built_in = None if name in self.given else VERIFIERS.get(name)
+    options = dict(asked.options.get(name, {}))
+    known: tuple[Known, ...] = ()
+    if built_in is not None:
+      verifier, known = self._built_in(name, built_in, options)
+    elif options:
+      raise ConfigError(f"reward.options: {name} takes none here")
+    else:
+      verifier = self.given[name] if name in self.given else self._own(name)
+    low, high = asked.ranges.get(name) or (score.ANY if built_in is None else built_in.range)
+    return Part(
+      name,
+      verifier,
+      asked.weight(name),
+      name in asked.gates,
+      (float(low), float(high)),
+      known,
+      name in asked.untested or (built_in is not None and built_in.untested),
+    )
+
+  def _built_in(
+    self, name: str, built_in: BuiltIn, options: dict[str, Any]
+  ) -> tuple[Verifier | Batch, tuple[Known, ...]]:
+    wrong = [option for option in options if option not in built_in.options]
+    if wrong:
+      there = ", ".join(built_in.options) or "none"
+      raise ConfigError(f"reward.options: {name} has no option {wrong[0]!r}; it has {there}")
+    if "column" in built_in.needed:
+      options["column"] = self._column(name, options.get("column"))
+    absent = [option for option in built_in.needed if option not in options]
+    if absent:
+      raise ConfigError(f"reward.options: {name} needs {' and '.join(absent)}")
+    for column in built_in.reads:
+      self._has(name, column)
+    try:
+      made = built_in.make(**options)
+    except TypeError as error:
+      raise ConfigError(f"reward.options: {name} with {words.shown(options)}: {error}") from error
+    known = tuple(made.known()) if isinstance(made, Tried) else ()
+    return Apart(made, self.workers, self.seconds) if built_in.apart else made, known
+
+  def _column(self, name: str, asked: str | None) -> str:
+    """The column with what is expected: the one that was named, or the only one whose name says so."""
+    if asked is not None:
+      return self._has(name, asked)
+    there = [column for column in EXPECTED if column in self.columns]
+    if "gold" in there or len(there) == 1:
+      return there[0]
+    listed = ", ".join(self.columns)
+    what = f"{' and '.join(there)} may be it" if there else "none has a name that says so"
+    raise ConfigError(
+      f"reward.options: {name} compares with the expected answer, and of the data's columns ({listed}) {what}; write"
+      f" options={{{name!r}: {{'column': NAME}}}}"
+    )
+
+  def _has(self, name: str, column: str) -> str:
+    if column not in self.columns:
+      listed = ", ".join(self.columns)
+      raise ConfigError(
+        f"reward: {name} reads the column {column!r}, which the data does not have; its columns are {listed}"
+      )
+    return column
+
+  def _own(self, name: str) -> Verifier | Batch:
+    """A function of the user's: a plain verifier, or one of TRL's."""
+    path, colon, function = name.rpartition(":")
+    if not colon or not path.endswith(".py"):
+      known = [*VERIFIERS, *self.given]
+      near = difflib.get_close_matches(name, known, n=1)
+      hint = f"; did you mean {near[0]}?" if near else ""
+      raise ConfigError(
+        f"reward: there is no {name!r}: known are {', '.join(known)}, or a function of yours as FILE.py:name{hint}"
+      )
+    file = str(Path(path).expanduser().absolute())
+    try:
+      called = named.load(file, function)
+    except ConfigError as error:
+      raise ConfigError(f"reward: {error}") from error
+    own = named.Named(file, function)
+    if trl.is_one(called):
+      trl.check(called, str(own), self.columns)
+      return trl.Function(own, str(own), self.workers, self.seconds)
+    try:
+      inspect.signature(called).bind("prompt", "completion", {})
+    except TypeError as error:
+      raise ConfigError(
+        f"reward: {own} takes {inspect.signature(called)}; a verifier takes (prompt, completion, example), and a reward"
+        " function of TRL's lists by their names: (prompts, completions, **columns)"
+      ) from error
+    return Apart(own, self.workers, self.seconds)

@@ -1,0 +1,101 @@
+"""The verifiers by name, with what each reads of a row and its options."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from posttrain_jax.rewards import boxed, expressions, gym, json_values, matching, numbers, score
+from posttrain_jax.rewards.compared import Compared
+from posttrain_jax.rewards.formats import Json, Regex, Schema, Tags
+from posttrain_jax.rewards.judge import Judge
+from posttrain_jax.rewards.length import SoftOverlong
+
+
+@dataclasses.dataclass(frozen=True)
+class BuiltIn:
+  """A verifier that a config can name.
+
+  make: its options, as keywords -> the verifier.  An option `column` is the row's column with what is expected.
+  says: what it scores.
+  reads: other columns that a row must have.
+  apart: it runs in a worker process, since somebody else's code decides how long it takes.
+  untested: it does not ask whether an answer is right, so that rows cannot try it.
+  """
+
+  make: Callable[..., Any]
+  says: str
+  reads: tuple[str, ...] = ()
+  apart: bool = False
+  range: tuple[float, float] = (0.0, 1.0)
+  untested: bool = False
+
+  @property
+  def options(self) -> tuple[str, ...]:
+    return tuple(inspect.signature(self.make).parameters)
+
+  @property
+  def needed(self) -> tuple[str, ...]:
+    """The options that have no value of their own."""
+    parameters = inspect.signature(self.make).parameters.values()
+    return tuple(one.name for one in parameters if one.default is one.empty)
+
+
+def _exact(column: str, within: str = "") -> Compared:
+  return Compared(matching.exact, column, within, *matching.EXACT)
+
+
+def _contained(column: str, within: str = "") -> Compared:
+  return Compared(matching.contained, column, within, *matching.CONTAINED)
+
+
+def _fuzzy(column: str, within: str = "") -> Compared:
+  return Compared(matching.fuzzy, column, within, *matching.FUZZY)
+
+
+def _json(column: str, within: str = "") -> Compared:
+  return Compared(json_values.json_equal, column, within, *json_values.EXAMPLES, is_json=True)
+
+
+def _number(column: str, within: str = "", tolerance: float = 0.0) -> Compared:
+  if not 0 <= tolerance < 1:
+    raise ValueError(f"number: tolerance={tolerance}; it is a share of the expected number")
+  return Compared(numbers.number, column, within, *numbers.EXAMPLES, {"tolerance": tolerance})
+
+
+def _boxed(column: str) -> Compared:
+  return Compared(boxed.boxed, column, "", *boxed.EXAMPLES)
+
+
+def _tags(names: str | Sequence[str] = ("think", "answer"), opened: bool = False) -> Tags:
+  listed = names.split(",") if isinstance(names, str) else names
+  return Tags(tuple(name.strip() for name in listed), opened)
+
+
+def _gym() -> gym.Gym:
+  gym.check()
+  return gym.Gym()
+
+
+VERIFIERS: Mapping[str, BuiltIn] = {
+  "exact": BuiltIn(_exact, "the answer is the expected text; only white space may differ"),
+  "contained": BuiltIn(_contained, "the expected text stands in the answer, as whole words"),
+  "fuzzy": BuiltIn(_fuzzy, "the share of letters that both have in common, in order"),
+  "number": BuiltIn(_number, "the last number of the answer is the expected one, by value"),
+  "boxed": BuiltIn(_boxed, r"what is in the last \boxed{} is the expected answer"),
+  "expression": BuiltIn(
+    expressions.verifier, "the last expression equals the expected one", apart=True
+  ),
+  "json": BuiltIn(_json, "the answer is JSON of the expected value"),
+  "is_json": BuiltIn(Json, "the answer is JSON"),
+  "schema": BuiltIn(
+    Schema, "the answer is JSON that a JSON Schema describes", apart=True, untested=True
+  ),
+  "regex": BuiltIn(Regex, "a regular expression matches", untested=True),
+  "tags": BuiltIn(_tags, "the answer is tags in their order, each once, and nothing else"),
+  "length": BuiltIn(SoftOverlong, "DAPO's penalty of long answers, in tokens", range=(-1.0, 0.0)),
+  "gym": BuiltIn(_gym, "what reasoning-gym says", reads=(gym.COLUMN,), apart=True),
+  "judge": BuiltIn(Judge, "the number that a model at an address gives", range=score.ANY),
+}

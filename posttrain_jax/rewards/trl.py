@@ -1,0 +1,165 @@
+"""TRL's reward functions, unchanged: f(prompts, completions, completion_ids, **columns) -> a number or None for each.
+
+None says that the function does not apply to a row, so its part is left out of that row's sum, as TRL does; NaN is
+missing.  A function gets what it takes: `prompts`, `completions`, `completion_ids`, columns of the data, and
+`trainer_state`, `log_extra` and `log_metric`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import inspect
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent import futures
+from typing import Any
+
+from posttrain_jax.rewards import score
+from posttrain_jax.rewards.score import Score
+from posttrain_jax.rewards.verifier import Answer, Context, raised
+from posttrain_jax.rewards.workers import SECONDS, Failed, Workers
+
+GIVEN = ("prompts", "completions", "completion_ids")
+HELPERS = ("trainer_state", "log_extra", "log_metric")
+NOT_PASSED = {"prompt", "completion", "completion_ids"}  # columns that GIVEN stand for
+
+
+def is_one(function: Callable[..., Any]) -> bool:
+  """Whether a function is written as TRL calls it: it takes lists, or keywords alone.
+
+  >>> is_one(lambda completions, **columns: []), is_one(lambda prompt, completion, example: 0)
+  (True, False)
+  """
+  parameters = inspect.signature(function).parameters
+  kinds = {parameter.kind for parameter in parameters.values()}
+  return not {*GIVEN}.isdisjoint(parameters) or kinds == {inspect.Parameter.VAR_KEYWORD}
+
+
+def check(function: Callable[..., Any], name: str, columns: Collection[str]) -> None:
+  """Raises ValueError where the function reads a column that the data does not have."""
+  there = {*columns} - NOT_PASSED
+  needed = [
+    parameter.name
+    for parameter in inspect.signature(function).parameters.values()
+    if parameter.default is parameter.empty
+    and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+  ]
+  absent = [column for column in needed if column not in {*GIVEN, *HELPERS, *there}]
+  if absent:
+    listed = ", ".join(sorted(there)) or "none beside prompt and completion"
+    raise ValueError(
+      f"{name} reads the column {absent[0]!r}, which the data does not have; its columns are {listed}"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Function:
+  """A reward function of TRL's as a part of a reward.
+
+  Args:
+    workers: run it in a process with a deadline of `seconds` for each answer; None: here, without one.
+  """
+
+  function: Callable[..., Any]
+  name: str
+  workers: Workers | None = None
+  seconds: float = SECONDS
+
+  def scores(self, answers: Sequence[Answer], context: Context) -> list[Score]:
+    task = Call(self.function)
+    if self.workers is None:
+      given: Any = task(answers, context.trainer_state)
+    else:
+      (given,) = self.workers.run(
+        task, [(answers, context.trainer_state)], [self.seconds * len(answers)]
+      )
+    reason = given.reason if isinstance(given, Failed) else given.get("reason")
+    if reason is not None:
+      return [score.missing(reason)] * len(answers)
+    values = given["values"]
+    if len(values) != len(answers):
+      raise ValueError(
+        f"{self.name} returned {len(values)} rewards for {len(answers)} completions; it returns one for "
+        "each, None where it does not apply"
+      )
+    for column, listed in given["columns"].items():
+      if len(listed) != len(answers):
+        raise ValueError(
+          f"{self.name} logged {len(listed)} values of {column!r} for {len(answers)} completions; log one for each"
+        )
+      context.columns.setdefault(column, {}).update(enumerate(listed))
+    for metric, numbers in given["metrics"].items():
+      context.metrics.setdefault(metric, []).extend(numbers)
+    return [Score(*value) for value in values]
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+  """A call of such a function as a task of workers; its result is JSON."""
+
+  function: Callable[..., Any]
+
+  def __call__(self, answers: Sequence[Answer], trainer_state: Any = None) -> dict[str, Any]:
+    columns: dict[str, list[Any]] = {}
+    metrics: dict[str, list[float]] = {}
+    helpers = {
+      "trainer_state": trainer_state,
+      "log_extra": lambda column, values: columns.update({column: [*values]}),
+      "log_metric": lambda name, value: metrics.setdefault(name, []).append(float(value)),
+    }
+    try:
+      returned = self.function(**taken(self.function, {**arguments(answers), **helpers}))
+      listed = _awaited(returned) if inspect.isawaitable(returned) else returned
+      values = [dataclasses.astuple(_score(value)) for value in listed]
+    except (Exception, SystemExit) as error:
+      return {"reason": raised(error)}
+    return {"values": values, "columns": columns, "metrics": metrics}
+
+
+def _awaited(coroutine: Any) -> Any:
+  """What it returns, from a thread of its own: in a notebook this one has a loop already."""
+
+  async def result() -> Any:
+    return await coroutine
+
+  with futures.ThreadPoolExecutor(1) as thread:
+    return thread.submit(asyncio.run, result()).result()
+
+
+def _score(value: Any) -> Score:
+  return score.not_applicable() if value is None else score.of(value)
+
+
+def arguments(answers: Sequence[Answer]) -> dict[str, list[Any]]:
+  """What TRL calls a function with; a completion is a list of one message where the prompt is a list of messages.
+
+  A column that one of the rows does not have is None there.
+  """
+  named = {column: None for answer in answers for column in answer.example}
+  return {
+    "prompts": [answer.prompt for answer in answers],
+    "completions": [_completion(answer) for answer in answers],
+    "completion_ids": [
+      None if answer.tokens is None else [int(token) for token in answer.tokens]
+      for answer in answers
+    ],
+    **{
+      column: [answer.example.get(column) for answer in answers]
+      for column in named
+      if column not in NOT_PASSED
+    },
+  }
+
+
+def _completion(answer: Answer) -> str | list[dict[str, str]]:
+  if isinstance(answer.prompt, str):
+    return answer.completion
+  return [{"role": "assistant", "content": answer.completion}]
+
+
+def taken(function: Callable[..., Any], named: Mapping[str, Any]) -> dict[str, Any]:
+  """Those of the arguments that a function takes; all, where it has a `**` parameter."""
+  parameters = inspect.signature(function).parameters
+  if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+    return dict(named)
+  return {name: value for name, value in named.items() if name in parameters}

@@ -1,0 +1,113 @@
+"""What is asked of the engine, and what comes back."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from posttrain_jax.models.config import ModelConfig
+from posttrain_jax.rollout.sampling import GREEDY, Sampling
+
+MOST_STOPS = 16  # stop tokens of a request
+STOPPED, STRING, FULL = "stop_token", "stop_string", "max_new_tokens"
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """A text to be continued.  Token t is drawn by (seed, number, sample, t), and by nothing else.
+
+  prompt: token ids, at least one.
+  min_new_tokens: so many are drawn before a stop token may be.
+  stop_tokens: ids that end the text; the one drawn is its last token.
+  stop_strings: the text ends with the token by which it holds one of them.
+  number, sample: which prompt of a run it is, and which of the answers to it.
+  row: which entry of the parameters' rows it is for, where they are bound with rows; else 0.
+  """
+
+  prompt: Sequence[int]
+  max_new_tokens: int
+  min_new_tokens: int = 0
+  sampling: Sampling = GREEDY
+  stop_tokens: Sequence[int] = ()
+  stop_strings: Sequence[str] = ()
+  seed: int = 0
+  number: int = 0
+  sample: int = 0
+  row: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+  """What was drawn for a request.
+
+  tokens: the new ids, the stop token included where one was drawn.
+  logps: their log-probabilities, float32: under the softmax at the request's temperature (greedy: 1), before any
+    filter; under the kept tokens alone where the engine records those.
+  ended: why it ends, STOPPED, STRING or FULL.
+  kept: [tokens, ceil(vocab / 32)] bits of the tokens that the filters kept, where the engine records them.
+  top: (ids, log-probabilities), [tokens, n] each, of the n most likely at each place, where the engine gives them.
+  """
+
+  request: Request
+  tokens: list[int]
+  logps: np.ndarray
+  ended: str
+  kept: np.ndarray | None = None
+  top: tuple[np.ndarray, np.ndarray] | None = None
+
+  @property
+  def finished(self) -> bool:
+    """Whether the text came to an end of its own, not to that of its room."""
+    return self.ended != FULL
+
+
+def check(
+  request: Request, config: ModelConfig, length: int, bound: int, rows: int | None, at: int
+) -> None:
+  """Raises ValueError for what cannot be answered; `at` is the request's number in messages."""
+  name = f"prompt {at}"
+  check_ids(request.prompt, config, name)
+  if request.max_new_tokens < 1:
+    raise ValueError(f"max_new_tokens must be at least 1, found {request.max_new_tokens}")
+  if not 0 <= request.min_new_tokens <= request.max_new_tokens:
+    raise ValueError(
+      f"min_new_tokens must be from 0 to max_new_tokens={request.max_new_tokens}, found {request.min_new_tokens}"
+    )
+  if len(request.stop_tokens) > MOST_STOPS:
+    raise ValueError(f"{len(request.stop_tokens)} stop tokens: a request has {MOST_STOPS} at most")
+  if not 0 <= request.row < (rows or 1):
+    raise ValueError(f"{name} asks for row {request.row}, the parameters have {rows or 1}")
+  if bound + len(request.prompt) + request.max_new_tokens > length:
+    soft = f" and {bound} of a soft prompt or prefix" if bound else ""
+    raise ValueError(
+      f"{name} has {len(request.prompt)} tokens{soft}; with max_new_tokens={request.max_new_tokens} that is more than "
+      f"the {length} positions of the model"
+    )
+
+
+def check_ids(prompt: Sequence[int], config: ModelConfig, name: str = "the prompt") -> None:
+  """Raises ValueError where a prompt is empty, or a token has no row in the embedding."""
+  if len(prompt) == 0:
+    raise ValueError(f"{name} is empty; give it at least the token that starts a text")
+  if min(prompt) < 0 or max(prompt) >= config.vocab_size:
+    raise ValueError(
+      f"{name} holds ids outside 0..{config.vocab_size - 1}: {min(prompt)}..{max(prompt)}"
+    )
+
+
+def string_end(
+  tokens: Sequence[int],
+  read: int,
+  strings: Sequence[str],
+  decode: Callable[[Sequence[int]], str],
+) -> int | None:
+  """After how many tokens the text holds one of the strings, None where it does not; the first `read` hold none."""
+  if not any(string in decode(tokens) for string in strings):
+    return None
+  return next(
+    count
+    for count in range(read + 1, len(tokens) + 1)
+    if any(string in decode(tokens[:count]) for string in strings)
+  )

@@ -1,0 +1,38 @@
+"""Verifiers with every fault, imported by workers."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import time
+
+
+def length(prompt, completion, example):
+  return len(completion)
+
+
+def told(prompt, completion, example):
+  """What the answer asks for."""
+  if completion == "hang":
+    time.sleep(600)
+  if completion == "slow":
+    time.sleep(0.5)
+  if completion == "loop":
+    while True:
+      pass
+  if completion == "crash":
+    os.kill(os.getpid(), signal.SIGKILL)
+  if completion == "leave":
+    os._exit(0)
+  if completion == "raise":
+    return {}["gold"]
+  if completion == "print":
+    print('{"result": [1.0, "", true]}', flush=True)
+  return float(completion) if completion.isdigit() else 0.5
+
+
+def leaves_a_child(prompt, completion, example):
+  """Starts a program that sleeps, writes its number to the file that the answer names, and hangs."""
+  child = subprocess.Popen(["sleep", "600"])
+  pathlib.Path(completion).write_text(f"{os.getpid()} {child.pid}")
+  time.sleep(600)

@@ -1,0 +1,121 @@
+"""Parts, weights, gates, and scores that are missing."""
+
+import pytest
+
+from posttrain_jax.rewards import score
+from posttrain_jax.rewards.model import Model
+from posttrain_jax.rewards.reward import Part, Reward
+from posttrain_jax.rewards.verifier import Answer
+
+
+def of(**values):
+  """An answer, of which each part says what its own column has."""
+  return Answer("?", "!", values)
+
+
+def reads(name):
+  return lambda prompt, completion, example: example[name]
+
+
+A, B, G = Part("a", reads("a")), Part("b", reads("b"), 0.5), Part("g", reads("g"), gate=True)
+
+
+@pytest.mark.parametrize(
+  ("values", "total"),
+  [
+    (dict(a=1, b=1, g=1), 1.5),
+    (dict(a=1, b=1, g=0), 0.0),
+    (dict(a=1, b=1, g=0.5), 0.75),
+    (dict(a=0, b=0, g=1), 0.0),  # a format alone earns nothing
+    (dict(a=0, b=-1, g=1), -0.5),
+    (dict(a=0, b=-1, g=0), -0.5),  # and a broken one does not raise what is below 0
+  ],
+)
+def test_a_gate_multiplies_the_weighted_sum(values, total):
+  (scored,) = Reward([A, B, G]).score([of(**values)]).answers
+  assert scored.total.value == total
+  assert {name: given.value for name, given in scored.parts.items()} == values
+
+
+def test_a_missing_part_makes_the_total_missing_and_is_never_0():
+  asked = [of(a=1, b=1, g=1), of(a=None, b=1, g=1), of(a=1, b="x", g=0), of(a=1, b=1, g=2)]
+  result = Reward([A, B, G], retries=2).score(asked)
+  totals = [one.total for one in result.answers]
+  assert [total.value for total in totals] == [1.5, None, None, None]
+  assert totals[1].reason.startswith("a: returned None")
+  assert totals[2].reason.startswith("b: returned 'x'")
+  assert totals[3].reason == "g: returned 2.0, which is not within 0 and 1"
+  assert result.retried == 6
+  assert result.missing[("g", "returned N, which is not within N and N")] == 1
+  assert sum(result.missing.values()) == 3
+  assert result.metrics["rewards/missing"] == 0.75
+  assert result.metrics["rewards/a/missing"] == 0.25
+  assert result.metrics["reward"] == 1.5
+  assert (result.metrics["rewards/b/mean"], result.metrics["rewards/b/std"]) == (1, 0)
+
+
+def test_what_is_missing_is_asked_again_and_nothing_else_is():
+  asked = []
+
+  def fails_once(prompt, completion, example):
+    asked.append(completion)
+    return None if completion == "b" and asked.count("b") == 1 else len(asked)
+
+  answers = [Answer("?", text, {}) for text in "abc"]
+  result = Reward([Part("p", fails_once)], retries=1).score(answers)
+  assert asked == ["a", "b", "c", "b"]
+  assert [one.total.value for one in result.answers] == [1, 4, 3]
+  assert (result.retried, result.missing) == (1, {})
+  again = Reward([Part("p", lambda *_: None)], retries=0).score(answers)
+  assert (again.retried, again.metrics["rewards/missing"]) == (0, 1)
+
+
+def test_a_part_that_does_not_apply_is_left_out_of_the_sum():
+  no = score.not_applicable("not code")
+  first, second, third = (
+    Reward([A, B, G]).score([of(a=1, b=no, g=1), of(a=no, b=1, g=no), of(a=no, b=no, g=1)]).answers
+  )
+  assert first.total.value == 1
+  assert second.total.value == 0.5
+  assert third.total == score.missing("no part applies to this row")
+
+
+def test_left_out_of_the_sum_of_one_answer_and_in_that_of_its_peers_would_be_0():
+  no = score.not_applicable("not code")
+  rows = [(dict(a=1, b=1), 0), (dict(a=1, b=no), 0), (dict(a=1, b=no), 1), (dict(a=1, b=no), None)]
+  asked = [Answer("?", "!", values, group=group) for values, group in rows]
+  totals = [one.total for one in Reward([A, B]).score(asked).answers]
+  assert [total.value for total in totals] == [1.5, None, 1, 1]
+  assert totals[1].reason == "b: not code, though to another answer of the same prompt it does"
+
+
+def test_a_model_scores_in_batches():
+  sizes = []
+
+  def scores(pairs):
+    sizes.append(len(pairs))
+    return [len(completion) for _, completion in pairs]
+
+  answers = [Answer("?", "x" * i, {}) for i in range(5)]
+  result = Reward([Part("model", Model(scores, rows=2))]).score(answers)
+  assert [one.total.value for one in result.answers] == [0, 1, 2, 3, 4]
+  assert sizes == [2, 2, 1]
+  with pytest.raises(ValueError, match="gave 1 scores for 2 answers"):
+    Reward([Part("model", Model(lambda pairs: [1.0], rows=2))]).score(answers)
+  assert Reward([Part("model", Model(scores))]).score([]).answers == ()
+
+
+@pytest.mark.parametrize(
+  ("make", "message"),
+  [
+    (lambda: Reward([A, A]), "two parts are called a"),
+    (lambda: Reward([G]), "nothing to multiply"),
+    (lambda: Reward([]), "nothing to multiply"),
+    (lambda: Reward([A], retries=-1), "retries=-1"),
+    (lambda: Part("g", reads("g"), 0.5, gate=True), "its weight 0.5 would mean nothing"),
+    (lambda: Part("a", reads("a"), float("nan")), "the weight of a is nan"),
+  ],
+)
+def test_what_means_nothing_is_refused(make, message):
+  with pytest.raises(ValueError, match=message):
+    make()

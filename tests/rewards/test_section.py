@@ -1,0 +1,172 @@
+"""Rewards as configs describe them, and what is wrong with a description."""
+
+import importlib.util
+
+import ml_collections
+import pytest
+
+from posttrain_jax.rewards import section
+from posttrain_jax.rewards.verifier import Answer
+from posttrain_jax.rewards.workers import Workers
+from posttrain_jax.settings import ConfigError
+
+OWN = """
+import beside
+
+def plain(prompt, completion, example):
+  return len(completion) * beside.FACTOR if example["answer"] else None
+
+def trl(completions, answer, **columns):
+  return [float(c == a) for c, a in zip(completions, answer)]
+
+def trl_of(completions, solution, **columns):
+  return [0.0 for c in completions]
+
+def metric(answer, row):
+  return 1.0
+
+def fails(prompt, completion, example):
+  return example["answer"]["x"]
+"""
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("own")
+  (folder / "beside.py").write_text("FACTOR = 2\n")
+  path = folder / "mine.py"
+  path.write_text(OWN)
+  return path
+
+
+@pytest.fixture(scope="module")
+def workers():
+  pool = Workers(1)
+  yield pool
+  pool.close()
+
+
+def make(spec, columns=("question", "answer"), **options):
+  return section.make(spec, columns, **options)
+
+
+def test_a_sum_with_a_gate_and_functions_of_ones_own(file, workers):
+  spec = {
+    "parts": ("number", f"{file}:plain", f"{file}:trl"),
+    "weights": (1.0, 0.1, 2.0),
+    "gates": ("tags",),
+    "options": {"number": {"tolerance": 0.01}, "tags": {"names": ("answer",)}},
+  }
+  reward = make(spec, workers=workers)
+  row = {"question": "1 + 1?", "answer": "2"}
+  result = reward.score([Answer("?", text, row) for text in ("<answer>2</answer>", "2")])
+  first, second = result.answers
+  assert first.total.value == pytest.approx(1 + 0.1 * 2 * 18)
+  assert {name: given.value for name, given in second.parts.items()} == {
+    "number": 1, f"{file}:plain": 2, f"{file}:trl": 1, "tags": 0,
+  }  # fmt: skip
+  assert second.total.value == 0
+
+
+def test_a_fault_of_ones_own_is_told_with_its_line(file, workers):
+  reward = make({"parts": (f"{file}:fails",), "retries": 0}, workers=workers)
+  (one,) = reward.score([Answer("?", "!", {"answer": "2"})]).answers
+  line = OWN.splitlines().index('  return example["answer"]["x"]') + 1
+  assert f"{file}:{line}: raised TypeError: " in one.total.reason
+
+
+def test_what_a_file_imports_is_no_part_of_a_calls_time(tmp_path, workers):
+  path = tmp_path / "slow.py"
+  path.write_text(
+    "import time\ntime.sleep(0.5)\ndef one(prompt, completion, example):\n  return 1\n"
+  )
+  reward = make({"parts": f"{path}:one", "seconds": 0.4, "retries": 0}, workers=workers)
+  (one,) = reward.score([Answer("?", "!", {})]).answers
+  assert one.total.value == 1
+
+
+def test_what_the_caller_made_has_a_name(workers):
+  reward = make(
+    {"parts": ("model", "exact"), "weights": (0.5, 1)}, given={"model": lambda p, c, e: len(c)}
+  )
+  (one,) = reward.score([Answer("?", "four", {"answer": "four"})]).answers
+  assert one.total.value == 3
+
+
+@pytest.mark.parametrize(
+  ("spec", "columns", "message"),
+  [
+    (dict(parts=("nubmer",)), ("answer",), "there is no 'nubmer': known are exact, .* did you mean number"),
+    (dict(parts=("number",)), ("question", "reply"), r"of the data's columns \(question, reply\) none has a name"),
+    (dict(parts=("number",)), ("answer", "solution"), "answer and solution may be it"),
+    (dict(parts=("exact",), options={"exact": {"column": "reply"}}), ("answer",), "column 'reply', which"),
+    (dict(parts=("exact",), options={"exact": {"tolerence": 1}}), ("answer",), "no option 'tolerence'; it has column"),
+    (dict(parts=("exact",), options={"number": {}}), ("answer",), "'number' is neither a part nor a gate"),
+    (dict(parts=("exact",), weights=(1, 2)), ("answer",), "2 weights of 1 parts"),
+    (dict(parts=("exact",), gate=("tags",)), ("answer",), "reward.gate: there is no such field; there are parts"),
+    (dict(parts=("exact", "tags"), gates=("tags",)), ("answer",), "'tags' is a part, too"),
+    (dict(parts=(), gates=("tags",)), ("answer",), "nothing to multiply"),
+    (dict(parts=("length",)), ("answer",), "length needs longest and soft"),
+    (dict(parts=("regex",), options={"regex": {"pattern": "("}}), ("answer",), "is no regular expression"),
+    (dict(parts=("judge",), options={"judge": {"url": "x", "model": "m"}}), ("answer",), "begins with http"),
+    (dict(parts=3), (), "reward.parts=3: it is a list of names, or a text with commas"),
+    (dict(parts="exact", weights=1.0), (), "reward.weights=1.0: it is a list of numbers"),
+    (dict(parts="exact", weights=("a",)), (), "it is a list of numbers"),
+    (dict(parts="exact", options={"exact": 3}), (), r"it is \{name: \{option: value\}\}"),
+    (dict(parts="exact", ranges={"exact": (1, 0)}), (), r"it is \{name: \(low, high\)\}"),
+    (dict(parts="exact", seconds=0), (), "reward.seconds=0: it is a number of seconds above 0"),
+    (dict(parts="exact", retries=1.5), (), "reward.retries=1.5: it is a count from 0"),
+    (dict(parts="length", options={"length": {"longest": "x", "soft": 1}}), (), "length with {'longest': 'x'"),
+    (dict(parts=("mine.py:f",)), ("answer",), "mine.py does not exist"),
+  ],
+)  # fmt: skip
+def test_mistakes_are_told(spec, columns, message):
+  with pytest.raises(ConfigError, match=message):
+    make(spec, columns)
+
+
+@pytest.mark.parametrize(
+  ("name", "message"),
+  [
+    ("trl_of", r"mine\.py:trl_of reads the column 'solution', which the data does not have; its columns are answer"),
+    ("metric", r"mine\.py:metric takes \(answer, row\); a verifier takes \(prompt, completion, example\)"),
+    ("absent", "has no function 'absent'; it has plain, trl"),
+  ],
+)  # fmt: skip
+def test_mistakes_in_ones_own_functions_are_told_before_anything_runs(file, name, message):
+  with pytest.raises(ConfigError, match=message):
+    make({"parts": (f"{file}:{name}",)})
+
+
+def test_names_may_stand_in_a_text():
+  reward = make({"parts": "number, exact", "weights": (2, 1), "untested": "exact"})
+  assert [(p.name, p.weight, p.untested) for p in reward.parts] == [
+    ("number", 2, False), ("exact", 1, True),
+  ]  # fmt: skip
+
+
+def test_a_section_of_a_config_is_read():
+  section = ml_collections.ConfigDict(
+    {"parts": "number", "gates": "tags", "options": {"tags": {"names": "think, answer"}}}
+  )
+  (one,) = (
+    make(section).score([Answer("?", "<think></think><answer>2</answer>", {"answer": 2})]).answers
+  )
+  assert one.total.value == 1
+
+
+def test_gold_is_what_our_own_rows_call_it():
+  reward = make({"parts": ("exact",)}, ("gold", "answer", "solution"))
+  (one,) = reward.score([Answer("?", "a", {"gold": "a", "answer": "b"})]).answers
+  assert one.total.value == 1
+
+
+@pytest.mark.parametrize("extra", [("expression", "math_verify", "math"), ("gym", "reasoning_gym", "gym")])  # fmt: skip
+def test_an_extra_that_is_not_installed_is_named(extra, monkeypatch):
+  name, package, words = extra
+  found = importlib.util.find_spec
+  monkeypatch.setattr(
+    "importlib.util.find_spec", lambda wanted: None if wanted == package else found(wanted)
+  )
+  with pytest.raises(ConfigError, match=rf"{name} needs .*posttrain-jax\[{words}\]"):
+    make({"parts": (name,)}, ("answer", "gym"))

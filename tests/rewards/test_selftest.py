@@ -1,0 +1,105 @@
+"""A run does not start with a verifier that cannot tell right from wrong."""
+
+import pytest
+
+from posttrain_jax.rewards import score, section, selftest, table
+from posttrain_jax.rewards.reward import Part, Reward
+from posttrain_jax.rewards.verifier import Answer, Known
+from posttrain_jax.rewards.workers import Workers
+from posttrain_jax.settings import ConfigError
+
+ROWS = [Answer("?", text, {"gold": text}) for text in ("Paris", "Rome", "Rome")]
+NEEDS = {"expression": "math_verify", "gym": "reasoning_gym"}
+OPTIONS = {"length": {"longest": 100, "soft": 20}}
+
+
+@pytest.fixture(scope="module")
+def workers():
+  pool = Workers(1)
+  yield pool
+  pool.close()
+
+
+def of(verifier, **options):
+  return Reward([Part("mine", verifier, **options)], retries=0)
+
+
+@pytest.mark.parametrize(
+  "name", [n for n in table.VERIFIERS if n not in ("regex", "schema", "judge")]
+)
+def test_every_built_in_passes_on_answers_of_its_own(name, workers):
+  if name in NEEDS:
+    pytest.importorskip(NEEDS[name], reason=f"{name} needs an extra")
+  spec = {"parts": (name,), "options": {name: OPTIONS.get(name, {})}, "seconds": 60}
+  reward = section.make(spec, ("gold", "gym"), workers=workers)
+  known = reward.parts[0].known
+  assert {k.is_right for k in known} == {True, False}
+  selftest.check(reward)
+
+
+@pytest.mark.parametrize(
+  ("verifier", "message"),
+  [
+    (lambda p, c, e: 0.0, "from a wrong one: it gives the right 'a' 0 and the wrong 'b' 0"),
+    (lambda p, c, e: c != "a", "the right 'a' 0 and the wrong 'b' 1"),
+    (lambda p, c, e: score.missing("no network"), r"the right 'a' no score \(no network\)"),
+    (lambda p, c, e: 1 / 0, r"raised ZeroDivisionError: division by zero"),
+  ],
+)  # fmt: skip
+def test_known_answers_that_are_not_told_apart_stop_the_run(verifier, message):
+  known = (Known("a", {}, True), Known("b", {}, False))
+  with pytest.raises(ConfigError, match=message):
+    selftest.check(of(verifier, known=known))
+  selftest.check(of(lambda p, c, e: c == "a", known=known))
+
+
+def test_rows_try_a_verifier_of_the_users():
+  selftest.check(of(lambda p, c, e: c == e["gold"]), ROWS)
+  selftest.check(of(lambda p, c, e: len(c)), ROWS)  # that of Paris is told apart, and one is enough
+  with pytest.raises(ConfigError, match="cannot tell a right answer from a wrong one"):
+    selftest.check(of(lambda p, c, e: c != e["gold"]), ROWS)
+
+
+def test_rows_say_both_answers_and_scores():
+  with pytest.raises(ConfigError) as error:
+    selftest.check(of(lambda p, c, e: c == e["answer"] if "answer" in e else 0.5), ROWS)
+  told = str(error.value)
+  assert "the right 'Paris' 0.5 and the wrong 'Rome' 0.5" in told
+  assert "all 3 rows that were tried" in told
+  assert "name it in reward.untested" in told
+
+
+def test_what_is_not_about_rightness_is_not_tried():
+  style = of(lambda p, c, e: 0.5)
+  selftest.check(of(lambda p, c, e: 0.5, untested=True), ROWS)
+  selftest.check(style, [])
+  selftest.check(style, ROWS[1:])  # one answer to all: there is no wrong one
+  selftest.check(of(lambda p, c, e: score.not_applicable()), ROWS)
+  gate = Part("gate", lambda p, c, e: 1.0, gate=True)
+  selftest.check(Reward([Part("mine", lambda p, c, e: c == e["gold"]), gate]), ROWS)
+  regex = section.make({"parts": ("regex",), "options": {"regex": {"pattern": "."}}}, ())
+  selftest.check(regex, ROWS)
+  own = section.make(
+    {"parts": ("style",), "untested": ("style",)}, (), given={"style": lambda p, c, e: 1}
+  )
+  selftest.check(own, ROWS)
+
+
+def test_rows_that_a_built_in_cannot_read_are_told():
+  reward = section.make({"parts": ("number",)}, ("gold",))
+  with pytest.raises(
+    ConfigError, match=r"number has no score for any of the first 3 rows: .*'Paris'"
+  ):
+    selftest.check(reward, ROWS)
+  selftest.check(reward, [*ROWS, Answer("?", "7", {"gold": "7"})])
+
+
+def test_a_verifier_that_fails_on_every_row_is_told_also_where_no_answer_is_known():
+  rows = [Answer("?", "", {"answer": i}) for i in range(3)]
+  for options in ({}, {"untested": True}):
+    with pytest.raises(
+      ConfigError, match=r"mine has no score for any of the first 3 rows: .*KeyError"
+    ):
+      selftest.check(of(lambda p, c, e: e["gold"], **options), rows)
+  selftest.check(of(lambda p, c, e: e["answer"]), rows)
+  selftest.check(section.make({"parts": ("length",), "options": OPTIONS}, ()), rows)
