@@ -11,6 +11,7 @@ from posttrain_jax.models import decoder
 from posttrain_jax.rollout import dialogue, engine, slots
 from posttrain_jax.rollout.requests import Request
 from posttrain_jax.rollout.sampling import GREEDY, Sampling
+from tests.marks import few
 from tests.models import families
 
 LENGTHS = (11, 3, 17, 8, 5)
@@ -45,7 +46,7 @@ def full_logps(config, params, prompt, tokens, temperature=1.0):
   return jax.nn.log_softmax(logits / temperature)[len(prompt) - 1 : len(text) - 1]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", few(FAMILIES, "llama3", "gemma3"))
 def test_greedy_is_the_argmax_of_the_full_forward_pass(name):
   config, params = families.make(name)
   # compiles sooner; all other tests decode with layers apart
@@ -331,6 +332,7 @@ def test_a_dialogue_whose_past_changes_reads_it_anew(llama):
     assert list(talk.stream(prompt, max_new_tokens=NEW)) == generate(llama, [prompt]).tokens[0]
 
 
+@pytest.mark.slow
 def test_a_dialogue_grows(llama, monkeypatch):
   monkeypatch.setattr(dialogue, "LENGTH", 16)
   talk = dialogue.Dialogue(*llama)
