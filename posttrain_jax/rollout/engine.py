@@ -344,8 +344,9 @@ class Engine:
     """Every prompt, pieces of one size together."""
     while any(reading.left for reading in readings.values()):
       for reading in readings.values():
-        if reading.source is not None and readings[reading.source].at >= reading.at:
-          self._copy(reading.source, reading.index)
+        source = None if reading.source is None else readings[reading.source]
+        if source is not None and source.source is None and source.at >= reading.at:
+          self._copy(source.index, reading.index)
           reading.source = None
       by_size: dict[int, list[_Reading]] = {}
       for reading in readings.values():

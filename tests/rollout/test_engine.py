@@ -129,6 +129,22 @@ def test_what_prompts_share_is_read_once(llama, monkeypatch):
     np.testing.assert_allclose(logps, one.logps[0], rtol=2e-4, atol=2e-5)
 
 
+def test_a_row_that_waits_for_another_is_no_source_yet(llama):
+  """The third row is to have what the second has, which is to have what the first reads."""
+  prompt = (PROMPTS[0] * 20)[:64]
+  engine_ = engine.Engine(*llama, rows=3, length=100)
+  readings = {
+    2: engine._Reading(2, 0, prompt, 64, source=1),
+    1: engine._Reading(1, 0, prompt, 64, source=0),
+    0: engine._Reading(0, 0, prompt, 0),
+  }
+  engine_._read(readings)
+  held = np.asarray(engine_._slots.cache.k)[:, 0, :, :, :, :64]
+  assert np.abs(held[:, 0]).min() > 0
+  np.testing.assert_array_equal(held[:, 1], held[:, 0])
+  np.testing.assert_array_equal(held[:, 2], held[:, 0])
+
+
 def asked(seed=0, count=9, **options):
   """Requests of unlike lengths, each with its own way of drawing."""
   rng = np.random.default_rng(seed)
