@@ -37,7 +37,7 @@ from posttrain_jax.losses import advantage
 from posttrain_jax.models import decoder
 from posttrain_jax.objectives import Context, Scorer
 from posttrain_jax.objectives.rows import spans
-from posttrain_jax.rewards import selftest
+from posttrain_jax.rewards import section, selftest
 from posttrain_jax.rewards.reward import Reward, Scored
 from posttrain_jax.rewards.verifier import Answer
 from posttrain_jax.rollout import engine as engine_lib
@@ -103,7 +103,7 @@ def read(config: Config, model: Model) -> Data:
     Prompt(
       tokens=np.asarray(tokens, np.int32),
       asked=question["prompt"],
-      row={**question["row"], "gold": question["gold"]},
+      row=_row(question),
       origin=question["origin"],
       channel=question["channel"],
       is_chat=not isinstance(question["prompt"], str),
@@ -129,6 +129,17 @@ def read(config: Config, model: Model) -> Data:
       " online.samples or online.max_new_tokens"
     )
   return Data(prompts, (), (), "")
+
+
+def _row(question: Mapping[str, Any]) -> dict[str, Any]:
+  """What verifiers are given: the row's own columns, and its answer as `gold` where it has one."""
+  gold = {} if question["gold"] is None else {"gold": question["gold"]}
+  return {**question["row"], **gold}
+
+
+def _expected(row: Mapping[str, Any]) -> str:
+  """The right answer by the row, "" where no column has it."""
+  return next((str(row[name]) for name in section.EXPECTED if row.get(name) is not None), "")
 
 
 @dataclasses.dataclass
@@ -243,9 +254,7 @@ class Online:
       ConfigError: they do not.
       ValueError: other weights write the same.
     """
-    some = [
-      Answer(p.asked, str(p.row["gold"] or ""), p.row) for p in self.prompts[: selftest.PAIRS]
-    ]
+    some = [Answer(p.asked, _expected(p.row), p.row) for p in self.prompts[: selftest.PAIRS]]
     selftest.check(self.reward, some)
     if self._is_full:
       return
