@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from posttrain_jax.models import decoder
-from posttrain_jax.rollout import dialogue, engine, slots
+from posttrain_jax.rollout import dialogue, engine, programs
 from posttrain_jax.rollout.requests import Request
 from posttrain_jax.rollout.sampling import GREEDY, Sampling
 from tests.marks import few
@@ -105,14 +105,14 @@ def test_a_text_ends_with_its_first_stop_token(llama):
 
 def counting(monkeypatch):
   """[(tokens read, rows)] of the prompts' pieces from here on."""
-  read, seen = slots.read, []
+  read, seen = programs.read, []
 
   def counted(params, held, pieces, *rest):
     seen.append(int(pieces.counts.sum()))
     return read(params, held, pieces, *rest)
 
   counted._cache_size = read._cache_size
-  monkeypatch.setattr(slots, "read", counted)
+  monkeypatch.setattr(programs, "read", counted)
   return seen
 
 
@@ -262,7 +262,7 @@ def test_other_weights_need_no_other_program(llama):
 def test_a_program_after_the_warm_up_is_an_error(llama):
   engine_ = engine.Engine(*llama, rows=2, length=50, window=4)
   engine_.warm_up()
-  assert len(engine_.programs) <= len(set(engine_.programs)) <= 4 + 2 * len(engine.PIECES)
+  assert len(engine_.compiled) <= len(set(engine_.compiled)) <= 4 + 2 * len(engine.PIECES)
   engine_.is_strict = True
   engine_.grow(200)
   with pytest.raises(engine.CompilationError, match=r"compiled after the warm-up: .* slots"):
@@ -321,16 +321,16 @@ def test_a_dialogue_reads_what_is_new_alone_and_compiles_once(llama, monkeypatch
   monkeypatch.setattr(dialogue, "LENGTH", 250)
   seen = counting(monkeypatch)
   talk = dialogue.Dialogue(*llama, stop_tokens=(1,))
-  said, programs, read = [], [], 0
+  said, compiled, read = [], [], 0
   for turn in range(10):
     said += [5 + (turn * i) % 40 for i in range(4 + turn)]
     before = len(seen)
     drawn = list(talk.stream(said, max_new_tokens=4))
     read += sum(seen[before:])
-    programs.append(len(talk._engine.programs))
+    compiled.append(len(talk._engine.compiled))
     assert drawn == generate(llama, [said], stop_tokens=(1,), max_new_tokens=4).tokens[0]
     said += drawn
-  assert programs[-1] == programs[2]
+  assert compiled[-1] == compiled[2]
   # the last token of a prompt is read by the window that draws
   asked = sum(4 + turn for turn in range(10))
   # and the last token of each answer, which was drawn and not read
@@ -369,7 +369,7 @@ def test_the_cache_is_updated_in_place(llama):
   engine_ = engine.Engine(*llama, rows=4, length=2000)
   held = engine_._slots
   cache = 2 * np.prod(held.cache.k.shape) * 4  # keys and values
-  lowered = slots.window.lower(
+  lowered = programs.window.lower(
     params.layers_apart, held, jnp.int32(4), jnp.int32(4), config, 4, None, False, 0
   )
   memory = lowered.compile().memory_analysis()
