@@ -10,7 +10,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 DRAWS ?= 500# of make compose
 WORKERS ?= 2# test processes; a file of tests stays in one, for what its tests share
 
-.PHONY: help quickstart test test-all test-newest check format oracle bench compile-70b offload optimizers mutate compose fuzz docs clean
+.PHONY: help quickstart test test-slow test-all test-newest check format oracle bench compile-70b offload optimizers mutate compose fuzz docs clean
 help:
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 16
 
@@ -44,6 +44,9 @@ endif
 
 test: .venv/ready ## the fast suite
 	$(BIN)/python -m pytest -m "not slow and not oracle" -n $(WORKERS) --dist loadfile
+
+test-slow: .venv/ready ## what the fast suite leaves out: the other cases of each kind, whole commands, every printed command
+	$(BIN)/python -m pytest -m "slow and not oracle" -n $(WORKERS) --dist loadfile
 
 test-all: .venv/ready ## the fast suite and the slow tests
 	$(BIN)/python -m pytest -m "not oracle"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from posttrain_jax import settings
-from posttrain_jax.configs import common, grouped
+from posttrain_jax.configs import common, grouped, rl
 from posttrain_jax.settings import fields, listing, names
 
 SECTIONS = {
@@ -16,6 +16,7 @@ SECTIONS = {
   "batch": "Batch",
   "optimizer": "Optimizer",
   "objective": "Objective",
+  "online": "Answers that the run writes",
   "adapter": "Adapter",
   "eval": "Evaluation",
   "checkpoint": "Checkpoints",
@@ -51,7 +52,8 @@ def configs() -> Iterator[tuple[str, dict[str, object]]]:
   optimizers = [f"sft:optimizer={name}" for name in common.OPTIMIZERS]
   losses = [f"preference:loss={name}" for name in fields.LOSSES_OF_PAIRS]
   methods = [f"grouped:method={name}" for name in grouped.METHODS]
-  for config in ("sft", *adapters, *optimizers, *losses, "kto", "reward", *methods):
+  online = [f"rl:method={name}" for name in rl.METHODS]
+  for config in ("sft", *adapters, *optimizers, *losses, "kto", "reward", *methods, *online):
     yield config, dict(fields.items(settings.load(config, ()).to_dict()))
 
 

@@ -61,7 +61,7 @@ def one(name: str, steps: int) -> dict:
   losses, seconds = [], []
   for _ in range(steps):
     began = time.perf_counter()
-    state, metrics = update(state, context, next(batches))
+    state, metrics = update(state, context, batches.batch(state))
     losses.append(metrics_lib.read(metrics)["loss"])
     seconds.append(time.perf_counter() - began)
   jax.block_until_ready(state)

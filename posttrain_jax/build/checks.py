@@ -20,7 +20,7 @@ READS = {
   "preference": ("pairs", "triples"),
   "kto": ("labels", "pairs", "triples"),
   "reward": ("pairs", "outcomes", "steps"),
-  "grouped": ("scored",),
+  "grouped": ("scored", "prompts"),
 }
 
 
@@ -152,6 +152,43 @@ def _answers(config: Config) -> None:
     )
 
 
+def _online(config: Config) -> None:
+  """What a run that writes its own batches has no place for."""
+  is_online = "online" in config
+  if is_online != (config.data.kind == "prompts"):
+    raise ConfigError(
+      f"data.kind={config.data.kind!r}: rows of prompts are answered by the run itself, which configs/rl.py describes;"
+      " write --config=rl:data=..."
+    )
+  if not is_online:
+    return
+  if jax.process_count() > 1:
+    raise ConfigError("online learning writes its answers in one process; start it on one host")
+  d, o = config.data, config.objective
+  for field in ("eval", "replay"):
+    if d[field]:
+      raise ConfigError(
+        f"data.{field}={d[field]!r}: a run that writes its own answers reads prompts alone; ask held-out ones by"
+        " eval.task"
+      )
+  if d.eval_rows or d.packing:
+    which = "packing" if d.packing else "eval_rows"
+    raise ConfigError(f"data.{which} is not for prompts: leave it as configs/rl.py has it")
+  if decisions.is_mixture(d.train):
+    raise ConfigError("data.train: prompts come from one source; write them into one file")
+  if o.cache_reference:
+    raise ConfigError(
+      "objective.cache_reference: answers that are yet to be written have no log-probabilities to cache; write false"
+    )
+  if not 0 <= o.importance_low < o.importance_high:
+    raise ConfigError("objective.importance_low must be below objective.importance_high")
+  part = config.online.outcome
+  if part and part not in (*config.reward.parts, *config.reward.gates):
+    raise ConfigError(
+      f"online.outcome={part!r}: the reward has the parts {', '.join((*config.reward.parts, *config.reward.gates))}"
+    )
+
+
 def _accumulation(config: Config) -> None:
   if config.batch.rows % config.batch.accumulate:
     raise ConfigError(
@@ -170,5 +207,6 @@ CHECKS: tuple[Callable[[Config], None], ...] = (
   _shifted_attention,
   _following_reference,
   _answers,
+  _online,
   _accumulation,
 )

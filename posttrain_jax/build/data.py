@@ -36,6 +36,7 @@ KINDS = {
   "outcomes": ("unpaired", "preference"),
   "steps": ("stepwise",),
   "scored": ("scored",),
+  "prompts": ("prompt", "prompt_completion", "messages", "preference", "unpaired", "scored"),
 }
 TRAINED_ON = "no rows were held out (data.eval_rows): these were trained on, so the loss says nothing of others"
 

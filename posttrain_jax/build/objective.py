@@ -127,11 +127,20 @@ def _grouped(config: Config, model: Model, how: Mapping[str, Any]) -> Parts:
   main = objectives.Grouped(
     model.config,
     loss_name=config.objective.loss,
-    max_length=config.data.length,
-    **_own(config),
+    **{"max_length": config.data.length} | _own(config) | _online(config),
     **how,
   )
   return (("grouped", main, 1.0),)
+
+
+def _online(config: Config) -> dict[str, Any]:
+  """Of answers that the policy writes itself: whose log-probabilities are the old ones, and what they are of."""
+  if "online" not in config:
+    return {}
+  o = config.online
+  old = "batch" if o.minibatches * o.passes > 1 else "policy"
+  length = {"max_length": o.max_new_tokens}  # the longest answer, of constant_length
+  return {"old": old, "temperature": o.temperature, **length}
 
 
 _PARTS: Mapping[str, Callable[[Config, Model, Mapping[str, Any]], Parts]] = {

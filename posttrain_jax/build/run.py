@@ -34,6 +34,7 @@ from posttrain_jax.build import (
   mesh,
   model,
   objective,
+  online,
   optimizer,
   questions,
   reference,
@@ -148,7 +149,7 @@ class Pieces:
   objective: Scorer
   optimizer: optax.GradientTransformation
   schedule: optax.Schedule
-  batches: loader.Loader
+  batches: loader.Loader | online.Online
   step: Any  # jitted: (state, context, batch) -> (state, metrics), the state donated
   task: tasks.Task | None  # what is asked before and after training
 
@@ -206,8 +207,9 @@ def build(
   with _phase(f"reading {config.model.name}", stream):
     base = model.load(config, devices)
   with _phase("reading the data", stream):
-    rows = data.read(config, base)
-  batches = data.stream(config, rows, devices)
+    rows = online.read(config, base) if online.is_online(config) else data.read(config, base)
+  written = online.Online(config, base, rows, _print) if online.is_online(config) else None
+  batches = data.stream(config, rows, devices) if written is None else written
   config = run_length.of_data(config, batches)
   with settings.section("objective"):
     loss = objective.make(config, base, rows.channels)
@@ -216,6 +218,8 @@ def build(
   other = reference.in_step(config, base, devices) if loss.needs_reference else None
   with _phase("making what trains", stream), settings.section("adapter"):
     trees = adapter.make(config, base, other, devices)
+  if written is not None:
+    written.bind(trees, loss)
   with settings.section("optimizer"):
     updates, schedule = optimizer.make(config, base.config)
     shapes = state_lib.abstract(trees.trainable, updates, trees.carried, loss, devices)
@@ -276,7 +280,8 @@ def _introduce(pieces: Pieces, say: Say) -> None:
   say(run_length.describe(pieces.config, pieces.batches))
   if pieces.data.skipped:
     say(f"left out: {pieces.data.skipped}")
-  say(f"held out: {len(pieces.data.eval)} examples")
+  if not online.is_online(pieces.config):
+    say(f"held out: {len(pieces.data.eval)} examples")
   if pieces.data.eval:
     say(best.describe(pieces.config))
   for note in pieces.data.notes:
@@ -298,7 +303,7 @@ def _asked(task: tasks.Task, before: bool) -> str:
 
 def _explain_memory(pieces: Pieces, say: Say) -> None:
   """Compiles the step and says what it needs; nothing is run."""
-  batch = reference.blank(pieces.config, next(pieces.batches), pieces.objective)
+  batch = reference.blank(pieces.config, pieces.batches.batch(None), pieces.objective)
   began = time.monotonic()
   lowered = pieces.step.lower(pieces.abstract_state(), pieces.trees.context, batch)
   needed = lowered.compile().memory_analysis()
@@ -322,6 +327,8 @@ class _Training:
     config = self.pieces.config
     checkpoints = Checkpoints(self.folder / "checkpoints", keep=config.checkpoint.keep)
     state = self.pieces.first_state()
+    if isinstance(self.pieces.batches, online.Online):
+      self.pieces.batches.folder = self.folder
     progress = loop.Progress()
     if checkpoints.latest() is not None:
       data.check_held_out(self.folder, config, self.pieces.data)
@@ -334,6 +341,8 @@ class _Training:
         )
       with _phase("checking what the run starts from", sys.stdout):
         self_checks.fresh_adapter(self.pieces, self.say)
+        if isinstance(self.pieces.batches, online.Online):
+          self.pieces.batches.check(state)
       if config.eval.before:
         self._evaluate_task("before", state)
     state, progress, complete = loop.loop(self._run(), state, progress, checkpoints)
@@ -390,6 +399,7 @@ class _Training:
       best=best.of(config),
       trackers=functools.partial(trackers.of_run, self.folder, settings.plain(config)),
       check_start=pieces.objective.check_start,
+      check_step=functools.partial(online.check_step, config),
       mesh=pieces.mesh,
       eval_every=config.eval.every if pieces.data.eval else 0,
       save_every=config.checkpoint.every,
@@ -521,7 +531,7 @@ class _Training:
     pieces, context = self.pieces, state.context(self.pieces.trees.context)
     measure = jax.jit(evaluation(pieces.objective))
     for _ in range(BATCHES_TRIED):
-      batch = next(pieces.batches)
+      batch = pieces.batches.batch(state)
       placed = batch if pieces.mesh is None else distributed.global_batch(pieces.mesh, batch)
       loss = metrics.read(measured(measure, [placed], state.trainable, context, state.memory))[
         "loss"

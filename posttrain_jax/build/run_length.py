@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Protocol
 
 import ml_collections
 
 from posttrain_jax.build import decisions, optimizer
-from posttrain_jax.data.loader import Loader
 from posttrain_jax.runs import folder as run_folder
 from posttrain_jax.runs import record
 from posttrain_jax.settings import ConfigError
+
+
+class Length(Protocol):
+  """What a source of batches says of its length."""
+
+  def steps(self, epochs: float) -> int: ...
+
+  def epochs(self, steps: int) -> float: ...
+
 
 PLANNED = 1000  # steps of a program that is compiled and not run, where epochs say how many
 
@@ -25,7 +34,7 @@ def resolved(config: ml_collections.ConfigDict, steps: int) -> ml_collections.Co
   return config.lock()
 
 
-def of_data(config: ml_collections.ConfigDict, batches: Loader) -> ml_collections.ConfigDict:
+def of_data(config: ml_collections.ConfigDict, batches: Length) -> ml_collections.ConfigDict:
   """The config with the steps that its epochs are of these batches; as it is where it names steps."""
   epochs = decisions.epochs(config)
   return config if epochs is None else resolved(config, batches.steps(epochs))
@@ -34,7 +43,7 @@ def of_data(config: ml_collections.ConfigDict, batches: Loader) -> ml_collection
 MANY = 20  # epochs that nobody asks for by mistake; recipes for fine-tuning have one to five
 
 
-def describe(config: ml_collections.ConfigDict, batches: Loader) -> str:
+def describe(config: ml_collections.ConfigDict, batches: Length) -> str:
   """Both measures of a run's length, in a line."""
   epochs = batches.epochs(config.steps)
   passes = f"{epochs:,.1f}" if epochs >= 1 else f"{epochs:.2g}"

@@ -41,6 +41,8 @@ class Answers:
   steps: np.ndarray | None = None  # float32, a label where a step ends, NaN elsewhere
   # float32, log-probabilities under the reference, of trained tokens
   ref_logps: np.ndarray | None = None
+  # float32, log-probabilities that trained tokens were drawn with
+  sampling_logps: np.ndarray | None = None
   # an answer to another prompt behind this one (KTO's estimate of the KL)
   companion: Answers | None = None
   channel: str | None = None

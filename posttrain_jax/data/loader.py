@@ -115,6 +115,16 @@ class Loader:
       return pack_answers(self.examples, local_rows, edge, self._slots, shares=self._shares)
     return pack(self.examples, self._local(rows), edge, self.channels)
 
+  def batch(self, state: Any) -> Batch:
+    """The next one, whatever the state that takes it."""
+    del state
+    return next(self)
+
+  def told(self, step: int) -> Mapping[str, float]:
+    """What else is to be logged of a step: nothing."""
+    del step
+    return {}
+
   @property
   def epoch(self) -> float:
     """Epochs gone through, the current one in part."""

@@ -138,6 +138,8 @@ def pack_answers(
     batch["prefix_ids"] = np.zeros(time, np.int32)
   if first.ref_logps is not None:
     batch["ref_logps"] = np.zeros(time, np.float32)
+  if first.sampling_logps is not None:
+    batch["sampling_logps"] = np.zeros(time, np.float32)
   if first.steps is not None:
     batch["steps"] = np.full(time, np.nan, np.float32)
   for r, row in enumerate(rows):
@@ -158,7 +160,12 @@ def pack_answers(
       batch["present"][r, answers : answers + example.count] = True
       for name, values in example.values.items():
         batch[name][r, answers : answers + example.count] = values
-      for name, values in (("ref_logps", example.ref_logps), ("steps", example.steps)):
+      by_token = (
+        ("ref_logps", example.ref_logps),
+        ("sampling_logps", example.sampling_logps),
+        ("steps", example.steps),
+      )
+      for name, values in by_token:
         if values is not None:
           batch[name][here] = values
       start, segments, answers = start + n, segments + count, answers + example.count

@@ -57,6 +57,22 @@ def leave_one_out(rewards: Array) -> Array:
   return centred * count / jnp.maximum(count - 1, 1)
 
 
+def over_mean(rewards: Array, *, epsilon: float = 1e-6) -> Array:
+  """(R_i - mean R) / (mean R + epsilon), of rewards from 0 on; NaN and agreement as in `group_relative`.
+
+  MaxRL: the gradient of log pass rate, in which a rare success counts the more (prime-rl, SkyRL).
+
+  >>> over_mean(jnp.array([[1.0, 0.0, 0.0, 0.0]])).round(3).tolist()
+  [[3.0, -1.0, -1.0, -1.0]]
+  """
+  rewards = _groups(rewards)
+  scored = ~jnp.isnan(rewards)
+  centred, _ = _centred(rewards, scored)
+  count = jnp.maximum(jnp.sum(scored, axis=-1, keepdims=True), 1)
+  mean = jnp.sum(jnp.where(scored, rewards, 0.0), axis=-1, keepdims=True) / count
+  return centred / (mean + epsilon)
+
+
 def gae(
   rewards: Array, values: Array, mask: Array, *, gamma: float, lam: float
 ) -> tuple[Array, Array]:

@@ -21,6 +21,7 @@ from posttrain_jax.objectives.objective import (
   Metrics,
   Scorer,
   Totals,
+  following,
 )
 from posttrain_jax.objectives.reference import reference_logps
 from posttrain_jax.objectives.rows import spans
@@ -34,7 +35,10 @@ AGGREGATIONS = ("token_mean", "sequence_mean", "constant_length", "sequence_sum"
 class Grouped(Scorer):
   """A policy-gradient loss on answers whose advantages are known (`losses.policy`, `losses.advantage`).
 
-  Who wrote the answers is the reference (`old`="reference"), or the policy itself, so that every ratio is 1.
+  Who wrote the answers is the reference (`old`="reference"), the policy as it was then, whose log-probabilities are in
+  the batch (`old`="batch"), or the policy itself (`old`="policy"), so that every ratio is 1.  Where the batch says what
+  the sampler's program gave (`sampling_logps`), the difference is measured, and `importance` corrects for it: the loss
+  of a token is multiplied by pi_old / mu, bounded.  What a bound took out stays in the denominator.
   """
 
   loss_name: str = "ppo"
@@ -46,12 +50,19 @@ class Grouped(Scorer):
   kl_weight: float = 0.0  # of k3 to the reference
   max_length: int = 512  # of constant_length
   old: str = "policy"
+  temperature: float = 1.0  # that the answers were drawn at
+  importance: str = "none"  # of which unit: token, sequence, geometric
+  importance_high: float = 2.0
+  importance_low: float = 0.0
+  importance_outside: str = "truncate"  # what lies beyond a bound is moved there, or masked
 
   def __post_init__(self) -> None:
     for field, value, known in (
       ("loss", self.loss_name, POLICY_LOSSES),
       ("aggregation", self.aggregation, AGGREGATIONS),
-      ("old", self.old, ("policy", "reference")),
+      ("old", self.old, ("policy", "reference", "batch")),
+      ("importance", self.importance, ("none", "token", "sequence", "geometric")),
+      ("importance_outside", self.importance_outside, ("truncate", "mask")),
     ):
       if value not in known:
         raise ValueError(f"{field}={value!r}: known are {', '.join(known)}")
@@ -76,24 +87,62 @@ class Grouped(Scorer):
     self, forward: Forward, context: Context, batch: Batch, totals: Totals, *, training: bool
   ) -> tuple[Array, Metrics]:
     at = spans(batch)
-    scores = self.scores(forward, batch, at.mask, entropy=not training)
+    online = "sampling_logps" in batch
+    how = dict(entropy=online or not training, temperature=self.temperature)
+    scores = self.scores(forward, batch, at.mask, **how)
     logps = scores.logp
     ref_logps = old_logps = jax.lax.stop_gradient(logps)
     if self.needs_reference:
       ref_logps = reference_logps(self, context, batch, at.mask)
     if self.old == "reference":
       old_logps = ref_logps
+    elif self.old == "batch":
+      old_logps = jnp.where(at.mask, batch["old_logps"], 0.0)
     losses, stats = self._surrogate(logps, old_logps, at.per_token(batch["advantage"]), at)
     metrics: Metrics = {}
+    if online:
+      sampling = jnp.where(at.mask, following(batch["sampling_logps"]), 0.0)
+      losses, told = self._corrected(losses, old_logps, sampling, at)
+      metrics |= told
     if self.kl_weight:
       divergence = kl.k3(logps, ref_logps, at.mask)
       losses = losses + self.kl_weight * divergence
       metrics["kl"] = metrics_lib.mean(jax.lax.stop_gradient(divergence), at.mask)
     loss = jnp.sum(losses * self._weights(at, totals))
     metrics |= self._metrics(loss, stats, batch, at, totals)
-    if not training:
-      metrics["entropy"] = metrics_lib.mean(scores.entropy, at.mask)
+    if online or not training:
+      metrics["entropy"] = metrics_lib.mean(jax.lax.stop_gradient(scores.entropy), at.mask)
     return loss, metrics
+
+  def _corrected(
+    self, losses: Array, old_logps: Array, sampling: Array, at: Spans
+  ) -> tuple[Array, Metrics]:
+    """(losses times the importance weights, how far the sampler's program and this one are apart)."""
+    apart = jnp.abs(old_logps - sampling)
+    metrics: Metrics = {
+      "sampling/logp_difference": metrics_lib.mean(apart, at.mask),
+      # NeMo-RL's token_mult_prob_error: above 1.02 and rising, weights do not reach the sampler
+      "sampling/token_mult_prob_error": metrics_lib.mean(
+        jnp.exp(jnp.minimum(apart, 20.0)), at.mask
+      ),
+    }
+    if self.importance == "none":
+      return losses, metrics
+    bounds = dict(ceiling=self.importance_high, floor=self.importance_low)
+    weights = policy.importance_weights(
+      old_logps, sampling, at, level=self.importance, outside=self.importance_outside, **bounds
+    )
+    log_ratio = jnp.clip(old_logps - sampling, -20.0, 20.0)
+    metrics |= {
+      "rollout_is_mean": metrics_lib.mean(weights, at.mask),
+      "rollout_is_ratio_fraction_high": metrics_lib.mean(
+        jnp.exp(log_ratio) > self.importance_high, at.mask
+      ),
+      "rollout_is_ratio_fraction_low": metrics_lib.mean(
+        jnp.exp(log_ratio) < self.importance_low, at.mask
+      ),
+    }
+    return losses * weights, metrics
 
   def _surrogate(
     self, logps: Array, old_logps: Array, advantages: Array, at: Spans

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from posttrain_jax.optim import adam8bit, adam_mini, galore, offload, paths, schedules
+from posttrain_jax.optim import adam8bit, adam_mini, galore, lora_plus, offload, paths, schedules
 
 WHOLE = ("adafactor",)  # their state mixes layers: nothing of them can be moved layer by layer
 
@@ -61,7 +61,7 @@ def chain(
   """
   rate = schedules.learning_rate(lr, steps=steps, warmup=warmup, schedule=schedule)
   axes = axes or {}
-  small = lambda path: embeddings_in_float32 and is_embedding(path, axes)
+  small = lambda path: embeddings_in_float32 and paths.is_embedding(path, axes)
   adam: dict[str, Any] = dict(b1=b1, b2=b2, weight_decay=weight_decay)
   near_zero = 1e-8 if eps is None else eps
 
@@ -75,7 +75,7 @@ def chain(
       target=target,
       eight_bit=eight_bit,
       in_float32=small,
-      is_embedding=lambda path: is_embedding(path, axes),
+      is_embedding=lambda path: paths.is_embedding(path, axes),
       eps=(1e-8 if eight_bit else 1e-6) if eps is None else eps,
       mask=matrices,
       **adam,
@@ -117,15 +117,10 @@ def chain(
     embedding = schedules.learning_rate(
       loraplus_lr_embedding, steps=steps, warmup=warmup, schedule=schedule
     )
-    optimizer = optax.partition(
-      {
-        "a": optimizer,
-        "b": optimizers[name](lambda count: loraplus_lr_ratio * rate(count)),
-        "embedding": optimizers[name](embedding),
-      },
-      lambda params: loraplus_groups(params, axes),
+    optimizer = lora_plus.partitioned(
+      optimizers[name], rate, embedding, ratio=loraplus_lr_ratio, axes=axes
     )
-    checks.append(lambda params: _check_loraplus(params, loraplus_lr_ratio, axes))
+    checks.append(lambda params: lora_plus.check(params, loraplus_lr_ratio))
   if offloaded:
     optimizer = offload.layerwise(optimizer, clip=clip)
   elif clip:
@@ -142,33 +137,6 @@ def _checked(optimizer, checks):
     return optimizer.init(params)
 
   return type(optimizer)(init, optimizer.update)
-
-
-def is_embedding(path: str, axes: Mapping[str, str]) -> bool:
-  """Whether rows are looked up in the parameter at path: its axes begin with `vocab`."""
-  return axes.get(path, "").startswith("vocab")
-
-
-def loraplus_groups(params: Any, axes: Mapping[str, str]) -> Any:
-  """PEFT's groups: b for factors b and for vectors, embedding for both factors on an embedding, a for the rest."""
-
-  def group(path, leaf):
-    if is_embedding(paths.module(path), axes):
-      return "embedding"
-    vector = jnp.ndim(leaf) - paths.stacked(path) == 1
-    return "b" if vector or paths.field(path) == "b" else "a"
-
-  return jax.tree_util.tree_map_with_path(group, params)
-
-
-def _check_loraplus(params, ratio, axes):
-  if not ratio >= 1:
-    raise ValueError(f"loraplus_lr_ratio={ratio}: write 1 or more")
-  fields = {paths.field(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]}
-  if "b" not in fields:
-    raise ValueError(
-      "loraplus_lr_ratio: nothing that is trained has a factor b; write 0, or train such an adapter (lora)"
-    )
 
 
 def matrices(params: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -41,3 +41,8 @@ def unzip_with_path(f: Callable[..., tuple], width: int, tree: Any, *rest: Any) 
   leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
   at = structure.unflatten([path for path, _ in leaves])
   return unzip(lambda leaf, path, *others: f(path, leaf, *others), width, tree, at, *rest)
+
+
+def is_embedding(path: str, axes: Mapping[str, str]) -> bool:
+  """Whether rows are looked up in the parameter at path: its axes begin with `vocab`."""
+  return axes.get(path, "").startswith("vocab")

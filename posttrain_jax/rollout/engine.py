@@ -21,7 +21,7 @@ import numpy as np
 from posttrain_jax.core import files, struct, weight
 from posttrain_jax.models import before, cache, decoder
 from posttrain_jax.models.config import ModelConfig, as_ids
-from posttrain_jax.rollout import requests, slots
+from posttrain_jax.rollout import programs, requests
 from posttrain_jax.rollout import sampling as samplers
 from posttrain_jax.rollout.requests import Answer, Request
 from posttrain_jax.rollout.sampling import GREEDY, Sampling
@@ -157,7 +157,7 @@ class Engine:
     self.config, self.rows, self.length, self.width = config, rows, length, window
     self.dtype, self.decode, self.reuses_written = dtype, decode, reuses_written
     self.records_kept, self.top = records_kept, top
-    self.programs: list[str] = []  # what was compiled for this engine, in order
+    self.compiled: list[str] = []  # what was compiled for this engine, in order
     self.is_warm, self.is_strict = False, False
     self._tickets = itertools.count()
     self._waiting: collections.deque[tuple[int, Request]] = collections.deque()
@@ -168,10 +168,10 @@ class Engine:
     self._cache_dtype = cache_dtype or dtype or embedding
     self._slots = self._empty()
 
-  def _empty(self) -> slots.Slots:
+  def _empty(self) -> programs.Slots:
     """Rows that hold nothing."""
     room = cache.fitting(self.length + SPARE)
-    make = lambda: slots.empty(self.config, self.rows, room, self._cache_dtype, self._plan({}))
+    make = lambda: programs.empty(self.config, self.rows, room, self._cache_dtype, self._plan({}))
     return jax.jit(make)()
 
   def load(self, params: Params | Ready) -> None:
@@ -236,12 +236,12 @@ class Engine:
       self._slots = self._empty()
       raise
 
-  def _window(self, most: int | None) -> slots.Drawn:
+  def _window(self, most: int | None) -> programs.Drawn:
     """The next window, on the host."""
     most = self.width if most is None else min(most, self.width)
     enough = max(1, self.rows // 8) if self._waiting else self.rows
     self._slots, drawn = self._call(
-      slots.window,
+      programs.window,
       f"window of {self.width} tokens, {self.rows} rows of {self._slots.cache.slots} slots",
       self._ready.layers_apart,
       self._slots,
@@ -308,7 +308,7 @@ class Engine:
       text[index, : len(request.prompt)] = request.prompt
     mask = np.isin(np.arange(self.rows), list(chosen))
     args = (self._slots, mask, lengths, text, last, self._plan(chosen))
-    self._slots = self._call(slots.admit, "admission", *args)
+    self._slots = self._call(programs.admit, "admission", *args)
 
   def _place(self, request: Request, free: list[int], readings: dict[int, _Reading]) -> _Reading:
     """The row that will hold the request's prompt but for its last token, which the window reads."""
@@ -331,7 +331,7 @@ class Engine:
           np.int32(request.row),
           self.config,
         )
-        self._slots = self._call(slots.begin, "beginning of a row", *args)
+        self._slots = self._call(programs.begin, "beginning of a row", *args)
     elif source != index and (shares[source] > 0 or self._bound):
       if source in readings:  # which is still to be read itself
         reading.source = source
@@ -344,8 +344,9 @@ class Engine:
     """Every prompt, pieces of one size together."""
     while any(reading.left for reading in readings.values()):
       for reading in readings.values():
-        if reading.source is not None and readings[reading.source].at >= reading.at:
-          self._copy(reading.source, reading.index)
+        source = None if reading.source is None else readings[reading.source]
+        if source is not None and source.source is None and source.at >= reading.at:
+          self._copy(source.index, reading.index)
           reading.source = None
       by_size: dict[int, list[_Reading]] = {}
       for reading in readings.values():
@@ -373,18 +374,18 @@ class Engine:
       index[i], row[i], start[i], counts[i] = reading.index, reading.row, at, length
       tokens[i, :length] = reading.prompt[at : at + length]
       reading.at += length
-    pieces = slots.Pieces(*map(jnp.asarray, (index, row, start, counts, tokens)))
+    pieces = programs.Pieces(*map(jnp.asarray, (index, row, start, counts, tokens)))
     self._slots = self._call(
-      slots.read,
+      programs.read,
       f"{count} pieces of {size} tokens, {self.rows} rows of {self._slots.cache.slots} slots",
       *(self._ready.stacked, self._slots, pieces, self.config, self.dtype),
     )
 
   def _copy(self, source: int, index: int) -> None:
     args = (self._slots, np.int32(source), np.int32(index))
-    self._slots = self._call(slots.copy, "copy of a row", *args)
+    self._slots = self._call(programs.copy, "copy of a row", *args)
 
-  def _collect(self, drawn: slots.Drawn) -> list[Progress]:
+  def _collect(self, drawn: programs.Drawn) -> list[Progress]:
     """What a window drew, row by row; rows that ended are free."""
     told, ended, cut = [], set(), set()
     for index, row in self._busy.items():
@@ -427,7 +428,7 @@ class Engine:
   def _end(self, indices: set[int]) -> None:
     """Those rows draw no more."""
     mask = np.isin(np.arange(self.rows), list(indices))
-    self._slots = self._call(slots.end, "end of rows", self._slots, mask)
+    self._slots = self._call(programs.end, "end of rows", self._slots, mask)
 
   def _free(self, indices: set[int]) -> None:
     for index in indices:
@@ -436,7 +437,7 @@ class Engine:
         # the last token drawn was not read
         held.tokens = [*map(int, row.request.prompt), *row.tokens][:-1]
 
-  def _plan(self, chosen: dict[int, Request]) -> slots.Plan:
+  def _plan(self, chosen: dict[int, Request]) -> programs.Plan:
     """Of each row what its request asks for; of the others nothing that matters."""
     idle = Request([0], 1)
     each = [chosen.get(index, idle) for index in range(self.rows)]
@@ -445,7 +446,7 @@ class Engine:
       stops[index, : len(request.stop_tokens)] = list(request.stop_tokens)
     of = lambda name: jnp.asarray([getattr(request, name) for request in each], jnp.int32)
     identity = [(r.seed % 2**32, r.number % 2**32, r.sample % 2**32) for r in each]
-    return slots.Plan(
+    return programs.Plan(
       how=samplers.Rows.of([request.sampling for request in each]),
       least=of("min_new_tokens"),
       most=of("max_new_tokens"),
@@ -455,11 +456,11 @@ class Engine:
     )
 
   def _call(self, program: Any, name: str, *args: Any) -> Any:
-    """A program's result; a new compilation is kept in `programs`, and told once the engine is warm."""
+    """A program's result; a new compilation is kept in `compiled`, and told once the engine is warm."""
     before_call = program._cache_size()
     result = program(*args)
     if program._cache_size() > before_call:
-      self.programs.append(name)
+      self.compiled.append(name)
       if self.is_strict and self.is_warm:
         raise CompilationError(f"compiled after the warm-up: {name}")
       if self.is_warm:

@@ -116,6 +116,14 @@ def penalised(logits: Array, text: Array, lengths: Array, how: Rows) -> Array:
   return _where_asked(how.repetition_penalty[:, None] != 1, repeated, logits)
 
 
+def key(identity: Array, place: Array) -> Array:
+  """Of the token at a place of an answer, whose identity is (seed, number of the prompt, sample): [3] integers."""
+  key = jax.random.key(identity[0])
+  for number in (identity[1], identity[2], place):
+    key = jax.random.fold_in(key, number)
+  return key
+
+
 def sample(keys: Array, logits: Array, how: Rows) -> tuple[Array, Array]:
   """(token [rows], the logits [rows, vocab] that it was drawn by); row i draws with keys[i] alone.
 

@@ -67,6 +67,7 @@ _REPLAYS = ("data.replay", bool, "a source")
 _ANSWERS = ("eval.task or eval.metric or eval.samples", bool, "set")
 _GRADES = ("eval.task or eval.metric", bool, "set")
 _HAS_EARLIER = ("model.adapter", bool, "a folder")
+_CORRECTS = ("objective.importance", lambda level: level != "none", "token, sequence or geometric")
 _ELSEWHERE = ("objective.reference", lambda name: name != "base", "an adapter or another model")
 
 FIELDS: Mapping[str, Field] = {
@@ -197,7 +198,7 @@ FIELDS: Mapping[str, Field] = {
   ),
   "data.kind": Field(
     "what a row is",
-    Choice(("text", "pairs", "triples", "labels", "outcomes", "steps", "scored")),
+    Choice(("text", "pairs", "triples", "labels", "outcomes", "steps", "scored", "prompts")),
   ),
   "data.limit": Field("rows used; 0 for all", _whole(0)),
   "data.replay": Field(
@@ -239,6 +240,35 @@ FIELDS: Mapping[str, Field] = {
   "reward.retries": Field("how often a missing score is asked for again", _whole(0, 999)),
   "reward.unsafe_code": Field(
     "run programs that the model wrote where nothing isolates them", Flag()
+  ),
+  # --- answers that the model writes itself
+  "online.samples": Field("answers to a prompt", _whole(2, MOST_ROWS)),
+  "online.max_new_tokens": Field("tokens of an answer at most", _whole(1, MOST_TOKENS)),
+  "online.temperature": Field(
+    "of the softmax that answers are drawn from, and that the loss is of", _POSITIVE
+  ),
+  "online.minibatches": Field(
+    "updates that a written batch is cut into; it has batch.rows prompts for each",
+    _whole(1, MOST_ROWS),
+  ),
+  "online.passes": Field("times that a written batch is used", _whole(1, MOST_ROWS)),
+  "online.rows": Field("answers that are under way at once", _whole(1, MOST_ROWS)),
+  "online.dynamic": Field(
+    "groups whose answers have one outcome are replaced by others (DAPO's dynamic sampling)", Flag()
+  ),
+  "online.most_rounds": Field(
+    "times that prompts are asked for one batch; then it is filled up with groups that agree",
+    _whole(1, MOST_ROWS),
+    ("online.dynamic", bool, "true"),
+  ),
+  "online.outcome": Field(
+    "part of the reward whose scores say whether a group agrees; '': the total",
+    Text("a part's name", empty=True),
+  ),
+  "online.mask_cut": Field("answers that max_new_tokens cut teach nothing", Flag()),
+  "online.most_drift": Field(
+    "nats a token by which the sampler's log-probabilities may be off the trainer's on average; above, the run ends",
+    _POSITIVE,
   ),
   # --- optimizer
   "optimizer.name": Field(
@@ -337,7 +367,19 @@ FIELDS: Mapping[str, Field] = {
     "how tokens add up", Choice(("token_mean", "sequence_mean", "constant_length", "sequence_sum"))
   ),
   "objective.advantage": Field(
-    "what scores are centred and divided by", Choice(("group", "batch", "none", "leave_one_out"))
+    "what scores are centred and divided by",
+    Choice(("group", "batch", "none", "leave_one_out", "whitened", "max_rl")),
+  ),
+  "objective.importance": Field(
+    "correction for a sampler of other numbers: the loss times pi / mu of a token, an answer, or its geometric mean",
+    Choice(("none", "token", "sequence", "geometric")),
+  ),
+  "objective.importance_high": Field("bound on that weight", _POSITIVE, _CORRECTS),
+  "objective.importance_low": Field("lower bound on it", _NOT_NEGATIVE, _CORRECTS),
+  "objective.importance_outside": Field(
+    "what becomes of a weight beyond them: moved there, or 0",
+    Choice(("truncate", "mask")),
+    _CORRECTS,
   ),
   "objective.epsilon": Field("the ratio is held above 1 - epsilon", Number(0, 1, above=True)),
   "objective.epsilon_high": Field("the ratio is held below 1 + epsilon_high", _POSITIVE),
@@ -480,6 +522,7 @@ BESIDE = (
   "kto",
   "reward",
 )  # which leave a divergence to the others
+_IMPORTANCE = ("importance", "importance_high", "importance_low", "importance_outside")
 GROUPED: Mapping[str, tuple[str, ...]] = {  # of objective.loss
   "ppo": ("aggregation", "epsilon", "epsilon_high", "dual_clip", "old"),
   "gspo": ("aggregation", "epsilon", "epsilon_high", "old"),
@@ -500,6 +543,9 @@ def read_by_objective(objective: Config, kind: str) -> tuple[str, ...]:
     return ("name", "losses", *fields)
   if name == "grouped":
     of_loss = GROUPED.get(objective.get("loss", ""), ())
+    if kind == "prompts":  # answers that the policy writes
+      own = (*(field for field in of_loss if field != "old"), *_IMPORTANCE)
+      return ("name", "loss", "advantage", *own, "kl_weight", *_REFERENCE)
     return ("name", "loss", "advantage", *of_loss, "kl_weight", "sft_weight", *_REFERENCE)
   if name == "kto":
     weights = ("desirable_weight", "undesirable_weight")

@@ -86,7 +86,7 @@ INSTEAD: Mapping[str, str] = {
   "peft_type": "write it after the config's colon: --config=FILE:adapter=lora",
   "lora_target_linear": "--config.adapter.target_modules=all-linear, which is the default",
   "loss_type": "write it after the config's colon: --config=FILE:loss=dpo, or method=grpo",
-  "rl": "each has a config file: preference (loss=dpo), kto, reward, grouped (method=grpo)",
+  "rl": "each has a config file: rl (method=grpo), grouped (answers are there), preference (loss=dpo), kto, reward",
   "sync_ref_model": "--config.objective.sync_every=N; 0 leaves the reference as it is",
   "ref_model_mixup_alpha": "--config.objective.sync_mix=VALUE is the policy's share of the mix",
   "f_divergence_type": "--config.objective.divergence=forward_kl (or reverse_kl, jensen_shannon, alpha_divergence)",

@@ -8,14 +8,13 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 
 from posttrain_jax.core import distributed
 from posttrain_jax.core import metrics as metrics_lib
 from posttrain_jax.core.checkpoint import Checkpoints
-from posttrain_jax.data.loader import Loader
 from posttrain_jax.objectives import Context, measured
 from posttrain_jax.runs.metrics_log import Journal
 from posttrain_jax.runs.trackers import Tracker
@@ -62,6 +61,23 @@ class Best:
     return 0 < self.stop_after <= progress.unimproved
 
 
+class Source(Protocol):
+  """Where a run's batches come from: rows in an order, or a policy that writes them."""
+
+  @property
+  def epoch(self) -> float: ...
+
+  def batch(self, state: State) -> Any:
+    """The next one, for a step from this state."""
+
+  def told(self, step: int) -> Mapping[str, float]:
+    """What else is to be logged of the step that took the last batch; raises where the run must end."""
+
+  def get_state(self) -> dict: ...
+
+  def set_state(self, state: dict) -> None: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
   """The pieces of a run; `build` makes them, `loop` turns the handle."""
@@ -71,11 +87,12 @@ class Run:
   step: Callable[[State, Context, Any], tuple[State, dict[str, Any]]]  # jitted, state donated
   evaluate: Callable[[Any, Context, Any, Any], dict[str, Any]]  # jitted
   context: Context
-  batches: Loader
+  batches: Source
   eval_batches: Callable[[], Iterable[Any]]
   learning_rate: Callable[[int], Any]
   export: Callable[[State, str], None]  # (state, folder name): the adapter in PEFT's format
   check_start: Callable[[Mapping[str, float]], None]  # of the first step's metrics; may raise
+  check_step: Callable[[Mapping[str, float]], None]  # of every step's; may raise
   best: Best
   trackers: Callable[[], Sequence[Tracker]]  # opened by the main process alone
   mesh: jax.sharding.Mesh | None
@@ -135,7 +152,7 @@ def loop(
       with bar.phase(EVALUATING):
         _evaluate(run, state, progress, journal, bar)
     while progress.step < run.steps and not run.best.gives_up(progress):
-      state, metrics = step(state, run.context, _placed(run, next(run.batches)))
+      state, metrics = step(state, run.context, _placed(run, run.batches.batch(state)))
       progress.step += 1
       reader.put(progress, metrics)
       last, is_better = progress.step == run.steps, False
@@ -179,7 +196,7 @@ class _Reader:
 
   def __init__(self, run: Run, journal: Journal | None, bar: Bar):
     self.run, self.journal, self.bar = run, journal, bar
-    self.pending: tuple[int, dict[str, Any], float] | None = None
+    self.pending: tuple[int, dict[str, Any], float, Mapping[str, float]] | None = None
     self.restart()
 
   def restart(self) -> None:
@@ -189,13 +206,14 @@ class _Reader:
   def put(self, progress: Progress, metrics: Mapping[str, Any]) -> None:
     self.flush(progress)
     # of the data up to this step's batch: when its metrics are read the next one is drawn
-    self.pending = (progress.step, dict(metrics), self.run.batches.epoch)
+    batches = self.run.batches
+    self.pending = (progress.step, dict(metrics), batches.epoch, batches.told(progress.step))
 
   def flush(self, progress: Progress) -> None:
     if self.pending is None:
       return
-    (step, metrics, epoch), self.pending = self.pending, None
-    values = metrics_lib.read(metrics)
+    (step, metrics, epoch, beside), self.pending = self.pending, None
+    values = {**metrics_lib.read(metrics), **beside}
     now = time.monotonic()
     values["tokens_per_second"] = values["tokens"] / (now - self.since)
     values["learning_rate"] = float(self.run.learning_rate(step - 1))
@@ -209,6 +227,7 @@ class _Reader:
       self.journal.draw(step, metrics_lib.histograms(metrics))
     if step == 1:
       self.run.check_start(values)
+    self.run.check_step(values)
     if values["skipped_in_a_row"] >= self.run.max_skipped:
       raise Diverged(
         f"{int(values['skipped_in_a_row'])} updates in a row, up to step {step}, were not finite, or their gradient was"

@@ -104,30 +104,32 @@ def test_ties_at_the_threshold_are_cut_with_it():
   config, adapter = start()
   hooks = adapters.hooks(config, 1)
   zero = jax.tree.map(jnp.zeros_like, tree.partition(adapter)[0])
-  assert total(hooks.after_update(adapter, zero, 0)) == 0  # every score is 0: as in PEFT all go
+  assert (
+    total(jax.jit(hooks.after_update)(adapter, zero, 0)) == 0
+  )  # every score is 0: as in PEFT all go
 
 
 def test_equal_ranks_at_both_ends_prune_nothing():
   config, adapter = start(target_r=4)
-  hooks = adapters.hooks(config, 3)
+  after = jax.jit(adapters.hooks(config, 3).after_update)
   for number in range(3):
-    adapter = hooks.after_update(adapter, gradient_like(adapter, number), number)
+    adapter = after(adapter, gradient_like(adapter, number), number)
   assert total(adapter) == 4 * 5
 
 
 def test_an_end_that_was_left_out_is_made_up_for():
   """The update at the end had a gradient that was not finite, and the whole hook with it."""
   config, adapter = start(init_r=12, tfinal=3, deltaT=3)
-  hooks = adapters.hooks(config, 8)
+  after = jax.jit(adapters.hooks(config, 8).after_update)
   for number in [0, 1, 2, 3, 5]:  # not 4, which is the end
-    adapter = hooks.after_update(adapter, gradient_like(adapter, number), number)
+    adapter = after(adapter, gradient_like(adapter, number), number)
     assert (total(adapter) > 10) == (number < 5)
   assert total(adapter) == 10
 
 
 def test_the_penalty_is_the_mean_distance_from_orthogonality():
   config, adapter = start(orth_reg_weight=0.7)
-  value = adapters.hooks(config, 5).penalty(adapter)
+  value = jax.jit(adapters.hooks(config, 5).penalty)(adapter)
   wanted = []
   for _, node in tree.items(adapter):
     for layer, there in enumerate(node.adapted):
@@ -147,7 +149,8 @@ def test_the_penalty_of_orthogonal_factors_has_a_finite_gradient():
   adapter = tree.unflatten((path, exact(node)) for path, node in tree.items(adapter))
   part, fixed = tree.partition(adapter)
   penalty = adapters.hooks(config, 5).penalty
-  value, slope = jax.value_and_grad(lambda part: penalty(tree.combine(part, fixed)))(part)
+  loss = lambda part: penalty(tree.combine(part, fixed))
+  value, slope = jax.jit(jax.value_and_grad(loss))(part)
   assert value == 0
   assert not any(leaf.any() for leaf in jax.tree.leaves(slope))
 
@@ -208,6 +211,7 @@ def test_training_prunes_to_the_target_and_what_is_pruned_stays_zero():
     np.testing.assert_array_equal(end.importance.a, last.importance.a)  # at rest after the end
 
 
+@pytest.mark.slow
 def test_the_penalty_counts_once_an_optimizer_batch():
   (whole, one), (parts, eight) = run(steps=2), run(steps=2, accumulate=8)
   assert one[0]["penalty"] == pytest.approx(eight[0]["penalty"], rel=1e-6)
@@ -216,6 +220,7 @@ def test_the_penalty_counts_once_an_optimizer_batch():
     np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_an_update_that_is_skipped_moves_no_importance_and_no_mask():
   # the fifth update is the end
   found, metrics = run(init_r=12, tinit=1, tfinal=3, deltaT=3, spoil=4)

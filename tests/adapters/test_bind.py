@@ -14,6 +14,7 @@ from posttrain_jax.core.weight import Adapted
 from posttrain_jax.models import decoder
 from posttrain_jax.models.config import from_hf
 from tests.adapters.cases import trained
+from tests.marks import few
 from tests.models import families
 
 KEY = jax.random.key(0)
@@ -66,7 +67,13 @@ TIED = ["embedding", "head", "embedding_and_head", "dora_at_both_ends"]  # where
 
 
 @pytest.mark.parametrize(
-  ("family", "name"), [("llama", name) for name in CONFIGS] + [("llama3", name) for name in TIED]
+  ("family", "name"),
+  few(
+    [("llama", name) for name in CONFIGS] + [("llama3", name) for name in TIED],
+    ("llama", "all_linear"),
+    ("llama", "uneven"),
+    ("llama3", "dora_at_both_ends"),
+  ),
 )
 def test_merged_computes_what_bound_does(family, name):
   model, params, adapter = adapted(family, CONFIGS[name])

@@ -18,6 +18,7 @@ from posttrain_jax.adapters import (
 from posttrain_jax.core import files, tree
 from posttrain_jax.models import decoder
 from tests.adapters.kinds import moved
+from tests.marks import slow
 from tests.models import families
 
 KEY = jax.random.key(0)
@@ -40,7 +41,10 @@ SETS = [
   ("pissa", "vera"),
   ("prompt", "ia3", "vera"),
 ]
-every = pytest.mark.parametrize("methods", SETS, ids="+".join)
+FAST = (("prompt", "lora"), ("vera", "ia3"), ("prefix", "dora"))
+every = pytest.mark.parametrize(
+  "methods", [slow(one) if one not in FAST else one for one in SETS], ids="+".join
+)
 
 
 def close(actual, expected, rtol=1e-5):
@@ -204,6 +208,7 @@ def test_what_is_asked_of_a_config_is_asked_of_a_combination():
   assert parts_of(config) == config.parts == (text, long)
 
 
+@pytest.mark.slow
 def test_a_batch_mixes_a_combination_with_others():
   model, params = families.make("llama")
   plain = PARTS["lora"].replace(modules_to_save=())

@@ -16,6 +16,7 @@ from posttrain_jax.adapters.replaced import Replaced
 from posttrain_jax.core import tree, weight
 from posttrain_jax.models import decoder
 from tests.adapters.kinds import moved
+from tests.marks import few
 from tests.models import families
 
 KEY = jax.random.key(0)
@@ -28,7 +29,7 @@ SMALL = {
   "prompt": dict(num_virtual_tokens=3),
   "prefix": dict(num_virtual_tokens=3),
 }
-every = pytest.mark.parametrize("method", SMALL)
+every = pytest.mark.parametrize("method", few(SMALL, "dora", "pissa", "prompt"))
 
 
 def close(actual, expected, rtol=1e-5):

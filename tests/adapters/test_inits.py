@@ -14,6 +14,7 @@ from posttrain_jax.core.weight import Adapted
 from posttrain_jax.models import decoder
 from posttrain_jax.quant import fp4, int8, nf4
 from tests.adapters.cases import trained
+from tests.marks import few, slow
 from tests.models import families
 
 KEY = jax.random.key(0)
@@ -67,7 +68,7 @@ def test_pissa_takes_the_largest_singular_values():
     np.testing.assert_allclose(wide(node.b[i]) @ wide(node.b[i]).T, shares, atol=1e-6)
 
 
-@pytest.mark.parametrize("iterations", [1, 4, 16])
+@pytest.mark.parametrize("iterations", few([1, 4, 16], 4))
 def test_fast_pissa_nears_the_exact_one(iterations):
   """No matrix of rank 4 is nearer than the best; where values fall by 5 % it is close in one turn."""
   w = matrix(decay=0.95)
@@ -102,7 +103,7 @@ def test_base_and_start_together_are_the_original(how, dtype):
   assert norm(wide(base) - wide(w)) > 0.1 * norm(w)
 
 
-@pytest.mark.parametrize("how", STARTS)
+@pytest.mark.parametrize("how", few(STARTS, "olora"))
 def test_layers_that_are_not_adapted_are_as_they_were(how):
   w = matrix()
   options = dict(exclude_modules=[STACKED[1]], rank_pattern={r"layers\.2\..*": 6})
@@ -126,7 +127,7 @@ def test_a_start_is_drawn_from_its_seed():
 # --- Quantised bases --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", QUANTISED)
+@pytest.mark.parametrize("kind", few(QUANTISED, "nf4"))
 def test_qpissa_quantises_what_is_left_of_the_original(kind):
   w, store = matrix(), QUANTISED[kind]
   base, node = make(w, store, r=8, init_lora_weights="pissa")
@@ -145,7 +146,7 @@ def test_a_base_that_is_quantised_already_keeps_its_type_and_options():
   assert norm(wide(node.dense(base)) - wide(w.dense())) < 0.1 * norm(w.dense())
 
 
-@pytest.mark.parametrize("kind", QUANTISED)
+@pytest.mark.parametrize("kind", few(QUANTISED, "nf4"))
 def test_loftq_is_the_papers_algorithm(kind):
   """Q = quantise(W - A B), A B = the best of rank r of W - Q, in turn (Li et al. 2024, algorithm 1)."""
   w, store = matrix(), QUANTISED[kind]
@@ -194,8 +195,8 @@ def test_the_base_is_made_again_from_the_original_and_the_start(how, store):
   jax.tree.map(np.testing.assert_array_equal, again, base)
 
 
-@pytest.mark.parametrize("how", STARTS)
-@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("how", few(STARTS, "pissa"))
+@pytest.mark.parametrize("dora", few([False, True], True))
 def test_the_export_is_twice_the_rank_on_the_original(how, dora):
   w = matrix()
   options = dict(
@@ -227,7 +228,7 @@ def logits(params, tokens, config):
   return decoder.forward(params, tokens, config)
 
 
-@pytest.mark.parametrize("how", STARTS)
+@pytest.mark.parametrize("how", few(STARTS, "pissa"))
 def test_a_model_starts_where_its_original_is_and_is_exported_for_it(how, tmp_path):
   model, original = families.make("llama")
   config = AdapterConfig(init_lora_weights=how, **OPTIONS)
@@ -252,8 +253,13 @@ def test_a_model_starts_where_its_original_is_and_is_exported_for_it(how, tmp_pa
   assert adapters.count(loaded) == 2 * adapters.count(adapter)
 
 
-@pytest.mark.parametrize("how", [*STARTS, "loftq"])
-@pytest.mark.parametrize("kind", QUANTISED)
+@pytest.mark.parametrize(
+  ("how", "kind"),
+  few(
+    [(how, kind) for how in (*STARTS, "loftq") for kind in QUANTISED],
+    ("olora", "int8"),
+  ),
+)
 def test_the_export_from_a_quantised_base_adds_what_was_learned(how, kind, tmp_path):
   """Exported minus trained is what the base had lost at the start, and no more."""
   model = families.config("llama", **FAMILY)
@@ -275,7 +281,7 @@ def test_the_export_from_a_quantised_base_adds_what_was_learned(how, kind, tmp_p
       assert norm(lost) < 1.02 * alone
 
 
-@pytest.mark.parametrize("options", [dict(init_lora_weights="pissa"), dict(use_dora=True)])
+@pytest.mark.parametrize("options", [dict(init_lora_weights="pissa"), slow(dict(use_dora=True))])
 def test_no_two_fields_share_a_buffer(options):
   """A training step donates them all, each once."""
   _, params = families.make("llama")

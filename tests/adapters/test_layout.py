@@ -10,6 +10,7 @@ from posttrain_jax import adapters, quant
 from posttrain_jax.adapters import AdapterConfig, layout
 from posttrain_jax.core import memory, sharding, tree
 from posttrain_jax.models import partition
+from tests.marks import few
 from tests.models import families
 
 KEY = jax.random.key(0)
@@ -43,7 +44,7 @@ def test_parameters_lie_as_the_rules_say(storage):
   assert placed["norm"]["weight"].sharding.is_fully_replicated
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", few(METHODS, "lora", "adalora", "prefix"))
 def test_an_adapter_lies_as_its_base(method):
   node_tree = adapter(method)
   placed = layout.laid_out(node_tree, mesh())

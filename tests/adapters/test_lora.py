@@ -10,6 +10,7 @@ from posttrain_jax.adapters import AdapterConfig, inits, lora
 from posttrain_jax.core import tree, weight
 from posttrain_jax.core.weight import Adapted
 from tests.adapters.cases import ADAPTERS, IN, LORAS, OUT
+from tests.marks import few
 
 STACKED = ["layers.0.self_attn.q_proj", "layers.1.self_attn.q_proj", "layers.2.self_attn.q_proj"]
 
@@ -24,7 +25,9 @@ def close(actual, expected, rtol=1e-5):
   np.testing.assert_allclose(actual, expected, rtol=rtol, atol=rtol * scale)
 
 
-@pytest.fixture(params=ADAPTERS, ids=lambda make: make.__name__)
+@pytest.fixture(
+  params=few(ADAPTERS, ADAPTERS[0], *ADAPTERS[2:4], ADAPTERS[6]), ids=lambda make: make.__name__
+)
 def bound(request, key):
   """One weight with its adapter."""
   return Adapted(*request.param(key))

@@ -109,7 +109,7 @@ OPTIONS = {
   "prompt": dict(method="prompt", num_virtual_tokens=3),
   "prefix": dict(method="prefix", num_virtual_tokens=3),
 }
-FAST = (("dora", "lora"), ("lora", "prefix"))
+FAST = (("lora", "prefix"),)
 PAIRS = [  # what is frozen, what is trained over it
   ("dora", "lora"),
   ("vera", "lora"),

@@ -17,6 +17,7 @@ from posttrain_jax.adapters import AdapterConfig, peft_format, replaced
 from posttrain_jax.adapters.codecs import lora as codec
 from posttrain_jax.core import tree
 from tests.adapters.cases import lora_on_nf4, trained
+from tests.marks import few
 from tests.models import families
 
 KEY = jax.random.key(0)
@@ -54,7 +55,14 @@ def equal(one, other):
 
 
 @pytest.mark.parametrize(
-  ("family", "name"), [("llama", name) for name in CONFIGS] + [("llama3", "embedding_and_head")]
+  ("family", "name"),
+  few(
+    [("llama", name) for name in CONFIGS] + [("llama3", "embedding_and_head")],
+    ("llama", "dora"),
+    ("llama", "patterns"),
+    ("llama", "some_layers"),
+    ("llama3", "embedding_and_head"),
+  ),
 )
 def test_what_was_saved_is_loaded_bit_for_bit(name, family, tmp_path):
   model, params, adapter = make(CONFIGS[name], family)

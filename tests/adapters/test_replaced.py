@@ -17,9 +17,11 @@ from posttrain_jax.models import decoder
 from posttrain_jax.objectives import Context
 from tests import tiny
 from tests.adapters.kinds import moved
+from tests.marks import few
 from tests.models import families
 
 KEY = jax.random.key(0)
+forward = jax.jit(decoder.forward, static_argnums=2)
 SAVED = ("embed_tokens", "norm", "layernorm")
 NAMES = {  # family, what is named, what trains whole
   "embeddings and norms": ("llama", SAVED, 96 * 32 + 3 * 2 * 32 + 32),
@@ -47,17 +49,17 @@ def whole(adapter):
   return {path: node for path, node in tree.items(adapter) if isinstance(node, Replaced)}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", few(NAMES, "a tied embedding", "some layers"))
 def test_a_start_changes_nothing_and_trained_it_acts_bound_merged_and_apart(name):
   model, params, _, adapter = made(name)
   tokens = families.tokens(2, 9)
-  base = decoder.forward(params, tokens, model)
-  close(decoder.forward(adapters.bind(params, adapter), tokens, model), base, 1e-6)
+  base = forward(params, tokens, model)
+  close(forward(adapters.bind(params, adapter), tokens, model), base, 1e-6)
   adapter = moved(adapter)
   bound = adapters.bind(params, adapter)
-  found = decoder.forward(bound, tokens, model)
-  close(decoder.forward(adapters.merge(params, adapter), tokens, model), found)
-  close(decoder.forward(decoder.unstack(bound, model), tokens, model), found)
+  found = forward(bound, tokens, model)
+  close(forward(adapters.merge(params, adapter), tokens, model), found)
+  close(forward(decoder.unstack(bound, model), tokens, model), found)
   for path, node in whole(adapter).items():  # by hand: the value where it is used, else the base
     old = tree.get(params, path) if path in tree.flatten(params) else decoder.head(params).dense()
     used = np.ones(1) if node.mask is None else np.asarray(node.mask)
@@ -67,7 +69,7 @@ def test_a_start_changes_nothing_and_trained_it_acts_bound_merged_and_apart(name
   if "lm_head" not in params and "embed_tokens" in adapter:
     params = tree.put(params, "lm_head/weight", made(name)[1]["embed_tokens"]["weight"].T)
   lora = {"layers": {"self_attn": {"q_proj": adapter["layers"]["self_attn"]["q_proj"]}}}
-  close(decoder.forward(adapters.bind(params, lora), tokens, model), found)
+  close(forward(adapters.bind(params, lora), tokens, model), found)
   assert np.abs(found - base).max() > 0.1
 
 
@@ -81,7 +83,7 @@ def test_counts_are_of_what_trains(name):
   )
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", few(NAMES, "a tied head", "a matrix with its bias"))
 def test_files_hold_the_same_numbers(name, tmp_path):
   model, params, config, adapter = made(name)
   adapter = moved(adapter)
@@ -90,7 +92,7 @@ def test_files_hold_the_same_numbers(name, tmp_path):
   assert set(found.modules_to_save) == set(config.modules_to_save)
   assert tree.flatten(again).keys() == tree.flatten(adapter).keys()
   tokens = families.tokens(2, 9)
-  bound = lambda adapter: decoder.forward(adapters.bind(params, adapter), tokens, model)
+  bound = lambda adapter: forward(adapters.bind(params, adapter), tokens, model)
   np.testing.assert_array_equal(bound(again), bound(adapter))
 
 
@@ -99,9 +101,9 @@ def test_one_replaced_layer_alone_gets_a_gradient():
   trained, fixed = tree.partition(moved(adapter))
   tokens = families.tokens(2, 9)
   loss = lambda t: jnp.square(
-    decoder.forward(adapters.bind(params, tree.combine(t, fixed)), tokens, model)
+    forward(adapters.bind(params, tree.combine(t, fixed)), tokens, model)
   ).mean()
-  gradient = jax.grad(loss)(trained)["layers"]["input_layernorm"]["weight"].value
+  gradient = jax.jit(jax.grad(loss))(trained)["layers"]["input_layernorm"]["weight"].value
   np.testing.assert_array_equal(np.abs(gradient).max(1) > 0, [False, True, True])
 
 
@@ -112,8 +114,8 @@ def test_a_stored_base_is_replaced_by_its_dense_value():
   _, adapter = adapters.init(KEY, params, config)
   tokens = families.tokens(2, 9)
   close(
-    decoder.forward(adapters.bind(params, adapter), tokens, model),
-    decoder.forward(params, tokens, model),
+    forward(adapters.bind(params, adapter), tokens, model),
+    forward(params, tokens, model),
   )
 
 

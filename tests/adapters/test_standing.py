@@ -15,7 +15,7 @@ from posttrain_jax.models import before, decoder, partition
 from posttrain_jax.objectives import Context
 from posttrain_jax.rollout import engine
 from tests import tiny
-from tests.marks import slow
+from tests.marks import few
 from tests.models import families
 
 KEY = jax.random.key(0)
@@ -50,7 +50,7 @@ def logits(params, adapter, tokens, config, **options):
 # --- what they compute ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3"])
+@pytest.mark.parametrize("family", few(["llama", "gemma2", "gemma3"], "llama"))
 def test_a_prompt_of_token_embeddings_is_those_tokens(family):
   """TEXT with the text's own length: logits behind it are those of text and tokens in one row."""
   model, params = families.make(family)
@@ -68,7 +68,7 @@ def test_a_prompt_of_token_embeddings_is_those_tokens(family):
   close(found, decoder.forward(params, whole, model)[:, SLOTS:])
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3"])
+@pytest.mark.parametrize("family", few(["llama", "gemma2", "gemma3"], "llama"))
 def test_a_prefix_of_a_texts_own_keys_and_values_is_that_text(family):
   model, params = families.make(family)
   text, tokens = families.tokens(SLOTS, seed=7), families.tokens(2, 12)
@@ -96,7 +96,7 @@ def test_every_packed_document_sees_it(family, method):
   assert np.abs(found[0, :9] - logits(params, {}, one[None], model)[0]).max() > 0.1
 
 
-@every_case
+@pytest.mark.parametrize(("family", "method"), few(CASES, ("llama", "prompt")))
 def test_generation_is_the_argmax_of_the_full_forward_pass(family, method):
   """Ragged prompts in two batches, layers apart; the cache begins with what is bound."""
   model, params, _, adapter = made(family, method)
@@ -130,7 +130,8 @@ def test_a_prompt_and_a_prefix_stand_together():
   assert np.abs(full - logits(params, prompt, tokens, model)).max() > 0.1
 
 
-@pytest.mark.parametrize("method", [slow("prompt"), "prefix"])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
 def test_they_work_under_adapters_and_over_stored_bases(method):
   model = families.config("llama", hidden_size=64, intermediate_size=64, head_dim=16)
   params = quant.quantize_params(families.params(model))
@@ -149,7 +150,8 @@ def test_they_work_under_adapters_and_over_stored_bases(method):
   assert set(everything) == {"embed_tokens", "layers", "lm_head"}  # they are no module
 
 
-@pytest.mark.parametrize("method", [slow("prompt"), "prefix"])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
 def test_a_computation_in_bfloat16_stays_one(method):
   model, params, _, adapter = made("llama", method)
   low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)

@@ -47,7 +47,7 @@ def assert_a_sentence(error, *words):
   ("name", "code", "words"),
   [
     ("SIGTERM", 75, ["SIGTERM", "before the first step", "same command"]),
-    ("SIGHUP", 75, ["SIGHUP", "before the first step"]),
+    slow("SIGHUP", 75, ["SIGHUP", "before the first step"]),
     ("SIGINT", 130, ["posttrain train: interrupted"]),
   ],
 )
@@ -241,7 +241,7 @@ with lock.held(pathlib.Path(sys.argv[1]) / ".lock"):
 
 @pytest.mark.parametrize(
   ("more", "rate", "steps"),
-  [("", 1e38, 1), slow("", 1e38, 4), slow("", 1e12, 2), slow(",adapter=none", 1e38, 3)],
+  [slow("", 1e38, 1), slow("", 1e38, 4), slow("", 1e12, 2), slow(",adapter=none", 1e38, 3)],
 )
 def test_an_explosion_is_not_done(more, rate, steps, shared, tmp_path, capsys):
   fields = dict(

@@ -134,6 +134,7 @@ def test_a_dry_run_tells_and_writes_nothing(shared, tmp_path, capsys):
   assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_exports_a_model(shared, tmp_path):
   fields = dict(steps=2, more=",adapter=none", eval__every=0, data__eval_rows=0)
   assert train(shared, tmp_path, **fields) == 0
@@ -144,6 +145,7 @@ def test_full_fine_tuning_exports_a_model(shared, tmp_path):
   assert (tmp_path / "model" / "tokenizer.json").exists()
 
 
+@pytest.mark.slow
 def test_qlora_trains_on_a_quantised_base(shared, tmp_path, capsys):
   fields = dict(steps=3, more=",base=nf4", eval__every=0, data__eval_rows=0, optimizer__warmup=0)
   assert train(shared, tmp_path, **fields) == 0
@@ -233,6 +235,7 @@ def test_killed_in_the_middle_of_a_save_and_run_again_is_as_never_stopped(shared
   assert timeless(tmp_path / "b") == timeless(tmp_path / "a")
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_the_same_command_goes_on(
   shared, finished, tmp_path, monkeypatch, capsys
 ):
@@ -279,6 +282,7 @@ def test_sigterm_before_the_first_step_leaves_nothing(shared, tmp_path, monkeypa
   assert signal.getsignal(signal.SIGTERM) == before
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_and_the_same_command_goes_on(
   shared, finished, tmp_path, monkeypatch, capsys
 ):

@@ -96,6 +96,7 @@ def train(folder, out, *flags, config="preference", kind="pairs", arguments="", 
   )
 
 
+@pytest.mark.slow
 def test_pairs_are_learned_and_the_report_says_so(folder, tmp_path, capsys):
   out = tmp_path / "run"
   assert train(folder, out, steps=12, eval__every=6) == 0
@@ -375,6 +376,7 @@ def scores(reward_model, rows, tmp_path):
   return [json.loads(line) for line in out.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_reward_model_scores_rows_of_every_schema_alike(reward_model, tmp_path, capsys):
   rows = [pair(i) for i in range(11)]
   by_pair = scores(reward_model, rows, tmp_path)

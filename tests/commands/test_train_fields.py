@@ -15,7 +15,7 @@ from tests import tiny
 from tests.commands import test_train, test_train_answers
 from tests.commands.test_train import lines
 from tests.commands.test_train_answers import ROWS, pair
-from tests.marks import slow
+from tests.marks import few, slow
 
 SHORT = dict(steps=1, eval__every=0, data__eval_rows=0, checkpoint__every=0)
 TALK = [{"q": f"tell {i}", "a": "once " * (1 + i % 3), "channel": "general"} for i in range(20)]
@@ -101,6 +101,7 @@ def test_replay_is_a_share_of_what_is_trained(told, folder):
     assert found[1] == pytest.approx(tokens / (1 - fraction), abs=40)  # the last text is whole
 
 
+@pytest.mark.slow
 def test_replay_rows_have_columns_of_their_own(folder, tmp_path, capsys):
   """Without a word on them the file's are looked for; the run's own columns are not those of replay."""
   fields = SHORT | dict(data__replay=folder / "talk.jsonl", data__replay_fraction=0.5)
@@ -116,7 +117,8 @@ def mixture(folder, kind, first=0.75):
 
 
 @pytest.mark.parametrize(
-  ("config", "kind"), [("preference", "pairs"), ("kto", "labels"), ("grouped", "scored")]
+  ("config", "kind"),
+  few([("preference", "pairs"), ("kto", "labels"), ("grouped", "scored")], ("kto", "labels")),
 )
 def test_a_mixture_of_answers_has_the_tokens_of_its_fractions(config, kind, told, folder):
   """The first source whole, and as much of the second as its fraction says."""
@@ -129,7 +131,7 @@ def test_a_mixture_of_answers_has_the_tokens_of_its_fractions(config, kind, told
   )
 
 
-@pytest.mark.parametrize(("config", "kind"), [("preference", "pairs"), slow("kto", "labels")])
+@pytest.mark.parametrize(("config", "kind"), [slow("preference", "pairs"), slow("kto", "labels")])
 def test_each_answer_of_a_mixture_has_its_own_reference(config, kind, folder, tmp_path):
   """Before any training policy and reference agree on every answer, whichever source it comes from."""
   fields = SHORT | dict(kind=kind, config=config, data__train=mixture(folder, kind, 0.5))
@@ -213,7 +215,8 @@ def test_the_kl_is_added_with_its_weight(folder, tmp_path):
   assert held[1]["loss"] - free[1]["loss"] == pytest.approx(0.5 * held[1]["kl"], rel=1e-2)
 
 
-@pytest.mark.parametrize("storage", [slow("dense"), "nf4"])
+@pytest.mark.slow
+@pytest.mark.parametrize("storage", ["dense", "nf4"])
 def test_the_reference_is_stored_as_reference_base_says(storage, folder, tmp_path):
   """The policy's own folder: dense it is the policy, in four bits it is not quite."""
   fields = dict(objective__reference=folder / "model", objective__reference_base=storage)

@@ -189,6 +189,7 @@ def checkpoints(folder):
   return sorted(int(path.name) for path in (folder / "checkpoints").iterdir())
 
 
+@pytest.mark.slow
 def test_a_run_ends_where_nothing_improves_and_gives_its_best(shared, tmp_path, evaluated, capsys):
   folder = tmp_path / "run"
   killed_at(5, shared, folder, **STOPPED)

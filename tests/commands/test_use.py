@@ -84,6 +84,7 @@ def spoken(folder, tmp_path_factory):
   return out
 
 
+@pytest.mark.slow
 def test_a_runs_evaluation_is_the_one_that_training_printed(folder, spoken, capsys):
   found = evaluated(spoken)
   assert found["loss"] == pytest.approx(last(spoken, "eval_loss"), rel=1e-5)
@@ -147,6 +148,7 @@ def answers(used, prompt, capsys):
   return speaker.tokens([dict(role="system", content=system), dict(role="user", content=prompt)])
 
 
+@pytest.mark.slow
 def test_an_adapter_alone_is_used_as_it_was_trained(folder, spoken, tmp_path, caplog, capsys):
   """Exported and moved away from its run: base storage, template, system message."""
   assert main(["export", f"--workdir={spoken}", f"--out={tmp_path / 'out'}"]) == 0

@@ -17,7 +17,7 @@ WHOLE = [
 ]
 PARTS = list(dict.fromkeys(printed.in_sentences()))
 POSTTRAIN = [command for command in WHOLE if command.argv is not None]
-CONFIGS = ("sft", "preference", "kto", "reward", "grouped")
+CONFIGS = ("sft", "preference", "kto", "reward", "grouped", "rl")
 EVERY = (
   *CONFIGS,
   *(f"sft:adapter={name}" for name in ("adalora", "vera", "prompt+longlora")),
@@ -26,7 +26,7 @@ EVERY = (
 TARGETS = set(re.findall(r"^([\w-]+):", (printed.ROOT / "Makefile").read_text(), re.MULTILINE))
 PLACEHOLDER = re.compile(r"^([A-Z][A-Z_]*|field|value)?$")  # of a field's name or value
 SECTION = re.compile(
-  r"(?:model|batch|mesh|eval|checkpoint|data|optimizer|objective|adapter)\.[a-z_]\w*"
+  r"(?:model|batch|mesh|eval|checkpoint|data|optimizer|objective|adapter|online|reward)\.[a-z_]\w*"
 )
 FILE = re.compile(r"(?:experiments|examples|tests|launch|configs|posttrain_jax|docs)/[\w./]+\.\w+")
 README_WORDS = 700

@@ -105,6 +105,7 @@ def test_the_result_survives_json(model, tokenizer, config):
   )
 
 
+@pytest.mark.slow
 def test_a_real_model_answers_alike_in_any_batch(tokenizer, config):
   params = families.params(config)
   options = dict(limit=5, template="chatml", max_new_tokens=6)

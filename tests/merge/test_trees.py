@@ -14,7 +14,7 @@ from posttrain_jax import merge
 from posttrain_jax.core import sharding, tree
 from posttrain_jax.merge import averages, task_vectors
 from posttrain_jax.quant import nf4
-from tests.marks import slow
+from tests.marks import few
 from tests.models import families
 
 KEY = jax.random.key(1)
@@ -94,7 +94,10 @@ def over_files(name, base, first, second):
   return result
 
 
-@pytest.mark.parametrize("name", [*BASED, *FREE, *PAIRED])
+# one without draws, one with, one without a base, and a path between two
+@pytest.mark.parametrize(
+  "name", few([*BASED, *FREE, *PAIRED], "task_arithmetic", "dare", "linear", "slerp")
+)
 def test_a_merge_of_trees_is_a_merge_of_their_files(name, params):
   found = merged(name, *params)
   assert list(tree.flatten(found)) == list(tree.flatten(params[0]))
@@ -130,9 +133,8 @@ def test_names_have_no_model_before_them():
   assert (jax.random.key_data(own) != jax.random.key_data(other)).any()
 
 
-@pytest.mark.parametrize(
-  "name", ["ties", *map(slow, ("dare", "della", "breadcrumbs", "sce", "karcher"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ties", "dare", "della", "breadcrumbs", "sce", "karcher"])
 def test_a_merge_on_a_mesh_lies_where_the_models_do(name, params):
   mesh = sharding.mesh(fsdp=8)
   lay = lambda x: jax.device_put(

@@ -13,6 +13,7 @@ from posttrain_jax.core import sharding, tree
 from posttrain_jax.models import cache as cache_lib
 from posttrain_jax.models import decoder, partition, rotary
 from posttrain_jax.models.config import Rope
+from tests.marks import few, slow
 from tests.models import families, golden
 from tests.models.families import FAMILIES, LONGEST, WINDOW
 
@@ -189,7 +190,8 @@ def test_llama3_rope_keeps_short_waves_slows_long_ones_and_blends_between():
 
 
 @pytest.mark.parametrize(
-  ("name", "apart"), [*((name, False) for name in FEW), ("qwen2_sliding", True)]
+  ("name", "apart"),
+  [*(slow(name, False) for name in FEW[1:]), (FEW[0], False), ("qwen2_sliding", True)],
 )
 def test_prefill_and_decode_of_ragged_rows_equal_forward(run, name, apart):
   config, params = families.make(name)
@@ -272,7 +274,7 @@ def plain_gradient():
   return jax.jit(jax.grad(summed(config)))(params, families.tokens(4, 16))
 
 
-@pytest.mark.parametrize("remat", sorted(decoder.REMAT.keys() - {"none"}))
+@pytest.mark.parametrize("remat", few(sorted(decoder.REMAT.keys() - {"none"}), "names"))
 def test_remat_changes_no_gradient(plain_gradient, remat):
   config, params = families.make("qwen3")
   found = jax.jit(jax.grad(summed(config, remat=remat)))(params, families.tokens(4, 16))
@@ -404,7 +406,9 @@ def test_the_gradient_on_eight_devices_equals_one(plain_gradient):
     np.testing.assert_allclose(leaf, want, rtol=1e-3, atol=1e-5 * np.abs(want).max(), err_msg=path)
 
 
-@pytest.mark.parametrize("name", ["llama3", "gemma3"])  # one key head, which two do not divide
+@pytest.mark.parametrize(
+  "name", few(["llama3", "gemma3"], "llama3")
+)  # one key head, which two do not divide
 def test_logits_on_eight_devices_equal_one(run, name):
   config, params = families.make(name)
   tokens, positions, segments, *_ = three_rows()

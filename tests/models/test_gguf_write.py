@@ -14,6 +14,7 @@ from tokenizers import pre_tokenizers
 
 from posttrain_jax.core import shards, tree
 from posttrain_jax.models import decoder, gguf, gguf_tokenizer, gguf_write, hf
+from tests.marks import few
 from tests.models import families, tiny_gguf
 
 LLAMA3 = dict(
@@ -73,7 +74,7 @@ def rounded(params):
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3"])
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("tied", few([True, False], True), ids=["tied", "untied"])
 def test_f16_is_the_model_rounded_to_float16(tmp_path, arch, tied):
   folder = make_folder(tmp_path, arch, tied)
   again = gguf.convert(write(folder, tmp_path / "again.gguf"), tmp_path / "again")

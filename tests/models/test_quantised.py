@@ -19,12 +19,12 @@ from posttrain_jax.adapters import layout
 from posttrain_jax.core import files, sharding, shards, tree
 from posttrain_jax.models import decoder, hf
 from posttrain_jax.quant import blockwise, bnb
-from tests.marks import slow
+from tests.marks import few, slow
 from tests.models import families
 
 SIZES = dict(hidden_size=64, intermediate_size=128)
 Q = "model.layers.1.self_attn.q_proj.weight"
-STORAGES = pytest.mark.parametrize("storage", quant.STORAGES)
+STORAGES = pytest.mark.parametrize("storage", few(quant.STORAGES, "nf4"))
 
 
 def make(name="llama", **changes):
@@ -70,8 +70,8 @@ def change_state(folder, **changes):
 
 
 @pytest.mark.parametrize("options", [{}, dict(double_quant=False, block_size=32)], ids=str)
-@pytest.mark.parametrize("storage", ["nf4", "fp4"])
-@pytest.mark.parametrize("name", ["llama", "qwen2", slow("gemma3")])
+@pytest.mark.parametrize("storage", few(["nf4", "fp4"], "nf4"))
+@pytest.mark.parametrize("name", ["llama", slow("qwen2"), slow("gemma3")])
 def test_saved_weights_return_exactly(tmp_path, monkeypatch, name, storage, options):
   monkeypatch.setattr(shards, "SHARD_BYTES", 20_000)
   config, params = make(name)

@@ -60,6 +60,7 @@ def test_what_cannot_be_stretched_is_refused(family, length, message):
     rotary.stretched(families.config(family), length)
 
 
+@pytest.mark.slow
 def test_stretching_acts_on_the_logits_far_out_more_than_near():
   config, params = families.make("llama")
   tokens = families.tokens(1, 40)

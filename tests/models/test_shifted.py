@@ -92,7 +92,8 @@ def test_no_token_sees_a_later_one_and_half_the_heads_cross_groups():
   assert reached(15, 1) == [14, 15]
 
 
-@pytest.mark.parametrize("family", ["llama", slow("gemma3"), slow("qwen2_sliding")])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen2_sliding"])
 def test_the_decoder_with_one_group_for_all_is_full_attention_in_half_the_heads(family):
   """A group of twice the row: both halves see the whole row."""
   config, params = families.make(family)
@@ -138,7 +139,8 @@ def test_everyone_is_seen_by_every_document_and_not_from_before():
   assert near[3] == [0, 1, 0, 1, 0]  # a window ends inside it
 
 
-@pytest.mark.parametrize("family", ["llama", slow("gemma3")])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_two_answers_share_the_prompt_that_is_computed_once(family):
   """[prompt, answer, answer, prompt, answer] in one row: logits of every answer as in a row of its own."""
   config, params = families.make(family)

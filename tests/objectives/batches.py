@@ -95,7 +95,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
   "gspo": (Grouped, dict(loss_name="gspo", old="reference", epsilon=0.5), scored),
   "rloo": (Grouped, dict(loss_name="rloo", old="reference", epsilon=0.5), scored),
 }
-FAST = ("several", "aot_unpaired", "kto", "grpo")
+FAST = ("grpo",)
 
 
 def setup(name):

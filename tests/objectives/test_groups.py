@@ -10,6 +10,7 @@ import pytest
 from posttrain_jax.core.metrics import read
 from posttrain_jax.objectives import Context, Grouped, Scorer, evaluation
 from tests import tiny
+from tests.marks import few
 from tests.objectives import batches, bigram
 from tests.objectives.batches import (
   batch,
@@ -51,7 +52,7 @@ def known(examples):
   return values, log_ratios, alone
 
 
-@pytest.mark.parametrize("loss", ["ppo", "gspo"])
+@pytest.mark.parametrize("loss", few(["ppo", "gspo"], "gspo"))
 def test_what_is_told_of_groups(loss, monkeypatch):
   """Means over answers, or over their tokens; an answer that has no score counts for the reward's mean alone."""
   monkeypatch.setattr(Scorer, "hidden", bigram.hidden)

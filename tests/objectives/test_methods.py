@@ -25,6 +25,7 @@ from posttrain_jax.objectives import Context, Scorer
 from posttrain_jax.objectives.preference import DIVERGENCES, KNOWN
 from posttrain_jax.train import step
 from tests import tiny
+from tests.marks import slow
 from tests.objectives import batches, bigram
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
@@ -355,21 +356,48 @@ APART = {"objective.old": "reference", "objective.kl_weight": 0.2}
 GROUPED = ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce")
 AGGREGATIONS = ("token_mean", "sequence_mean", "constant_length", "sequence_sum")
 SFT = {"objective.sft_weight": 0.3}
+TOGETHER = {  # every loss, as summands of a few objectives
+  "dpo+dpo_norm+robust+ipo+hinge+exo+discopop": {
+    "objective.label_smoothing": 0.2,
+    "objective.divergence": "forward_kl",
+    "objective.ld_alpha": 0.3,
+  },
+  "nca+bco+apo_zero+apo_down+sppo+kto+reward+sft": {
+    "objective.losses.bco": 0.2,
+    "objective.weighting": True,
+    "objective.running_shift": True,
+  },
+  "cpo+simpo+orpo+sft_with_prompt": {
+    "objective.label_smoothing": 0.2,
+    "objective.gamma_beta_ratio": 0.3,
+  },
+  "tpo+tpo_norm+gold": {"objective.gamma_beta_ratio": 0.3, "objective.losses.gold": 0.3},
+  "aot+aot_unpaired": {"objective.label_smoothing": 0.2, "objective.ld_alpha": 0.3},
+}
+FAST = [
+  *((f"preference.py:loss={names}", fields) for names, fields in TOGETHER.items()),
+  ("preference.py:loss=dpo", {}),
+  ("kto.py", {"objective.undesirable_weight": 1.3, **SFT}),
+  *((f"reward.py:kind={kind}", SFT) for kind in ("pairs", "outcomes", "steps")),
+  ("grouped.py:method=grpo", APART | SFT),
+  ("grouped.py:method=dr_grpo", APART),
+  ("grouped.py:method=dapo", APART | {"objective.dual_clip": 1.1}),
+  ("grouped.py:method=gspo", APART | {"objective.epsilon": 0.3, "objective.epsilon_high": 0.4}),
+  ("grouped.py:method=cispo", APART | {"objective.ceiling": 1.1}),
+  ("grouped.py:method=rloo", APART),
+  ("grouped.py:method=reinforce", {"objective.kl_weight": 0.2}),  # which has no ratio
+  ("grouped.py:method=grpo", APART | {"objective.aggregation": "sequence_sum"}),
+  ("sft.py", {}),
+]
 METHODS = [
   *((f"preference.py:loss={name}", fields) for name, fields in PREFERENCE.items()),
   *((f"preference.py:loss={name}", fields) for name, fields in VARIANTS),
   ("kto.py", {"objective.undesirable_weight": 1.3}),
   ("kto.py", {"objective.estimate_kl": False, **SFT}),
-  *((f"reward.py:kind={kind}", SFT) for kind in ("pairs", "outcomes", "steps")),
   *((f"grouped.py:method={name}", APART) for name in GROUPED if name != "reinforce"),
-  ("grouped.py:method=reinforce", {"objective.kl_weight": 0.2}),  # which has no ratio
   ("grouped.py:method=grpo", {}),
-  ("grouped.py:method=gspo", APART | {"objective.epsilon": 0.3, "objective.epsilon_high": 0.4}),
-  ("grouped.py:method=cispo", APART | {"objective.ceiling": 1.1}),
-  ("grouped.py:method=dapo", APART | {"objective.dual_clip": 1.1}),
   *(("grouped.py:method=grpo", APART | {"objective.aggregation": a}) for a in AGGREGATIONS),
   ("grouped.py:method=grpo", SFT),
-  ("sft.py", {}),
 ]
 
 
@@ -377,6 +405,7 @@ def test_no_loss_is_left_out():
   assert {*PAIRWISE, "sft", "sft_with_prompt", "gold"} == {*KNOWN}
   tried = {name for names in PREFERENCE for name in names.split("+")}
   assert {*KNOWN, "kto", "reward"} == tried
+  assert {name for names in TOGETHER for name in names.split("+")} == tried
   assert {*GROUPED} == {*settings.module(f"{CONFIGS}/grouped.py").METHODS}
 
 
@@ -386,7 +415,9 @@ def ids(value):
   return ",".join(f"{name.split('.')[-1]}={x}" for name, x in value.items()) or "paper"
 
 
-@pytest.mark.parametrize(("config", "fields"), METHODS, ids=ids)
+@pytest.mark.parametrize(
+  ("config", "fields"), FAST + [slow(*one) for one in METHODS if one not in FAST], ids=ids
+)
 def test_a_method_is_its_formula(config, fields, monkeypatch):
   monkeypatch.setattr(Scorer, "hidden", bigram.hidden)
   config = load(config, fields)

@@ -19,6 +19,7 @@ from posttrain_jax.objectives import (
 from posttrain_jax.train import state as state_lib
 from posttrain_jax.train import step
 from tests import tiny
+from tests.marks import few
 from tests.objectives import batches, bigram
 from tests.objectives.batches import (
   alone,
@@ -29,6 +30,7 @@ from tests.objectives.batches import (
 )
 
 
+@pytest.mark.slow
 def test_dpo_at_its_reference_is_log_2_with_no_margin():
   model, _, _ = tiny.setup("full")
   params = decoder.init(jax.random.key(1), model, std=tiny.STD)
@@ -84,6 +86,7 @@ def test_the_histogram_of_margins_counts_every_pair():
   assert counts.sum() == 7
 
 
+@pytest.mark.slow
 def test_the_running_shift_is_the_mean_of_all_rewards_and_is_kept():
   objective, trainable, context, examples = setup("shift")
   first, second = batch(examples), batch(pairs(seed=5))
@@ -136,7 +139,7 @@ def test_mistakes_are_named(options, message):
     Preference(tiny.config(), **options)
 
 
-@pytest.mark.parametrize("loss", ["dpo", "orpo"])
+@pytest.mark.parametrize("loss", few(["dpo", "orpo"], "dpo"))
 def test_what_is_told_of_pairs(loss, monkeypatch):
   """Means over pairs, and over the chosen answers' tokens; ORPO has no reference, and tells of log-odds."""
   monkeypatch.setattr(Scorer, "hidden", bigram.hidden)

@@ -100,6 +100,7 @@ def test_a_reference_follows_the_policy(kind):
   assert float(margins[3].total) == pytest.approx(float(metrics["rewards/chosen"].total), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_reference_follows_an_adapter():
   """TR-DPO with LoRA: the trained factors are mixed; the base and the adapter's scale stay what they are."""
   objective, trainable, context, examples = setup("dpo")

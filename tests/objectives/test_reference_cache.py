@@ -94,6 +94,7 @@ def test_two_layers_that_change_places_are_another_model(tmp_path):
   assert "computing" in said[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [None, dict(data=2, fsdp=4)])
 def test_every_example_of_many_batches_has_its_own(shape, tmp_path, monkeypatch):
   """More rows than one batch holds, of two lengths, the last batch part empty; on a mesh likewise."""

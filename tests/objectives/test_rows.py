@@ -13,7 +13,7 @@ from posttrain_jax.objectives import (
 )
 from posttrain_jax.objectives import rows as rows_lib
 from tests import tiny
-from tests.marks import slow
+from tests.marks import few
 from tests.objectives.batches import (
   CASES,
   FAST,
@@ -30,7 +30,7 @@ from tests.objectives.batches import (
   whole,
 )
 
-ALL = [name if name in FAST else slow(name) for name in CASES]
+ALL = few(CASES, *FAST)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -41,7 +41,7 @@ def test_eight_micro_batches_are_one_batch(name):
   assert metrics == pytest.approx(whole(name)[1], rel=1e-5, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", [slow(name) if name == "aot_unpaired" else name for name in ALL])
+@pytest.mark.parametrize("name", few(CASES, "several"))
 def test_neither_order_nor_packing_nor_a_shared_prompt_changes_anything(name):
   objective, trainable, context, examples = setup(name)
   order = np.random.default_rng(0).permutation(len(examples))

@@ -59,6 +59,7 @@ def test_it_needs_a_reference_where_a_part_does():
   assert not dataclasses.replace(SUM, parts=SUM.parts[1:]).needs_reference
 
 
+@pytest.mark.slow
 def test_what_parts_remember_is_kept_apart():
   """A running shift and a reference that follows, beside a part that remembers nothing."""
   main = Preference(MODEL, losses=(("bco", 1.0),), running_shift=True, sync_every=1, sync_mix=1.0)

@@ -24,7 +24,7 @@ HEADS = MODEL.head_dim
 
 def params():
   """Every leaf random: fresh norms are ones and biases zeros, which hides mistakes."""
-  return like(decoder.init(jax.random.key(0), MODEL), 0)
+  return like(decoder.abstract(MODEL), 0)
 
 
 def like(tree, seed, scale=1.0):

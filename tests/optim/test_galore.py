@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from posttrain_jax.optim import galore
+from tests.marks import few
 from tests.optim import cases
 
 RATE, B1, B2, EPS, DECAY, SCALE, RANK, GAP = 0.05, 0.8, 0.95, 1e-3, 0.3, 0.7, 3, 2
@@ -57,7 +58,7 @@ def ours(w, gradients, projection):
   return found["layers"]["w"], state.leaves["layers"]["w"].mu.shape
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", few(SHAPES, "wide", "tall"))
 @pytest.mark.parametrize("projection", galore.PROJECTIONS)
 def test_it_is_the_authors_loop(shape, projection):
   rng = np.random.default_rng(0)
@@ -121,6 +122,7 @@ def test_state_bytes():
   assert cases.nbytes(eight) == 2 * codes + 2 * 4 * scales + 4 * 2 * 64 * 32
 
 
+@pytest.mark.slow
 def test_eight_bit_moments_stay_near_the_others():
   params = cases.params()
   gradients = [cases.like(params, seed) for seed in range(4)]

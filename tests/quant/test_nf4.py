@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from posttrain_jax.quant import blockwise, fp4, nf4, report
+from tests.marks import slow
 
 FOUR = pytest.mark.parametrize("module", [nf4, fp4], ids=["nf4", "fp4"])
 DOUBLE = pytest.mark.parametrize("double_quant", [True, False], ids=["double", "single"])
@@ -35,7 +36,7 @@ def by_hand(q):
 @FOUR
 @DOUBLE
 # One nested block, many columns to a block, blocks that end within a column, columns longer than a block.
-@pytest.mark.parametrize("shape", [(64, 8), (192, 130), (9600, 2)])
+@pytest.mark.parametrize("shape", [slow((64, 8)), (192, 130), slow((9600, 2))])
 def test_dense_is_what_the_bytes_say(shape, double_quant, module):
   q = module.quantize(normal(*shape), block_size=32, double_quant=double_quant)
   q = jax.tree.map(np.asarray, q)

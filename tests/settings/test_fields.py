@@ -7,7 +7,7 @@ import pytest
 from posttrain_jax import settings
 from posttrain_jax.adapters.config import OPTIONS
 from posttrain_jax.build import decisions, objective
-from posttrain_jax.configs import common
+from posttrain_jax.configs import common, rl
 from posttrain_jax.data import answers, chat
 from posttrain_jax.models import decoder
 from posttrain_jax.objectives import groups, preference
@@ -27,6 +27,7 @@ METHODS = (
     f"grouped.py:method={method}"
     for method in ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce")
   ),
+  *(f"rl.py:method={method}" for method in rl.METHODS),
   *(f"sft.py:optimizer={name}" for name in fields.OPTIMIZERS),
   *(f"sft.py:adapter={name}" for name in ("none", *OPTIONS, "prompt+lora", "vera+ia3")),
 )
@@ -51,7 +52,6 @@ def test_the_table_knows_nothing_else():
   for config in METHODS:
     known |= {fields.known_as(name) for name, _ in fields.items(settings.plain(load(config)))}
   unset = {"adapter.total_step"}  # which no config writes: the run's steps
-  unset |= {f"reward.{name}" for name in common.reward("number")}
   assert set(fields.FIELDS) == known | unset
 
 

@@ -182,6 +182,7 @@ def test_a_run_is_exported_merged(method, shared, tmp_path, capsys):
   assert (tmp_path / "out1" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_schedule_that_cannot_be_run_stops_the_run_before_it_starts(shared, tmp_path, capsys):
   assert train(shared, tmp_path / "run", "adalora", **{"adapter.tfinal": 5}) == 1
   assert "tinit=1 and tfinal=5 leave none of 6 steps to prune in" in capsys.readouterr().err

@@ -9,6 +9,7 @@ import textwrap
 import pytest
 
 from posttrain_jax.train.signals import PREEMPTED, Stop
+from tests.marks import slow
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -120,7 +121,7 @@ with signals.exiting():
   ("how", "number", "code"),
   [
     ("dropped", signal.SIGTERM, 75),
-    ("dropped", signal.SIGHUP, 75),
+    slow("dropped", signal.SIGHUP, 75),
     ("dropped", signal.SIGINT, 130),
     ("loop", signal.SIGTERM, 0),
   ],

@@ -1,4 +1,4 @@
-"""Rows that write, on the device: a prompt read in pieces, a row copied, a window of tokens drawn.
+"""The programs of the engine, on rows that write: a prompt read in pieces, a row copied, a window of tokens drawn.
 
 The programs are few: one for each size of a piece, one that draws, one that copies and one that admits.  How a row
 draws, when it ends and how many tokens it has are data.
@@ -223,7 +223,7 @@ def _draw(
   stop = jnp.where(stop < 0, config.vocab_size, stop)  # outside: dropped
   every = jnp.arange(live.shape[0])
   changed = changed.at[every[:, None], stop].set(sampling.REMOVED, mode="drop")
-  keys = jax.vmap(_key)(plan.identity, slots.drawn)
+  keys = jax.vmap(sampling.key)(plan.identity, slots.drawn)
   token, filtered = sampling.sample(keys, changed, plan.how)
   heat = jnp.where(plan.how.temperature == 0, 1.0, plan.how.temperature)[:, None]
   seen = filtered if keeps else logits / heat
@@ -245,13 +245,6 @@ def _draw(
     live=live & ~ended,
   )
   return slots, token, new
-
-
-def _key(identity: Array, place: Array) -> Array:
-  key = jax.random.key(identity[0])
-  for number in (identity[1], identity[2], place):
-    key = jax.random.fold_in(key, number)
-  return key
 
 
 def _bits(kept: Array) -> Array:

@@ -1,0 +1,84 @@
+r"""Online reinforcement learning: the model answers prompts, verifiers score the answers, and it learns from them.
+
+posttrain train --config=rl:method=grpo,data=sql,reward=sql --workdir=runs/rl
+
+data=sql is the built-in task; data=FILE.jsonl has rows with a prompt and the columns that the verifiers read.
+method: grpo, dr_grpo, dapo, gspo, cispo, rloo, reinforce_pp, max_rl, centred.
+"""
+
+import ml_collections
+
+from posttrain_jax.configs import common
+
+# loss, aggregation, advantage, epsilon_high
+METHODS = {
+  "grpo": ("ppo", "sequence_mean", "group", 0.2),
+  "dr_grpo": ("ppo", "constant_length", "none", 0.2),
+  "dapo": ("ppo", "token_mean", "group", 0.28),
+  "gspo": ("gspo", "sequence_mean", "group", 4e-4),
+  "cispo": ("cispo", "token_mean", "group", 0.2),
+  "rloo": ("rloo", "sequence_sum", "leave_one_out", 0.2),
+  "reinforce_pp": ("ppo", "token_mean", "whitened", 0.2),
+  "max_rl": ("ppo", "token_mean", "max_rl", 0.2),
+  "centred": ("reinforce", "token_mean", "none", 0.2),
+}
+
+
+def get_config(arg=None):
+  arg = common.parse(
+    arg,
+    model="smollm2",
+    data="sql",
+    adapter="lora",
+    base="dense",
+    method="grpo",
+    reward="sql",
+    smoke=False,
+  )
+  c = common.run(arg)
+  loss, aggregation, advantage, high = METHODS[common.chosen("method", arg.method, METHODS)]
+  o = c.objective = ml_collections.ConfigDict({"name": "grouped", "loss": loss})
+  # group, batch, none (of a deviation to divide by), leave_one_out, whitened, max_rl
+  o.advantage = advantage
+  if loss != "rloo":  # whose loss is of answers
+    o.aggregation = aggregation  # token_mean, sequence_mean, constant_length, sequence_sum
+  if loss in ("ppo", "gspo", "rloo"):
+    o.epsilon = 3e-4 if loss == "gspo" else 0.2
+    o.epsilon_high = high
+  if loss == "ppo":
+    # the loss of a bad answer is at most this times -A
+    o.dual_clip = ml_collections.config_dict.placeholder(float)
+  if loss == "cispo":
+    o.ceiling = 5.0  # bound on the ratio
+  # correction where the sampler's numbers differ from the trainer's: none, token, sequence, geometric
+  o.importance = "none"
+  o.importance_high = 2.0
+  o.importance_low = 0.0
+  o.importance_outside = "truncate"  # truncate or mask
+  o.kl_weight = 0.0  # of k3 to the reference
+  common.reference(o)
+  o.cache_reference = False  # answers are not there before training
+  c.reward = common.reward(arg.reward)
+  n = c.online = ml_collections.ConfigDict()
+  n.samples = 8  # answers to a prompt
+  n.max_new_tokens = 64  # of an answer
+  n.temperature = 1.0
+  n.minibatches = 1  # updates that a written batch is cut into
+  n.passes = 1  # times that a written batch is used
+  n.rows = 16  # answers under way at once
+  n.dynamic = arg.method == "dapo"  # groups whose answers agree are replaced by others
+  n.most_rounds = 10  # times that prompts are asked for one batch, with dynamic
+  n.outcome = ""  # part of the reward that says whether a group agrees; "": the total
+  n.mask_cut = False  # answers that were cut teach nothing
+  n.most_drift = 0.05  # nats a token between sampler and trainer above which the run ends
+  c.data = common.answers(arg, "prompts")
+  c.data.length = 1024  # tokens of a row: a prompt with all its answers
+  c.data.packing = False
+  c.data.eval_rows = 0  # prompts are asked by eval.task
+  c.batch.rows = 4  # prompts an update
+  c.eval.every = 0
+  c.optimizer.lr = 5e-5 if arg.adapter != "none" else 1e-6
+  c.optimizer.schedule = "constant"
+  if arg.smoke:
+    c.steps, c.batch.rows, n.samples, n.max_new_tokens = 2, 2, 2, 8
+  return c

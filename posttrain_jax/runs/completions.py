@@ -1,0 +1,112 @@
+"""What a policy wrote while it learned, in its run's folder: a table a batch, and a journal of the batch under way.
+
+`completions/completions_00012.parquet` has a row an answer.  The journal keeps each answer as soon as it is whole, so
+that a run that is killed while it writes does not write those again.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from posttrain_jax.core import files
+
+FOLDER = "completions"
+
+
+def table(folder: Path, number: int) -> Path:
+  return folder / FOLDER / f"completions_{number:05d}.parquet"
+
+
+def write(folder: Path | None, number: int, rows: Sequence[Mapping[str, Any]]) -> None:
+  """The table of a batch, whole or not at all."""
+  if folder is None:
+    return
+  import pyarrow
+  import pyarrow.parquet
+
+  path = table(folder, number)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with files.beside(path) as scratch:
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), scratch / "table.parquet")
+    (scratch / "table.parquet").replace(path)
+
+
+def keep(folder: Path | None, number: int, batches: Sequence[Mapping[str, Any]]) -> None:
+  """The batches of several updates, until the next batch is written."""
+  if folder is None:
+    return
+  path = folder / FOLDER / "batches.npz"
+  path.parent.mkdir(parents=True, exist_ok=True)
+  flat = {f"{i}/{name}": x for i, batch in enumerate(batches) for name, x in batch.items()}
+  whole = path.with_name(f"batches_{number:05d}.npz")
+  with files.beside(whole) as scratch:
+    np.savez(scratch / "batches.npz", count=np.asarray(len(batches)), **flat)
+    (scratch / "batches.npz").replace(whole)
+  for old in sorted(path.parent.glob("batches_*.npz"))[:-3]:  # those of a checkpoint and after it
+    old.unlink()
+
+
+def arrays(folder: Path, number: int) -> list[dict[str, Any]]:
+  """What `keep` kept of a batch."""
+  with np.load(folder / FOLDER / f"batches_{number:05d}.npz") as held:
+    batches: list[dict[str, Any]] = [{} for _ in range(int(held["count"]))]
+    for name in held.files:
+      at, slash, field = name.partition("/")
+      if slash:
+        batches[int(at)][field] = held[name]
+  return batches
+
+
+class Journal:
+  """The answers of the batch under way, by (number of the prompt, sample)."""
+
+  def __init__(self, folder: Path | None, number: int) -> None:
+    self._answers: dict[tuple[int, int], tuple[list[int], np.ndarray, str]] = {}
+    self._file = None
+    if folder is None:
+      return
+    self._path = folder / FOLDER / f"under_way_{number:05d}.jsonl"
+    self._path.parent.mkdir(parents=True, exist_ok=True)
+    for old in self._path.parent.glob("under_way_*.jsonl"):
+      if old != self._path:
+        old.unlink()
+    if self._path.exists():
+      self._read()
+    self._file = self._path.open("a")
+
+  def _read(self) -> None:
+    whole = 0
+    with self._path.open("rb") as lines:
+      for line in lines:
+        try:
+          said = json.loads(line)
+          logps = np.frombuffer(base64.b64decode(said["logps"]), np.float32)
+        except (ValueError, KeyError):
+          break  # cut short by the kill
+        self._answers[said["number"], said["sample"]] = said["tokens"], logps, said["ended"]
+        whole += len(line)
+    with self._path.open("rb+") as file:
+      file.truncate(whole)
+
+  def written(self, number: int, sample: int) -> tuple[list[int], np.ndarray, str] | None:
+    return self._answers.get((number, sample))
+
+  def put(self, number: int, sample: int, tokens: list[int], logps: np.ndarray, ended: str) -> None:
+    if self._file is None:
+      return
+    exact = base64.b64encode(np.asarray(logps, np.float32).tobytes()).decode()
+    said = dict(number=number, sample=sample, tokens=tokens, logps=exact, ended=ended)
+    self._file.write(json.dumps(said) + "\n")
+    self._file.flush()
+
+  def close(self) -> None:
+    """The batch is whole; its table has the answers."""
+    if self._file is not None:
+      self._file.close()
+      self._path.unlink()

@@ -1,0 +1,225 @@
+"""Online learning on a tiny model, as a user runs it: it learns, resumes bit by bit, and says what is wrong."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pyarrow.parquet
+import pytest
+from safetensors.numpy import load_file
+
+from posttrain_jax.__main__ import main
+from posttrain_jax.runs import record
+from tests import tiny
+from tests.commands.test_train import environment
+
+WORDS = ["one", "two", "red", "sky", "sea", "hat", "cat", "dog"]
+VERIFIERS = """
+def early(prompt, completion, example):  # of two answers one is better but for chance
+  return sum(ord(letter) for letter in completion) % 97 / 97
+
+def raises(prompt, completion, example):
+  raise KeyError("no such column")
+
+def tells_nothing(prompts, completions, **columns):
+  return [0.5] * len(completions)
+
+def first(prompt, completion, example):
+  if len(completion) % 5 == 0:
+    return float("nan")
+  return float(len(completion) % 2)
+"""
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch, request):
+  if "on_a_mesh" not in request.node.name:
+    devices = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda *args: devices)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("rl")
+  tiny.tiny_model_folder(folder / "model")
+  rows = [{"prompt": f"Say {word}", "answer": word} for word in WORDS]
+  tiny.write_jsonl(folder / "prompts.jsonl", rows)
+  (folder / "verify.py").write_text(VERIFIERS)
+  return folder
+
+
+def command(folder, workdir, *changes, method="grpo", verifier="early"):
+  name = f"{folder / 'verify.py'}:{verifier}"
+  small = ["steps=3", "batch.rows=2", "online.samples=3", "online.max_new_tokens=6"]
+  small += ["data.length=128", "optimizer.lr=1e-2", "adapter.r=2", f"reward.untested=({name!r},)"]
+  config = (
+    f"rl:model={folder / 'model'},data={folder / 'prompts.jsonl'},method={method},reward={name}"
+  )
+  return [
+    "train",
+    f"--config={config}",
+    f"--workdir={workdir}",
+    *(f"--config.{change}" for change in [*small, *changes]),
+  ]
+
+
+def adapter(workdir):
+  return load_file(workdir / "adapter" / "adapter_model.safetensors")
+
+
+def lines(workdir):
+  return [json.loads(line) for line in (workdir / record.METRICS).read_text().splitlines()]
+
+
+def same(one, other):
+  assert one.keys() == other.keys()
+  for name in one:
+    np.testing.assert_array_equal(one[name], other[name])
+
+
+def test_a_run_writes_scores_and_learns(folder, tmp_path, capsys):
+  assert main(command(folder, tmp_path / "run")) == 0
+  said = capsys.readouterr().out
+  assert "8 prompts; a batch is 2 prompts x 3 = 6 answers of at most 6 tokens" in said
+  last = lines(tmp_path / "run")[-1]
+  assert last["sampling/logp_difference"] < 1e-4
+  assert last["grad_norm"] > 0
+  assert 0 <= last["reward"] <= 1
+  tables = sorted((tmp_path / "run" / "completions").glob("*.parquet"))
+  rows = pyarrow.parquet.read_table(tables[0]).to_pylist()
+  assert len(tables) == 3
+  assert [(row["number"], row["sample"]) for row in rows] == [
+    (n, s) for n in (0, 1) for s in range(3)
+  ]
+  assert all(len(row["tokens"]) <= 6 for row in rows)
+  name = f"rewards/{folder / 'verify.py'}:early"
+  assert [row[name] for row in rows] == [
+    pytest.approx(sum(map(ord, row["completion"])) % 97 / 97) for row in rows
+  ]
+  assert not list((tmp_path / "run" / "completions").glob("under_way*"))
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    (),
+    pytest.param(
+      ("online.passes=2", "online.minibatches=2", "batch.rows=1"), marks=pytest.mark.slow
+    ),
+  ],
+)
+def test_a_run_that_is_stopped_ends_as_one_that_is_not(folder, tmp_path, changes):
+  """Stopped behind the first step, in the middle of a batch that is used four times."""
+  every = [*changes, "checkpoint.every=1", "checkpoint.keep=5"]
+  assert main(command(folder, tmp_path / "whole", *every)) == 0
+  assert main(command(folder, tmp_path / "parts", *every, "steps=1")) == 0
+  assert main(command(folder, tmp_path / "parts", *every)) == 0
+  same(adapter(tmp_path / "whole"), adapter(tmp_path / "parts"))
+  for number in (1, 2):
+    table = f"completions/completions_{number:05d}.parquet"
+    if (tmp_path / "whole" / table).exists():
+      one, other = (pyarrow.parquet.read_table(tmp_path / w / table) for w in ("whole", "parts"))
+      assert one.equals(other)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_anywhere_ends_as_one_that_is_not(folder, tmp_path):
+  arguments = [sys.executable, "-m", "posttrain_jax"]
+  changes = ["steps=6", "checkpoint.every=2", "checkpoint.keep=5"]
+  assert main(command(folder, tmp_path / "whole", *changes)) == 0
+  killed = command(folder, tmp_path / "killed", *changes)
+  rng = np.random.default_rng(0)
+  env = environment()
+  for _ in range(20):
+    run = subprocess.Popen([*arguments, *killed], stdout=subprocess.DEVNULL, env=env)
+    time.sleep(float(rng.uniform(6, 25)))
+    if run.poll() is not None:
+      break
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+  assert subprocess.run([*arguments, *killed], env=env, check=False).returncode == 0
+  same(adapter(tmp_path / "whole"), adapter(tmp_path / "killed"))
+  assert [line["step"] for line in lines(tmp_path / "killed")] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+  "method",
+  [
+    "dapo",
+    *(
+      pytest.param(m, marks=pytest.mark.slow)
+      for m in ("dr_grpo", "gspo", "cispo", "rloo", "reinforce_pp", "max_rl", "centred")
+    ),
+  ],
+)
+def test_every_method_steps(folder, tmp_path, method):
+  changes = ["steps=1"] + (["online.most_rounds=2"] if method == "dapo" else [])
+  assert main(command(folder, tmp_path / "run", *changes, method=method)) == 0
+  (line,) = lines(tmp_path / "run")
+  assert np.isfinite(line["loss"])
+  assert line["grad_norm"] > 0
+
+
+def test_groups_that_agree_are_replaced_until_it_is_said(folder, tmp_path, capsys):
+  changes = ["steps=1", "online.dynamic=true", "online.most_rounds=2"]
+  assert main(command(folder, tmp_path / "run", *changes, verifier="tells_nothing")) == 0
+  assert (
+    "only 0 of 4 groups of 2 rounds have answers that differ (mean outcome 0.50)"
+    in capsys.readouterr().out
+  )
+  (line,) = lines(tmp_path / "run")
+  assert line["frac_groups_dead"] == 1
+  assert line["grad_norm"] == 0
+
+
+def test_a_score_that_is_missing_is_left_out_and_counted(folder, tmp_path, capsys):
+  assert main(command(folder, tmp_path / "run", "steps=2", verifier="first")) == 0
+  table = tmp_path / "run" / "completions" / "completions_00001.parquet"
+  rows = pyarrow.parquet.read_table(table).to_pylist()
+  missing = [row for row in rows if len(row["completion"]) % 5 == 0]
+  assert all(row["reward"] is None and row["missing"] for row in missing)
+  assert all(row["reward"] is not None for row in rows if row not in missing)
+  assert "was missing" in capsys.readouterr().out or not missing
+
+
+@pytest.mark.parametrize(
+  ("changes", "verifier", "message"),
+  [
+    (("online.samples=1",), "early", "online.samples=1"),
+    (("data.length=20",), "early", "data.length=20: a row holds the answers to one prompt"),
+    (("online.max_new_tokens=5000",), "early", "leaves too few for online.max_new_tokens=5000"),
+    (("objective.cache_reference=true", "objective.kl_weight=0.1"), "early", "cache_reference"),
+    (("online.outcome=other",), "early", "online.outcome='other': the reward has the parts"),
+    (("data.replay=x.jsonl",), "early", "data.replay='x.jsonl'"),
+    ((), "raises", "has no score for any of the first"),
+  ],
+)
+def test_what_cannot_run_is_said_before_anything_is_written(
+  folder, tmp_path, capsys, changes, verifier, message
+):
+  assert main(command(folder, tmp_path / "run", *changes, verifier=verifier)) in (1, 2)
+  assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_drift_between_sampler_and_trainer_ends_the_run(folder, tmp_path, capsys):
+  assert main(command(folder, tmp_path / "run", "online.most_drift=1e-12")) == 1
+  assert "above online.most_drift=1e-12" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_eight_devices_learn_the_same_on_a_mesh(folder, tmp_path, monkeypatch):
+  """Two rows of data by four of tensor write the answers that one device writes, and take the same step."""
+  changes = ["steps=2", "mesh.fsdp=2", "mesh.tensor=4"]
+  assert main(command(folder, tmp_path / "mesh", *changes)) == 0
+  devices = jax.devices()[:1]
+  monkeypatch.setattr(jax, "devices", lambda *args: devices)
+  assert main(command(folder, tmp_path / "one", "steps=2")) == 0
+  one, mesh = lines(tmp_path / "one"), lines(tmp_path / "mesh")
+  for a, b in zip(one, mesh, strict=True):
+    assert a["reward"] == pytest.approx(b["reward"], rel=1e-4)
+    assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=2e-2)
