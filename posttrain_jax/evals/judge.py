@@ -82,7 +82,7 @@ class Judge:
     return kept
 
   def scores(self, pairs: Sequence[tuple[Prompt, str]]) -> list[Score]:
-    """Of each (prompt, completion) the score; missing where it cannot be read, as one that is too long."""
+    """Of each (prompt, completion) the score; missing where it cannot be read: too long, or empty."""
     rows = [self._row(prompt, completion, i) for i, (prompt, completion) in enumerate(pairs)]
     try:
       read = dict(enumerate(self.encode(rows)))
@@ -93,10 +93,10 @@ class Judge:
     return [Score(values[i][0]) if i in values else missing(unread[i]) for i in range(len(rows))]
 
   def _row(self, prompt: Prompt, completion: str, number: int) -> schema.Row:
-    fields: dict[str, Any] = {"prompt": prompt, "completion": completion or " "}
+    fields: dict[str, Any] = {"prompt": prompt, "completion": completion}
     origin = f"answer {number + 1}"
     if not isinstance(prompt, str):
-      said = {"role": "assistant", "content": completion.strip() or " "}
+      said = {"role": "assistant", "content": completion.strip()}
       fields = {"prompt": [*prompt], "completion": [said]}
     elif self.chat:
       fields = schema.as_chat(fields, origin, self.system)

@@ -13,9 +13,11 @@ import pytest
 from posttrain_jax import adapters
 from posttrain_jax.__main__ import main
 from posttrain_jax.adapters import peft_format
-from posttrain_jax.build import reference
+from posttrain_jax.build import reference, scoring
+from posttrain_jax.data import schema
 from posttrain_jax.evals import judge, margins, samples, tasks
 from posttrain_jax.models import hf
+from posttrain_jax.rewards.verifier import Answer
 from posttrain_jax.runs.metrics_log import Journal
 from posttrain_jax.train import loop
 from tests import tiny
@@ -364,6 +366,23 @@ def test_a_reward_model_orders_pairs_and_is_read_again(reward_model):
   told = json.loads((out / "eval.json").read_text())
   assert told["margin"] == pytest.approx(last["eval_margin"], rel=1e-3)
   assert json.loads((reward_model / "adapter_config.json").read_text())["task_type"] == "SEQ_CLS"
+
+
+def test_a_reward_model_is_a_part_of_a_reward_by_its_folder(reward_model):
+  reward = scoring.of({"parts": (str(reward_model),)}, ["prompt"])
+  prompt = [{"role": "user", "content": "Is it so?"}]
+  texts = ["yes", "no", "x" * 1000, ""]
+  given = reward.score([Answer(prompt, text, {}) for text in texts]).answers
+  asked = {"prompt": prompt, "completion": [{"role": "assistant", "content": "no"}]}
+  liked = scoring.judge(str(reward_model))
+  ((alone,),) = liked.rewards(liked.encode(schema.read([asked])))
+  assert given[1].total.value == pytest.approx(alone, rel=1e-5)
+  assert given[0].total.value != given[1].total.value
+  assert "tokens" in given[2].total.reason  # too long to be read: missing, and the others are not
+  assert "is empty" in given[3].total.reason
+  in_words = reward.score([Answer("Is it so?", "no", {})]).answers[0]
+  assert in_words.total.value == pytest.approx(alone, rel=1e-5)
+  assert reward.most is None
 
 
 def scores(reward_model, rows, tmp_path):

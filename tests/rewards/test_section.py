@@ -5,7 +5,7 @@ import importlib.util
 import ml_collections
 import pytest
 
-from posttrain_jax.rewards import section
+from posttrain_jax.rewards import sandbox, section
 from posttrain_jax.rewards.verifier import Answer
 from posttrain_jax.rewards.workers import Workers
 from posttrain_jax.settings import ConfigError
@@ -48,6 +48,18 @@ def workers():
 
 def make(spec, columns=("question", "answer"), **options):
   return section.make(spec, columns, **options)
+
+
+def test_programs_are_refused_where_nothing_isolates_them(monkeypatch):
+  nothing = sandbox.Probe("", "Programs that a model writes cannot be run here.")
+  monkeypatch.setattr(sandbox, "probe", lambda: nothing)
+  with pytest.raises(ConfigError, match=r"python: Programs .*reward\.unsafe_code=true"):
+    make({"parts": ("python",)}, ("tests",))
+  reward = make({"parts": ("python",), "unsafe_code": True, "seconds": 7}, ("tests",))
+  assert reward.parts[0].verifier.verifier.unsafe_code
+  assert reward.parts[0].verifier.seconds == 7
+  with pytest.raises(ConfigError, match="python has no option 'unsafe_code'; it has none"):
+    make({"parts": ("python",), "options": {"python": {"unsafe_code": True}}}, ("tests",))
 
 
 def test_a_sum_with_a_gate_and_functions_of_ones_own(file, workers):

@@ -1,0 +1,73 @@
+"""Which answers are kept, and pass@k."""
+
+import itertools
+import statistics
+
+import pytest
+
+from posttrain_jax.evals import keeping
+from posttrain_jax.evals.samples import Drawn, Sample
+from posttrain_jax.rewards import score
+from posttrain_jax.rewards.reward import Scored
+
+
+def sample(number, value, *, tokens=None, text="x", finished=True):
+  given = score.missing("no idea") if value is None else score.Score(value)
+  drawn = Drawn(0, number, [number] if tokens is None else tokens, text, finished)
+  return Sample(drawn, Scored(given, {"part": given}))
+
+
+@pytest.mark.parametrize(("count", "right", "k"), [(5, 2, 1), (5, 2, 3), (6, 1, 4), (4, 4, 2)])
+def test_pass_at_k_is_the_mean_over_all_ways_to_draw_k(count, right, k):
+  ways = itertools.combinations([1] * right + [0] * (count - right), k)
+  assert keeping.pass_at(k, count, right) == pytest.approx(statistics.fmean(map(any, ways)))
+
+
+def test_missing_scores_are_in_no_mean():
+  groups = [[sample(0, 1.0), sample(1, None)], [sample(0, 0.0), sample(1, 1.0)]]
+  told = keeping.summary(groups, [], 1.0)
+  assert told.passes == {1: 0.75, 2: 1.0}  # two answers of the first prompt are not known
+  assert (told.scored, told.mean) == (3, pytest.approx(2 / 3))
+  assert told.missing == {("part", "no idea"): 1}
+
+
+@pytest.mark.parametrize(
+  ("rule", "kept"),
+  [
+    ("all", [0, 1, 2, 3, 4, 5]),
+    ("best", [1]),
+    ("top:2", [1, 2]),
+    ("above:0", [1, 2]),
+    ("all_right", [1]),
+  ],
+)
+def test_rules(rule, kept):
+  group = [
+    sample(0, 0.0),
+    sample(1, 1.0),
+    sample(2, 0.5),
+    sample(3, None),
+    sample(4, -1.0),
+    sample(5, 2.0, finished=False),
+    sample(6, 3.0, text=" "),
+    sample(7, 1.0, tokens=[1]),
+  ]
+  result = keeping.kept(keeping.parse(rule), group, 1.0)
+  assert [s.drawn.sample for s in result.samples] == kept
+  assert result.left_out.total() == len(group) - len(kept)
+  few = keeping.kept(keeping.parse(rule, 1), group, 1.0)
+  assert len(few.samples) == 1
+  assert few.samples[0].drawn.sample == (5 if rule == "all" else 1)  # the best
+
+
+@pytest.mark.parametrize(
+  "text", ["right", "top", "top:0", "top:1.5", "above:", "above:nan", "best:2", "top:inf", ""]
+)
+def test_rules_that_there_are_not(text):
+  with pytest.raises(ValueError, match=r"write best, all_right, all, top:K or above:X"):
+    keeping.parse(text)
+
+
+def test_a_cap_below_0():
+  with pytest.raises(ValueError, match="--per_prompt=-1"):
+    keeping.parse("best", -1)
