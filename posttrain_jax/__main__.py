@@ -32,6 +32,7 @@ from posttrain_jax.commands import (  # noqa: E402
   pairs,
   plan,
   report,
+  sample,
   sweep,
   train,
 )
@@ -52,6 +53,7 @@ COMMANDS: Mapping[str, ModuleType] = {
   "fetch": fetch,
   "train": train,
   "eval": eval,
+  "sample": sample,
   "pairs": pairs,
   "chat": chat,
   "export": export,
@@ -70,6 +72,7 @@ LEFT: Mapping[str, str] = {
   "merge": "what is merged so far is kept beside --out, and the same command goes on there",
   "fetch": "what was fetched so far is gone; run the same command again",
   "chat": "nothing was being written",
+  "sample": "every answer and its score is kept; run the same command again",
 }
 # arguments that are paths, or names in the place of one; several have commas between
 PATHS = (

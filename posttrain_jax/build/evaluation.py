@@ -85,7 +85,7 @@ def evaluate(
     used = _on_its_rest(run, used)
   if run is None:
     used.check_writes()  # rows are imitated
-  how = _described(used, str(data)) if run is None else run
+  how = described(used, str(data)) if run is None else run
   how = how if metric is None else _grading(how, metric)
   results: dict[str, Any] = {"model": str(used.folder), "adapter": adapter}
   results["base"] = used.storage
@@ -131,7 +131,7 @@ def _on_its_rest(run: ml_collections.ConfigDict, used: use.Used) -> use.Used:
   return dataclasses.replace(used, params=params, bare=params, storage=run.model.base)
 
 
-def _described(used: use.Used, source: str) -> ml_collections.ConfigDict:
+def described(used: use.Used, source: str) -> ml_collections.ConfigDict:
   """What a config says of rows to imitate, where there is none: what the model was trained with, and its own length."""
   params = used.members[0] if len(used.nodes) > 1 else used.bound
   length = used.config.max_length - before.slots(params)
@@ -161,7 +161,7 @@ def _measured(
 
   is_whole: whether they are what the run in workdir trained, so that its checkpoint is of them.
   """
-  model = _as_model(used, params)
+  model = as_model(used, params)
   data = data_lib.evaluated(config, model, source, limit)
   if workdir and source is None and not limit and data_lib.TRAINED_ON not in data.notes:
     data_lib.check_held_out(Path(workdir), config, data)
@@ -218,7 +218,7 @@ def _policy(
   return params, Context(reference=other), memory
 
 
-def _as_model(used: use.Used, params: Any) -> model_lib.Model:
+def as_model(used: use.Used, params: Any) -> model_lib.Model:
   """What training has of a model, of one that is used."""
   return model_lib.Model(
     used.folder,
@@ -235,12 +235,12 @@ def _reference(config: ml_collections.ConfigDict, used: use.Used) -> Any:
   """The parameters of config.objective.reference; of what was trained whole, the base is what it began with."""
   named = config.objective.reference
   if not decisions.is_full(config):
-    return reference.params(config, _as_model(used, used.params), None)
+    return reference.params(config, as_model(used, used.params), None)
   if named == "base" or reference.is_adapter(named):
     params, began = hf.load(fetch.resolve(config.model.name), dtype=used.dtype, storage="dense")
-    model = dataclasses.replace(_as_model(used, params), config=began, bare=params)
+    model = dataclasses.replace(as_model(used, params), config=began, bare=params)
     return reference.params(config, model, None)
-  return reference.params(config, _as_model(used, None), None)
+  return reference.params(config, as_model(used, None), None)
 
 
 def _unlike(source: str) -> str:
@@ -265,7 +265,7 @@ def _task(
   if limit:
     config = _grading(config, config.eval.metric)
     config.eval.task_limit = limit
-  model = _as_model(used, used.params)
+  model = as_model(used, used.params)
   held_out = None if source or config.eval.task else data_lib.evaluated(config, model)
   if held_out is not None and data_lib.TRAINED_ON in held_out.notes:
     log.info("answers: %s", data_lib.TRAINED_ON)
@@ -274,9 +274,9 @@ def _task(
 
 def graded(used: use.Used, source: str, metric: str, limit: int) -> tasks.Task:
   """The training rows of a source as a task that a metric grades; so many of them, drawn, or with 0 all."""
-  config = _grading(_described(used, source), metric)
+  config = _grading(described(used, source), metric)
   config.eval.task_limit = limit
-  task = questions.make(config, _as_model(used, used.params), None, source, "train")
+  task = questions.make(config, as_model(used, used.params), None, source, "train")
   assert task is not None
   return task
 
@@ -326,7 +326,7 @@ def scores(
   used = use.load(model, adapter)
   results = {}
   for source in sources:
-    config = _described(used, source)
+    config = described(used, source)
     lost = _measured(config, used, used.bound, source, limit, None)["loss"]
     asked = tasks.TASKS.get(source)
     right = {} if asked is None else _answered(used, asked, limit, (), None)

@@ -137,11 +137,6 @@ def _row(question: Mapping[str, Any]) -> dict[str, Any]:
   return {**question["row"], **gold}
 
 
-def _expected(row: Mapping[str, Any]) -> str:
-  """The right answer by the row, "" where no column has it."""
-  return next((str(row[name]) for name in section.EXPECTED if row.get(name) is not None), "")
-
-
 @dataclasses.dataclass
 class _Group:
   """The answers to a prompt, with their scores: NaN where one is missing."""
@@ -254,7 +249,7 @@ class Online:
       ConfigError: they do not.
       ValueError: other weights write the same.
     """
-    some = [Answer(p.asked, _expected(p.row), p.row) for p in self.prompts[: selftest.PAIRS]]
+    some = [Answer(p.asked, section.expected(p.row), p.row) for p in self.prompts[: selftest.PAIRS]]
     selftest.check(self.reward, some)
     if self._is_full:
       return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -98,29 +98,36 @@ def _own(
   if count:
     asked = list(held_out.limited(asked, count, seed=config.seed))
   task = tasks.own(name, asked, graders, 1)
-  return dataclasses.replace(task, max_new_tokens=_longest(config, model, asked, bool(graders)))
+  return dataclasses.replace(task, max_new_tokens=longest(config, model, asked, bool(graders)))
 
 
-def _longest(
-  config: ml_collections.ConfigDict, model: Model, asked: Sequence[dict[str, Any]], is_graded: bool
+def longest(
+  config: ml_collections.ConfigDict,
+  model: Model,
+  asked: Sequence[Mapping[str, Any]],
+  is_graded: bool,
+  field: str = "eval.max_new_tokens",
 ) -> int:
   """How many tokens an answer may have.
+
+  Args:
+    field: what says so, where it asks for more than there is room for.
 
   Raises:
     RowError: a prompt leaves no room for it.
   """
   room = data_lib.bounds_of(config, model).room
   prompts = questions.tokens(asked, model.tokenizer, model.template)
-  longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
-  left = room - len(prompts[longest])
+  place = max(range(len(prompts)), key=lambda i: len(prompts[i]))
+  left = room - len(prompts[place])
   wanted = config.eval.max_new_tokens
   if left < max(wanted, 1):
     raise RowError(
       "too long",
-      asked[longest]["origin"],
-      f"its prompt has {len(prompts[longest])} tokens of the {room} that the model reads, which leaves"
+      asked[place]["origin"],
+      f"its prompt has {len(prompts[place])} tokens of the {room} that the model reads, which leaves"
       f" {max(left, 0)} for an answer",
-      f"lower eval.max_new_tokens={wanted}" if left > 0 else "leave the row out",
+      f"lower {field}={wanted}" if left > 0 else "leave the row out",
     )
   if wanted:
     return wanted

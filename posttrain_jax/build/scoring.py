@@ -43,13 +43,17 @@ def spec(parts: str, gates: str = "", *, unsafe_code: bool = False) -> dict[str,
   """The section that command-line options stand for.
 
   Args:
-    parts: names with commas between, or a .json file with fields of the section.
+    parts: names with commas between, "" for none, or a .json file with fields of the section.
     gates: names with commas between.
 
   Raises:
-    ConfigError: the file cannot be read.
+    ConfigError: the file cannot be read, or a gate has nothing to multiply.
   """
-  asked = _written(parts) if parts.endswith(".json") else {"parts": section.names(parts)}
+  if not parts and gates:
+    raise ConfigError("--gate multiplies a reward: write --reward, too")
+  asked = _written(parts) if parts.endswith(".json") else {}
+  if parts and not asked:
+    asked = {"parts": section.names(parts)}
   return (
     asked
     | ({"gates": section.names(gates)} if gates else {})

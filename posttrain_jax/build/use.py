@@ -21,6 +21,7 @@ from posttrain_jax.build import adapter as adapter_lib
 from posttrain_jax.build import decisions
 from posttrain_jax.core import files, progress, tree
 from posttrain_jax.data import chat, templates
+from posttrain_jax.evals.samples import Writer
 from posttrain_jax.models import decoder, fetch, hf, quantised, rotary
 from posttrain_jax.models.config import ModelConfig
 from posttrain_jax.rollout import engine
@@ -178,6 +179,15 @@ def for_writing(params: Any, nodes: Any) -> Any:
   """
   stays = _stored(params) != quantised.DENSE and jax.default_backend() != "cpu"
   return adapters.bind(params, nodes) if stays else adapters.merge(params, nodes)
+
+
+def writer(used: Used) -> Writer:
+  """What draws answers.
+
+  Raises:
+    ConfigError: it was trained to score answers alone.
+  """
+  return Writer(used.written, used.config, used.tokenizer, used.template, used.ends, used.dtype)
 
 
 def speaker(

@@ -64,6 +64,25 @@ def add_use(parser: argparse.ArgumentParser) -> None:
   )
 
 
+def add_reward(parser: argparse.ArgumentParser) -> None:
+  """What scores answers, where no config says so."""
+  parser.add_argument(
+    "--reward",
+    default="",
+    metavar="NAME[,NAME...]",
+    help="verifiers whose scores are added: number, exact, python, ..., a function of yours as FILE.py:name, a reward"
+    " model's folder; or a FILE.json with the fields of a config's section reward",
+  )
+  parser.add_argument(
+    "--gate", default="", metavar="NAME[,NAME...]", help="verifiers that multiply the sum, as tags"
+  )
+  parser.add_argument(
+    "--unsafe_code",
+    action="store_true",
+    help="run programs that the model wrote where nothing isolates them",
+  )
+
+
 def cache_compilations() -> None:
   """Compiled programs are kept in the user's cache, so that the second start of a run is quick."""
   import jax

@@ -88,10 +88,7 @@ def _best_of(args: argparse.Namespace) -> dict[str, Any]:
   used = use.load(args.model, args.adapter, base=args.base, template=args.template)
   return judge.best_of(
     liked,
-    used.written,
-    used.config,
-    used.tokenizer,
-    used.template,
+    use.writer(used),
     task=args.data,
     samples=args.best_of,
     limit=args.limit,

@@ -44,7 +44,9 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     common.cache_compilations()
     from posttrain_jax.build import evaluation, use
     from posttrain_jax.core import files
-    from posttrain_jax.evals import pairs
+    from posttrain_jax.evals import pairs, tasks
+    from posttrain_jax.evals.samples import Plan
+    from posttrain_jax.rollout.sampling import Sampling
     from posttrain_jax.settings import ConfigError
 
   path = Path(args.out)
@@ -55,20 +57,21 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
       "own rows need both --data=SOURCE and --metric (exact, contained, json, number, FILE.py:name), which tells right"
       " answers from wrong ones"
     )
+  sampling = Sampling(temperature=args.temperature)
+  Plan(args.samples, 1, sampling)  # before the long part
   used = use.load(args.model, args.adapter, base=args.base, template=args.template)
-  task = evaluation.graded(used, args.data, args.metric, args.limit) if args.data else args.task
+  task = (
+    evaluation.graded(used, args.data, args.metric, args.limit)
+    if args.data
+    else tasks.known(args.task)
+  )
+  plan = Plan(args.samples, task.max_new_tokens, sampling, args.seed)
   with progress.counter("answering") as count:
     drawn = pairs.make(
-      used.written,
-      used.config,
-      used.tokenizer,
-      task=task,
+      use.writer(used),
+      task,
+      plan,
       limit=args.limit or None,
-      samples=args.samples,
-      temperature=args.temperature,
-      seed=args.seed,
-      template=used.template,
-      dtype=used.dtype,
       progress=count,
     )
   if not drawn.rows:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from posttrain_jax.data import encoded, lengths, templates
+from posttrain_jax.data import encoded, lengths, messages, templates
 from posttrain_jax.data.encoded import Encoded, Example
 from posttrain_jax.data.errors import RowError
 from posttrain_jax.data.plans import IN_STEPS, Planner, too_long
@@ -22,6 +22,7 @@ from posttrain_jax.data.templates import Template
 TRUNCATE = ("error", "keep_start", "drop", "split")
 TRAIN_ON = ("assistant", "last")
 DROP = "drop (they are left out and counted)"
+IDS = "completion_ids"  # the column with an answer's tokens, as they were drawn
 CHARACTERS = 64  # of a token, where texts are held to be too long by their beginning
 _BATCH = 1000  # rows tokenised together
 
@@ -134,6 +135,11 @@ def each(tokenizer, template=None, *, max_length: int, any_prompt: bool):
   return encode
 
 
+def _are_ids(value):
+  is_id = lambda i: isinstance(i, int) and not isinstance(i, bool) and 0 <= i < 2**31
+  return isinstance(value, list) and bool(value) and all(map(is_id, value))
+
+
 class _Encoder:
   """Rows of one data set, turned into examples."""
 
@@ -141,6 +147,7 @@ class _Encoder:
     self.planner = Planner(tokenizer, template, max_length, truncate, train_on)
     self.reader = Reader(tokenizer)
     self.max_length, self.truncate = max_length, truncate
+    self.takes_ids = train_on is not None  # where an answer is trained, and not compared
     self.counted = {
       "drop": ("too long", "nothing to train after the cut"),
       "keep_start": ("nothing to train after the cut",),
@@ -190,6 +197,8 @@ class _Encoder:
 
   def _example(self, row, plan, ids):
     found, spans = self.reader.tokens(plan, ids, row.origin)
+    if self.takes_ids and row.kind == "prompt_completion" and IDS in row.fields:
+      return [self._of_ids(row, found[: spans[0][0]], is_chat=plan.is_chat)]
     tokens = np.asarray(found, np.int32)
     mask = np.zeros(len(tokens), bool)
     for start, stop in spans:
@@ -203,6 +212,28 @@ class _Encoder:
       raise RowError("nothing to train", row.origin, "the row has no token to train")
     channel = row.fields.get("channel")
     return [Example(tokens, mask, channel, row.origin, plan.is_chat, spans=tuple(spans))]
+
+  def _of_ids(self, row, prompt, *, is_chat):
+    """The example of an answer that brings its tokens: those, and no others that say the same."""
+    ids, said = row.fields[IDS], row.fields["completion"]
+    if not _are_ids(ids):
+      raise messages.wrong_type(IDS, ids, "a list of token ids, at least one", row.origin)
+    said = said if isinstance(said, str) else said[-1]["content"]
+    read = self.reader.tokenizer.decode(ids, skip_special_tokens=True)
+    if read != said:
+      raise RowError(
+        "not the answer",
+        row.origin,
+        f"its {IDS} say {read[:60]!r}, and the completion is {said[:60]!r}",
+        f"leave the column {IDS} out where the text is to be tokenised anew, as for another tokenizer",
+      )
+    tokens = np.asarray([*prompt, *ids], np.int32)
+    mask = np.arange(len(tokens)) >= len(prompt)
+    if not is_chat:
+      tokens, mask, _ = self._framed(tokens, mask, row, ends=False)
+    mask[0] = False
+    is_cut = row.fields.get("finished") is False  # as `posttrain sample` says it
+    return Example(tokens, mask, row.fields.get("channel"), row.origin, is_chat, is_cut)
 
   def _checked(self, plans, results):
     """The results, but for those whose trained tokens do not say the answer and its end."""

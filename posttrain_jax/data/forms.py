@@ -42,6 +42,10 @@ _ALPACA = {**_ALPACA, "history": "the turns before", **_OF_A_TEMPLATE}
 _SHAREGPT = {"conversations": "the conversation", "system": "the system message", **_OF_A_TEMPLATE}
 _BETTER = {"chosen": "the better answer", "rejected": "the worse answer"}
 _LABELLED = {"label": "whether it is desirable"}
+_DRAWN = {  # beside an answer that a model wrote
+  "completion_ids": "the answer's tokens",
+  "finished": "whether the answer came to its end",
+}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -149,7 +153,7 @@ FORMS = (
   _trl("text", {"text": "the text"}, _ANYWHERE),
   _trl("messages", {"messages": "the conversation"}),
   _trl("prompt", _PROMPT),
-  _trl("prompt_completion", _PROMPT | _ANSWER),
+  _trl("prompt_completion", _PROMPT | _ANSWER, _OF_A_TEMPLATE | _DRAWN),
   _trl("preference", _BETTER, _OF_PAIRS),
   _trl("preference", _PROMPT | _BETTER, _OF_PAIRS),
   _trl("unpaired", _PROMPT | _ANSWER | _LABELLED),

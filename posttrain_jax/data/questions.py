@@ -41,6 +41,15 @@ def of(row: Row, tokenizer: Any) -> dict[str, Any]:
   )
 
 
+def carried(question: Mapping[str, Any]) -> dict[str, Any]:
+  """What a row that is made of a question and an answer has beside them: its channel, and what the template reads."""
+  channel = {"channel": question["channel"]} if question["channel"] != NO_CHANNEL else {}
+  tools = {k: v for k, v in question.get("variables", {}).items() if k == "tools"}
+  row = question.get("row", {})
+  others = {k: row[k] for k in ("documents", schema.TEMPLATE_VALUES) if row.get(k)}
+  return channel | tools | others
+
+
 def tokens(
   questions: Sequence[Mapping[str, Any]], tokenizer: Any, template: Template | None
 ) -> list[list[int]]:

@@ -12,13 +12,16 @@ import difflib
 import functools
 import hashlib
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from posttrain_jax import settings
 from posttrain_jax.data.errors import RowError
 from posttrain_jax.rewards import json_values, matching, numbers, score
+from posttrain_jax.rewards.reward import Part
+from posttrain_jax.rewards.score import Score
+from posttrain_jax.rewards.verifier import Answer, Context
 from posttrain_jax.settings import ConfigError
 
 
@@ -76,6 +79,21 @@ def _of(name: str) -> Grader:
     needs_gold=False,
     digest=hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest(),
   )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Graded:
+  """A grader as a part of a reward; its mistakes stop who asks, with file, line and row."""
+
+  grader: Grader
+
+  def scores(self, answers: Sequence[Answer], context: Context) -> list[Score]:
+    return [Score(*self.grader.score(a.completion, a.example)) for a in answers]
+
+
+def parts(graders: Sequence[Grader]) -> list[Part]:
+  """The graders as parts of a reward whose examples are questions."""
+  return [Part(grader.name, _Graded(grader)) for grader in graders]
 
 
 def check(grader: Grader, question: Mapping[str, Any]) -> float:

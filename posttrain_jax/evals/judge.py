@@ -14,10 +14,15 @@ from posttrain_jax.data import answers as answer_lib
 from posttrain_jax.data import bounds, held_out, schema, turns
 from posttrain_jax.data.errors import SHORTEN, RowError
 from posttrain_jax.data.packing import pack_answers
-from posttrain_jax.evals import tasks
+from posttrain_jax.evals import graders, tasks
+from posttrain_jax.evals import samples as samples_lib
+from posttrain_jax.evals.samples import Plan, Writer
 from posttrain_jax.models import before
 from posttrain_jax.models.config import ModelConfig
 from posttrain_jax.objectives import Reward
+from posttrain_jax.rewards.model import Model
+from posttrain_jax.rewards.reward import Part
+from posttrain_jax.rewards.reward import Reward as Scores
 from posttrain_jax.rewards.score import Score, missing
 from posttrain_jax.rewards.verifier import Prompt
 from posttrain_jax.rollout.sampling import Sampling
@@ -204,47 +209,22 @@ def check_best_of(task: str, samples: int) -> None:
 
 
 def best_of(
-  judge: Judge,
-  params: Any,
-  config: ModelConfig,
-  tokenizer: Any,
-  template: Any,
-  *,
-  task: str,
-  samples: int,
-  limit: int,
-  seed: int,
+  judge: Judge, writer: Writer, *, task: str, samples: int, limit: int, seed: int
 ) -> dict[str, float]:
   """How many of a task's questions are answered right by the answer that a reward model likes best of several.
 
   Beside it: the share of all answers that are right (one drawn at random), and of questions with any right answer.
   """
-  rows, answers = tasks.answer(
-    params,
-    config,
-    tokenizer,
-    task=task,
-    split="test",
-    limit=limit or None,
-    template=template,
-    copies=samples,
-    sampling=Sampling(temperature=1.0),
-    seed=seed,
-    batch_size=32,
-    dtype=judge.dtype,
+  asked = tasks.known(task)
+  rows = asked.examples("test", n=limit or None)
+  (grader,) = graders.parts(asked.graders[:1])
+  reward = Scores([grader, Part("liked", Model(judge.scores, rows=len(rows) * samples))], retries=0)
+  plan = Plan(samples, asked.max_new_tokens, Sampling(temperature=1.0), seed)
+  groups = samples_lib.answered(writer, rows, plan, reward, dict)
+  value = lambda name, none: np.asarray(
+    [[none if (v := s.scored.parts[name].value) is None else v for s in group] for group in groups]
   )
-  turn = lambda text: [{"role": "assistant", "content": text}]
-  asked = [
-    schema.Row(
-      {"prompt": rows[i // samples]["prompt"], "completion": turn(a["answer"].strip() or " ")},
-      f"answer {i}",
-      "prompt_completion",
-    )
-    for i, a in enumerate(answers)
-  ]
-  values = np.concatenate(judge.rewards(judge.encode(asked))).reshape(len(rows), samples)
-  right = np.asarray([a["correct"] for a in answers]).reshape(len(rows), samples)
-  best = values.argmax(1)
+  right, best = value(grader.name, 0.0) >= 1, value("liked", -np.inf).argmax(1)
   return {
     "questions": len(rows),
     "samples": samples,

@@ -16,7 +16,7 @@ LONGEST = 32  # characters of a name that comes from data
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-  """`name` is that of metrics.jsonl without `eval_`, or ends with `*`; metrics of one `panel` are drawn together."""
+  """`name` is that of metrics.jsonl without `eval_`, with at most one `*`; those of one `panel` are drawn together."""
 
   name: str
   label: str
@@ -24,8 +24,17 @@ class Metric:
   meaning: str
   panel: str = ""
 
+  @property
+  def around(self) -> tuple[str, str]:
+    """What stands before the `*`, and behind it."""
+    before, _, behind = self.name.partition("*")
+    return before, behind
+
   def covers(self, name: str) -> bool:
-    return name.startswith(self.name[:-1]) if self.name.endswith("*") else name == self.name
+    before, behind = self.around
+    is_long = len(name) >= len(before) + len(behind)
+    is_covered = is_long and name.startswith(before) and name.endswith(behind)
+    return is_covered if "*" in self.name else name == self.name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,15 +209,15 @@ SCORED = Group(
       "reward",
       "score",
       NEITHER,
-      "Mean score of the answers in the batch. The data has it: it does not tell how good the policy is.",
-      "Scores of the data",
+      "Mean score of the answers in the batch; scores that rows bring do not tell how good the policy is.",
+      "Scores of the batch",
     ),
     Metric(
       "reward_std",
       "deviation",
       NEITHER,
       "Deviation of scores within a group; 0 teaches nothing.",
-      "Scores of the data",
+      "Scores of the batch",
     ),
     Metric(
       "frac_reward_zero_std",
@@ -228,10 +237,42 @@ SCORED = Group(
       "Clipped",
     ),
   ),
-  "Scores are those of the rows and move with the rows alone; held-out answers (eval.task) tell "
+  "Scores that rows bring move with the rows alone; held-out answers (eval.task) tell "
   "what the policy is worth. Many groups of one score: the prompts are too easy or too hard. "
   "Clipped shares that rise above a fifth: the policy has left the answers that it learns from; "
   "lower the rate, or write fresh answers. A spike is one batch far from the policy.",
+)
+VERIFIED = Group(
+  "Parts of the reward",
+  (
+    Metric("rewards/*/mean", "", NEITHER, "Mean score of this part, before its weight.", "Parts"),
+    Metric("rewards/*/std", "", NEITHER, "Deviation of this part over all answers.", "Deviations"),
+    Metric(
+      "rewards/missing",
+      "answers without a reward",
+      LOWER,
+      "Share of answers of which a part could not say how good they are. They are left out, and never count as 0.",
+      "Missing",
+    ),
+    Metric("rewards/*/missing", "", LOWER, "Share of answers without this part.", "Missing"),
+    Metric(
+      "rewards/retried", "asked again", LOWER, "Scores that were asked for once more.", "Missing"
+    ),
+    Metric(
+      "pass@1", "first answer right", HIGHER, "Share of answers that are right.", "Right answers"
+    ),
+    Metric(
+      "pass@*",
+      "",
+      HIGHER,
+      "Share of prompts of which at least one of so many answers is right, without bias (Chen et al. 2021).",
+      "Right answers",
+    ),
+  ),
+  "One part that rises while the others fall is the one that pays best: look at what is written, and change the weights"
+  " or make the part a gate. A format that is learned while right answers do not come is the same. Missing scores above"
+  " a few in a hundred: read their reasons, mend the verifier, or raise reward.seconds. pass@1 that rises towards a"
+  " flat pass@n: the model learns to say at once what it could say before.",
 )
 LENGTHS = Group(
   "Lengths of answers",
@@ -338,7 +379,7 @@ GROUPS: Mapping[str, tuple[Group, ...]] = {
   "preference": (LOSS, PARTS, PREFERENCE, DISTANCE, *_COMMON),
   "kto": (LOSS, PARTS, PREFERENCE, DISTANCE, *_COMMON),
   "reward": (LOSS, PARTS, REWARD, *_COMMON),
-  "grouped": (LOSS, PARTS, SCORED, DISTANCE, *_COMMON),
+  "grouped": (LOSS, PARTS, SCORED, VERIFIED, DISTANCE, *_COMMON),
 }
 
 
@@ -364,7 +405,8 @@ class Named:
     """What the table calls it, or of several that one line covers, what the `*` stands for, which may be of data."""
     if self.metric.label:
       return self.metric.label
-    rest = self.name.removeprefix(self.metric.name.rstrip("*")).strip("/_") or self.name
+    before, behind = self.metric.around
+    rest = self.name.removeprefix(before).removesuffix(behind).strip("/_") or self.name
     return rest if len(rest) <= LONGEST else rest[: LONGEST - 1] + "…"
 
   @property
@@ -419,7 +461,7 @@ def ranked(objective: str | None) -> list[str]:
   """The metrics of an objective of which one way is better, but those of which every run has its own."""
   metrics = [metric for group in groups(objective) for metric in group.metrics]
   apart = {metric.name for metric in (*OPTIMISATION.metrics, *SPEED.metrics)}
-  names = [m.name for m in metrics if m.name not in apart and not m.name.endswith("*")]
+  names = [m.name for m in metrics if m.name not in apart and "*" not in m.name]
   return [name for name in dict.fromkeys(names) if better(objective, name)]
 
 

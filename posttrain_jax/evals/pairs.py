@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from posttrain_jax.data import questions
-from posttrain_jax.evals import tasks
-from posttrain_jax.models.config import ModelConfig
-from posttrain_jax.rollout.sampling import Sampling
+from posttrain_jax.evals import graders, samples
+from posttrain_jax.evals.samples import Plan, Writer
+from posttrain_jax.evals.tasks import Task
+from posttrain_jax.rewards.reward import Reward
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,20 +32,13 @@ class Pairs:
 
 
 def make(
-  params: Any,
-  config: ModelConfig,
-  tokenizer: Any,
+  writer: Writer,
+  task: Task,
+  plan: Plan,
   *,
-  task: str | tasks.Task,
   split: str = "train",
   limit: int | None = None,
-  samples: int = 4,
-  temperature: float = 0.8,
-  seed: int = 0,
-  template: Any = None,
-  batch_size: int = 32,
-  dtype: Any = None,
-  progress: Callable[[int, int], None] | None = None,
+  progress: Callable[[int, int | None], None] | None = None,
 ) -> Pairs:
   """One pair for each question of a split that was answered wrong at least once.
 
@@ -53,53 +47,34 @@ def make(
 
   Args:
     limit: that many questions; None for the split.
-    samples: answers drawn to each question.
-    seed: of the drawing.
 
   Raises:
-    ValueError: samples is below 1, or as `tasks.evaluate`.
+    ValueError: as `tasks.evaluate`.
   """
-  if samples < 1:
-    raise ValueError(f"samples={samples}: draw at least one answer to a question")
-  rows, answers = tasks.answer(
-    params,
-    config,
-    tokenizer,
-    task=task,
-    split=split,
-    limit=limit,
-    template=template,
-    copies=samples,
-    sampling=Sampling(temperature=temperature),
-    seed=seed,
-    batch_size=batch_size,
-    dtype=dtype,
-    progress=progress,
-  )
+  rows = task.examples(split, n=limit)
+  reward = Reward(graders.parts(task.graders), retries=0)
+  groups = samples.answered(writer, rows, plan, reward, dict, progress=progress)
+  first = task.graders[0].name
+  value = lambda sample: sample.scored.parts[first].value
   pairs, all_right, none_right, no_better, unused = [], 0, 0, 0, 0
-  for i, row in enumerate(rows):
-    attempts = answers[i * samples : (i + 1) * samples]
+  for row, attempts in zip(rows, groups, strict=True):
+    bar = row.get("best", {}).get(first, 1.0)
     # an empty answer is nothing to compare with
-    wrong = [a for a in attempts if not a["correct"] and a["answer"].strip()]
+    wrong = [s for s in attempts if value(s) < bar and s.drawn.text.strip()]
     if not wrong:
       all_right += 1
       continue
-    right = [a for a in attempts if a["correct"]]
-    worst = min(wrong, key=lambda a: (not a["finished"], _first(a)))
-    best = max(right or wrong, key=_first)
-    if not right and row["gold"] is None and _first(best) <= _first(worst):
+    right = [s for s in attempts if value(s) >= bar]
+    worst = min(wrong, key=lambda s: (not s.drawn.finished, value(s)))
+    best = max(right or wrong, key=value)
+    if not right and row["gold"] is None and value(best) <= value(worst):
       no_better += 1
       continue
     none_right += not right
-    chosen = row["gold"] if not right and row["gold"] is not None else best["answer"]
-    unused += len({a["answer"] for a in wrong}) - 1
-    pairs.append(_pair(row, chosen, worst["answer"]))
+    chosen = row["gold"] if not right and row["gold"] is not None else best.drawn.text
+    unused += len({s.drawn.text for s in wrong}) - 1
+    pairs.append(_pair(row, chosen, worst.drawn.text))
   return Pairs(pairs, len(rows), all_right, none_right, no_better, unused)
-
-
-def _first(answer: Mapping[str, Any]) -> float:
-  """What the first grader gives."""
-  return next(iter(answer["scores"].values()))
 
 
 def _pair(row: Mapping[str, Any], chosen: str, rejected: str) -> dict[str, Any]:
@@ -108,5 +83,4 @@ def _pair(row: Mapping[str, Any], chosen: str, rejected: str) -> dict[str, Any]:
   if isinstance(row["prompt"], str):
     turn = lambda text: text
   pair = dict(prompt=row["prompt"], chosen=turn(chosen), rejected=turn(rejected))
-  named = {"channel": row["channel"]} if row["channel"] != questions.NO_CHANNEL else {}
-  return pair | named | {k: v for k, v in row.get("variables", {}).items() if k == "tools"}
+  return pair | questions.carried(row)

@@ -20,7 +20,6 @@ from posttrain_jax.evals.graders import Grader
 from posttrain_jax.models.config import ModelConfig
 from posttrain_jax.rewards import sql as sql_reward
 from posttrain_jax.rollout import engine
-from posttrain_jax.rollout.sampling import GREEDY, Sampling
 from posttrain_jax.runs.record import TaskResult
 
 Params = Any
@@ -118,7 +117,6 @@ def evaluate(
     limit=limit,
     template=template,
     ensemble=ensemble,
-    copies=members,
     max_new_tokens=max_new_tokens,
     batch_size=batch_size,
     dtype=dtype,
@@ -198,15 +196,12 @@ def answer(
   limit: int | None = None,
   template: Template | str | None = None,
   ensemble: Sequence[Any] = (),
-  copies: int = 1,
-  sampling: Sampling = GREEDY,
-  seed: int = 0,
   max_new_tokens: int | None = None,
   batch_size: int = 16,
   dtype: Any = None,
   progress: Callable[[int, int], None] | None = None,
 ) -> tuple[list[dict], list[dict]]:
-  """(questions, `copies` verified answers to each, one question after the other); arguments as `evaluate`'s.
+  """(questions, a verified answer of each of the ensemble to each, one question after the other); as `evaluate`.
 
   Answers are dicts as in `TaskResult`, and `tokens`, how many were generated.
   """
@@ -222,19 +217,15 @@ def answer(
   prompts = questions.tokens(rows, tokenizer, spoken)
   ends = None if spoken is None else templates.end_of_turn(tokenizer, spoken)
   stops = {*engine.stop_tokens(config, tokenizer), *(() if ends is None else (ends,))}
-  samples = copies
+  members = len(ensemble) or 1
   if ensemble:  # each of its adapters answers each question once
     prompts = [prompt for prompt in prompts for _ in ensemble]
     index = np.tile(np.arange(len(ensemble)), len(rows))
     params = adapters.bind(params, adapters.stack(ensemble, params), rows=index)
-    samples = 1
   drawn = engine.generate(
     params,
     config,
     prompts,
-    samples=samples,
-    sampling=sampling,
-    seed=seed,
     max_new_tokens=asked.max_new_tokens if max_new_tokens is None else max_new_tokens,
     stop_tokens=tuple(sorted(stops)),
     batch_size=batch_size,
@@ -242,7 +233,7 @@ def answer(
     progress=progress,
   )
   return rows, [
-    _answer(rows[i // copies], ids, finished, tokenizer, asked)
+    _answer(rows[i // members], ids, finished, tokenizer, asked)
     for i, (ids, finished) in enumerate(zip(drawn.tokens, drawn.finished))
   ]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -39,7 +38,7 @@ def scored(
       and a damaged file is made again.
   """
   every = [*examples, *(e.companion for e in examples if e.companion is not None)]
-  digest = _digest(every, f"{_identity(params)} {scorer.dtype} {scorer.model}")
+  digest = _digest(every, f"{tree.digest(params)} {scorer.dtype} {scorer.model}")
   path = cache / f"reference-{digest}.safetensors"
   ends = np.cumsum([len(e.tokens) for e in every])
   flat = None
@@ -107,13 +106,6 @@ def _write(path: Path, digest: str, flat: np.ndarray) -> None:
 
 def _checksum(flat: np.ndarray) -> str:
   return hashlib.blake2b(np.ascontiguousarray(flat).data, digest_size=16).hexdigest()
-
-
-def _identity(params: Any) -> str:
-  """A digest of the values of all parameters, each in its place."""
-  leaves = jax.tree_util.tree_flatten_with_path(params)[0]
-  sums = {jax.tree_util.keystr(path): int(tree.checksum(leaf)) for path, leaf in leaves}
-  return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
 
 
 def _digest(examples: Sequence[Answers], of: str) -> str:

@@ -91,6 +91,13 @@ class Reward:
       raise ValueError(f"reward: retries={retries}; it is 0 or more")
     self.parts, self.retries = tuple(parts), retries
 
+  @property
+  def most(self) -> float | None:
+    """The highest total that there is; None where a part has no bound."""
+    ends = [(p.weight * p.within[0], p.weight * p.within[1]) for p in self.parts if not p.gate]
+    total = sum(max(low, high) for low, high in ends)
+    return total if math.isfinite(total) else None
+
   def score(self, answers: Sequence[Answer], *, trainer_state: Any = None) -> Result:
     """Each answer's total and parts, in order.
 

@@ -23,6 +23,15 @@ from posttrain_jax.settings import ConfigError
 EXPECTED = ("gold", "answer", "solution", "ground_truth", "target")
 
 
+def expected(row: Mapping[str, Any]) -> str:
+  """The right answer by the row, "" where no column has it.
+
+  >>> expected({"question": "1 + 1", "answer": 2})
+  '2'
+  """
+  return next((str(row[name]) for name in EXPECTED if row.get(name) is not None), "")
+
+
 def make(
   spec: Mapping[str, Any],
   columns: Collection[str],

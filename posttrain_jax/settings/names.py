@@ -68,6 +68,9 @@ SAME: Mapping[str, str] = {
   "ref_model": "objective.reference",
   "scale_rewards": "objective.advantage",
   "center_rewards_coefficient": "objective.centering",
+  "reward_funcs": "reward.parts",
+  "reward_weights": "reward.weights",
+  "num_generations": "online.samples",
 }
 # names whose values differ here, or that are no field here -> what to write
 INSTEAD: Mapping[str, str] = {

@@ -1,10 +1,12 @@
 """Answers before and after training, graded: `train`, `eval` and `pairs` on rows of one's own."""
 
+import itertools
 import json
 
 import pytest
 
 from posttrain_jax.__main__ import main
+from posttrain_jax.evals import samples
 from posttrain_jax.rollout import engine
 from tests import tiny
 from tests.commands.test_train import train
@@ -28,10 +30,16 @@ def answers(monkeypatch):
   said = ["a"]
   tokenizer = tiny.tokenizer()
 
-  def generate(params, config, prompts, *, sampling, **options):
+  def generate(params, config, prompts, **options):
     ids = [tokenizer(f"{said[i % len(said)]}<|im_end|>")["input_ids"] for i in range(len(prompts))]
     return engine.Generation(ids, [None] * len(ids), [True] * len(ids))
 
+  def draw(writer, prompts, plan, done=()):
+    for number, sample in itertools.product(range(len(prompts)), range(plan.samples)):
+      text = said[(number * plan.samples + sample) % len(said)]
+      yield samples.Drawn(number, sample, tokenizer(text)["input_ids"], text, True)
+
+  monkeypatch.setattr(samples, "draw", draw)
   monkeypatch.setattr(engine, "generate", generate)
   monkeypatch.setattr(engine, "prepare", lambda params, config: params)
   return said

@@ -14,7 +14,7 @@ from posttrain_jax import adapters
 from posttrain_jax.__main__ import main
 from posttrain_jax.adapters import peft_format
 from posttrain_jax.build import reference
-from posttrain_jax.evals import judge, margins, tasks
+from posttrain_jax.evals import judge, margins, samples, tasks
 from posttrain_jax.models import hf
 from posttrain_jax.runs.metrics_log import Journal
 from posttrain_jax.train import loop
@@ -452,25 +452,21 @@ def test_an_adapter_that_is_no_reward_model_is_refused(folder, tmp_path, capsys)
 @pytest.fixture
 def answering(monkeypatch):
   """Questions whose sampled answers are known: the third of four is right, as the gold one is."""
-  asked = {}
+  plans = []
 
-  def answer(params, config, tokenizer, *, task, split, limit, copies=1, **options):
-    rows = tasks.known(task).examples(split, n=limit)
-    asked.update(copies=copies, split=split, **options)
-    texts = lambda row: [row["gold"] if i == 2 else "z" * (i + 1) for i in range(copies)]
-    return rows, [
-      {
-        "answer": text,
-        "correct": text == row["gold"],
-        "scores": {"sql": float(text == row["gold"])},
-        "finished": True,
-      }
-      for row in rows
-      for text in texts(row)
+  def answered(writer, rows, plan, reward, example, progress=None):
+    plans.append(plan)
+    texts = lambda row: [row["gold"] if i == 2 else "z" * (i + 1) for i in range(plan.samples)]
+    drawn = [
+      samples.Drawn(number, i, [i], text, True)
+      for number, row in enumerate(rows)
+      for i, text in enumerate(texts(row))
     ]
+    scored = samples.score(reward, rows, drawn, example)
+    return [scored[i : i + plan.samples] for i in range(0, len(scored), plan.samples)]
 
-  monkeypatch.setattr(tasks, "answer", answer)
-  return asked
+  monkeypatch.setattr(samples, "answered", answered)
+  return plans
 
 
 def test_best_of_takes_the_answer_that_the_reward_model_likes(
@@ -486,7 +482,7 @@ def test_best_of_takes_the_answer_that_the_reward_model_likes(
     told = json.loads(capsys.readouterr().out)
     assert told["accuracy_best"] == best
     assert (told["accuracy_of_one"], told["accuracy_of_any"]) == (0.25, 1.0)
-    assert (told["questions"], told["samples"], answering["copies"]) == (5, 4, 4)
+    assert (told["questions"], told["samples"], answering[-1].samples) == (5, 4, 4)
   assert main(["eval", *flags, "--best_of=1"]) == 1
   assert main(["eval", *flags[:2], "--best_of=4"]) == 1
 

@@ -82,6 +82,16 @@ def test_channels_and_parts_are_told_apart():
   assert titles("preference") == ["Parts of the loss"]
 
 
+def test_parts_of_a_reward_are_told_by_what_stands_between():
+  names = ["rewards/number/mean", "rewards/number/missing", "rewards/missing", "pass@1", "pass@8"]
+  ((group, named),) = meanings.sorted_into("grouped", names)
+  assert group is meanings.VERIFIED
+  labels = {one.name: one.label for one in named}
+  assert labels["rewards/number/mean"] == labels["rewards/number/missing"] == "number"
+  assert (labels["rewards/missing"], labels["pass@8"]) == ("answers without a reward", "8")
+  assert meanings.better("grouped", "rewards/number/missing") == "lower"
+
+
 def test_the_best_value_is_lowest_or_highest_or_none():
   assert meanings.best("preference", "eval_rewards/accuracies", [0.5, 0.9, None]) == 1
   assert meanings.best("sft", "eval_loss", [0.5, 0.9, float("nan")]) == 0

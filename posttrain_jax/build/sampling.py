@@ -1,0 +1,356 @@
+"""Rejection sampling: a model answers prompts several times, a reward scores the answers, and a file keeps the best."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Generator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from posttrain_jax.build import evaluation, questions, scoring, use
+from posttrain_jax.core import files, progress, tree
+from posttrain_jax.core.journal import Journal
+from posttrain_jax.data import chat, held_out, schema
+from posttrain_jax.data import questions as questions_lib
+from posttrain_jax.data.errors import RowError
+from posttrain_jax.evals import keeping, samples, tasks
+from posttrain_jax.evals.keeping import Keep, Summary
+from posttrain_jax.evals.samples import Drawn, Plan, Question, Sample, Writer
+from posttrain_jax.rewards import section, selftest
+from posttrain_jax.rewards.reward import Reward, Scored
+from posttrain_jax.rewards.score import Score
+from posttrain_jax.rewards.verifier import Answer
+from posttrain_jax.rollout.sampling import Sampling
+from posttrain_jax.settings import ConfigError
+
+log = logging.getLogger(__name__)
+ASKS = ("prompt", "prompt_completion", "messages")  # what a row is taken for that could be several
+GROUPS = 16  # prompts whose answers are scored together, and are then paid for
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+  """What `posttrain sample` is asked for.
+
+  reward: the section that scores, as `scoring.spec` makes it; without parts the task's own scores.
+  columns: of the data, as config.data.columns: {"prompt": "question"}.
+  right: the score from which on an answer is right; None: the highest there is.
+  max_new_tokens: 0: what the task needs, or a quarter more than the longest expected answer.
+  """
+
+  out: Path
+  task: str
+  data: str
+  samples: int
+  keep: Keep
+  reward: Mapping[str, Any]
+  sampling: Sampling
+  columns: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  right: float | None = None
+  max_new_tokens: int = 0
+  seed: int = 0
+  rows: int = 32
+  limit: int = 0
+
+  @property
+  def scored_by(self) -> Mapping[str, Any]:
+    """The section of the reward; a built-in task has a verifier of its name."""
+    own = {} if self.reward.get("parts") else {"parts": (self.task,)}
+    return {**self.reward, **own}
+
+
+def write(wanted: Wanted, load: Callable[[], use.Used]) -> Summary:
+  """Writes the scored answers that are kept; goes on where the same command was ended before.
+
+  Args:
+    load: the model, after what the command says has been checked.
+
+  Raises:
+    ConfigError: another command wrote the file, nothing scores the answers, or a verifier cannot tell right from wrong.
+    RowError: a row has no prompt, or one that leaves no room for an answer.
+  """
+  _check(wanted)
+  used = load()
+  writer = use.writer(used)
+  asked, longest = _asked(used, wanted)
+  reward = scoring.of(wanted.scored_by, _columns(asked))
+  selftest.check(reward, _references(asked))
+  right = reward.most if wanted.right is None else wanted.right
+  _check_right(wanted.keep, right)
+  plan = _plan(wanted, longest)
+  prompts = writer.prompts(asked)
+  weights = _weights(used)
+  identity = _identity(wanted, used, plan, prompts, asked, weights)
+  wanted.out.parent.mkdir(parents=True, exist_ok=True)
+  _check_out(wanted.out, identity)
+  with Journal(_journal(wanted.out)).begin(identity) as journal:
+    drawn = _drawn(journal, writer, prompts, plan)
+    groups = _scored(journal, reward, asked, drawn, plan)
+  some = [keeping.kept(wanted.keep, group, right) for group in groups]
+  lines = [
+    _line(asked[s.drawn.number], s, wanted.seed, weights) for one in some for s in one.samples
+  ]
+  if not lines:
+    raise ConfigError(f"no answer is kept:\n{keeping.summary(groups, some, right)}")
+  files.write_text(wanted.out, "".join(lines))
+  if right is None:
+    log.info("no pass@k: nothing says which score is right; write --right=SCORE")
+  return keeping.summary(groups, some, right)
+
+
+def _check(wanted: Wanted) -> None:
+  """What can be said before a model is read."""
+  if bool(wanted.task) == bool(wanted.data):
+    raise ConfigError("write --task=NAME (a built-in task) or --data=SOURCE (rows of yours)")
+  if wanted.task and wanted.task not in tasks.TASKS:
+    raise ConfigError(f"--task={wanted.task}: there are {', '.join(tasks.TASKS)}")
+  if wanted.data and not wanted.reward.get("parts"):
+    raise ConfigError(
+      "--data needs --reward, which says how good an answer is: a verifier such as number or exact, a function of yours"
+      " as FILE.py:name, a reward model's folder, or several with commas between"
+    )
+  if wanted.limit < 0:
+    raise ConfigError(f"--limit={wanted.limit}: a count of prompts, or 0 for all")
+  if wanted.max_new_tokens < 0:
+    raise ConfigError(f"--max_new_tokens={wanted.max_new_tokens}: a count, or 0")
+  _plan(wanted, longest=1)
+
+
+def _plan(wanted: Wanted, longest: int) -> Plan:
+  return Plan(wanted.samples, longest, wanted.sampling, wanted.seed, wanted.rows)
+
+
+def _check_right(keep: Keep, right: float | None) -> None:
+  if keep.rule == keeping.ALL_RIGHT and right is None:
+    raise ConfigError(
+      f"--keep={keeping.ALL_RIGHT}: a part of the reward has no highest score, so nothing says which answers are right;"
+      " write --right=SCORE, or --keep=best, top:K or above:X"
+    )
+
+
+def _asked(used: use.Used, wanted: Wanted) -> tuple[list[Question], int]:
+  """(the questions, the most tokens of an answer).
+
+  Raises:
+    RowError: there is no prompt in a row, or no room behind one.
+  """
+  config = evaluation.described(used, wanted.task or wanted.data).unlock()
+  model = evaluation.as_model(used, used.bound)
+  asked: list[Question]
+  if wanted.task:
+    task = tasks.TASKS[wanted.task]
+    asked = [
+      dict(row, row=row, origin=f"{task.name}/train:{i}")
+      for i, row in enumerate(task.examples("train", n=wanted.limit or None), 1)
+    ]
+    longest = wanted.max_new_tokens or task.max_new_tokens
+  else:
+    longest = wanted.max_new_tokens
+    as_turns = bool(config.data.chat and model.template is not None)
+    with _told_of_columns():
+      rows = schema.read(
+        wanted.data,
+        columns=wanted.columns or None,
+        chat=as_turns,
+        system=config.data.system if as_turns else None,
+        kinds=ASKS,
+      )
+    asked = [questions_lib.of(row, used.tokenizer) for row in rows]
+    if wanted.limit:
+      asked = list(held_out.limited(asked, wanted.limit, seed=0))
+  if not asked:
+    raise ConfigError(f"{wanted.data or wanted.task} has no rows")
+  config.eval.max_new_tokens = longest
+  return asked, questions.longest(config, model, asked, True, "--max_new_tokens")
+
+
+@contextlib.contextmanager
+def _told_of_columns() -> Generator[None]:
+  """What columns are to be named is said as this command names them."""
+  field = "--config.data.columns."
+  try:
+    yield
+  except RowError as error:
+    detail, cure = (text.replace(field, "--columns=") for text in (error.detail, error.cure))
+    raise RowError(error.reason, error.origin, detail, cure) from None
+
+
+def example(question: Question) -> dict[str, Any]:
+  """What a verifier is given of a question: its row, and the expected answer as `gold` where there is one."""
+  row = dict(question["row"])
+  if question["gold"] is not None:
+    row.setdefault("gold", question["gold"])
+  return row
+
+
+def _columns(asked: Sequence[Question]) -> list[str]:
+  """The columns that every row has."""
+  rows = [example(question) for question in asked]
+  return [column for column in rows[0] if all(column in row for row in rows)]
+
+
+def _references(asked: Sequence[Question]) -> list[Answer]:
+  """The first rows with their own right answers, "" where a row does not say."""
+  some = [(q["prompt"], example(q)) for q in asked[: selftest.PAIRS]]
+  return [Answer(prompt, section.expected(row), row) for prompt, row in some]
+
+
+def _weights(used: use.Used) -> str:
+  """A name for the model and its adapter."""
+  return tree.digest((used.params, list(used.nodes)))[:16]
+
+
+def _identity(
+  wanted: Wanted,
+  used: use.Used,
+  plan: Plan,
+  prompts: Sequence[Sequence[int]],
+  asked: Sequence[Question],
+  weights: str,
+) -> dict[str, Any]:
+  """What answers and scores depend on, under the names of the options; how the model is called is not of it."""
+  return json.loads(
+    json.dumps(
+      {
+        "model": weights,
+        "prompts": _digest([prompts, list(used.ends)]),
+        "rows": _digest([example(question) for question in asked]),
+        "reward": wanted.scored_by,
+        "verifiers": _sources(wanted.scored_by),
+        "n": plan.samples,
+        **dataclasses.asdict(plan.sampling),
+        "max_new_tokens": plan.max_new_tokens,
+        "seed": plan.seed,
+        "batch_size": plan.rows,
+      }
+    )
+  )
+
+
+def _digest(value: Any) -> str:
+  text = json.dumps(value, sort_keys=True, default=str)
+  return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _sources(reward: Mapping[str, Any]) -> str:
+  """A digest of the user's files that score."""
+  names = [name for field in ("parts", "gates") for name in section.names(reward.get(field, ()))]
+  paths = {name.rpartition(":")[0] for name in names if name.rpartition(":")[0].endswith(".py")}
+  return _digest([Path(path).expanduser().read_text() for path in sorted(paths)]) if paths else ""
+
+
+def _journal(out: Path) -> Path:
+  """The file beside the one that is written, with every answer and its scores."""
+  return out.with_name(f"{out.name}.answers")
+
+
+def _check_out(out: Path, identity: Mapping[str, Any]) -> None:
+  """Raises ConfigError where another command wrote what is there."""
+  path = _journal(out)
+  if out.exists() and not path.exists():
+    raise ConfigError(
+      f"{out} is there already, and no {path.name} beside it says what wrote it: write another --out, or remove it"
+    )
+  there = Journal(path).header or identity
+  differ = [name for name in {**there, **identity} if there.get(name) != identity.get(name)]
+  if differ:
+    told = "; ".join(
+      f"{name}: {there.get(name)} there, {identity.get(name)} now" for name in differ
+    )
+    raise ConfigError(
+      f"{path} is of another command ({told}): write another --out, or remove {path.name} and {out.name}"
+    )
+
+
+def _drawn(
+  journal: Journal, writer: Writer, prompts: Sequence[Sequence[int]], plan: Plan
+) -> list[list[Drawn]]:
+  every: dict[tuple[int, int], Drawn] = {}
+  for line in journal.lines:
+    if "ids" in line:
+      number, sample = line["answer"]
+      text = writer.text(line["ids"])
+      every[number, sample] = Drawn(number, sample, line["ids"], text, line["finished"])
+  total = len(prompts) * plan.samples
+  if every:
+    log.info("%d of %d answers are there already", len(every), total)
+  if len(every) == total:
+    return _in_order(every, len(prompts), plan)
+  with progress.counter("answering") as count:
+    for one in samples.draw(writer, prompts, plan, done=every.keys()):
+      at = (one.number, one.sample)
+      journal.write({"answer": at, "ids": one.tokens, "finished": one.finished})
+      every[at] = one
+      count(len(every), total)
+  return _in_order(every, len(prompts), plan)
+
+
+def _in_order(
+  every: Mapping[tuple[int, int], Drawn], prompts: int, plan: Plan
+) -> list[list[Drawn]]:
+  return [[every[i, s] for s in range(plan.samples)] for i in range(prompts)]
+
+
+def _scored(
+  journal: Journal,
+  reward: Reward,
+  asked: Sequence[Question],
+  drawn: Sequence[Sequence[Drawn]],
+  plan: Plan,
+) -> list[list[Sample]]:
+  every = {line["scored"]: line["scores"] for line in journal.lines if "scored" in line}
+  left = [i for i in range(len(drawn)) if i not in every]
+  with progress.counter("scoring") as count:
+    for start in range(0, len(left), GROUPS):
+      some = left[start : start + GROUPS]
+      flat = [one for i in some for one in drawn[i]]
+      given = samples.score(reward, asked, flat, example)
+      for place, i in enumerate(some):
+        group = given[place * plan.samples : (place + 1) * plan.samples]
+        every[i] = [_as_json(sample.scored) for sample in group]
+        journal.write({"scored": i, "scores": every[i]})
+      count(len(every), len(drawn))
+  return [
+    [Sample(one, _from_json(given)) for one, given in zip(group, every[i], strict=True)]
+    for i, group in enumerate(drawn)
+  ]
+
+
+def _as_json(scored: Scored) -> dict[str, Any]:
+  flat = lambda given: [given.value, given.reason, given.applies]
+  return {
+    "total": flat(scored.total),
+    "parts": {name: flat(given) for name, given in scored.parts.items()},
+  }
+
+
+def _from_json(value: Mapping[str, Any]) -> Scored:
+  parts = {name: Score(*given) for name, given in value["parts"].items()}
+  return Scored(Score(*value["total"]), parts)
+
+
+def _line(question: Question, sample: Sample, seed: int, weights: str) -> str:
+  """A row that fine-tuning reads: prompt and completion, the tokens that were drawn, and what is known of them."""
+  drawn, scored = sample.drawn, sample.scored
+  is_text = isinstance(question["prompt"], str)
+  said: Any = drawn.text if is_text else [{"role": "assistant", "content": drawn.text}]
+  missing = {name: given.reason for name, given in scored.parts.items() if given.is_missing}
+  row = {
+    "prompt": question["prompt"],
+    "completion": said,
+    chat.IDS: drawn.tokens,
+    "score": sample.score,
+    "parts": {name: given.value for name, given in scored.parts.items()},
+    **({"missing": missing} if missing else {}),
+    "finished": drawn.finished,
+    "weights": weights,
+    "seed": seed,
+    "number": drawn.number,
+    "sample": drawn.sample,
+    **questions_lib.carried(question),
+  }
+  return json.dumps(row, ensure_ascii=False) + "\n"

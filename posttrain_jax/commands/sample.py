@@ -1,0 +1,105 @@
+"""`posttrain sample`: a model's answers, scored, the best of them kept to be trained on."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from posttrain_jax import settings
+from posttrain_jax.commands import common
+from posttrain_jax.core import progress
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument("--model", metavar="NAME_OR_DIR", help="a model, or the folder of a run")
+  parser.add_argument("--adapter", metavar="DIR")
+  common.add_use(parser)
+  parser.add_argument("--task", default="", help="a built-in task, for its training questions")
+  parser.add_argument(
+    "--data", default="", metavar="SOURCE", help=f"prompts of yours: {common.SOURCE}"
+  )
+  parser.add_argument(
+    "--columns",
+    action="append",
+    default=[],
+    metavar="prompt=NAME",
+    help="which column of --data is the prompt; once more for others, as completion=NAME",
+  )
+  common.add_reward(parser)
+  parser.add_argument("--out", required=True, metavar="FILE.jsonl")
+  parser.add_argument("--n", type=int, default=8, help="answers to each prompt; default 8")
+  parser.add_argument(
+    "--keep",
+    default="all_right",
+    metavar="RULE",
+    help="what of a prompt's answers is kept: all_right (default), best, top:K, above:SCORE or all",
+  )
+  parser.add_argument(
+    "--per_prompt", type=int, default=0, metavar="K", help="at most so many of a prompt; 0 for all"
+  )
+  parser.add_argument(
+    "--right",
+    type=float,
+    metavar="SCORE",
+    help="from which on an answer is right; default the highest score that the reward can give",
+  )
+  parser.add_argument("--limit", type=int, default=0, help="prompts, drawn; 0 for all")
+  parser.add_argument("--temperature", type=float, default=1.0)
+  parser.add_argument(
+    "--top_p", type=float, default=1.0, help="share of the probability; 1 for all"
+  )
+  parser.add_argument("--top_k", type=int, default=0, help="most likely tokens; 0 for all")
+  parser.add_argument(
+    "--min_p", type=float, default=0.0, help="least share of the likeliest token's; 0 for all"
+  )
+  parser.add_argument(
+    "--max_new_tokens",
+    type=int,
+    default=0,
+    help="of an answer; 0: what the task needs, or a quarter more than the longest expected answer",
+  )
+  parser.add_argument("--seed", type=int, default=0)
+  parser.add_argument("--batch_size", type=int, default=32, help="answers written at once")
+
+
+def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
+  """Writes the answers that are kept, JSONL; the same command goes on where it was ended.
+
+  Raises:
+    ConfigError, RowError: as `build.sampling.write`.
+  """
+  with progress.phase("starting"):
+    common.cache_compilations()
+    from posttrain_jax.build import sampling, scoring, use
+    from posttrain_jax.evals import keeping
+    from posttrain_jax.rollout.sampling import Sampling
+
+  columns = _columns(args)
+  reward = scoring.spec(args.reward, args.gate, unsafe_code=args.unsafe_code)
+  wanted = sampling.Wanted(
+    out=Path(args.out),
+    task=args.task,
+    data=args.data,
+    samples=args.n,
+    keep=keeping.parse(args.keep, args.per_prompt),
+    reward=reward,
+    columns=columns,
+    sampling=Sampling(args.temperature, args.top_k, args.top_p, args.min_p),
+    right=args.right,
+    max_new_tokens=args.max_new_tokens,
+    seed=args.seed,
+    rows=args.batch_size,
+    limit=args.limit,
+  )
+  load = lambda: use.load(args.model, args.adapter, base=args.base, template=args.template)
+  print(f"{sampling.write(wanted, load)}; written: {args.out}")
+  return 0
+
+
+def _columns(args: argparse.Namespace) -> dict[str, Any]:
+  """config.data.columns, which --columns writes: `--columns=prompt=question`."""
+  fields = [f"--config.data.columns.{text}" for text in args.columns]
+  columns = settings.load("sft:adapter=none", fields).data.columns.to_dict()
+  return {name: [*of] if isinstance(of, tuple) else of for name, of in columns.items()}

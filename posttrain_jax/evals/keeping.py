@@ -1,0 +1,216 @@
+"""Which of several answers are kept, and what they say of the model that wrote them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+
+from posttrain_jax.evals.samples import Sample
+from posttrain_jax.rewards import reward as rewards
+
+BEST, ALL_RIGHT, ALL, TOP, ABOVE = "best", "all_right", "all", "top", "above"
+RULES = f"{BEST}, {ALL_RIGHT}, {ALL}, {TOP}:K or {ABOVE}:X"
+SAME, CUT, EMPTY, MISSING, RULED_OUT, BEYOND = (
+  "the same tokens again",
+  "cut by max_new_tokens",
+  "empty",
+  "without a score",
+  "not what --keep asks for",
+  "beyond --per_prompt",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Keep:
+  """rule: one of RULES.  number: the K or X of it.  per_prompt: at most so many of a prompt, 0 for all."""
+
+  rule: str
+  number: float = 0.0
+  per_prompt: int = 0
+
+
+def parse(text: str, per_prompt: int = 0) -> Keep:
+  """What `--keep` and `--per_prompt` say.
+
+  >>> parse("top:2").number, parse("all_right", 4).per_prompt
+  (2.0, 4)
+
+  Raises:
+    ValueError: there is no such rule.
+  """
+  if per_prompt < 0:
+    raise ValueError(f"--per_prompt={per_prompt}: it is a count, or 0 for all")
+  rule, colon, number = text.partition(":")
+  if rule in (BEST, ALL_RIGHT, ALL) and not colon:
+    return Keep(rule, per_prompt=per_prompt)
+  try:
+    value = float(number)
+  except ValueError:
+    value = math.nan
+  is_count = math.isfinite(value) and value >= 1 and value == int(value)
+  if (rule == ABOVE and math.isfinite(value)) or (rule == TOP and is_count):
+    return Keep(rule, value, per_prompt)
+  raise ValueError(f"--keep={text}: write {RULES}, with a count K from 1 and a score X")
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+  """The answers of a prompt that are kept, in the order of their numbers, and why others are not."""
+
+  samples: tuple[Sample, ...]
+  left_out: Counter[str]
+
+
+def kept(keep: Keep, samples: Sequence[Sample], right: float | None) -> Kept:
+  """Of one prompt's answers those that a rule keeps; of equal ones the first.
+
+  Only `all` keeps answers that were cut or have no score: there is no end to be learned from the one, and nothing is
+  known of the other.
+
+  Args:
+    right: the score from which on an answer is right.
+  """
+  left_out: Counter[str] = Counter()
+  fit = []
+  seen: set[tuple[int, ...]] = set()
+  for sample in samples:
+    why = _unfit(keep, sample, seen)
+    seen.add(tuple(sample.drawn.tokens))
+    if why:
+      left_out[why] += 1
+    else:
+      fit.append(sample)
+  chosen = _ruled(keep, fit, right)
+  left_out[RULED_OUT] += len(fit) - len(chosen)
+  some = chosen[: keep.per_prompt or None]
+  left_out[BEYOND] += len(chosen) - len(some)
+  return Kept(tuple(sorted(some, key=lambda sample: sample.drawn.sample)), +left_out)
+
+
+def _unfit(keep: Keep, sample: Sample, seen: set[tuple[int, ...]]) -> str:
+  if tuple(sample.drawn.tokens) in seen:
+    return SAME
+  if not sample.drawn.text.strip():
+    return EMPTY
+  if keep.rule != ALL and not sample.drawn.finished:
+    return CUT
+  return MISSING if keep.rule != ALL and sample.score is None else ""
+
+
+def _ruled(keep: Keep, samples: Sequence[Sample], right: float | None) -> list[Sample]:
+  """What the rule keeps, the best first."""
+  value = lambda sample: -math.inf if sample.score is None else sample.score
+  best = sorted(samples, key=value, reverse=True)  # stable: of equal ones the first
+  match keep.rule:
+    case "best":
+      return best[:1]
+    case "top":
+      return best[: int(keep.number)]
+    case "above":
+      return [sample for sample in best if value(sample) > keep.number]
+    case "all_right":
+      return [sample for sample in best if is_right(sample, right)]
+  return best
+
+
+def is_right(sample: Sample, right: float | None) -> bool:
+  return right is not None and sample.score is not None and sample.score >= right
+
+
+def pass_at(k: int, count: int, right: int) -> float:
+  """1 - C(count - right, k) / C(count, k): whether one of k answers is right, of `count` drawn, without bias.
+
+  Chen et al. 2021, equation 1.
+
+  >>> pass_at(1, 4, 1), pass_at(4, 4, 1), pass_at(2, 4, 0)
+  (0.25, 1.0, 0.0)
+  """
+  if not 0 <= right <= count or not 1 <= k <= count:
+    raise ValueError(f"pass@{k} of {right} right answers among {count}")
+  return 1.0 - math.comb(count - right, k) / math.comb(count, k)
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+  """What answers to prompts came to.
+
+  passes: {k: pass@k} over the prompts that have k scored answers; empty where nothing says which are right.
+  none_right: prompts without a right answer, of those that have scores.
+  unscored: prompts of which no answer has a score.
+  missing: {(part, reason): how often}.
+  """
+
+  prompts: int
+  answers: int
+  scored: int
+  mean: float | None
+  passes: dict[int, float]
+  none_right: int
+  unscored: int
+  missing: dict[tuple[str, str], int]
+  kept: int
+  left_out: dict[str, int]
+
+  def __str__(self) -> str:
+    lines = [f"{self.answers} answers to {self.prompts} prompts"]
+    if self.mean is not None:
+      lines[0] += f", mean score {self.mean:.3g}"
+    if self.passes:
+      told = ", ".join(f"pass@{k} {value:.1%}" for k, value in self.passes.items())
+      lines.append(f"{told}; {self.none_right} prompts had no right answer")
+    why = ", ".join(f"{count} {reason}" for reason, count in self.left_out.items())
+    lines.append(f"{self.kept} kept" + (f"; left out: {why}" if why else ""))
+    if self.missing:
+      lines.append(f"{self.answers - self.scored} answers have no score:")
+      lines += [f"  {count} {part}: {why}" for (part, why), count in self.missing.items()]
+    return "\n".join(lines)
+
+
+def summary(
+  groups: Sequence[Sequence[Sample]], some: Sequence[Kept], right: float | None
+) -> Summary:
+  """What the answers to each prompt came to, and what is kept of them."""
+  every = [sample for group in groups for sample in group]
+  scores = [sample.score for sample in every if sample.score is not None]
+  counts = [
+    (sum(s.score is not None for s in group), sum(is_right(s, right) for s in group))
+    for group in groups
+  ]
+  left_out = sum((one.left_out for one in some), Counter())
+  return Summary(
+    prompts=len(groups),
+    answers=len(every),
+    scored=len(scores),
+    mean=statistics.fmean(scores) if scores else None,
+    passes={} if right is None else _passes(counts, max(map(len, groups), default=0)),
+    none_right=0 if right is None else sum(n > 0 and not c for n, c in counts),
+    unscored=sum(not n for n, _ in counts),
+    missing=dict(_missing(every).most_common()),
+    kept=sum(len(one.samples) for one in some),
+    left_out=dict(left_out.most_common()),
+  )
+
+
+def _passes(counts: Sequence[tuple[int, int]], most: int) -> dict[int, float]:
+  """pass@1, at the powers of two, and of all answers."""
+  wanted = sorted({*(2**i for i in range(most.bit_length()) if 2**i < most), most} - {0})
+  passes = {}
+  for k in wanted:
+    values = [pass_at(k, n, c) for n, c in counts if n >= k]
+    if values:
+      passes[k] = statistics.fmean(values)
+  return passes
+
+
+def _missing(samples: Sequence[Sample]) -> Counter[tuple[str, str]]:
+  lost: Counter[tuple[str, str]] = Counter()
+  for sample in samples:
+    parts = {name: p for name, p in sample.scored.parts.items() if p.is_missing and p.applies}
+    if sample.score is None and not parts:
+      parts = {"reward": sample.scored.total}
+    for name, given in parts.items():
+      lost[name, rewards.kind(given.reason)] += 1
+  return lost

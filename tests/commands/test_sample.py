@@ -1,0 +1,319 @@
+"""`posttrain sample`: answers, scored and kept, which fine-tuning reads as they are."""
+
+import json
+
+import pytest
+
+from posttrain_jax.__main__ import main
+from posttrain_jax.build import sampling as sampling_lib
+from posttrain_jax.build import use
+from posttrain_jax.data import chat, schema
+from posttrain_jax.evals import keeping, samples
+from posttrain_jax.evals.samples import Drawn
+from posttrain_jax.rollout.sampling import Sampling
+from posttrain_jax.settings import ConfigError
+from tests import tiny
+
+N = 4
+VERIFIERS = """
+def first(prompt, completion, example):
+  return float(completion[:1] == example["gold"][:1])
+
+def short(prompt, completion, example):
+  return -len(completion)
+
+def of_id(completions, id, **columns):
+  return [0.5 if i % 3 else None for i in id]
+
+def fails(prompt, completion, example):
+  if completion != example["gold"] and example["id"] == 1:
+    raise KeyError("x")
+  return float(completion == example["gold"])
+
+def reads_more(completions, level, **columns):
+  return [0.0] * len(completions)
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("sample")
+  tiny.tiny_model_folder(folder / "model")
+  items = [{"prompt": f"say {i % 4}", "completion": "ab"[i % 2], "id": i} for i in range(4)]
+  tiny.write_jsonl(folder / "rows.jsonl", items)
+  tiny.write_jsonl(folder / "math.jsonl", [{"question": "1 + 1", "answer": "a", "level": 1}] * 2)
+  tiny.write_jsonl(folder / "texts.jsonl", [{"text": "nothing is asked"}])
+  tiny.write_jsonl(folder / "long.jsonl", [{"prompt": "x" * 200, "completion": "b"}] + items)
+  (folder / "mine.py").write_text(VERIFIERS)
+  return folder
+
+
+@pytest.fixture(scope="module")
+def used(place):
+  return use.load(str(place / "model"))
+
+
+@pytest.fixture
+def written(monkeypatch):
+  """The model's words, in the order of questions and answers, and which of them it was asked for."""
+  tokenizer, asked = tiny.tokenizer(), []
+
+  def draw(writer, prompts, plan, done=()):
+    said = ("a", "b", "a", "ab")
+    left = [(i, s) for i in range(len(prompts)) for s in range(plan.samples) if (i, s) not in done]
+    for number, sample in reversed(left):  # they are whole in no order
+      text = said[sample % len(said)]
+      asked.append((number, sample))
+      end = "" if sample == 3 else "<|im_end|>"
+      yield Drawn(number, sample, tokenizer(text + end)["input_ids"], text, bool(end))
+
+  monkeypatch.setattr(samples, "draw", draw)
+  return asked
+
+
+def wanted(place, out, **changes):
+  keep = keeping.parse(changes.pop("keep", "all_right"), changes.pop("per_prompt", 0))
+  values = dict(
+    out=place / out if isinstance(out, str) else out,
+    task="",
+    data=str(place / "rows.jsonl"),
+    samples=N,
+    keep=keep,
+    reward={"parts": ("exact",)},
+    sampling=Sampling(),
+    max_new_tokens=8,
+  )
+  return sampling_lib.Wanted(**(values | changes))
+
+
+def rows_of(path):
+  return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_what_is_right_is_kept_once_with_all_that_is_known_of_it(place, used, written, tmp_path):
+  summary = sampling_lib.write(wanted(place, tmp_path / "a.jsonl"), lambda: used)
+  rows = rows_of(tmp_path / "a.jsonl")
+  assert [(row["number"], row["sample"]) for row in rows] == [(0, 0), (1, 1), (2, 0), (3, 1)]
+  assert rows[0]["completion"] == [{"role": "assistant", "content": "a"}]
+  assert rows[0]["prompt"] == [{"role": "user", "content": "say 0"}]
+  assert rows[0]["completion_ids"] == tiny.tokenizer()("a<|im_end|>")["input_ids"]
+  assert (rows[0]["score"], rows[0]["parts"], rows[0]["finished"]) == (1.0, {"exact": 1.0}, True)
+  assert rows[0]["weights"] == rows[1]["weights"]
+  assert len(rows[0]["weights"]) == 16
+  # of four answers two, or one, are right
+  assert summary.passes == {1: 3 / 8, 2: pytest.approx((5 / 6 + 1 / 2) / 2), 4: 1.0}
+  assert (summary.none_right, summary.kept) == (0, 4)
+  assert summary.left_out == {
+    keeping.SAME: 4,
+    keeping.CUT: 4,
+    keeping.RULED_OUT: 4,
+  }
+
+
+@pytest.mark.parametrize("cut_at", [1, 300, 700, 1500, -1])
+def test_a_command_that_was_killed_goes_on_to_the_same_file(place, used, written, tmp_path, cut_at):
+  whole = tmp_path / "whole.jsonl"
+  sampling_lib.write(wanted(place, whole, keep="all"), lambda: used)
+  journal = tmp_path / "whole.jsonl.answers"
+  paid = journal.read_bytes()
+  left = tmp_path / "left.jsonl.answers"
+  left.write_bytes(paid[:cut_at])
+  lines = [json.loads(line) for line in paid[:cut_at].splitlines(keepends=True)[:-1]]
+  done = {tuple(line["answer"]) for line in lines if "answer" in line}
+  written.clear()
+  sampling_lib.write(wanted(place, tmp_path / "left.jsonl", keep="all"), lambda: used)
+  assert (tmp_path / "left.jsonl").read_bytes() == whole.read_bytes()
+  assert not done & set(written)
+  assert len(written) == 16 - len(done)
+
+
+def test_another_rule_keeps_others_of_the_same_answers(place, used, written, tmp_path):
+  out = tmp_path / "a.jsonl"
+  for keep, per_prompt, count in (
+    ("all", 0, 12),  # of four answers three are unlike
+    ("all", 2, 8),
+    ("best", 0, 4),
+    ("top:2", 0, 8),
+    ("above:0.5", 0, 4),
+    ("all_right", 0, 4),
+  ):
+    sampling_lib.write(wanted(place, out, keep=keep, per_prompt=per_prompt), lambda: used)
+    assert len(rows_of(out)) == count, keep
+  assert len(written) == 16  # once
+
+
+def test_another_command_is_told_apart(place, used, written, tmp_path):
+  out = tmp_path / "a.jsonl"
+  sampling_lib.write(wanted(place, out), lambda: used)
+  with pytest.raises(ConfigError, match=r"of another command \(seed: 0 there, 1 now\)"):
+    sampling_lib.write(wanted(place, out, seed=1), lambda: used)
+  with pytest.raises(ConfigError, match=r"\(n: 4 there, 5 now; temperature: 1.0 there, 0.5 now\)"):
+    sampling_lib.write(
+      wanted(place, out, samples=5, sampling=Sampling(temperature=0.5)), lambda: used
+    )
+  (tmp_path / "b.jsonl").write_text("mine\n")
+  with pytest.raises(ConfigError, match=r"is there already, and no b\.jsonl\.answers"):
+    sampling_lib.write(wanted(place, tmp_path / "b.jsonl"), lambda: used)
+  assert (tmp_path / "b.jsonl").read_text() == "mine\n"
+
+
+def test_missing_scores_are_counted_with_their_reasons_and_never_0(place, used, written, tmp_path):
+  own = {"parts": (f"{place / 'mine.py'}:fails",), "untested": (f"{place / 'mine.py'}:fails",)}
+  summary = sampling_lib.write(
+    wanted(place, tmp_path / "a.jsonl", reward=own, right=1.0, keep="all"), lambda: used
+  )
+  assert summary.missing == {(own["parts"][0], "raised KeyError"): 3}
+  assert summary.scored == 13
+  lost = [row for row in rows_of(tmp_path / "a.jsonl") if row["score"] is None]
+  assert {row["number"] for row in lost} == {1}
+  assert all("raised KeyError" in row["missing"][own["parts"][0]] for row in lost)
+  assert "3 answers have no score" in str(summary)
+
+
+def test_a_reward_without_a_highest_score_says_nothing_of_right(place, used, written, tmp_path):
+  own = f"{place / 'mine.py'}:short"
+  spec = {"parts": (own,), "untested": (own,)}
+  with pytest.raises(ConfigError, match="write --right=SCORE, or --keep=best"):
+    sampling_lib.write(wanted(place, tmp_path / "a.jsonl", reward=spec), lambda: used)
+  summary = sampling_lib.write(
+    wanted(place, tmp_path / "a.jsonl", reward=spec, keep="best"), lambda: used
+  )
+  assert (summary.passes, summary.kept) == ({}, 4)
+  assert {row["sample"] for row in rows_of(tmp_path / "a.jsonl")} == {0}  # of equal ones the first
+
+
+@pytest.mark.parametrize(
+  ("changes", "said"),
+  [
+    (dict(samples=0), "n=0: it is at least 1"),
+    (dict(data="", task="sums"), "--task=sums: there are sql"),
+    (dict(data=""), "write --task=NAME"),
+    (dict(reward={}), "--data needs --reward"),
+    (dict(data="texts.jsonl"), "which asks nothing that could be answered"),
+    (dict(data="long.jsonl", reward={"parts": ("exact",)}), "leave the row out"),
+    (dict(max_new_tokens=120), "lower --max_new_tokens=120"),
+    (dict(reward={"parts": ("gym",)}), "reads the column 'gym', which the data does not have"),
+    (dict(reward={"parts": ("mine.py:reads_more",)}), "reads the column 'level'"),
+    (dict(limit=-1), "--limit=-1"),
+  ],
+)
+def test_what_cannot_be_asked_is_told_before_anything_is_written(
+  place, used, written, tmp_path, changes, said
+):
+  if changes.get("data"):
+    changes = {**changes, "data": str(place / changes["data"])}
+  parts = changes.get("reward", {}).get("parts", ())
+  if parts and parts[0].startswith("mine"):
+    changes = {**changes, "reward": {"parts": (str(place / parts[0]),)}}
+  with pytest.raises(ValueError, match=said):
+    sampling_lib.write(wanted(place, tmp_path / "a.jsonl", **changes), lambda: used)
+  assert not written
+  assert not list(tmp_path.iterdir())
+
+
+def test_prompts_alone_in_columns_of_any_name(place, used, written, tmp_path):
+  asked = dict(data=str(place / "math.jsonl"), keep="best")
+  with pytest.raises(ValueError, match="write --columns=prompt=question --columns=completion"):
+    sampling_lib.write(wanted(place, tmp_path / "a.jsonl", **asked), lambda: used)
+  sampling_lib.write(
+    wanted(place, tmp_path / "a.jsonl", columns={"prompt": "question"}, **asked), lambda: used
+  )
+  (row, other) = rows_of(tmp_path / "a.jsonl")
+  assert row["prompt"] == [{"role": "user", "content": "1 + 1"}]
+  assert (row["score"], other["number"]) == (1.0, 1)
+
+
+def test_no_answer_that_is_kept_is_an_error_that_counts(place, used, written, tmp_path):
+  with pytest.raises(ConfigError, match=r"no answer is kept:\n16 answers to 4 prompts"):
+    sampling_lib.write(wanted(place, tmp_path / "a.jsonl", keep="above:1"), lambda: used)
+  assert not (tmp_path / "a.jsonl").exists()
+
+
+def test_fine_tuning_takes_the_tokens_that_were_drawn(place, used, tmp_path):
+  ids = [*tiny.tokenizer()("hello")["input_ids"]]
+  apart = [ids[0], *ids[1:]]
+  row = {
+    "prompt": [{"role": "user", "content": "say"}],
+    "completion": [{"role": "assistant", "content": "hello"}],
+    "completion_ids": [*apart, 258],
+    "score": 1.0,
+    "finished": True,
+  }
+  (example,) = chat.encode_all(
+    schema.read([row]).rows, used.tokenizer, used.template, max_length=64
+  )
+  assert example.tokens[example.mask].tolist() == [*apart, 258]
+  plain = chat.encode_all(
+    schema.read([{k: row[k] for k in ("prompt", "completion")}]).rows,
+    used.tokenizer,
+    used.template,
+    max_length=64,
+  )[0]
+  assert (
+    example.tokens[~example.mask].tolist() == plain.tokens[: int((~example.mask).sum())].tolist()
+  )
+  cut = {**row, "completion_ids": apart, "finished": False}
+  (example,) = chat.encode_all(
+    schema.read([cut]).rows, used.tokenizer, used.template, max_length=64
+  )
+  assert example.tokens[example.mask].tolist() == apart
+  assert example.is_cut
+  for ids, said in (
+    ([1, 2], "row 0: its completion_ids say"),
+    ([], "expected a list of token ids"),
+  ):
+    with pytest.raises(ValueError, match=said):
+      chat.encode_all(
+        schema.read([{**row, "completion_ids": ids}]).rows,
+        used.tokenizer,
+        used.template,
+        max_length=64,
+      )
+
+
+def test_answers_of_the_engine_stay_the_same_whatever_is_done_already(used):
+  """Also with fewer of them under way at once."""
+  writer = use.writer(used)
+  prompts = [[1, 5, 9], [7] * 6, [3]]
+  plan = samples.Plan(3, 6, Sampling(), seed=2, rows=4)
+  whole = {(d.number, d.sample): d for d in samples.draw(writer, prompts, plan)}
+  done = {(0, 1), (2, 2), (1, 0), (1, 1), (1, 2)}
+  rest = {(d.number, d.sample): d for d in samples.draw(writer, prompts, plan, done=done)}
+  assert rest == {at: d for at, d in whole.items() if at not in done}
+  assert len(whole) == 9
+
+
+def test_the_command_from_a_model_to_a_file_that_trains(place, tmp_path, capsys):
+  out = tmp_path / "made" / "own.jsonl"
+  own = f"{place / 'mine.py'}:first"
+  flags = [
+    "sample",
+    f"--model={place / 'model'}",
+    f"--data={place / 'rows.jsonl'}",
+    f"--reward={own}",
+    "--columns=prompt=prompt",
+    "--columns=completion=completion",
+    "--n=2",
+    "--keep=all",
+    "--max_new_tokens=4",
+    "--batch_size=4",
+    f"--out={out}",
+  ]
+  assert main(flags) == 0
+  told = capsys.readouterr().out
+  assert "8 answers to 4 prompts" in told
+  rows = rows_of(out)
+  assert len(rows) == 8
+  train = [
+    "train",
+    f"--config=sft:model={place / 'model'},data={out}",
+    "--config.steps=1",
+    "--config.eval.every=0",
+    "--config.data.length=64",
+    f"--workdir={tmp_path / 'run'}",
+    "--dry_run",
+  ]
+  assert main(train) == 0
+  assert "8 examples" in capsys.readouterr().out
+  assert main([*flags[:4], "--n=0", f"--out={tmp_path / 'b.jsonl'}"]) == 1
+  assert "n=0: it is at least 1" in capsys.readouterr().err
