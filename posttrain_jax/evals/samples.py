@@ -58,9 +58,10 @@ class Plan:
   rows: int = 32
 
   def __post_init__(self) -> None:
-    for name, value in (("n", self.samples), ("batch_size", self.rows)):
-      if value < 1:
-        raise ValueError(f"{name}={value}: it is at least 1")
+    if self.samples < 1:
+      raise ValueError(f"{self.samples} answers to each prompt: draw at least 1")
+    if self.rows < 1:
+      raise ValueError(f"batch_size={self.rows}: it is at least 1")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -185,7 +185,7 @@ def test_a_reward_without_a_highest_score_says_nothing_of_right(place, used, wri
 @pytest.mark.parametrize(
   ("changes", "said"),
   [
-    (dict(samples=0), "n=0: it is at least 1"),
+    (dict(samples=0), "0 answers to each prompt: draw at least 1"),
     (dict(data="", task="sums"), "--task=sums: there are sql"),
     (dict(data=""), "write --task=NAME"),
     (dict(reward={}), "--data needs --reward"),
@@ -316,4 +316,4 @@ def test_the_command_from_a_model_to_a_file_that_trains(place, tmp_path, capsys)
   assert main(train) == 0
   assert "8 examples" in capsys.readouterr().out
   assert main([*flags[:4], "--n=0", f"--out={tmp_path / 'b.jsonl'}"]) == 1
-  assert "n=0: it is at least 1" in capsys.readouterr().err
+  assert "0 answers to each prompt: draw at least 1" in capsys.readouterr().err
