@@ -24,6 +24,7 @@ ORDER = (
   "own_data",
   "preferences",
   "adapters",
+  "rl",
   "reports",
   "evaluation",
   "export",

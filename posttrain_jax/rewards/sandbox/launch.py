@@ -52,7 +52,10 @@ def command(
     order=order,
     verdict=verdict,
   )
-  python = [sys.executable, "-I", "-S", "-c", START, HARNESS if bubblewrap else str(FOLDER)]
+  # as it is called where the folder of an environment is a link to another
+  executable = Path(sys.executable)
+  executable = executable.parent.resolve() / executable.name
+  python = [str(executable), "-I", "-S", "-c", START, HARNESS if bubblewrap else str(FOLDER)]
   outer = _bubblewrap(limits, uid, filter_fd) if bubblewrap else []
   return [*outer, *python, json.dumps(setup)]
 
@@ -91,9 +94,10 @@ def _bubblewrap(limits: Limits, uid: int | None, filter_fd: int) -> list[str]:
   arguments += ["--as-pid-1"]
   for name, value in ENVIRONMENT.items():
     arguments += ["--setenv", name, value]
-  arguments += _mounts()
+  arguments += _system()
   arguments += ["--proc", "/proc", "--dev", "/dev"]
   arguments += _writable("/dev/shm", 16 * MIB) + _writable("/tmp", limits.files)
+  arguments += _interpreter()  # which may itself be in a folder of /tmp
   arguments += ["--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/tmp"]
   return [*arguments, "--seccomp", str(filter_fd), "--"]
 
@@ -103,8 +107,8 @@ def _writable(path: str, size: int) -> list[str]:
 
 
 @functools.cache
-def _mounts() -> list[str]:
-  """Read-only: the system's programs and libraries, the interpreter, and this folder."""
+def _system() -> list[str]:
+  """Read-only: the system's programs and libraries."""
   arguments = ["--ro-bind", "/usr", "/usr"]
   for name in ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32"):
     if os.path.islink(name):
@@ -112,7 +116,13 @@ def _mounts() -> list[str]:
     elif os.path.isdir(name):
       arguments += ["--ro-bind", name, name]
   arguments += ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
-  arguments += ["--ro-bind-try", "/etc/alternatives", "/etc/alternatives"]
+  return [*arguments, "--ro-bind-try", "/etc/alternatives", "/etc/alternatives"]
+
+
+@functools.cache
+def _interpreter() -> list[str]:
+  """Read-only: Python with its packages, and this folder."""
+  arguments = []
   for prefix in _prefixes():
     for parent in reversed(prefix.parents[:-1]):  # bubblewrap gives them the modes that they have
       arguments += ["--perms", "0755", "--dir", str(parent)]
