@@ -163,6 +163,7 @@ class Engine:
     self._waiting: collections.deque[tuple[int, Request]] = collections.deque()
     self._busy: dict[int, _Row] = {}
     self._held: list[_Held | None] = [None] * rows
+    self._spoilt: set[int] = set()  # rows whose keys and values may not be finite
     self.load(params)
     embedding = self._ready.stacked["embed_tokens"]["weight"].dtype
     self._cache_dtype = cache_dtype or dtype or embedding
@@ -408,6 +409,8 @@ class Engine:
       ended.add(index)
       if drawn.live[index]:
         cut.add(index)
+      if not np.isfinite(np.concatenate(row.logps)).all():
+        self._spoilt.add(index)
     if cut:
       self._end(cut)
     self._free(ended)
@@ -431,6 +434,10 @@ class Engine:
     self._slots = self._call(programs.end, "end of rows", self._slots, mask)
 
   def _free(self, indices: set[int]) -> None:
+    for index in indices & self._spoilt:  # 0 * NaN would reach whoever has the row next
+      self._slots = self._call(programs.clear, "clearing of a row", self._slots, np.int32(index))
+      self._held[index] = None
+      self._spoilt.remove(index)
     for index in indices:
       row, held = self._busy.pop(index), self._held[index]
       if held is not None and self.reuses_written:

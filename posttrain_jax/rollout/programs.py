@@ -116,6 +116,13 @@ def read(params: Params, slots: Slots, pieces: Pieces, config: ModelConfig, dtyp
 
 
 @functools.partial(jax.jit, donate_argnames=("slots",))
+def clear(slots: Slots, index: Array) -> Slots:
+  """The row of that index with zeros for keys and values."""
+  zeros = jax.tree.map(jnp.zeros_like, slots.cache.row(index))
+  return dataclasses.replace(slots, cache=slots.cache.with_row(index, zeros))
+
+
+@functools.partial(jax.jit, donate_argnames=("slots",))
 def copy(slots: Slots, source: Array, target: Array) -> Slots:
   """The row `target` holds what the row `source` holds."""
   return dataclasses.replace(

@@ -259,6 +259,20 @@ def test_other_weights_need_no_other_program(llama):
   assert [after[i].tokens for i in range(9)] == [answer.tokens for answer in expected]
 
 
+def test_what_is_not_finite_stays_with_its_text(llama):
+  """A row that wrote with weights of NaN serves the next text as a fresh one does."""
+  params, config = llama
+  spoilt = jax.tree.map(lambda x: x * np.nan, params)
+  engine_ = engine.Engine(spoilt, config, rows=1, length=48, window=4)
+  ((_, bad),) = engine_.run([Request(PROMPTS[0], 9)])
+  assert np.isnan(bad.logps).all()
+  engine_.load(params)
+  ((_, good),) = engine_.run([Request(PROMPTS[1], 9)])
+  ((_, fresh),) = engine.Engine(*llama, rows=1, length=48, window=4).run([Request(PROMPTS[1], 9)])
+  assert good.tokens == fresh.tokens
+  np.testing.assert_array_equal(good.logps, fresh.logps)
+
+
 def test_a_program_after_the_warm_up_is_an_error(llama):
   engine_ = engine.Engine(*llama, rows=2, length=50, window=4)
   engine_.warm_up()
