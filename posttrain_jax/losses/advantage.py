@@ -62,8 +62,8 @@ def over_mean(rewards: Array, *, epsilon: float = 1e-6) -> Array:
 
   MaxRL: the gradient of log pass rate, in which a rare success counts the more (prime-rl, SkyRL).
 
-  >>> over_mean(jnp.array([[1.0, 0.0, 0.0, 0.0]])).round(3).tolist()
-  [[3.0, -1.0, -1.0, -1.0]]
+  >>> [round(a, 3) for a in over_mean(jnp.array([1.0, 0.0, 0.0, 0.0])).tolist()]
+  [3.0, -1.0, -1.0, -1.0]
   """
   rewards = _groups(rewards)
   scored = ~jnp.isnan(rewards)

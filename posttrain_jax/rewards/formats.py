@@ -85,7 +85,7 @@ class Schema:
     if isinstance(value, Score):
       return value
     checker = jsonschema.validators.validator_for(schema)(schema)
-    error = next(checker.iter_errors(_floats(value)), None)
+    error = next(iter(checker.iter_errors(_floats(value))), None)
     return Score(float(error is None), RIGHT if error is None else error.message[:200])
 
 
