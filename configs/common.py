@@ -268,6 +268,24 @@ def reward(parts):
   return r
 
 
+def policy_loss(loss, aggregation, advantage, epsilon_high):
+  """The policy-gradient loss of a method: it has the fields that it reads and no other."""
+  o = ml_collections.ConfigDict({"name": "grouped", "loss": loss})
+  # group, batch, none (of a deviation to divide by), leave_one_out, whitened, max_rl
+  o.advantage = advantage
+  if loss != "rloo":  # whose loss is of answers
+    o.aggregation = aggregation  # token_mean, sequence_mean, constant_length, sequence_sum
+  if loss in ("ppo", "gspo", "rloo"):
+    o.epsilon = 3e-4 if loss == "gspo" else 0.2
+    o.epsilon_high = epsilon_high
+  if loss == "ppo":
+    # the loss of a bad answer is at most this times -A
+    o.dual_clip = config_dict.placeholder(float)
+  if loss == "cispo":
+    o.ceiling = 5.0  # bound on the ratio
+  return o
+
+
 def following(o):
   """TR-DPO: whether the reference follows the policy."""
   # updates from one step of the reference towards the policy to the next; 0: it stays

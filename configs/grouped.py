@@ -5,9 +5,6 @@ posttrain train --config=grouped:method=grpo,data=scored.jsonl --workdir=runs/gr
 Rows: {"prompt": ..., "completions": [...], "scores": [...]}.
 """
 
-import ml_collections
-from ml_collections import config_dict
-
 from posttrain_jax.configs import common
 
 # loss, aggregation, advantage, epsilon_high
@@ -27,20 +24,9 @@ def get_config(arg=None):
     arg, model="smollm2", data="", adapter="lora", base="dense", method="grpo", smoke=False
   )
   c = common.run(arg)
-  loss, aggregation, advantage, high = METHODS[common.chosen("method", arg.method, METHODS)]
-  o = c.objective = ml_collections.ConfigDict({"name": "grouped", "loss": loss})
-  o.advantage = advantage  # group, batch, none (of a deviation to divide by), leave_one_out
-  if loss != "rloo":  # whose loss is of answers
-    o.aggregation = aggregation  # token_mean, sequence_mean, constant_length, sequence_sum
-  if loss in ("ppo", "gspo", "rloo"):
-    o.epsilon = 3e-4 if loss == "gspo" else 0.2
-    o.epsilon_high = high
-  if loss == "ppo":
-    # the loss of a bad answer is at most this times -A
-    o.dual_clip = config_dict.placeholder(float)
-  if loss == "cispo":
-    o.ceiling = 5.0  # bound on the ratio
-  if loss != "reinforce":  # which has no ratio
+  method = METHODS[common.chosen("method", arg.method, METHODS)]
+  o = c.objective = common.policy_loss(*method)
+  if o.loss != "reinforce":  # which has no ratio
     o.old = "policy"  # who wrote the answers: policy (every ratio is 1 at first) or reference
   o.kl_weight = 0.0  # of k3 to the reference
   o.sft_weight = 0.0  # of the likelihood of answers with a positive advantage, beside the loss

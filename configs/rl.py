@@ -3,21 +3,16 @@ r"""Online reinforcement learning: the model answers prompts, verifiers score th
 posttrain train --config=rl:method=grpo,data=sql,reward=sql --workdir=runs/rl
 
 data=sql is the built-in task; data=FILE.jsonl has rows with a prompt and the columns that the verifiers read.
-method: grpo, dr_grpo, dapo, gspo, cispo, rloo, reinforce_pp, max_rl, centred.
+method: grpo, dr_grpo, dapo, gspo, cispo, rloo, reinforce, reinforce_pp, max_rl, centred.
 """
 
 import ml_collections
 
-from posttrain_jax.configs import common
+from posttrain_jax.configs import common, grouped
 
 # loss, aggregation, advantage, epsilon_high
 METHODS = {
-  "grpo": ("ppo", "sequence_mean", "group", 0.2),
-  "dr_grpo": ("ppo", "constant_length", "none", 0.2),
-  "dapo": ("ppo", "token_mean", "group", 0.28),
-  "gspo": ("gspo", "sequence_mean", "group", 4e-4),
-  "cispo": ("cispo", "token_mean", "group", 0.2),
-  "rloo": ("rloo", "sequence_sum", "leave_one_out", 0.2),
+  **grouped.METHODS,
   "reinforce_pp": ("ppo", "token_mean", "whitened", 0.2),
   "max_rl": ("ppo", "token_mean", "max_rl", 0.2),
   "centred": ("reinforce", "token_mean", "none", 0.2),
@@ -36,20 +31,8 @@ def get_config(arg=None):
     smoke=False,
   )
   c = common.run(arg)
-  loss, aggregation, advantage, high = METHODS[common.chosen("method", arg.method, METHODS)]
-  o = c.objective = ml_collections.ConfigDict({"name": "grouped", "loss": loss})
-  # group, batch, none (of a deviation to divide by), leave_one_out, whitened, max_rl
-  o.advantage = advantage
-  if loss != "rloo":  # whose loss is of answers
-    o.aggregation = aggregation  # token_mean, sequence_mean, constant_length, sequence_sum
-  if loss in ("ppo", "gspo", "rloo"):
-    o.epsilon = 3e-4 if loss == "gspo" else 0.2
-    o.epsilon_high = high
-  if loss == "ppo":
-    # the loss of a bad answer is at most this times -A
-    o.dual_clip = ml_collections.config_dict.placeholder(float)
-  if loss == "cispo":
-    o.ceiling = 5.0  # bound on the ratio
+  method = METHODS[common.chosen("method", arg.method, METHODS)]
+  o = c.objective = common.policy_loss(*method)
   # correction where the sampler's numbers differ from the trainer's: none, token, sequence, geometric
   o.importance = "none"
   o.importance_high = 2.0

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import hashlib
 import json
 import statistics
 import time
@@ -272,7 +273,7 @@ class Online:
     self._batches += 1
     began = time.monotonic()
     self._load(state.trainable, state.carried)
-    journal = completions.Journal(self.folder, self._batches)
+    journal = completions.Journal(self.folder, self._batches, _digest(state.trainable))
     kept: list[_Group] = []
     dead: list[_Group] = []
     spent: dict[str, float] = {"writing": 0.0, "scoring": 0.0}
@@ -292,7 +293,10 @@ class Online:
     self._tell(every, kept, spent, rounds)
     completions.write(self.folder, self._batches, self._table(every, kept))
     if len(batches) > 1:
-      completions.keep(self.folder, self._batches, batches)
+      saved = config.checkpoint.every * (
+        config.checkpoint.keep + 1
+      )  # steps that checkpoints go back
+      completions.keep(self.folder, self._batches, batches, last=saved // len(batches) + 1)
     journal.close()
     return batches
 
@@ -486,11 +490,6 @@ class Online:
     rounds: int,
   ) -> None:
     part = self.config.online.outcome
-    outcomes = [group.outcomes(part) for group in every]
-    known = [group[~np.isnan(group)] for group in outcomes]
-    known = [group for group in known if len(group)]
-    best = max((float(group.max()) for group in known), default=0.0)
-    right = [float(np.mean(group >= best)) if best > 0 else 0.0 for group in known]
     written = [answer for group in every for answer in group.written]
     dead = collections.Counter(
       round(float(np.nanmean(group.outcomes(part))), 3) for group in every if group.is_dead(part)
@@ -501,19 +500,29 @@ class Online:
       "completions/clipped_ratio": statistics.fmean(not a.finished for a in written),
       "completions/max_length": float(max(len(a.tokens) for a in written)),
       "completions/min_length": float(min(len(a.tokens) for a in written)),
-      "pass@1": statistics.fmean(right) if right else 0.0,
-      f"pass@{self.config.online.samples}": statistics.fmean(share > 0 for share in right)
-      if right
-      else 0.0,
+      **self._passed(every),
       "frac_groups_dead": sum(dead.values()) / len(every),
-      "frac_groups_all_worst": dead.get(0.0, 0) / len(every),
-      "frac_groups_all_best": dead.get(round(best, 3), 0) / len(every) if best > 0 else 0.0,
+      "frac_groups_all_zero": dead.get(0.0, 0) / len(every),
+      "frac_groups_all_one": dead.get(1.0, 0) / len(every),
       "dynamic_sampling/rounds": float(rounds),
       "dynamic_sampling/kept": len(kept) / len(every),
       "timing_s/writing": spent["writing"],
       "timing_s/scoring": spent["scoring"],
       "timing_share/writing": spent["writing"] / seconds,
       "timing_share/scoring": spent["scoring"] / seconds,
+    }
+
+  def _passed(self, groups: Sequence[_Group]) -> dict[str, float]:
+    """pass@1 and pass@N of what has a score; right is the highest reward there is, {} where it has no bound."""
+    most = self.reward.most
+    known = [group.scores[~np.isnan(group.scores)] for group in groups]
+    known = [scores for scores in known if len(scores)]
+    if most is None or not known:
+      return {}
+    right = [float(np.mean(scores >= most - 1e-6)) for scores in known]
+    return {
+      "pass@1": statistics.fmean(right),
+      f"pass@{self.config.online.samples}": statistics.fmean(share > 0 for share in right),
     }
 
   def _table(self, every: Sequence[_Group], kept: Sequence[_Group]) -> list[dict[str, Any]]:
@@ -562,6 +571,14 @@ def _advantages(config: Config, scores: np.ndarray) -> np.ndarray:
     centred = advantage.group_relative(rewards, scale="none")
     return np.asarray(advantage.whiten(centred, ~jnp.isnan(rewards)))
   return np.asarray(advantage.group_relative(rewards, scale=how))
+
+
+def _digest(arrays: Any) -> str:
+  """What tells weights from others."""
+  digest = hashlib.blake2b(digest_size=16)
+  for leaf in jax.tree.leaves(arrays):
+    digest.update(np.asarray(leaf).tobytes())
+  return digest.hexdigest()
 
 
 def _pass_rate(groups: Sequence[_Group], part: str) -> float:

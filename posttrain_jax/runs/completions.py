@@ -37,8 +37,10 @@ def write(folder: Path | None, number: int, rows: Sequence[Mapping[str, Any]]) -
     (scratch / "table.parquet").replace(path)
 
 
-def keep(folder: Path | None, number: int, batches: Sequence[Mapping[str, Any]]) -> None:
-  """The batches of several updates, until the next batch is written."""
+def keep(
+  folder: Path | None, number: int, batches: Sequence[Mapping[str, Any]], *, last: int
+) -> None:
+  """The batches of several updates, and those of the `last` numbers before: a checkpoint may stand in one of them."""
   if folder is None:
     return
   path = folder / FOLDER / "batches.npz"
@@ -48,8 +50,9 @@ def keep(folder: Path | None, number: int, batches: Sequence[Mapping[str, Any]])
   with files.beside(whole) as scratch:
     np.savez(scratch / "batches.npz", count=np.asarray(len(batches)), **flat)
     (scratch / "batches.npz").replace(whole)
-  for old in sorted(path.parent.glob("batches_*.npz"))[:-3]:  # those of a checkpoint and after it
-    old.unlink()
+  for old in path.parent.glob("batches_*.npz"):
+    if int(old.stem.removeprefix("batches_")) < number - last:
+      old.unlink()
 
 
 def arrays(folder: Path, number: int) -> list[dict[str, Any]]:
@@ -64,9 +67,9 @@ def arrays(folder: Path, number: int) -> list[dict[str, Any]]:
 
 
 class Journal:
-  """The answers of the batch under way, by (number of the prompt, sample)."""
+  """The answers of the batch under way, by (number of the prompt, sample), of the weights of that digest alone."""
 
-  def __init__(self, folder: Path | None, number: int) -> None:
+  def __init__(self, folder: Path | None, number: int, weights: str) -> None:
     self._answers: dict[tuple[int, int], tuple[list[int], np.ndarray, str]] = {}
     self._file = None
     if folder is None:
@@ -76,13 +79,17 @@ class Journal:
     for old in self._path.parent.glob("under_way_*.jsonl"):
       if old != self._path:
         old.unlink()
-    if self._path.exists():
-      self._read()
+    began = json.dumps({"weights": weights}) + "\n"
+    if self._path.exists() and self._path.read_bytes().startswith(began.encode()):
+      self._read(len(began.encode()))
+    else:
+      self._path.write_text(began)
     self._file = self._path.open("a")
 
-  def _read(self) -> None:
-    whole = 0
+  def _read(self, whole: int) -> None:
+    """What stands behind the first `whole` bytes."""
     with self._path.open("rb") as lines:
+      lines.seek(whole)
       for line in lines:
         try:
           said = json.loads(line)

@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from posttrain_jax.__main__ import main
-from posttrain_jax.runs import record
+from posttrain_jax.runs import completions, record
 from tests import tiny
 from tests.commands.test_train import environment
 
@@ -162,6 +162,28 @@ def test_every_method_steps(folder, tmp_path, method):
   (line,) = lines(tmp_path / "run")
   assert np.isfinite(line["loss"])
   assert line["grad_norm"] > 0
+
+
+def test_answers_of_other_weights_are_not_taken_up(tmp_path):
+  """Those of the same weights are, but for the line that a kill cut short."""
+  logps = np.asarray([-1.5, -0.25], np.float32)
+  journal = completions.Journal(tmp_path, 3, "abc")
+  journal.put(7, 0, [4, 5], logps, "stop_token")
+  (path,) = (tmp_path / "completions").glob("under_way*")
+  path.write_text(path.read_text() + '{"number": 7, "sam')
+  again = completions.Journal(tmp_path, 3, "abc")
+  tokens, kept, ended = again.written(7, 0)
+  assert (tokens, kept.tolist(), ended) == ([4, 5], logps.tolist(), "stop_token")
+  again.put(7, 1, [6], logps[:1], "stop_token")
+  assert completions.Journal(tmp_path, 3, "abc").written(7, 1) is not None
+  assert completions.Journal(tmp_path, 3, "xyz").written(7, 0) is None
+
+
+def test_batches_that_a_checkpoint_may_stand_in_are_kept(tmp_path):
+  for number in range(1, 9):
+    completions.keep(tmp_path, number, [{"tokens": np.full(2, number)}] * 2, last=4)
+  assert completions.arrays(tmp_path, 4)[1]["tokens"].tolist() == [4, 4]
+  assert len(list((tmp_path / "completions").glob("batches_*.npz"))) == 5
 
 
 def test_groups_that_agree_are_replaced_until_it_is_said(folder, tmp_path, capsys):
