@@ -55,6 +55,7 @@ class Wanted:
   seed: int = 0
   rows: int = 32
   limit: int = 0
+  storage: str = "auto"
 
   @property
   def scored_by(self) -> Mapping[str, Any]:
@@ -121,7 +122,7 @@ def _check(wanted: Wanted) -> None:
 
 
 def _plan(wanted: Wanted, longest: int) -> Plan:
-  return Plan(wanted.samples, longest, wanted.sampling, wanted.seed, wanted.rows)
+  return Plan(wanted.samples, longest, wanted.sampling, wanted.seed, wanted.rows, wanted.storage)
 
 
 def _check_right(keep: Keep, right: float | None) -> None:
@@ -226,6 +227,7 @@ def _identity(
         "max_new_tokens": plan.max_new_tokens,
         "seed": plan.seed,
         "batch_size": plan.rows,
+        "storage": plan.storage,
       }
     )
   )

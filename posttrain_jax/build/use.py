@@ -191,7 +191,12 @@ def writer(used: Used) -> Writer:
 
 
 def speaker(
-  used: Used, *, system: str | None = None, sampling: Sampling, max_new_tokens: int
+  used: Used,
+  *,
+  system: str | None = None,
+  sampling: Sampling,
+  max_new_tokens: int,
+  storage: str = "auto",
 ) -> tuple[Speaker, str | None]:
   """(what turns a conversation into its next turn, its system message: the one given, else the one trained with).
 
@@ -215,7 +220,7 @@ def speaker(
   elif system is None and used.manner.system:
     system = used.manner.system
     log.info("system message: the one of its training, %r (--system='' leaves it out)", system)
-  ready = engine.prepare(used.written, used.config)
+  ready = engine.prepare(used.written, used.config, storage)
   made = Speaker(
     ready,
     used.config,

@@ -29,6 +29,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     "--temperature", type=float, default=0.0, help="0: always the likeliest token"
   )
   parser.add_argument("--top_p", type=float, default=1.0)
+  common.add_storage(parser)
 
 
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -71,5 +72,9 @@ def _speaker(args: argparse.Namespace) -> tuple[Any, str | None]:
   model = args.workdir or args.model
   used = use.load(model, args.adapter, base=args.base, template=args.template)
   return use.speaker(
-    used, system=args.system, sampling=sampling, max_new_tokens=args.max_new_tokens
+    used,
+    system=args.system,
+    sampling=sampling,
+    max_new_tokens=args.max_new_tokens,
+    storage=args.storage,
   )

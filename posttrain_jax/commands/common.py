@@ -64,6 +64,16 @@ def add_use(parser: argparse.ArgumentParser) -> None:
   )
 
 
+def add_storage(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument(
+    "--storage",
+    default="auto",
+    choices=("auto", "bfloat16", "int8"),
+    help="how weights are kept while it writes: auto (as the model has them), bfloat16, or int8, the fastest on a CPU"
+    " and off by about 0.007 nats a token",
+  )
+
+
 def add_reward(parser: argparse.ArgumentParser) -> None:
   """What scores answers, where no config says so."""
   parser.add_argument(

@@ -61,6 +61,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     help="of an answer; 0: what the task needs, or a quarter more than the longest expected answer",
   )
   parser.add_argument("--seed", type=int, default=0)
+  common.add_storage(parser)
   parser.add_argument("--batch_size", type=int, default=32, help="answers written at once")
 
 
@@ -91,6 +92,7 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     max_new_tokens=args.max_new_tokens,
     seed=args.seed,
     rows=args.batch_size,
+    storage=args.storage,
     limit=args.limit,
   )
   load = lambda: use.load(args.model, args.adapter, base=args.base, template=args.template)

@@ -41,6 +41,10 @@ class Weight(Leaf):
     """x: [..., in] -> [..., out], in the dtype of x."""
     raise TypeError(f"{type(self).__name__} is no weight that multiplies")
 
+  def apply32(self, x: Array) -> Array:
+    """What `apply` gives, in float32; a type that can leaves out the rounding to x's dtype."""
+    return self.apply(x).astype(jnp.float32)
+
   def rows(self, ids: Array) -> Array:
     """Embedding look-up: ids: [...] -> [..., out]."""
     raise TypeError(f"{type(self).__name__} is no table of embeddings")
@@ -62,19 +66,17 @@ def linear(x: Array, w: AnyWeight) -> Array:
   """
   if isinstance(w, Weight):
     return w.apply(x)
-  return _product(x, w.astype(x.dtype), 0)
+  return product(x, w.astype(x.dtype), 0)
 
 
 def linear32(x: Array, w: AnyWeight) -> Array:
   """x @ w in float32, not rounded to x's dtype in between: for logits, where a bfloat16 step is 2^-8 of the value."""
-  if isinstance(w, Transposed) and not isinstance(w.base, Weight):
-    return _product(x, w.base.astype(x.dtype), 1, jnp.float32)
   if isinstance(w, Weight):
-    return w.apply(x).astype(jnp.float32)
-  return _product(x, w.astype(x.dtype), 0, jnp.float32)
+    return w.apply32(x)
+  return product(x, w.astype(x.dtype), 0, jnp.float32)
 
 
-def _product(x: Array, w: Array, contract: int, dtype: Any = None) -> Array:
+def product(x: Array, w: Array, contract: int, dtype: Any = None) -> Array:
   """x @ w (contract=0) or x @ w.T (contract=1), accumulated and returned in dtype; None for the operands' own."""
   lead = x.shape[:-1]
   if x.ndim > 2 and not sharding.active():
@@ -190,7 +192,12 @@ class Transposed(Weight):
     return self.base.dtype
 
   def apply(self, x: Array) -> Array:
-    return _product(x, dense(self.base, x.dtype), 1)
+    return product(x, dense(self.base, x.dtype), 1)
+
+  def apply32(self, x: Array) -> Array:
+    if isinstance(self.base, Weight):
+      return super().apply32(x)
+    return product(x, self.base.astype(x.dtype), 1, jnp.float32)
 
   def rows(self, ids: Array) -> Array:
     return jnp.take(self.dense(), ids, axis=0, mode="clip")

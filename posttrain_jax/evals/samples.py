@@ -49,6 +49,7 @@ class Plan:
 
   samples: answers to each.
   rows: the most that are written at once.
+  storage: how weights are kept meanwhile, see `rollout.storage`.
   """
 
   samples: int
@@ -56,6 +57,7 @@ class Plan:
   sampling: Sampling
   seed: int = 0
   rows: int = 32
+  storage: str = "auto"
 
   def __post_init__(self) -> None:
     if self.samples < 1:
@@ -101,7 +103,7 @@ def draw(
 
   An answer depends on (seed, number, sample) alone: what is `done`, as (number, sample), and left out changes no other.
   """
-  ready = engine.prepare(writer.params, writer.config)
+  ready = engine.prepare(writer.params, writer.config, plan.storage)
   bound = before.slots(ready.stacked)
   longest = bound + max(map(len, prompts)) + plan.max_new_tokens
   whole = [(i, sample) for i in range(len(prompts)) for sample in range(plan.samples)]

@@ -106,10 +106,14 @@ def _quantize(w: Array) -> tuple[Int8, Array]:
     q, largest = jax.lax.map(_quantize, w)
     return q, stack.largest(largest)
   wide = w.astype(jnp.float32)
-  absmax = jnp.max(jnp.abs(wide), axis=0)
+  return Int8(*codes_of(wide), dtype=jnp.dtype(w.dtype)), stack.largest(wide)
+
+
+def codes_of(w: Array) -> tuple[Array, Array]:
+  """(codes, absmax) of w: float32 [..., in, out], finite."""
+  absmax = jnp.max(jnp.abs(w), axis=-2)
   factor = jnp.where(absmax < SMALLEST, 0, 127 / jnp.maximum(absmax, SMALLEST))
-  codes = jnp.round(wide * factor)
-  return Int8(codes.astype(jnp.int8), absmax, dtype=jnp.dtype(w.dtype)), stack.largest(wide)
+  return jnp.round(w * factor[..., None, :]).astype(jnp.int8), absmax
 
 
 def abstract(shape: tuple[int, ...], *, dtype: Any = jnp.float32) -> Int8:

@@ -23,6 +23,7 @@ from posttrain_jax.models import before, cache, decoder
 from posttrain_jax.models.config import ModelConfig, as_ids
 from posttrain_jax.rollout import programs, requests
 from posttrain_jax.rollout import sampling as samplers
+from posttrain_jax.rollout import storage as storage_lib
 from posttrain_jax.rollout.requests import Answer, Request
 from posttrain_jax.rollout.sampling import GREEDY, Sampling
 
@@ -602,17 +603,20 @@ def generate(
   )
 
 
-def prepare(params: Params | Ready, config: ModelConfig) -> Ready:
-  """params in the two forms that the engine wants; on a CPU the second is a copy.
+def prepare(params: Params | Ready, config: ModelConfig, storage: str = storage_lib.AUTO) -> Ready:
+  """params in the two forms that the engine wants, their matrices kept as `storage` says (`storage.store`).
 
-  There a scan copies each layer's weights out of the stack at every step: with the layers apart a step of SmolLM2-135M
-  takes 45 ms of processor time instead of 87 (batch 1), 190 instead of 270 (batch 16).
+  On a CPU the second form is a copy: there a scan copies each layer's weights out of the stack at every step.  With the
+  layers apart a step of SmolLM2-135M takes 45 ms of processor time instead of 87 (batch 1), 190 instead of 270 (16).
   """
   if isinstance(params, Ready):
     return params
-  if jax.default_backend() == "cpu" and not isinstance(params["layers"], tuple):
-    return Ready(params, decoder.unstack(params, config))
-  return Ready(params, params)
+  if storage != storage_lib.AUTO:
+    params = storage_lib.store(params, config, storage)
+  if jax.default_backend() != "cpu" or isinstance(params["layers"], tuple):
+    return Ready(params, params)
+  turned = storage_lib.store(params, config, storage_lib.AUTO)
+  return Ready(params, decoder.unstack(turned, config))
 
 
 def stop_tokens(

@@ -1,0 +1,114 @@
+"""Weights of the engine in fewer bits: the products they give, and what an answer made with them says."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from posttrain_jax import adapters
+from posttrain_jax.core.weight import linear, linear32
+from posttrain_jax.models import decoder
+from posttrain_jax.quant import int8
+from posttrain_jax.rollout import engine, storage
+from posttrain_jax.rollout.sampling import Sampling
+from tests.models import families
+
+MATRIX = np.random.default_rng(3).standard_t(3, (48, 40)).astype(np.float32)
+KINDS = ["auto", "bfloat16", "int8"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_product_is_that_of_the_stored_matrix(kind):
+  w = storage.matrix(jnp.asarray(MATRIX), kind)
+  stored = np.asarray(w.dense(jnp.float32), np.float64)
+  assert w.shape == MATRIX.shape
+  for rows in (1, 2, 17):
+    x = np.random.default_rng(rows).standard_t(2, (rows, 48)).astype(np.float32)
+    found, size = np.asarray(jax.jit(linear)(x, w)), np.abs(x) @ np.abs(stored)
+    bits = {
+      "auto": 0.0,
+      "bfloat16": np.abs(x) * 2**-16,
+      "int8": np.abs(x).max(1, keepdims=True) / 2**15,
+    }
+    error = np.broadcast_to(bits[kind], x.shape) @ np.abs(stored) * 1.01 + 1e-6 * size
+    assert np.all(np.abs(found - x.astype(np.float64) @ stored) <= error)
+    assert linear(jnp.asarray(x[None]), w).shape == (1, rows, 40)
+
+
+@pytest.mark.parametrize("kind, error", [("auto", 0), ("bfloat16", 2**-8), ("int8", 1 / 254)])
+def test_a_stored_matrix_is_as_near_as_its_bits(kind, error):
+  w = np.asarray(storage.matrix(jnp.asarray(MATRIX), kind).dense(jnp.float32))
+  size = np.abs(MATRIX) if kind == "bfloat16" else np.abs(MATRIX).max(axis=0)
+  assert np.all(np.abs(w - MATRIX) <= size * error * (1 + 1e-5))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_not_finite_does_not_become_a_number(kind):
+  x = np.ones((3, 48), np.float32)
+  x[1, 7] = np.nan
+  x[2, 7] = np.inf
+  found = np.asarray(linear(jnp.asarray(x), storage.matrix(jnp.asarray(MATRIX), kind)))
+  assert np.isfinite(found[0]).all() and not np.isfinite(found[1:]).any()
+  spoilt = MATRIX.copy()
+  spoilt[5, 2] = np.nan
+  found = np.asarray(linear(jnp.ones((1, 48)), storage.matrix(jnp.asarray(spoilt), kind)))[0]
+  assert np.isnan(found[2]) and np.isfinite(np.delete(found, 2)).all()
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "int8"])
+def test_logits_are_not_rounded_to_the_dtype_of_the_computation(kind):
+  w, x = storage.matrix(jnp.asarray(MATRIX), kind), jnp.ones((2, 48), jnp.bfloat16)
+  found = np.asarray(linear32(x, w))
+  assert found.dtype == np.float32
+  assert np.any(found != np.asarray(linear(x, w), np.float32))
+
+
+def test_an_int8_base_is_kept_as_it_is():
+  base = int8.quantize(MATRIX)
+  kept = storage.matrix(base, "int8")
+  np.testing.assert_array_equal(np.asarray(kept.codes).T, base.codes)
+  np.testing.assert_allclose(kept.dense(), base.dense(), rtol=1e-6)
+
+
+def test_specs_are_turned_with_the_matrix():
+  kept = storage.matrix(jnp.asarray(MATRIX)[None], "int8")
+  specs = kept.partition_specs(P(None, "fsdp", "tensor"))
+  assert specs.codes == P(None, "tensor", "fsdp") and specs.step == P(None, "tensor")
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "int8"])
+def test_an_answer_has_the_log_probabilities_of_the_stored_weights(kind):
+  """A tied head and an adapter that is bound are among them."""
+  config, params = families.make("gemma3")
+  prompts = [families.tokens(n, seed=n).tolist() for n in (9, 4)]
+  kept = storage.store(params, config, kind)
+  found = engine.generate(
+    engine.prepare(params, config, kind), config, prompts, max_new_tokens=6, sampling=Sampling()
+  )
+  for prompt, tokens, logps in zip(prompts, found.tokens, found.logps):
+    text = jnp.asarray([[*prompt, *tokens]])
+    full = jax.nn.log_softmax(jax.jit(decoder.forward, static_argnums=2)(kept, text, config)[0])
+    expected = [full[len(prompt) - 1 + i, token] for i, token in enumerate(tokens)]
+    np.testing.assert_allclose(logps, expected, atol=1e-3)
+  exact = jax.jit(decoder.forward, static_argnums=2)(params, text, config)
+  assert np.any(np.asarray(jax.nn.log_softmax(exact[0])) != np.asarray(full))
+
+
+def test_the_base_under_a_bound_adapter_is_stored():
+  config, params = families.make("llama3")
+  lora = adapters.AdapterConfig(method="lora", r=2, target_modules=["up_proj"])
+  bound = adapters.bind(*adapters.init(jax.random.key(0), params, lora))
+  kept = storage.store(bound, config, "int8")["layers"]["mlp"]["up_proj"]["weight"]
+  assert isinstance(kept.base, storage.Turned8)
+  x = jax.random.normal(jax.random.key(1), (3, config.hidden_size))
+  one = jax.tree.map(lambda leaf: leaf[0], kept)
+  assert linear(x, one).shape == (3, config.intermediate_size)
+
+
+def test_a_storage_that_there_is_not():
+  config, params = families.make("llama3")
+  with pytest.raises(
+    ValueError, match="storage='int4': weights are stored as auto, bfloat16, int8"
+  ):
+    storage.store(params, config, "int4")
