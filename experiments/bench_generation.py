@@ -1,26 +1,35 @@
-"""Generation of SmolLM2-135M-Instruct here and by transformers, in turn on the same cores, in float32.
+"""Generation of SmolLM2-135M-Instruct here and by transformers, in turn on the same cores.
 
   .venv-oracle/bin/python experiments/bench_generation.py --repeats=3
 
 `equal`: 1, 16 and 64 answers of 128 tokens each.  `unequal`: 64 answers of 16 to 256 tokens; here a row that ends is
-given the next prompt, there a batch of 16 goes on until its longest answer is whole.  The ratio is the median over
-pairs of neighbours.  Compilation is left out on our side, by a first run of each job.
+given the next prompt, there a batch of 16 goes on until its longest answer is whole.  Here in float32 and with weights
+stored in bfloat16 and int8, there in float32 and (unless --jobs leaves it out) in bfloat16.  A ratio is the median over
+rounds, in each of which every contender does the job once.  Compilation is left out on our side, by a first run.
+
+`share of reading`: the bytes of weights a token (a step of all rows) has to read, by the seconds it took, as a part of
+what a sum over an array in memory reaches here.  `share of products`: likewise the multiplications, beside those of a
+product of two large matrices of that type.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import platform
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 NEW, PROMPT, SHORTEST, LONGEST, BATCH, MANY = 128, 40, 16, 256, 16, 64
-RESULTS = Path(__file__).parent / "results"
+ROWS = {"equal 1": 1, "equal 16": 16, "equal 64": 64, "unequal": BATCH}
+BITS = {"auto": 32, "bfloat16": 16, "int8": 8}
+RESULTS = Path(__file__).parent / "results" / "bench-generation-cpu.json"
 Job = Callable[[], int]  # does the job once, and returns the tokens that were asked for
 
 
@@ -34,12 +43,12 @@ def lengths() -> list[int]:
   return (SHORTEST + (LONGEST - SHORTEST) * drawn).astype(int).tolist()
 
 
-def ours() -> dict[str, Job]:
+def ours(storage: str) -> dict[str, Job]:
   from posttrain_jax.models import hf
   from posttrain_jax.rollout import engine
 
   params, config = hf.load("smollm2", dtype=np.float32)
-  ready = engine.prepare(params, config)
+  ready = engine.prepare(params, config, storage)
 
   def write(count: int, most: int | list[int], rows: int) -> int:
     drawn = engine.generate(ready, config, prompts(count), max_new_tokens=most, batch_size=rows)
@@ -49,14 +58,14 @@ def ours() -> dict[str, Job]:
   return {**equal, "unequal": lambda: write(MANY, lengths(), BATCH)}
 
 
-def theirs() -> dict[str, Job]:
+def theirs(dtype: str) -> dict[str, Job]:
   import torch
   import transformers
 
   from posttrain_jax.models import fetch
 
   model = transformers.AutoModelForCausalLM.from_pretrained(
-    fetch.resolve("smollm2"), dtype=torch.float32
+    fetch.resolve("smollm2"), dtype=getattr(torch, dtype)
   ).eval()
 
   def write(ids: list[list[int]], new: int) -> None:
@@ -77,37 +86,94 @@ def theirs() -> dict[str, Job]:
   return {**{f"equal {n}": lambda n=n: equal(n) for n in (1, 16, 64)}, "unequal": unequal}
 
 
+def seconds(work: Callable[[], Any], times: int = 5) -> float:
+  """The least of some times."""
+  work()
+  spent = []
+  for _ in range(times):
+    began = time.monotonic()
+    work()
+    spent.append(time.monotonic() - began)
+  return min(spent)
+
+
+def limits() -> dict[str, float]:
+  """Bytes read a second, and multiply-adds a second of each storage, that this machine reaches at all."""
+  import jax
+  import jax.numpy as jnp
+
+  table = jnp.ones((1 << 15, 1 << 13), jnp.float32)  # 1 GiB
+  total = jax.jit(jnp.sum)
+  reached = {"bytes": table.nbytes / seconds(lambda: total(table).block_until_ready())}
+  kinds = {"auto": jnp.float32, "bfloat16": jnp.bfloat16, "int8": jnp.int8}
+  for storage, dtype in kinds.items():
+    n = 2048
+    left, right = jnp.ones((n, n), dtype), jnp.ones((n, n), dtype)
+    wide = jnp.int32 if dtype == jnp.int8 else jnp.float32
+    times = jax.jit(
+      lambda a, b, wide=wide: jax.lax.dot_general(
+        a, b, (((1,), (1,)), ((), ())), preferred_element_type=wide
+      )
+    )
+    reached[storage] = n**3 / seconds(lambda: times(left, right).block_until_ready())
+  return reached
+
+
+def shares(name: str, storage: str, rate: float, reached: dict[str, float]) -> dict[str, float]:
+  weights = 134_515_008  # each is used once a token, those of the embedding by the tied head
+  steps = rate / ROWS[name]
+  halves = 1 if storage == "auto" else 2
+  return {
+    "share of reading": steps * weights * BITS[storage] / 8 / reached["bytes"],
+    "share of products": rate * weights * halves / reached[storage],
+  }
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--repeats", type=int, default=3)
-  parser.add_argument("--jobs", default="equal 1,equal 16,equal 64,unequal")
+  parser.add_argument("--jobs", default=",".join(ROWS))
   args = parser.parse_args()
-  here, there = ours(), theirs()
-  results = {}
+  mine = {storage: ours(storage) for storage in BITS}
+  there = {f"transformers {dtype}": theirs(dtype) for dtype in ("float32", "bfloat16")}
+  everyone = {**mine, **there}
+  reached = limits()
+  machine = {
+    "processor": _processor(),
+    "repeats": args.repeats,
+    "limits": reached,
+    **{name: importlib.metadata.version(name) for name in ("jax", "torch", "transformers")},
+  }
+  results: dict[str, Any] = {}
   for name in args.jobs.split(","):
-    here[name]()
-    rates: list[tuple[float, float]] = []
+    for jobs in mine.values():
+      jobs[name]()
+    rates: dict[str, list[float]] = {who: [] for who in everyone}
     for _ in range(args.repeats):
-      pair = []
-      for job in (here[name], there[name]):
+      for who, jobs in everyone.items():
         began = time.monotonic()
-        tokens = job()
-        pair.append(tokens / (time.monotonic() - began))
-      rates.append((pair[0], pair[1]))
-    ratios = [a / b for a, b in rates]
+        tokens = jobs[name]()
+        rates[who].append(tokens / (time.monotonic() - began))
+    against = rates["transformers float32"]
     results[name] = {
-      "tokens_per_second": statistics.median(a for a, _ in rates),
-      "transformers": statistics.median(b for _, b in rates),
-      "ratio": statistics.median(ratios),
-      "ratios": [min(ratios), max(ratios)],
+      who: {
+        "tokens/s": statistics.median(each),
+        "ratio": statistics.median(a / b for a, b in zip(each, against)),
+        "ratios": sorted(a / b for a, b in zip(each, against)),
+        **(shares(name, who, statistics.median(each), reached) if who in mine else {}),
+      }
+      for who, each in rates.items()
     }
-    print(
-      name, {key: np.round(value, 2).tolist() for key, value in results[name].items()}, flush=True
-    )
-  machine = {"processor": platform.processor() or platform.machine(), "repeats": args.repeats}
-  (RESULTS / "bench-generation-cpu.json").write_text(
-    json.dumps({"machine": machine, "results": results}, indent=1) + "\n"
-  )
+    for who, found in results[name].items():
+      print(name, who, {key: np.round(v, 2).tolist() for key, v in found.items()}, flush=True)
+    RESULTS.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
+
+
+def _processor() -> str:
+  for line in Path("/proc/cpuinfo").read_text().splitlines():
+    if line.startswith("model name"):
+      return line.split(":", 1)[1].strip()
+  return platform.processor()
 
 
 if __name__ == "__main__":

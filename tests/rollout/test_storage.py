@@ -36,7 +36,7 @@ def test_a_product_is_that_of_the_stored_matrix(kind):
     assert linear(jnp.asarray(x[None]), w).shape == (1, rows, 40)
 
 
-@pytest.mark.parametrize("kind, error", [("auto", 0), ("bfloat16", 2**-8), ("int8", 1 / 254)])
+@pytest.mark.parametrize(("kind", "error"), [("auto", 0), ("bfloat16", 2**-8), ("int8", 1 / 254)])
 def test_a_stored_matrix_is_as_near_as_its_bits(kind, error):
   w = np.asarray(storage.matrix(jnp.asarray(MATRIX), kind).dense(jnp.float32))
   size = np.abs(MATRIX) if kind == "bfloat16" else np.abs(MATRIX).max(axis=0)
@@ -49,11 +49,13 @@ def test_what_is_not_finite_does_not_become_a_number(kind):
   x[1, 7] = np.nan
   x[2, 7] = np.inf
   found = np.asarray(linear(jnp.asarray(x), storage.matrix(jnp.asarray(MATRIX), kind)))
-  assert np.isfinite(found[0]).all() and not np.isfinite(found[1:]).any()
+  assert np.isfinite(found[0]).all()
+  assert not np.isfinite(found[1:]).any()
   spoilt = MATRIX.copy()
   spoilt[5, 2] = np.nan
   found = np.asarray(linear(jnp.ones((1, 48)), storage.matrix(jnp.asarray(spoilt), kind)))[0]
-  assert np.isnan(found[2]) and np.isfinite(np.delete(found, 2)).all()
+  assert np.isnan(found[2])
+  assert np.isfinite(np.delete(found, 2)).all()
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "int8"])
@@ -74,7 +76,8 @@ def test_an_int8_base_is_kept_as_it_is():
 def test_specs_are_turned_with_the_matrix():
   kept = storage.matrix(jnp.asarray(MATRIX)[None], "int8")
   specs = kept.partition_specs(P(None, "fsdp", "tensor"))
-  assert specs.codes == P(None, "tensor", "fsdp") and specs.step == P(None, "tensor")
+  assert specs.codes == P(None, "tensor", "fsdp")
+  assert specs.step == P(None, "tensor")
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "int8"])
