@@ -115,7 +115,7 @@ def limits() -> dict[str, float]:
         a, b, (((1,), (1,)), ((), ())), preferred_element_type=wide
       )
     )
-    reached[storage] = n**3 / seconds(lambda: times(left, right).block_until_ready())
+    reached[storage] = n**3 / seconds(lambda a=left, b=right, f=times: f(a, b).block_until_ready())
   return reached
 
 
