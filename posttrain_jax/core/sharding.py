@@ -78,6 +78,19 @@ def constrain(x: jax.Array, axes: str) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, spec)
 
 
+def pinned(x: jax.Array, axes: str) -> jax.Array:
+  """As `constrain`, by the axes of the mesh that divide x: for what one program leaves to the next."""
+  if not active():
+    return x
+  ambient = jax.sharding.get_abstract_mesh()
+  return jax.lax.with_sharding_constraint(x, fitted(logical(axes), x.shape, ambient))
+
+
+def logical(axes: str) -> PartitionSpec:
+  """Of an activation with those axes, `-` for one that lies whole on every device."""
+  return PartitionSpec(*[None if name == "-" else ACTIVATIONS[name] for name in axes.split()])
+
+
 def gather(tree: Any, spec: PartitionSpec) -> Any:
   """The arrays of a parameter pinned to spec without its fsdp axes: whole on every device that computes with them.
 

@@ -8,12 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from posttrain_jax.build import decisions
+from posttrain_jax.build import decisions, online
 from posttrain_jax.core import tree
 from posttrain_jax.core.weight import Weight
 from posttrain_jax.losses import logprob
 from posttrain_jax.models.config import ModelConfig
-from posttrain_jax.plan import program
+from posttrain_jax.plan import program, writing
 from posttrain_jax.plan.program import Program
 from posttrain_jax.plan.topology import GIB, target
 
@@ -41,9 +41,16 @@ def figures(
   }
   try:
     compiled = program.compile(built)
+    if online.is_online(config):
+      facts["writing"] = writing.figures(built)
   except program.OutOfMemory as problem:
     return {**facts, "compiled": None, "out_of_memory": str(problem), "fits": False}
-  fits = None if chips.memory is None else compiled.peak / GIB <= chips.memory
+  # between updates what trains stays where it is, and the engine comes beside it
+  peaks = [compiled.peak / GIB]
+  if writes := facts.get("writing"):
+    beside = max(one["peak_gib"] for one in writes["programs"].values())
+    peaks.append(beside + compiled.arguments / GIB)
+  fits = None if chips.memory is None else max(peaks) <= chips.memory
   return {**facts, "compiled": compiled.figures(), "fits": fits}
 
 
@@ -132,10 +139,26 @@ def report(facts: dict[str, Any]) -> str:
       *_rows(sizes),
       f"  compiled in {facts['compiled']['compile_seconds']} s",
       "",
+      *_writing(facts),
       verdict[facts["fits"]]
       + (f": {sizes['peak']:.2f} of {memory:g} GiB" if memory is not None else ""),
     ]
   )
+
+
+def _writing(facts: dict[str, Any]) -> list[str]:
+  """What an online run needs to write, beside the arguments of its step."""
+  if (writes := facts.get("writing")) is None:
+    return []
+  lines = [
+    f"to write {writes['rows']} answers at once, of {writes['length']} tokens with their prompts:"
+  ]
+  for name, sizes in writes["programs"].items():
+    lines.append(f"  {name}, {sizes['compile_seconds']} s to compile")
+    lines += _rows(
+      {key.removesuffix("_gib"): v for key, v in sizes.items() if key.endswith("_gib")}
+    )
+  return [*lines, ""]
 
 
 def _rows(sizes):

@@ -59,6 +59,7 @@ class Program:
   context: Context
   batch: dict[str, Any]
   mesh: jax.sharding.Mesh | None
+  device: jax.Device  # where there is no mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +119,7 @@ def build(config: ml_collections.ConfigDict, target: Target) -> Program:
   state = state_lib.abstract(trainable, updates, carried, loss, mesh)
   jitted = runs.jitted_step(config, adapter_config, loss, updates, state)
   batch = _batch(config, loss, mesh, target.devices[0])
-  return Program(config, model_config, jitted, state, context, batch, mesh)
+  return Program(config, model_config, jitted, state, context, batch, mesh, target.devices[0])
 
 
 def parameters(
@@ -196,9 +197,14 @@ def compile(program: Program) -> Compiled:
   Raises:
     OutOfMemory: the compiler found no way to fit the program into a device.
   """
+  return compiled(program, program.step, program.state, program.context, program.batch)
+
+
+def compiled(program: Program, jitted: Any, *args: Any) -> Compiled:
+  """Any jitted function of abstract arguments, as `compile` does the step of the program."""
   began = time.monotonic()
   with jax.set_mesh(program.mesh) if program.mesh is not None else contextlib.nullcontext():
-    lowered = program.step.lower(program.state, program.context, program.batch)
+    lowered = jitted.lower(*args)
     try:
       executable = lowered.compile()
     except jax.errors.JaxRuntimeError as error:

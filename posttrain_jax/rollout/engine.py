@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from posttrain_jax.core import files, struct, weight
+from posttrain_jax.adapters import layout
+from posttrain_jax.core import files, sharding, struct, tree, weight
 from posttrain_jax.models import before, cache, decoder
 from posttrain_jax.models.config import ModelConfig, as_ids
 from posttrain_jax.rollout import programs, requests
@@ -606,11 +607,15 @@ def generate(
 def prepare(params: Params | Ready, config: ModelConfig, storage: str = storage_lib.AUTO) -> Ready:
   """params in the two forms that the engine wants, their matrices kept as `storage` says (`storage.store`).
 
+  On a mesh they are whole along fsdp, where each token would gather them again, and cut along tensor alone.
+
   On a CPU the second form is a copy: there a scan copies each layer's weights out of the stack at every step.  With the
   layers apart a step of SmolLM2-135M takes 45 ms of processor time instead of 87 (batch 1), 190 instead of 270 (16).
   """
   if isinstance(params, Ready):
     return params
+  whole = lambda path, leaf: sharding.gather(leaf, sharding.spec_for(path, layout.RULES))
+  params = tree.unflatten((path, whole(path, leaf)) for path, leaf in tree.items(params))
   if storage != storage_lib.AUTO:
     params = storage_lib.store(params, config, storage)
   if jax.default_backend() != "cpu" or isinstance(params["layers"], tuple):

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from posttrain_jax.core import struct, weight
-from posttrain_jax.core.sharding import constrain
+from posttrain_jax.core.sharding import constrain, pinned
 from posttrain_jax.models import decoder
 from posttrain_jax.models.cache import Cache
 from posttrain_jax.models.config import ModelConfig
@@ -75,17 +76,28 @@ class Drawn:
   top: tuple[Array, Array] | None
 
 
+def laid(slots: Slots, pin: Callable[[Any, str], Any] = pinned) -> Slots:
+  """On a mesh the rows over data and fsdp, their heads over tensor: so each program leaves them to the next."""
+  by_row = lambda x: pin(x, "batch" + " -" * (x.ndim - 1))
+  of_cache = lambda x: pin(x, "- - batch heads - -")
+  cache = Cache(of_cache(slots.cache.k), of_cache(slots.cache.v), by_row(slots.cache.lengths))
+  others = jax.tree.map(by_row, dataclasses.replace(slots, cache=None))
+  return dataclasses.replace(others, cache=cache)
+
+
 def empty(config: ModelConfig, rows: int, slots: int, dtype: Any, plan: Plan) -> Slots:
   """Slots that hold nothing and are not live."""
   none = jnp.zeros(rows, jnp.int32)
-  return Slots(
-    cache=decoder.empty_cache(config, rows, slots, dtype),
-    text=jnp.zeros((rows, slots), jnp.int32),
-    begins=none,
-    last=none,
-    drawn=none,
-    live=jnp.zeros(rows, bool),
-    plan=jax.tree.map(jnp.asarray, plan),
+  return laid(
+    Slots(
+      cache=decoder.empty_cache(config, rows, slots, dtype),
+      text=jnp.zeros((rows, slots), jnp.int32),
+      begins=none,
+      last=none,
+      drawn=none,
+      live=jnp.zeros(rows, bool),
+      plan=jax.tree.map(jnp.asarray, plan),
+    )
   )
 
 
@@ -94,10 +106,12 @@ def begin(params: Params, slots: Slots, index: Array, row: Array, config: ModelC
   """The row of that index with what is bound to stand before the tokens, and nothing else."""
   dtype = slots.cache.k.dtype
   one = decoder.start(weight.take_rows(params, row[None]), config, 1, slots.cache.slots, dtype)
-  return dataclasses.replace(
-    slots,
-    cache=slots.cache.with_row(index, one),
-    begins=slots.begins.at[index].set(one.lengths[0]),
+  return laid(
+    dataclasses.replace(
+      slots,
+      cache=slots.cache.with_row(index, one),
+      begins=slots.begins.at[index].set(one.lengths[0]),
+    )
   )
 
 
@@ -112,23 +126,25 @@ def read(params: Params, slots: Slots, pieces: Pieces, config: ModelConfig, dtyp
   _, some = decoder.step(rows, pieces.tokens, config, some, counts=pieces.counts, dtype=dtype)
   put = lambda x, part: x.at[:, :, index].set(part, mode="drop", unique_indices=True)
   cache = Cache(put(slots.cache.k, some.k), put(slots.cache.v, some.v), slots.cache.lengths)
-  return dataclasses.replace(slots, cache=cache)
+  return laid(dataclasses.replace(slots, cache=cache))
 
 
 @functools.partial(jax.jit, donate_argnames=("slots",))
 def clear(slots: Slots, index: Array) -> Slots:
   """The row of that index with zeros for keys and values."""
   zeros = jax.tree.map(jnp.zeros_like, slots.cache.row(index))
-  return dataclasses.replace(slots, cache=slots.cache.with_row(index, zeros))
+  return laid(dataclasses.replace(slots, cache=slots.cache.with_row(index, zeros)))
 
 
 @functools.partial(jax.jit, donate_argnames=("slots",))
 def copy(slots: Slots, source: Array, target: Array) -> Slots:
   """The row `target` holds what the row `source` holds."""
-  return dataclasses.replace(
-    slots,
-    cache=slots.cache.with_row(target, slots.cache.row(source)),
-    begins=slots.begins.at[target].set(slots.begins[source]),
+  return laid(
+    dataclasses.replace(
+      slots,
+      cache=slots.cache.with_row(target, slots.cache.row(source)),
+      begins=slots.begins.at[target].set(slots.begins[source]),
+    )
   )
 
 
@@ -141,21 +157,23 @@ def admit(
   cache = dataclasses.replace(
     slots.cache, lengths=pick(slots.begins + lengths, slots.cache.lengths)
   )
-  return dataclasses.replace(
-    slots,
-    cache=cache,
-    text=pick(text, slots.text),
-    last=pick(last, slots.last),
-    drawn=pick(0, slots.drawn),
-    live=slots.live | chosen,
-    plan=jax.tree.map(pick, plan, slots.plan),
+  return laid(
+    dataclasses.replace(
+      slots,
+      cache=cache,
+      text=pick(text, slots.text),
+      last=pick(last, slots.last),
+      drawn=pick(0, slots.drawn),
+      live=slots.live | chosen,
+      plan=jax.tree.map(pick, plan, slots.plan),
+    )
   )
 
 
 @functools.partial(jax.jit, donate_argnames=("slots",))
 def end(slots: Slots, chosen: Array) -> Slots:
   """The chosen rows are not live."""
-  return dataclasses.replace(slots, live=slots.live & ~chosen)
+  return laid(dataclasses.replace(slots, live=slots.live & ~chosen))
 
 
 @functools.partial(
@@ -211,7 +229,9 @@ def window(
     return step + 1, slots, drawn
 
   _, slots, drawn = jax.lax.while_loop(going, body, (jnp.int32(0), slots, empty))
-  return slots, dataclasses.replace(drawn, counts=slots.drawn - before, live=slots.live)
+  drawn = dataclasses.replace(drawn, counts=slots.drawn - before, live=slots.live)
+  everywhere = lambda x: pinned(x, "- " * x.ndim)  # every host reads it
+  return laid(slots), jax.tree.map(everywhere, drawn)
 
 
 def _draw(
