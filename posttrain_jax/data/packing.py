@@ -15,6 +15,8 @@ Rows of answers (`data.answers`) have more, in the order of the answers of a row
   present      bool   [batch, slots] whether there is an answer
   <value>      float32 [batch, slots] label, score, advantage, margin, weight
   ref_logps    float32 log-probabilities under the reference, where they were computed beforehand
+  sampling_logps float32 log-probabilities that tokens were drawn with, where the policy wrote them
+  kept         uint32 [batch, time, words] which tokens each was drawn among, where a filter left some out
   steps        float32 labels of steps where they end, NaN elsewhere
   companion    such a batch again, of the answers' companions
 """
@@ -140,6 +142,8 @@ def pack_answers(
     batch["ref_logps"] = np.zeros(time, np.float32)
   if first.sampling_logps is not None:
     batch["sampling_logps"] = np.zeros(time, np.float32)
+  if first.kept is not None:
+    batch["kept"] = np.zeros((*time, first.kept.shape[1]), np.uint32)
   if first.steps is not None:
     batch["steps"] = np.full(time, np.nan, np.float32)
   for r, row in enumerate(rows):
@@ -163,6 +167,7 @@ def pack_answers(
       by_token = (
         ("ref_logps", example.ref_logps),
         ("sampling_logps", example.sampling_logps),
+        ("kept", example.kept),
         ("steps", example.steps),
       )
       for name, values in by_token:
