@@ -46,6 +46,10 @@ def get_config(arg=None):
   n.samples = 8  # answers to a prompt
   n.max_new_tokens = 64  # of an answer
   n.temperature = 1.0
+  # filters of what a token is drawn among; training is then over what they kept
+  n.top_k = 0  # most likely tokens; 0 for all
+  n.top_p = 1.0  # share of the mass that the likeliest hold; 1 for all
+  n.min_p = 0.0  # least probability over that of the most likely; 0 for all
   n.minibatches = 1  # updates that a written batch is cut into
   n.passes = 1  # times that a written batch is used
   n.rows = 16  # answers under way at once

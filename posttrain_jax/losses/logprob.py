@@ -43,8 +43,9 @@ def token_logps(
   kept: Array | None = None,
 ) -> Array:
   """log softmax(softcap(hidden @ head) / temperature)[label], [...] float32; arguments as `score`'s."""
-  options = dict(softcap=softcap, temperature=temperature, kept=kept)
-  return score(hidden, head, labels, mask=mask, **options).logp
+  return score(
+    hidden, head, labels, mask=mask, softcap=softcap, temperature=temperature, kept=kept
+  ).logp
 
 
 def score(

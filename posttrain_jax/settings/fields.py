@@ -247,6 +247,18 @@ FIELDS: Mapping[str, Field] = {
   "online.temperature": Field(
     "of the softmax that answers are drawn from, and that the loss is of", _POSITIVE
   ),
+  "online.top_k": Field(
+    "most likely tokens that one is drawn among, and that the loss is of; 0 for all",
+    _whole(2, MOST_TOKENS, also=(0,)),
+  ),
+  "online.top_p": Field(
+    "a token is drawn among the likeliest that hold this share of the mass, and so is the loss; 1 for all",
+    Number(0, 1, above=True),
+  ),
+  "online.min_p": Field(
+    "a token is drawn among those at least this part as likely as the likeliest; 0 for all; so is the loss",
+    Number(0, 1, below=True),
+  ),
   "online.minibatches": Field(
     "updates that a written batch is cut into; it has batch.rows prompts for each",
     _whole(1, MOST_ROWS),

@@ -133,7 +133,7 @@ def test_a_softmax_over_what_was_kept():
   assert 0.7 < kept.mean() < 0.8
   check_frozen(HEADS["tied"](), kept=(kept, nowhere), **OPTIONS)
   check_trained("dense", kept=(kept, nowhere), **OPTIONS)
-  hidden, labels, g = problem()
+  hidden, labels, _ = problem()
   none = logprob.score(hidden, HEADS["dense"](), labels, kept=~packed).logp
   assert (none == -np.inf).all()  # the drift of a sampler that kept others is not hidden
 

@@ -1,0 +1,148 @@
+"""From groups of scored answers to the batches of the updates that learn from them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from posttrain_jax.build import writer
+from posttrain_jax.build.adapter import Trees
+from posttrain_jax.build.groups import Group
+from posttrain_jax.core import bits
+from posttrain_jax.data import answers
+from posttrain_jax.data.encoded import Example
+from posttrain_jax.data.packing import pack_answers
+from posttrain_jax.losses import advantage
+from posttrain_jax.objectives import Context, Scorer
+from posttrain_jax.objectives.rows import spans
+from posttrain_jax.train.state import State
+
+Config = ml_collections.ConfigDict
+Batch = Mapping[str, Any]
+EDGES = 4  # lengths of rows, each of them a program
+
+
+class Updates:
+  """The batches of a run's updates, a row a group."""
+
+  def __init__(self, config: Config, vocab: int) -> None:
+    self.config = config
+    whole = writer.sampling(config).is_whole
+    self.words = 0 if whole else bits.words(vocab)  # that say what a token was drawn among
+    self._old_logps = jax.jit(self._logps)
+
+  def bind(self, trees: Trees, objective: Scorer) -> None:
+    """What computes log-probabilities."""
+    self.context, self.objective = trees.context, objective
+
+  def of(self, groups: Sequence[Group], state: State, number: int) -> list[Batch]:
+    """In the order in which they are taken.
+
+    number: of the written batch in the run.
+    """
+    advantages = _advantages(self.config, np.stack([group.scores for group in groups]))
+    examples = [self._example(group, a) for group, a in zip(groups, advantages)]
+    packed = self._packed(examples, number)
+    if len(packed) == 1:
+      return packed
+    context = state.context(self.context)
+    old = lambda batch: np.asarray(self._old_logps(state.trainable, context, batch))
+    return [{**batch, "old_logps": old(batch)} for batch in packed]
+
+  def blank(self) -> Batch:
+    """A batch of the largest shape, for a program that is compiled and not run."""
+    o, length = self.config.online, self.config.data.length
+    example = dataclasses.replace(
+      answers.blank("scored", with_ref_logps=False, with_companion=False),
+      sampling_logps=np.zeros(2, np.float32),
+      kept=np.zeros((2, self.words), np.uint32) if self.words else None,
+    )
+    rows = [[0]] * self.config.batch.rows
+    batch = pack_answers([example], rows, length, o.samples, shares=self.config.data.share_prompt)
+    if o.minibatches * o.passes > 1:
+      batch["old_logps"] = np.zeros((len(rows), length), np.float32)
+    return batch
+
+  def _packed(self, examples: Sequence[answers.Answers], number: int) -> list[Batch]:
+    """The examples in batches, each as often as there are passes, in another order each time."""
+    o, rows = self.config.online, self.config.batch.rows
+    edge = next(e for e in self._edges if max(map(len, examples)) <= e)
+    packed = []
+    for turn in range(o.passes):
+      order = np.arange(len(examples))
+      if turn:
+        order = np.random.default_rng((self.config.seed, number, turn)).permutation(order)
+      for start in range(0, len(order), rows):
+        some = [[int(i)] for i in order[start : start + rows]]
+        shares = self.config.data.share_prompt
+        packed.append(pack_answers(examples, some, edge, o.samples, shares=shares))
+    return packed
+
+  @functools.cached_property
+  def _edges(self) -> tuple[int, ...]:
+    length = self.config.data.length
+    return tuple(
+      dict.fromkeys(min(length, -(-length * i // EDGES // 64) * 64) for i in range(1, EDGES + 1))
+    )
+
+  def _example(self, group: Group, advantages: np.ndarray) -> answers.Answers:
+    """The group as a row; what could not be scored is left out."""
+    scores, o = group.scores, self.config.online
+    places = scored_places(group)
+    prompt = group.prompt.tokens
+    parts = []
+    for i in places:
+      tokens = np.asarray(group.written[i].tokens, np.int32)
+      mask = np.arange(len(prompt) + len(tokens)) >= len(prompt)
+      parts.append(Example(np.concatenate([prompt, tokens]), mask, origin=group.prompt.origin))
+    known = scores[~np.isnan(scores)]
+    deviation = float(known.std(ddof=1)) if len(known) > 1 else 0.0
+    values = {
+      "score": [float(scores[i]) for i in places],
+      "advantage": [0.0 if np.isnan(scores[i]) else float(advantages[i]) for i in places],
+      "deviation": [deviation] * len(places),
+    }
+    joined = answers.join(parts, share=self.config.data.share_prompt, values=values)
+    time = len(joined.tokens)
+    sampling, mask = np.zeros(time, np.float32), joined.mask.copy()
+    kept = np.zeros((time, self.words), np.uint32)
+    for place, i in enumerate(places):
+      here = joined.mask & (joined.answer == place)
+      sampling[here] = group.written[i].logps
+      if self.words:
+        kept[here] = group.written[i].kept
+      if o.mask_cut and not group.written[i].finished:
+        mask[here] = False
+    recorded = dict(sampling_logps=sampling, kept=kept if self.words else None)
+    return dataclasses.replace(joined, mask=mask, **recorded)
+
+  def _logps(self, trainable: Any, context: Context, batch: Batch) -> jax.Array:
+    """[rows, time]: log-probabilities of the answers' tokens before any update of the batch."""
+    forward = self.objective.forward(trainable, context, batch, None, training=False)
+    mask = spans(batch).mask
+    temperature = self.config.online.temperature
+    return self.objective.scores(forward, batch, mask, temperature=temperature).logp
+
+
+def scored_places(group: Group) -> list[int]:
+  """Of the answers that are a row's; of a group without any score the first, so that its place is kept."""
+  return [i for i, score in enumerate(group.scores) if not np.isnan(score)] or [0]
+
+
+def _advantages(config: Config, scores: np.ndarray) -> np.ndarray:
+  how, rewards = config.objective.advantage, jnp.asarray(scores)
+  if how == "leave_one_out":
+    return np.asarray(advantage.leave_one_out(rewards))
+  if how == "max_rl":
+    return np.asarray(advantage.over_mean(rewards))
+  if how == "whitened":
+    centred = advantage.group_relative(rewards, scale="none")
+    return np.asarray(advantage.whiten(centred, ~jnp.isnan(rewards)))
+  return np.asarray(advantage.group_relative(rewards, scale=how))
