@@ -15,6 +15,8 @@ METHODS = {
   "gspo": ("gspo", "sequence_mean", "group", 4e-4),
   "cispo": ("cispo", "token_mean", "group", 0.2),
   "rloo": ("rloo", "sequence_sum", "leave_one_out", 0.2),
+  "dppo": ("dppo_tv", "token_mean", "group", 0.15),
+  "dppo_kl": ("dppo_kl", "token_mean", "group", 0.05),
   "reinforce": ("reinforce", "token_mean", "batch", 0.2),
 }
 

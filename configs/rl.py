@@ -3,7 +3,7 @@ r"""Online reinforcement learning: the model answers prompts, verifiers score th
 posttrain train --config=rl:method=grpo,data=sql,reward=sql --workdir=runs/rl
 
 data=sql is the built-in task; data=FILE.jsonl has rows with a prompt and the columns that the verifiers read.
-method: grpo, dr_grpo, dapo, gspo, cispo, rloo, reinforce, reinforce_pp, max_rl, centred.
+method: grpo, dr_grpo, dapo, gspo, cispo, rloo, dppo, dppo_kl, reinforce, reinforce_pp, max_rl, centred.
 """
 
 import ml_collections

@@ -47,8 +47,9 @@ class Updates:
 
     number: of the written batch in the run.
     """
-    advantages = _advantages(self.config, np.stack([group.scores for group in groups]))
-    examples = [self._example(group, a) for group, a in zip(groups, advantages)]
+    scores = np.stack([group.scores for group in groups])
+    advantages = advantage.named(self.config.objective.advantage, jnp.asarray(scores))
+    examples = [self._example(group, a) for group, a in zip(groups, np.asarray(advantages))]
     packed = self._packed(examples, number)
     if len(packed) == 1:
       return packed
@@ -134,15 +135,3 @@ class Updates:
 def scored_places(group: Group) -> list[int]:
   """Of the answers that are a row's; of a group without any score the first, so that its place is kept."""
   return [i for i, score in enumerate(group.scores) if not np.isnan(score)] or [0]
-
-
-def _advantages(config: Config, scores: np.ndarray) -> np.ndarray:
-  how, rewards = config.objective.advantage, jnp.asarray(scores)
-  if how == "leave_one_out":
-    return np.asarray(advantage.leave_one_out(rewards))
-  if how == "max_rl":
-    return np.asarray(advantage.over_mean(rewards))
-  if how == "whitened":
-    centred = advantage.group_relative(rewards, scale="none")
-    return np.asarray(advantage.whiten(centred, ~jnp.isnan(rewards)))
-  return np.asarray(advantage.group_relative(rewards, scale=how))

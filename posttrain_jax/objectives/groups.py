@@ -27,8 +27,8 @@ from posttrain_jax.objectives.reference import reference_logps
 from posttrain_jax.objectives.rows import spans
 
 Array = jax.Array
-POLICY_LOSSES = ("reinforce", "ppo", "gspo", "rloo", "cispo")
-AGGREGATIONS = ("token_mean", "sequence_mean", "constant_length", "sequence_sum")
+POLICY_LOSSES = ("reinforce", "ppo", "gspo", "rloo", "cispo", "dppo_tv", "dppo_kl")
+AGGREGATIONS = ("token_mean", "sequence_mean", "constant_length", "sequence_sum", "prompt_mean")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Grouped(Scorer):
   epsilon: float = 0.2
   epsilon_high: float = 0.2
   dual_clip: float | None = None
-  ceiling: float = 5.0  # CISPO's bound on the ratio
+  ceiling: float = 5.0  # CISPO's and DPPO's bound on the ratio
   kl_weight: float = 0.0  # of k3 to the reference
   max_length: int = 512  # of constant_length
   old: str = "policy"
@@ -81,7 +81,9 @@ class Grouped(Scorer):
     memory: Memory,
     training: bool,
   ) -> Totals:
-    return {"tokens": jnp.sum(spans(batch).mask), "count": jnp.sum(batch["present"])}
+    in_row = jnp.max(jnp.where(batch["present"], batch["group"] + 1, 0), axis=1)
+    tokens, answers = jnp.sum(spans(batch).mask), jnp.sum(batch["present"])
+    return {"tokens": tokens, "count": answers, "prompts": jnp.sum(in_row)}
 
   def contribution(
     self, forward: Forward, context: Context, batch: Batch, totals: Totals, *, training: bool
@@ -108,7 +110,7 @@ class Grouped(Scorer):
       divergence = kl.k3(logps, ref_logps, at.mask)
       losses = losses + self.kl_weight * divergence
       metrics["kl"] = metrics_lib.mean(jax.lax.stop_gradient(divergence), at.mask)
-    loss = jnp.sum(losses * self._weights(at, totals))
+    loss = jnp.sum(losses * self._weights(at, batch["group"], totals))
     metrics |= self._metrics(loss, stats, batch, at, totals)
     if online or not training:
       metrics["entropy"] = metrics_lib.mean(jax.lax.stop_gradient(scores.entropy), at.mask)
@@ -154,6 +156,11 @@ class Grouped(Scorer):
         return policy.reinforce(logps, advantages, at.mask)
       case "cispo":
         return policy.cispo(logps, old_logps, advantages, at.mask, ceiling=self.ceiling)
+      case "dppo_tv" | "dppo_kl":
+        by = self.loss_name.removeprefix("dppo_")
+        return policy.dppo(
+          logps, old_logps, advantages, at.mask, divergence=by, ceiling=self.ceiling, **clip
+        )
       case "ppo":
         return policy.clipped_surrogate(
           logps, old_logps, advantages, at.mask, dual_clip=self.dual_clip, **clip
@@ -161,7 +168,7 @@ class Grouped(Scorer):
     is_gspo = self.loss_name == "gspo"
     return policy.sequence_surrogate(logps, old_logps, advantages, at, normalise=is_gspo, **clip)
 
-  def _weights(self, at: Spans, totals: Totals) -> Array:
+  def _weights(self, at: Spans, group: Array, totals: Totals) -> Array:
     """Per token, [rows, time]: how tokens add up to the loss of the whole optimizer batch."""
     answers = totals["count"]
     if self.loss_name == "rloo":  # one loss an answer, not one a token
@@ -171,6 +178,8 @@ class Grouped(Scorer):
         return policy.token_mean(at, tokens=totals["tokens"])
       case "sequence_mean":
         return policy.sequence_mean(at, answers=answers)
+      case "prompt_mean":
+        return policy.prompt_mean(at, group, prompts=totals["prompts"])
       case "constant_length":
         return policy.constant_length(at, answers=answers, length=self.max_length)
     return policy.sequence_sum(at, answers=answers)

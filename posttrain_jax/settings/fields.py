@@ -373,10 +373,11 @@ FIELDS: Mapping[str, Field] = {
   "objective.centering": Field("weight of the square of a pair's summed rewards", _NOT_NEGATIVE),
   "objective.loss": Field(
     "loss of a token; it decides which fields there are",
-    Choice(("reinforce", "ppo", "gspo", "rloo", "cispo")),
+    Choice(("reinforce", "ppo", "gspo", "rloo", "cispo", "dppo_tv", "dppo_kl")),
   ),
   "objective.aggregation": Field(
-    "how tokens add up", Choice(("token_mean", "sequence_mean", "constant_length", "sequence_sum"))
+    "how tokens add up",
+    Choice(("token_mean", "sequence_mean", "constant_length", "sequence_sum", "prompt_mean")),
   ),
   "objective.advantage": Field(
     "what scores are centred and divided by",
@@ -393,13 +394,18 @@ FIELDS: Mapping[str, Field] = {
     Choice(("truncate", "mask")),
     _CORRECTS,
   ),
-  "objective.epsilon": Field("the ratio is held above 1 - epsilon", Number(0, 1, above=True)),
-  "objective.epsilon_high": Field("the ratio is held below 1 + epsilon_high", _POSITIVE),
+  "objective.epsilon": Field(
+    "the ratio is held above 1 - epsilon; of DPPO, the divergence of what falls",
+    Number(0, 1, above=True),
+  ),
+  "objective.epsilon_high": Field(
+    "the ratio is held below 1 + epsilon_high; of DPPO, the divergence of what rises", _POSITIVE
+  ),
   "objective.dual_clip": Field(
     "the loss of a bad answer is at most this times -A; None: no bound",
     Number(1, above=True, also=(None,)),
   ),
-  "objective.ceiling": Field("CISPO's bound on the ratio", _POSITIVE),
+  "objective.ceiling": Field("CISPO's and DPPO's bound on the ratio", _POSITIVE),
   "objective.kl_weight": Field(
     "weight of the KL to the reference, by its estimate k3", _NOT_NEGATIVE
   ),
@@ -540,6 +546,8 @@ GROUPED: Mapping[str, tuple[str, ...]] = {  # of objective.loss
   "gspo": ("aggregation", "epsilon", "epsilon_high", "old"),
   "rloo": ("epsilon", "epsilon_high", "old"),
   "cispo": ("aggregation", "ceiling", "old"),
+  "dppo_tv": ("aggregation", "epsilon", "epsilon_high", "ceiling", "old"),
+  "dppo_kl": ("aggregation", "epsilon", "epsilon_high", "ceiling", "old"),
   "reinforce": ("aggregation",),
 }
 
