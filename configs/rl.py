@@ -38,7 +38,8 @@ def get_config(arg=None):
   o.importance_high = 2.0
   o.importance_low = 0.0
   o.importance_outside = "truncate"  # truncate or mask
-  o.kl_weight = 0.0  # of k3 to the reference
+  o.kl_weight = 0.0  # of the KL to the reference
+  o.kl_estimator = "k3"  # k2 has the gradient of the reverse KL, k3 of the forward KL
   common.reference(o)
   o.cache_reference = False  # answers are not there before training
   c.reward = common.reward(arg.reward)
@@ -56,6 +57,8 @@ def get_config(arg=None):
   n.dynamic = arg.method == "dapo"  # groups whose answers agree are replaced by others
   n.most_rounds = 10  # times that prompts are asked for one batch, with dynamic
   n.outcome = ""  # part of the reward that says whether a group agrees; "": the total
+  n.kl_in_reward = 0.0  # weight of an answer's KL to the reference, taken off its reward
+  n.kl_in_reward_estimator = "k1"  # k1 (unbiased) or k3 (never negative), summed over the answer
   n.mask_cut = False  # answers that were cut teach nothing
   n.most_drift = 0.05  # nats a token between sampler and trainer above which the run ends
   c.data = common.answers(arg, "prompts")

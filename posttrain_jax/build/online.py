@@ -149,9 +149,9 @@ class Online:
         self._say_dead(kept, dead, rounds)
       kept += dead[: wanted - len(kept)]
     every = [*kept, *(group for group in dead if group not in kept)]
-    batches = self.updates.of(kept, state, self._batches)
+    batches, beside = self.updates.of(kept, state, self._batches)
     spent["all"] = time.monotonic() - began
-    self._tell(every, kept, spent, rounds)
+    self._tell(every, kept, spent, rounds, beside)
     completions.write(self.folder, self._batches, groups_lib.table(self._batches, every, kept))
     if len(batches) > 1:
       # steps that checkpoints go back
@@ -223,10 +223,12 @@ class Online:
     kept: Sequence[Group],
     spent: Mapping[str, float],
     rounds: int,
+    beside: Mapping[str, float],
   ) -> None:
     seconds = max(spent["all"], 1e-9)
     self._told = {
       **self._reward_metrics,
+      **beside,
       **groups_lib.metrics(every, self.config.online.outcome),
       **groups_lib.passed(every, self.reward.most),
       "dynamic_sampling/rounds": float(rounds),

@@ -19,8 +19,9 @@ from posttrain_jax.core import bits
 from posttrain_jax.data import answers
 from posttrain_jax.data.encoded import Example
 from posttrain_jax.data.packing import pack_answers
-from posttrain_jax.losses import advantage
+from posttrain_jax.losses import advantage, kl
 from posttrain_jax.objectives import Context, Scorer
+from posttrain_jax.objectives.reference import reference_logps
 from posttrain_jax.objectives.rows import spans
 from posttrain_jax.train.state import State
 
@@ -36,26 +37,37 @@ class Updates:
     self.config = config
     whole = writer.sampling(config).is_whole
     self.words = 0 if whole else bits.words(vocab)  # that say what a token was drawn among
-    self._old_logps = jax.jit(self._logps)
+    self._old_logps, self._kl = jax.jit(self._logps), jax.jit(self._kl_of_answers)
 
   def bind(self, trees: Trees, objective: Scorer) -> None:
     """What computes log-probabilities."""
     self.context, self.objective = trees.context, objective
 
-  def of(self, groups: Sequence[Group], state: State, number: int) -> list[Batch]:
-    """In the order in which they are taken.
+  def of(
+    self, groups: Sequence[Group], state: State, number: int
+  ) -> tuple[list[Batch], dict[str, float]]:
+    """(batches in the order in which they are taken, what is told of them).
 
     number: of the written batch in the run.
     """
-    scores = np.stack([group.scores for group in groups])
-    advantages = advantage.named(self.config.objective.advantage, jnp.asarray(scores))
+    o, told = self.config.online, {}
+    rewards = np.stack([group.scores for group in groups])
+    if o.kl_in_reward:
+      divergences = self._divergences(groups, state)
+      told["reward_kl_penalty"] = float(divergences[~np.isnan(rewards)].mean())
+      rewards = rewards - o.kl_in_reward * divergences
+    advantages = advantage.named(self.config.objective.advantage, jnp.asarray(rewards))
     examples = [self._example(group, a) for group, a in zip(groups, np.asarray(advantages))]
-    packed = self._packed(examples, number)
+    orders = [np.arange(len(examples))]
+    for turn in range(1, o.passes):
+      random = np.random.default_rng((self.config.seed, number, turn))
+      orders.append(random.permutation(orders[0]))
+    packed = [batch for order in orders for batch in self._packed(examples, order)]
     if len(packed) == 1:
-      return packed
+      return packed, told
     context = state.context(self.context)
     old = lambda batch: np.asarray(self._old_logps(state.trainable, context, batch))
-    return [{**batch, "old_logps": old(batch)} for batch in packed]
+    return [{**batch, "old_logps": old(batch)} for batch in packed], told
 
   def blank(self) -> Batch:
     """A batch of the largest shape, for a program that is compiled and not run."""
@@ -71,20 +83,31 @@ class Updates:
       batch["old_logps"] = np.zeros((len(rows), length), np.float32)
     return batch
 
-  def _packed(self, examples: Sequence[answers.Answers], number: int) -> list[Batch]:
-    """The examples in batches, each as often as there are passes, in another order each time."""
-    o, rows = self.config.online, self.config.batch.rows
+  def _packed(self, examples: Sequence[answers.Answers], order: np.ndarray) -> list[Batch]:
+    """The examples in that order, in batches of one update."""
+    rows, shares = self.config.batch.rows, self.config.data.share_prompt
     edge = next(e for e in self._edges if max(map(len, examples)) <= e)
-    packed = []
-    for turn in range(o.passes):
-      order = np.arange(len(examples))
-      if turn:
-        order = np.random.default_rng((self.config.seed, number, turn)).permutation(order)
-      for start in range(0, len(order), rows):
-        some = [[int(i)] for i in order[start : start + rows]]
-        shares = self.config.data.share_prompt
-        packed.append(pack_answers(examples, some, edge, o.samples, shares=shares))
-    return packed
+    parts = [order[start : start + rows] for start in range(0, len(order), rows)]
+    return [
+      pack_answers(
+        examples, [[int(i)] for i in part], edge, self.config.online.samples, shares=shares
+      )
+      for part in parts
+    ]
+
+  def _divergences(self, groups: Sequence[Group], state: State) -> np.ndarray:
+    """[groups, samples]: the KL of each answer to the reference, summed over its tokens; 0 without a score."""
+    examples = [self._example(group, np.zeros(len(group.written))) for group in groups]
+    context = state.context(self.context)
+    sums = [
+      np.asarray(self._kl(state.trainable, context, batch))
+      for batch in self._packed(examples, np.arange(len(examples)))
+    ]
+    divergences = np.zeros((len(groups), self.config.online.samples), np.float32)
+    for row, group, known in zip(divergences, groups, np.concatenate(sums)):
+      places = scored_places(group)
+      row[places] = known[: len(places)]
+    return divergences
 
   @functools.cached_property
   def _edges(self) -> tuple[int, ...]:
@@ -130,6 +153,13 @@ class Updates:
     mask = spans(batch).mask
     temperature = self.config.online.temperature
     return self.objective.scores(forward, batch, mask, temperature=temperature).logp
+
+  def _kl_of_answers(self, trainable: Any, context: Context, batch: Batch) -> jax.Array:
+    """[rows, slots]: of what was drawn from, at its temperature and among what was kept, on both sides."""
+    o, at = self.config.online, spans(batch)
+    logps = self._logps(trainable, context, batch)
+    reference = reference_logps(self.objective, context, batch, at.mask, temperature=o.temperature)
+    return at.per_answer(kl.ESTIMATES[o.kl_in_reward_estimator](logps, reference, at.mask))
 
 
 def scored_places(group: Group) -> list[int]:

@@ -47,7 +47,9 @@ class Grouped(Scorer):
   epsilon_high: float = 0.2
   dual_clip: float | None = None
   ceiling: float = 5.0  # CISPO's and DPPO's bound on the ratio
-  kl_weight: float = 0.0  # of k3 to the reference
+  kl_weight: float = 0.0  # of the KL to the reference
+  kl_estimator: str = "k3"  # of `losses.kl`
+  kl_in_reward: float = 0.0  # its weight there, which who writes the answers takes off
   max_length: int = 512  # of constant_length
   old: str = "policy"
   temperature: float = 1.0  # that the answers were drawn at
@@ -63,13 +65,24 @@ class Grouped(Scorer):
       ("old", self.old, ("policy", "reference", "batch")),
       ("importance", self.importance, ("none", "token", "sequence", "geometric")),
       ("importance_outside", self.importance_outside, ("truncate", "mask")),
+      ("kl_estimator", self.kl_estimator, tuple(kl.ESTIMATES)),
     ):
       if value not in known:
         raise ValueError(f"{field}={value!r}: known are {', '.join(known)}")
+    if self.kl_weight and self.kl_estimator == "k1":
+      raise ValueError(
+        "kl_estimator='k1': its gradient in a loss is zero on average, so that it would hold nothing back; write k2"
+        " (the reverse KL's gradient) or k3 (the forward KL's), or take it off the reward (online.kl_in_reward)"
+      )
+    if self.importance != "none" and self.importance_outside == "mask" and not self.importance_low:
+      raise ValueError(
+        "importance_outside='mask' with importance_low=0 masks on one side alone: write a lower bound, as 0.5 (IcePop"
+        " has 0.5 and 5), or truncate"
+      )
 
   @property
   def needs_reference(self) -> bool:
-    return self.kl_weight > 0 or self.old == "reference"
+    return self.kl_weight > 0 or self.old == "reference" or self.kl_in_reward > 0
 
   def totals(
     self,
@@ -94,8 +107,8 @@ class Grouped(Scorer):
     scores = self.scores(forward, batch, at.mask, **how)
     logps = scores.logp
     ref_logps = old_logps = jax.lax.stop_gradient(logps)
-    if self.needs_reference:
-      ref_logps = reference_logps(self, context, batch, at.mask)
+    if self.kl_weight or self.old == "reference":
+      ref_logps = reference_logps(self, context, batch, at.mask, temperature=self.temperature)
     if self.old == "reference":
       old_logps = ref_logps
     elif self.old == "batch":
@@ -107,7 +120,7 @@ class Grouped(Scorer):
       losses, told = self._corrected(losses, old_logps, sampling, at)
       metrics |= told
     if self.kl_weight:
-      divergence = kl.k3(logps, ref_logps, at.mask)
+      divergence = kl.ESTIMATES[self.kl_estimator](logps, ref_logps, at.mask)
       losses = losses + self.kl_weight * divergence
       metrics["kl"] = metrics_lib.mean(jax.lax.stop_gradient(divergence), at.mask)
     loss = jnp.sum(losses * self._weights(at, batch["group"], totals))

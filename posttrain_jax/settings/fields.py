@@ -277,6 +277,15 @@ FIELDS: Mapping[str, Field] = {
     "part of the reward whose scores say whether a group agrees; '': the total",
     Text("a part's name", empty=True),
   ),
+  "online.kl_in_reward": Field(
+    "weight of an answer's KL to the reference, taken off its reward before the advantage",
+    _NOT_NEGATIVE,
+  ),
+  "online.kl_in_reward_estimator": Field(
+    "of that KL, summed over the answer's tokens",
+    Choice(("k1", "k3")),
+    ("online.kl_in_reward", bool, "above 0"),
+  ),
   "online.mask_cut": Field("answers that max_new_tokens cut teach nothing", Flag()),
   "online.most_drift": Field(
     "nats a token by which the sampler's log-probabilities may be off the trainer's on average; above, the run ends",
@@ -406,8 +415,11 @@ FIELDS: Mapping[str, Field] = {
     Number(1, above=True, also=(None,)),
   ),
   "objective.ceiling": Field("CISPO's and DPPO's bound on the ratio", _POSITIVE),
-  "objective.kl_weight": Field(
-    "weight of the KL to the reference, by its estimate k3", _NOT_NEGATIVE
+  "objective.kl_weight": Field("weight of the KL to the reference", _NOT_NEGATIVE),
+  "objective.kl_estimator": Field(
+    "of that KL in the loss: k2 has the gradient of the reverse KL, k3 of the forward KL, k1 none on average",
+    Choice(("k1", "k2", "k3")),
+    ("objective.kl_weight", bool, "above 0"),
   ),
   "objective.old": Field(
     "who wrote the answers: the policy (every ratio is 1 at first) or the reference",
@@ -541,6 +553,7 @@ BESIDE = (
   "reward",
 )  # which leave a divergence to the others
 _IMPORTANCE = ("importance", "importance_high", "importance_low", "importance_outside")
+_KL = ("kl_weight", "kl_estimator")
 GROUPED: Mapping[str, tuple[str, ...]] = {  # of objective.loss
   "ppo": ("aggregation", "epsilon", "epsilon_high", "dual_clip", "old"),
   "gspo": ("aggregation", "epsilon", "epsilon_high", "old"),
@@ -565,8 +578,8 @@ def read_by_objective(objective: Config, kind: str) -> tuple[str, ...]:
     of_loss = GROUPED.get(objective.get("loss", ""), ())
     if kind == "prompts":  # answers that the policy writes
       own = (*(field for field in of_loss if field != "old"), *_IMPORTANCE)
-      return ("name", "loss", "advantage", *own, "kl_weight", *_REFERENCE)
-    return ("name", "loss", "advantage", *of_loss, "kl_weight", "sft_weight", *_REFERENCE)
+      return ("name", "loss", "advantage", *own, *_KL, *_REFERENCE)
+    return ("name", "loss", "advantage", *of_loss, *_KL, "sft_weight", *_REFERENCE)
   if name == "kto":
     weights = ("desirable_weight", "undesirable_weight")
     return ("name", *weights, "estimate_kl", "sft_weight", *_COMPARED)
@@ -658,9 +671,13 @@ def _check_given(config: Config, name: str) -> None:
     raise ConfigError(f"{name} is not read where {are}: {cure}, or leave {name} out")
   objective = config.get("objective", {})
   compares = objective.get("kl_weight") or objective.get("old") == "reference"
+  compares = compares or config.get("online", {}).get("kl_in_reward")
   if objective.get("name") == "grouped" and _is_of_reference(name) and not compares:
+    other = (
+      "online.kl_in_reward is, too" if "online" in config else "objective.old is not reference"
+    )
     raise ConfigError(
-      f"{name} is not read where objective.kl_weight is 0 and objective.old is not reference: no reference is"
+      f"{name} is not read where objective.kl_weight is 0 and {other}: no reference is"
     )
 
 

@@ -232,6 +232,11 @@ def test_a_score_that_is_missing_is_left_out_and_counted(folder, tmp_path, capsy
     (("online.max_new_tokens=5000",), "early", "leaves too few for online.max_new_tokens=5000"),
     (("objective.cache_reference=true", "objective.kl_weight=0.1"), "early", "cache_reference"),
     (("online.outcome=other",), "early", "online.outcome='other': the reward has the parts"),
+    (
+      ("online.kl_in_reward=0.1", "objective.advantage=max_rl"),
+      "early",
+      "advantage=max_rl divides by the mean reward",
+    ),
     (("data.replay=x.jsonl",), "early", "data.replay='x.jsonl'"),
     ((), "raises", "has no score for any of the first"),
   ],

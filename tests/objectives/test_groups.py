@@ -87,3 +87,17 @@ def test_what_is_told_of_groups(loss, monkeypatch):
   assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-4)
   without = dataclasses.replace(objective, kl_weight=0.0)
   assert "kl" not in told(without, examples)[0]
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    (dict(kl_weight=0.1, kl_estimator="k1"), "zero on average"),
+    (dict(importance="token", importance_outside="mask"), "masks on one side alone"),
+    (dict(kl_estimator="k4"), "known are k1, k2, k3"),
+    (dict(aggregation="mean"), "prompt_mean"),
+  ],
+)
+def test_what_means_nothing_is_refused(fields, message):
+  with pytest.raises(ValueError, match=message):
+    Grouped(tiny.config(), **fields)

@@ -309,7 +309,8 @@ def grouped_loss(known):
     if o.dual_clip is not None:
       each = jnp.where(gain < 0, jnp.minimum(each, -o.dual_clip * gain), each)
   u = known.ref_logps - known.logps
-  each = jnp.where(mask, each + o.kl_weight * (jnp.exp(u) - 1 - u), 0.0)
+  divergence = jnp.exp(u) - 1 - u if o.kl_estimator == "k3" else u**2 / 2
+  each = jnp.where(mask, each + o.kl_weight * divergence, 0.0)
   by_answer = each.sum(1)
   match "sequence_mean" if o.loss == "rloo" else o.aggregation:
     case "token_mean":
@@ -401,7 +402,10 @@ FAST = [
   ("grouped.py:method=rloo", APART),
   ("grouped.py:method=dppo", APART | NEAR | {"objective.aggregation": "prompt_mean"}),
   ("grouped.py:method=dppo_kl", APART | NEAR_KL),
-  ("grouped.py:method=reinforce", {"objective.kl_weight": 0.2}),  # which has no ratio
+  (
+    "grouped.py:method=reinforce",
+    {"objective.kl_weight": 0.2, "objective.kl_estimator": "k2"},
+  ),  # no ratio
   ("grouped.py:method=grpo", APART | {"objective.aggregation": "sequence_sum"}),
   ("sft.py", {}),
 ]
