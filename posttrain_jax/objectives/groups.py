@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -27,6 +28,7 @@ from posttrain_jax.objectives.reference import reference_logps
 from posttrain_jax.objectives.rows import spans
 
 Array = jax.Array
+stop = jax.lax.stop_gradient
 POLICY_LOSSES = ("reinforce", "ppo", "gspo", "rloo", "cispo", "dppo_tv", "dppo_kl")
 AGGREGATIONS = ("token_mean", "sequence_mean", "constant_length", "sequence_sum", "prompt_mean")
 
@@ -138,25 +140,29 @@ class Grouped(Scorer):
       "sampling/logp_difference": metrics_lib.mean(apart, at.mask),
       # NeMo-RL's token_mult_prob_error: above 1.02 and rising, weights do not reach the sampler
       "sampling/token_mult_prob_error": metrics_lib.mean(
-        jnp.exp(jnp.minimum(apart, 20.0)), at.mask
+        jnp.exp(jnp.minimum(apart, kl.LIMIT)), at.mask
       ),
+      **_off_policy(old_logps, sampling, at),
     }
     if self.importance == "none":
       return losses, metrics
-    bounds = dict(ceiling=self.importance_high, floor=self.importance_low)
-    weights = policy.importance_weights(
-      old_logps, sampling, at, level=self.importance, outside=self.importance_outside, **bounds
+    weigh = functools.partial(
+      policy.importance_weights, old_logps, sampling, at, level=self.importance
     )
-    log_ratio = jnp.clip(old_logps - sampling, -20.0, 20.0)
-    metrics |= {
-      "rollout_is_mean": metrics_lib.mean(weights, at.mask),
-      "rollout_is_ratio_fraction_high": metrics_lib.mean(
-        jnp.exp(log_ratio) > self.importance_high, at.mask
-      ),
-      "rollout_is_ratio_fraction_low": metrics_lib.mean(
-        jnp.exp(log_ratio) < self.importance_low, at.mask
-      ),
+    low, high = self.importance_low, self.importance_high
+    weights = weigh(ceiling=high, floor=low, outside=self.importance_outside)
+    free = weigh(ceiling=float("inf"))
+    above, below = free > high, free < low
+    told = {
+      "is_mean": metrics_lib.mean(free, at.mask),
+      "is_std": metrics_lib.deviation(weights, at.mask),
+      "is_eff_sample_size": metrics_lib.sample_share(weights, at.mask),
+      "is_ratio_fraction_high": metrics_lib.mean(above, at.mask),
+      "is_ratio_fraction_low": metrics_lib.mean(below, at.mask),
     }
+    if self.importance_outside == "mask":
+      told["rs_masked_fraction"] = metrics_lib.mean(above | below, at.mask)
+    metrics |= {f"rollout_corr/rollout_{name}": value for name, value in told.items()}
     return losses * weights, metrics
 
   def _surrogate(
@@ -215,3 +221,30 @@ class Grouped(Scorer):
       "clip_ratio/high_mean": mean(stats.clipped_high, at.mask),
       "tokens": jnp.sum(batch["segment_ids"] > 0),
     }
+
+
+def _off_policy(logps: Array, sampling: Array, at: Spans) -> Metrics:
+  """How far the trainer's distribution pi is from the sampler's mu, under verl's names; rho = pi / mu.
+
+  Perplexities are of each answer, and averaged over answers.
+  """
+  log_rho = jnp.where(at.mask, logps - sampling, 0.0)
+  log_rho, of_answer = stop(log_rho), stop(at.per_answer(log_rho))
+  bounded = lambda x: jnp.clip(x, -kl.LIMIT, kl.LIMIT)
+  log_ppl = lambda x: -stop(at.per_answer(x)) / at.lengths
+  ratio = log_ppl(logps) - log_ppl(sampling)
+  scored = at.present & (at.per_answer(at.mask) > 0)
+  token = lambda x: metrics_lib.mean(x, at.mask)
+  answer = lambda x: metrics_lib.mean(x, scored)
+  told = {
+    "kl": token(-log_rho),
+    "k3_kl": token(kl.k3(sampling, logps, at.mask)),
+    "training_ppl": answer(jnp.exp(bounded(log_ppl(logps)))),
+    "rollout_ppl": answer(jnp.exp(bounded(log_ppl(sampling)))),
+    "log_ppl_diff": answer(ratio),
+    "log_ppl_abs_diff": answer(jnp.abs(ratio)),
+    "ppl_ratio": answer(jnp.exp(bounded(ratio))),
+    "chi2_token": token(jnp.expm1(2 * bounded(log_rho))),
+    "chi2_seq": answer(jnp.expm1(2 * bounded(of_answer))),
+  }
+  return {f"rollout_corr/{name}": stop(value) for name, value in told.items()}
