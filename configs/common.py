@@ -274,15 +274,16 @@ def policy_loss(loss, aggregation, advantage, epsilon_high):
   # group, batch, none (of a deviation to divide by), leave_one_out, whitened, max_rl
   o.advantage = advantage
   if loss != "rloo":  # whose loss is of answers
-    o.aggregation = aggregation  # token_mean, sequence_mean, constant_length, sequence_sum
-  if loss in ("ppo", "gspo", "rloo"):
-    o.epsilon = 3e-4 if loss == "gspo" else 0.2
+    # token_mean, sequence_mean, constant_length, sequence_sum, prompt_mean
+    o.aggregation = aggregation
+  if loss in ("ppo", "gspo", "rloo", "dppo_tv", "dppo_kl"):
+    o.epsilon = {"gspo": 3e-4, "dppo_tv": 0.15, "dppo_kl": 0.05}.get(loss, 0.2)
     o.epsilon_high = epsilon_high
   if loss == "ppo":
     # the loss of a bad answer is at most this times -A
     o.dual_clip = config_dict.placeholder(float)
-  if loss == "cispo":
-    o.ceiling = 5.0  # bound on the ratio
+  if loss in ("cispo", "dppo_tv", "dppo_kl"):
+    o.ceiling = 5.0 if loss == "cispo" else 20.0  # bound on the ratio
   return o
 
 

@@ -15,6 +15,8 @@ METHODS = {
   "gspo": ("gspo", "sequence_mean", "group", 4e-4),
   "cispo": ("cispo", "token_mean", "group", 0.2),
   "rloo": ("rloo", "sequence_sum", "leave_one_out", 0.2),
+  "dppo": ("dppo_tv", "token_mean", "group", 0.15),
+  "dppo_kl": ("dppo_kl", "token_mean", "group", 0.05),
   "reinforce": ("reinforce", "token_mean", "batch", 0.2),
 }
 
@@ -28,7 +30,8 @@ def get_config(arg=None):
   o = c.objective = common.policy_loss(*method)
   if o.loss != "reinforce":  # which has no ratio
     o.old = "policy"  # who wrote the answers: policy (every ratio is 1 at first) or reference
-  o.kl_weight = 0.0  # of k3 to the reference
+  o.kl_weight = 0.0  # of the KL to the reference
+  o.kl_estimator = "k3"  # k2 has the gradient of the reverse KL, k3 of the forward KL
   o.sft_weight = 0.0  # of the likelihood of answers with a positive advantage, beside the loss
   common.reference(o)
   c.data = common.answers(arg, "scored")

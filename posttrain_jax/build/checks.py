@@ -182,6 +182,16 @@ def _online(config: Config) -> None:
     )
   if not 0 <= o.importance_low < o.importance_high:
     raise ConfigError("objective.importance_low must be below objective.importance_high")
+  if config.online.kl_in_reward and o.advantage == "max_rl":
+    raise ConfigError(
+      "online.kl_in_reward: advantage=max_rl divides by the mean reward, which this may make negative; write"
+      " --config.objective.kl_weight"
+    )
+  if config.online.storage != "auto" and o.importance == "none":
+    raise ConfigError(
+      f"online.storage={config.online.storage}: answers are then drawn from another distribution than the one that"
+      " learns; write objective.importance=token too, which weighs each token by the ratio of the two"
+    )
   part = config.online.outcome
   if part and part not in (*config.reward.parts, *config.reward.gates):
     raise ConfigError(

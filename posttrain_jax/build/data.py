@@ -296,14 +296,10 @@ def with_advantages(
 
   "batch" divides by one deviation over the data: what is in an optimizer batch is not known yet.
   """
-  how = config.objective.advantage
   if not examples:
     return examples
   scores = _padded([example.values["score"] for example in examples])
-  if how == "leave_one_out":
-    advantages = advantage.leave_one_out(scores)
-  else:
-    advantages = advantage.group_relative(scores, scale=how)
+  advantages = advantage.named(config.objective.advantage, scores)
   examples = answers.with_values(examples, "deviation", _trimmed(_deviations(scores), examples))
   return answers.with_values(examples, "advantage", _trimmed(advantages, examples))
 

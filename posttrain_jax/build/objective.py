@@ -140,7 +140,7 @@ def _online(config: Config) -> dict[str, Any]:
   o = config.online
   old = "batch" if o.minibatches * o.passes > 1 else "policy"
   length = {"max_length": o.max_new_tokens}  # the longest answer, of constant_length
-  return {"old": old, "temperature": o.temperature, **length}
+  return {"old": old, "temperature": o.temperature, "kl_in_reward": o.kl_in_reward, **length}
 
 
 _PARTS: Mapping[str, Callable[[Config, Model, Mapping[str, Any]], Parts]] = {

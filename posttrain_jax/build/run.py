@@ -36,6 +36,7 @@ from posttrain_jax.build import (
   objective,
   online,
   optimizer,
+  prompts,
   questions,
   reference,
   run_length,
@@ -207,7 +208,7 @@ def build(
   with _phase(f"reading {config.model.name}", stream):
     base = model.load(config, devices)
   with _phase("reading the data", stream):
-    rows = online.read(config, base) if online.is_online(config) else data.read(config, base)
+    rows = prompts.read(config, base) if online.is_online(config) else data.read(config, base)
   written = online.Online(config, base, rows, _print) if online.is_online(config) else None
   batches = data.stream(config, rows, devices) if written is None else written
   config = run_length.of_data(config, batches)

@@ -43,6 +43,48 @@ class Difference:
 
 
 @struct.dataclass
+class Moments:
+  """What a deviation is of, and an effective sample size; read as the former."""
+
+  total: Array
+  squares: Array
+  count: Array
+
+  def __add__(self, other: Moments) -> Moments:
+    return type(self)(
+      self.total + other.total, self.squares + other.squares, self.count + other.count
+    )
+
+  def read(self) -> float:
+    """sqrt(E x^2 - (E x)^2)."""
+    mean, square = np.float64(self.total) / self.count, np.float64(self.squares) / self.count
+    return float(np.sqrt(max(square - mean**2, 0.0)))
+
+
+@struct.dataclass
+class SampleShare(Moments):
+  """(E w)^2 / E w^2: as how large a share of a sample of equal weights one of these weights counts."""
+
+  def read(self) -> float:
+    return float(np.float64(self.total) ** 2 / (np.float64(self.squares) * self.count or np.inf))
+
+
+def deviation(values: Array, mask: Array) -> Moments:
+  """The standard deviation of values where mask is True, dividing by n."""
+  return Moments(*_moments(values, mask))
+
+
+def sample_share(weights: Array, mask: Array) -> SampleShare:
+  """The effective size of a sample with these weights where mask is True, over its size."""
+  return SampleShare(*_moments(weights, mask))
+
+
+def _moments(values: Array, mask: Array) -> tuple[Array, Array, Array]:
+  values = jnp.where(mask, values.astype(jnp.float32), 0.0)
+  return jnp.sum(values), jnp.sum(values**2), jnp.sum(mask.astype(jnp.float32))
+
+
+@struct.dataclass
 class Histogram:
   """How many values lie below each of EDGES and above the last; two of them add bin by bin."""
 
@@ -85,6 +127,8 @@ def _number(value: Any) -> float | None:
   if isinstance(value, Difference):
     left, right = _number(value.left), _number(value.right)
     return None if left is None or right is None else left - right
+  if isinstance(value, Moments):
+    return value.read() if value.count > 0 else None
   if isinstance(value, Mean):
     if not value.count > 0:
       return None

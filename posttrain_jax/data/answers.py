@@ -43,6 +43,8 @@ class Answers:
   ref_logps: np.ndarray | None = None
   # float32, log-probabilities that trained tokens were drawn with
   sampling_logps: np.ndarray | None = None
+  # [time, words] uint32: the tokens that each trained one was drawn among (`core.bits`)
+  kept: np.ndarray | None = None
   # an answer to another prompt behind this one (KTO's estimate of the KL)
   companion: Answers | None = None
   channel: str | None = None

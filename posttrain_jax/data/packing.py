@@ -13,8 +13,11 @@ Rows of answers (`data.answers`) have more, in the order of the answers of a row
   prefix_ids   int32  the segment of the common beginning that the token sees too, 0 for none; only where answers share
   answer       int32  which answer of the row the token belongs to; the number of slots where it is none's
   present      bool   [batch, slots] whether there is an answer
+  group        int32  [batch, slots] which of the row's prompts it is an answer to, from 0
   <value>      float32 [batch, slots] label, score, advantage, margin, weight
   ref_logps    float32 log-probabilities under the reference, where they were computed beforehand
+  sampling_logps float32 log-probabilities that tokens were drawn with, where the policy wrote them
+  kept         uint32 [batch, time, words] which tokens each was drawn among, where a filter left some out
   steps        float32 labels of steps where they end, NaN elsewhere
   companion    such a batch again, of the answers' companions
 """
@@ -132,6 +135,7 @@ def pack_answers(
     "positions": np.zeros(time, np.int32),
     "answer": np.full(time, slots, np.int32),
     "present": np.zeros(slot, bool),
+    "group": np.zeros(slot, np.int32),
     **{name: np.zeros(slot, np.float32) for name in first.values},
   }
   if shares:
@@ -140,11 +144,13 @@ def pack_answers(
     batch["ref_logps"] = np.zeros(time, np.float32)
   if first.sampling_logps is not None:
     batch["sampling_logps"] = np.zeros(time, np.float32)
+  if first.kept is not None:
+    batch["kept"] = np.zeros((*time, first.kept.shape[1]), np.uint32)
   if first.steps is not None:
     batch["steps"] = np.full(time, np.nan, np.float32)
   for r, row in enumerate(rows):
     start = segments = answers = 0
-    for example in (examples[i] for i in row):
+    for at, example in enumerate(examples[i] for i in row):
       n = len(example.tokens)
       if start + n > length:
         raise ValueError(f"row {r} holds {start + n} tokens and more, but its length is {length}")
@@ -158,11 +164,13 @@ def pack_answers(
       batch["positions"][here] = example.positions
       batch["answer"][here] = np.where(example.answer < 0, slots, example.answer + answers)
       batch["present"][r, answers : answers + example.count] = True
+      batch["group"][r, answers : answers + example.count] = at
       for name, values in example.values.items():
         batch[name][r, answers : answers + example.count] = values
       by_token = (
         ("ref_logps", example.ref_logps),
         ("sampling_logps", example.sampling_logps),
+        ("kept", example.kept),
         ("steps", example.steps),
       )
       for name, values in by_token:

@@ -11,6 +11,33 @@ EPSILON = 1e-4  # added to a standard deviation, as TRL does
 ROUNDING = 4 * float(jnp.finfo(jnp.float32).eps)
 
 
+def named(how: str, rewards: Array) -> Array:
+  """The advantage that goes by that name: [groups, group] each.
+
+  "group", "batch" or "none" (of a deviation to divide by), "leave_one_out", "max_rl", or "whitened": centred in its
+  group, then whitened over all groups (REINFORCE++ with a baseline; Hu 2025).
+
+  Raises:
+    ValueError: "max_rl" of a reward below 0.
+
+  >>> named("max_rl", jnp.array([[1.0, -1.0]]))
+  Traceback (most recent call last):
+  ValueError: advantage=max_rl divides by the mean reward: rewards are from 0 on, found -1
+  """
+  if how == "leave_one_out":
+    return leave_one_out(rewards)
+  if how == "max_rl":
+    if (least := float(jnp.nanmin(rewards))) < 0:
+      raise ValueError(
+        f"advantage=max_rl divides by the mean reward: rewards are from 0 on, found {least:g}"
+      )
+    return over_mean(rewards)
+  if how == "whitened":
+    centred = group_relative(rewards, scale="none")
+    return whiten(centred, ~jnp.isnan(rewards))
+  return group_relative(rewards, scale=how)
+
+
 def group_relative(rewards: Array, *, scale: str = "group", epsilon: float = EPSILON) -> Array:
   """(R_i - mean R) / (std R + epsilon) over the answers to one prompt; exactly 0 where all of a group agree.
 

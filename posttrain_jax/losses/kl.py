@@ -3,6 +3,9 @@
 With u = log pi_ref - log pi: the value of each is an estimate of the KL; what its gradient estimates is another matter.
 All are 0, with a gradient of 0, where the mask is False, whatever stands there.  Schulman 2020 ("Approximating KL
 divergence").
+
+In a loss k2 is the one to take: its gradient is that of the reverse KL.  k3's is the forward KL's, which is what GRPO
+has.  k1 in a loss is no penalty; it belongs in the reward, where the policy gradient makes the reverse KL's of it.
 """
 
 from __future__ import annotations
@@ -33,6 +36,9 @@ def k3(logps: Array, ref_logps: Array, mask: Array | None = None) -> Array:
   """
   u = jnp.minimum(_log_ratio(logps, ref_logps, mask), LIMIT)
   return jnp.expm1(u) - u
+
+
+ESTIMATES = {"k1": k1, "k2": k2, "k3": k3}
 
 
 def _log_ratio(logps: Array, ref_logps: Array, mask: Array | None) -> Array:

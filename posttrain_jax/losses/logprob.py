@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from posttrain_jax.core import sharding, struct
+from posttrain_jax.core import bits, sharding, struct
 from posttrain_jax.core.weight import linear32
 
 Array = jax.Array
@@ -40,9 +40,12 @@ def token_logps(
   mask: Array | None = None,
   softcap: float | None = None,
   temperature: float = 1.0,
+  kept: Array | None = None,
 ) -> Array:
   """log softmax(softcap(hidden @ head) / temperature)[label], [...] float32; arguments as `score`'s."""
-  return score(hidden, head, labels, mask=mask, softcap=softcap, temperature=temperature).logp
+  return score(
+    hidden, head, labels, mask=mask, softcap=softcap, temperature=temperature, kept=kept
+  ).logp
 
 
 def score(
@@ -55,6 +58,7 @@ def score(
   temperature: float = 1.0,
   entropy: bool = False,
   collision: bool = False,
+  kept: Array | None = None,
 ) -> Scores:
   """`Scores` of labels under softmax(softcap * tanh(hidden @ head / softcap) / temperature).
 
@@ -71,14 +75,23 @@ def score(
     softcap: final-logit soft-cap (Gemma 2); None for none.
     temperature: divides the logits, after the soft-cap.
     entropy, collision: whether to compute them: one more pass over the logits each.
+    kept: [..., words(vocab)] of `core.bits`: the softmax is over these tokens alone, as where a filter (top-k, top-p)
+      drew from them.  A label that is not among them has -inf.
   """
   hidden, labels = jnp.asarray(hidden), jnp.asarray(labels)
   mask = jnp.ones(labels.shape, bool) if mask is None else jnp.asarray(mask, bool)
   options = (softcap, temperature, entropy, collision)
   if sharding.active():
-    return _score(hidden, head, labels, mask, options)
-  rows = hidden.reshape(-1, hidden.shape[-1])
-  flat = _score(rows[None], head, labels.reshape(1, -1), mask.reshape(1, -1), options)
+    return _score(hidden, head, labels, mask, kept, options)
+  flat_rows = lambda x: x.reshape(1, -1, x.shape[-1])
+  flat = _score(
+    flat_rows(hidden),
+    head,
+    labels.reshape(1, -1),
+    mask.reshape(1, -1),
+    None if kept is None else flat_rows(kept),
+    options,
+  )
   return jax.tree.map(lambda x: x.reshape(labels.shape), flat)
 
 
@@ -117,41 +130,43 @@ def kl_divergence(
   return jax.lax.stop_gradient(divergences.reshape(shape))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _score(hidden: Array, head: Any, labels: Array, mask: Array, options: Options) -> Scores:
-  return _forward(hidden, head, labels, mask, options, with_gradient=False)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _score(
+  hidden: Array, head: Any, labels: Array, mask: Array, kept: Array | None, options: Options
+) -> Scores:
+  return _forward(hidden, head, labels, mask, kept, options, with_gradient=False)[0]
 
 
 def _score_fwd(
-  hidden: Any, head: Any, labels: Any, mask: Any, options: Options
+  hidden: Any, head: Any, labels: Any, mask: Any, kept: Any, options: Options
 ) -> tuple[Scores, tuple[Array | None, Any]]:
   """(Scores, (d logp / d hidden, None), or (None, the inputs) where the head is trained)."""
   is_primal = lambda p: isinstance(p, jax.custom_derivatives.CustomVJPPrimal)
   value = lambda primals: jax.tree.map(lambda p: p.value, primals, is_leaf=is_primal)
   trained = any(p.perturbed for p in jax.tree.leaves(head, is_leaf=is_primal))
-  hidden, head, labels, mask = (value(x) for x in (hidden, head, labels, mask))
+  hidden, head, labels, mask, kept = (value(x) for x in (hidden, head, labels, mask, kept))
   if trained:
-    scores, _ = _forward(hidden, head, labels, mask, options, with_gradient=False)
-    return scores, (None, (hidden, head, labels, mask))
-  scores, slope = _forward(hidden, head, labels, mask, options, with_gradient=True)
+    scores, _ = _forward(hidden, head, labels, mask, kept, options, with_gradient=False)
+    return scores, (None, (hidden, head, labels, mask, kept))
+  scores, slope = _forward(hidden, head, labels, mask, kept, options, with_gradient=True)
   return scores, (slope, None)
 
 
 def _score_bwd(
   options: Options, residuals: tuple[Array | None, Any], cotangents: Scores
-) -> tuple[Any, Any, None, None]:
+) -> tuple[Any, Any, None, None, None]:
   slope, inputs = residuals
   g = cotangents.logp
   if isinstance(g, jax.custom_derivatives.SymbolicZero):
-    return None, None, None, None
+    return None, None, None, None, None
   if slope is not None:
-    return (slope * g[..., None].astype(slope.dtype)), None, None, None
-  hidden, head, labels, mask = inputs
+    return (slope * g[..., None].astype(slope.dtype)), None, None, None, None
+  hidden, head, labels, mask, kept = inputs
   floats, rebuild = _floating(head)
-  logps = lambda hidden, floats: _recomputed(hidden, rebuild(floats), labels, mask, options)
+  logps = lambda hidden, floats: _recomputed(hidden, rebuild(floats), labels, mask, kept, options)
   d_hidden, d_floats = jax.vjp(logps, hidden, floats)[1](g)
   d_head = rebuild(d_floats, others=None)
-  return d_hidden, d_head, None, None
+  return d_hidden, d_head, None, None, None
 
 
 _score.defvjp(_score_fwd, _score_bwd, symbolic_zeros=True)
@@ -172,11 +187,23 @@ def _floating(head: Any) -> tuple[list[Array], Callable[..., Any]]:
 
 
 def _forward(
-  hidden: Array, head: Any, labels: Array, mask: Array, options: Options, with_gradient: bool
+  hidden: Array,
+  head: Any,
+  labels: Array,
+  mask: Array,
+  kept: Array | None,
+  options: Options,
+  with_gradient: bool,
 ) -> tuple[Scores, Array | None]:
   """(Scores, d logp / d hidden or None) over [batch, tokens], a chunk of tokens at a time."""
-  one = lambda hidden, labels, mask: _chunk(hidden, head, labels, mask, options, with_gradient)
-  return _in_chunks(one, (hidden, labels, mask), mask)
+  one = lambda hidden, labels, mask, *kept: _chunk(
+    hidden, head, labels, mask, *(kept or (None,)), options, with_gradient
+  )
+  return _in_chunks(one, (hidden, labels, mask, *_given(kept)), mask)
+
+
+def _given(kept: Array | None) -> tuple[Array, ...]:
+  return () if kept is None else (kept,)
 
 
 def _in_chunks(one: Callable[..., Any], arrays: Sequence[Array], mask: Array) -> Any:
@@ -217,13 +244,20 @@ def _chunk_length(batch: int, tokens: int) -> int:
 
 
 def _chunk(
-  hidden: Array, head: Any, labels: Array, mask: Array, options: Options, with_gradient: bool
+  hidden: Array,
+  head: Any,
+  labels: Array,
+  mask: Array,
+  kept: Array | None,
+  options: Options,
+  with_gradient: bool,
 ) -> tuple[Scores, Array | None]:
   """`_forward` of one chunk, whose logits exist at once."""
   softcap, temperature, entropy, collision = options
   # the transpose of the product that makes the logits, whatever the head is
   products, transposed = jax.vjp(lambda x: linear32(x, head), hidden)
   logits, chain = _logits(products, softcap, temperature)
+  logits = _among(logits, kept, mask)
   top = jnp.max(logits, axis=-1)
   raised = _materialised(jnp.exp(logits - top[..., None]))
   total = jnp.sum(raised, axis=-1)
@@ -233,8 +267,8 @@ def _chunk(
   entropies = jnp.zeros_like(target)
   if entropy:
     p = raised / total[..., None]
-    # not normaliser - sum(p * logits), where large logits cancel
-    entropies = jnp.sum(p * (normaliser[..., None] - logits), axis=-1)
+    # not normaliser - sum(p * logits), where large logits cancel; what is not kept has p 0
+    entropies = jnp.sum(jnp.where(p > 0, p * (normaliser[..., None] - logits), 0.0), axis=-1)
   collisions = jnp.zeros_like(target)
   if collision:
     collisions = jnp.log(jnp.sum(raised**2, axis=-1)) - 2 * jnp.log(total)
@@ -267,7 +301,16 @@ def _logits(products: Array, softcap: float | None, temperature: float) -> tuple
   return sharding.constrain(z / temperature, "batch time vocab"), chain
 
 
-def _recomputed(hidden: Array, head: Any, labels: Array, mask: Array, options: Options) -> Array:
+def _among(logits: Array, kept: Array | None, mask: Array) -> Array:
+  """logits, of what is not kept -inf where the mask says that there is a label."""
+  if kept is None:
+    return logits
+  return jnp.where(bits.unpack(kept, logits.shape[-1]) | ~mask[..., None], logits, -jnp.inf)
+
+
+def _recomputed(
+  hidden: Array, head: Any, labels: Array, mask: Array, kept: Array | None, options: Options
+) -> Array:
   """logp alone, by a scan whose backward pass computes each chunk's logits again: for a head that is trained."""
   softcap, temperature, *_ = options
   batch, tokens, _ = hidden.shape
@@ -277,12 +320,12 @@ def _recomputed(hidden: Array, head: Any, labels: Array, mask: Array, options: O
   split = lambda x: jnp.moveaxis(pad(x).reshape(batch, -1, chunk, *x.shape[2:]), 1, 0)
 
   @jax.checkpoint
-  def one(_: None, parts: tuple[Array, Array, Array]) -> tuple[None, Array]:
-    hidden, labels, mask = parts
-    logits = _logits(linear32(hidden, head), softcap, temperature)[0]
+  def one(_: None, parts: tuple[Array, Array, Array, Array | None]) -> tuple[None, Array]:
+    hidden, labels, mask, kept = parts
+    logits = _among(_logits(linear32(hidden, head), softcap, temperature)[0], kept, mask)
     logps = jax.nn.log_softmax(logits, axis=-1)
     target = jnp.take_along_axis(logps, labels[..., None], axis=-1)[..., 0]
     return None, target * mask
 
-  _, logps = jax.lax.scan(one, None, (split(hidden), split(labels), split(mask)))
+  _, logps = jax.lax.scan(one, None, jax.tree.map(split, (hidden, labels, mask, kept)))
   return jnp.moveaxis(logps, 0, 1).reshape(batch, -1)[:, :tokens]

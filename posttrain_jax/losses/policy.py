@@ -116,6 +116,51 @@ def cispo(
   return loss, PolicyStats(jnp.where(mask, ratio, 0.0), jnp.zeros_like(mask), cut)
 
 
+def dppo(
+  logps: Array,
+  old_logps: Array,
+  advantages: Array,
+  mask: Array | None = None,
+  *,
+  divergence: str,
+  epsilon: float,
+  epsilon_high: float | None = None,
+  ceiling: float = 20.0,
+) -> tuple[Array, PolicyStats]:
+  """-sg(keep min(rho, ceiling)) A log pi; a token is kept until its probability has gone too far the way A drives it.
+
+  Qi et al. 2026 (DPPO, arXiv 2602.04879), the binary variants; p = pi and q = pi_old of the token.  A rare token may
+  change by a large ratio, a likely one by a small probability alone: the reverse of PPO's clip.
+
+  Args:
+    divergence: "tv", p - q; "kl", of (q, 1 - q) from (p, 1 - p).
+    epsilon, epsilon_high: how far it may fall where A < 0, and rise where A > 0; epsilon_high None is epsilon.
+    ceiling: bound on rho, absolute (section 5.4).
+
+  Raises:
+    ValueError: divergence is neither.
+  """
+  if divergence not in ("tv", "kl"):
+    raise ValueError(f"divergence={divergence!r}: write tv or kl")
+  mask = _mask(mask, logps)
+  advantages = _over_time(advantages, mask)
+  log_ratio = jax.lax.stop_gradient(_log_ratio(logps, old_logps, mask))
+  ratio = jnp.exp(log_ratio)
+  probability = lambda x: jnp.exp(jax.lax.stop_gradient(jnp.where(mask, x, 0.0)))
+  p, q = probability(logps), probability(old_logps)
+  if divergence == "tv":
+    far = jnp.abs(p - q)
+  else:
+    log_rest = lambda x: jnp.log1p(-jnp.minimum(x, 1 - 1e-7))  # finite where the token is certain
+    far = (1 - q) * (log_rest(q) - log_rest(p)) - q * log_ratio
+  high = epsilon if epsilon_high is None else epsilon_high
+  low_cut = mask & (advantages < 0) & (p < q) & (far > epsilon)
+  high_cut = mask & (advantages > 0) & (p > q) & (far > high)
+  weight = jnp.where(low_cut | high_cut, 0.0, jnp.minimum(ratio, ceiling)) * advantages
+  loss = -weight * jnp.where(mask, logps, 0.0)
+  return loss, PolicyStats(jnp.where(mask, ratio, 0.0), low_cut, high_cut)
+
+
 def clipped_value(
   values: Array,
   old_values: Array,
@@ -238,6 +283,19 @@ def token_mean(spans: Spans, *, tokens: Array | int) -> Array:
 def sequence_mean(spans: Spans, *, answers: Array | int) -> Array:
   """1 / (|o_i| answers): every answer counts alike, a token of a long one less (GRPO, eq. 3)."""
   return spans.mask * spans.per_token(1 / spans.lengths) / jnp.maximum(answers, 1)
+
+
+def prompt_mean(spans: Spans, group: Array, *, prompts: Array | int) -> Array:
+  """1 / (tokens of all answers to the prompt, prompts): every prompt counts alike (ScaleRL, arXiv 2510.13786).
+
+  Args:
+    group: [rows, slots]: which of its row's prompts an answer is to, from 0.
+  """
+  counts = spans.per_answer(spans.mask)
+  add = lambda row, of: jnp.zeros_like(row).at[of].add(row)
+  tokens = jnp.take_along_axis(jax.vmap(add)(counts, group), group, axis=1)
+  weights = spans.per_token(1 / jnp.maximum(tokens, 1))
+  return spans.mask * weights / jnp.maximum(prompts, 1)
 
 
 def constant_length(spans: Spans, *, answers: Array | int, length: int) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -27,8 +28,9 @@ from posttrain_jax.objectives.reference import reference_logps
 from posttrain_jax.objectives.rows import spans
 
 Array = jax.Array
-POLICY_LOSSES = ("reinforce", "ppo", "gspo", "rloo", "cispo")
-AGGREGATIONS = ("token_mean", "sequence_mean", "constant_length", "sequence_sum")
+stop = jax.lax.stop_gradient
+POLICY_LOSSES = ("reinforce", "ppo", "gspo", "rloo", "cispo", "dppo_tv", "dppo_kl")
+AGGREGATIONS = ("token_mean", "sequence_mean", "constant_length", "sequence_sum", "prompt_mean")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +48,10 @@ class Grouped(Scorer):
   epsilon: float = 0.2
   epsilon_high: float = 0.2
   dual_clip: float | None = None
-  ceiling: float = 5.0  # CISPO's bound on the ratio
-  kl_weight: float = 0.0  # of k3 to the reference
+  ceiling: float = 5.0  # CISPO's and DPPO's bound on the ratio
+  kl_weight: float = 0.0  # of the KL to the reference
+  kl_estimator: str = "k3"  # of `losses.kl`
+  kl_in_reward: float = 0.0  # its weight there, which who writes the answers takes off
   max_length: int = 512  # of constant_length
   old: str = "policy"
   temperature: float = 1.0  # that the answers were drawn at
@@ -63,13 +67,24 @@ class Grouped(Scorer):
       ("old", self.old, ("policy", "reference", "batch")),
       ("importance", self.importance, ("none", "token", "sequence", "geometric")),
       ("importance_outside", self.importance_outside, ("truncate", "mask")),
+      ("kl_estimator", self.kl_estimator, tuple(kl.ESTIMATES)),
     ):
       if value not in known:
         raise ValueError(f"{field}={value!r}: known are {', '.join(known)}")
+    if self.kl_weight and self.kl_estimator == "k1":
+      raise ValueError(
+        "kl_estimator='k1': its gradient in a loss is zero on average, so that it would hold nothing back; write k2"
+        " (the reverse KL's gradient) or k3 (the forward KL's), or take it off the reward (online.kl_in_reward)"
+      )
+    if self.importance != "none" and self.importance_outside == "mask" and not self.importance_low:
+      raise ValueError(
+        "importance_outside='mask' with importance_low=0 masks on one side alone: write a lower bound, as 0.5 (IcePop"
+        " has 0.5 and 5), or truncate"
+      )
 
   @property
   def needs_reference(self) -> bool:
-    return self.kl_weight > 0 or self.old == "reference"
+    return self.kl_weight > 0 or self.old == "reference" or self.kl_in_reward > 0
 
   def totals(
     self,
@@ -81,7 +96,9 @@ class Grouped(Scorer):
     memory: Memory,
     training: bool,
   ) -> Totals:
-    return {"tokens": jnp.sum(spans(batch).mask), "count": jnp.sum(batch["present"])}
+    in_row = jnp.max(jnp.where(batch["present"], batch["group"] + 1, 0), axis=1)
+    tokens, answers = jnp.sum(spans(batch).mask), jnp.sum(batch["present"])
+    return {"tokens": tokens, "count": answers, "prompts": jnp.sum(in_row)}
 
   def contribution(
     self, forward: Forward, context: Context, batch: Batch, totals: Totals, *, training: bool
@@ -92,8 +109,8 @@ class Grouped(Scorer):
     scores = self.scores(forward, batch, at.mask, **how)
     logps = scores.logp
     ref_logps = old_logps = jax.lax.stop_gradient(logps)
-    if self.needs_reference:
-      ref_logps = reference_logps(self, context, batch, at.mask)
+    if self.kl_weight or self.old == "reference":
+      ref_logps = reference_logps(self, context, batch, at.mask, temperature=self.temperature)
     if self.old == "reference":
       old_logps = ref_logps
     elif self.old == "batch":
@@ -105,10 +122,10 @@ class Grouped(Scorer):
       losses, told = self._corrected(losses, old_logps, sampling, at)
       metrics |= told
     if self.kl_weight:
-      divergence = kl.k3(logps, ref_logps, at.mask)
+      divergence = kl.ESTIMATES[self.kl_estimator](logps, ref_logps, at.mask)
       losses = losses + self.kl_weight * divergence
       metrics["kl"] = metrics_lib.mean(jax.lax.stop_gradient(divergence), at.mask)
-    loss = jnp.sum(losses * self._weights(at, totals))
+    loss = jnp.sum(losses * self._weights(at, batch["group"], totals))
     metrics |= self._metrics(loss, stats, batch, at, totals)
     if online or not training:
       metrics["entropy"] = metrics_lib.mean(jax.lax.stop_gradient(scores.entropy), at.mask)
@@ -123,25 +140,29 @@ class Grouped(Scorer):
       "sampling/logp_difference": metrics_lib.mean(apart, at.mask),
       # NeMo-RL's token_mult_prob_error: above 1.02 and rising, weights do not reach the sampler
       "sampling/token_mult_prob_error": metrics_lib.mean(
-        jnp.exp(jnp.minimum(apart, 20.0)), at.mask
+        jnp.exp(jnp.minimum(apart, kl.LIMIT)), at.mask
       ),
+      **_off_policy(old_logps, sampling, at),
     }
     if self.importance == "none":
       return losses, metrics
-    bounds = dict(ceiling=self.importance_high, floor=self.importance_low)
-    weights = policy.importance_weights(
-      old_logps, sampling, at, level=self.importance, outside=self.importance_outside, **bounds
+    weigh = functools.partial(
+      policy.importance_weights, old_logps, sampling, at, level=self.importance
     )
-    log_ratio = jnp.clip(old_logps - sampling, -20.0, 20.0)
-    metrics |= {
-      "rollout_is_mean": metrics_lib.mean(weights, at.mask),
-      "rollout_is_ratio_fraction_high": metrics_lib.mean(
-        jnp.exp(log_ratio) > self.importance_high, at.mask
-      ),
-      "rollout_is_ratio_fraction_low": metrics_lib.mean(
-        jnp.exp(log_ratio) < self.importance_low, at.mask
-      ),
+    low, high = self.importance_low, self.importance_high
+    weights = weigh(ceiling=high, floor=low, outside=self.importance_outside)
+    free = weigh(ceiling=float("inf"))
+    above, below = free > high, free < low
+    told = {
+      "is_mean": metrics_lib.mean(free, at.mask),
+      "is_std": metrics_lib.deviation(weights, at.mask),
+      "is_eff_sample_size": metrics_lib.sample_share(weights, at.mask),
+      "is_ratio_fraction_high": metrics_lib.mean(above, at.mask),
+      "is_ratio_fraction_low": metrics_lib.mean(below, at.mask),
     }
+    if self.importance_outside == "mask":
+      told["rs_masked_fraction"] = metrics_lib.mean(above | below, at.mask)
+    metrics |= {f"rollout_corr/rollout_{name}": value for name, value in told.items()}
     return losses * weights, metrics
 
   def _surrogate(
@@ -154,6 +175,11 @@ class Grouped(Scorer):
         return policy.reinforce(logps, advantages, at.mask)
       case "cispo":
         return policy.cispo(logps, old_logps, advantages, at.mask, ceiling=self.ceiling)
+      case "dppo_tv" | "dppo_kl":
+        by = self.loss_name.removeprefix("dppo_")
+        return policy.dppo(
+          logps, old_logps, advantages, at.mask, divergence=by, ceiling=self.ceiling, **clip
+        )
       case "ppo":
         return policy.clipped_surrogate(
           logps, old_logps, advantages, at.mask, dual_clip=self.dual_clip, **clip
@@ -161,7 +187,7 @@ class Grouped(Scorer):
     is_gspo = self.loss_name == "gspo"
     return policy.sequence_surrogate(logps, old_logps, advantages, at, normalise=is_gspo, **clip)
 
-  def _weights(self, at: Spans, totals: Totals) -> Array:
+  def _weights(self, at: Spans, group: Array, totals: Totals) -> Array:
     """Per token, [rows, time]: how tokens add up to the loss of the whole optimizer batch."""
     answers = totals["count"]
     if self.loss_name == "rloo":  # one loss an answer, not one a token
@@ -171,6 +197,8 @@ class Grouped(Scorer):
         return policy.token_mean(at, tokens=totals["tokens"])
       case "sequence_mean":
         return policy.sequence_mean(at, answers=answers)
+      case "prompt_mean":
+        return policy.prompt_mean(at, group, prompts=totals["prompts"])
       case "constant_length":
         return policy.constant_length(at, answers=answers, length=self.max_length)
     return policy.sequence_sum(at, answers=answers)
@@ -193,3 +221,30 @@ class Grouped(Scorer):
       "clip_ratio/high_mean": mean(stats.clipped_high, at.mask),
       "tokens": jnp.sum(batch["segment_ids"] > 0),
     }
+
+
+def _off_policy(logps: Array, sampling: Array, at: Spans) -> Metrics:
+  """How far the trainer's distribution pi is from the sampler's mu, under verl's names; rho = pi / mu.
+
+  Perplexities are of each answer, and averaged over answers.
+  """
+  log_rho = jnp.where(at.mask, logps - sampling, 0.0)
+  log_rho, of_answer = stop(log_rho), stop(at.per_answer(log_rho))
+  bounded = lambda x: jnp.clip(x, -kl.LIMIT, kl.LIMIT)
+  log_ppl = lambda x: -stop(at.per_answer(x)) / at.lengths
+  ratio = log_ppl(logps) - log_ppl(sampling)
+  scored = at.present & (at.per_answer(at.mask) > 0)
+  token = lambda x: metrics_lib.mean(x, at.mask)
+  answer = lambda x: metrics_lib.mean(x, scored)
+  told = {
+    "kl": token(-log_rho),
+    "k3_kl": token(kl.k3(sampling, logps, at.mask)),
+    "training_ppl": answer(jnp.exp(bounded(log_ppl(logps)))),
+    "rollout_ppl": answer(jnp.exp(bounded(log_ppl(sampling)))),
+    "log_ppl_diff": answer(ratio),
+    "log_ppl_abs_diff": answer(jnp.abs(ratio)),
+    "ppl_ratio": answer(jnp.exp(bounded(ratio))),
+    "chi2_token": token(jnp.expm1(2 * bounded(log_rho))),
+    "chi2_seq": answer(jnp.expm1(2 * bounded(of_answer))),
+  }
+  return {f"rollout_corr/{name}": stop(value) for name, value in told.items()}

@@ -187,6 +187,7 @@ class Scorer(abc.ABC):
       labels,
       mask=mask,
       softcap=self.model.final_softcap,
+      kept=following(batch["kept"]) if "kept" in batch else None,
       **options,
     )
 

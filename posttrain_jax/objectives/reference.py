@@ -46,12 +46,18 @@ def reference(context: Context) -> Any:
   return stop(adapters.original(context.base, context.fixed or {}))
 
 
-def reference_logps(scorer: Scorer, context: Context, batch: Batch, mask: Array) -> Array:
-  """[rows, time] log-probabilities of the tokens after each position: cached with the batch, or computed."""
+def reference_logps(
+  scorer: Scorer, context: Context, batch: Batch, mask: Array, *, temperature: float = 1.0
+) -> Array:
+  """[rows, time] log-probabilities of the tokens after each position: cached with the batch, or computed.
+
+  temperature: of the softmax, where they are computed; what a filter kept is the batch's to say.
+  """
   if "ref_logps" in batch:
     return jnp.where(mask, following(batch["ref_logps"]), 0.0)
   params = reference(context)
-  return stop(scorer.scores(Forward(params, scorer.hidden(params, batch)), batch, mask).logp)
+  forward = Forward(params, scorer.hidden(params, batch))
+  return stop(scorer.scores(forward, batch, mask, temperature=temperature).logp)
 
 
 @struct.dataclass

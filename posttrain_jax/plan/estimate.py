@@ -24,7 +24,7 @@ def figures(
   """Everything that `report` prints, for JSON; sizes in GiB a device."""
   chips = target(topology, devices)
   built = program.build(config, chips)
-  facts = {
+  facts: dict[str, Any] = {
     "model": config.model.name,
     "base": config.model.base,
     "adapter": config.adapter.method,

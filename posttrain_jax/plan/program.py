@@ -24,6 +24,7 @@ from posttrain_jax.build import (
   decisions,
   earlier_adapter,
   objective,
+  online,
   optimizer,
   reference,
   run_length,
@@ -32,6 +33,7 @@ from posttrain_jax.build import (
 from posttrain_jax.build import mesh as mesh_lib
 from posttrain_jax.build import run as runs
 from posttrain_jax.build.model import Model
+from posttrain_jax.build.updates import Updates
 from posttrain_jax.core import sharding, tree
 from posttrain_jax.data import answers, packing
 from posttrain_jax.data.encoded import Example
@@ -118,7 +120,7 @@ def build(config: ml_collections.ConfigDict, target: Target) -> Program:
   updates, _ = optimizer.make(config, model_config)
   state = state_lib.abstract(trainable, updates, carried, loss, mesh)
   jitted = runs.jitted_step(config, adapter_config, loss, updates, state)
-  batch = _batch(config, loss, mesh, target.devices[0])
+  batch = _batch(config, model_config, loss, mesh, target.devices[0])
   return Program(config, model_config, jitted, state, context, batch, mesh, target.devices[0])
 
 
@@ -224,13 +226,15 @@ def compiled(program: Program, jitted: Any, *args: Any) -> Compiled:
   )
 
 
-def _batch(config, loss, mesh, device):
+def _batch(config, model, loss, mesh, device):
   """One optimizer batch, of blank rows that are packed as a run's are."""
   d, kind = config.data, config.data.kind
   rows = [[0], *[[]] * (config.batch.rows - 1)]
   if kind == "text":
     example = Example(np.zeros(2, np.int32), np.asarray([False, True]))
     packed = packing.pack([example], rows, d.length, ())
+  elif online.is_online(config):
+    packed = Updates(config, model.vocab_size).blank()
   else:
     blank = answers.blank(
       kind,

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from posttrain_jax.adapters import layout
@@ -43,16 +42,10 @@ def _compiled(built: Program, rows: int, length: int) -> dict[str, Compiled]:
     lambda: programs.empty(model, rows, cache.fitting(length + engine.SPARE), dtype, _plan(rows))
   )
   slots = programs.laid(slots, lambda x, axes: _placed(x, sharding.logical(axes), built))
-  one = lambda x: _placed(x, PartitionSpec(), built)
-  number = one(jax.ShapeDtypeStruct((), jnp.int32))
+  whole = lambda x: _placed(x, PartitionSpec(), built)
+  number = whole(jax.ShapeDtypeStruct((), jnp.int32))
   size = engine.PIECES[0]
-  pieces = jax.tree.map(
-    one,
-    programs.Pieces(
-      *(jax.ShapeDtypeStruct((engine.TOGETHER // size,), jnp.int32) for _ in range(4)),
-      tokens=jax.ShapeDtypeStruct((engine.TOGETHER // size, size), jnp.int32),
-    ),
-  )
+  pieces = jax.tree.map(whole, jax.eval_shape(lambda: _pieces(size)))
   drawn = (params, slots, number, number, model, engine.WINDOW, dtype, False, 0)
   return {
     f"a window of {engine.WINDOW} tokens": compiled(built, programs.window, *drawn),
@@ -87,13 +80,18 @@ def _placed(x: Any, spec: PartitionSpec, built: Program) -> jax.ShapeDtypeStruct
   return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
 
+def _pieces(size: int) -> programs.Pieces:
+  none = jnp.zeros(engine.TOGETHER // size, jnp.int32)
+  return programs.Pieces(none, none, none, none, jnp.zeros((len(none), size), jnp.int32))
+
+
 def _plan(rows: int) -> programs.Plan:
-  none = np.zeros(rows, np.int32)
+  none = jnp.zeros(rows, jnp.int32)
   return programs.Plan(
     how=sampling.Rows.of([sampling.Sampling()] * rows),
     least=none,
     most=none,
-    stops=np.zeros((rows, requests.MOST_STOPS), np.int32),
-    identity=np.zeros((rows, 3), np.uint32),
+    stops=jnp.zeros((rows, requests.MOST_STOPS), jnp.int32),
+    identity=jnp.zeros((rows, 3), jnp.uint32),
     row=none,
   )

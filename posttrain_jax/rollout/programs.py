@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from posttrain_jax.core import struct, weight
+from posttrain_jax.core import bits, struct, weight
 from posttrain_jax.core.sharding import constrain, pinned
 from posttrain_jax.models import decoder
 from posttrain_jax.models.cache import Cache
@@ -196,7 +196,7 @@ def window(
   rows = slots.live.shape[0]
   params = weight.take_rows(params, slots.plan.row)
   lived, before = slots.live, slots.drawn
-  words = -(-config.vocab_size // 32)
+  words = bits.words(config.vocab_size)
   empty = Drawn(
     tokens=jnp.zeros((rows, steps), jnp.int32),
     logps=jnp.zeros((rows, steps), jnp.float32),
@@ -256,7 +256,7 @@ def _draw(
   seen = filtered if keeps else logits / heat
   new = {"logp": sampling.logp_of(token, seen)}
   if keeps:
-    new["kept"] = _bits(filtered > sampling.REMOVED)
+    new["kept"] = bits.pack(filtered > sampling.REMOVED)
   if top:
     values, ids = jax.lax.top_k(jax.nn.log_softmax(seen), top)
     new["top"] = ids.astype(jnp.int32), values
@@ -272,9 +272,3 @@ def _draw(
     live=live & ~ended,
   )
   return slots, token, new
-
-
-def _bits(kept: Array) -> Array:
-  """[rows, vocab] of booleans -> [rows, ceil(vocab / 32)] of words, bit i of word w being token 32 w + i."""
-  padded = jnp.pad(kept, ((0, 0), (0, -kept.shape[1] % 32))).reshape(kept.shape[0], -1, 32)
-  return jnp.sum(padded.astype(jnp.uint32) << jnp.arange(32, dtype=jnp.uint32), axis=-1)

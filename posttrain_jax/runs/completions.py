@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ class Journal:
   """The answers of the batch under way, by (number of the prompt, sample), of the weights of that digest alone."""
 
   def __init__(self, folder: Path | None, number: int, weights: str) -> None:
-    self._answers: dict[tuple[int, int], tuple[list[int], np.ndarray, str]] = {}
+    self._answers: dict[tuple[int, int], dict[str, Any]] = {}
     self._file = None
     if folder is None:
       return
@@ -93,22 +94,42 @@ class Journal:
       for line in lines:
         try:
           said = json.loads(line)
-          logps = np.frombuffer(base64.b64decode(said["logps"]), np.float32)
-        except (ValueError, KeyError):
+          self._answers[said["number"], said["sample"]] = {
+            "tokens": said["tokens"],
+            "ended": said["ended"],
+            "logps": _array(said["logps"], np.float32),
+            "kept": _kept(said["kept"], len(said["tokens"])),
+          }
+        except (ValueError, KeyError, zlib.error):
           break  # cut short by the kill
-        self._answers[said["number"], said["sample"]] = said["tokens"], logps, said["ended"]
         whole += len(line)
     with self._path.open("rb+") as file:
       file.truncate(whole)
 
-  def written(self, number: int, sample: int) -> tuple[list[int], np.ndarray, str] | None:
+  def written(self, number: int, sample: int) -> Mapping[str, Any] | None:
+    """tokens, logps, ended and kept of an answer that is there."""
     return self._answers.get((number, sample))
 
-  def put(self, number: int, sample: int, tokens: list[int], logps: np.ndarray, ended: str) -> None:
+  def put(
+    self,
+    number: int,
+    sample: int,
+    *,
+    tokens: list[int],
+    logps: np.ndarray,
+    ended: str,
+    kept: np.ndarray | None,
+  ) -> None:
     if self._file is None:
       return
-    exact = base64.b64encode(np.asarray(logps, np.float32).tobytes()).decode()
-    said = dict(number=number, sample=sample, tokens=tokens, logps=exact, ended=ended)
+    said = dict(
+      number=number,
+      sample=sample,
+      tokens=tokens,
+      ended=ended,
+      logps=_text(logps, np.float32),
+      kept=None if kept is None else _text(kept, np.uint32),
+    )
     self._file.write(json.dumps(said) + "\n")
     self._file.flush()
 
@@ -117,3 +138,16 @@ class Journal:
     if self._file is not None:
       self._file.close()
       self._path.unlink()
+
+
+def _text(array: np.ndarray, dtype: Any) -> str:
+  """The bytes of an array; few of the bits that say what was kept are set, and those pack well."""
+  return base64.b64encode(zlib.compress(np.asarray(array, dtype).tobytes(), 1)).decode()
+
+
+def _array(text: str, dtype: Any) -> np.ndarray:
+  return np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype)
+
+
+def _kept(text: str | None, tokens: int) -> np.ndarray | None:
+  return None if text is None else _array(text, np.uint32).reshape(tokens, -1)

@@ -247,12 +247,28 @@ FIELDS: Mapping[str, Field] = {
   "online.temperature": Field(
     "of the softmax that answers are drawn from, and that the loss is of", _POSITIVE
   ),
+  "online.top_k": Field(
+    "most likely tokens that one is drawn among, and that the loss is of; 0 for all",
+    _whole(2, MOST_TOKENS, also=(0,)),
+  ),
+  "online.top_p": Field(
+    "a token is drawn among the likeliest that hold this share of the mass, and so is the loss; 1 for all",
+    Number(0, 1, above=True),
+  ),
+  "online.min_p": Field(
+    "a token is drawn among those at least this part as likely as the likeliest; 0 for all; so is the loss",
+    Number(0, 1, below=True),
+  ),
   "online.minibatches": Field(
     "updates that a written batch is cut into; it has batch.rows prompts for each",
     _whole(1, MOST_ROWS),
   ),
   "online.passes": Field("times that a written batch is used", _whole(1, MOST_ROWS)),
   "online.rows": Field("answers that are under way at once", _whole(1, MOST_ROWS)),
+  "online.storage": Field(
+    "how weights are kept while answers are written: as the model has them, or in fewer bits, which are faster",
+    Choice(("auto", "bfloat16", "int8")),
+  ),
   "online.dynamic": Field(
     "groups whose answers have one outcome are replaced by others (DAPO's dynamic sampling)", Flag()
   ),
@@ -264,6 +280,15 @@ FIELDS: Mapping[str, Field] = {
   "online.outcome": Field(
     "part of the reward whose scores say whether a group agrees; '': the total",
     Text("a part's name", empty=True),
+  ),
+  "online.kl_in_reward": Field(
+    "weight of an answer's KL to the reference, taken off its reward before the advantage",
+    _NOT_NEGATIVE,
+  ),
+  "online.kl_in_reward_estimator": Field(
+    "of that KL, summed over the answer's tokens",
+    Choice(("k1", "k3")),
+    ("online.kl_in_reward", bool, "above 0"),
   ),
   "online.mask_cut": Field("answers that max_new_tokens cut teach nothing", Flag()),
   "online.most_drift": Field(
@@ -361,10 +386,11 @@ FIELDS: Mapping[str, Field] = {
   "objective.centering": Field("weight of the square of a pair's summed rewards", _NOT_NEGATIVE),
   "objective.loss": Field(
     "loss of a token; it decides which fields there are",
-    Choice(("reinforce", "ppo", "gspo", "rloo", "cispo")),
+    Choice(("reinforce", "ppo", "gspo", "rloo", "cispo", "dppo_tv", "dppo_kl")),
   ),
   "objective.aggregation": Field(
-    "how tokens add up", Choice(("token_mean", "sequence_mean", "constant_length", "sequence_sum"))
+    "how tokens add up",
+    Choice(("token_mean", "sequence_mean", "constant_length", "sequence_sum", "prompt_mean")),
   ),
   "objective.advantage": Field(
     "what scores are centred and divided by",
@@ -381,15 +407,23 @@ FIELDS: Mapping[str, Field] = {
     Choice(("truncate", "mask")),
     _CORRECTS,
   ),
-  "objective.epsilon": Field("the ratio is held above 1 - epsilon", Number(0, 1, above=True)),
-  "objective.epsilon_high": Field("the ratio is held below 1 + epsilon_high", _POSITIVE),
+  "objective.epsilon": Field(
+    "the ratio is held above 1 - epsilon; of DPPO, the divergence of what falls",
+    Number(0, 1, above=True),
+  ),
+  "objective.epsilon_high": Field(
+    "the ratio is held below 1 + epsilon_high; of DPPO, the divergence of what rises", _POSITIVE
+  ),
   "objective.dual_clip": Field(
     "the loss of a bad answer is at most this times -A; None: no bound",
     Number(1, above=True, also=(None,)),
   ),
-  "objective.ceiling": Field("CISPO's bound on the ratio", _POSITIVE),
-  "objective.kl_weight": Field(
-    "weight of the KL to the reference, by its estimate k3", _NOT_NEGATIVE
+  "objective.ceiling": Field("CISPO's and DPPO's bound on the ratio", _POSITIVE),
+  "objective.kl_weight": Field("weight of the KL to the reference", _NOT_NEGATIVE),
+  "objective.kl_estimator": Field(
+    "of that KL in the loss: k2 has the gradient of the reverse KL, k3 of the forward KL, k1 none on average",
+    Choice(("k1", "k2", "k3")),
+    ("objective.kl_weight", bool, "above 0"),
   ),
   "objective.old": Field(
     "who wrote the answers: the policy (every ratio is 1 at first) or the reference",
@@ -523,11 +557,14 @@ BESIDE = (
   "reward",
 )  # which leave a divergence to the others
 _IMPORTANCE = ("importance", "importance_high", "importance_low", "importance_outside")
+_KL = ("kl_weight", "kl_estimator")
 GROUPED: Mapping[str, tuple[str, ...]] = {  # of objective.loss
   "ppo": ("aggregation", "epsilon", "epsilon_high", "dual_clip", "old"),
   "gspo": ("aggregation", "epsilon", "epsilon_high", "old"),
   "rloo": ("epsilon", "epsilon_high", "old"),
   "cispo": ("aggregation", "ceiling", "old"),
+  "dppo_tv": ("aggregation", "epsilon", "epsilon_high", "ceiling", "old"),
+  "dppo_kl": ("aggregation", "epsilon", "epsilon_high", "ceiling", "old"),
   "reinforce": ("aggregation",),
 }
 
@@ -545,8 +582,8 @@ def read_by_objective(objective: Config, kind: str) -> tuple[str, ...]:
     of_loss = GROUPED.get(objective.get("loss", ""), ())
     if kind == "prompts":  # answers that the policy writes
       own = (*(field for field in of_loss if field != "old"), *_IMPORTANCE)
-      return ("name", "loss", "advantage", *own, "kl_weight", *_REFERENCE)
-    return ("name", "loss", "advantage", *of_loss, "kl_weight", "sft_weight", *_REFERENCE)
+      return ("name", "loss", "advantage", *own, *_KL, *_REFERENCE)
+    return ("name", "loss", "advantage", *of_loss, *_KL, "sft_weight", *_REFERENCE)
   if name == "kto":
     weights = ("desirable_weight", "undesirable_weight")
     return ("name", *weights, "estimate_kl", "sft_weight", *_COMPARED)
@@ -638,9 +675,13 @@ def _check_given(config: Config, name: str) -> None:
     raise ConfigError(f"{name} is not read where {are}: {cure}, or leave {name} out")
   objective = config.get("objective", {})
   compares = objective.get("kl_weight") or objective.get("old") == "reference"
+  compares = compares or config.get("online", {}).get("kl_in_reward")
   if objective.get("name") == "grouped" and _is_of_reference(name) and not compares:
+    other = (
+      "online.kl_in_reward is, too" if "online" in config else "objective.old is not reference"
+    )
     raise ConfigError(
-      f"{name} is not read where objective.kl_weight is 0 and objective.old is not reference: no reference is"
+      f"{name} is not read where objective.kl_weight is 0 and {other}: no reference is"
     )
 
 

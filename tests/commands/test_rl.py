@@ -33,6 +33,7 @@ def first(prompt, completion, example):
     return float("nan")
   return float(len(completion) % 2)
 """
+FILTERS = ("online.top_k=40", "online.top_p=0.9", "online.min_p=0.02")
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +107,8 @@ def test_a_run_writes_scores_and_learns(folder, tmp_path, capsys):
 @pytest.mark.parametrize(
   "changes",
   [
-    (),
+    FILTERS,
+    pytest.param((), marks=pytest.mark.slow),
     pytest.param(
       ("online.passes=2", "online.minibatches=2", "batch.rows=1"), marks=pytest.mark.slow
     ),
@@ -124,6 +126,15 @@ def test_a_run_that_is_stopped_ends_as_one_that_is_not(folder, tmp_path, changes
     if (tmp_path / "whole" / table).exists():
       one, other = (pyarrow.parquet.read_table(tmp_path / w / table) for w in ("whole", "parts"))
       assert one.equals(other)
+
+
+def test_what_a_filter_kept_is_what_the_loss_is_of(folder, tmp_path):
+  """Sampler and trainer agree in every update of a batch, over what was kept at the sampler's temperature."""
+  changes = [*FILTERS, "batch.rows=1", "online.minibatches=2", "online.temperature=0.7"]
+  assert main(command(folder, tmp_path / "run", *changes)) == 0
+  for line in lines(tmp_path / "run"):
+    assert line["sampling/logp_difference"] < 1e-4
+    assert line["grad_norm"] > 0
 
 
 @pytest.mark.slow
@@ -166,16 +177,21 @@ def test_every_method_steps(folder, tmp_path, method):
 
 def test_answers_of_other_weights_are_not_taken_up(tmp_path):
   """Those of the same weights are, but for the line that a kill cut short."""
-  logps = np.asarray([-1.5, -0.25], np.float32)
+  logps, kept = (
+    np.asarray([-1.5, -0.25], np.float32),
+    np.asarray([[1, 2, 3], [4, 5, 2**31]], np.uint32),
+  )
   journal = completions.Journal(tmp_path, 3, "abc")
-  journal.put(7, 0, [4, 5], logps, "stop_token")
+  journal.put(7, 0, tokens=[4, 5], logps=logps, ended="stop_token", kept=kept)
   (path,) = (tmp_path / "completions").glob("under_way*")
   path.write_text(path.read_text() + '{"number": 7, "sam')
   again = completions.Journal(tmp_path, 3, "abc")
-  tokens, kept, ended = again.written(7, 0)
-  assert (tokens, kept.tolist(), ended) == ([4, 5], logps.tolist(), "stop_token")
-  again.put(7, 1, [6], logps[:1], "stop_token")
-  assert completions.Journal(tmp_path, 3, "abc").written(7, 1) is not None
+  answer = again.written(7, 0)
+  assert (answer["tokens"], answer["ended"]) == ([4, 5], "stop_token")
+  np.testing.assert_array_equal(answer["logps"], logps)
+  np.testing.assert_array_equal(answer["kept"], kept)
+  again.put(7, 1, tokens=[6], logps=logps[:1], ended="stop_token", kept=None)
+  assert completions.Journal(tmp_path, 3, "abc").written(7, 1)["kept"] is None
   assert completions.Journal(tmp_path, 3, "xyz").written(7, 0) is None
 
 
@@ -216,6 +232,11 @@ def test_a_score_that_is_missing_is_left_out_and_counted(folder, tmp_path, capsy
     (("online.max_new_tokens=5000",), "early", "leaves too few for online.max_new_tokens=5000"),
     (("objective.cache_reference=true", "objective.kl_weight=0.1"), "early", "cache_reference"),
     (("online.outcome=other",), "early", "online.outcome='other': the reward has the parts"),
+    (
+      ("online.kl_in_reward=0.1", "objective.advantage=max_rl"),
+      "early",
+      "advantage=max_rl divides by the mean reward",
+    ),
     (("data.replay=x.jsonl",), "early", "data.replay='x.jsonl'"),
     ((), "raises", "has no score for any of the first"),
   ],

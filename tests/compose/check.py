@@ -140,9 +140,9 @@ def _learn(d, config, folder, whole: road.Result, scratch):
 
 
 def _is_no_measure(config) -> bool:
-  """Whether the loss's value says nothing: ratios to the policy itself are 1, and CISPO's are held fixed."""
+  """Whether the loss's value says nothing: ratios to the policy itself are 1, and some are held fixed."""
   o = config.objective
-  return o.loss == "cispo" or (o.loss != "reinforce" and o.old == "policy")
+  return o.loss in ("cispo", "dppo_tv", "dppo_kl") or (o.loss != "reinforce" and o.old == "policy")
 
 
 def _starts_apart(d) -> bool:

@@ -24,7 +24,7 @@ SUMS = (
 )
 DIFFERENCES = ("dpo", "dpo_norm", "robust", "ipo", "hinge", "exo", "discopop")
 LIKELIHOOD = ("sft", "sft_with_prompt", "gold")  # which compare nothing
-GROUPED = ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce")
+GROUPED = ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "dppo", "dppo_kl", "reinforce")
 ADAPTERS = (
   *("lora", "dora", "pissa", "olora", "loftq", "vera", "adalora", "ia3", "longlora"),
   *("prompt", "prefix"),

@@ -11,7 +11,7 @@ from jax.extend import core
 from posttrain_jax.adapters.lora import LoRA
 from posttrain_jax.adapters.replaced import Replaced
 from posttrain_jax.adapters.vera import Projections, VeRA
-from posttrain_jax.core import sharding
+from posttrain_jax.core import bits, sharding
 from posttrain_jax.core.weight import Adapted, Shared, Transposed, dense
 from posttrain_jax.losses import logprob
 from posttrain_jax.quant import nf4
@@ -66,13 +66,23 @@ def problem(batch=BATCH, time=TIME, dtype=jnp.float32):
   return hidden.astype(dtype), labels, normal(8, batch, time)
 
 
-def oracle(hidden, head, labels, mask, g, softcap=None, temperature=1.0):
+def kept_of(labels):
+  """Three tokens in four, the label among them: (the booleans, what the scores are given)."""
+  rng = np.random.default_rng(3)
+  kept = rng.random((*labels.shape, VOCAB)) < 0.75
+  kept |= np.eye(VOCAB, dtype=bool)[np.asarray(labels)]
+  return kept, bits.pack(jnp.asarray(kept))
+
+
+def oracle(hidden, head, labels, mask, g, softcap=None, temperature=1.0, kept=None):
   """Scores and the gradients of sum(g * logp) to hidden and to the matrix [embed, vocab], in float64."""
   hidden, w, g = (np.asarray(x, np.float64) for x in (hidden, dense(head, jnp.float32), g))
   z = hidden @ w
   squashed = z if softcap is None else softcap * np.tanh(z / softcap)
   slope = 1 / temperature * (1 if softcap is None else 1 - (squashed / softcap) ** 2)
   logits = squashed / temperature
+  if kept is not None:
+    logits = np.where(kept, logits, -1e9)
   logps = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
   one_hot = np.eye(w.shape[1])[np.asarray(labels)]
   d_logits = (one_hot - np.exp(logps)) * slope * (g * mask)[..., None]
@@ -116,10 +126,23 @@ def test_softcap_and_temperature_apart(options):
   check_frozen(HEADS["dense"](), **options)
 
 
-def check_frozen(head, **options):
+def test_a_softmax_over_what_was_kept():
+  """Nothing is kept where nothing is scored, as the engine records nothing there."""
+  kept, packed = kept_of(problem()[1])
+  nowhere = jnp.where(MASKS["ragged"][..., None], packed, 0)
+  assert 0.7 < kept.mean() < 0.8
+  check_frozen(HEADS["tied"](), kept=(kept, nowhere), **OPTIONS)
+  check_trained("dense", kept=(kept, nowhere), **OPTIONS)
+  hidden, labels, _ = problem()
+  none = logprob.score(hidden, HEADS["dense"](), labels, kept=~packed).logp
+  assert (none == -np.inf).all()  # the drift of a sampler that kept others is not hidden
+
+
+def check_frozen(head, kept=None, **options):
   hidden, labels, g = problem()
   mask = MASKS["ragged"]
-  wanted = oracle(hidden, head, labels, mask, g, **options)
+  wanted = oracle(hidden, head, labels, mask, g, kept=None if kept is None else kept[0], **options)
+  options["kept"] = None if kept is None else kept[1]
 
   @jax.jit
   def run(hidden, head):
@@ -134,10 +157,14 @@ def check_frozen(head, **options):
 
 @pytest.mark.parametrize("head", few(TRAINED, "dense", "tied", "lora_on_nf4"))
 def test_gradient_to_a_trained_head_and_to_hidden_beside_it(head):
+  check_trained(head, **OPTIONS)
+
+
+def check_trained(head, kept=(None, None), **options):
   hidden, labels, g = problem()
   (trained, build), mask = TRAINED[head](), MASKS["ragged"]
-  wanted = oracle(hidden, build(trained), labels, mask, g, **OPTIONS)
-  loss = lambda h, t: weighted(h, build(t), labels, mask, g, **OPTIONS)
+  wanted = oracle(hidden, build(trained), labels, mask, g, kept=kept[0], **options)
+  loss = lambda h, t: weighted(h, build(t), labels, mask, g, kept=kept[1], **options)
   value, (d_hidden, d_trained) = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(hidden, trained)
   assert_close(value, np.sum(wanted["logp"] * g))
   assert_close(d_hidden, wanted["d_hidden"])
@@ -284,11 +311,12 @@ MESHES = [  # every shape and every head, not each with each
 def test_a_mesh_changes_nothing(head, shape):
   hidden, labels, g = problem(batch=8)
   (trained, build), mask = TRAINED[head](), np.tile(MASKS["ragged"], (2, 1))
-  wanted = oracle(hidden, build(trained), labels, mask, g, softcap=2.0)
+  kept, packed = kept_of(labels)
+  wanted = oracle(hidden, build(trained), labels, mask, g, softcap=2.0, kept=kept)
 
   @jax.jit
   def run(hidden, trained):
-    score = lambda h, t: scored(h, build(t), labels, mask, softcap=2.0)
+    score = lambda h, t: scored(h, build(t), labels, mask, softcap=2.0, kept=packed)
     loss = lambda h, t: jnp.sum(g * score(h, t).logp)
     both = jax.grad(loss, argnums=(0, 1))(hidden, trained)
     return score(hidden, trained), jax.grad(loss)(hidden, trained), both

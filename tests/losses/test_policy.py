@@ -84,6 +84,20 @@ def cispo_formula(logps):
   return np.where(MASK, -weight * logps, 0)
 
 
+def dppo_formula(divergence, low, high):
+  """What is kept, and its weight, are constants, as cispo's."""
+  p, q = np.exp(LOGPS), np.exp(OLD)
+  far = (
+    np.abs(p - q) if divergence == "tv" else q * np.log(q / p) + (1 - q) * np.log((1 - q) / (1 - p))
+  )
+  gain = per_token()
+  cut = np.where(gain > 0, (p > q) & (far > high), (p < q) & (far > low))
+  for way in (gain > 0, gain < 0):
+    assert 0 < cut[MASK & way].mean() < 1
+  weight = np.where(cut, 0.0, np.minimum(RATIO, 1.32)) * gain
+  return lambda logps: np.where(MASK, -weight * logps, 0)
+
+
 clipped, sequence = policy.clipped_surrogate, policy.sequence_surrogate
 LOSSES = {  # name -> (the loss of (logps, old, advantages), its formula of logps)
   "reinforce": (
@@ -104,6 +118,15 @@ LOSSES = {  # name -> (the loss of (logps, old, advantages), its formula of logp
     looped(two_sided),
   ),
   "cispo": (lambda x, old, a: policy.cispo(x, old, a, MASK, ceiling=1.1), cispo_formula),
+  **{
+    f"dppo_{by}": (
+      lambda x, old, a, by=by, low=low, high=high: policy.dppo(
+        x, old, a, MASK, divergence=by, epsilon=low, epsilon_high=high, ceiling=1.32
+      ),
+      dppo_formula(by, low, high),
+    )
+    for by, low, high in (("tv", 0.05, 0.035), ("kl", 0.02, 0.006))
+  },
   "gspo": (
     lambda x, old, a: sequence(x, old, a, SPANS, epsilon=0.2, epsilon_high=0.25),
     by_answer(ppo(0.8, 1.25), normalise=True),
@@ -207,6 +230,33 @@ def test_what_the_bounds_took_away_is_counted():
   _, stats = policy.cispo(logps, jnp.zeros((1, 5)), advantages, ceiling=1.3)
   np.testing.assert_array_equal(stats.clipped_high, [[True, False, True, False, False]])
   assert not stats.clipped_low.any()
+
+
+def test_dppo_lets_a_rare_token_rise_and_holds_a_likely_one():
+  """The reverse of PPO's clip: 0.001 to 0.01 is a ratio of 10, 0.5 to 0.8 one of 1.6; a certain token is no NaN."""
+  logps, old = (
+    jnp.log(jnp.asarray([[0.01, 0.8, 1.0, 1.0]])),
+    jnp.log(jnp.asarray([[0.001, 0.5, 1.0, 0.9]])),
+  )
+  for divergence, low in (("tv", 0.15), ("kl", 0.05)):
+    values, stats = policy.dppo(logps, old, jnp.ones(1), divergence=divergence, epsilon=low)
+    np.testing.assert_array_equal(stats.clipped_high, [[False, True, False, divergence == "kl"]])
+    np.testing.assert_allclose(values[0, :2], [-10 * np.log(0.01), 0], rtol=1e-5)
+    assert np.isfinite(values).all()
+  with pytest.raises(ValueError, match="write tv or kl"):
+    policy.dppo(logps, old, jnp.ones(1), divergence="js", epsilon=0.1)
+
+
+def test_each_prompt_counts_as_its_own():
+  """Two answers of 3 and 2 tokens to one prompt, and one of 4 to another; then all three to different ones."""
+  weigh = lambda group, prompts: policy.prompt_mean(SPANS, jnp.asarray(group), prompts=prompts)
+  expected = np.zeros(MASK.shape)
+  for row, time, _ in scored():
+    expected[row, time] = 1 / 2 / (5 if row == 0 else 4)
+  np.testing.assert_allclose(weigh([[0, 0], [0, 0]], 2), expected, rtol=1e-6)
+  for row, time, answer in scored():
+    expected[row, time] = 1 / 3 / LENGTHS[answer]
+  np.testing.assert_allclose(weigh([[0, 1], [0, 0]], 3), expected, rtol=1e-6)
 
 
 def test_a_dual_clip_lies_above_one():

@@ -94,6 +94,11 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
   "grpo": (Grouped, dict(aggregation="sequence_mean", old="reference", kl_weight=0.1), scored),
   "gspo": (Grouped, dict(loss_name="gspo", old="reference", epsilon=0.5), scored),
   "rloo": (Grouped, dict(loss_name="rloo", old="reference", epsilon=0.5), scored),
+  "dppo": (
+    Grouped,
+    dict(loss_name="dppo_tv", aggregation="prompt_mean", old="reference", epsilon=1e-3),
+    scored,
+  ),
 }
 FAST = ("grpo",)
 

@@ -87,3 +87,89 @@ def test_what_is_told_of_groups(loss, monkeypatch):
   assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-4)
   without = dataclasses.replace(objective, kl_weight=0.0)
   assert "kl" not in told(without, examples)[0]
+
+
+CORRECTIONS = {  # of a sampler that is far off: level -> lower bound, higher, what is done beyond
+  "token": (0.5, 2.0, "truncate"),
+  "sequence": (0.5, 2.0, "mask"),
+  "geometric": (0.8, 1.2, "mask"),
+}
+
+
+def sampled(example, logps, mask):
+  """The example with the log-probabilities that each answer's tokens were drawn with."""
+  drawn = np.zeros(len(example.tokens), np.float32)
+  for i in range(example.count):
+    drawn[example.mask & (example.answer == i)] = logps[i][mask[i]]
+  return dataclasses.replace(example, sampling_logps=drawn)
+
+
+@pytest.mark.parametrize("level", few(CORRECTIONS, "token", "sequence"))
+def test_what_is_told_of_a_sampler_that_is_another(level, monkeypatch):
+  """verl's metrics, by a loop over answers in float64."""
+  monkeypatch.setattr(Scorer, "hidden", bigram.hidden)
+  low, high, outside = CORRECTIONS[level]
+  examples = batches.scored()
+  _, log_rho, alone = known(examples)
+  theirs = np.asarray(alone.logps(REFERENCE), np.float64)
+  starts = np.cumsum([0, *(e.count for e in examples)])
+  examples = [
+    sampled(e, theirs[at : at + e.count], alone.mask[at : at + e.count])
+    for e, at in zip(examples, starts)
+  ]
+  objective = Grouped(
+    tiny.config(),
+    importance=level,
+    importance_low=low,
+    importance_high=high,
+    importance_outside=outside,
+  )
+  metrics, _ = told(objective, examples)
+  tokens, weights, answers = [], [], []
+  for rho, mu, mask in zip(log_rho, theirs, alone.mask):
+    u, mu = rho[mask], mu[mask]
+    tokens.append(u)
+    whole = {"token": u, "sequence": u.sum() + 0 * u, "geometric": u.mean() + 0 * u}[level]
+    weights.append(np.exp(whole))
+    answers.append((np.exp(-(mu + u).mean()), np.exp(-mu.mean()), -u.mean(), u.sum()))
+  u, free = np.concatenate(tokens), np.concatenate(weights)
+  ours_ppl, their_ppl, difference, total = np.asarray(answers).T
+  beyond = (free > high) | (free < low)
+  used = np.where(beyond, 0, free) if outside == "mask" else np.clip(free, low, high)
+  expected = {
+    "kl": -u.mean(),
+    "k3_kl": (np.exp(u) - 1 - u).mean(),
+    "training_ppl": ours_ppl.mean(),
+    "rollout_ppl": their_ppl.mean(),
+    "log_ppl_diff": difference.mean(),
+    "log_ppl_abs_diff": np.abs(difference).mean(),
+    "ppl_ratio": np.exp(difference).mean(),
+    "chi2_token": (np.exp(2 * u) - 1).mean(),
+    "chi2_seq": (np.exp(2 * total) - 1).mean(),
+    "rollout_is_mean": free.mean(),
+    "rollout_is_std": used.std(),
+    "rollout_is_eff_sample_size": used.mean() ** 2 / (used**2).mean(),
+    "rollout_is_ratio_fraction_high": (free > high).mean(),
+    "rollout_is_ratio_fraction_low": (free < low).mean(),
+  }
+  if outside == "mask":
+    expected["rollout_rs_masked_fraction"] = beyond.mean()
+  assert 0 < beyond.mean() < 1
+  names = {name for name in metrics if name.startswith("rollout_corr/")}
+  assert names == {f"rollout_corr/{name}" for name in expected}
+  found = {name: metrics[f"rollout_corr/{name}"] for name in expected}
+  assert found == pytest.approx(expected, rel=2e-4)
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    (dict(kl_weight=0.1, kl_estimator="k1"), "zero on average"),
+    (dict(importance="token", importance_outside="mask"), "masks on one side alone"),
+    (dict(kl_estimator="k4"), "known are k1, k2, k3"),
+    (dict(aggregation="mean"), "prompt_mean"),
+  ],
+)
+def test_what_means_nothing_is_refused(fields, message):
+  with pytest.raises(ValueError, match=message):
+    Grouped(tiny.config(), **fields)

@@ -107,6 +107,7 @@ class Known:
     self.mask, self.lengths = self.alone.mask, self.alone.lengths
     if is_text:
       return
+    self.prompts = np.repeat(np.arange(len(examples)), [e.count for e in examples])
     each = lambda name: np.concatenate([np.float32(e.values[name]) for e in examples])
     self.values = {name: each(name).astype(float) for name in examples[0].values}
     if examples[0].companion is not None:
@@ -295,13 +296,21 @@ def grouped_loss(known):
     each = -gain * known.logps
   elif o.loss == "cispo":
     each = -stop(jnp.minimum(ratio, o.ceiling)) * gain * known.logps
+  elif o.loss.startswith("dppo"):
+    p, q = stop(jnp.exp(known.logps)), stop(jnp.exp(old))
+    far = jnp.abs(p - q)
+    if o.loss == "dppo_kl":
+      far = q * jnp.log(q / p) + (1 - q) * jnp.log((1 - q) / (1 - p))
+    cut = jnp.where(gain > 0, (p > q) & (far > o.epsilon_high), (p < q) & (far > o.epsilon))
+    each = -jnp.where(cut, 0.0, stop(jnp.minimum(ratio, o.ceiling))) * gain * known.logps
   else:
     clipped = jnp.clip(ratio, 1 - o.epsilon, 1 + o.epsilon_high)
     each = -jnp.minimum(ratio * gain, clipped * gain)
     if o.dual_clip is not None:
       each = jnp.where(gain < 0, jnp.minimum(each, -o.dual_clip * gain), each)
   u = known.ref_logps - known.logps
-  each = jnp.where(mask, each + o.kl_weight * (jnp.exp(u) - 1 - u), 0.0)
+  divergence = jnp.exp(u) - 1 - u if o.kl_estimator == "k3" else u**2 / 2
+  each = jnp.where(mask, each + o.kl_weight * divergence, 0.0)
   by_answer = each.sum(1)
   match "sequence_mean" if o.loss == "rloo" else o.aggregation:
     case "token_mean":
@@ -312,6 +321,9 @@ def grouped_loss(known):
       value = (by_answer / known.config.data.length).mean()
     case "sequence_sum":
       value = by_answer.mean()
+    case "prompt_mean":
+      of = known.prompts
+      value = sum(by_answer[of == i].sum() / mask[of == i].sum() for i in {*of}) / len({*of})
   return value + o.sft_weight * likelihood(known, known.values["advantage"] > 0)
 
 
@@ -353,9 +365,12 @@ VARIANTS = [
 ]
 # every ratio differs from 1, and the KL is there
 APART = {"objective.old": "reference", "objective.kl_weight": 0.2}
-GROUPED = ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce")
-AGGREGATIONS = ("token_mean", "sequence_mean", "constant_length", "sequence_sum")
+GROUPED = ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "dppo", "dppo_kl", "reinforce")
+AGGREGATIONS = ("token_mean", "sequence_mean", "constant_length", "sequence_sum", "prompt_mean")
 SFT = {"objective.sft_weight": 0.3}
+# of tokens as likely as these, where the policies are this close: DPPO cuts about every third
+NEAR = {"objective.epsilon": 7e-5, "objective.epsilon_high": 1.4e-4}
+NEAR_KL = {"objective.epsilon": 1e-6, "objective.epsilon_high": 4e-6}
 TOGETHER = {  # every loss, as summands of a few objectives
   "dpo+dpo_norm+robust+ipo+hinge+exo+discopop": {
     "objective.label_smoothing": 0.2,
@@ -385,7 +400,12 @@ FAST = [
   ("grouped.py:method=gspo", APART | {"objective.epsilon": 0.3, "objective.epsilon_high": 0.4}),
   ("grouped.py:method=cispo", APART | {"objective.ceiling": 1.1}),
   ("grouped.py:method=rloo", APART),
-  ("grouped.py:method=reinforce", {"objective.kl_weight": 0.2}),  # which has no ratio
+  ("grouped.py:method=dppo", APART | NEAR | {"objective.aggregation": "prompt_mean"}),
+  ("grouped.py:method=dppo_kl", APART | NEAR_KL),
+  (
+    "grouped.py:method=reinforce",
+    {"objective.kl_weight": 0.2, "objective.kl_estimator": "k2"},
+  ),  # no ratio
   ("grouped.py:method=grpo", APART | {"objective.aggregation": "sequence_sum"}),
   ("sft.py", {}),
 ]

@@ -25,7 +25,17 @@ METHODS = (
   *(f"reward.py:kind={kind}" for kind in ("pairs", "outcomes", "steps")),
   *(
     f"grouped.py:method={method}"
-    for method in ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce")
+    for method in (
+      "grpo",
+      "dr_grpo",
+      "dapo",
+      "gspo",
+      "cispo",
+      "rloo",
+      "dppo",
+      "dppo_kl",
+      "reinforce",
+    )
   ),
   *(f"rl.py:method={method}" for method in rl.METHODS),
   *(f"sft.py:optimizer={name}" for name in fields.OPTIMIZERS),
@@ -210,9 +220,9 @@ UNREAD = [
     "objective.aggregation=token_mean",
     "the loss 'rloo' does not read it",
   ),
-  ("grouped.py:method=reinforce", "objective.epsilon=0.1", "ppo, gspo, rloo do"),
+  ("grouped.py:method=reinforce", "objective.epsilon=0.1", "ppo, gspo, rloo, dppo_tv, dppo_kl do"),
   ("grouped.py:method=reinforce", "objective.old=reference", "does not read it"),
-  ("grouped.py:method=grpo", "objective.ceiling=2.0", "cispo does"),
+  ("grouped.py:method=grpo", "objective.ceiling=2.0", "cispo, dppo_tv, dppo_kl do"),
   (
     "preference.py:loss=ipo",
     "objective.label_smoothing=0.1",

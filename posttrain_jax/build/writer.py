@@ -1,0 +1,114 @@
+"""The engine of a run that writes its own answers: the trained weights, merged, and what is asked of them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from posttrain_jax import adapters
+from posttrain_jax.build.adapter import Trees
+from posttrain_jax.build.model import Model
+from posttrain_jax.build.prompts import Prompt
+from posttrain_jax.core import tree
+from posttrain_jax.data import templates
+from posttrain_jax.rollout import engine as engine_lib
+from posttrain_jax.rollout.requests import Answer, Request
+from posttrain_jax.rollout.sampling import Sampling
+from posttrain_jax.train.state import State
+
+
+def sampling(config: ml_collections.ConfigDict) -> Sampling:
+  """How tokens of answers are drawn."""
+  o = config.online
+  return Sampling(o.temperature, top_k=o.top_k, top_p=o.top_p, min_p=o.min_p)
+
+
+class Writer:
+  """Writes answers with the weights that were loaded last."""
+
+  def __init__(
+    self, config: ml_collections.ConfigDict, model: Model, prompts: Sequence[Prompt]
+  ) -> None:
+    self.config, self.model, self.prompts = config, model, prompts
+    self.sampling = sampling(config)
+    self._engine: engine_lib.Engine | None = None
+
+  def bind(self, trees: Trees) -> None:
+    """What is trained, and what stays."""
+    self._base, self._is_full = trees.context.base, trees.adapter_config is None
+
+  def load(self, trainable: Any, carried: Any) -> None:
+    ready = self._ready(self._base, trainable, carried)
+    if self._engine is not None:
+      self._engine.load(ready)
+      return
+    o = self.config.online
+    answers = self.config.batch.rows * o.minibatches * o.samples
+    self._engine = engine_lib.Engine(
+      ready,
+      self.model.config,
+      rows=min(o.rows, answers),
+      length=max(map(len, self.prompts)) + o.max_new_tokens,
+      dtype=self.model.dtype,
+      records_kept=not self.sampling.is_whole,
+    )
+
+  def request(self, prompt: Prompt, number: int, sample: int) -> Request:
+    """number: of the prompt among all that were asked."""
+    return Request(
+      prompt.tokens.tolist(),
+      self.config.online.max_new_tokens,
+      sampling=self.sampling,
+      stop_tokens=self._stops,
+      seed=self.config.seed,
+      number=number,
+      sample=sample,
+    )
+
+  def run(self, requests: Iterable[Request]) -> Iterator[tuple[int, Answer]]:
+    """(place of the request, answer) as they finish."""
+    assert self._engine is not None
+    return self._engine.run(requests)
+
+  def check(self, state: State) -> None:
+    """Raises ValueError where a changed adapter does not reach what writes."""
+    if self._is_full:
+      return
+    moved = jax.tree.map(lambda x: x + jnp.asarray(0.02, x.dtype), state.trainable)
+    probe = self.prompts[0].tokens.tolist()
+    read = []
+    for trainable in (state.trainable, moved):
+      self.load(trainable, state.carried)
+      ((_, answer),) = self.run([Request(probe, 1, stop_tokens=())])
+      read.append(float(answer.logps[0]))
+    if read[0] == read[1]:
+      raise ValueError(
+        "a changed adapter leaves the sampler's log-probabilities as they were: what writes does not have the weights"
+        " that are trained"
+      )
+
+  @functools.cached_property
+  def _stops(self) -> tuple[int, ...]:
+    model = self.model
+    ends = (
+      None if model.template is None else templates.end_of_turn(model.tokenizer, model.template)
+    )
+    stops = {*engine_lib.stop_tokens(model.config, model.tokenizer, model.folder)}
+    return tuple(sorted(stops | (set() if ends is None else {ends})))
+
+  @functools.cached_property
+  def _ready(self) -> Any:
+    """(base, trainable, carried) -> what the engine reads, one program."""
+
+    def ready(base: Any, trainable: Any, carried: Any) -> engine_lib.Ready:
+      params = (
+        trainable if self._is_full else adapters.merge(base, tree.combine(trainable, carried))
+      )
+      return engine_lib.prepare(params, self.model.config, self.config.online.storage)
+
+    return jax.jit(ready)
