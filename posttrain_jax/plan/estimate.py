@@ -51,7 +51,7 @@ def figures(
     beside = max(one["peak_gib"] for one in writes["programs"].values())
     peaks.append(beside + compiled.arguments / GIB)
   fits = None if chips.memory is None else max(peaks) <= chips.memory
-  return {**facts, "compiled": compiled.figures(), "fits": fits}
+  return {**facts, "compiled": compiled.figures(), "peak_gib": round(max(peaks), 3), "fits": fits}
 
 
 def arithmetic(built: Program) -> dict[str, int]:
@@ -141,7 +141,7 @@ def report(facts: dict[str, Any]) -> str:
       "",
       *_writing(facts),
       verdict[facts["fits"]]
-      + (f": {sizes['peak']:.2f} of {memory:g} GiB" if memory is not None else ""),
+      + (f": {facts['peak_gib']:.2f} of {memory:g} GiB" if memory is not None else ""),
     ]
   )
 
@@ -158,7 +158,7 @@ def _writing(facts: dict[str, Any]) -> list[str]:
     lines += _rows(
       {key.removesuffix("_gib"): v for key, v in sizes.items() if key.endswith("_gib")}
     )
-  return [*lines, ""]
+  return [*lines, "  beside them lie the arguments of the step", ""]
 
 
 def _rows(sizes):
