@@ -145,6 +145,7 @@ def test_what_a_filter_kept_is_what_the_loss_is_of(folder, tmp_path):
     assert line["grad_norm"] > 0
 
 
+@pytest.mark.slow
 def test_a_second_score_is_told_and_both_are_of_every_round(folder, tmp_path):
   """Those of groups that were replaced included."""
   other = f"{folder / 'verify.py'}:length"
