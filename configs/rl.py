@@ -30,6 +30,7 @@ def get_config(arg=None):
     method="grpo",
     reward="sql",
     storage="auto",
+    holdout="",
     smoke=False,
   )
   c = common.run(arg)
@@ -45,6 +46,7 @@ def get_config(arg=None):
   common.reference(o)
   o.cache_reference = False  # answers are not there before training
   c.reward = common.reward(arg.reward)
+  c.holdout_reward = common.reward(arg.holdout)  # logged beside the reward, and never trained on
   n = c.online = ml_collections.ConfigDict()
   n.samples = 8  # answers to a prompt
   n.max_new_tokens = 64  # of an answer

@@ -22,9 +22,14 @@ class Group:
 
   number: int  # of the prompt among all that were asked
   prompt: Prompt
-  written: list[Answer]
-  texts: list[str]
-  scored: Sequence[Scored]
+  written: dict[int, Answer] = dataclasses.field(default_factory=dict)  # by sample
+  texts: list[str] = dataclasses.field(default_factory=list)
+  scored: Sequence[Scored] = ()
+  held_out: Sequence[Scored] = ()  # by what is not trained on, where there is such a reward
+
+  @property
+  def answers(self) -> list[Answer]:
+    return [self.written[sample] for sample in sorted(self.written)]
 
   @property
   def scores(self) -> np.ndarray:
@@ -69,7 +74,7 @@ def metrics(groups: Sequence[Group], part: str) -> dict[str, float]:
   Args:
     part: of the reward, that says whether a group agrees; "" for the total.
   """
-  written = [answer for group in groups for answer in group.written]
+  written = [answer for group in groups for answer in group.answers]
   dead = collections.Counter(
     round(float(np.nanmean(group.outcomes(part))), 3) for group in groups if group.is_dead(part)
   )
@@ -87,7 +92,8 @@ def table(batch: int, every: Sequence[Group], used: Sequence[Group]) -> list[dic
   """A row an answer, as TRL's table of completions has them."""
   rows = []
   for group in every:
-    for i, (answer, text, scored) in enumerate(zip(group.written, group.texts, group.scored)):
+    for i, (answer, text, scored) in enumerate(zip(group.answers, group.texts, group.scored)):
+      other = group.held_out[i].total.value if group.held_out else None
       rows.append(
         {
           "batch": batch,
@@ -98,6 +104,7 @@ def table(batch: int, every: Sequence[Group], used: Sequence[Group]) -> list[dic
           "reward": scored.total.value,
           "missing": scored.total.reason,
           **{f"rewards/{name}": part.value for name, part in scored.parts.items()},
+          **({"holdout": other} if group.held_out else {}),
           "tokens": answer.tokens,
           "ended": answer.ended,
           "used": group in used,

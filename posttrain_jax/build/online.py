@@ -6,10 +6,11 @@ seed and on how many were written before, so that a run that is killed anywhere 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,10 @@ from posttrain_jax.build.prompts import Prompt
 from posttrain_jax.build.updates import Updates
 from posttrain_jax.build.writer import Writer
 from posttrain_jax.objectives import Scorer
-from posttrain_jax.rewards import section, selftest
-from posttrain_jax.rewards.reward import Reward
+from posttrain_jax.rewards import alarm, section, selftest
+from posttrain_jax.rewards import reward as reward_lib
+from posttrain_jax.rewards.overlapped import Overlapped
+from posttrain_jax.rewards.reward import Result, Reward
 from posttrain_jax.rewards.verifier import Answer
 from posttrain_jax.rollout.requests import Answer as Written
 from posttrain_jax.runs import completions
@@ -55,7 +58,7 @@ class Online:
   ) -> None:
     self.config, self.model, self.prompts, self.say = config, model, data.examples, say
     columns = dict.fromkeys(name for prompt in self.prompts for name in prompt.row)
-    self.reward: Reward = scoring.make(config, list(columns))
+    self.reward, self.holdout = scoring.make(config, list(columns))
     self.writer = Writer(config, model, self.prompts)
     self.updates = Updates(config, model.config.vocab_size)
     self.folder: Path | None = None
@@ -63,6 +66,7 @@ class Online:
     self._asked = 0  # prompts, of all rounds
     self._left: list[Any] = []  # of the batch that was written last
     self._told: dict[str, float] = {}
+    self._watch = alarm.Watch()
 
   def bind(self, trees: Trees, objective: Scorer) -> None:
     """What is trained, and what computes its log-probabilities."""
@@ -89,10 +93,18 @@ class Online:
     return dict(self._told)
 
   def get_state(self) -> dict:
-    return {"batches": self._batches, "asked": self._asked, "left": len(self._left)}
+    return {
+      "batches": self._batches,
+      "asked": self._asked,
+      "left": len(self._left),
+      "told": self._told,
+      "history": [[*pair] for pair in self._watch.history],
+    }
 
   def set_state(self, state: dict) -> None:
     self._batches, self._asked = state["batches"], state["asked"]
+    self._told = state["told"]
+    self._watch = alarm.Watch([(reward, other) for reward, other in state["history"]])
     self._left = []
     if state["left"]:  # of a batch that is used several times
       assert self.folder is not None
@@ -125,8 +137,13 @@ class Online:
       ValueError: other weights write the same.
     """
     some = [Answer(p.asked, section.expected(p.row), p.row) for p in self.prompts[: selftest.PAIRS]]
-    selftest.check(self.reward, some)
+    for reward in self._rewards:
+      selftest.check(reward, some)
     self.writer.check(state)
+
+  @property
+  def _rewards(self) -> list[Reward]:
+    return [self.reward] if self.holdout is None else [self.reward, self.holdout]
 
   def _write(self, state: State) -> list[Mapping[str, Any]]:
     o, config = self.config.online, self.config
@@ -138,20 +155,23 @@ class Online:
     kept: list[Group] = []
     dead: list[Group] = []
     spent: dict[str, float] = {"writing": 0.0, "scoring": 0.0}
-    rounds = 0
-    while len(kept) < wanted and rounds < (o.most_rounds if o.dynamic else 1):
-      rounds += 1
-      groups = self._ask(wanted - len(kept), journal, spent)
+    results: list[list[Result]] = []  # of each round, by each reward
+    while len(kept) < wanted and len(results) < (o.most_rounds if o.dynamic else 1):
+      groups, of_round = self._ask(wanted - len(kept), journal, spent)
+      results.append(of_round)
       for group in groups:
         (dead if o.dynamic and group.is_dead(o.outcome) else kept).append(group)
     if len(kept) < wanted:  # a batch has as many rows whatever happens
       if o.dynamic:
-        self._say_dead(kept, dead, rounds)
+        self._say_dead(kept, dead, len(results))
       kept += dead[: wanted - len(kept)]
     every = [*kept, *(group for group in dead if group not in kept)]
     batches, beside = self.updates.of(kept, state, self._batches)
     spent["all"] = time.monotonic() - began
-    self._tell(every, kept, spent, rounds, beside)
+    beside["dynamic_sampling/rounds"] = float(len(results))
+    beside["dynamic_sampling/kept"] = len(kept) / len(every)
+    beside |= self._scores_told([reward_lib.together(rounds) for rounds in zip(*results)])
+    self._tell(every, spent, beside)
     completions.write(self.folder, self._batches, groups_lib.table(self._batches, every, kept))
     if len(batches) > 1:
       # steps that checkpoints go back
@@ -160,47 +180,67 @@ class Online:
     journal.close()
     return batches
 
-  def _ask(self, count: int, journal: completions.Journal, spent: dict[str, float]) -> list[Group]:
-    """That many groups, written and scored; what the journal has is not paid for again."""
+  def _ask(
+    self, count: int, journal: completions.Journal, spent: dict[str, float]
+  ) -> tuple[list[Group], list[Result]]:
+    """(that many groups, what each reward says of them); what the journal has is not written again.
+
+    A group is scored as soon as it is whole, while others are written, where each answer is judged alone.
+    """
     o, began = self.config.online, time.monotonic()
     numbers = range(self._asked, self._asked + count)
     self._asked += count
-    prompts = [self._prompt(number) for number in numbers]
-    places = [(i, sample) for i in range(count) for sample in range(o.samples)]
-    ask = lambda i, sample: self.writer.request(prompts[i], numbers[i], sample)
-    found: dict[tuple[int, int], Written] = {}
-    for i, sample in places:
-      if (old := journal.written(numbers[i], sample)) is not None:
-        found[i, sample] = Written(ask(i, sample), **old)
-    open_places = [place for place in places if place not in found]
-    for at, written in self.writer.run(ask(*place) for place in open_places):
-      i, sample = open_places[at]
-      found[i, sample] = written
-      journal.put(
-        numbers[i],
-        sample,
-        tokens=written.tokens,
-        logps=written.logps,
-        ended=written.ended,
-        kept=written.kept,
-      )
-    spent["writing"] += time.monotonic() - began
-    began = time.monotonic()
-    decode = functools.partial(self.model.tokenizer.decode, skip_special_tokens=True)
-    texts = {place: decode(found[place].tokens) for place in places}
-    answers = [
-      Answer(prompts[i].asked, texts[i, s], prompts[i].row, found[i, s].tokens, numbers[i])
-      for i, s in places
-    ]
-    result = self.reward.score(answers)
-    self._reward_metrics = dict(result.metrics)
-    for (part, why), times in result.missing.items():
-      self.say(f"batch {self._batches}: {part} was missing {times} times: {why}")
-    scored = dict(zip(places, result.answers))
+    groups = [Group(number, self._prompt(number)) for number in numbers]
+    with contextlib.ExitStack() as open_ones:
+      scores = [open_ones.enter_context(Overlapped(reward)) for reward in self._rewards]
+      for group, sample, written in self._written(groups, journal):
+        group.written[sample] = written
+        if len(group.written) == o.samples:
+          answers = self._answers(group)
+          for one in scores:
+            one.put(group.number, answers)
+      spent["writing"] += time.monotonic() - began
+      began = time.monotonic()
+      results = [one.result() for one in scores]
     spent["scoring"] += time.monotonic() - began
-    of = lambda table, i: [table[i, sample] for sample in range(o.samples)]
+    for i, group in enumerate(groups):
+      here = slice(i * o.samples, (i + 1) * o.samples)
+      group.scored, *others = [result.answers[here] for result in results]
+      group.held_out = others[0] if others else ()
+    return groups, results
+
+  def _written(
+    self, groups: Sequence[Group], journal: completions.Journal
+  ) -> Iterator[tuple[Group, int, Written]]:
+    """(group, sample, answer) as they finish; first those that the journal has."""
+    left = []
+    for group in groups:
+      for sample in range(self.config.online.samples):
+        request = self.writer.request(group.prompt, group.number, sample)
+        if (old := journal.written(group.number, sample)) is not None:
+          yield group, sample, Written(request, **old)
+        else:
+          left.append((group, request))
+    for at, answer in self.writer.run(request for _, request in left):
+      group, request = left[at]
+      journal.put(
+        group.number,
+        request.sample,
+        tokens=answer.tokens,
+        logps=answer.logps,
+        ended=answer.ended,
+        kept=answer.kept,
+      )
+      yield group, request.sample, answer
+
+  def _answers(self, group: Group) -> list[Answer]:
+    """What verifiers are given of a group whose answers are all there."""
+    prompt = group.prompt
+    decode = functools.partial(self.model.tokenizer.decode, skip_special_tokens=True)
+    group.texts = [decode(answer.tokens) for answer in group.answers]
     return [
-      Group(numbers[i], prompts[i], of(found, i), of(texts, i), of(scored, i)) for i in range(count)
+      Answer(prompt.asked, text, prompt.row, answer.tokens, group.number)
+      for text, answer in zip(group.texts, group.answers)
     ]
 
   def _prompt(self, number: int) -> Prompt:
@@ -217,22 +257,28 @@ class Online:
       " verifier that says the same of all"
     )
 
+  def _scores_told(self, results: Sequence[Result]) -> dict[str, float]:
+    """What each reward says of all rounds' answers; says what was missing, and whether the reward is gamed."""
+    result, *others = results
+    for one in results:
+      for (part, why), times in one.missing.items():
+        self.say(f"batch {self._batches}: {part} was missing {times} times: {why}")
+    told = result.metrics
+    for other in others:
+      told |= {f"holdout/{name}": value for name, value in other.metrics.items()}
+    known = "reward" in told and "holdout/reward" in told
+    if known and (sentence := self._watch.add(told["reward"], told["holdout/reward"])):
+      self.say(f"batch {self._batches}: {sentence}")
+    return told
+
   def _tell(
-    self,
-    every: Sequence[Group],
-    kept: Sequence[Group],
-    spent: Mapping[str, float],
-    rounds: int,
-    beside: Mapping[str, float],
+    self, every: Sequence[Group], spent: Mapping[str, float], beside: Mapping[str, float]
   ) -> None:
     seconds = max(spent["all"], 1e-9)
     self._told = {
-      **self._reward_metrics,
       **beside,
       **groups_lib.metrics(every, self.config.online.outcome),
       **groups_lib.passed(every, self.reward.most),
-      "dynamic_sampling/rounds": float(rounds),
-      "dynamic_sampling/kept": len(kept) / len(every),
       "timing_s/writing": spent["writing"],
       "timing_s/scoring": spent["scoring"],
       "timing_share/writing": spent["writing"] / seconds,

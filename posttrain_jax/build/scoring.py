@@ -16,11 +16,14 @@ from posttrain_jax.evals.judge import Judge
 from posttrain_jax.rewards import section
 from posttrain_jax.rewards.model import Model
 from posttrain_jax.rewards.reward import Reward
+from posttrain_jax.rewards.workers import Workers
 from posttrain_jax.settings import ConfigError
 
 
-def make(config: ml_collections.ConfigDict, columns: Collection[str]) -> Reward:
-  """The reward of a run.
+def make(
+  config: ml_collections.ConfigDict, columns: Collection[str]
+) -> tuple[Reward, Reward | None]:
+  """The reward of a run, and what scores the same answers and is not trained on, if anything does.
 
   Args:
     columns: that the rows have.
@@ -28,15 +31,20 @@ def make(config: ml_collections.ConfigDict, columns: Collection[str]) -> Reward:
   Raises:
     ConfigError: as `rewards.section.make`, or a folder that holds no reward model.
   """
-  return of(settings.plain(config.reward), columns)
+  workers = Workers()  # one call at a time: what times out says something of the verifier
+  sections = (settings.plain(config[name]) for name in ("reward", "holdout_reward"))
+  reward, other = (of(spec, columns, workers) if spec["parts"] else None for spec in sections)
+  if reward is None:
+    raise ConfigError("reward.parts is empty: nothing says how good an answer is")
+  return reward, other
 
 
-def of(spec: Mapping[str, Any], columns: Collection[str]) -> Reward:
+def of(spec: Mapping[str, Any], columns: Collection[str], workers: Workers | None = None) -> Reward:
   """The reward that a section describes, its reward models loaded."""
   names = [name for field in ("parts", "gates") for name in section.names(spec.get(field, ()))]
   folders = [name for name in names if Path(name).expanduser().is_dir()]
   given = {name: Model(judge(name).scores) for name in folders}
-  return section.make(spec, columns, given=given)
+  return section.make(spec, columns, given=given, workers=workers)
 
 
 def spec(parts: str, gates: str = "", *, unsafe_code: bool = False) -> dict[str, Any]:

@@ -169,6 +169,13 @@ DISTANCE = Group(
       "KL to the reference",
     ),
     Metric(
+      "reward_kl_penalty",
+      "taken off the reward",
+      NEITHER,
+      "Nats an answer, before online.kl_in_reward multiplies it.",
+      "KL in the reward",
+    ),
+    Metric(
       "logps/chosen_drift",
       "chosen",
       NEITHER,
@@ -273,6 +280,114 @@ VERIFIED = Group(
   " or make the part a gate. A format that is learned while right answers do not come is the same. Missing scores above"
   " a few in a hundred: read their reasons, mend the verifier, or raise reward.seconds. pass@1 that rises towards a"
   " flat pass@n: the model learns to say at once what it could say before.",
+)
+HELD_OUT = Group(
+  "A second score",
+  (
+    Metric(
+      "holdout/reward",
+      "held-out score",
+      HIGHER,
+      "Mean of the score that is not trained on (holdout_reward), of the same answers as the reward.",
+      "Reward and held-out score",
+    ),
+    Metric("holdout/*", "", NEITHER, "The same of a part of it.", "Parts of the held-out score"),
+  ),
+  "Rising with the reward is learning. Falling while the reward rises is a reward that is gamed: the run says so after"
+  " twenty batches of it; read what is written.",
+)
+WRITTEN = Group(
+  "What is written",
+  (
+    Metric(
+      "completions/clipped_ratio",
+      "cut answers",
+      LOWER,
+      "Share of answers that online.max_new_tokens cut.",
+      "Cut answers",
+    ),
+    Metric(
+      "completions/max_length", "longest", NEITHER, "Tokens of the longest answer.", "Lengths"
+    ),
+    Metric(
+      "completions/min_length", "shortest", NEITHER, "Tokens of the shortest answer.", "Lengths"
+    ),
+    Metric("frac_groups_*", "", LOWER, "Share of groups whose answers agree.", "Groups that agree"),
+    Metric(
+      "dynamic_sampling/rounds",
+      "rounds",
+      LOWER,
+      "How often prompts were asked to fill the batch.",
+      "Rounds",
+    ),
+    Metric(
+      "dynamic_sampling/kept", "groups used", HIGHER, "Of all that were written.", "Groups used"
+    ),
+    Metric("timing_share/*", "", NEITHER, "Share of the time of a written batch.", "Time"),
+    Metric(
+      "timing_s/*",
+      "",
+      NEITHER,
+      "Seconds a written batch; of scoring, those after the last answer was written.",
+      "Seconds",
+    ),
+  ),
+  "Groups that agree teach nothing: prompts that are too hard or too easy, or a verifier that says the same of all. A"
+  " share of cut answers that rises: raise online.max_new_tokens, or penalise length.",
+)
+SAMPLER = Group(
+  "Sampler and trainer",
+  (
+    Metric(
+      "sampling/logp_difference",
+      "difference",
+      LOWER,
+      "Nats a token between the log-probabilities that answers were drawn with and the trainer's.",
+      "Difference of log-probabilities",
+    ),
+    Metric(
+      "sampling/token_mult_prob_error",
+      "factor",
+      LOWER,
+      "The same as a factor of the probability; above 1.02 and rising, weights do not reach the sampler.",
+      "Factor of probabilities",
+    ),
+    Metric(
+      "rollout_corr/kl", "KL", NEITHER, "Of the sampler from the trainer, nats a token.", "KL"
+    ),
+    Metric(
+      "rollout_corr/k3_kl", "KL by k3", LOWER, "The same, by k3, which is never negative.", "KL"
+    ),
+    Metric(
+      "rollout_corr/training_ppl", "trainer", NEITHER, "Of answers, by the trainer.", "Perplexity"
+    ),
+    Metric(
+      "rollout_corr/rollout_ppl", "sampler", NEITHER, "Of answers, by the sampler.", "Perplexity"
+    ),
+    Metric(
+      "rollout_corr/ppl_ratio", "ratio", NEITHER, "The trainer's over the sampler's.", "Perplexity"
+    ),
+    Metric("rollout_corr/chi2_*", "", LOWER, "Mean squared ratio less 1.", "Chi-squared"),
+    Metric(
+      "rollout_corr/log_ppl*", "", NEITHER, "Difference of log-perplexities.", "Log-perplexity"
+    ),
+    Metric(
+      "rollout_corr/rollout_is_eff_sample_size",
+      "effective sample",
+      HIGHER,
+      "As how large a share of the tokens the weighted ones count; 1 is all.",
+      "Effective sample",
+    ),
+    Metric(
+      "rollout_corr/rollout_*",
+      "",
+      NEITHER,
+      "Of the weights that correct for the sampler: mean before the bounds, deviation, shares beyond.",
+      "Importance weights",
+    ),
+  ),
+  "All of it is 0, and perplexities are equal, where sampler and trainer compute alike. What grows from step to step:"
+  " the sampler has other weights, or another precision; objective.importance corrects for it.",
 )
 LENGTHS = Group(
   "Lengths of answers",
@@ -379,7 +494,7 @@ GROUPS: Mapping[str, tuple[Group, ...]] = {
   "preference": (LOSS, PARTS, PREFERENCE, DISTANCE, *_COMMON),
   "kto": (LOSS, PARTS, PREFERENCE, DISTANCE, *_COMMON),
   "reward": (LOSS, PARTS, REWARD, *_COMMON),
-  "grouped": (LOSS, PARTS, SCORED, VERIFIED, DISTANCE, *_COMMON),
+  "grouped": (LOSS, PARTS, SCORED, VERIFIED, HELD_OUT, WRITTEN, DISTANCE, SAMPLER, *_COMMON),
 }
 
 

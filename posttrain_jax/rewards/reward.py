@@ -16,8 +16,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from posttrain_jax.rewards import score
+from posttrain_jax.rewards.judge import Judge
 from posttrain_jax.rewards.score import Score
 from posttrain_jax.rewards.verifier import Answer, Batch, Context, Known, Verifier, called
+from posttrain_jax.rewards.workers import Apart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,14 +65,38 @@ class Scored:
 class Result:
   """answers: in order.  columns: what functions log of each answer, None where they logged nothing of it.
 
-  missing: how often each part was missing in the end, by (part, reason).  retried: how often a part was asked again.
+  logged: the numbers that functions log of all of them.  retried: how often a part was asked again.
   """
 
   answers: tuple[Scored, ...]
   columns: Mapping[str, Sequence[Any]]
-  metrics: Mapping[str, float]
-  missing: Mapping[tuple[str, str], int]
+  logged: Mapping[str, Sequence[float]]
   retried: int
+
+  @property
+  def missing(self) -> Mapping[tuple[str, str], int]:
+    """How often each part was missing in the end, by (part, reason)."""
+    return _missing(self.answers)
+
+  @property
+  def metrics(self) -> dict[str, float]:
+    return _metrics(self.answers) | {
+      "rewards/retried": float(self.retried),
+      **{name: statistics.fmean(values) for name, values in self.logged.items()},
+    }
+
+
+def together(results: Sequence[Result]) -> Result:
+  """The results of several calls as that of one with all their answers, in order."""
+  columns = dict.fromkeys(name for result in results for name in result.columns)
+  logged = dict.fromkeys(name for result in results for name in result.logged)
+  listed = lambda result, name: result.columns.get(name, [None] * len(result.answers))
+  return Result(
+    tuple(answer for result in results for answer in result.answers),
+    {name: [value for result in results for value in listed(result, name)] for name in columns},
+    {name: [x for result in results for x in result.logged.get(name, ())] for name in logged},
+    sum(result.retried for result in results),
+  )
 
 
 class Reward:
@@ -98,6 +124,11 @@ class Reward:
     total = sum(max(low, high) for low, high in ends)
     return total if math.isfinite(total) else None
 
+  @property
+  def is_per_answer(self) -> bool:
+    """Whether each answer is judged alone, so that some can be scored while others are not there yet."""
+    return all(callable(p.verifier) or isinstance(p.verifier, Apart | Judge) for p in self.parts)
+
   def score(self, answers: Sequence[Answer], *, trainer_state: Any = None) -> Result:
     """Each answer's total and parts, in order.
 
@@ -117,12 +148,7 @@ class Reward:
     columns = {
       name: [values.get(i) for i in range(len(answers))] for name, values in context.columns.items()
     }
-    missing = _missing(scored)
-    metrics = _metrics(scored, by_part) | {
-      "rewards/retried": float(retried),
-      **{name: statistics.fmean(values) for name, values in context.metrics.items()},
-    }
-    return Result(scored, columns, metrics, missing, retried)
+    return Result(scored, columns, context.metrics, retried)
 
   def _part(
     self, part: Part, answers: Sequence[Answer], context: Context
@@ -214,9 +240,11 @@ def kind(reason: str) -> str:
   return re.sub(r"-?\d+(\.\d+)?(e[-+]?\d+)?", "N", re.sub(r"'[^']*'", "'…'", reason))
 
 
-def _metrics(scored: Sequence[Scored], by_part: Mapping[str, Sequence[Score]]) -> dict[str, float]:
+def _metrics(scored: Sequence[Scored]) -> dict[str, float]:
   """Under TRL's names: reward, rewards/NAME/mean and /std; rewards/missing is the share without a total."""
   metrics = {}
+  names = scored[0].parts if scored else ()
+  by_part = {name: [one.parts[name] for one in scored] for name in names}
   totals = [one.total.value for one in scored if one.total.value is not None]
   if totals:
     metrics["reward"] = statistics.fmean(totals)

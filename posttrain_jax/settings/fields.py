@@ -70,6 +70,37 @@ _HAS_EARLIER = ("model.adapter", bool, "a folder")
 _CORRECTS = ("objective.importance", lambda level: level != "none", "token, sequence or geometric")
 _ELSEWHERE = ("objective.reference", lambda name: name != "base", "an adapter or another model")
 
+_REWARD: Mapping[str, Field] = {
+  "reward.parts": Field(
+    "verifiers whose scores are added: built in, a function of yours as FILE.py:name, or a reward model's folder",
+    _NAMES,
+  ),
+  "reward.weights": Field("one for each of the parts; (): 1 each", Several(Number())),
+  "reward.gates": Field(
+    "verifiers within 0 and 1 that multiply the sum of the parts, and never raise it", _NAMES
+  ),
+  "reward.options": Field(
+    "part or gate -> its options",
+    Table(Text("a name"), Table(Text("an option's name"), Anything())),
+  ),
+  "reward.ranges": Field(
+    "part or gate -> (lowest, highest) score; one beyond is missing",
+    Table(Text("a name"), Several(Number())),
+  ),
+  "reward.untested": Field(
+    "verifiers that do not ask whether an answer is right, so that rows do not try them at the start",
+    _NAMES,
+  ),
+  "reward.seconds": Field(
+    "deadline of a call in a worker process; None: 10, of python 120",
+    Number(0, above=True, also=(None,)),
+  ),
+  "reward.retries": Field("how often a missing score is asked for again", _whole(0, 999)),
+  "reward.unsafe_code": Field(
+    "run programs that the model wrote where nothing isolates them", Flag()
+  ),
+}
+
 FIELDS: Mapping[str, Field] = {
   "seed": Field("seed of data order, initialisation and dropout", _whole(0)),
   "steps": Field("optimizer updates; None: epochs says how many", _whole(1, also=(None,))),
@@ -213,34 +244,14 @@ FIELDS: Mapping[str, Field] = {
     "what replay_fraction is a share of", Choice(("tokens", "examples")), _REPLAYS
   ),
   # --- reward
-  "reward.parts": Field(
-    "verifiers whose scores are added: built in, a function of yours as FILE.py:name, or a reward model's folder",
-    _NAMES,
-  ),
-  "reward.weights": Field("one for each of the parts; (): 1 each", Several(Number())),
-  "reward.gates": Field(
-    "verifiers within 0 and 1 that multiply the sum of the parts, and never raise it", _NAMES
-  ),
-  "reward.options": Field(
-    "part or gate -> its options",
-    Table(Text("a name"), Table(Text("an option's name"), Anything())),
-  ),
-  "reward.ranges": Field(
-    "part or gate -> (lowest, highest) score; one beyond is missing",
-    Table(Text("a name"), Several(Number())),
-  ),
-  "reward.untested": Field(
-    "verifiers that do not ask whether an answer is right, so that rows do not try them at the start",
-    _NAMES,
-  ),
-  "reward.seconds": Field(
-    "deadline of a call in a worker process; None: 10, of python 120",
-    Number(0, above=True, also=(None,)),
-  ),
-  "reward.retries": Field("how often a missing score is asked for again", _whole(0, 999)),
-  "reward.unsafe_code": Field(
-    "run programs that the model wrote where nothing isolates them", Flag()
-  ),
+  **_REWARD,
+  **{
+    f"holdout_{name}": Field(
+      f"as {name}, of a second score, which is logged beside the reward and never trained on",
+      field.domain,
+    )
+    for name, field in _REWARD.items()
+  },
   # --- answers that the model writes itself
   "online.samples": Field("answers to a prompt", _whole(2, MOST_ROWS)),
   "online.max_new_tokens": Field("tokens of an answer at most", _whole(1, MOST_TOKENS)),

@@ -12,7 +12,8 @@ from posttrain_jax.settings import ConfigError
 
 
 def test_a_config_and_the_options_make_the_same_reward(tmp_path):
-  config = ml_collections.ConfigDict({"reward": common.reward("number+exact")})
+  sections = {"reward": common.reward("number+exact"), "holdout_reward": common.reward("")}
+  config = ml_collections.ConfigDict(sections)
   config.reward.weights, config.reward.gates = (1.0, 0.5), ("tags",)
   config.reward.options = {"tags": {"names": ["answer"]}}
   path = tmp_path / "reward.json"
@@ -26,7 +27,8 @@ def test_a_config_and_the_options_make_the_same_reward(tmp_path):
       }
     )
   )
-  one = scoring.make(config, ["prompt", "gold"])
+  one, held_out = scoring.make(config, ["prompt", "gold"])
+  assert held_out is None
   other = scoring.of(scoring.spec(str(path)), ["prompt", "gold"])
   answers = [Answer("?", text, {"gold": "4"}) for text in ("4", "<answer>4</answer>")]
   assert [scored.total.value for scored in one.score(answers).answers] == [0.0, 1.0]

@@ -51,7 +51,7 @@ def group(number, prompt, scores):
     written.append(Answer(Request(prompt, 4), tokens.tolist(), logps, "stop_token", packed))
   scored = [Scored(score.of(s) if s is not None else score.missing("-"), {}) for s in scores]
   asked = Prompt(np.asarray(prompt, np.int32), "?", {}, "row")
-  return Group(number, asked, written, [""] * 3, scored)
+  return Group(number, asked, dict(enumerate(written)), [""] * 3, scored)
 
 
 GROUPS = [
@@ -69,7 +69,7 @@ def logps_of(params, group, among):
   """[tokens] of each answer alone, by the whole logits."""
   start = len(group.prompt.tokens)
   of_answers = []
-  for answer in group.written:
+  for answer in group.answers:
     count = len(answer.tokens)
     text = np.zeros(8, np.int32)  # what follows is not seen
     text[: start + count] = [*group.prompt.tokens, *answer.tokens]

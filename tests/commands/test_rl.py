@@ -22,6 +22,12 @@ VERIFIERS = """
 def early(prompt, completion, example):  # of two answers one is better but for chance
   return sum(ord(letter) for letter in completion) % 97 / 97
 
+def rare(prompt, completion, example):  # most groups agree
+  return float(sum(ord(letter) for letter in completion) % 5 == 0)
+
+def length(prompt, completion, example):
+  return len(completion)
+
 def raises(prompt, completion, example):
   raise KeyError("no such column")
 
@@ -121,6 +127,7 @@ def test_a_run_that_is_stopped_ends_as_one_that_is_not(folder, tmp_path, changes
   assert main(command(folder, tmp_path / "parts", *every, "steps=1")) == 0
   assert main(command(folder, tmp_path / "parts", *every)) == 0
   same(adapter(tmp_path / "whole"), adapter(tmp_path / "parts"))
+  assert all(line["sampling/logp_difference"] < 1e-4 for line in lines(tmp_path / "parts"))
   for number in (1, 2):
     table = f"completions/completions_{number:05d}.parquet"
     if (tmp_path / "whole" / table).exists():
@@ -128,6 +135,7 @@ def test_a_run_that_is_stopped_ends_as_one_that_is_not(folder, tmp_path, changes
       assert one.equals(other)
 
 
+@pytest.mark.slow
 def test_what_a_filter_kept_is_what_the_loss_is_of(folder, tmp_path):
   """Sampler and trainer agree in every update of a batch, over what was kept at the sampler's temperature."""
   changes = [*FILTERS, "batch.rows=1", "online.minibatches=2", "online.temperature=0.7"]
@@ -135,6 +143,24 @@ def test_what_a_filter_kept_is_what_the_loss_is_of(folder, tmp_path):
   for line in lines(tmp_path / "run"):
     assert line["sampling/logp_difference"] < 1e-4
     assert line["grad_norm"] > 0
+
+
+@pytest.mark.slow
+def test_a_second_score_is_told_and_both_are_of_every_round(folder, tmp_path):
+  """Those of groups that were replaced included."""
+  other = f"{folder / 'verify.py'}:length"
+  second = [f"holdout_reward.parts=({other!r},)", f"holdout_reward.untested=({other!r},)"]
+  changes = ["steps=2", "online.dynamic=true", "online.most_rounds=3"]
+  assert main(command(folder, tmp_path / "run", *changes, *second, verifier="rare")) == 0
+  rounds = set()
+  for number, line in enumerate(lines(tmp_path / "run"), 1):
+    table = tmp_path / "run" / "completions" / f"completions_{number:05d}.parquet"
+    rows = pyarrow.parquet.read_table(table).to_pylist()
+    assert line["reward"] == pytest.approx(np.mean([row["reward"] for row in rows]))
+    assert line["holdout/reward"] == pytest.approx(np.mean([row["holdout"] for row in rows]))
+    assert all(row["holdout"] == len(row["completion"]) for row in rows)
+    rounds.add(line["dynamic_sampling/rounds"])
+  assert max(rounds) > 1
 
 
 @pytest.mark.slow
@@ -163,7 +189,17 @@ def test_a_run_that_is_killed_anywhere_ends_as_one_that_is_not(folder, tmp_path)
     "dapo",
     *(
       pytest.param(m, marks=pytest.mark.slow)
-      for m in ("dr_grpo", "gspo", "cispo", "rloo", "reinforce_pp", "max_rl", "centred")
+      for m in (
+        "dr_grpo",
+        "gspo",
+        "cispo",
+        "rloo",
+        "dppo",
+        "dppo_kl",
+        "reinforce_pp",
+        "max_rl",
+        "centred",
+      )
     ),
   ],
 )
@@ -224,6 +260,17 @@ def test_a_score_that_is_missing_is_left_out_and_counted(folder, tmp_path, capsy
   assert "was missing" in capsys.readouterr().out or not missing
 
 
+@pytest.mark.slow
+def test_a_sampler_of_fewer_bits_is_corrected_for(folder, tmp_path):
+  """It draws by other numbers than the trainer's, which are told, and the ratio of the two weighs each token."""
+  how = ["online.storage=int8", "objective.importance=token", "online.most_drift=0.5"]
+  assert main(command(folder, tmp_path / "int8", *how)) == 0
+  assert main(command(folder, tmp_path / "same")) == 0
+  few, whole = lines(tmp_path / "int8")[0], lines(tmp_path / "same")[0]
+  assert whole["sampling/logp_difference"] < 1e-5 < few["sampling/logp_difference"] < 0.5
+  assert few["rollout_corr/rollout_is_std"] > 0
+
+
 @pytest.mark.parametrize(
   ("changes", "verifier", "message"),
   [
@@ -238,6 +285,7 @@ def test_a_score_that_is_missing_is_left_out_and_counted(folder, tmp_path, capsy
       "advantage=max_rl divides by the mean reward",
     ),
     (("data.replay=x.jsonl",), "early", "data.replay='x.jsonl'"),
+    (("online.storage=int8",), "early", "write objective.importance=token too"),
     ((), "raises", "has no score for any of the first"),
   ],
 )
