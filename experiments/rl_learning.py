@@ -23,11 +23,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
 import random
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -37,7 +39,6 @@ from pathlib import Path
 from typing import Any
 
 from posttrain_jax.core import ending, files
-from posttrain_jax.rewards import matching
 from posttrain_jax.runs import record
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,17 +48,19 @@ START_LR = 2e-3
 # learning rates, constant; all else of a method is its config's
 ARMS = {"grpo": 1e-4, "dapo": 1e-4, "dapo-static": 1e-4, "rft": 5e-4, "sft": 5e-4}
 SFT = ("data.length=256", "data.eval_rows=0", "batch.rows=4")
-RL = ("online.rows=32", "online.max_new_tokens=48")
 ROUNDS, ASKED, ANSWERS = 2, 48, 8  # of rft: prompts of a round, answers to each
 TICK = os.sysconf("SC_CLK_TCK")
 
 # --- the second task -------------------------------------------------------------------------------------------------
 
-WORDS = """apple bird blue boat book bread bridge brown chair city cloud coat cold corn dance door dream dust earth eye
-farm field fire fish flag floor fog fork frost garden gate glass gold grass green hand hat hill home horse house ice iron
-king lake lamp leaf light line lion milk moon mouse night north oak paper peak pear plant rain red ring river road rock
-roof rope rose salt sand school sea ship shoe silver sky snow song south spoon spring star stone storm street sugar sun
-table tent tiger tower tree valley wall water west wheel white wind window winter wolf wood yellow""".split()
+WORDS = (
+  "apple bird blue boat book bread bridge brown chair city cloud coat cold corn dance door dream dust "
+  "earth eye farm field fire fish flag floor fog fork frost garden gate glass gold grass green hand hat "
+  "hill home horse house ice iron king lake lamp leaf light line lion milk moon mouse night north oak "
+  "paper peak pear plant rain red ring river road rock roof rope rose salt sand school sea ship shoe "
+  "silver sky snow song south spoon spring star stone storm street sugar sun table tent tiger tower "
+  "tree valley wall water west wheel white wind window winter wolf wood yellow"
+).split(" ")
 
 
 def reversals(split: str, count: int) -> list[dict[str, str]]:
@@ -71,11 +74,6 @@ def reversals(split: str, count: int) -> list[dict[str, str]]:
   ]
 
 
-def alike(answer: str, row: dict[str, Any]) -> float:
-  """The share of letters that the answer and the expected one have in common, in order."""
-  return matching.fuzzy(answer, row["gold"])[0]
-
-
 @dataclasses.dataclass(frozen=True)
 class Task:
   """Where questions come from, what is held out, what scores answers, and how the start is trained."""
@@ -84,29 +82,32 @@ class Task:
   train: str  # a built-in task's name, or a file
   held_out: str
   reward: str
-  right: float  # from which score on an answer is right
   metric: str  # of done.json
   start_steps: int
+  rl: tuple[
+    str, ...
+  ]  # room for the answers of a group: data.length is what rows are padded to parts of
   fields: tuple[str, ...] = ()
 
 
 def task(name: str, out: Path) -> Task:
   if name == "sql":
-    return Task("sql", "sql", "sql", "sql", 1.0, "eval_score/sql", start_steps=24)
+    rl = ("data.length=576", "online.max_new_tokens=48")
+    return Task("sql", "sql", "sql", "sql", "eval_score/sql", 24, rl)
   paths = {split: out / f"{split}.jsonl" for split in ("train", "held_out")}
   for split, count in (("train", 800), ("held_out", 200)):
     text = "".join(json.dumps(row) + "\n" for row in reversals(split, count))
     files.write_text(paths[split], text)
-  graded = f"{Path(__file__).resolve()}:alike"
+  # scored by the share of letters in common, in order; right where it is the line
   return Task(
     "reverse",
     str(paths["train"]),
     str(paths["held_out"]),
     "fuzzy",
-    1.0,
-    f"eval_score/{Path(__file__).name}:alike",
-    start_steps=12,
-    fields=(f"eval.metric={graded},exact",),
+    "eval_score/exact",
+    12,
+    ("data.length=384", "online.max_new_tokens=32"),
+    ("eval.metric=exact",),
   )
 
 
@@ -152,15 +153,18 @@ def run(command: list[str], log: Path, until: float, so_far: Spent, folder: Path
       command, stdout=said, stderr=said, start_new_session=True, cwd=ROOT, env=environment()
     )
     is_asked = False
-    while child.poll() is None:
-      so_far.cpu = max(so_far.cpu, before + spent(child.pid))
-      for path in (folder / "checkpoints").glob("*"):
-        if path.name.isdigit():
-          so_far.steps.setdefault(int(path.name), so_far.cpu)
-      if so_far.cpu >= until and not is_asked:
-        child.terminate()
-        is_asked = True
-      time.sleep(0.2)
+    try:
+      while child.poll() is None:
+        so_far.cpu = max(so_far.cpu, before + spent(child.pid))
+        for step in checkpoints(folder):
+          so_far.steps.setdefault(step, so_far.cpu)
+        if so_far.cpu >= until and not is_asked:
+          child.terminate()
+          is_asked = True
+        time.sleep(0.2)
+    finally:  # this program may be ended itself
+      child.kill()
+      child.wait()
   so_far.wall += time.monotonic() - began
   if child.returncode not in (0, ending.PREEMPTED):
     raise RuntimeError(f"{' '.join(command)}: code {child.returncode}; see {log}")
@@ -226,7 +230,7 @@ class Plan:
   def rl_command(self, arm: str, seed: int, workdir: Path) -> list[str]:
     config = f"rl:method={arm.partition('-')[0]},data={self.task.train},reward={self.task.reward}"
     static = ["online.dynamic=False"] if arm == "dapo-static" else []
-    more = [*RL, f"seed={seed}", *static, *self.onwards(self.start)]
+    more = [*self.task.rl, "online.rows=32", f"seed={seed}", *static, *self.onwards(self.start)]
     return train(config, workdir, self.fields(ARMS[arm], *more))
 
   def sft_command(self, arm: str, data: str, seed: int, adapter: Path, workdir: Path) -> list[str]:
@@ -238,13 +242,13 @@ class Plan:
     built_in = self.task.train == self.task.name
     source = f"--task={self.task.train}" if built_in else f"--data={self.task.train}"
     # a task's training questions have a verifier of their own; those of a file are told theirs
-    scored = [] if built_in else [f"--reward={self.task.reward}", f"--right={self.task.right}"]
+    scored = [] if built_in else [f"--reward={self.task.reward}"]
     how = [f"--n={ANSWERS}", "--per_prompt=4", f"--limit={ASKED}", f"--seed={seed}"]
     return [*command, f"--adapter={adapter}", source, *scored, *how, f"--out={out}"]
 
 
-def once(plan: Plan, command: list[str], folder: Path) -> tuple[Spent, list[list[float]]]:
-  """An arm that is one run: what it spent, and [seconds, score] of some of its steps and of its last."""
+def once(plan: Plan, command: list[str], folder: Path) -> tuple[Spent, list[list[float]], int]:
+  """An arm that is one run: what it spent, [seconds, score] of some of its steps, and how many they were."""
   so_far = Spent()
   run(command, folder.with_name(f"{folder.name}.log"), plan.seconds, so_far, folder)
   every = checkpoints(folder)
@@ -256,7 +260,7 @@ def once(plan: Plan, command: list[str], folder: Path) -> tuple[Spent, list[list
     [so_far.steps.get(every[i], so_far.cpu), score(command, folder, every[i], plan.task.metric)]
     for i in chosen
   ]
-  return so_far, curve
+  return so_far, curve, every[-1]
 
 
 def rounds(plan: Plan, seed: int, folder: Path) -> tuple[Spent, list[list[float]], int]:
@@ -282,26 +286,20 @@ def result(plan: Plan, arm: str, seed: int) -> dict[str, Any]:
   folder = plan.out / f"{arm}-{seed}"
   for old in plan.out.glob(f"{folder.name}*"):  # of a run that was killed
     shutil.rmtree(old) if old.is_dir() else old.unlink()
-  load = os.getloadavg()[0]
+  load, rewards = os.getloadavg()[0], []
   if arm == "rft":
     so_far, curve, steps = rounds(plan, seed, folder)
   else:
+    source = plan.task.train
     command = (
-      plan.sft_command("sft", plan.task.train, seed, plan.start, folder)
+      plan.sft_command("sft", source, seed, plan.start, folder)
       if arm == "sft"
       else plan.rl_command(arm, seed, folder)
     )
-    so_far, curve = once(plan, command, folder)
-    steps = checkpoints(folder)[-1]
-    rows = record.read(folder)
-    rewards = rows.series("reward")[1]
-    shutil.rmtree(folder / "checkpoints")
-    return _told(plan, arm, seed, so_far, curve, steps, load, rewards=rewards)
-  return _told(plan, arm, seed, so_far, curve, steps, load)
-
-
-def _told(plan, arm, seed, so_far, curve, steps, load, **more) -> dict[str, Any]:
-  rounded = [[round(seconds, 1), value] for seconds, value in curve]
+    so_far, curve, steps = once(plan, command, folder)
+    rewards = record.read(folder).series("reward")[1]
+  for old in plan.out.glob(f"{folder.name}*/**/checkpoints"):  # 60 MB each
+    shutil.rmtree(old)
   return dict(
     task=plan.task.name,
     arm=arm,
@@ -314,8 +312,8 @@ def _told(plan, arm, seed, so_far, curve, steps, load, **more) -> dict[str, Any]
     load=[round(load, 2), round(os.getloadavg()[0], 2)],
     steps=steps,
     end=curve[-1][1],
-    curve=rounded,
-    **more,
+    curve=[[round(seconds, 1), value] for seconds, value in curve],
+    rewards=[round(value, 4) for value in rewards],
   )
 
 
@@ -363,7 +361,9 @@ def line(arm: str, start: float, rows: list[dict[str, Any]]) -> str:
   mean = statistics.fmean(r["end"] for r in rows)
   cells = [arm, f"{ARMS[arm]:g}", str(len(rows)), f"{start:.3f}", f"{mean:.3f}"]
   cells += [each("end", "{:.3f}"), each("steps")]
-  return f"| {' | '.join([*cells, each('cpu_seconds', '{:.0f}'), each('wall_seconds', '{:.0f}')])} |"
+  return (
+    f"| {' | '.join([*cells, each('cpu_seconds', '{:.0f}'), each('wall_seconds', '{:.0f}')])} |"
+  )
 
 
 def curve(start: float, row: dict[str, Any]) -> str:
@@ -385,6 +385,7 @@ def main() -> int:
   parser.add_argument("--out", type=Path, default=Path("runs/rl_learning"))
   parser.add_argument("--report", action="store_true", help="of what is finished; trains nothing")
   args = parser.parse_args()
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what it started ends with it
   if args.report:
     print(report(known()))
     return 0
@@ -399,14 +400,14 @@ def main() -> int:
   found["starts"].append(
     dict(task=args.task, steps=plan.task.start_steps, asked=args.asked, score=began)
   )
-  for seed in range(args.seeds):
-    for arm in args.arms.split(","):
-      same = lambda r: (r["task"], r["arm"], r["seed"]) == (args.task, arm, seed)
-      if not any(same(r) and r["seconds"] == args.seconds for r in found["runs"]):
-        one = result(plan, arm, seed)
-        found["runs"] = [r for r in found["runs"] if not same(r)] + [one]
-        write(found)
-        print(one, flush=True)
+  key = lambda r: (r["task"], r["arm"], r["seed"])
+  for seed, arm in itertools.product(range(args.seeds), args.arms.split(",")):
+    known_ones = [r for r in found["runs"] if r["seconds"] == args.seconds]
+    if (args.task, arm, seed) not in map(key, known_ones):
+      one = result(plan, arm, seed)
+      found["runs"] = [r for r in found["runs"] if key(r) != key(one)] + [one]
+      write(found)
+      print(one, flush=True)
   write(found)
   print(report(found))
   return 0
