@@ -53,7 +53,7 @@ TICK = os.sysconf("SC_CLK_TCK")
 
 # --- the second task -------------------------------------------------------------------------------------------------
 
-WORDS = (
+WORDS = (  # noqa: SIM905
   "apple bird blue boat book bread bridge brown chair city cloud coat cold corn dance door dream dust "
   "earth eye farm field fire fish flag floor fog fork frost garden gate glass gold grass green hand hat "
   "hill home horse house ice iron king lake lamp leaf light line lion milk moon mouse night north oak "

@@ -274,6 +274,87 @@ VERIFIED = Group(
   " a few in a hundred: read their reasons, mend the verifier, or raise reward.seconds. pass@1 that rises towards a"
   " flat pass@n: the model learns to say at once what it could say before.",
 )
+_TIME = "Share of the time of a batch's making that this takes, or its seconds; updates are no part of either."
+WRITTEN = Group(
+  "What the policy writes",
+  (
+    Metric(
+      "frac_groups_dead",
+      "agree",
+      LOWER,
+      "Share of prompts whose answers all have one score: they teach nothing.",
+      "Groups that agree",
+    ),
+    Metric(
+      "frac_groups_all_zero",
+      "all 0",
+      NEITHER,
+      "Of all groups, those agreed on 0.",
+      "Groups that agree",
+    ),
+    Metric(
+      "frac_groups_all_one",
+      "all 1",
+      NEITHER,
+      "Of all groups, those agreed on 1.",
+      "Groups that agree",
+    ),
+    Metric(
+      "dynamic_sampling/kept",
+      "kept",
+      HIGHER,
+      "Share of the groups that were written and are learned from; below 1 where those that agree are replaced.",
+      "Kept",
+    ),
+    Metric(
+      "dynamic_sampling/rounds",
+      "rounds",
+      LOWER,
+      "How often prompts were asked for one batch.",
+      "Rounds",
+    ),
+    Metric(
+      "completions/clipped_ratio",
+      "cut",
+      LOWER,
+      "Share of answers that online.max_new_tokens cut.",
+      "Cut answers",
+    ),
+    Metric(
+      "completions/min_length", "shortest", NEITHER, "Tokens of the shortest answer.", "Lengths"
+    ),
+    Metric(
+      "completions/max_length", "longest", NEITHER, "Tokens of the longest answer.", "Lengths"
+    ),
+    Metric(
+      "sampling/logp_difference",
+      "difference",
+      LOWER,
+      "Nats a token between the log-probabilities of what writes and of what is trained; about 0 where they agree.",
+      "Sampler and trainer",
+    ),
+    Metric(
+      "sampling/token_mult_prob_error",
+      "factor",
+      LOWER,
+      "The same as a factor between probabilities: 1 is none, above 1.02 the weights do not reach what writes.",
+      "Factor between them",
+    ),
+    Metric(
+      "sampling/*",
+      "",
+      NEITHER,
+      "Weights that correct for the difference between the two.",
+      "Correction",
+    ),
+    Metric("timing_share/*", "", NEITHER, _TIME, "Shares of time"),
+    Metric("timing_s/*", "", NEITHER, _TIME, "Seconds"),
+  ),
+  "Groups that agree on 0: the prompts are too hard, answers are cut, or the verifier says no to everything."
+  " On 1: too easy, there is nothing left to learn. Many cut answers: raise online.max_new_tokens, or let the"
+  " reward have the part length; an answer that is cut is seldom right. A difference between sampler and"
+  " trainer that grows ends in answers of another policy: set objective.importance=token.",
+)
 LENGTHS = Group(
   "Lengths of answers",
   (
@@ -285,8 +366,9 @@ LENGTHS = Group(
       "completions/mean_length", "answers", NEITHER, "Tokens of the scored answers.", "Lengths"
     ),
   ),
-  "These are lengths of the data, not of what the model writes: flat is right, a slope means "
-  "that rows are sorted. Lines that lie apart (chosen answers longer throughout) teach length "
+  "Where rows bring the answers, flat is right, and a slope means that rows are sorted. Where the "
+  "run writes them, lengths that grow while the reward does not are padding. Lines that lie apart "
+  "(chosen answers longer throughout) teach length "
   "along with quality: compare the accuracies by length.",
 )
 PREDICTION = Group(
@@ -379,7 +461,7 @@ GROUPS: Mapping[str, tuple[Group, ...]] = {
   "preference": (LOSS, PARTS, PREFERENCE, DISTANCE, *_COMMON),
   "kto": (LOSS, PARTS, PREFERENCE, DISTANCE, *_COMMON),
   "reward": (LOSS, PARTS, REWARD, *_COMMON),
-  "grouped": (LOSS, PARTS, SCORED, VERIFIED, DISTANCE, *_COMMON),
+  "grouped": (LOSS, PARTS, SCORED, VERIFIED, WRITTEN, DISTANCE, *_COMMON),
 }
 
 
