@@ -185,8 +185,10 @@ def score(command: list[str], folder: Path, step: int, metric: str) -> float:
     shutil.rmtree(point, ignore_errors=True)
     (point / "checkpoints").mkdir(parents=True)
     shutil.copytree(folder / "checkpoints" / str(step), point / "checkpoints" / str(step))
-    for name in (record.CONFIG, record.METRICS):
-      shutil.copy(folder / name, point / name)
+    shutil.copy(folder / record.CONFIG, point / record.CONFIG)
+    lines = (folder / record.METRICS).read_text().splitlines(keepends=True)
+    until = [line for line in lines if json.loads(line)["step"] <= step]
+    files.write_text(point / record.METRICS, "".join(until))
     ended = [f"--workdir={point}" if c.startswith("--workdir") else c for c in command]
     ended = [f"--config.steps={step}" if c.startswith("--config.steps") else c for c in ended]
     with (folder.with_name(f"{folder.name}.log")).open("a") as said:
