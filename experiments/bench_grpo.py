@@ -86,7 +86,7 @@ def torch_jobs(told: Path) -> bench.Jobs:
   from posttrain_jax.models import fetch
 
   warnings.simplefilter("ignore")
-  torch.set_num_threads(os.cpu_count() or 1)
+  torch.set_num_threads(len(os.sched_getaffinity(0)))
   folder = fetch.fetch()
   go, done = threading.Semaphore(0), threading.Semaphore(0)
 
