@@ -4,7 +4,7 @@ PYTHON ?= python3
 PIP_FLAGS = -q --disable-pip-version-check
 BIN = .venv/bin
 WORKDIR ?= runs/quickstart
-STAGE ?= sft# sft, or dpo: the second stage too
+STAGE ?= sft# sft, or dpo or rl: the second stage too
 # Large pages for large arrays, where Linux leaves that to the program: 8 and 18 % of two DPO steps on CPU.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 DRAWS ?= 500# of make compose
@@ -33,13 +33,16 @@ help:
 	$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps --target .venv-tpu/site libtpu
 	@touch $@
 
-quickstart: .venv/ready ## environment, embedded model, LoRA fine-tune on text-to-SQL, report; STAGE=dpo: then DPO on its mistakes
+quickstart: .venv/ready ## environment, embedded model, LoRA fine-tune on text-to-SQL, report; STAGE=dpo: then DPO on its mistakes; STAGE=rl: then GRPO
 	$(BIN)/posttrain fetch smollm2
 	$(BIN)/posttrain train --config=configs/quickstart.py --workdir=$(WORKDIR)
 ifeq ($(STAGE),dpo)
 	[ -d $(WORKDIR)/merged ] || $(BIN)/posttrain export --workdir=$(WORKDIR) --out=$(WORKDIR)/merged --merge
 	[ -f $(WORKDIR)/pairs.jsonl ] || $(BIN)/posttrain pairs --model=$(WORKDIR)/merged --task=sql --out=$(WORKDIR)/pairs.jsonl
 	$(BIN)/posttrain train --config=configs/quickstart_dpo.py:model=$(WORKDIR)/merged,data=$(WORKDIR)/pairs.jsonl --workdir=$(WORKDIR)-dpo
+endif
+ifeq ($(STAGE),rl)
+	$(BIN)/posttrain train --config=configs/quickstart_rl.py:start=$(WORKDIR) --workdir=$(WORKDIR)-rl
 endif
 
 test: .venv/ready ## the fast suite
@@ -97,6 +100,7 @@ bench: .venv-oracle/ready ## speed and memory beside PyTorch + PEFT and TRL, on 
 	.venv-oracle/bin/python -m posttrain_jax fetch smollm2
 	.venv-oracle/bin/python experiments/bench.py
 	.venv-oracle/bin/python experiments/bench_dpo.py
+	.venv-oracle/bin/python experiments/bench_grpo.py
 
 compile-70b: .venv-tpu/ready ## Llama-3-70B QLoRA compiled for TPUs that are not here
 	PYTHONPATH=.venv-tpu/site $(BIN)/python experiments/compile_70b.py

@@ -211,8 +211,8 @@ def work(jobs: Jobs) -> None:
 
 
 class Worker:
-  def __init__(self, library: str, script: str = __file__):
-    command = [sys.executable, script, f"--worker={library}"]
+  def __init__(self, library: str, script: str = __file__, *more: str):
+    command = [sys.executable, script, f"--worker={library}", *more]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu"}
     if library == "torch":  # large pages, which make sets, are a gain here and none there
       environment.pop("GLIBC_TUNABLES", None)

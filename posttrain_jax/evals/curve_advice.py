@@ -280,6 +280,12 @@ def _groups(run: Run) -> list[str]:
       f"{same.end:.0%} of the answers are in groups of one score, which teach nothing: take "
       "prompts that are answered right sometimes, neither always nor never."
     )
+  cut = _of(run, "completions/clipped_ratio")
+  if cut is not None and cut.end > 0.5:
+    said.append(
+      f"{cut.end:.0%} of the answers are cut at online.max_new_tokens (now"
+      f" {run.field('online.max_new_tokens')}), and seldom right: raise it, or let the reward have the part length."
+    )
   for side in ("low", "high"):
     clipped = _of(run, f"clip_ratio/{side}_mean")
     if clipped is not None and clipped.end > 0.2:

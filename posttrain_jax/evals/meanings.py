@@ -332,8 +332,9 @@ WRITTEN = Group(
       "Seconds",
     ),
   ),
-  "Groups that agree teach nothing: prompts that are too hard or too easy, or a verifier that says the same of all. A"
-  " share of cut answers that rises: raise online.max_new_tokens, or penalise length.",
+  "Groups that agree on 0: the prompts are too hard, answers are cut, or the verifier says no to everything. On 1: too"
+  " easy, there is nothing left to learn. Many cut answers: raise online.max_new_tokens, or let the reward have the part"
+  " length; an answer that is cut is seldom right.",
 )
 SAMPLER = Group(
   "Sampler and trainer",
@@ -400,8 +401,9 @@ LENGTHS = Group(
       "completions/mean_length", "answers", NEITHER, "Tokens of the scored answers.", "Lengths"
     ),
   ),
-  "These are lengths of the data, not of what the model writes: flat is right, a slope means "
-  "that rows are sorted. Lines that lie apart (chosen answers longer throughout) teach length "
+  "Where rows bring the answers, flat is right, and a slope means that rows are sorted. Where the "
+  "run writes them, lengths that grow while the reward does not are padding. Lines that lie apart "
+  "(chosen answers longer throughout) teach length "
   "along with quality: compare the accuracies by length.",
 )
 PREDICTION = Group(

@@ -17,7 +17,7 @@ import safetensors
 
 from posttrain_jax.core import files
 from posttrain_jax.data import questions
-from posttrain_jax.evals import curve_advice, intervals, meanings, page, panels, tasks
+from posttrain_jax.evals import curve_advice, intervals, meanings, page, panels, tasks, written
 from posttrain_jax.evals.panels import number
 from posttrain_jax.runs import manner, record
 from posttrain_jax.runs.record import Run, TaskResult
@@ -109,6 +109,19 @@ twentieth of the run, and dots held-out values.</p>{% endif %}
 {% endfor %}
 {% endif %}
 
+{% if written %}
+<h2>What the policy wrote as it learned</h2>
+<p class="note">{{ written_note }} All of them are in completions/.</p>
+{% for one in written %}
+<div class="question"><b>{{ one.prompt }}</b></div>
+<div class="pair">
+{% for answer in one.answers %}
+<div><span class="note">{{ answer.when }}</span><pre>{{ answer.text }}</pre></div>
+{% endfor %}
+</div>
+{% endfor %}
+{% endif %}
+
 <h2>Commands</h2>
 {% if use %}<p class="note">Use the result:</p>
 <pre>{{ use }}</pre>{% endif %}
@@ -141,6 +154,7 @@ def write(workdir: str | Path, *, done: Mapping[str, Any] | None = None) -> Path
   """
   run = record.read(workdir)
   run = run if done is None else dataclasses.replace(run, done=done)
+  note, written_ = written.over_steps(run.folder)
   html = page.render(
     BODY,
     title=run.folder.absolute().name,
@@ -153,6 +167,8 @@ def write(workdir: str | Path, *, done: Mapping[str, Any] | None = None) -> Path
     findings=curve_advice.read(run),
     sections=panels.sections(run),
     groups=_groups(run),
+    written=[_shortened(one) for one in written_],
+    written_note=note,
     use=use_command(run),
     command=run.record.get("command"),
     config=_json(run.record.get("config")),
@@ -608,6 +624,11 @@ def _pair(pair: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
       for when, a in pair.items()
     ],
   )
+
+
+def _shortened(one: Mapping[str, Any]) -> dict[str, Any]:
+  answers = [{**answer, "text": _cut(answer["text"])} for answer in one["answers"]]
+  return {"prompt": _cut(one["prompt"]), "answers": answers}
 
 
 def _cut(text: str) -> str:

@@ -38,6 +38,19 @@ def write(folder: Path | None, number: int, rows: Sequence[Mapping[str, Any]]) -
     (scratch / "table.parquet").replace(path)
 
 
+def numbers(folder: Path) -> list[int]:
+  """Of the batches whose tables there are."""
+  tables = (folder / FOLDER).glob("completions_*.parquet")
+  return sorted(int(path.stem.removeprefix("completions_")) for path in tables)
+
+
+def rows(folder: Path, number: int) -> list[dict[str, Any]]:
+  """The answers of a batch."""
+  import pyarrow.parquet
+
+  return pyarrow.parquet.read_table(table(folder, number)).to_pylist()
+
+
 def keep(
   folder: Path | None, number: int, batches: Sequence[Mapping[str, Any]], *, last: int
 ) -> None:

@@ -429,6 +429,7 @@ def _executed(file: Path, what: str, hint: str = "") -> Any:
   if spec is None or spec.loader is None:
     raise ConfigError(f"{what} is not a Python file; its name must end in .py")
   loaded = importlib.util.module_from_spec(spec)
+  sys.modules[spec.name] = loaded  # where a dataclass looks for the module that it is defined in
   spec.loader.exec_module(loaded)
   return loaded
 

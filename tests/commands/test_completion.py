@@ -16,7 +16,10 @@ CASES = [
   ("posttrain ", [*__main__.COMMANDS]),
   ("posttrain train --dry", ["--dry_run"]),
   ("posttrain report --config.st", []),
-  ("posttrain train --config=quick", ["--config=quickstart", "--config=quickstart_dpo"]),
+  (
+    "posttrain train --config=quick",
+    ["--config=quickstart", "--config=quickstart_dpo", "--config=quickstart_rl"],
+  ),
   ("posttrain train --config=sft:ad", ["--config=sft:adapter="]),
   ("posttrain train --config=sft:base=nf4,mo", ["--config=sft:base=nf4,model="]),
   (
@@ -48,7 +51,7 @@ def test_the_words_that_a_line_may_become(line, expected):
 @pytest.mark.parametrize(
   ("line", "expected"),
   [
-    ("posttrain train --config=quickstart_", ["quickstart_dpo"]),
+    ("posttrain train --config=quickstart_", ["quickstart_dpo", "quickstart_rl"]),
     ("posttrain train --config=sft:base=nf4,mo", ["nf4,model="]),
     ("posttrain train --config=sft --config.optimizer.schedule=li", ["linear"]),
     ("posttrain train --config=sft --config.optimizer.lr", ["--config.optimizer.lr="]),

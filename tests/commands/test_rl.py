@@ -314,3 +314,34 @@ def test_eight_devices_learn_the_same_on_a_mesh(folder, tmp_path, monkeypatch):
   for a, b in zip(one, mesh, strict=True):
     assert a["reward"] == pytest.approx(b["reward"], rel=1e-4)
     assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=2e-2)
+
+
+def asks(folder, workdir, rows, reward, *changes):
+  """The metrics and answers of a step on a file of rows, as docs/rl.md does it."""
+  tiny.write_jsonl(folder / f"{reward}.jsonl", rows)
+  small = ["steps=1", "batch.rows=2", "online.samples=2", "online.max_new_tokens=4"]
+  small += ["data.length=256", "adapter.r=2", *changes]
+  config = f"rl:model={folder / 'model'},data={folder / f'{reward}.jsonl'},reward={reward}"
+  fields = [f"--config.{field}" for field in small]
+  assert main(["train", f"--config={config}", f"--workdir={workdir}", *fields]) == 0
+  (line,) = lines(workdir)
+  return line, pyarrow.parquet.read_table(completions.table(workdir, 1)).to_pylist()
+
+
+def test_rows_of_gsm8k_are_prompts_with_numbers(folder, tmp_path):
+  rows = [{"question": f"{n} + 1?", "answer": f"So it is.\n#### {n + 1}"} for n in range(4)]
+  columns = ["data.columns.prompt=question", "data.columns.completion=answer"]
+  line, answers = asks(folder, tmp_path / "run", rows, "number", *columns)
+  assert line["rewards/missing"] == 0
+  assert all(answer["rewards/number"] in (0, 1) for answer in answers)
+
+
+def test_questions_of_reasoning_gym_are_prompts(folder, tmp_path):
+  pytest.importorskip("reasoning_gym", reason="gym needs an extra")
+  from posttrain_jax.rewards import gym
+
+  line, answers = asks(
+    folder, tmp_path / "run", gym.rows("basic_arithmetic", 4, max_digits=1), "gym"
+  )
+  assert line["rewards/missing"] == 0
+  assert all(0 <= answer["rewards/gym"] <= 1 for answer in answers)

@@ -228,3 +228,12 @@ def test_a_mistake_in_the_file_is_told_with_its_line(text, message, tmp_path):
 def test_no_override_ends_in_anything_but_a_sentence(text, file):
   with contextlib.suppress(ConfigError):
     settings.load(file, [f"--config.{text}"])
+
+
+def test_a_file_of_the_users_may_define_a_dataclass(tmp_path):
+  """With annotations as strings, which dataclasses reads in the module by its name."""
+  (tmp_path / "verify.py").write_text(
+    "from __future__ import annotations\nimport dataclasses\n\n@dataclasses.dataclass\nclass Right:\n  to: float\n\n"
+    "def verifier(prompt, completion, example):\n  return Right(1.0).to\n"
+  )
+  assert settings.function(str(tmp_path / "verify.py"), "verifier")("", "", {}) == 1.0
