@@ -54,7 +54,10 @@ def rows(folder: Path, number: int) -> list[dict[str, Any]]:
 def keep(
   folder: Path | None, number: int, batches: Sequence[Mapping[str, Any]], *, last: int
 ) -> None:
-  """The batches of several updates, and those of the `last` numbers before: a checkpoint may stand in one of them."""
+  """The batches of several updates, and those of the `last` numbers before: a checkpoint may stand in one of them.
+
+  Compressed: the bits of what tokens were drawn among are 6 KB each of a vocabulary of 49152, and few are set.
+  """
   if folder is None:
     return
   path = folder / FOLDER / "batches.npz"
@@ -62,7 +65,7 @@ def keep(
   flat = {f"{i}/{name}": x for i, batch in enumerate(batches) for name, x in batch.items()}
   whole = path.with_name(f"batches_{number:05d}.npz")
   with files.beside(whole) as scratch:
-    np.savez(scratch / "batches.npz", count=np.asarray(len(batches)), **flat)
+    np.savez_compressed(scratch / "batches.npz", count=np.asarray(len(batches)), **flat)
     (scratch / "batches.npz").replace(whole)
   for old in path.parent.glob("batches_*.npz"):
     if int(old.stem.removeprefix("batches_")) < number - last:

@@ -116,7 +116,7 @@ def test_a_run_writes_scores_and_learns(folder, tmp_path, capsys):
     FILTERS,
     pytest.param((), marks=pytest.mark.slow),
     pytest.param(
-      ("online.passes=2", "online.minibatches=2", "batch.rows=1"), marks=pytest.mark.slow
+      (*FILTERS, "online.passes=2", "online.minibatches=2", "batch.rows=1"), marks=pytest.mark.slow
     ),
   ],
 )
@@ -209,6 +209,33 @@ def test_every_method_steps(folder, tmp_path, method):
   (line,) = lines(tmp_path / "run")
   assert np.isfinite(line["loss"])
   assert line["grad_norm"] > 0
+
+
+class Killed(BaseException):
+  """Nobody handles it."""
+
+
+@pytest.mark.slow
+def test_answers_that_were_whole_before_a_kill_are_not_written_again(folder, tmp_path, monkeypatch):
+  """With what each of their tokens was drawn among."""
+  changes = ["steps=1", *FILTERS]
+  assert main(command(folder, tmp_path / "whole", *changes)) == 0
+  put, count = completions.Journal.put, []
+
+  def until_the_fourth(self, number, sample, **said):
+    put(self, number, sample, **said)
+    count.append((number, sample))
+    if len(count) == 4:
+      raise Killed
+
+  monkeypatch.setattr(completions.Journal, "put", until_the_fourth)
+  with pytest.raises(Killed):
+    main(command(folder, tmp_path / "killed", *changes))
+  before = set(count)
+  assert main(command(folder, tmp_path / "killed", *changes)) == 0
+  assert len(count) == 6
+  assert before.isdisjoint(count[4:])
+  same(adapter(tmp_path / "whole"), adapter(tmp_path / "killed"))
 
 
 def test_answers_of_other_weights_are_not_taken_up(tmp_path):
@@ -305,11 +332,11 @@ def test_drift_between_sampler_and_trainer_ends_the_run(folder, tmp_path, capsys
 @pytest.mark.slow
 def test_eight_devices_learn_the_same_on_a_mesh(folder, tmp_path, monkeypatch):
   """Two rows of data by four of tensor write the answers that one device writes, and take the same step."""
-  changes = ["steps=2", "mesh.fsdp=2", "mesh.tensor=4"]
+  changes = ["steps=2", "mesh.fsdp=2", "mesh.tensor=4", *FILTERS]
   assert main(command(folder, tmp_path / "mesh", *changes)) == 0
   devices = jax.devices()[:1]
   monkeypatch.setattr(jax, "devices", lambda *args: devices)
-  assert main(command(folder, tmp_path / "one", "steps=2")) == 0
+  assert main(command(folder, tmp_path / "one", "steps=2", *FILTERS)) == 0
   one, mesh = lines(tmp_path / "one"), lines(tmp_path / "mesh")
   for a, b in zip(one, mesh, strict=True):
     assert a["reward"] == pytest.approx(b["reward"], rel=1e-4)
