@@ -13,7 +13,8 @@ task so short that a trainer which does not learn it is broken.  A short fine-tu
 
 An arm ends when its processes have spent the seconds of CPU that it is given, which counts all they do: starting,
 compiling, writing, scoring, updating, saving.  Held-out questions are answered greedily afterwards, by other processes
-whose time is not counted, at the end and at some steps before it.  Arms differ in their learning rates alone (ARMS).
+whose time is not counted, at the end and at some steps before it.  The first three write with weights in 8 bits, and
+correct for it (`online.storage`, `objective.importance`), since most of their time is writing.  Arms differ in their learning rates alone (ARMS).
 A finished arm and seed is skipped, one that was killed begins anew.
 Results: experiments/results/rl_learning.json as they come, and rl_learning.md.
 """
@@ -230,7 +231,7 @@ class Plan:
     return train(f"sft:data={self.task.train}", self.start, self.fields(START_LR, *more))
 
   def rl_command(self, arm: str, seed: int, workdir: Path) -> list[str]:
-    config = f"rl:method={arm.partition('-')[0]},data={self.task.train},reward={self.task.reward}"
+    config = f"rl:method={arm.partition('-')[0]},data={self.task.train},reward={self.task.reward},storage=int8"
     static = ["online.dynamic=False"] if arm == "dapo-static" else []
     more = [*self.task.rl, "online.rows=32", f"seed={seed}", *static, *self.onwards(self.start)]
     return train(config, workdir, self.fields(ARMS[arm], *more))
