@@ -13,8 +13,8 @@ task so short that a trainer which does not learn it is broken.  A short fine-tu
 
 An arm ends when its processes have spent the seconds of CPU that it is given, which counts all they do: starting,
 compiling, writing, scoring, updating, saving.  Held-out questions are answered greedily afterwards, by other processes
-whose time is not counted, at the end and at some steps before it.  The first three write with weights in 8 bits, and
-correct for it (`online.storage`, `objective.importance`), since most of their time is writing.  Arms differ in their learning rates alone (ARMS).
+whose time is not counted, at the end and at some steps before it.  The first three write with weights in 8 bits and
+correct for it (`online.storage`, `objective.importance`).  Arms differ in their learning rates alone (ARMS).
 A finished arm and seed is skipped, one that was killed begins anew.
 Results: experiments/results/rl_learning.json as they come, and rl_learning.md.
 """

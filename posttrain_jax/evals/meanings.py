@@ -333,8 +333,8 @@ WRITTEN = Group(
     ),
   ),
   "Groups that agree on 0: the prompts are too hard, answers are cut, or the verifier says no to everything. On 1: too"
-  " easy, there is nothing left to learn. Many cut answers: raise online.max_new_tokens, or let the reward have the part"
-  " length; an answer that is cut is seldom right.",
+  " easy, there is nothing left to learn. Many cut answers: raise online.max_new_tokens, or let the reward have the"
+  " part length; an answer that is cut is seldom right.",
 )
 SAMPLER = Group(
   "Sampler and trainer",
