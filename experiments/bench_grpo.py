@@ -59,7 +59,7 @@ def jax_jobs(told: Path) -> bench.Jobs:
   )
   pieces = run.build(config, None)
   assert isinstance(pieces.batches, online.Online)
-  vars(pieces.batches)["_stops"] = ()  # no answer ends before its last token
+  vars(pieces.batches.writer)["_stops"] = ()  # no answer ends before its last token
   state = pieces.first_state()
 
   def step() -> int:
