@@ -27,6 +27,7 @@ from posttrain_jax.build.model import Model
 from posttrain_jax.build.prompts import Prompt
 from posttrain_jax.build.updates import Updates
 from posttrain_jax.build.writer import Writer
+from posttrain_jax.core import progress
 from posttrain_jax.objectives import Scorer
 from posttrain_jax.rewards import alarm, section, selftest
 from posttrain_jax.rewards import reward as reward_lib
@@ -63,6 +64,7 @@ class Online:
     self.updates = Updates(config, model.config.vocab_size)
     self.folder: Path | None = None
     self._batches = 0  # written
+    self._has_written = False  # in this process
     self._asked = 0  # prompts, of all rounds
     self._left: list[Any] = []  # of the batch that was written last
     self._told: dict[str, float] = {}
@@ -193,12 +195,13 @@ class Online:
     groups = [Group(number, self._prompt(number)) for number in numbers]
     with contextlib.ExitStack() as open_ones:
       scores = [open_ones.enter_context(Overlapped(reward)) for reward in self._rewards]
-      for group, sample, written in self._written(groups, journal):
-        group.written[sample] = written
-        if len(group.written) == o.samples:
-          answers = self._answers(group)
-          for one in scores:
-            one.put(group.number, answers)
+      with self._said():
+        for group, sample, written in self._written(groups, journal):
+          group.written[sample] = written
+          if len(group.written) == o.samples:
+            answers = self._answers(group)
+            for one in scores:
+              one.put(group.number, answers)
       spent["writing"] += time.monotonic() - began
       began = time.monotonic()
       results = [one.result() for one in scores]
@@ -208,6 +211,13 @@ class Online:
       group.scored, *others = [result.answers[here] for result in results]
       group.held_out = others[0] if others else ()
     return groups, results
+
+  def _said(self) -> contextlib.AbstractContextManager[None]:
+    """The first time, in which the engine is compiled, it is said what takes so long."""
+    if self._has_written:
+      return contextlib.nullcontext()
+    self._has_written = True
+    return progress.phase("writing the first answers")
 
   def _written(
     self, groups: Sequence[Group], journal: completions.Journal
