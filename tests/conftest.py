@@ -37,7 +37,8 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 if KNOWN:
   from jax._src.interpreters import mlir
 
-  mlir.make_ir_context = functools.cache(mlir.make_ir_context)
+  one_context = functools.cache(mlir.make_ir_context)
+  mlir.make_ir_context = lambda: one_context()
 jax.config.update("jax_include_full_tracebacks_in_locations", False)
 jax.config.update("jax_traceback_in_locations_limit", 0)
 gc.collect()

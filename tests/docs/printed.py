@@ -99,9 +99,7 @@ def inline(path):
 def sentences(path):
   """The texts of a module that are no docstrings; X stands for what is filled in."""
   nodes = list(ast.walk(ast.parse(path.read_text())))
-  inner = {
-    id(part) for node in nodes if isinstance(node, ast.JoinedStr) for part in ast.walk(node)
-  }
+  inner = {id(part) for node in nodes if isinstance(node, ast.JoinedStr) for part in ast.walk(node)}
   docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
   for node in nodes:
     if isinstance(node, ast.JoinedStr):
