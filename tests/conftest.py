@@ -1,5 +1,7 @@
 """Eight virtual CPU devices for every test, quick compilation, and a compile cache that outlives the run."""
 
+import functools
+import gc
 import importlib.metadata
 import os
 import pathlib
@@ -13,7 +15,8 @@ FLAGS = {
   "xla_cpu_parallel_codegen_split_count": 1,
 }
 # The older emitters of fused loops compile twice as fast.  A jaxlib without them would end on the flag.
-if importlib.metadata.version("jaxlib").startswith("0.10."):
+KNOWN = importlib.metadata.version("jaxlib").startswith("0.10.")
+if KNOWN:
   FLAGS["xla_cpu_use_fusion_emitters"] = "false"
 asked = os.environ.get("XLA_FLAGS", "")
 os.environ["XLA_FLAGS"] = " ".join(
@@ -27,6 +30,19 @@ jax.config.update(
   "jax_compilation_cache_dir", str(pathlib.Path(__file__).parent.parent / ".cache" / "jax-tests")
 )
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+
+# A test compiles some five programs of a few operations.  Over two files (98 tests) the first of these took a fifth of
+# the CPU time, the other two a sixth: an MLIR context for each program, where one holds as many; the Python lines that
+# operations come from; and the collector, which looks through all of jax whenever a program has been traced.
+if KNOWN:
+  from jax._src.interpreters import mlir
+
+  vars(mlir)["make_ir_context"] = functools.cache(mlir.make_ir_context)
+jax.config.update("jax_include_full_tracebacks_in_locations", False)
+jax.config.update("jax_traceback_in_locations_limit", 0)
+gc.collect()
+gc.freeze()
+gc.set_threshold(50_000, 20, 50)
 
 
 @pytest.fixture(scope="module")

@@ -41,6 +41,7 @@ def make(
 
 def of(spec: Mapping[str, Any], columns: Collection[str], workers: Workers | None = None) -> Reward:
   """The reward that a section describes, its reward models loaded."""
+  section.check(spec)
   names = [name for field in ("parts", "gates") for name in section.names(spec.get(field, ()))]
   folders = [name for name in names if Path(name).expanduser().is_dir()]
   given = {name: Model(judge(name).scores) for name in folders}

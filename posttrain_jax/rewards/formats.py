@@ -55,7 +55,7 @@ class Json(Tried):
 class Schema:
   """1 where the answer is JSON that a JSON Schema describes, of the row's `column` or for every row `schema`."""
 
-  schema: Mapping[str, Any] | None = None
+  schema: Mapping[str, Any] | bool | None = None
   column: str = ""
 
   def __post_init__(self):
@@ -70,14 +70,17 @@ class Schema:
 
   def __call__(self, prompt: Prompt, completion: str, example: Mapping[str, Any]) -> Score:
     import jsonschema
+    import referencing.exceptions
 
     schema: Any = self.schema
     if self.column:
       if example.get(self.column) is None:
         return score.missing(f"the row has no {self.column}")
       schema = example[self.column]
-      if isinstance(schema, str):
-        schema = json_values.read(schema)
+      try:
+        schema = json_values.read(schema) if isinstance(schema, str) else schema
+      except ValueError as error:
+        return score.missing(f"the row's {self.column} is no JSON: {error}")
       reason = _wrong_schema(schema)
       if reason:
         return score.missing(f"the row's {self.column}: {reason}")
@@ -85,13 +88,22 @@ class Schema:
     if isinstance(value, Score):
       return value
     checker = jsonschema.validators.validator_for(schema)(schema)
-    error = next(iter(checker.iter_errors(_floats(value))), None)
+    try:
+      error = next(iter(checker.iter_errors(_floats(value))), None)
+    except RecursionError:
+      return score.missing("the schema refers to itself without an end")
+    except referencing.exceptions.Unresolvable as absent:
+      return score.missing(f"the schema refers to what it does not hold: {absent.ref}")
     return Score(float(error is None), RIGHT if error is None else error.message[:200])
 
 
 def _wrong_schema(schema: Any) -> str:
   import jsonschema
 
+  if not isinstance(schema, Mapping | bool):
+    return f"is no JSON Schema: {str(schema)[:200]!r} is neither an object nor true or false"
+  if isinstance(schema, Mapping) and not isinstance(schema.get("$schema", ""), str):
+    return f"is no JSON Schema: its $schema is {str(schema['$schema'])[:200]}, not an address"
   try:
     jsonschema.validators.validator_for(schema).check_schema(schema)
   except jsonschema.SchemaError as error:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import sys
+import types
+import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -91,7 +94,8 @@ class _Spec:
     return 1.0 if name in self.gates else float(weights[self.parts.index(name)])
 
 
-def _read(spec: Mapping[str, Any]) -> _Spec:
+def check(spec: Mapping[str, Any]) -> None:
+  """Raises ConfigError where a field is none of the section, or its value is of another kind."""
   fields = [field.name for field in dataclasses.fields(_Spec)]
   unknown = [key for key in spec if key not in fields]
   if unknown:
@@ -100,6 +104,10 @@ def _read(spec: Mapping[str, Any]) -> _Spec:
     what, is_one = SHAPES[field]
     if not is_one(value):
       raise ConfigError(f"reward.{field}={words.shown(value)}: it is {what}")
+
+
+def _read(spec: Mapping[str, Any]) -> _Spec:
+  check(spec)
   lists = {key: names(spec[key]) for key in ("parts", "gates", "untested") if key in spec}
   values: dict[str, Any] = {**spec, **lists}
   asked = _Spec(**values)
@@ -121,7 +129,23 @@ def _read(spec: Mapping[str, Any]) -> _Spec:
 
 
 def _is_list(value: Any, kind: Any) -> bool:
-  return isinstance(value, list | tuple) and all(isinstance(one, kind) for one in value)
+  return isinstance(value, list | tuple) and all(_is_a(one, kind) for one in value)
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+  """Whether the value is of a kind as annotations write it: a type, a union, a sequence or mapping of others."""
+  outer, inner = typing.get_origin(kind) or kind, typing.get_args(kind)
+  if outer in (types.UnionType, typing.Union):
+    return any(_is_a(value, one) for one in inner)
+  if outer is float:
+    return _is_number(value)
+  if outer is int:
+    return isinstance(value, int) and not isinstance(value, bool)
+  if outer in (tuple, Sequence):
+    return _is_list(value, inner[0])
+  if outer is Mapping:
+    return isinstance(value, Mapping | ConfigDict)
+  return outer is Any or isinstance(value, outer)
 
 
 def _are_names(value: Any) -> bool:
@@ -129,7 +153,8 @@ def _are_names(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-  return isinstance(value, int | float) and not isinstance(value, bool)
+  """Whether it is a float, or an integer that one holds."""
+  return isinstance(value, float) or (_is_a(value, int) and abs(value) <= sys.float_info.max)
 
 
 def _are_options(value: Any) -> bool:
@@ -140,14 +165,24 @@ def _are_options(value: Any) -> bool:
 
 def _are_ranges(value: Any) -> bool:
   return isinstance(value, Mapping | ConfigDict) and all(
-    _is_list(one, int | float) and len(one) == 2 and one[0] <= one[1] for one in value.values()
+    _is_list(one, float) and len(one) == 2 and one[0] <= one[1] for one in value.values()
   )
 
 
+KINDS = {
+  str: "a text",
+  float: "a number",
+  int: "a whole number",
+  bool: "true or false",
+  tuple: "a list",
+  Sequence: "a list",
+  Mapping: "an object",
+  type(None): "None",
+}
 NAMES = ("a list of names, or a text with commas", _are_names)
 SHAPES: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
   "parts": NAMES,
-  "weights": ("a list of numbers, one a part", lambda value: _is_list(value, int | float)),
+  "weights": ("a list of numbers, one a part", lambda value: _is_list(value, float)),
   "gates": NAMES,
   "options": ("{name: {option: value}}", _are_options),
   "ranges": ("{name: (low, high)}", _are_ranges),
@@ -156,9 +191,21 @@ SHAPES: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "a number of seconds above 0, or None",
     lambda value: value is None or (_is_number(value) and value > 0),
   ),
-  "retries": ("a count from 0", lambda value: _is_number(value) and value in range(1000)),
+  "retries": ("a count from 0", lambda value: _is_a(value, int) and value in range(1000)),
   "unsafe_code": ("true or false", lambda value: isinstance(value, bool)),
 }
+
+
+def _in_words(kind: Any) -> str:
+  """A kind for the person at the prompt.
+
+  >>> _in_words(str | Sequence[str])
+  'a text or a list'
+  """
+  outer = typing.get_origin(kind) or kind
+  if outer in (types.UnionType, typing.Union):
+    return " or ".join(_in_words(one) for one in typing.get_args(kind))
+  return KINDS.get(outer, "a value of another kind")
 
 
 def names(value: str | Sequence[str]) -> tuple[str, ...]:
@@ -218,13 +265,14 @@ class _Room:
     absent = [option for option in built_in.needed if option not in options]
     if absent:
       raise ConfigError(f"reward.options: {name} needs {' and '.join(absent)}")
+    for option, kind in built_in.kinds.items():
+      if option in options and not _is_a(options[option], kind):
+        value = words.shown(options[option])
+        raise ConfigError(f"reward.options: {name} has {option}={value}; it is {_in_words(kind)}")
     self._has_one(name, built_in.reads)
     if built_in.runs_code:
       options[UNSAFE] = asked.unsafe_code
-    try:
-      made = built_in.make(**options)
-    except TypeError as error:
-      raise ConfigError(f"reward.options: {name} with {words.shown(options)}: {error}") from error
+    made = built_in.make(**options)
     known = tuple(made.known()) if isinstance(made, Tried) else ()
     if not built_in.apart:
       return made, known

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -50,6 +51,12 @@ class BuiltIn:
   @property
   def options(self) -> tuple[str, ...]:
     return tuple(name for name in self._parameters if name != UNSAFE)
+
+  @property
+  def kinds(self) -> Mapping[str, Any]:
+    """{option: what its value is, as the maker's annotation says}."""
+    hints = typing.get_type_hints(self.make)
+    return {name: hints[name] for name in self.options}
 
   @property
   def runs_code(self) -> bool:

@@ -110,7 +110,7 @@ def test_an_adapter_goes_on_from_what_it_was_and_is_compared_with_that(kind, fol
 
 
 @pytest.mark.parametrize("base", ["dense", slow("nf4")])
-@pytest.mark.parametrize("kind", ["lora", "prompt", "whole"])
+@pytest.mark.parametrize("kind", ["lora", slow("prompt"), slow("whole")])
 def test_a_fresh_adapter_starts_as_the_frozen_one_and_is_compared_with_it(kind, base, folders):
   fields = {"model.adapter": saved(folders, kind), "model.adapter_use": "frozen", "adapter.r": 2}
   if kind == "whole":

@@ -120,7 +120,7 @@ def test_a_reward_models_adapter_is_merged_with_its_head(tmp_path, base, storage
   [
     ("original", "nf4"),
     slow("dequantised", "nf4"),
-    ("dequantised", "int8"),
+    slow("dequantised", "int8"),
     slow("original", "fp4"),
   ],
 )

@@ -19,6 +19,7 @@ from posttrain_jax.models import gguf_write, hf
 from tests.adapters import cases
 from tests.build.test_export import logits, make_run
 from tests.data.conftest import make_tokenizer
+from tests.marks import slow
 from tests.models import families
 
 LORA = dict(r=4, lora_alpha=6)
@@ -67,7 +68,7 @@ def relative(a, b):
   return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
-@pytest.mark.parametrize(("kind", "near"), [("f16", 5e-3), ("q8_0", 0.1), ("q4_0", 0.6)])
+@pytest.mark.parametrize(("kind", "near"), [("f16", 5e-3), slow("q8_0", 0.1), ("q4_0", 0.6)])
 def test_a_merged_run_reads_back(tmp_path, base, loaded, caplog, kind, near):
   run, node = run_with(tmp_path / "run", base, loaded)
   with caplog.at_level(logging.INFO):

@@ -22,6 +22,7 @@ from posttrain_jax.merge import methods, stream
 from posttrain_jax.models import decoder, hf
 from tests import tiny
 from tests.adapters.cases import trained
+from tests.marks import few
 from tests.models import families
 
 MODEL = tiny.config()
@@ -143,7 +144,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+  "name", few(CASES, "linear", "slerp", "dare_ties", "ties, peft's way", "model_stock")
+)
 def test_methods_are_called_with_what_the_recipe_says(name, tmp_path, models):
   text, function = CASES[name]
   assert run(tmp_path, models, text) == 0

@@ -51,6 +51,16 @@ def test_names_on_the_command_line():
     ("[1]", "holds no object of fields"),
     ("{", "Expecting property name"),
     ('{"parts": ["number"], "retries": -1}', r"reward.retries=-1: it is a count"),
+    ('{"parts": ["number"], "retries": 1.0}', r"reward.retries=1.0: it is a count"),
+    ('{"parts": [1]}', r"reward.parts=\[1\]: it is a list of names"),
+    (
+      '{"parts": ["tags"], "options": {"tags": {"names": [1]}}}',
+      r"tags has names=\[1\]; it is a text or a list",
+    ),
+    (
+      '{"parts": ["schema"], "options": {"schema": {"schema": {"$schema": 5}}}}',
+      r"its \$schema is 5, not an address",
+    ),
   ],
 )
 def test_a_file_that_describes_no_reward(tmp_path, text, said):

@@ -317,9 +317,10 @@ def test_a_models_folder_is_named(shared, capsys):
 # --- several processes -----------------------------------------------------------------------------------------------
 
 
-def launched(shared, folder, **fields):
+def launched(shared, folder, config=test_train.CONFIG, **fields):
   """(the launcher, the process ids of its two)."""
   rest = command(shared, folder, mesh__fsdp=-1, **fields)[1:]
+  rest[0] = rest[0].replace(str(test_train.CONFIG), str(config))
   launcher = subprocess.Popen(
     [sys.executable, str(ROOT / "launch" / "local.py"), "--processes=2", "--", *rest],
     stdout=subprocess.PIPE,
@@ -354,14 +355,35 @@ def ended(pids, seconds):
   return time.monotonic() - began
 
 
+READING = """
+import time
+from posttrain_jax.build import data
+from posttrain_jax.configs import sft
+
+
+def wait(*_):
+  print("reading", flush=True)
+  time.sleep(200)
+
+
+vars(data)["read"] = wait
+get_config = sft.get_config
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("which", [0, 1])
 def test_one_of_two_is_asked_to_stop_while_they_start(which, shared, tmp_path):
-  launcher, pids = launched(shared, tmp_path / "run")
-  said = next(line for line in launcher.stdout if "mesh:" in line)  # they have joined, and read
+  config = tmp_path / "reading.py"
+  config.write_text(READING)
+  launcher, pids = launched(shared, tmp_path / "run", config)
+  said = []
+  while not {"[0] reading\n", "[1] reading\n"} <= {*said}:  # they have joined, and stay there
+    said.append(launcher.stdout.readline())
+    assert said[-1], "".join(said)
   os.kill(pids[which], signal.SIGTERM)
   seconds = ended([launcher.pid, *pids], 80)
-  out = said + launcher.communicate()[0]
+  out = "".join(said) + launcher.communicate()[0]
   assert launcher.returncode == 75, out
   assert seconds < 60
   assert f"[{which}] SIGTERM: ended before the first step" in out

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import pathlib
 import re
 import shlex
@@ -74,13 +75,13 @@ def _lines(text, place):
       yield Command(command, place)
 
 
+@functools.cache
 def prose():
   """(what is said, where) of pages without their blocks, and of the sentences of the program."""
-  for path in PAGES:
-    yield FENCE.sub("", path.read_text()), path.name
-  for path in SOURCES:
-    for text in sentences(path):
-      yield text, str(path.relative_to(ROOT))
+  return [
+    *((FENCE.sub("", path.read_text()), path.name) for path in PAGES),
+    *((text, str(path.relative_to(ROOT))) for path in SOURCES for text in sentences(path)),
+  ]
 
 
 def in_sentences():
@@ -97,15 +98,10 @@ def inline(path):
 
 def sentences(path):
   """The texts of a module that are no docstrings; X stands for what is filled in."""
-  tree = ast.parse(path.read_text())
-  inner = {
-    id(part)
-    for node in ast.walk(tree)
-    if isinstance(node, ast.JoinedStr)
-    for part in ast.walk(node)
-  }
-  docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
-  for node in ast.walk(tree):
+  nodes = list(ast.walk(ast.parse(path.read_text())))
+  inner = {id(part) for node in nodes if isinstance(node, ast.JoinedStr) for part in ast.walk(node)}
+  docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+  for node in nodes:
     if isinstance(node, ast.JoinedStr):
       yield "".join(
         str(part.value) if isinstance(part, ast.Constant) else "X" for part in node.values

@@ -21,11 +21,12 @@ from safetensors import numpy as safetensors_numpy
 
 from posttrain_jax import adapters, settings
 from posttrain_jax.adapters import AdapterConfig, peft_format
-from posttrain_jax.build import checks, use
+from posttrain_jax.build import checks, scoring, use
 from posttrain_jax.build import data as data_build
 from posttrain_jax.build import model as model_build
 from posttrain_jax.merge import recipe
 from posttrain_jax.models import decoder, hf
+from posttrain_jax.rewards.verifier import Answer
 from tests import tiny
 from tests.adapters import kinds
 
@@ -177,6 +178,19 @@ ROWS: dict[str, tuple[str, list[dict[str, Any]]]] = {
   "steps": (
     "reward.py:kind=steps",
     [{"prompt": "count", "completions": ["one", "two"], "labels": [True, False]}],
+  ),
+  "drawn": (
+    "sft.py",
+    [
+      {
+        "prompt": "say it",
+        "completion": "the word",
+        "completion_ids": [*tiny.tokenizer()("the word<|im_end|>")["input_ids"]],
+        "reward": 1.0,
+        "finished": True,
+        "seed": 0,
+      }
+    ],
   ),
   "scored": (
     "grouped.py",
@@ -348,6 +362,7 @@ TEXTS += (
   "(a+)+$",
 )
 ARGUMENTS = ("sft.py", "preference.py", "kto.py", "grouped.py", "reward.py", "sft.py:adapter=none")
+ARGUMENTS += ("rl.py", "rl.py:method=dapo,reward=number+tags")
 
 
 def overrides(seed: int, base: Base, folder: pathlib.Path) -> Spoiled:
@@ -563,6 +578,124 @@ def checkpoints(seed: int, base: Base, folder: pathlib.Path) -> Spoiled:
   return Spoiled(f"{name}: {what}", names, read)
 
 
+# --- rewards ----------------------------------------------------------------------------------------------------------
+
+SCHEMA = {
+  "type": "object",
+  "properties": {"a": {"type": "array", "items": {"type": "number", "minimum": 0.5}}},
+  "required": ["a"],
+  "$ref": "#/$defs/b",
+  "$defs": {"b": {"additionalProperties": {"pattern": "^x"}}},
+}
+REWARDS: tuple[dict[str, Any], ...] = (
+  {"parts": ["schema"], "options": {"schema": {"schema": SCHEMA}}},
+  {"parts": ["schema"], "options": {"schema": {"column": "schema"}}},
+  {
+    "parts": ["number", "length"],
+    "weights": [1.0, 0.5],
+    "gates": ["regex"],
+    "options": {
+      "regex": {"pattern": r"\d+"},
+      "length": {"longest": 100, "soft": 20},
+      "number": {"column": "gold"},
+    },
+    "ranges": {"number": [0, 1]},
+    "untested": ["regex"],
+    "seconds": 2.0,
+    "retries": 1,
+  },
+  {
+    "parts": "exact,is_json",
+    "gates": ["tags"],
+    "options": {"tags": {"names": ["think", "answer"]}},
+    "unsafe_code": False,
+  },
+)
+SAID = ("4", '{"a": [1, 2.5]}', "<think>x</think><answer>4</answer>", "")
+
+
+def rewards(seed: int, base: Base, folder: pathlib.Path) -> Spoiled:
+  """A section of a reward in a file; half of those with a schema of the row's have that spoiled instead."""
+  rng = random.Random(seed)
+  good = rng.choice(REWARDS)
+  asked, schema = good, SCHEMA
+  if good is REWARDS[1] and rng.random() < 0.8:
+    schema, what = spoil(rng, SCHEMA)
+    schema = rng.choice((schema, json.dumps(schema), rng.choice(VALUES)))
+  else:
+    asked, what = spoil(rng, good)
+  path = folder / "reward.json"
+  path.write_text(json.dumps(asked))
+  example = {"gold": "4", "schema": schema}
+
+  def read() -> str | None:
+    reward = scoring.of(scoring.spec(str(path)), [*example])
+    return _unscored(reward.score([Answer("?", text, example) for text in SAID]))
+
+  return Spoiled(f"{good['parts']}: {what}", (path.name, "reward", *_names_in(good)), read)
+
+
+def _names_in(value: Any) -> tuple[str, ...]:
+  return tuple(key for _, key, _ in _places(value) if isinstance(key, str))
+
+
+def _unscored(result: Any) -> str | None:
+  """What is neither a finite number nor missing with a reason in words."""
+  for scored in result.answers:
+    for name, given in {**scored.parts, "total": scored.total}.items():
+      if given.is_missing and not given.reason.strip():
+        return f"{name} is missing without a reason"
+      if given.value is not None and not np.isfinite(given.value):
+        return f"{name} is {given.value}"
+  return None
+
+
+RETURNED = (
+  *(
+    "1.0",
+    "True",
+    "0",
+    "-3",
+    "2.5",
+    "None",
+    "float('nan')",
+    "float('inf')",
+    "10**400",
+    "'1'",
+    "''",
+  ),
+  *("[]", "[1.0]", "[1.0] * 2", "[1.0] * 3", "[None, 1.0]", "[float('nan')] * 2", "['a', 'b']"),
+  *("[[1.0]] * 2", "{}", "{'score': 1}", "object()", "1j", "b'1'", "lambda: 1", "(1.0, 'why')"),
+  *("numpy.float32(1)", "numpy.ones(2)", "numpy.array(float('nan'))", "(x for x in [1.0, 2.0])"),
+  *("1 / 0", "[][0]", "sys.exit(1)", "sys.stdout.write('x' * 10**6)", "exec('raise ValueError')"),
+  *("exec('raise KeyboardInterrupt')", "os._exit(0)", "open('/no/such/file')", "print(1)"),
+)
+SIGNATURES = (
+  *("prompt, completion, example", "prompt, completion", "completions, **columns", "completions"),
+  *("prompts, completions, gold", "prompts, completions, gold, **columns", "", "*arguments"),
+)
+
+
+def verifiers(seed: int, base: Base, folder: pathlib.Path) -> Spoiled:
+  """A file of one's own whose function takes or gives what it should not."""
+  rng = random.Random(seed)
+  signature, returned = rng.choice(SIGNATURES), rng.choice(RETURNED)
+  text = f"import os\nimport sys\nimport numpy\n\n\ndef own({signature}):\n  return {returned}\n"
+  what = f"own({signature}) gives {returned}"
+  if rng.random() < 0.1:
+    data, spoiled = spoil_bytes(rng, text.encode())
+    text, what = data.decode(errors="surrogateescape"), f"{what}, {spoiled}"
+  path = folder / "mine.py"
+  path.write_text(text, errors="surrogateescape")
+
+  def read() -> str | None:
+    spec = {"parts": [f"{path}:own"], "seconds": 2.0, "retries": 0}
+    answers = [Answer("?", text, {"gold": "4"}) for text in SAID[:2]]
+    return _unscored(scoring.of(spec, ["gold"]).score(answers))
+
+  return Spoiled(what, ("mine.py", "own"), read)
+
+
 KINDS = {
   "rows": rows,
   "adapters": adapter_folders,
@@ -570,4 +703,6 @@ KINDS = {
   "templates": templates,
   "recipes": recipes,
   "checkpoints": checkpoints,
+  "rewards": rewards,
+  "verifiers": verifiers,
 }

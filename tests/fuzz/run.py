@@ -18,7 +18,16 @@ import traceback
 from typing import Any
 
 ROOT = pathlib.Path(__file__).parents[2]
-KINDS = ("rows", "adapters", "overrides", "templates", "recipes", "checkpoints")
+KINDS = (
+  "rows",
+  "adapters",
+  "overrides",
+  "templates",
+  "recipes",
+  "checkpoints",
+  "rewards",
+  "verifiers",
+)
 DEADLINE = 10.0  # seconds of one input
 START = 300.0  # seconds of a process's own start, with the models that its inputs are tried on
 READ, REFUSED, FAILED = "read", "refused", "failed"

@@ -97,7 +97,7 @@ LEAST = {
 
 
 @pytest.mark.parametrize("name", LEAST)
-@pytest.mark.parametrize("beta", [0.1, 0.5])
+@pytest.mark.parametrize("beta", few([0.1, 0.5], 0.1))
 def test_a_higher_beta_asks_for_less_movement(name, beta):
   loss, _ = OF_RATIOS[name]
   d = jnp.linspace(-50, 50, 10001)

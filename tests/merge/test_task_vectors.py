@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from posttrain_jax.merge import sparsify, task_vectors
+from tests.marks import few
 
 SHAPE = (5, 8)
 SIZE = 40
@@ -74,7 +75,9 @@ def test_a_task_is_added_and_taken_away(models, base):
 
 @pytest.mark.parametrize("semantics", ["mergekit", "peft"])
 @pytest.mark.parametrize("election", ["sum", "count"])
-@pytest.mark.parametrize("weights", [[1, 1, 1], [0.3, 1.7, 0.9], [1, -0.5, 0.4]])
+@pytest.mark.parametrize(
+  "weights", few([[1, 1, 1], [0.3, 1.7, 0.9], [1, -0.5, 0.4]], [1, -0.5, 0.4])
+)
 def test_ties(models, base, semantics, election, weights):
   sparse = [trim(d, c) for d, c in zip(deltas(models, base), (12, 20, 40))]
   found = task_vectors.ties(
@@ -331,7 +334,7 @@ def sce(models, base, density):
   return base + result
 
 
-@pytest.mark.parametrize("density", [1.0, 0.6, 0.1])
+@pytest.mark.parametrize("density", few([1.0, 0.6, 0.1], 0.6))
 @pytest.mark.parametrize("semantics", ["mergekit", "paper"])
 def test_sce(models, base, density, semantics):
   unequal = [base + s * (x - base) for s, x in zip((1, 2, 0.5), models)]

@@ -128,7 +128,11 @@ def test_what_the_caller_made_has_a_name(workers):
     (dict(parts="exact", ranges={"exact": (1, 0)}), (), r"it is \{name: \(low, high\)\}"),
     (dict(parts="exact", seconds=0), (), "reward.seconds=0: it is a number of seconds above 0"),
     (dict(parts="exact", retries=1.5), (), "reward.retries=1.5: it is a count from 0"),
-    (dict(parts="length", options={"length": {"longest": "x", "soft": 1}}), (), "length with {'longest': 'x'"),
+    (
+      dict(parts="length", options={"length": {"longest": "x", "soft": 1}}),
+      (),
+      "length has longest='x'; it is a whole number",
+    ),
     (dict(parts=("mine.py:f",)), ("answer",), "mine.py does not exist"),
   ],
 )  # fmt: skip

@@ -11,7 +11,7 @@ from posttrain_jax.models import decoder
 from posttrain_jax.rollout import dialogue, engine, programs
 from posttrain_jax.rollout.requests import Request
 from posttrain_jax.rollout.sampling import GREEDY, Sampling
-from tests.marks import few
+from tests.marks import few, slow
 from tests.models import families
 
 LENGTHS = (11, 3, 17, 8, 5)
@@ -169,7 +169,9 @@ def written(llama, requests, **options):
   return [answers[i] for i in range(len(requests))]
 
 
-@pytest.mark.parametrize("options", [dict(window=7), dict(rows=3, length=100), dict(rows=5)])
+@pytest.mark.parametrize(
+  "options", [dict(window=7), slow(dict(rows=3, length=100)), slow(dict(rows=5))]
+)
 def test_a_text_is_the_same_in_any_slot_order_and_window(llama, options):
   """Bit by bit where the program is the same, up to rounding where the number of rows is another."""
   requests = asked()
