@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ import jax
 import ml_collections
 import numpy as np
 
+from posttrain_jax import settings
 from posttrain_jax.build import groups as groups_lib
 from posttrain_jax.build import scoring
 from posttrain_jax.build.adapter import Trees
@@ -31,6 +33,7 @@ from posttrain_jax.core import progress
 from posttrain_jax.objectives import Scorer
 from posttrain_jax.rewards import alarm, section, selftest
 from posttrain_jax.rewards import reward as reward_lib
+from posttrain_jax.rewards.ledger import Ledger
 from posttrain_jax.rewards.overlapped import Overlapped
 from posttrain_jax.rewards.reward import Result, Reward
 from posttrain_jax.rewards.verifier import Answer
@@ -40,6 +43,8 @@ from posttrain_jax.train.loop import Diverged
 from posttrain_jax.train.state import State
 
 Config = ml_collections.ConfigDict
+SECTIONS = ("reward", "holdout_reward")
+NOT_WRITTEN_BY = (*SECTIONS, *settings.LENGTH)  # sections that say nothing of how answers are drawn
 
 
 def is_online(config: Config) -> bool:
@@ -60,6 +65,7 @@ class Online:
     self.config, self.model, self.prompts, self.say = config, model, data.examples, say
     columns = dict.fromkeys(name for prompt in self.prompts for name in prompt.row)
     self.reward, self.holdout = scoring.make(config, list(columns))
+    self._identities = [scoring.identity(settings.plain(config[name])) for name in SECTIONS]
     self.writer = Writer(config, model, self.prompts)
     self.updates = Updates(config, model.config.vocab_size)
     self.folder: Path | None = None
@@ -139,13 +145,15 @@ class Online:
       ValueError: other weights write the same.
     """
     some = [Answer(p.asked, section.expected(p.row), p.row) for p in self.prompts[: selftest.PAIRS]]
-    for reward in self._rewards:
+    for reward in self._rewards.values():
       selftest.check(reward, some)
     self.writer.check(state)
 
   @property
-  def _rewards(self) -> list[Reward]:
-    return [self.reward] if self.holdout is None else [self.reward, self.holdout]
+  def _rewards(self) -> dict[str, Reward]:
+    """By the name of what their scores depend on, that of the section first."""
+    both = zip(SECTIONS, self._identities, (self.reward, self.holdout), strict=True)
+    return {f"{name} {by}": reward for name, by, reward in both if reward is not None}
 
   def _write(self, state: State) -> list[Mapping[str, Any]]:
     o, config = self.config.online, self.config
@@ -153,16 +161,11 @@ class Online:
     self._batches += 1
     began = time.monotonic()
     self.writer.load(state.trainable, state.carried)
-    journal = completions.Journal(self.folder, self._batches, _digest(state.trainable))
-    kept: list[Group] = []
-    dead: list[Group] = []
+    writer = f"{_digest(state.trainable)} {self._asks}"
+    journal = completions.Journal(self.folder, self._batches, writer)
     spent: dict[str, float] = {"writing": 0.0, "scoring": 0.0}
-    results: list[list[Result]] = []  # of each round, by each reward
-    while len(kept) < wanted and len(results) < (o.most_rounds if o.dynamic else 1):
-      groups, of_round = self._ask(wanted - len(kept), journal, spent)
-      results.append(of_round)
-      for group in groups:
-        (dead if o.dynamic and group.is_dead(o.outcome) else kept).append(group)
+    with self._ledger() as ledger:
+      kept, dead, results = self._rounds(wanted, journal, ledger, spent)
     if len(kept) < wanted:  # a batch has as many rows whatever happens
       if o.dynamic:
         self._say_dead(kept, dead, len(results))
@@ -176,16 +179,57 @@ class Online:
     self._tell(every, spent, beside)
     completions.write(self.folder, self._batches, groups_lib.table(self._batches, every, kept))
     if len(batches) > 1:
-      # steps that checkpoints go back
-      saved = config.checkpoint.every * (config.checkpoint.keep + 1)
-      completions.keep(self.folder, self._batches, batches, last=saved // len(batches) + 1)
+      completions.keep(self.folder, self._batches, batches, last=self._goes_back)
     journal.close()
     return batches
 
+  def _rounds(
+    self,
+    wanted: int,
+    journal: completions.Journal,
+    ledger: Ledger | None,
+    spent: dict[str, float],
+  ) -> tuple[list[Group], list[Group], list[list[Result]]]:
+    """(groups to learn from, at most as many as are wanted; dead ones; results of each round, by each reward)."""
+    o = self.config.online
+    kept: list[Group] = []
+    dead: list[Group] = []
+    results: list[list[Result]] = []
+    while len(kept) < wanted and len(results) < (o.most_rounds if o.dynamic else 1):
+      groups, of_round = self._ask(wanted - len(kept), journal, ledger, spent)
+      results.append(of_round)
+      for group in groups:
+        (dead if o.dynamic and group.is_dead(o.outcome) else kept).append(group)
+    return kept, dead, results
+
+  def _ledger(self) -> contextlib.AbstractContextManager[Ledger | None]:
+    """Of the batch's scores.  It outlives the batch, which is written again where no checkpoint came behind it."""
+    if self.folder is None:
+      return contextlib.nullcontext()
+    return Ledger(completions.scores(self.folder, self._batches, last=self._goes_back))
+
+  @property
+  def _goes_back(self) -> int | None:
+    """How many batches lie behind the oldest checkpoint at most; None: all, as only the last one is saved."""
+    c, o = self.config.checkpoint, self.config.online
+    return c.every * (c.keep + 1) // (o.minibatches * o.passes) + 1 if c.every else None
+
+  @functools.cached_property
+  def _asks(self) -> str:
+    """Names what an answer depends on beside the weights: prompts and fields, of which rewards are none."""
+    kept = {k: v for k, v in settings.plain(self.config).items() if k not in NOT_WRITTEN_BY}
+    fields = np.frombuffer(json.dumps(kept).encode(), np.uint8)
+    lengths = np.asarray([len(prompt) for prompt in self.prompts])
+    return _digest([fields, lengths, [prompt.tokens for prompt in self.prompts]])
+
   def _ask(
-    self, count: int, journal: completions.Journal, spent: dict[str, float]
+    self,
+    count: int,
+    journal: completions.Journal,
+    ledger: Ledger | None,
+    spent: dict[str, float],
   ) -> tuple[list[Group], list[Result]]:
-    """(that many groups, what each reward says of them); what the journal has is not written again.
+    """(that many groups, what each reward says of them); what was written or scored before is not again.
 
     A group is scored as soon as it is whole, while others are written, where each answer is judged alone.
     """
@@ -194,7 +238,10 @@ class Online:
     self._asked += count
     groups = [Group(number, self._prompt(number)) for number in numbers]
     with contextlib.ExitStack() as open_ones:
-      scores = [open_ones.enter_context(Overlapped(reward)) for reward in self._rewards]
+      scores = [
+        open_ones.enter_context(Overlapped(reward, ledger, identity))
+        for identity, reward in self._rewards.items()
+      ]
       with self._said():
         for group, sample, written in self._written(groups, journal):
           group.written[sample] = written
@@ -310,7 +357,7 @@ def check_step(config: Config, values: Mapping[str, float]) -> None:
 
 
 def _digest(arrays: Any) -> str:
-  """What tells weights from others."""
+  """What tells weights, or other arrays, from others."""
   digest = hashlib.blake2b(digest_size=16)
   for leaf in jax.tree.leaves(arrays):
     digest.update(np.asarray(leaf).tobytes())

@@ -22,7 +22,6 @@ from posttrain_jax.evals.keeping import Keep, Summary
 from posttrain_jax.evals.samples import Drawn, Plan, Question, Sample, Writer
 from posttrain_jax.rewards import section, selftest
 from posttrain_jax.rewards.reward import Reward, Scored
-from posttrain_jax.rewards.score import Score
 from posttrain_jax.rewards.verifier import Answer
 from posttrain_jax.rollout.sampling import Sampling
 from posttrain_jax.settings import ConfigError
@@ -221,7 +220,7 @@ def _identity(
         "prompts": _digest([prompts, list(used.ends)]),
         "rows": _digest([example(question) for question in asked]),
         "reward": wanted.scored_by,
-        "verifiers": _sources(wanted.scored_by),
+        "verifiers": scoring.sources(wanted.scored_by),
         "n": plan.samples,
         **dataclasses.asdict(plan.sampling),
         "max_new_tokens": plan.max_new_tokens,
@@ -236,13 +235,6 @@ def _identity(
 def _digest(value: Any) -> str:
   text = json.dumps(value, sort_keys=True, default=str)
   return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-
-def _sources(reward: Mapping[str, Any]) -> str:
-  """A digest of the user's files that score."""
-  names = [name for field in ("parts", "gates") for name in section.names(reward.get(field, ()))]
-  paths = {name.rpartition(":")[0] for name in names if name.rpartition(":")[0].endswith(".py")}
-  return _digest([Path(path).expanduser().read_text() for path in sorted(paths)]) if paths else ""
 
 
 def _journal(out: Path) -> Path:
@@ -313,26 +305,13 @@ def _scored(
       given = samples.score(reward, asked, flat, example)
       for place, i in enumerate(some):
         group = given[place * plan.samples : (place + 1) * plan.samples]
-        every[i] = [_as_json(sample.scored) for sample in group]
+        every[i] = [sample.scored.as_json() for sample in group]
         journal.write({"scored": i, "scores": every[i]})
       count(len(every), len(drawn))
   return [
-    [Sample(one, _from_json(given)) for one, given in zip(group, every[i], strict=True)]
+    [Sample(one, Scored.from_json(given)) for one, given in zip(group, every[i], strict=True)]
     for i, group in enumerate(drawn)
   ]
-
-
-def _as_json(scored: Scored) -> dict[str, Any]:
-  flat = lambda given: [given.value, given.reason, given.applies]
-  return {
-    "total": flat(scored.total),
-    "parts": {name: flat(given) for name, given in scored.parts.items()},
-  }
-
-
-def _from_json(value: Mapping[str, Any]) -> Scored:
-  parts = {name: Score(*given) for name, given in value["parts"].items()}
-  return Scored(Score(*value["total"]), parts)
 
 
 def _line(question: Question, sample: Sample, seed: int, weights: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -42,10 +43,37 @@ def make(
 def of(spec: Mapping[str, Any], columns: Collection[str], workers: Workers | None = None) -> Reward:
   """The reward that a section describes, its reward models loaded."""
   section.check(spec)
-  names = [name for field in ("parts", "gates") for name in section.names(spec.get(field, ()))]
-  folders = [name for name in names if Path(name).expanduser().is_dir()]
+  folders = [name for name in _named(spec) if Path(name).expanduser().is_dir()]
   given = {name: Model(judge(name).scores) for name in folders}
   return section.make(spec, columns, given=given, workers=workers)
+
+
+def identity(spec: Mapping[str, Any]) -> str:
+  """A name for what a section's scores depend on, beside the answers: its fields, and the files that it names."""
+  models = [path for name in _named(spec) if (path := Path(name).expanduser()).is_dir()]
+  stated = [
+    (str(file), status.st_size, status.st_mtime_ns)
+    for path in models
+    for file in sorted([*path.glob("*.*"), *path.glob("adapter/*")])
+    for status in [file.stat()]
+  ]
+  return _digest([spec, sources(spec), stated])
+
+
+def sources(spec: Mapping[str, Any]) -> str:
+  """A digest of the user's files that score."""
+  paths = {name.rpartition(":")[0] for name in _named(spec)}
+  files = sorted(path for path in paths if path.endswith(".py"))
+  return _digest([Path(path).expanduser().read_text() for path in files]) if files else ""
+
+
+def _named(spec: Mapping[str, Any]) -> list[str]:
+  return [name for field in ("parts", "gates") for name in section.names(spec.get(field, ()))]
+
+
+def _digest(value: Any) -> str:
+  text = json.dumps(value, sort_keys=True, default=str)
+  return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def spec(parts: str, gates: str = "", *, unsafe_code: bool = False) -> dict[str, Any]:

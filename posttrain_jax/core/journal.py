@@ -63,7 +63,8 @@ class Journal:
 
   def write(self, value: Mapping[str, Any]) -> None:
     """A line more, which is with the kernel when this returns."""
-    self._file.write(json.dumps(value, ensure_ascii=False).encode() + b"\n")
+    line = json.dumps(value, ensure_ascii=False) + "\n"
+    self._file.write(line.encode(errors="surrogatepass"))  # halves of characters, as JSON has them
     self._file.flush()
 
   def __enter__(self) -> Journal:

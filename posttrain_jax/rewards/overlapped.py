@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent import futures
 from typing import Self
 
+from posttrain_jax.rewards.ledger import Ledger
 from posttrain_jax.rewards.reward import Result, Reward, together
 from posttrain_jax.rewards.verifier import Answer
+
+GROUPS = 16  # at most, of a call: what it gave is kept when all of it is there
 
 
 class Overlapped:
@@ -17,8 +20,9 @@ class Overlapped:
   A reward that compares answers, or is given them as a list, is asked once, when all are there.
   """
 
-  def __init__(self, reward: Reward) -> None:
-    self._reward = reward
+  def __init__(self, reward: Reward, ledger: Ledger | None = None, identity: str = "") -> None:
+    """ledger: knows what was scored before under this identity, and is told what is scored now."""
+    self._reward, self._ledger, self._identity = reward, ledger, identity
     self._waiting: collections.deque[tuple[int, Sequence[Answer]]] = collections.deque()
     self._scored: list[tuple[list[int], Result]] = []  # (the number of each answer's group, ...)
     self._thread = futures.ThreadPoolExecutor(1)
@@ -49,10 +53,28 @@ class Overlapped:
 
   def _score(self) -> None:
     """What has come since the last call, at once: as many as there are keep every worker busy."""
-    some = [self._waiting.popleft() for _ in range(len(self._waiting))]
+    most = GROUPS if self._reward.is_per_answer else len(self._waiting)
+    some = [self._waiting.popleft() for _ in range(min(most, len(self._waiting)))]
     if not some:
       return
-    some.sort(key=lambda pair: pair[0])
-    numbers = [group for group, answers in some for _ in answers]
-    result = self._reward.score([answer for _, answers in some for answer in answers])
-    self._scored.append((numbers, result))
+    groups = dict(sorted(some, key=lambda pair: pair[0]))
+    known = self._known(groups)
+    self._scored += [([number] * len(groups[number]), result) for number, result in known.items()]
+    groups = {number: answers for number, answers in groups.items() if number not in known}
+    if not groups:
+      return
+    result = self._reward.score([answer for answers in groups.values() for answer in answers])
+    if self._ledger is not None:
+      self._ledger.put(self._identity, groups, result)
+    self._scored.append(([number for number, answers in groups.items() for _ in answers], result))
+
+  def _known(self, groups: Mapping[int, Sequence[Answer]]) -> dict[int, Result]:
+    """What the ledger has; of a reward that is asked once for all of them, all or nothing."""
+    if self._ledger is None:
+      return {}
+    every = {
+      number: self._ledger.known(self._identity, number, answers)
+      for number, answers in groups.items()
+    }
+    known = {number: result for number, result in every.items() if result is not None}
+    return known if self._reward.is_per_answer or len(known) == len(groups) else {}

@@ -60,6 +60,18 @@ class Scored:
   total: Score
   parts: Mapping[str, Score]
 
+  def as_json(self) -> dict[str, Any]:
+    flat = lambda given: [given.value, given.reason, given.applies]
+    return {
+      "total": flat(self.total),
+      "parts": {name: flat(given) for name, given in self.parts.items()},
+    }
+
+  @classmethod
+  def from_json(cls, value: Mapping[str, Any]) -> Scored:
+    parts = {name: Score(*given) for name, given in value["parts"].items()}
+    return cls(Score(*value["total"]), parts)
+
 
 @dataclasses.dataclass(frozen=True)
 class Result:

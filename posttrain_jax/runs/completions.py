@@ -1,7 +1,8 @@
 """What a policy wrote while it learned, in its run's folder: a table a batch, and a journal of the batch under way.
 
 `completions/completions_00012.parquet` has a row an answer.  The journal keeps each answer as soon as it is whole, so
-that a run that is killed while it writes does not write those again.
+that a run that is killed while it writes does not write those again.  `scores_00012.jsonl` has what scoring gave, for
+as long as the run may go back to a checkpoint before that batch.
 """
 
 from __future__ import annotations
@@ -52,9 +53,9 @@ def rows(folder: Path, number: int) -> list[dict[str, Any]]:
 
 
 def keep(
-  folder: Path | None, number: int, batches: Sequence[Mapping[str, Any]], *, last: int
+  folder: Path | None, number: int, batches: Sequence[Mapping[str, Any]], *, last: int | None
 ) -> None:
-  """The batches of several updates, and those of the `last` numbers before: a checkpoint may stand in one of them.
+  """The batches of several updates, and those of the `last` numbers before (None: all): a checkpoint may stand in one.
 
   Compressed: the bits of what tokens were drawn among are 6 KB each of a vocabulary of 49152, and few are set.
   """
@@ -67,8 +68,21 @@ def keep(
   with files.beside(whole) as scratch:
     np.savez_compressed(scratch / "batches.npz", count=np.asarray(len(batches)), **flat)
     (scratch / "batches.npz").replace(whole)
-  for old in path.parent.glob("batches_*.npz"):
-    if int(old.stem.removeprefix("batches_")) < number - last:
+  _forget(whole, last)
+
+
+def scores(folder: Path, number: int, *, last: int | None) -> Path:
+  """The file of a batch's scores; those of the `last` before (None: all) stay, as a run may go back to them."""
+  path = folder / FOLDER / f"scores_{number:05d}.jsonl"
+  _forget(path, last)
+  return path
+
+
+def _forget(path: Path, last: int | None) -> None:
+  """Files of the path's kind, of batches more than `last` before it."""
+  kind, _, number = path.stem.rpartition("_")
+  for old in path.parent.glob(f"{kind}_*{path.suffix}"):
+    if last is not None and int(old.stem.rpartition("_")[2]) < int(number) - last:
       old.unlink()
 
 
@@ -84,9 +98,12 @@ def arrays(folder: Path, number: int) -> list[dict[str, Any]]:
 
 
 class Journal:
-  """The answers of the batch under way, by (number of the prompt, sample), of the weights of that digest alone."""
+  """The answers of the batch under way, by (number of the prompt, sample).
 
-  def __init__(self, folder: Path | None, number: int, weights: str) -> None:
+  writer: names what an answer depends on, the weights above all; those of another writer are dropped.
+  """
+
+  def __init__(self, folder: Path | None, number: int, writer: str) -> None:
     self._answers: dict[tuple[int, int], dict[str, Any]] = {}
     self._file = None
     if folder is None:
@@ -96,7 +113,7 @@ class Journal:
     for old in self._path.parent.glob("under_way_*.jsonl"):
       if old != self._path:
         old.unlink()
-    began = json.dumps({"weights": weights}) + "\n"
+    began = json.dumps({"writer": writer}) + "\n"
     if self._path.exists() and self._path.read_bytes().startswith(began.encode()):
       self._read(len(began.encode()))
     else:

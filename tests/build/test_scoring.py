@@ -75,3 +75,18 @@ def test_a_column_that_the_data_lacks():
     ConfigError, match="python reads the columns tests, or test_list, or test and"
   ):
     scoring.of(scoring.spec("python"), ["prompt", "entry_point"])
+
+
+def test_scores_go_by_the_fields_of_their_section_and_by_its_files(tmp_path):
+  file, folder = tmp_path / "mine.py", tmp_path / "model"
+  folder.mkdir()
+  spec = {"parts": (f"{file}:right", str(folder)), "retries": 1}
+  seen = set()
+  for content, weights, changes in [("1", "a", {}), ("2", "a", {}), ("2", "ab", {})] + [
+    ("2", "ab", {"retries": 2})
+  ]:
+    file.write_text(content)
+    (folder / "model.safetensors").write_text(weights)
+    seen.add(scoring.identity(spec | changes))
+  assert len(seen) == 4
+  assert scoring.identity(spec | {"retries": 2}) in seen

@@ -13,7 +13,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from posttrain_jax.__main__ import main
-from posttrain_jax.runs import completions, record
+from posttrain_jax.build import online
+from posttrain_jax.runs import completions, metrics_log, record
 from tests import tiny
 from tests.commands.test_train import environment
 
@@ -38,6 +39,25 @@ def first(prompt, completion, example):
   if len(completion) % 5 == 0:
     return float("nan")
   return float(len(completion) % 2)
+"""
+PAID = """
+import json, pathlib, random
+
+def asked(what):
+  with pathlib.Path(__file__).with_name("calls.jsonl").open("a") as file:
+    file.write(json.dumps(what) + "\\n")
+
+def one(prompt, completion, example):
+  if "completion_ids" in example:  # not one that is tried before the run
+    asked([prompt, completion])
+  value = random.SystemRandom().random()
+  return float("nan") if value < 0.3 else value
+
+def listed(prompts, completions, completion_ids, log_metric, **columns):
+  if completion_ids[0]:
+    asked(completions)
+  log_metric("mine", random.SystemRandom().random())
+  return [random.SystemRandom().random() for _ in completions]
 """
 FILTERS = ("online.top_k=40", "online.top_p=0.9", "online.min_p=0.02")
 
@@ -238,6 +258,83 @@ def test_answers_that_were_whole_before_a_kill_are_not_written_again(folder, tmp
   same(adapter(tmp_path / "whole"), adapter(tmp_path / "killed"))
 
 
+@pytest.mark.slow
+def test_answers_that_were_drawn_otherwise_are_not_taken_up(folder, tmp_path, monkeypatch):
+  """A run in which no step was taken may be begun again with other fields."""
+  put = completions.Journal.put
+
+  def until_the_first(self, number, sample, **said):
+    put(self, number, sample, **said)
+    raise Killed
+
+  with monkeypatch.context() as patch:
+    patch.setattr(completions.Journal, "put", until_the_first)
+    with pytest.raises(Killed):
+      main(command(folder, tmp_path / "killed", "steps=1"))
+  changes = ["steps=1", "online.temperature=0.01"]
+  assert main(command(folder, tmp_path / "killed", *changes)) == 0
+  assert main(command(folder, tmp_path / "whole", *changes)) == 0
+  same(adapter(tmp_path / "whole"), adapter(tmp_path / "killed"))
+
+
+def stop_before_the_update(patch):
+  def stop(*args):
+    raise Killed
+
+  patch.setattr(online.Updates, "of", stop)
+  return {}
+
+
+def stop_behind_two_updates(patch):
+  """What these were to tell, by step; no checkpoint has them."""
+  write, told = metrics_log.Journal.write, {}
+
+  def written(self, step, values):
+    write(self, step, values)
+    told[step] = dict(values)
+    if step == 2:
+      raise Killed
+
+  patch.setattr(metrics_log.Journal, "write", written)
+  return told
+
+
+@pytest.mark.parametrize(
+  ("verifier", "stop", "batches"),
+  [
+    pytest.param("one", stop_before_the_update, 1, marks=pytest.mark.slow),
+    ("listed", stop_behind_two_updates, 2),
+  ],
+)
+def test_what_was_scored_before_a_kill_is_not_scored_again(
+  folder, tmp_path, monkeypatch, verifier, stop, batches
+):
+  """By a verifier that says something else each time; what it left missing stays so, and what is told is the same."""
+  (tmp_path / "paid.py").write_text(PAID)
+  name, other = f"{tmp_path / 'paid.py'}:{verifier}", f"{folder / 'verify.py'}:length"
+  changes = ["steps=2", f"reward.parts=({name!r},)", f"reward.untested=({name!r},)"]
+  changes += [f"holdout_reward.parts=({other!r},)", f"holdout_reward.untested=({other!r},)"]
+  run = lambda: main(command(folder, tmp_path / "run", *changes, "reward.retries=0"))
+  calls = lambda: (tmp_path / "calls.jsonl").read_text().splitlines()
+  with monkeypatch.context() as patch:
+    told = stop(patch)
+    with pytest.raises(Killed):
+      run()
+  asked, scores = calls(), sorted((tmp_path / "run" / "completions").glob("scores_*"))
+  paid = [path.read_text() for path in scores]
+  assert run() == 0
+  assert len(calls()) == len(asked) * 2 / batches
+  assert [path.read_text() for path in scores] == paid
+  assert len(paid) == batches
+  by_step = {line["step"]: line for line in lines(tmp_path / "run")}
+  for step, values in told.items():
+    assert values.keys() - by_step[step].keys() == set()
+    assert "mine" in values
+    for metric, value in values.items():
+      if "timing" not in metric and metric != "tokens_per_second":
+        assert by_step[step][metric] == value, metric
+
+
 def test_answers_of_other_weights_are_not_taken_up(tmp_path):
   """Those of the same weights are, but for the line that a kill cut short."""
   logps, kept = (
@@ -261,8 +358,13 @@ def test_answers_of_other_weights_are_not_taken_up(tmp_path):
 def test_batches_that_a_checkpoint_may_stand_in_are_kept(tmp_path):
   for number in range(1, 9):
     completions.keep(tmp_path, number, [{"tokens": np.full(2, number)}] * 2, last=4)
+    completions.scores(tmp_path, number, last=3).touch()
   assert completions.arrays(tmp_path, 4)[1]["tokens"].tolist() == [4, 4]
-  assert len(list((tmp_path / "completions").glob("batches_*.npz"))) == 5
+  names = lambda pattern: sorted(path.name for path in (tmp_path / "completions").glob(pattern))
+  assert len(names("batches_*.npz")) == 5
+  assert names("scores_*") == [f"scores_0000{number}.jsonl" for number in (5, 6, 7, 8)]
+  completions.scores(tmp_path, 20, last=None)
+  assert len(names("scores_*")) == 4
 
 
 def test_groups_that_agree_are_replaced_until_it_is_said(folder, tmp_path, capsys):
