@@ -75,16 +75,16 @@ def metrics(groups: Sequence[Group], part: str) -> dict[str, float]:
     part: of the reward, that says whether a group agrees; "" for the total.
   """
   written = [answer for group in groups for answer in group.answers]
-  dead = collections.Counter(
-    round(float(np.nanmean(group.outcomes(part))), 3) for group in groups if group.is_dead(part)
-  )
+  dead = [group.outcomes(part) for group in groups if group.is_dead(part)]
+  known = [outcomes[~np.isnan(outcomes)] for outcomes in dead]
+  agreed = collections.Counter(round(float(some.mean()), 3) for some in known if len(some))
   return {
     "completions/clipped_ratio": statistics.fmean(not a.finished for a in written),
     "completions/max_length": float(max(len(a.tokens) for a in written)),
     "completions/min_length": float(min(len(a.tokens) for a in written)),
-    "frac_groups_dead": sum(dead.values()) / len(groups),
-    "frac_groups_all_zero": dead.get(0.0, 0) / len(groups),
-    "frac_groups_all_one": dead.get(1.0, 0) / len(groups),
+    "frac_groups_dead": len(dead) / len(groups),
+    "frac_groups_all_zero": agreed.get(0.0, 0) / len(groups),
+    "frac_groups_all_one": agreed.get(1.0, 0) / len(groups),
   }
 
 

@@ -186,21 +186,28 @@ def test_a_second_score_is_told_and_both_are_of_every_round(folder, tmp_path):
 @pytest.mark.slow
 def test_a_run_that_is_killed_anywhere_ends_as_one_that_is_not(folder, tmp_path):
   arguments = [sys.executable, "-m", "posttrain_jax"]
-  changes = ["steps=6", "checkpoint.every=2", "checkpoint.keep=5"]
+  changes = ["steps=24", "checkpoint.every=2", "checkpoint.keep=5"]
   assert main(command(folder, tmp_path / "whole", *changes)) == 0
   killed = command(folder, tmp_path / "killed", *changes)
   rng = np.random.default_rng(0)
   env = environment()
+  files = lambda: {*(tmp_path / "killed").glob("completions/*")}
+  kills = 0
   for _ in range(20):
+    before = files()
     run = subprocess.Popen([*arguments, *killed], stdout=subprocess.DEVNULL, env=env)
-    time.sleep(float(rng.uniform(6, 25)))
+    while run.poll() is None and files() <= before:  # it starts and compiles
+      time.sleep(0.02)
+    time.sleep(float(rng.uniform(0, 3)))
     if run.poll() is not None:
       break
     run.send_signal(signal.SIGKILL)
     run.wait()
+    kills += 1
+  assert kills > 1
   assert subprocess.run([*arguments, *killed], env=env, check=False).returncode == 0
   same(adapter(tmp_path / "whole"), adapter(tmp_path / "killed"))
-  assert [line["step"] for line in lines(tmp_path / "killed")] == [1, 2, 3, 4, 5, 6]
+  assert [line["step"] for line in lines(tmp_path / "killed")] == [*range(1, 25)]
 
 
 @pytest.mark.parametrize(
