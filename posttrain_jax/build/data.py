@@ -91,7 +91,7 @@ def read(config: ml_collections.ConfigDict, model: Model) -> Data:
     train = mixture.replay(train, general, d.replay_fraction, by=d.replay_by, seed=config.seed)
   data = told.of(train, eval_examples)
   if model.template is not None and d.kind != "steps":
-    self_checks.end_of_turn(data.examples, model.tokenizer, model.template)
+    self_checks.end_of_turn(data.examples, model.tokenizer, model.template, model.ends)
   return _finished(config, model, data)
 
 

@@ -41,6 +41,11 @@ class Model:
     """The base alone, under whatever is bound to it."""
     return self.params if self.bare is None else self.bare
 
+  @property
+  def ends(self) -> tuple[int, ...]:
+    """Every id that ends a turn or a text."""
+    return use.ends(self.config, self.tokenizer, self.template, self.folder)
+
 
 def load(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh | None = None) -> Model:
   """The base of config.model: read and quantised matrix by matrix, placed on its devices leaf by leaf."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -50,10 +50,18 @@ def fresh_adapter(pieces: Pieces, say: Callable[[str], None]) -> None:
     )
 
 
-def end_of_turn(examples: Iterable[Any], tokenizer: Any, template: Template | None = None) -> None:
+def end_of_turn(
+  examples: Iterable[Any],
+  tokenizer: Any,
+  template: Template | None = None,
+  stops: Collection[int] = (),
+) -> None:
   """Raises unless each trained span ends with the token that ends a turn (or the EOS of a text).
 
   A model that never trains on it never learns to stop.  Examples that were cut are exempt.
+
+  Args:
+    stops: what ends whatever the model writes; an answer that was drawn may end in any of them.
   """
   ending = None if template is None else templates.end_of_turn(tokenizer, template)
   for example in examples:
@@ -62,18 +70,24 @@ def end_of_turn(examples: Iterable[Any], tokenizer: Any, template: Template | No
       raise ValueError(
         f"{example.origin} is a conversation: pass the chat template it was made with"
       )
+    if _is_drawn(example) and _spans_end_with(example, {*stops, wanted} - {None}):
+      continue
     if wanted is None and template is not None:
       raise ValueError(
         f"template {template.name!r} ends an assistant's turn with {template.turn_ending!r}, which starts with no"
         " special token; a model trained on it would not learn to stop"
       )
-    if not example.is_cut and not _spans_end_with(example, wanted):
+    if not example.is_cut and not _spans_end_with(example, {wanted}):
       raise ValueError(
         f"{example.origin}: a trained span does not end with {tokenizer.decode([wanted])!r}, so the"
         f" model would not learn to stop:\n{encoded.describe(example, tokenizer)}"
       )
 
 
-def _spans_end_with(example, token):
+def _is_drawn(example):
+  return isinstance(example, encoded.Example) and example.is_drawn
+
+
+def _spans_end_with(example, tokens):
   ends = np.flatnonzero(example.mask & ~np.append(example.mask[1:], False))
-  return len(ends) > 0 and bool((example.tokens[ends] == token).all())
+  return len(ends) > 0 and bool(np.isin(example.tokens[ends], [*tokens]).all())

@@ -21,6 +21,7 @@ from posttrain_jax.build import adapter as adapter_lib
 from posttrain_jax.build import decisions
 from posttrain_jax.core import files, progress, tree
 from posttrain_jax.data import chat, templates
+from posttrain_jax.data.templates import Template
 from posttrain_jax.evals.samples import Writer
 from posttrain_jax.models import decoder, fetch, hf, quantised, rotary
 from posttrain_jax.models.config import ModelConfig
@@ -75,11 +76,7 @@ class Used:
   @property
   def ends(self) -> tuple[int, ...]:
     """Every id that ends a turn or a text."""
-    stops = set(engine.stop_tokens(self.config, self.tokenizer, self.folder))
-    if self.template is not None:
-      end = templates.end_of_turn(self.tokenizer, self.template)
-      stops |= set() if end is None else {end}
-    return tuple(sorted(stops))
+    return ends(self.config, self.tokenizer, self.template, self.folder)
 
   def check_writes(self) -> None:
     """Raises where it was trained to score answers alone; a line where nobody says how it was trained."""
@@ -179,6 +176,15 @@ def for_writing(params: Any, nodes: Any) -> Any:
   """
   stays = _stored(params) != quantised.DENSE and jax.default_backend() != "cpu"
   return adapters.bind(params, nodes) if stays else adapters.merge(params, nodes)
+
+
+def ends(
+  config: ModelConfig, tokenizer: Any, template: Template | None, folder: Path
+) -> tuple[int, ...]:
+  """Every id that ends a turn or a text, in rising order."""
+  stops = {*engine.stop_tokens(config, tokenizer, folder)}
+  end = None if template is None else templates.end_of_turn(tokenizer, template)
+  return tuple(sorted(stops if end is None else stops | {end}))
 
 
 def writer(used: Used) -> Writer:

@@ -15,7 +15,6 @@ from posttrain_jax.build.adapter import Trees
 from posttrain_jax.build.model import Model
 from posttrain_jax.build.prompts import Prompt
 from posttrain_jax.core import tree
-from posttrain_jax.data import templates
 from posttrain_jax.rollout import engine as engine_lib
 from posttrain_jax.rollout.requests import Answer, Request
 from posttrain_jax.rollout.sampling import Sampling
@@ -94,12 +93,7 @@ class Writer:
 
   @functools.cached_property
   def _stops(self) -> tuple[int, ...]:
-    model = self.model
-    ends = (
-      None if model.template is None else templates.end_of_turn(model.tokenizer, model.template)
-    )
-    stops = {*engine_lib.stop_tokens(model.config, model.tokenizer, model.folder)}
-    return tuple(sorted(stops | (set() if ends is None else {ends})))
+    return self.model.ends
 
   @functools.cached_property
   def _ready(self) -> Any:

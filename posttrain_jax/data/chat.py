@@ -233,7 +233,8 @@ class _Encoder:
       tokens, mask, _ = self._framed(tokens, mask, row, ends=False)
     mask[0] = False
     is_cut = row.fields.get("finished") is False  # as `posttrain sample` says it
-    return Example(tokens, mask, row.fields.get("channel"), row.origin, is_chat, is_cut)
+    channel = row.fields.get("channel")
+    return Example(tokens, mask, channel, row.origin, is_chat, is_cut, is_drawn=True)
 
   def _checked(self, plans, results):
     """The results, but for those whose trained tokens do not say the answer and its end."""

@@ -19,6 +19,9 @@ class Example:
   origin: str = ""
   is_chat: bool = False
   is_cut: bool = False  # lost its end to the length limit, or is a piece of a split text
+  is_drawn: bool = (
+    False  # the trained tokens are a model's own, and its end is the one that it drew
+  )
   spans: tuple[tuple[int, int], ...] = ()  # where each answer, or step of one, begins and ends
 
   def __len__(self):

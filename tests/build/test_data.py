@@ -188,3 +188,32 @@ def test_advice_for_a_row_that_is_too_long_fits_the_command(tmp_path):
   reward = judge.Judge({"layers": {"self_attn": {}}}, used.config, used.tokenizer, used.template)
   with pytest.raises(RowError, match=r"train.jsonl:1: .*128 positions; shorten the row, or leave"):
     reward.encode(reward.read(config.data.train))
+
+
+def drawn(end, **changes):
+  row = {
+    "prompt": [{"role": "user", "content": "say"}],
+    "completion": [{"role": "assistant", "content": "hello"}],
+    "completion_ids": [*tiny.tokenizer()("hello")["input_ids"], end],
+    "finished": True,
+  }
+  return [row | changes] * 4
+
+
+@pytest.mark.parametrize("end", [258, 256])
+def test_a_drawn_answer_ends_in_any_token_that_ends_what_the_model_writes(tmp_path, end):
+  """The template's end of turn is one of them; what was drawn is what is trained."""
+  (tmp_path / "generation_config.json").write_text('{"eos_token_id": [256, 258]}')
+  (first, *_) = data.read(*given_rows(tmp_path, "text", drawn(end))).examples
+  assert first.tokens[first.mask].tolist() == drawn(end)[0]["completion_ids"]
+
+
+def test_a_drawn_answer_without_an_end_teaches_no_stop(tmp_path):
+  with pytest.raises(ValueError, match="would not learn to stop"):
+    data.read(*given_rows(tmp_path, "text", drawn(256)))  # the model does not stop at it
+  cut = drawn(
+    tiny.tokenizer()("!")["input_ids"][0],
+    completion=[{"role": "assistant", "content": "hello!"}],
+    finished=False,
+  )
+  assert all(example.is_cut for example in data.read(*given_rows(tmp_path, "text", cut)).examples)
