@@ -71,12 +71,14 @@ def test_its_config_is_told_without_what_looks_like_a_secret(tmp_path, service):
 def test_a_resumed_run_is_the_same_there_and_hears_nothing_twice(tmp_path, service):
   first = journal(tmp_path, 0)
   for step in (1, 2, 3):
-    first.write(step, {"loss": 1 / step, "tokens_per_second": 10.0})
+    first.write(step, {"loss": 1 / step, "tokens_per_second": 10.0, "timing_s/scoring": 3.0})
   first.close()
   assert not service.ended
   assert json.loads((tmp_path / trackers.RUNS).read_text()) == {"wandb": "first"}
   again = journal(tmp_path, 1)
-  again.write(2, {"loss": 1 / 2, "tokens_per_second": 20.0})  # as before, but for the clock
+  again.write(
+    2, {"loss": 1 / 2, "tokens_per_second": 20.0, "timing_s/scoring": 0.0}
+  )  # as before, but for the clock
   again.write(3, {"loss": 0.25, "tokens_per_second": 20.0})  # by another rate
   again.close()
   assert [run for _, run, _ in service.opened] == [None, "first"]
