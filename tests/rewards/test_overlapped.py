@@ -6,7 +6,7 @@ import threading
 import numpy as np
 import pytest
 
-from posttrain_jax.rewards import alarm, score
+from posttrain_jax.rewards import alarm, overlapped, score
 from posttrain_jax.rewards.overlapped import Overlapped
 from posttrain_jax.rewards.reward import Part, Reward, together
 from posttrain_jax.rewards.verifier import Answer
@@ -61,6 +61,25 @@ def test_answers_are_scored_while_others_are_written():
     assert scored.wait(10)  # nobody has asked for the result
     scores.put(1, GROUPS[1])
     assert len(scores.result().answers) == 4
+
+
+def test_what_has_waited_is_scored_some_groups_at_a_time():
+  """So that no more than those are paid for again after a kill."""
+  started, sizes = threading.Event(), []
+
+  class Counting(Reward):
+    def score(self, answers, **how):
+      assert started.wait(10)
+      sizes.append(len(answers))
+      return super().score(answers, **how)
+
+  with Overlapped(Counting([Part("length", length)])) as scores:
+    for number in range(3 * overlapped.GROUPS):
+      scores.put(number, [Answer("?", "a" * number, {}, group=number)])
+    started.set()
+    values = [one.total.value for one in scores.result().answers]
+  assert values == [*range(3 * overlapped.GROUPS)]
+  assert max(sizes) == overlapped.GROUPS
 
 
 def test_a_verifier_that_is_given_a_list_has_it_whole():
