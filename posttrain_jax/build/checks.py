@@ -11,6 +11,7 @@ from posttrain_jax import settings
 from posttrain_jax.build import adapter, decisions
 from posttrain_jax.data import answers, chat
 from posttrain_jax.evals import graders, meanings, tasks
+from posttrain_jax.rewards.reward import TOTAL
 from posttrain_jax.settings import ConfigError, fields
 
 Config = ml_collections.ConfigDict
@@ -192,10 +193,10 @@ def _online(config: Config) -> None:
       f"online.storage={config.online.storage}: answers are then drawn from another distribution than the one that"
       " learns; write objective.importance=token too, which weighs each token by the ratio of the two"
     )
-  part = config.online.outcome
-  if part and part not in (*config.reward.parts, *config.reward.gates):
+  part, parts = config.online.outcome, (*config.reward.parts, *config.reward.gates)
+  if part not in ("", TOTAL, *parts):
     raise ConfigError(
-      f"online.outcome={part!r}: the reward has the parts {', '.join((*config.reward.parts, *config.reward.gates))}"
+      f"online.outcome={part!r}: the reward has the parts {', '.join(parts)}; {TOTAL} is the reward itself"
     )
 
 

@@ -124,9 +124,13 @@ def _reward(config: Config, model: Model, how: Mapping[str, Any]) -> Parts:
 
 
 def _grouped(config: Config, model: Model, how: Mapping[str, Any]) -> Parts:
+  adapter_config = adapter.described(config)
   main = objectives.Grouped(
     model.config,
+    trains_as_it_scores=adapter_config is None
+    or not (adapter_config.lora_dropout or adapter_config.attention_group),
     loss_name=config.objective.loss,
+    starts_there=_compared(config)["starts_there"],
     **{"max_length": config.data.length} | _own(config) | _online(config),
     **how,
   )

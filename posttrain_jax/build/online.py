@@ -36,7 +36,7 @@ from posttrain_jax.rewards import reward as reward_lib
 from posttrain_jax.rewards.ledger import Ledger
 from posttrain_jax.rewards.overlapped import Overlapped
 from posttrain_jax.rewards.reward import Result, Reward
-from posttrain_jax.rewards.verifier import Answer
+from posttrain_jax.rewards.verifier import Answer, TrainerState
 from posttrain_jax.rollout.requests import Answer as Written
 from posttrain_jax.runs import completions
 from posttrain_jax.train.loop import Diverged
@@ -65,6 +65,7 @@ class Online:
     self.config, self.model, self.prompts, self.say = config, model, data.examples, say
     columns = dict.fromkeys(name for prompt in self.prompts for name in prompt.row)
     self.reward, self.holdout = scoring.make(config, list(columns))
+    self.outcome = self.reward.outcome(config.online.outcome)
     self._identities = [scoring.identity(settings.plain(config[name])) for name in SECTIONS]
     self.writer = Writer(config, model, self.prompts)
     self.updates = Updates(config, model.config.vocab_size)
@@ -74,6 +75,7 @@ class Online:
     self._asked = 0  # prompts, of all rounds
     self._left: list[Any] = []  # of the batch that was written last
     self._told: dict[str, float] = {}
+    self._ended: float | None = None  # when this process had written its last batch
     self._watch = alarm.Watch()
 
   def bind(self, trees: Trees, objective: Scorer) -> None:
@@ -134,7 +136,18 @@ class Online:
     used = f", used for {o.minibatches * o.passes} updates" if o.minibatches * o.passes > 1 else ""
     return (
       f"{len(self.prompts):,} prompts; a batch is {written} prompts x {o.samples} = {written * o.samples} answers of at"
-      f" most {o.max_new_tokens} tokens{used}"
+      f" most {o.max_new_tokens} tokens{used}{self._outcome_said()}"
+    )
+
+  def _outcome_said(self) -> str:
+    """What says whether an answer is right, where that is not the reward; "" where it is."""
+    if self.outcome is self.reward:
+      return ""
+    left_out = [part.name for part in self.reward.parts if part.name not in self.outcome.names]
+    apart = f", without {', '.join(left_out)}," if left_out else ""
+    return (
+      f"\noutcome: {', '.join(self.outcome.names)}{apart} says which answers are right and which groups agree"
+      " (online.outcome)"
     )
 
   def check(self, state: State) -> None:
@@ -159,10 +172,11 @@ class Online:
     o, config = self.config.online, self.config
     wanted = config.batch.rows * o.minibatches
     self._batches += 1
+    jax.block_until_ready(state.trainable)  # of the last update
     began = time.monotonic()
     self.writer.load(state.trainable, state.carried)
     writer = f"{_digest(state.trainable)} {self._asks}"
-    journal = completions.Journal(self.folder, self._batches, writer)
+    journal = completions.Journal(self.folder, self._batches, writer, last=self._goes_back)
     spent: dict[str, float] = {"writing": 0.0, "scoring": 0.0}
     with self._ledger() as ledger:
       kept, dead, results = self._rounds(wanted, journal, ledger, spent)
@@ -172,12 +186,14 @@ class Online:
       kept += dead[: wanted - len(kept)]
     every = [*kept, *(group for group in dead if group not in kept)]
     batches, beside = self.updates.of(kept, state, self._batches)
-    spent["all"] = time.monotonic() - began
+    now, self._ended = time.monotonic(), self._ended or began
+    spent["all"], self._ended = now - self._ended, now
     beside["dynamic_sampling/rounds"] = float(len(results))
     beside["dynamic_sampling/kept"] = len(kept) / len(every)
     beside |= self._scores_told([reward_lib.together(rounds) for rounds in zip(*results)])
     self._tell(every, spent, beside)
-    completions.write(self.folder, self._batches, groups_lib.table(self._batches, every, kept))
+    table = groups_lib.table(self._batches, every, kept, self.outcome)
+    completions.write(self.folder, self._batches, table)
     if len(batches) > 1:
       completions.keep(self.folder, self._batches, batches, last=self._goes_back)
     journal.close()
@@ -199,7 +215,7 @@ class Online:
       groups, of_round = self._ask(wanted - len(kept), journal, ledger, spent)
       results.append(of_round)
       for group in groups:
-        (dead if o.dynamic and group.is_dead(o.outcome) else kept).append(group)
+        (dead if o.dynamic and group.is_dead(self.outcome) else kept).append(group)
     return kept, dead, results
 
   def _ledger(self) -> contextlib.AbstractContextManager[Ledger | None]:
@@ -239,7 +255,7 @@ class Online:
     groups = [Group(number, self._prompt(number)) for number in numbers]
     with contextlib.ExitStack() as open_ones:
       scores = [
-        open_ones.enter_context(Overlapped(reward, ledger, identity))
+        open_ones.enter_context(Overlapped(reward, ledger, identity, self._trainer_state))
         for identity, reward in self._rewards.items()
       ]
       with self._said():
@@ -257,7 +273,16 @@ class Online:
       here = slice(i * o.samples, (i + 1) * o.samples)
       group.scored, *others = [result.answers[here] for result in results]
       group.held_out = others[0] if others else ()
+      for prefix, result in zip(("", "holdout/"), results):
+        group.columns |= {f"{prefix}{name}": x[here] for name, x in result.columns.items()}
     return groups, results
+
+  @property
+  def _trainer_state(self) -> TrainerState:
+    """What functions are told of the run when the batch under way is scored."""
+    o, config = self.config.online, self.config
+    steps = config.steps or self.steps(config.epochs)
+    return TrainerState((self._batches - 1) * o.minibatches * o.passes, steps, self.epoch)
 
   def _said(self) -> contextlib.AbstractContextManager[None]:
     """The first time, in which the engine is compiled, it is said what takes so long."""
@@ -307,7 +332,7 @@ class Online:
     return self.prompts[order[at]]
 
   def _say_dead(self, kept: Sequence[Group], dead: Sequence[Group], rounds: int) -> None:
-    rate = groups_lib.pass_rate([*kept, *dead], self.config.online.outcome)
+    rate = groups_lib.pass_rate([*kept, *dead], self.outcome)
     self.say(
       f"batch {self._batches}: only {len(kept)} of {len(kept) + len(dead)} groups of {rounds} rounds have answers that"
       f" differ (mean outcome {rate:.2f}); it is filled up with groups that teach nothing. Too hard, too easy, or a"
@@ -332,14 +357,14 @@ class Online:
     self, every: Sequence[Group], spent: Mapping[str, float], beside: Mapping[str, float]
   ) -> None:
     seconds = max(spent["all"], 1e-9)
+    parts = {name: spent[name] for name in ("writing", "scoring")}
+    parts["updating"] = max(seconds - sum(parts.values()), 0.0)
     self._told = {
       **beside,
-      **groups_lib.metrics(every, self.config.online.outcome),
-      **groups_lib.passed(every, self.reward.most),
-      "timing_s/writing": spent["writing"],
-      "timing_s/scoring": spent["scoring"],
-      "timing_share/writing": spent["writing"] / seconds,
-      "timing_share/scoring": spent["scoring"] / seconds,
+      **groups_lib.metrics(every, self.outcome),
+      **groups_lib.passed(every, self.outcome),
+      **{f"timing_s/{name}": part for name, part in parts.items()},
+      **{f"timing_share/{name}": part / seconds for name, part in parts.items()},
     }
 
 

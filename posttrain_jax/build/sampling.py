@@ -37,7 +37,7 @@ class Wanted:
 
   reward: the section that scores, as `scoring.spec` makes it; without parts the task's own scores.
   columns: of the data, as config.data.columns: {"prompt": "question"}.
-  right: the score from which on an answer is right; None: the highest there is.
+  right: the score from which on an answer is right; None: the highest outcome there is (`Reward.outcome`).
   max_new_tokens: 0: what the task needs, or a quarter more than the longest expected answer.
   """
 
@@ -79,7 +79,7 @@ def write(wanted: Wanted, load: Callable[[], use.Used]) -> Summary:
   asked, longest = _asked(used, wanted)
   reward = scoring.of(wanted.scored_by, _columns(asked))
   selftest.check(reward, _references(asked))
-  right = reward.most if wanted.right is None else wanted.right
+  right = _right(wanted, reward)
   _check_right(wanted.keep, right)
   plan = _plan(wanted, longest)
   prompts = writer.prompts(asked)
@@ -124,7 +124,15 @@ def _plan(wanted: Wanted, longest: int) -> Plan:
   return Plan(wanted.samples, longest, wanted.sampling, wanted.seed, wanted.rows, wanted.storage)
 
 
-def _check_right(keep: Keep, right: float | None) -> None:
+def _right(wanted: Wanted, reward: Reward) -> keeping.Right | None:
+  """What says whether an answer is right; None where nothing does."""
+  if wanted.right is not None:
+    return keeping.from_on(wanted.right)
+  outcome = reward.outcome()
+  return outcome.is_right if outcome.has_most else None
+
+
+def _check_right(keep: Keep, right: keeping.Right | None) -> None:
   if keep.rule == keeping.ALL_RIGHT and right is None:
     raise ConfigError(
       f"--keep={keeping.ALL_RIGHT}: a part of the reward has no highest score, so nothing says which answers are right;"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,26 @@ def make(
   reward, other = (of(spec, columns, workers) if spec["parts"] else None for spec in sections)
   if reward is None:
     raise ConfigError("reward.parts is empty: nothing says how good an answer is")
+  if config.objective.advantage == "max_rl":
+    _check_not_negative(reward)
   return reward, other
+
+
+def _check_not_negative(reward: Reward) -> None:
+  """Raises ConfigError where a total may be below 0."""
+  low = [part for part in reward.parts if not part.gate and part.weight * part.within[0] < 0]
+  low += [part for part in reward.parts if not part.gate and part.weight < 0 < part.within[1]]
+  if not low:
+    return
+  name, (least, most) = low[0].name, low[0].within
+  range_of = (
+    f"its scores lie within {least:g} and {most:g}"
+    if math.isfinite(least)
+    else f"nothing says that its scores are from 0 on; write --config.reward.ranges=\"{{'{name}': (0, 1)}}\""
+  )
+  raise ConfigError(
+    f"objective.advantage=max_rl divides by the mean reward, which {name} may make negative: {range_of}"
+  )
 
 
 def of(spec: Mapping[str, Any], columns: Collection[str], workers: Workers | None = None) -> Reward:

@@ -57,7 +57,9 @@ class Updates:
       told["reward_kl_penalty"] = float(divergences[~np.isnan(rewards)].mean())
       rewards = rewards - o.kl_in_reward * divergences
     advantages = advantage.named(self.config.objective.advantage, jnp.asarray(rewards))
-    examples = [self._example(group, a) for group, a in zip(groups, np.asarray(advantages))]
+    for group, of_group in zip(groups, np.asarray(advantages)):
+      group.advantages = of_group
+    examples = [self._example(group, np.asarray(group.advantages)) for group in groups]
     orders = [np.arange(len(examples))]
     for turn in range(1, o.passes):
       random = np.random.default_rng((self.config.seed, number, turn))

@@ -43,7 +43,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     "--right",
     type=float,
     metavar="SCORE",
-    help="from which on an answer is right; default the highest score that the reward can give",
+    help="from which on an answer is right; default the highest score there is, forms and lengths left out",
   )
   parser.add_argument("--limit", type=int, default=0, help="prompts, drawn; 0 for all")
   parser.add_argument("--temperature", type=float, default=1.0)

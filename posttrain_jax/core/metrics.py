@@ -69,6 +69,36 @@ class SampleShare(Moments):
     return float(np.float64(self.total) ** 2 / (np.float64(self.squares) * self.count or np.inf))
 
 
+@struct.dataclass
+class Extreme:
+  """The largest of some values, or with sign -1 the least; two of them add to that of both."""
+
+  value: Array  # times sign
+  count: Array
+  sign: Array
+
+  def __add__(self, other: Extreme) -> Extreme:
+    # zeros that something is added to hold no values
+    here, there = (jnp.where(one.count > 0, one.value, -jnp.inf) for one in (self, other))
+    sign = jnp.where(self.count > 0, self.sign, other.sign)
+    return Extreme(jnp.maximum(here, there), self.count + other.count, sign)
+
+
+def largest(values: Array, mask: Array) -> Extreme:
+  """The largest of values where mask is True."""
+  return _extreme(values, mask, 1.0)
+
+
+def least(values: Array, mask: Array) -> Extreme:
+  """The least of values where mask is True."""
+  return _extreme(values, mask, -1.0)
+
+
+def _extreme(values: Array, mask: Array, sign: float) -> Extreme:
+  signed = jnp.where(mask, sign * values.astype(jnp.float32), -jnp.inf)
+  return Extreme(jnp.max(signed), jnp.sum(mask.astype(jnp.float32)), jnp.asarray(sign))
+
+
 def deviation(values: Array, mask: Array) -> Moments:
   """The standard deviation of values where mask is True, dividing by n."""
   return Moments(*_moments(values, mask))
@@ -127,6 +157,8 @@ def _number(value: Any) -> float | None:
   if isinstance(value, Difference):
     left, right = _number(value.left), _number(value.right)
     return None if left is None or right is None else left - right
+  if isinstance(value, Extreme):
+    return float(value.value * value.sign) if value.count > 0 else None
   if isinstance(value, Moments):
     return value.read() if value.count > 0 else None
   if isinstance(value, Mean):

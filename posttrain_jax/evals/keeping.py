@@ -6,10 +6,13 @@ import dataclasses
 import math
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from posttrain_jax.evals.samples import Sample
 from posttrain_jax.rewards import reward as rewards
+from posttrain_jax.rewards.reward import Scored
+
+Right = Callable[[Scored], bool]
 
 BEST, ALL_RIGHT, ALL, TOP, ABOVE = "best", "all_right", "all", "top", "above"
 RULES = f"{BEST}, {ALL_RIGHT}, {ALL}, {TOP}:K or {ABOVE}:X"
@@ -64,14 +67,14 @@ class Kept:
   left_out: Counter[str]
 
 
-def kept(keep: Keep, samples: Sequence[Sample], right: float | None) -> Kept:
+def kept(keep: Keep, samples: Sequence[Sample], right: Right | None) -> Kept:
   """Of one prompt's answers those that a rule keeps; of equal ones the first.
 
   Only `all` keeps answers that were cut or have no score: there is no end to be learned from the one, and nothing is
   known of the other.
 
   Args:
-    right: the score from which on an answer is right.
+    right: whether an answer that has a score is right; None where nothing says so.
   """
   left_out: Counter[str] = Counter()
   fit = []
@@ -100,7 +103,7 @@ def _unfit(keep: Keep, sample: Sample, seen: set[tuple[int, ...]]) -> str:
   return MISSING if keep.rule != ALL and sample.score is None else ""
 
 
-def _ruled(keep: Keep, samples: Sequence[Sample], right: float | None) -> list[Sample]:
+def _ruled(keep: Keep, samples: Sequence[Sample], right: Right | None) -> list[Sample]:
   """What the rule keeps, the best first."""
   value = lambda sample: -math.inf if sample.score is None else sample.score
   best = sorted(samples, key=value, reverse=True)  # stable: of equal ones the first
@@ -116,8 +119,13 @@ def _ruled(keep: Keep, samples: Sequence[Sample], right: float | None) -> list[S
   return best
 
 
-def is_right(sample: Sample, right: float | None) -> bool:
-  return right is not None and sample.score is not None and sample.score >= right
+def is_right(sample: Sample, right: Right | None) -> bool:
+  return right is not None and sample.score is not None and right(sample.scored)
+
+
+def from_on(score: float) -> Right:
+  """A total of at least that."""
+  return lambda scored: scored.total.value is not None and scored.total.value >= score
 
 
 def pass_at(k: int, count: int, right: int) -> float:
@@ -170,7 +178,7 @@ class Summary:
 
 
 def summary(
-  groups: Sequence[Sequence[Sample]], some: Sequence[Kept], right: float | None
+  groups: Sequence[Sequence[Sample]], some: Sequence[Kept], right: Right | None
 ) -> Summary:
   """What the answers to each prompt came to, and what is kept of them."""
   every = [sample for group in groups for sample in group]
@@ -185,7 +193,7 @@ def summary(
     answers=len(every),
     scored=len(scores),
     mean=statistics.fmean(scores) if scores else None,
-    passes={} if right is None else _passes(counts, max(map(len, groups), default=0)),
+    passes={} if right is None else passes(counts, _powers(max(map(len, groups), default=0))),
     none_right=0 if right is None else sum(n > 0 and not c for n, c in counts),
     unscored=sum(not n for n, _ in counts),
     missing=dict(_missing(every).most_common()),
@@ -194,15 +202,19 @@ def summary(
   )
 
 
-def _passes(counts: Sequence[tuple[int, int]], most: int) -> dict[int, float]:
-  """pass@1, at the powers of two, and of all answers."""
-  wanted = sorted({*(2**i for i in range(most.bit_length()) if 2**i < most), most} - {0})
-  passes = {}
+def _powers(most: int) -> list[int]:
+  """1, the powers of two, and the most."""
+  return sorted({*(2**i for i in range(most.bit_length()) if 2**i < most), most} - {0})
+
+
+def passes(counts: Sequence[tuple[int, int]], wanted: Sequence[int]) -> dict[int, float]:
+  """{k: pass@k} of prompts with (scored answers, right ones), each over those that have k scored answers."""
+  told = {}
   for k in wanted:
     values = [pass_at(k, n, c) for n, c in counts if n >= k]
     if values:
-      passes[k] = statistics.fmean(values)
-  return passes
+      told[k] = statistics.fmean(values)
+  return told
 
 
 def _missing(samples: Sequence[Sample]) -> Counter[tuple[str, str]]:

@@ -10,6 +10,7 @@ from typing import Any
 from posttrain_jax import settings
 
 LOWER, HIGHER, NEITHER = "lower", "higher", ""
+DEAD = "Groups that agree"  # a panel
 EVAL = "eval_"
 LONGEST = 32  # characters of a name that comes from data
 
@@ -169,6 +170,13 @@ DISTANCE = Group(
       "KL to the reference",
     ),
     Metric(
+      "kl_to_old",
+      "to who wrote",
+      NEITHER,
+      "How far the policy has gone since it wrote the batch, nats per answer token; 0 on the first update.",
+      "KL to who wrote the answers",
+    ),
+    Metric(
       "reward_kl_penalty",
       "taken off the reward",
       NEITHER,
@@ -312,7 +320,21 @@ WRITTEN = Group(
     Metric(
       "completions/min_length", "shortest", NEITHER, "Tokens of the shortest answer.", "Lengths"
     ),
-    Metric("frac_groups_*", "", LOWER, "Share of groups whose answers agree.", "Groups that agree"),
+    Metric("frac_groups_dead", "all", LOWER, "Share of groups whose answers agree.", DEAD),
+    Metric(
+      "frac_groups_all_worst",
+      "on the lowest",
+      LOWER,
+      "Share of groups whose answers all have the lowest outcome there is, 0 where it has no bound.",
+      DEAD,
+    ),
+    Metric(
+      "frac_groups_all_best",
+      "on the highest",
+      NEITHER,
+      "Share of groups whose answers all have the highest outcome there is, 1 where it has no bound.",
+      DEAD,
+    ),
     Metric(
       "dynamic_sampling/rounds",
       "rounds",
@@ -323,18 +345,25 @@ WRITTEN = Group(
     Metric(
       "dynamic_sampling/kept", "groups used", HIGHER, "Of all that were written.", "Groups used"
     ),
-    Metric("timing_share/*", "", NEITHER, "Share of the time of a written batch.", "Time"),
+    Metric(
+      "timing_share/*",
+      "",
+      NEITHER,
+      "Share of the time from one written batch to the next; updating is all but writing and scoring.",
+      "Time",
+    ),
     Metric(
       "timing_s/*",
       "",
       NEITHER,
-      "Seconds a written batch; of scoring, those after the last answer was written.",
+      "Seconds from one written batch to the next; of scoring, those after the last answer was written; updating is"
+      " the rest.",
       "Seconds",
     ),
   ),
-  "Groups that agree on 0: the prompts are too hard, answers are cut, or the verifier says no to everything. On 1: too"
-  " easy, there is nothing left to learn. Many cut answers: raise online.max_new_tokens, or let the reward have the"
-  " part length; an answer that is cut is seldom right.",
+  "Groups that agree on the lowest outcome: the prompts are too hard, answers are cut, or the verifier says no to"
+  " everything. On the highest: too easy, there is nothing left to learn. Many cut answers: raise"
+  " online.max_new_tokens, or let the reward have the part length; an answer that is cut is seldom right.",
 )
 SAMPLER = Group(
   "Sampler and trainer",
@@ -383,7 +412,8 @@ SAMPLER = Group(
       "rollout_corr/rollout_*",
       "",
       NEITHER,
-      "Of the weights that correct for the sampler: mean before the bounds, deviation, shares beyond.",
+      "Of the weights that correct for the sampler: mean, largest and least before the bounds, deviation, shares"
+      " beyond.",
       "Importance weights",
     ),
   ),

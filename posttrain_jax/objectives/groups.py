@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -30,6 +31,7 @@ from posttrain_jax.objectives.rows import spans
 Array = jax.Array
 stop = jax.lax.stop_gradient
 POLICY_LOSSES = ("reinforce", "ppo", "gspo", "rloo", "cispo", "dppo_tv", "dppo_kl")
+START = 1e-3  # nats a token, of a KL: rounding gives 0.0002 in bfloat16
 AGGREGATIONS = ("token_mean", "sequence_mean", "constant_length", "sequence_sum", "prompt_mean")
 
 
@@ -59,6 +61,8 @@ class Grouped(Scorer):
   importance_high: float = 2.0
   importance_low: float = 0.0
   importance_outside: str = "truncate"  # what lies beyond a bound is moved there, or masked
+  starts_there: bool = False  # the first step is taken where the policy is its reference
+  trains_as_it_scores: bool = True  # without dropout, and with one attention
 
   def __post_init__(self) -> None:
     for field, value, known in (
@@ -76,6 +80,16 @@ class Grouped(Scorer):
         "kl_estimator='k1': its gradient in a loss is zero on average, so that it would hold nothing back; write k2"
         " (the reverse KL's gradient) or k3 (the forward KL's), or take it off the reward (online.kl_in_reward)"
       )
+    if self.loss_name == "reinforce" and self.old != "policy":
+      raise ValueError(
+        "loss='reinforce' has no ratio to who wrote the answers and takes them for the policy's own, so that a batch is"
+        " good for one update: write online.minibatches=1 and online.passes=1, or a loss with a ratio, as cispo"
+      )
+    if self.loss_name == "gspo" and self.aggregation in ("token_mean", "prompt_mean"):
+      raise ValueError(
+        f"aggregation={self.aggregation!r}: the loss of gspo is one an answer, which would count by its tokens; write"
+        " sequence_mean, where every answer counts alike, or sequence_sum, where one counts by its length (LUSPO)"
+      )
     if self.importance != "none" and self.importance_outside == "mask" and not self.importance_low:
       raise ValueError(
         "importance_outside='mask' with importance_low=0 masks on one side alone: write a lower bound, as 0.5 (IcePop"
@@ -85,6 +99,23 @@ class Grouped(Scorer):
   @property
   def needs_reference(self) -> bool:
     return self.kl_weight > 0 or self.old == "reference" or self.kl_in_reward > 0
+
+  def check_start(self, metrics: Mapping[str, float]) -> None:
+    """Before the first update every ratio to who wrote the answers is 1, and there is no KL to where the run began."""
+    length = max(metrics.get("completions/mean_length", 1.0), 1.0)
+    apart: dict[str, tuple[str, float]] = {}
+    if self.trains_as_it_scores:
+      apart["kl_to_old"] = ("who wrote the answers", metrics.get("kl_to_old", 0.0))
+    if self.starts_there:
+      penalty = metrics.get("reward_kl_penalty", 0.0) / length
+      apart["kl"] = ("the reference", metrics.get("kl", 0.0))
+      apart["reward_kl_penalty"] = ("the reference", penalty)
+    for name, (whom, value) in apart.items():
+      if not abs(value) <= START:
+        raise ValueError(
+          f"before any training the policy is {value:.3g} nats a token from {whom} ({name}), where rounding explains"
+          f" {START:g}: they are not of the same model, or do not compute it alike"
+        )
 
   def totals(
     self,
@@ -117,6 +148,8 @@ class Grouped(Scorer):
       old_logps = jnp.where(at.mask, batch["old_logps"], 0.0)
     losses, stats = self._surrogate(logps, old_logps, at.per_token(batch["advantage"]), at)
     metrics: Metrics = {}
+    if self.old == "batch":
+      metrics["kl_to_old"] = metrics_lib.mean(stop(kl.k3(old_logps, logps, at.mask)), at.mask)
     if online:
       sampling = jnp.where(at.mask, following(batch["sampling_logps"]), 0.0)
       losses, told = self._corrected(losses, old_logps, sampling, at)
@@ -155,6 +188,8 @@ class Grouped(Scorer):
     above, below = free > high, free < low
     told = {
       "is_mean": metrics_lib.mean(free, at.mask),
+      "is_max": metrics_lib.largest(free, at.mask),
+      "is_min": metrics_lib.least(free, at.mask),
       "is_std": metrics_lib.deviation(weights, at.mask),
       "is_eff_sample_size": metrics_lib.sample_share(weights, at.mask),
       "is_ratio_fraction_high": metrics_lib.mean(above, at.mask),

@@ -9,7 +9,7 @@ from typing import Self
 
 from posttrain_jax.rewards.ledger import Ledger
 from posttrain_jax.rewards.reward import Result, Reward, together
-from posttrain_jax.rewards.verifier import Answer
+from posttrain_jax.rewards.verifier import OUTSIDE, Answer, TrainerState
 
 GROUPS = 16  # at most, of a call: what it gave is kept when all of it is there
 
@@ -20,9 +20,16 @@ class Overlapped:
   A reward that compares answers, or is given them as a list, is asked once, when all are there.
   """
 
-  def __init__(self, reward: Reward, ledger: Ledger | None = None, identity: str = "") -> None:
+  def __init__(
+    self,
+    reward: Reward,
+    ledger: Ledger | None = None,
+    identity: str = "",
+    trainer_state: TrainerState = OUTSIDE,
+  ) -> None:
     """ledger: knows what was scored before under this identity, and is told what is scored now."""
     self._reward, self._ledger, self._identity = reward, ledger, identity
+    self._trainer_state = trainer_state
     self._waiting: collections.deque[tuple[int, Sequence[Answer]]] = collections.deque()
     self._scored: list[tuple[list[int], Result]] = []  # (the number of each answer's group, ...)
     self._thread = futures.ThreadPoolExecutor(1)
@@ -63,7 +70,10 @@ class Overlapped:
     groups = {number: answers for number, answers in groups.items() if number not in known}
     if not groups:
       return
-    result = self._reward.score([answer for answers in groups.values() for answer in answers])
+    result = self._reward.score(
+      [answer for answers in groups.values() for answer in answers],
+      trainer_state=self._trainer_state,
+    )
     if self._ledger is not None:
       self._ledger.put(self._identity, groups, result)
     self._scored.append(([number for number, answers in groups.items() for _ in answers], result))

@@ -12,14 +12,25 @@ import math
 import re
 import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from posttrain_jax.rewards import score
 from posttrain_jax.rewards.judge import Judge
 from posttrain_jax.rewards.score import Score
-from posttrain_jax.rewards.verifier import Answer, Batch, Context, Known, Verifier, called
+from posttrain_jax.rewards.verifier import (
+  OUTSIDE,
+  Answer,
+  Batch,
+  Context,
+  Known,
+  Verifier,
+  called,
+)
 from posttrain_jax.rewards.workers import Apart
+
+TOTAL = "total"  # the outcome that is the reward itself
+ROUNDING = 1e-6  # of a total, in whatever order its terms were added
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +38,8 @@ class Part:
   """verifier: a function (prompt, completion, example), or a `Batch`.  range: what is outside of it is missing.
 
   known: answers of which is known whether they are right, for `selftest`.
-  untested: it does not ask whether an answer is right, so that rows of the data cannot try it.
+  untested: it does not ask whether an answer is right (a form, a length), so that rows of the data cannot try it, and
+  that it is no part of the outcome.
   """
 
   name: str
@@ -130,18 +142,66 @@ class Reward:
     self.parts, self.retries = tuple(parts), retries
 
   @property
-  def most(self) -> float | None:
-    """The highest total that there is; None where a part has no bound."""
-    ends = [(p.weight * p.within[0], p.weight * p.within[1]) for p in self.parts if not p.gate]
-    total = sum(max(low, high) for low, high in ends)
-    return total if math.isfinite(total) else None
+  def names(self) -> tuple[str, ...]:
+    return tuple(part.name for part in self.parts)
+
+  def bounds(self, applying: Collection[str] | None = None) -> tuple[float, float]:
+    """The lowest and the highest total that there are; infinite where a part has no bound.
+
+    Args:
+      applying: names of the parts that apply; None: all.
+    """
+    there = [p for p in self.parts if applying is None or p.name in applying]
+    ends = [sorted(p.weight * end for end in p.within) for p in there if not p.gate and p.weight]
+    low, high = sum(ends[0] for ends in ends), sum(ends[1] for ends in ends)
+    gates = [p.within for p in there if p.gate]
+    if low > 0:
+      low *= math.prod(least for least, _ in gates)
+    if high > 0:
+      high *= math.prod(most for _, most in gates)
+    return float(low), float(high)
+
+  def bounds_of(self, scored: Scored) -> tuple[float, float]:
+    """`bounds` of an answer to its row, to which some parts may not apply."""
+    return self.bounds([name for name, given in scored.parts.items() if given.applies])
+
+  @property
+  def has_most(self) -> bool:
+    """Whether there is a highest total, so that it can be said which answers are right."""
+    return math.isfinite(self.bounds()[1])
+
+  def outcome(self, name: str = "") -> Reward:
+    """What says whether an answer is right, of the parts of this reward and of its scores.
+
+    Args:
+      name: of a part, whose score alone is the outcome; TOTAL for what is trained on; "" for the total without the
+        parts that do not ask whether an answer is right (`Part.untested`), where others are left.
+    """
+    if name == TOTAL:
+      return self
+    if name:
+      (part,) = [p for p in self.parts if p.name == name]
+      return Reward([dataclasses.replace(part, weight=1.0, gate=False, range=part.within)])
+    asking = [p for p in self.parts if p.gate or (p.weight and not p.untested)]
+    return self if all(p.gate for p in asking) else Reward(asking)
+
+  def value(self, scored: Scored) -> float | None:
+    """The total by these parts of an answer that was scored by these and perhaps others; None where it has none."""
+    if scored.total.is_missing:
+      return None
+    return self._total(scored.parts).total.value
+
+  def is_right(self, scored: Scored) -> bool:
+    """Whether an answer has the highest total that there is for its row."""
+    value, (_, most) = self.value(scored), self.bounds_of(scored)
+    return value is not None and math.isfinite(most) and value >= most - ROUNDING * abs(most)
 
   @property
   def is_per_answer(self) -> bool:
     """Whether each answer is judged alone, so that some can be scored while others are not there yet."""
     return all(callable(p.verifier) or isinstance(p.verifier, Apart | Judge) for p in self.parts)
 
-  def score(self, answers: Sequence[Answer], *, trainer_state: Any = None) -> Result:
+  def score(self, answers: Sequence[Answer], *, trainer_state: Any = OUTSIDE) -> Result:
     """Each answer's total and parts, in order.
 
     Args:

@@ -37,7 +37,8 @@ class BuiltIn:
   reads: other columns: a row has all of one of these tuples; () for none.
   apart: it runs in a worker process, since somebody else's code decides how long it takes.
   seconds: of one call there, where the reward does not say.
-  untested: it does not ask whether an answer is right, so that rows cannot try it.
+  untested: it does not ask whether an answer is right, so that rows cannot try it, and that it is no part of the
+  outcome.
   """
 
   make: Callable[..., Any]
@@ -123,13 +124,20 @@ VERIFIERS: Mapping[str, BuiltIn] = {
     expressions.verifier, "the last expression equals the expected one", apart=True
   ),
   "json": BuiltIn(_json, "the answer is JSON of the expected value"),
-  "is_json": BuiltIn(Json, "the answer is JSON"),
+  "is_json": BuiltIn(Json, "the answer is JSON", untested=True),
   "schema": BuiltIn(
     Schema, "the answer is JSON that a JSON Schema describes", apart=True, untested=True
   ),
   "regex": BuiltIn(Regex, "a regular expression matches", untested=True),
-  "tags": BuiltIn(_tags, "the answer is tags in their order, each once, and nothing else"),
-  "length": BuiltIn(SoftOverlong, "DAPO's penalty of long answers, in tokens", range=(-1.0, 0.0)),
+  "tags": BuiltIn(
+    _tags, "the answer is tags in their order, each once, and nothing else", untested=True
+  ),
+  "length": BuiltIn(
+    SoftOverlong,
+    "DAPO's penalty of long answers, in tokens",
+    range=(-1.0, 0.0),
+    untested=True,
+  ),
   "gym": BuiltIn(_gym, "what reasoning-gym says", reads=((gym.COLUMN,),), apart=True),
   "sql": BuiltIn(_sql, "the query returns what the expected one returns", apart=True),
   "python": BuiltIn(

@@ -16,7 +16,7 @@ from typing import Any
 
 from posttrain_jax.rewards import score
 from posttrain_jax.rewards.score import Score
-from posttrain_jax.rewards.verifier import Answer, Context, raised
+from posttrain_jax.rewards.verifier import OUTSIDE, Answer, Context, raised
 from posttrain_jax.rewards.workers import SECONDS, Failed, Workers
 
 GIVEN = ("prompts", "completions", "completion_ids")
@@ -99,7 +99,7 @@ class Call:
 
   function: Callable[..., Any]
 
-  def __call__(self, answers: Sequence[Answer], trainer_state: Any = None) -> dict[str, Any]:
+  def __call__(self, answers: Sequence[Answer], trainer_state: Any = OUTSIDE) -> dict[str, Any]:
     columns: dict[str, list[Any]] = {}
     metrics: dict[str, list[float]] = {}
     helpers = {

@@ -44,6 +44,21 @@ class Answer:
 Verifier = Callable[[Prompt, str, Mapping[str, Any]], Any]
 
 
+@dataclasses.dataclass(frozen=True)
+class TrainerState:
+  """Where a run stands, under the names of Transformers' TrainerState, for TRL's functions.
+
+  global_step: updates taken so far, of max_steps.  epoch: passes over the prompts.
+  """
+
+  global_step: int = 0
+  max_steps: int = 0
+  epoch: float = 0.0
+
+
+OUTSIDE = TrainerState()  # of what is scored outside of a run, or before it
+
+
 @dataclasses.dataclass
 class Context:
   """What a batch is scored in: what functions are told of the run, and what they log beside their scores.
@@ -51,8 +66,7 @@ class Context:
   columns: of the table of answers, {column: {place of the answer: value}}.
   """
 
-  trainer_state: Any = None
-
+  trainer_state: Any = OUTSIDE
   columns: dict[str, dict[int, Any]] = dataclasses.field(default_factory=dict)
   metrics: dict[str, list[float]] = dataclasses.field(default_factory=dict)
 

@@ -1,8 +1,8 @@
-"""What a policy wrote while it learned, in its run's folder: a table a batch, and a journal of the batch under way.
+"""What a policy wrote while it learned, in its run's folder: a table and a journal a batch.
 
-`completions/completions_00012.parquet` has a row an answer.  The journal keeps each answer as soon as it is whole, so
-that a run that is killed while it writes does not write those again.  `scores_00012.jsonl` has what scoring gave, for
-as long as the run may go back to a checkpoint before that batch.
+`completions/completions_00012.parquet` has a row an answer.  The journal `answers_00012.jsonl` keeps each answer as
+soon as it is whole and `scores_00012.jsonl` what scoring gave, for as long as the run may go back to a checkpoint
+before that batch: what was written or scored before a kill is not again.
 """
 
 from __future__ import annotations
@@ -35,8 +35,20 @@ def write(folder: Path | None, number: int, rows: Sequence[Mapping[str, Any]]) -
   path = table(folder, number)
   path.parent.mkdir(parents=True, exist_ok=True)
   with files.beside(path) as scratch:
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), scratch / "table.parquet")
+    names = dict.fromkeys(name for row in rows for name in row)
+    columns = {name: _column([row.get(name) for row in rows]) for name in names}
+    pyarrow.parquet.write_table(pyarrow.table(columns), scratch / "table.parquet")
     (scratch / "table.parquet").replace(path)
+
+
+def _column(values: Sequence[Any]) -> Any:
+  """As an array; values that are of no one type, as a user's function may log them, as texts."""
+  import pyarrow
+
+  try:
+    return pyarrow.array(values)
+  except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, pyarrow.ArrowNotImplementedError):
+    return pyarrow.array([None if value is None else str(value) for value in values])
 
 
 def numbers(folder: Path) -> list[int]:
@@ -98,21 +110,22 @@ def arrays(folder: Path, number: int) -> list[dict[str, Any]]:
 
 
 class Journal:
-  """The answers of the batch under way, by (number of the prompt, sample).
+  """The answers of a batch, by (number of the prompt, sample).
 
   writer: names what an answer depends on, the weights above all; those of another writer are dropped.
+  last: how many batches before it keep theirs, as a run may go back to them; None: all.
   """
 
-  def __init__(self, folder: Path | None, number: int, writer: str) -> None:
+  def __init__(
+    self, folder: Path | None, number: int, writer: str, *, last: int | None = None
+  ) -> None:
     self._answers: dict[tuple[int, int], dict[str, Any]] = {}
     self._file = None
     if folder is None:
       return
-    self._path = folder / FOLDER / f"under_way_{number:05d}.jsonl"
+    self._path = folder / FOLDER / f"answers_{number:05d}.jsonl"
     self._path.parent.mkdir(parents=True, exist_ok=True)
-    for old in self._path.parent.glob("under_way_*.jsonl"):
-      if old != self._path:
-        old.unlink()
+    _forget(self._path, last)
     began = json.dumps({"writer": writer}) + "\n"
     if self._path.exists() and self._path.read_bytes().startswith(began.encode()):
       self._read(len(began.encode()))
@@ -167,10 +180,8 @@ class Journal:
     self._file.flush()
 
   def close(self) -> None:
-    """The batch is whole; its table has the answers."""
     if self._file is not None:
       self._file.close()
-      self._path.unlink()
 
 
 def _text(array: np.ndarray, dtype: Any) -> str:

@@ -77,20 +77,24 @@ def _is_among(value: Any, values: tuple[Any, ...]) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-  """One of some words.
+  """One of some words.  refused: others that one may expect, and why they are none of these.
 
-  >>> Choice(("raise", "skip")).wrong("stop")
-  'known are raise, skip'
+  >>> Choice(("raise", "skip"), {"stop": "it has no end"}).wrong("stop")
+  'it has no end; known are raise, skip'
   """
 
   names: tuple[str, ...]
+  refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
   @property
   def says(self) -> str:
     return ", ".join(name or "'' (none)" for name in self.names)
 
   def wrong(self, value: Any) -> str:
-    return "" if isinstance(value, str) and value in self.names else f"known are {self.says}"
+    if isinstance(value, str) and value in self.names:
+      return ""
+    why = self.refused.get(value) if isinstance(value, str) else None
+    return f"{why}; known are {self.says}" if why else f"known are {self.says}"
 
 
 @dataclasses.dataclass(frozen=True)

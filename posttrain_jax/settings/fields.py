@@ -88,7 +88,8 @@ _REWARD: Mapping[str, Field] = {
     Table(Text("a name"), Several(Number())),
   ),
   "reward.untested": Field(
-    "verifiers that do not ask whether an answer is right, so that rows do not try them at the start",
+    "verifiers that do not ask whether an answer is right, so that rows do not try them at the start and they are no"
+    " part of the outcome",
     _NAMES,
   ),
   "reward.seconds": Field(
@@ -289,8 +290,9 @@ FIELDS: Mapping[str, Field] = {
     ("online.dynamic", bool, "true"),
   ),
   "online.outcome": Field(
-    "part of the reward whose scores say whether a group agrees; '': the total",
-    Text("a part's name", empty=True),
+    "part of the reward that says which answers are right and which groups agree; '': the total without parts that do"
+    " not ask for that, as length, tags, is_json, schema, regex and reward.untested; total: the reward itself",
+    Text("a part's name or total", empty=True),
   ),
   "online.kl_in_reward": Field(
     "weight of an answer's KL to the reference, taken off its reward before the advantage",
@@ -298,7 +300,13 @@ FIELDS: Mapping[str, Field] = {
   ),
   "online.kl_in_reward_estimator": Field(
     "of that KL, summed over the answer's tokens",
-    Choice(("k1", "k3")),
+    Choice(
+      ("k1", "k3"),
+      {
+        "k2": "k2 is of the KL's gradient in a loss (objective.kl_estimator); as a value it is biased, and in a reward"
+        " its value is what counts"
+      },
+    ),
     ("online.kl_in_reward", bool, "above 0"),
   ),
   "online.mask_cut": Field("answers that max_new_tokens cut teach nothing", Flag()),

@@ -382,7 +382,7 @@ def test_a_reward_model_is_a_part_of_a_reward_by_its_folder(reward_model):
   assert "is empty" in given[3].total.reason
   in_words = reward.score([Answer("Is it so?", "no", {})]).answers[0]
   assert in_words.total.value == pytest.approx(alone, rel=1e-5)
-  assert reward.most is None
+  assert not reward.has_most
 
 
 def scores(reward_model, rows, tmp_path):
