@@ -65,6 +65,8 @@ class Online:
     self.config, self.model, self.prompts, self.say = config, model, data.examples, say
     columns = dict.fromkeys(name for prompt in self.prompts for name in prompt.row)
     self.reward, self.holdout = scoring.make(config, list(columns))
+    if config.objective.advantage == "max_rl":
+      scoring.check_not_negative(self.reward)
     self.outcome = self.reward.outcome(config.online.outcome)
     self._identities = [scoring.identity(settings.plain(config[name])) for name in SECTIONS]
     self.writer = Writer(config, model, self.prompts)

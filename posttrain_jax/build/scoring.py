@@ -38,12 +38,10 @@ def make(
   reward, other = (of(spec, columns, workers) if spec["parts"] else None for spec in sections)
   if reward is None:
     raise ConfigError("reward.parts is empty: nothing says how good an answer is")
-  if config.objective.advantage == "max_rl":
-    _check_not_negative(reward)
   return reward, other
 
 
-def _check_not_negative(reward: Reward) -> None:
+def check_not_negative(reward: Reward) -> None:
   """Raises ConfigError where a total may be below 0."""
   low = [part for part in reward.parts if not part.gate and part.weight * part.within[0] < 0]
   low += [part for part in reward.parts if not part.gate and part.weight < 0 < part.within[1]]

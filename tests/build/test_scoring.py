@@ -90,3 +90,17 @@ def test_scores_go_by_the_fields_of_their_section_and_by_its_files(tmp_path):
     seen.add(scoring.identity(spec | changes))
   assert len(seen) == 4
   assert scoring.identity(spec | {"retries": 2}) in seen
+
+
+@pytest.mark.parametrize(
+  ("spec", "message"),
+  [
+    ({"parts": "number,length", "options": {"length": {"longest": 9, "soft": 2}}}, "length may"),
+    ({"parts": "number,exact", "weights": (1.0, -0.5)}, "exact may make negative"),
+    ({"parts": "judge", "options": {"judge": {"url": "http://x", "model": "m"}}}, "ranges="),
+  ],
+)
+def test_a_mean_that_is_divided_by_is_of_no_reward_below_0(spec, message):
+  with pytest.raises(ConfigError, match=message):
+    scoring.check_not_negative(scoring.of(spec, ["gold"]))
+  scoring.check_not_negative(scoring.of({"parts": "number", "gates": "tags"}, ["gold"]))

@@ -25,7 +25,7 @@ def test_pass_at_k_is_the_mean_over_all_ways_to_draw_k(count, right, k):
 
 def test_missing_scores_are_in_no_mean():
   groups = [[sample(0, 1.0), sample(1, None)], [sample(0, 0.0), sample(1, 1.0)]]
-  told = keeping.summary(groups, [], 1.0)
+  told = keeping.summary(groups, [], keeping.from_on(1.0))
   assert told.passes == {1: 0.75, 2: 1.0}  # two answers of the first prompt are not known
   assert (told.scored, told.mean) == (3, pytest.approx(2 / 3))
   assert told.missing == {("part", "no idea"): 1}
@@ -52,10 +52,10 @@ def test_rules(rule, kept):
     sample(6, 3.0, text=" "),
     sample(7, 1.0, tokens=[1]),
   ]
-  result = keeping.kept(keeping.parse(rule), group, 1.0)
+  result = keeping.kept(keeping.parse(rule), group, keeping.from_on(1.0))
   assert [s.drawn.sample for s in result.samples] == kept
   assert result.left_out.total() == len(group) - len(kept)
-  few = keeping.kept(keeping.parse(rule, 1), group, 1.0)
+  few = keeping.kept(keeping.parse(rule, 1), group, keeping.from_on(1.0))
   assert len(few.samples) == 1
   assert few.samples[0].drawn.sample == (5 if rule == "all" else 1)  # the best
 

@@ -92,7 +92,11 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
   **{name: (Preference, options, pairs) for name, options in PAIRS.items()},
   "kto": (Labelled, dict(undesirable_weight=1.3), labels),
   "grpo": (Grouped, dict(aggregation="sequence_mean", old="reference", kl_weight=0.1), scored),
-  "gspo": (Grouped, dict(loss_name="gspo", old="reference", epsilon=0.5), scored),
+  "gspo": (
+    Grouped,
+    dict(loss_name="gspo", aggregation="sequence_mean", old="reference", epsilon=0.5),
+    scored,
+  ),
   "rloo": (Grouped, dict(loss_name="rloo", old="reference", epsilon=0.5), scored),
   "dppo": (
     Grouped,

@@ -1,12 +1,14 @@
 """Groups of scored answers: what a loss of them tells, and when there is nothing to learn."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from posttrain_jax.core import metrics as metrics_lib
 from posttrain_jax.core.metrics import read
 from posttrain_jax.objectives import Context, Grouped, Scorer, evaluation
 from tests import tiny
@@ -62,6 +64,7 @@ def test_what_is_told_of_groups(loss, monkeypatch):
   flat = {"score": unscored, "deviation": (0.0,) * last.count}
   examples[-1] = dataclasses.replace(last, values={**last.values, **flat})
   options = dict(epsilon=0.05, epsilon_high=0.1)
+  options |= {"aggregation": "sequence_mean"} if loss == "gspo" else {}
   objective = Grouped(tiny.config(), loss_name=loss, old="reference", kl_weight=0.3, **options)
   metrics, given = told(objective, examples)
   values, log_ratios, alone = known(examples)
@@ -147,6 +150,8 @@ def test_what_is_told_of_a_sampler_that_is_another(level, monkeypatch):
     "chi2_token": (np.exp(2 * u) - 1).mean(),
     "chi2_seq": (np.exp(2 * total) - 1).mean(),
     "rollout_is_mean": free.mean(),
+    "rollout_is_max": free.max(),
+    "rollout_is_min": free.min(),
     "rollout_is_std": used.std(),
     "rollout_is_eff_sample_size": used.mean() ** 2 / (used**2).mean(),
     "rollout_is_ratio_fraction_high": (free > high).mean(),
@@ -168,8 +173,42 @@ def test_what_is_told_of_a_sampler_that_is_another(level, monkeypatch):
     (dict(importance="token", importance_outside="mask"), "masks on one side alone"),
     (dict(kl_estimator="k4"), "known are k1, k2, k3"),
     (dict(aggregation="mean"), "prompt_mean"),
+    (dict(loss_name="gspo", aggregation="token_mean"), "which would count by its tokens"),
+    (dict(loss_name="gspo", aggregation="prompt_mean"), "which would count by its tokens"),
+    (dict(loss_name="reinforce", old="batch"), "a batch is good for one update"),
+    (dict(loss_name="reinforce", old="reference"), "has no ratio to who wrote"),
   ],
 )
 def test_what_means_nothing_is_refused(fields, message):
   with pytest.raises(ValueError, match=message):
     Grouped(tiny.config(), **fields)
+
+
+@pytest.mark.parametrize(
+  ("values", "message"),
+  [
+    ({"kl": 0.107}, "0.107 nats a token from the reference"),
+    ({"reward_kl_penalty": 4.0, "completions/mean_length": 8.0}, "0.5 nats a token from the ref"),
+    ({"kl_to_old": float("nan")}, "from who wrote the answers"),
+  ],
+)
+def test_a_first_step_that_is_not_taken_where_it_should_be_is_refused(values, message):
+  """A reference of other weights, or old log-probabilities that are computed otherwise."""
+  at_start = Grouped(tiny.config(), starts_there=True)
+  with pytest.raises(ValueError, match=message):
+    at_start.check_start(values)
+  at_start.check_start({**dict.fromkeys(values, 1e-4), "loss": 3.0})
+  goes_on = Grouped(tiny.config(), starts_there=False, trains_as_it_scores=False)
+  goes_on.check_start(values)
+
+
+def test_extremes_are_of_all_micro_batches():
+  """Also where the first of them, or what they are added to, has none."""
+  values, mask = jnp.asarray([3.0, -2.0, 9.0]), jnp.asarray([True, True, False])
+  for of, wanted in ((metrics_lib.largest, 3.0), (metrics_lib.least, -2.0)):
+    one = {"x": of(values, mask)}
+    nothing = {"x": of(values, jnp.zeros(3, bool))}
+    zeros = metrics_lib.zeros_like(one)
+    for several in ((zeros, one), (zeros, nothing, one), (one, nothing), (nothing, one)):
+      assert metrics_lib.read(functools.reduce(metrics_lib.add, several)) == {"x": wanted}
+    assert metrics_lib.read(metrics_lib.add(zeros, nothing)) == {}

@@ -1,5 +1,7 @@
 """Parts, weights, gates, and scores that are missing."""
 
+import math
+
 import pytest
 
 from posttrain_jax.rewards import score
@@ -119,3 +121,65 @@ def test_a_model_scores_in_batches():
 def test_what_means_nothing_is_refused(make, message):
   with pytest.raises(ValueError, match=message):
     make()
+
+
+RIGHT = Part("right", reads("right"), range=(0, 1))
+SHORT = Part("short", reads("short"), 0.5, range=(-1, 0), untested=True)
+FREE = Part("free", reads("free"))
+LOGGED = Part("logged", reads("logged"), weight=0)
+BAD = Part("bad", reads("bad"), -2.0, range=(0, 1))
+HALF = Part("half", reads("half"), gate=True, range=(0.25, 0.5))
+
+
+@pytest.mark.parametrize(
+  ("parts", "bounds"),
+  [
+    ([RIGHT], (0, 1)),
+    ([RIGHT, SHORT], (-0.5, 1)),
+    ([RIGHT, BAD], (-2, 1)),
+    ([RIGHT, FREE], (-math.inf, math.inf)),
+    ([RIGHT, LOGGED], (0, 1)),  # what has no weight has no bound to miss
+    ([RIGHT, HALF], (0, 0.5)),
+    ([RIGHT, BAD, HALF], (-2, 0.5)),
+  ],
+)
+def test_the_bounds_of_a_total(parts, bounds):
+  assert Reward(parts).bounds() == bounds
+  assert Reward(parts).has_most == math.isfinite(bounds[1])
+
+
+@pytest.mark.parametrize(
+  ("parts", "name", "outcome"),
+  [
+    ([RIGHT, SHORT], "", ("right",)),
+    ([RIGHT, SHORT], "short", ("short",)),
+    ([RIGHT, SHORT], "total", ("right", "short")),
+    ([SHORT], "", ("short",)),  # nothing else is left
+    ([RIGHT, SHORT, G], "", ("right", "g")),  # without its gate an answer earns nothing
+    ([SHORT, G], "", ("short", "g")),
+    ([LOGGED, SHORT], "", ("logged", "short")),
+    ([LOGGED, RIGHT, SHORT], "", ("right",)),
+    ([RIGHT, G], "g", ("g",)),
+  ],
+)
+def test_the_outcome_is_what_asks_whether_an_answer_is_right(parts, name, outcome):
+  assert Reward(parts).outcome(name).names == outcome
+
+
+def test_an_answer_is_right_whatever_shapes_its_reward():
+  """By the highest outcome of its row, to which some parts may not apply; not where the reward itself is missing."""
+  other = Part("other", reads("other"), range=(0, 1))
+  reward = Reward([RIGHT, SHORT, other], retries=0)
+  apart = score.not_applicable()
+  rows = [
+    of(right=1, short=0, other=apart),
+    of(right=1, short=-0.875, other=apart),
+    of(right=0, short=0, other=apart),
+    of(right=1, short=None, other=apart),
+    of(right=1, short=0, other=1),
+    of(right=1, short=0, other=0),
+  ]
+  scored, outcome = reward.score(rows).answers, reward.outcome()
+  assert [outcome.is_right(one) for one in scored] == [True, True, False, False, True, False]
+  assert [outcome.value(one) for one in scored] == [1, 1, 0, None, 2, 1]
+  assert [reward.is_right(one) for one in scored[:2]] == [True, False]

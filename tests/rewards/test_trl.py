@@ -5,9 +5,10 @@ import math
 
 import pytest
 
-from posttrain_jax.rewards import trl
+from posttrain_jax.rewards import selftest, trl
+from posttrain_jax.rewards.overlapped import Overlapped
 from posttrain_jax.rewards.reward import Part, Reward
-from posttrain_jax.rewards.verifier import Answer
+from posttrain_jax.rewards.verifier import Answer, TrainerState
 from posttrain_jax.rewards.workers import Workers
 
 
@@ -30,6 +31,11 @@ def of_messages(prompts, completions, trainer_state, log_extra, log_metric):
   return [
     c[0]["role"] == "assistant" and p[0]["role"] == "user" for p, c in zip(prompts, completions)
   ]
+
+
+def fades(completions, trainer_state, **columns):
+  left = 1 - trainer_state.global_step / max(trainer_state.max_steps, 1)
+  return [len(completion) * left for completion in completions]
 
 
 def not_always(completions, task, **columns):
@@ -91,6 +97,18 @@ def test_functions_work_unchanged(workers, apart):
   assert values(result) == [1, 1]
   assert result.columns == {"said": ["a", "b"]}
   assert result.metrics["steps"] == 3
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["here", "in a worker"])
+def test_a_function_is_told_where_the_run_stands(workers, apart):
+  """In a run, and outside of one, as in the trial before it."""
+  reward = Reward([Part("f", trl.Function(fades, "f", workers if apart else None))], retries=0)
+  rows = [Answer("?", text, {"gold": text}) for text in ("aa", "b")]
+  assert values(reward.score(rows)) == [2, 1]
+  selftest.check(reward, rows)
+  with Overlapped(reward, trainer_state=TrainerState(3, 4)) as scores:
+    scores.put(0, rows)
+    assert values(scores.result()) == [0.5, 0.25]
 
 
 def test_an_async_function_runs_inside_of_a_loop():
