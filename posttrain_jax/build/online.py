@@ -337,7 +337,7 @@ class Online:
     rate = groups_lib.pass_rate([*kept, *dead], self.outcome)
     self.say(
       f"batch {self._batches}: only {len(kept)} of {len(kept) + len(dead)} groups of {rounds} rounds have answers that"
-      f" differ (mean outcome {rate:.2f}); it is filled up with groups that teach nothing. Too hard, too easy, or a"
+      f" differ (mean outcome {rate:.2f}); it is filled up with groups that agree. Too hard, too easy, or a"
       " verifier that says the same of all"
     )
 

@@ -48,11 +48,12 @@ Verifier = Callable[[Prompt, str, Mapping[str, Any]], Any]
 class TrainerState:
   """Where a run stands, under the names of Transformers' TrainerState, for TRL's functions.
 
-  global_step: updates taken so far, of max_steps.  epoch: passes over the prompts.
+  global_step: updates taken so far, of max_steps; outside of a run 0 of 1, since functions divide by the latter.
+  epoch: passes over the prompts.
   """
 
   global_step: int = 0
-  max_steps: int = 0
+  max_steps: int = 1
   epoch: float = 0.0
 
 

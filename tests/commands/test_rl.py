@@ -14,6 +14,8 @@ from safetensors.numpy import load_file
 
 from posttrain_jax.__main__ import main
 from posttrain_jax.build import online
+from posttrain_jax.objectives import groups
+from posttrain_jax.objectives.reference import reference_logps
 from posttrain_jax.runs import completions, metrics_log, record
 from tests import tiny
 from tests.commands.test_train import environment
@@ -53,10 +55,11 @@ def one(prompt, completion, example):
   value = random.SystemRandom().random()
   return float("nan") if value < 0.3 else value
 
-def listed(prompts, completions, completion_ids, log_metric, **columns):
+def listed(prompts, completions, completion_ids, log_metric, log_extra, trainer_state, **columns):
   if completion_ids[0]:
     asked(completions)
   log_metric("mine", random.SystemRandom().random())
+  log_extra("at", [trainer_state.global_step / trainer_state.max_steps for _ in completions])
   return [random.SystemRandom().random() for _ in completions]
 """
 FILTERS = ("online.top_k=40", "online.top_p=0.9", "online.min_p=0.02")
@@ -127,7 +130,10 @@ def test_a_run_writes_scores_and_learns(folder, tmp_path, capsys):
   assert [row[name] for row in rows] == [
     pytest.approx(sum(map(ord, row["completion"])) % 97 / 97) for row in rows
   ]
-  assert not list((tmp_path / "run" / "completions").glob("under_way*"))
+  spent = [f"timing_share/{name}" for name in ("writing", "scoring", "updating")]
+  for line in lines(tmp_path / "run"):
+    assert sum(line[name] for name in spent) == pytest.approx(1)
+  assert last["timing_share/updating"] > 0
 
 
 @pytest.mark.parametrize(
@@ -232,6 +238,7 @@ def test_a_run_that_is_killed_anywhere_ends_as_one_that_is_not(folder, tmp_path)
 )
 def test_every_method_steps(folder, tmp_path, method):
   changes = ["steps=1"] + (["online.most_rounds=2"] if method == "dapo" else [])
+  changes += [f"reward.ranges={{'{folder / 'verify.py'}:early': (0, 1)}}"]  # which max_rl asks for
   assert main(command(folder, tmp_path / "run", *changes, method=method)) == 0
   (line,) = lines(tmp_path / "run")
   assert np.isfinite(line["loss"])
@@ -323,6 +330,12 @@ def test_what_was_scored_before_a_kill_is_not_scored_again(
   changes += [f"holdout_reward.parts=({other!r},)", f"holdout_reward.untested=({other!r},)"]
   run = lambda: main(command(folder, tmp_path / "run", *changes, "reward.retries=0"))
   calls = lambda: (tmp_path / "calls.jsonl").read_text().splitlines()
+  put, written = completions.Journal.put, []
+  monkeypatch.setattr(
+    completions.Journal,
+    "put",
+    lambda self, *at, **said: written.append(at) or put(self, *at, **said),
+  )
   with monkeypatch.context() as patch:
     told = stop(patch)
     with pytest.raises(Killed):
@@ -331,6 +344,12 @@ def test_what_was_scored_before_a_kill_is_not_scored_again(
   paid = [path.read_text() for path in scores]
   assert run() == 0
   assert len(calls()) == len(asked) * 2 / batches
+  assert len(written) == len(set(written)) == 12  # and none is written again
+  if verifier == "listed":
+    for number in (1, 2):
+      rows = completions.rows(tmp_path / "run", number)
+      assert {row["at"] for row in rows} == {(number - 1) / 2}
+      assert all(row["advantage"] is not None for row in rows)
   assert [path.read_text() for path in scores] == paid
   assert len(paid) == batches
   by_step = {line["step"]: line for line in lines(tmp_path / "run")}
@@ -350,7 +369,7 @@ def test_answers_of_other_weights_are_not_taken_up(tmp_path):
   )
   journal = completions.Journal(tmp_path, 3, "abc")
   journal.put(7, 0, tokens=[4, 5], logps=logps, ended="stop_token", kept=kept)
-  (path,) = (tmp_path / "completions").glob("under_way*")
+  (path,) = (tmp_path / "completions").glob("answers_*")
   path.write_text(path.read_text() + '{"number": 7, "sam')
   again = completions.Journal(tmp_path, 3, "abc")
   answer = again.written(7, 0)
@@ -366,24 +385,29 @@ def test_batches_that_a_checkpoint_may_stand_in_are_kept(tmp_path):
   for number in range(1, 9):
     completions.keep(tmp_path, number, [{"tokens": np.full(2, number)}] * 2, last=4)
     completions.scores(tmp_path, number, last=3).touch()
+    completions.Journal(tmp_path, number, "abc", last=2).close()
   assert completions.arrays(tmp_path, 4)[1]["tokens"].tolist() == [4, 4]
   names = lambda pattern: sorted(path.name for path in (tmp_path / "completions").glob(pattern))
   assert len(names("batches_*.npz")) == 5
+  assert names("answers_*") == [f"answers_0000{number}.jsonl" for number in (6, 7, 8)]
   assert names("scores_*") == [f"scores_0000{number}.jsonl" for number in (5, 6, 7, 8)]
   completions.scores(tmp_path, 20, last=None)
   assert len(names("scores_*")) == 4
 
 
 def test_groups_that_agree_are_replaced_until_it_is_said(folder, tmp_path, capsys):
-  changes = ["steps=1", "online.dynamic=true", "online.most_rounds=2"]
+  """On the outcome, which is said where it is not the reward: how long answers are does not count."""
+  name = f"{folder / 'verify.py'}:tells_nothing"
+  changes = ["steps=1", "online.dynamic=true", "online.most_rounds=2", f"online.outcome={name}"]
+  changes += [f"reward.parts=({name!r}, 'length')", "reward.weights=(1.0, 0.5)"]
+  changes += ["reward.options={'length': {'longest': 7, 'soft': 7}}"]
   assert main(command(folder, tmp_path / "run", *changes, verifier="tells_nothing")) == 0
-  assert (
-    "only 0 of 4 groups of 2 rounds have answers that differ (mean outcome 0.50)"
-    in capsys.readouterr().out
-  )
+  said = capsys.readouterr().out
+  assert "only 0 of 4 groups of 2 rounds have answers that differ (mean outcome 0.50)" in said
+  assert f"outcome: {name}, without length, says which answers are right" in said
   (line,) = lines(tmp_path / "run")
   assert line["frac_groups_dead"] == 1
-  assert line["grad_norm"] == 0
+  assert line["rewards/length/mean"] < 0
 
 
 def test_a_score_that_is_missing_is_left_out_and_counted(folder, tmp_path, capsys):
@@ -420,6 +444,8 @@ def test_a_sampler_of_fewer_bits_is_corrected_for(folder, tmp_path):
       "early",
       "advantage=max_rl divides by the mean reward",
     ),
+    (("objective.advantage=max_rl",), "early", "nothing says that its scores are from 0 on"),
+    (("online.kl_in_reward_estimator=k2",), "early", "k2 is of the KL's gradient in a loss"),
     (("data.replay=x.jsonl",), "early", "data.replay='x.jsonl'"),
     (("online.storage=int8",), "early", "write objective.importance=token too"),
     ((), "raises", "has no score for any of the first"),
@@ -430,6 +456,32 @@ def test_what_cannot_run_is_said_before_anything_is_written(
 ):
   assert main(command(folder, tmp_path / "run", *changes, verifier=verifier)) in (1, 2)
   assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_policy_that_stays_drifts_from_nothing(folder, tmp_path):
+  """With a learning rate of 0: not from its reference, who wrote the batch, or the sampler."""
+  changes = [
+    "steps=8",
+    "optimizer.lr=0.0",
+    "batch.rows=1",
+    "online.passes=2",
+    "online.minibatches=2",
+  ]
+  changes += ["objective.kl_weight=0.1", "online.kl_in_reward=0.1"]
+  assert main(command(folder, tmp_path / "run", *changes)) == 0
+  told = ["kl", "kl_to_old", "reward_kl_penalty", "clip_ratio/low_mean", "clip_ratio/high_mean"]
+  for line in lines(tmp_path / "run"):
+    assert line["sampling/logp_difference"] < 1e-5
+    assert [line[name] for name in told] == pytest.approx([0] * len(told), abs=1e-6)
+
+
+@pytest.mark.slow
+def test_a_reference_of_other_weights_ends_the_run(folder, tmp_path, monkeypatch, capsys):
+  shifted = lambda *args, **how: reference_logps(*args, **how) - 0.5
+  monkeypatch.setattr(groups, "reference_logps", shifted)
+  assert main(command(folder, tmp_path / "run", "objective.kl_weight=0.1")) == 1
+  assert "before any training the policy is 0.107 nats a token" in capsys.readouterr().err
 
 
 @pytest.mark.slow

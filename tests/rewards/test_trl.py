@@ -34,7 +34,7 @@ def of_messages(prompts, completions, trainer_state, log_extra, log_metric):
 
 
 def fades(completions, trainer_state, **columns):
-  left = 1 - trainer_state.global_step / max(trainer_state.max_steps, 1)
+  left = 1 - trainer_state.global_step / trainer_state.max_steps
   return [len(completion) * left for completion in completions]
 
 
