@@ -90,6 +90,17 @@ def rows_of(path):
   return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def test_right_answers_are_right_however_long(place, used, written, tmp_path):
+  """pass@k and what is kept are of the outcome, and the score is of all parts."""
+  short = {"length": {"longest": 1, "soft": 1}}
+  reward = {"parts": ("exact", "length"), "weights": (1.0, 0.25), "options": short}
+  one = sampling_lib.write(wanted(place, tmp_path / "a.jsonl"), lambda: used)
+  other = sampling_lib.write(wanted(place, tmp_path / "b.jsonl", reward=reward), lambda: used)
+  assert other.mean < one.mean
+  assert (other.passes, other.kept) == (one.passes, one.kept)
+  assert {row["score"] for row in rows_of(tmp_path / "b.jsonl")} == {0.75}
+
+
 def test_what_is_right_is_kept_once_with_all_that_is_known_of_it(place, used, written, tmp_path):
   summary = sampling_lib.write(wanted(place, tmp_path / "a.jsonl"), lambda: used)
   rows = rows_of(tmp_path / "a.jsonl")
