@@ -204,10 +204,14 @@ def test_a_first_step_that_is_not_taken_where_it_should_be_is_refused(values, me
 
 def test_extremes_are_of_all_micro_batches():
   """Also where the first of them, or what they are added to, has none."""
-  values, mask = jnp.asarray([3.0, -2.0, 9.0]), jnp.asarray([True, True, False])
-  for of, wanted in ((metrics_lib.largest, 3.0), (metrics_lib.least, -2.0)):
-    one = {"x": of(values, mask)}
-    nothing = {"x": of(values, jnp.zeros(3, bool))}
+  mask = jnp.asarray([True, True, False])
+  for of, values in (
+    (metrics_lib.largest, [-3.0, -2.0, 9.0]),
+    (metrics_lib.least, [3.0, 2.0, -9.0]),
+  ):
+    wanted = values[1]
+    one = {"x": of(jnp.asarray(values), mask)}
+    nothing = {"x": of(jnp.asarray(values), jnp.zeros(3, bool))}
     zeros = metrics_lib.zeros_like(one)
     for several in ((zeros, one), (zeros, nothing, one), (one, nothing), (nothing, one)):
       assert metrics_lib.read(functools.reduce(metrics_lib.add, several)) == {"x": wanted}
