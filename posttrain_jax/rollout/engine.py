@@ -137,7 +137,7 @@ class Engine:
     cache_dtype: Any = None,
     records_kept: bool = False,
     top: int = 0,
-    decode: Callable[[Sequence[int]], str] | None = None,
+    tokenizer: Any = None,
     reuses_written: bool = False,
   ) -> None:
     """Rows that hold nothing.
@@ -150,9 +150,10 @@ class Engine:
       window: the most tokens drawn between two looks of the host.
       dtype: of the computation; default the embedding's.
       cache_dtype: of keys and values; default the computation's.
-      records_kept: answers say which tokens the filters kept, and log-probabilities are those among the kept.
+      records_kept: answers say which tokens the filters kept, and log-probabilities are those among the kept.  Then a
+        request has no repetition penalty, which changes numbers that whoever trains computes without it.
       top: answers give the log-probabilities of so many most likely tokens at each place.
-      decode: token ids -> text, for requests with stop strings.
+      tokenizer: for requests with stop strings.
       reuses_written: what a row wrote itself counts as read where a prompt begins with it, as in a dialogue; then a
         text depends, by rounding, on how its beginning was read.
     """
@@ -161,7 +162,7 @@ class Engine:
     if window < 1:
       raise ValueError(f"a window has at least 1 token, found window={window}")
     self.config, self.rows, self.length, self.width = config, rows, length, window
-    self.dtype, self.decode, self.reuses_written = dtype, decode, reuses_written
+    self.dtype, self.tokenizer, self.reuses_written = dtype, tokenizer, reuses_written
     self.records_kept, self.top = records_kept, top
     self.compiled: list[str] = []  # what was compiled for this engine, in order
     self.programs: dict[str, None] = {}  # what it has run, compiled for it or for another before it
@@ -200,10 +201,14 @@ class Engine:
     """
     at = next(self._tickets)
     requests.check(request, self.config, self.length, self._bound, self._bound_rows, at)
-    if request.stop_strings and self.decode is None:
-      raise ValueError("a request with stop_strings needs an engine with decode=tokenizer.decode")
-    if "" in request.stop_strings:
-      raise ValueError('an empty stop string ends every text: leave "" out of stop_strings')
+    if request.stop_strings and self.tokenizer is None:
+      raise ValueError("a request with stop_strings needs an engine with tokenizer=")
+    requests.check_strings(request.stop_strings, self.tokenizer)
+    if self.records_kept and request.sampling.repetition_penalty != 1:
+      raise ValueError(
+        f"repetition_penalty={request.sampling.repetition_penalty:g} with records_kept: the log-probabilities would be"
+        " those of penalised logits, which no set of kept tokens says; leave one of them out"
+      )
     self._waiting.append((at, request))
     return at
 
@@ -451,8 +456,9 @@ class Engine:
   def _reason(self, row: _Row, is_live: bool, read: int) -> tuple[str, int] | None:
     """(why a row has ended, after how many tokens), None where it goes on."""
     request, tokens = row.request, row.tokens
-    if request.stop_strings and self.decode is not None:
-      length = requests.string_end(tokens, read, request.stop_strings, self.decode)
+    if request.stop_strings:
+      least = request.min_new_tokens
+      length = requests.string_end(tokens, read, least, request.stop_strings, self.tokenizer)
       if length is not None:
         return requests.STRING, length
     if is_live:

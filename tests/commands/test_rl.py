@@ -108,11 +108,11 @@ def same(one, other):
     np.testing.assert_array_equal(one[name], other[name])
 
 
-def test_a_run_writes_scores_and_learns(folder, tmp_path, capsys):
+def test_a_run_writes_scores_and_learns(folder, tmp_path, capsys, caplog):
   assert main(command(folder, tmp_path / "run")) == 0
-  said = capsys.readouterr().out
-  assert "8 prompts; a batch is 2 prompts x 3 = 6 answers of at most 6 tokens" in said
-  assert "the engine has 7 programs: window of 16 tokens, 6 rows of" in said
+  out = capsys.readouterr().out
+  assert "8 prompts; a batch is 2 prompts x 3 = 6 answers of at most 6 tokens" in out
+  assert "the engine has 7 programs: window of 16 tokens, 6 rows of" in caplog.text
   last = lines(tmp_path / "run")[-1]
   assert last["sampling/logp_difference"] < 1e-4
   assert last["grad_norm"] > 0

@@ -1,6 +1,8 @@
 """Generation: what the full forward pass says, whatever the batch, the padding and the bucket."""
 
+import functools
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +11,10 @@ import pytest
 
 from posttrain_jax import adapters
 from posttrain_jax.models import decoder
-from posttrain_jax.rollout import dialogue, engine, programs
+from posttrain_jax.rollout import dialogue, engine, programs, requests
 from posttrain_jax.rollout.requests import Request
 from posttrain_jax.rollout.sampling import GREEDY, Sampling
+from tests import tiny
 from tests.marks import few, slow
 from tests.models import families
 
@@ -224,18 +227,63 @@ def test_what_is_dropped_leaves_its_row_to_others(llama):
   assert answer.tokens == generate(llama, [PROMPTS[2]], max_new_tokens=5).tokens[0]
 
 
+class Numbers:
+  """A tokenizer whose text has each token's number, "<17><4>", and nothing else."""
+
+  def __call__(self, text, add_special_tokens):
+    return {"input_ids": [int(n) for n in re.findall(r"<(\d+)>", text)]}
+
+  def decode(self, tokens, skip_special_tokens, clean_up_tokenization_spaces):
+    return "".join(f"<{token}>" for token in tokens)
+
+
+NUMBERS = Numbers()
+words = functools.partial(requests.text_of, NUMBERS)
+
+
 def test_a_stop_string_ends_the_text_with_its_token(llama):
-  words = lambda tokens: "".join(f"<{token}>" for token in tokens)
   free = generate(llama, [PROMPTS[0]]).tokens[0]
-  end = f"{free[8] // 10}>" if free[8] > 9 else f"<{free[8]}>"
+  end = f"<{free[7]}><{free[8]}>"
   first = next(n for n in range(1, NEW + 1) if end in words(free[:n]))
-  request = Request(PROMPTS[0], NEW, stop_strings=(end, "never"))
+  request = Request(PROMPTS[0], NEW, stop_strings=(end, "<1000>"))
   beside = Request(PROMPTS[1], NEW)
-  answers = written(llama, [request, beside], decode=words)
+  answers = written(llama, [request, beside], tokenizer=NUMBERS)
   assert (answers[0].tokens, answers[0].ended) == (free[:first], "stop_string")
   assert answers[0].finished
   assert len(answers[0].logps) == first
   assert answers[1].tokens == generate(llama, [PROMPTS[1]]).tokens[0]
+
+
+def test_so_many_tokens_come_before_a_stop_string():
+  """Of what is written before, only what a later token completes counts."""
+  tokens = [1, 2, 3, 1, 2, 3]
+  end = lambda string, least, read=0: requests.string_end(tokens, read, least, [string], NUMBERS)
+  assert [end("<2>", least) for least in range(6)] == [2, 2, 5, 5, 5, None]
+  assert [end("<2><3>", least) for least in range(6)] == [3, 3, 3, 6, 6, 6]
+  assert end("<2>", 2, read=3) == 5
+  assert end("<9>", 0) is None
+
+
+@pytest.mark.parametrize(
+  ("string", "is_made"),
+  [
+    ("end", True),
+    ("ab\nc", True),
+    ("\x00never\ud800", False),
+    ("<|im_end|>", False),
+    (" of", True),
+    ("é", True),
+    ("日本 🙂", True),
+  ],
+)
+def test_a_stop_string_that_the_tokenizer_cannot_make_is_refused(string, is_made):
+  """A special token is no text; bytes make every letter."""
+  tokenizer = tiny.tokenizer()
+  if is_made:
+    requests.check_strings([string], tokenizer)
+  else:
+    with pytest.raises(ValueError, match="cannot make the stop string"):
+      requests.check_strings(["end", string], tokenizer)
 
 
 def test_so_many_tokens_come_before_a_stop(llama):
@@ -246,6 +294,28 @@ def test_so_many_tokens_come_before_a_stop(llama):
   assert len(answer.tokens) >= 6
   (answer,) = written(llama, [Request(PROMPTS[0], NEW, stop_tokens=stops)])
   assert len(answer.tokens) == 1
+
+
+@pytest.mark.parametrize("records_kept", few([False, True], False))
+def test_a_stop_token_that_is_held_off_has_no_share_of_the_probability(llama, records_kept):
+  params, config = llama
+  stops, how = (3, 50, 81), Sampling(1.3)
+  request = Request(PROMPTS[0], 6, min_new_tokens=4, sampling=how, stop_tokens=stops, seed=2)
+  (answer,) = written(llama, [request], records_kept=records_kept)
+  full = np.array(full_logps(config, params.stacked, PROMPTS[0], answer.tokens, how.temperature))
+  full[:4, list(stops)] = -np.inf
+  full -= np.logaddexp.reduce(full, axis=1, keepdims=True)
+  places = np.arange(len(answer.tokens))
+  np.testing.assert_allclose(answer.logps, full[places, answer.tokens], rtol=1e-3, atol=1e-4)
+  if records_kept:
+    bits = np.unpackbits(answer.kept.view(np.uint8), axis=1, bitorder="little")
+    np.testing.assert_array_equal(bits[:, : full.shape[1]] > 0, np.isfinite(full))
+
+
+def test_a_penalty_is_refused_where_what_is_kept_is_recorded(llama):
+  how = Sampling(1.0, top_k=3, repetition_penalty=1.2)
+  with pytest.raises(ValueError, match="repetition_penalty=1.2 with records_kept"):
+    written(llama, [Request(PROMPTS[0], 3, sampling=how)], records_kept=True)
 
 
 def test_other_weights_need_no_other_program(llama):
@@ -373,7 +443,7 @@ def test_the_kept_tokens_and_the_most_likely_are_recorded(llama):
     (Request([1] * 40, 20), "prompt 0 has 40 tokens; with max_new_tokens=20 .* the 48 positions"),
     (Request([1], 3, row=1), "asks for row 1, the parameters have 1"),
     (Request([1], 3, stop_tokens=range(17)), "17 stop tokens: a request has 16 at most"),
-    (Request([1], 3, stop_strings=("a",)), "needs an engine with decode=tokenizer.decode"),
+    (Request([1], 3, stop_strings=("a",)), "needs an engine with tokenizer="),
   ],
 )
 def test_what_cannot_be_answered_is_refused(llama, request_, message):
