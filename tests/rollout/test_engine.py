@@ -314,7 +314,7 @@ def test_a_stop_token_that_is_held_off_has_no_share_of_the_probability(llama, re
 
 def test_a_penalty_is_refused_where_what_is_kept_is_recorded(llama):
   how = Sampling(1.0, top_k=3, repetition_penalty=1.2)
-  with pytest.raises(ValueError, match="repetition_penalty=1.2 with records_kept"):
+  with pytest.raises(ValueError, match=r"repetition_penalty=1\.2 with records_kept"):
     written(llama, [Request(PROMPTS[0], 3, sampling=how)], records_kept=True)
 
 
