@@ -586,6 +586,9 @@ def generate(
   max_new_tokens: int | Sequence[int],
   sampling: Sampling = GREEDY,
   stop_tokens: Sequence[int] = (),
+  stop_strings: Sequence[str] = (),
+  min_new_tokens: int = 0,
+  tokenizer: Any = None,
   seed: int = 0,
   samples: int = 1,
   batch_size: int = 16,
@@ -599,6 +602,8 @@ def generate(
     prompts: token ids, at least one each.
     max_new_tokens: of every answer, or of each prompt's.
     stop_tokens: ids that end a text, see `stop_tokens`; () for none.
+    stop_strings: a text ends with the token by which it holds one; they need `tokenizer`.
+    min_new_tokens: before a text may end so; at most max_new_tokens.
     seed: token t of sample s of prompt i is drawn by (seed, i, s, t).
     batch_size: the most texts under way at once.
     dtype: of the computation and the cache; default the embedding's.
@@ -618,8 +623,10 @@ def generate(
     Request(
       prompt=prompts[i],
       max_new_tokens=int(most[i]),
+      min_new_tokens=min(min_new_tokens, int(most[i])),
       sampling=sampling,
       stop_tokens=stop_tokens,
+      stop_strings=stop_strings,
       seed=seed,
       number=i,
       sample=sample,
@@ -640,6 +647,7 @@ def generate(
     rows=min(batch_size, len(asked)),
     length=min(length, config.max_length),
     dtype=dtype,
+    tokenizer=tokenizer,
   )
   # texts of like length side by side, the answers to one prompt together
   order = sorted(range(len(asked)), key=lambda i: -len(asked[i].prompt) - asked[i].max_new_tokens)
