@@ -1,5 +1,6 @@
 """Generation: what the full forward pass says, whatever the batch, the padding and the bucket."""
 
+import dataclasses
 import functools
 import json
 import re
@@ -8,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from posttrain_jax import adapters
 from posttrain_jax.models import decoder
@@ -189,6 +192,53 @@ def test_a_text_is_the_same_in_any_slot_order_and_window(llama, options):
       np.testing.assert_allclose(other[place].logps, plain[i].logps, rtol=1e-4, atol=1e-5)
     else:
       np.testing.assert_array_equal(other[place].logps, plain[i].logps)
+
+
+@pytest.mark.slow
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+  order=st.permutations(range(9)),
+  window=st.sampled_from([1, 4, 9]),
+  most=st.integers(1, 4),
+  seed=st.integers(0, 3),
+)
+def test_a_text_is_the_same_in_any_order_of_refill(llama, order, window, most, seed):
+  """Also where requests come in while others are written, and windows end early."""
+  requests = asked(seed)
+  plain = written(llama, requests)
+  engine_ = engine.Engine(*llama, rows=3, length=48, window=window)
+  left, places, answers = list(order), {}, {}
+  while left or not engine_.is_idle:
+    for place in left[:most]:
+      places[engine_.submit(requests[place])] = place
+    left = left[most:]
+    for told in engine_.advance(most):
+      if told.answer is not None:
+        answers[places[told.ticket]] = told.answer
+  for place, answer in enumerate(plain):
+    assert answers[place].tokens == answer.tokens
+    np.testing.assert_array_equal(answers[place].logps, answer.logps)
+
+
+@pytest.mark.parametrize("family", few(["llama3", "gemma3"], "llama3"))
+def test_a_window_reads_no_further_than_the_longest_row_that_is_live(llama, family):
+  """What lies behind is NaN here, and would reach every row of a program that read it and hid it."""
+  params, config = llama if family == "llama3" else families.make(family)[::-1]
+  engine_ = engine.Engine(params, config, rows=2, length=300, window=4)
+  ask = Request(PROMPTS[0], 9)
+  ((_, plain),) = engine_.run([ask])
+  held = engine_._slots.cache
+  assert held.k.shape[1] == 3  # blocks, of which the text needs the first
+  spoilt = dataclasses.replace(
+    held,
+    k=held.k.at[:, 1:].set(jnp.nan),
+    v=held.v.at[:, 1:].set(jnp.nan),
+    lengths=held.lengths.at[1].set(290),  # of a row that was long and is not live
+  )
+  engine_._slots = dataclasses.replace(engine_._slots, cache=spoilt)
+  ((_, answer),) = engine_.run([ask])
+  assert answer.tokens == plain.tokens
+  np.testing.assert_array_equal(answer.logps, plain.logps)
 
 
 def test_a_long_answer_holds_up_no_one(llama):
