@@ -2,8 +2,8 @@ r"""The quickstart's other second stage: GRPO on the SFT model's own answers, wh
 
 make quickstart STAGE=rl
 
-The SFT stage ends at 175 of 200 right, greedily; at temperature 1 fewer of its answers are, and that is what there is
-to learn: prompts whose eight answers all agree teach nothing, and the run says how many they are.
+What there is to learn are the answers that are wrong at temperature 1: prompts whose eight answers all agree teach
+nothing, and the run says how many they are.
 """
 
 from posttrain_jax.configs import common, rl

@@ -4,7 +4,7 @@
 
 `equal`: 1, 16 and 64 answers of 128 tokens each.  `unequal`: 64 answers of 16 to 256 tokens; here a row that ends is
 given the next prompt, there a batch of 16 goes on until its longest answer is whole.  Here in float32 and with weights
-stored in bfloat16 and int8, there in float32 and (unless --jobs leaves it out) in bfloat16.  A ratio is the median over
+stored in bfloat16 and int8, there in float32 (--peers=float32,bfloat16).  A ratio is the median over
 rounds, in each of which every contender does the job once.  Compilation is left out on our side, by a first run.
 
 `share of reading`: the bytes of weights a token (a step of all rows) has to read, by the seconds it took, as a part of
@@ -55,7 +55,11 @@ def ours(storage: str) -> dict[str, Job]:
     return sum(map(len, drawn.tokens))
 
   equal = {f"equal {n}": lambda n=n: write(n, NEW, n) for n in (1, 16, 64)}
-  return {**equal, "unequal": lambda: write(MANY, lengths(), BATCH)}
+  return {
+    **equal,
+    "unequal": lambda: write(MANY, lengths(), BATCH),
+    "short": lambda: write(1, 4, 1),
+  }
 
 
 def theirs(dtype: str) -> dict[str, Job]:
@@ -83,7 +87,12 @@ def theirs(dtype: str) -> dict[str, Job]:
       write(asked[start : start + BATCH], max(most[start : start + BATCH]))
     return sum(most)
 
-  return {**{f"equal {n}": lambda n=n: equal(n) for n in (1, 16, 64)}, "unequal": unequal}
+  def short() -> int:
+    write(prompts(1), 4)
+    return 4
+
+  jobs = {f"equal {n}": lambda n=n: equal(n) for n in (1, 16, 64)}
+  return {**jobs, "unequal": unequal, "short": short}
 
 
 def seconds(work: Callable[[], Any], times: int = 5) -> float:
@@ -133,30 +142,34 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--repeats", type=int, default=3)
   parser.add_argument("--jobs", default=",".join(ROWS))
+  parser.add_argument("--peers", default="float32", help="dtypes of transformers")
+  parser.add_argument("--storages", default=",".join(BITS))
   args = parser.parse_args()
-  mine = {storage: ours(storage) for storage in BITS}
-  there = {f"transformers {dtype}": theirs(dtype) for dtype in ("float32", "bfloat16")}
+  mine = {storage: ours(storage) for storage in args.storages.split(",")}
+  there = {f"transformers {dtype}": theirs(dtype) for dtype in args.peers.split(",")}
   everyone = {**mine, **there}
   reached = limits()
   machine = {
     "processor": _processor(),
-    "repeats": args.repeats,
     "limits": reached,
     **{name: importlib.metadata.version(name) for name in ("jax", "torch", "transformers")},
   }
-  results: dict[str, Any] = {}
+  # a job that is not run again keeps what is known of it
+  results: dict[str, Any] = json.loads(RESULTS.read_text())["results"] if RESULTS.exists() else {}
   for name in args.jobs.split(","):
     for jobs in mine.values():
       jobs[name]()
     rates: dict[str, list[float]] = {who: [] for who in everyone}
     for _ in range(args.repeats):
       for who, jobs in everyone.items():
+        jobs["short"]()  # memory that lay idle is there again
         began = time.monotonic()
         tokens = jobs[name]()
         rates[who].append(tokens / (time.monotonic() - began))
     against = rates["transformers float32"]
-    results[name] = {
+    results[name] = results.get(name, {}) | {
       who: {
+        "rounds": len(each),
         "tokens/s": statistics.median(each),
         "ratio": statistics.median(a / b for a, b in zip(each, against)),
         "ratios": sorted(a / b for a, b in zip(each, against)),
