@@ -8,6 +8,10 @@ STAGE ?= sft# sft, or dpo or rl: the second stage too
 # Large pages for large arrays, where Linux leaves that to the program: 8 and 18 % of two DPO steps on CPU.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 DRAWS ?= 500# of make compose
+# A folder of data that are not part of the repository: humaneval/HumanEval.jsonl.gz, gsm8k/test.jsonl; tests without theirs are skipped.
+ifdef POSTTRAIN_DATA
+export POSTTRAIN_DATA := $(abspath $(POSTTRAIN_DATA))
+endif
 WORKERS ?= 2# test processes; a file of tests stays in one, for what its tests share
 
 .PHONY: help quickstart test test-slow test-all test-newest check format oracle bench compile-70b offload optimizers mutate compose fuzz docs clean
@@ -92,7 +96,7 @@ format: .venv/ready
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-oracle: .venv-oracle/ready ## live comparison with transformers, peft, trl, bitsandbytes, mergekit and llama.cpp
+oracle: .venv-oracle/ready ## live comparison with transformers, peft, trl, bitsandbytes, mergekit and llama.cpp; POSTTRAIN_DATA=FOLDER with humaneval/ adds HumanEval
 	.venv-oracle/bin/python -m posttrain_jax fetch smollm2
 	.venv-oracle/bin/python -m pytest tests/oracle -m oracle -n $(WORKERS) --dist loadfile
 
@@ -101,6 +105,7 @@ bench: .venv-oracle/ready ## speed and memory beside PyTorch + PEFT and TRL, on 
 	.venv-oracle/bin/python experiments/bench.py
 	.venv-oracle/bin/python experiments/bench_dpo.py
 	.venv-oracle/bin/python experiments/bench_grpo.py
+	.venv-oracle/bin/python experiments/bench_generation.py
 
 compile-70b: .venv-tpu/ready ## Llama-3-70B QLoRA compiled for TPUs that are not here
 	PYTHONPATH=.venv-tpu/site $(BIN)/python experiments/compile_70b.py

@@ -44,6 +44,10 @@ gc.collect()
 gc.freeze()
 gc.set_threshold(50_000, 20, 50)
 
+from posttrain_jax.rollout import engine  # noqa: E402
+
+engine.Engine.is_strict = True  # a program that is compiled after the warm-up is an error
+
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):

@@ -23,6 +23,7 @@ READS = {
   "reward": ("pairs", "outcomes", "steps"),
   "grouped": ("scored", "prompts"),
 }
+ONE_HOST = "online learning writes its answers in one process; start it on one host"
 
 
 def check(config: Config) -> None:
@@ -164,7 +165,7 @@ def _online(config: Config) -> None:
   if not is_online:
     return
   if jax.process_count() > 1:
-    raise ConfigError("online learning writes its answers in one process; start it on one host")
+    raise ConfigError(ONE_HOST)
   d, o = config.data, config.objective
   for field in ("eval", "replay"):
     if d[field]:

@@ -23,6 +23,7 @@ from posttrain_jax.evals.samples import Drawn, Plan, Question, Sample, Writer
 from posttrain_jax.rewards import section, selftest
 from posttrain_jax.rewards.reward import Reward, Scored
 from posttrain_jax.rewards.verifier import Answer
+from posttrain_jax.rollout import requests
 from posttrain_jax.rollout.sampling import Sampling
 from posttrain_jax.settings import ConfigError
 
@@ -55,6 +56,8 @@ class Wanted:
   rows: int = 32
   limit: int = 0
   storage: str = "auto"
+  stop_strings: tuple[str, ...] = ()
+  min_new_tokens: int = 0
 
   @property
   def scored_by(self) -> Mapping[str, Any]:
@@ -75,6 +78,7 @@ def write(wanted: Wanted, load: Callable[[], use.Used]) -> Summary:
   """
   _check(wanted)
   used = load()
+  requests.check_strings(wanted.stop_strings, used.tokenizer)
   writer = use.writer(used)
   asked, longest = _asked(used, wanted)
   reward = scoring.of(wanted.scored_by, _columns(asked))
@@ -121,7 +125,16 @@ def _check(wanted: Wanted) -> None:
 
 
 def _plan(wanted: Wanted, longest: int) -> Plan:
-  return Plan(wanted.samples, longest, wanted.sampling, wanted.seed, wanted.rows, wanted.storage)
+  return Plan(
+    wanted.samples,
+    longest,
+    wanted.sampling,
+    wanted.seed,
+    wanted.rows,
+    wanted.storage,
+    wanted.stop_strings,
+    wanted.min_new_tokens,
+  )
 
 
 def _right(wanted: Wanted, reward: Reward) -> keeping.Right | None:
@@ -232,6 +245,8 @@ def _identity(
         "n": plan.samples,
         **dataclasses.asdict(plan.sampling),
         "max_new_tokens": plan.max_new_tokens,
+        "min_new_tokens": plan.min_new_tokens,
+        "stop": plan.stop_strings,
         "seed": plan.seed,
         "batch_size": plan.rows,
         "storage": plan.storage,

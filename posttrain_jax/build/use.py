@@ -25,7 +25,7 @@ from posttrain_jax.data.templates import Template
 from posttrain_jax.evals.samples import Writer
 from posttrain_jax.models import decoder, fetch, hf, quantised, rotary
 from posttrain_jax.models.config import ModelConfig
-from posttrain_jax.rollout import engine
+from posttrain_jax.rollout import engine, requests
 from posttrain_jax.rollout.sampling import Sampling
 from posttrain_jax.rollout.speaker import Speaker
 from posttrain_jax.runs import manner as manners
@@ -203,12 +203,16 @@ def speaker(
   sampling: Sampling,
   max_new_tokens: int,
   storage: str = "auto",
+  stop_strings: tuple[str, ...] = (),
+  min_new_tokens: int = 0,
 ) -> tuple[Speaker, str | None]:
   """(what turns a conversation into its next turn, its system message: the one given, else the one trained with).
 
   Raises:
     ConfigError: a system message for a model that has no template to put it into.
+    ValueError: a stop string that the tokenizer cannot make.
   """
+  requests.check_strings(stop_strings, used.tokenizer)
   spoken = used.template if used.manner.chat else None
   if spoken is None and system:
     raise ConfigError(
@@ -236,6 +240,8 @@ def speaker(
     sampling,
     max_new_tokens,
     used.dtype,
+    stop_strings,
+    min_new_tokens,
   )
   return made, None if spoken is None else system
 

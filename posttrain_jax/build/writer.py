@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -14,11 +15,13 @@ from posttrain_jax import adapters
 from posttrain_jax.build.adapter import Trees
 from posttrain_jax.build.model import Model
 from posttrain_jax.build.prompts import Prompt
-from posttrain_jax.core import tree
+from posttrain_jax.core import progress, tree
 from posttrain_jax.rollout import engine as engine_lib
 from posttrain_jax.rollout.requests import Answer, Request
 from posttrain_jax.rollout.sampling import Sampling
 from posttrain_jax.train.state import State
+
+log = logging.getLogger(__name__)
 
 
 def sampling(config: ml_collections.ConfigDict) -> Sampling:
@@ -56,6 +59,9 @@ class Writer:
       dtype=self.model.dtype,
       records_kept=not self.sampling.is_whole,
     )
+    with progress.phase("compiling what writes"):
+      compiled = self._engine.warm_up(len(prompt) for prompt in self.prompts)
+    log.info("the engine has %d programs: %s", len(compiled), "; ".join(compiled))
 
   def request(self, prompt: Prompt, number: int, sample: int) -> Request:
     """number: of the prompt among all that were asked."""

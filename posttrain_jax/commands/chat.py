@@ -25,10 +25,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     help="the system message; default what was trained with, '' for none",
   )
   parser.add_argument("--max_new_tokens", type=int, default=256, help="of an answer")
-  parser.add_argument(
-    "--temperature", type=float, default=0.0, help="0: always the likeliest token"
-  )
-  parser.add_argument("--top_p", type=float, default=1.0)
+  common.add_drawing(parser, temperature=0.0)
   common.add_storage(parser)
 
 
@@ -63,18 +60,17 @@ def _speaker(args: argparse.Namespace) -> tuple[Any, str | None]:
   with progress.phase("starting"):
     common.cache_compilations()
     from posttrain_jax.build import use
-    from posttrain_jax.rollout.sampling import Sampling
     from posttrain_jax.runs import manner
 
   if args.workdir and not manner.is_run(args.workdir):
     raise ValueError(f"{args.workdir} is no run's folder; --model names a model's")
-  sampling = Sampling(args.temperature, top_p=args.top_p)
+  drawing = common.drawing(args)
   model = args.workdir or args.model
   used = use.load(model, args.adapter, base=args.base, template=args.template)
   return use.speaker(
     used,
     system=args.system,
-    sampling=sampling,
+    **drawing,
     max_new_tokens=args.max_new_tokens,
     storage=args.storage,
   )

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 from collections.abc import Sequence
+from typing import Any
 
 from posttrain_jax import settings
 
@@ -62,6 +63,48 @@ def add_use(parser: argparse.ArgumentParser) -> None:
     metavar="NAME",
     help="a chat template, tokenizer for the tokenizer's own, none for plain text; default what was trained with",
   )
+
+
+def add_drawing(parser: argparse.ArgumentParser, *, temperature: float) -> None:
+  """How tokens are drawn and when a text ends; `drawing` checks it."""
+  parser.add_argument(
+    "--temperature", type=float, default=temperature, help="0: always the likeliest token"
+  )
+  parser.add_argument(
+    "--top_p", type=float, default=1.0, help="share of the probability; 1 for all"
+  )
+  parser.add_argument("--top_k", type=int, default=0, help="most likely tokens; 0 for all")
+  parser.add_argument(
+    "--min_p", type=float, default=0.0, help="least share of the likeliest token's; 0 for all"
+  )
+  parser.add_argument(
+    "--repetition_penalty", type=float, default=1.0, help="of what the text holds; 1 for none"
+  )
+  parser.add_argument(
+    "--stop",
+    action="append",
+    default=[],
+    metavar="TEXT",
+    help="an answer ends with the token by which it holds this; once more for another",
+  )
+  parser.add_argument(
+    "--min_new_tokens", type=int, default=0, help="before an answer may end of its own"
+  )
+
+
+def drawing(args: argparse.Namespace) -> dict[str, Any]:
+  """sampling, stop_strings and min_new_tokens, as `use.speaker` and `sampling.Wanted` take them.
+
+  Raises:
+    ValueError: a value is outside its range.
+  """
+  from posttrain_jax.rollout.sampling import Sampling
+
+  least, most = args.min_new_tokens, args.max_new_tokens
+  if least < 0 or (most and least > most):
+    raise ValueError(f"--min_new_tokens={least}: from 0 to --max_new_tokens={most}")
+  how = (args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
+  return dict(sampling=Sampling(*how), stop_strings=tuple(args.stop), min_new_tokens=least)
 
 
 def add_storage(parser: argparse.ArgumentParser) -> None:

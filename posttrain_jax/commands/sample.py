@@ -46,14 +46,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     help="from which on an answer is right; default the highest score there is, forms and lengths left out",
   )
   parser.add_argument("--limit", type=int, default=0, help="prompts, drawn; 0 for all")
-  parser.add_argument("--temperature", type=float, default=1.0)
-  parser.add_argument(
-    "--top_p", type=float, default=1.0, help="share of the probability; 1 for all"
-  )
-  parser.add_argument("--top_k", type=int, default=0, help="most likely tokens; 0 for all")
-  parser.add_argument(
-    "--min_p", type=float, default=0.0, help="least share of the likeliest token's; 0 for all"
-  )
+  common.add_drawing(parser, temperature=1.0)
   parser.add_argument(
     "--max_new_tokens",
     type=int,
@@ -75,7 +68,6 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     common.cache_compilations()
     from posttrain_jax.build import sampling, scoring, use
     from posttrain_jax.evals import keeping
-    from posttrain_jax.rollout.sampling import Sampling
 
   columns = _columns(args)
   reward = scoring.spec(args.reward, args.gate, unsafe_code=args.unsafe_code)
@@ -87,7 +79,7 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     keep=keeping.parse(args.keep, args.per_prompt),
     reward=reward,
     columns=columns,
-    sampling=Sampling(args.temperature, args.top_k, args.top_p, args.min_p),
+    **common.drawing(args),
     right=args.right,
     max_new_tokens=args.max_new_tokens,
     seed=args.seed,

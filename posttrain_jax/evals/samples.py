@@ -58,6 +58,8 @@ class Plan:
   seed: int = 0
   rows: int = 32
   storage: str = "auto"
+  stop_strings: tuple[str, ...] = ()  # an answer ends with the token by which it holds one
+  min_new_tokens: int = 0
 
   def __post_init__(self) -> None:
     if self.samples < 1:
@@ -117,13 +119,16 @@ def draw(
     rows=min(plan.rows, len(whole)),
     length=min(engine.bucket(longest), writer.config.max_length),
     dtype=writer.dtype,
+    tokenizer=writer.tokenizer,
   )
   asked = (
     Request(
       prompt=prompts[number],
       max_new_tokens=plan.max_new_tokens,
       sampling=plan.sampling,
+      min_new_tokens=min(plan.min_new_tokens, plan.max_new_tokens),
       stop_tokens=writer.ends,
+      stop_strings=plan.stop_strings,
       seed=plan.seed,
       number=number,
       sample=sample,

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from posttrain_jax.build import decisions, online
+from posttrain_jax.build import checks, decisions, online
 from posttrain_jax.core import tree
 from posttrain_jax.core.weight import Weight
 from posttrain_jax.losses import logprob
@@ -34,6 +34,7 @@ def figures(
     "length": config.data.length,
     "target": chips.name,
     "devices": len(chips.devices),
+    "hosts": hosts(chips.devices),
     "device_gib": chips.memory,
     "compiler": chips.compiler,
     "jax": jax.__version__,
@@ -43,6 +44,7 @@ def figures(
     compiled = program.compile(built)
     if online.is_online(config):
       facts["writing"] = writing.figures(built)
+      facts["refused"] = checks.ONE_HOST if facts["hosts"] > 1 else None
   except program.OutOfMemory as problem:
     return {**facts, "compiled": None, "out_of_memory": str(problem), "fits": False}
   # between updates what trains stays where it is, and the engine comes beside it
@@ -52,6 +54,11 @@ def figures(
     peaks.append(beside + compiled.arguments / GIB)
   fits = None if chips.memory is None else max(peaks) <= chips.memory
   return {**facts, "compiled": compiled.figures(), "peak_gib": round(max(peaks), 3), "fits": fits}
+
+
+def hosts(devices: Any) -> int:
+  """How many processes `posttrain train` has there."""
+  return len({device.process_index for device in devices})
 
 
 def arithmetic(built: Program) -> dict[str, int]:
@@ -158,7 +165,12 @@ def _writing(facts: dict[str, Any]) -> list[str]:
     lines += _rows(
       {key.removesuffix("_gib"): v for key, v in sizes.items() if key.endswith("_gib")}
     )
-  return [*lines, "  beside them lie the arguments of the step", ""]
+  lines.append("  beside them lie the arguments of the step")
+  if facts["refused"]:
+    lines.append(
+      f"`posttrain train` does not run on these {facts['hosts']} hosts: {facts['refused']}"
+    )
+  return [*lines, ""]
 
 
 def _rows(sizes):

@@ -8,7 +8,7 @@ from typing import Any
 from posttrain_jax.models import before
 from posttrain_jax.models.config import ModelConfig
 from posttrain_jax.rollout import engine
-from posttrain_jax.rollout.requests import STOPPED, Request
+from posttrain_jax.rollout.requests import Request
 from posttrain_jax.rollout.sampling import GREEDY, Sampling
 
 Params = Any
@@ -25,15 +25,25 @@ class Dialogue:
     *,
     sampling: Sampling = GREEDY,
     stop_tokens: Sequence[int] = (),
+    stop_strings: Sequence[str] = (),
+    min_new_tokens: int = 0,
+    tokenizer: Any = None,
     dtype: Any = None,
   ) -> None:
     self.config, self.sampling, self.stop_tokens = config, sampling, tuple(stop_tokens)
-    self.ended = True  # whether a stop token was the last text's last
+    self.stop_strings, self.min_new_tokens = tuple(stop_strings), min_new_tokens
+    self.ended = True  # whether the last text came to an end of its own
     self._ready = engine.prepare(params, config)
     self._bound = before.slots(self._ready.stacked)
     length = min(LENGTH, config.max_length)
     self._engine = engine.Engine(
-      self._ready, config, rows=1, length=length, dtype=dtype, reuses_written=True
+      self._ready,
+      config,
+      rows=1,
+      length=length,
+      dtype=dtype,
+      tokenizer=tokenizer,
+      reuses_written=True,
     )
 
   def stream(
@@ -45,8 +55,10 @@ class Dialogue:
       Request(
         list(prompt),
         max_new_tokens,
+        min(self.min_new_tokens, max_new_tokens),
         sampling=self.sampling,
         stop_tokens=self.stop_tokens,
+        stop_strings=self.stop_strings,
         seed=seed,
         number=number,
       )
@@ -54,7 +66,7 @@ class Dialogue:
     try:
       while not self._engine.is_idle:
         for progress in self._engine.advance(1):
-          self.ended = progress.answer is not None and progress.answer.ended == STOPPED
+          self.ended = progress.answer is not None and progress.answer.finished
           yield from progress.tokens
     finally:
       self._engine.drop(ticket)  # cut short by who reads

@@ -119,7 +119,11 @@ class Engine:
   else is under way, in which row, and in which order rows are filled.  Sums are those of one program whatever the
   neighbours do, so on one machine it is the same bit by bit.  Another number of rows or devices is another program: its
   logits differ by rounding, a few 1e-6 of their size in float32, which moves a token where two are as close as that.
+
+  is_strict: a compilation after `warm_up` is an error and not a warning, as in our tests.
   """
+
+  is_strict = False
 
   def __init__(
     self,
@@ -133,7 +137,7 @@ class Engine:
     cache_dtype: Any = None,
     records_kept: bool = False,
     top: int = 0,
-    decode: Callable[[Sequence[int]], str] | None = None,
+    tokenizer: Any = None,
     reuses_written: bool = False,
   ) -> None:
     """Rows that hold nothing.
@@ -146,9 +150,10 @@ class Engine:
       window: the most tokens drawn between two looks of the host.
       dtype: of the computation; default the embedding's.
       cache_dtype: of keys and values; default the computation's.
-      records_kept: answers say which tokens the filters kept, and log-probabilities are those among the kept.
+      records_kept: answers say which tokens the filters kept, and log-probabilities are those among the kept.  Then a
+        request has no repetition penalty, which changes numbers that whoever trains computes without it.
       top: answers give the log-probabilities of so many most likely tokens at each place.
-      decode: token ids -> text, for requests with stop strings.
+      tokenizer: for requests with stop strings.
       reuses_written: what a row wrote itself counts as read where a prompt begins with it, as in a dialogue; then a
         text depends, by rounding, on how its beginning was read.
     """
@@ -157,10 +162,11 @@ class Engine:
     if window < 1:
       raise ValueError(f"a window has at least 1 token, found window={window}")
     self.config, self.rows, self.length, self.width = config, rows, length, window
-    self.dtype, self.decode, self.reuses_written = dtype, decode, reuses_written
+    self.dtype, self.tokenizer, self.reuses_written = dtype, tokenizer, reuses_written
     self.records_kept, self.top = records_kept, top
     self.compiled: list[str] = []  # what was compiled for this engine, in order
-    self.is_warm, self.is_strict = False, False
+    self.programs: dict[str, None] = {}  # what it has run, compiled for it or for another before it
+    self.is_warm = False
     self._tickets = itertools.count()
     self._waiting: collections.deque[tuple[int, Request]] = collections.deque()
     self._busy: dict[int, _Row] = {}
@@ -195,10 +201,14 @@ class Engine:
     """
     at = next(self._tickets)
     requests.check(request, self.config, self.length, self._bound, self._bound_rows, at)
-    if request.stop_strings and self.decode is None:
-      raise ValueError("a request with stop_strings needs an engine with decode=tokenizer.decode")
-    if "" in request.stop_strings:
-      raise ValueError('an empty stop string ends every text: leave "" out of stop_strings')
+    if request.stop_strings and self.tokenizer is None:
+      raise ValueError("a request with stop_strings needs an engine with tokenizer=")
+    requests.check_strings(request.stop_strings, self.tokenizer)
+    if self.records_kept and request.sampling.repetition_penalty != 1:
+      raise ValueError(
+        f"repetition_penalty={request.sampling.repetition_penalty:g} with records_kept: the log-probabilities would be"
+        " those of penalised logits, which no set of kept tokens says; leave one of them out"
+      )
     self._waiting.append((at, request))
     return at
 
@@ -278,17 +288,40 @@ class Engine:
       text=jnp.pad(held.text, ((0, 0), (0, slots_then - held.cache.slots))),
     )
 
-  def warm_up(self) -> None:
-    """Compiles every program there is, by a text that needs each; from then on a compilation is told, or an error."""
-    room = self.length - self._bound - 2
-    longest = sum(size for size in PIECES) + 1
-    ask = Request([0] * max(1, min(longest, room)), 2, row=0)
-    for _ in range(min(2, self.rows)):  # the second is copied
-      self.submit(ask)
-    for _ in self.answers():
-      pass
+  def warm_up(self, lengths: Iterable[int] | None = None) -> list[str]:
+    """Compiles every program that texts can need, and names them; a later compilation is told, or an error under test.
+
+    Args:
+      lengths: of all prompts there will be; None: any that there is room for.
+
+    Raises:
+      ValueError: rows are under way, which it would spoil.
+    """
+    if self._busy:
+      raise ValueError(f"{len(self._busy)} rows are under way: warm an engine up while it is idle")
     self._held = [None] * self.rows
+    self._window(0)  # first, so that the others are given what a program left, as they are later on
+    if self._bound:
+      self._begin(0, 0)
+    for size in self._sizes(lengths):
+      for count in _counts(size, self.rows):
+        self._read_pieces(size, count, [])
+    if self.rows > 1:
+      self._copy(0, 1)
+    self._enter({})
+    self._end(set())
+    self._clear(0)
+    self._window(0)
     self.is_warm = True
+    return list(self.programs)
+
+  def _sizes(self, lengths: Iterable[int] | None) -> list[int]:
+    """Of the pieces that prompts of these lengths are read in; what they have in common is whole pieces."""
+    longest = self.length - self._bound - 1
+    if lengths is None or self.reuses_written:  # which goes on from anywhere
+      lengths = range(2, min(longest, PIECES[0] + 2) + 1)
+    # the window reads the last token
+    return sorted({size for length in set(lengths) for _, size, _ in _pieces(0, length - 1)})
 
   def _admit(self) -> None:
     """Waiting requests into the rows that are free."""
@@ -304,6 +337,10 @@ class Engine:
     if not chosen:
       return
     self._read(readings)
+    self._enter(chosen)
+
+  def _enter(self, chosen: dict[int, Request]) -> None:
+    """The rows of those requests, whose prompts are read, are under way."""
     lengths, last = np.zeros(self.rows, np.int32), np.zeros(self.rows, np.int32)
     text = np.zeros(self._slots.text.shape, np.int32)
     for index, request in chosen.items():
@@ -327,14 +364,7 @@ class Engine:
     reading = _Reading(index, request.row, prompt, 0 if source is None else shares[source])
     if source is None:
       if self._bound:
-        args = (
-          self._ready.stacked,
-          self._slots,
-          np.int32(index),
-          np.int32(request.row),
-          self.config,
-        )
-        self._slots = self._call(programs.begin, "beginning of a row", *args)
+        self._begin(index, request.row)
     elif source != index and (shares[source] > 0 or self._bound):
       if source in readings:  # which is still to be read itself
         reading.source = source
@@ -360,11 +390,9 @@ class Engine:
         most = max(1, TOGETHER // size)
         for start in range(0, len(some), most):
           batch = some[start : start + most]
-          if 2 * len(batch) >= most:
-            self._read_pieces(size, most, batch)
-          else:
-            for reading in batch:
-              self._read_pieces(size, 1, [reading])
+          count = _together(size, len(batch))
+          for at in range(0, len(batch), count):
+            self._read_pieces(size, count, batch[at : at + count])
 
   def _read_pieces(self, size: int, count: int, readings: list[_Reading]) -> None:
     """The next piece of each, which has that size; `count` rows in all."""
@@ -383,6 +411,13 @@ class Engine:
       f"{count} pieces of {size} tokens, {self.rows} rows of {self._slots.cache.slots} slots",
       *(self._ready.stacked, self._slots, pieces, self.config, self.dtype),
     )
+
+  def _begin(self, index: int, row: int) -> None:
+    args = (self._ready.stacked, self._slots, np.int32(index), np.int32(row), self.config)
+    self._slots = self._call(programs.begin, "beginning of a row", *args)
+
+  def _clear(self, index: int) -> None:
+    self._slots = self._call(programs.clear, "clearing of a row", self._slots, np.int32(index))
 
   def _copy(self, source: int, index: int) -> None:
     args = (self._slots, np.int32(source), np.int32(index))
@@ -421,8 +456,9 @@ class Engine:
   def _reason(self, row: _Row, is_live: bool, read: int) -> tuple[str, int] | None:
     """(why a row has ended, after how many tokens), None where it goes on."""
     request, tokens = row.request, row.tokens
-    if request.stop_strings and self.decode is not None:
-      length = requests.string_end(tokens, read, request.stop_strings, self.decode)
+    if request.stop_strings:
+      least = request.min_new_tokens
+      length = requests.string_end(tokens, read, least, request.stop_strings, self.tokenizer)
       if length is not None:
         return requests.STRING, length
     if is_live:
@@ -437,7 +473,7 @@ class Engine:
 
   def _free(self, indices: set[int]) -> None:
     for index in indices & self._spoilt:  # 0 * NaN would reach whoever has the row next
-      self._slots = self._call(programs.clear, "clearing of a row", self._slots, np.int32(index))
+      self._clear(index)
       self._held[index] = None
       self._spoilt.remove(index)
     for index in indices:
@@ -468,6 +504,7 @@ class Engine:
     """A program's result; a new compilation is kept in `compiled`, and told once the engine is warm."""
     before_call = program._cache_size()
     result = program(*args)
+    self.programs[name] = None
     if program._cache_size() > before_call:
       self.compiled.append(name)
       if self.is_strict and self.is_warm:
@@ -507,6 +544,21 @@ def _pieces(start: int, end: int) -> Iterator[tuple[int, int, int]]:
     start += count
 
 
+def _together(size: int, waiting: int) -> int:
+  """How many pieces of a size are read at once where so many wait: as many as there are at most, or one by one.
+
+  >>> _together(64, 1), _together(64, 2), _together(128, 1)
+  (1, 4, 2)
+  """
+  most = max(1, TOGETHER // size)
+  return most if 2 * waiting >= most else 1
+
+
+def _counts(size: int, rows: int) -> list[int]:
+  """Every number of pieces of a size that are read at once by an engine of so many rows."""
+  return sorted({_together(size, waiting) for waiting in range(1, rows + 1)})
+
+
 def _ends(length: int) -> Iterator[int]:
   """Where the pieces of so many tokens end."""
   return (at + count for at, _, count in _pieces(0, length))
@@ -534,6 +586,9 @@ def generate(
   max_new_tokens: int | Sequence[int],
   sampling: Sampling = GREEDY,
   stop_tokens: Sequence[int] = (),
+  stop_strings: Sequence[str] = (),
+  min_new_tokens: int = 0,
+  tokenizer: Any = None,
   seed: int = 0,
   samples: int = 1,
   batch_size: int = 16,
@@ -547,6 +602,8 @@ def generate(
     prompts: token ids, at least one each.
     max_new_tokens: of every answer, or of each prompt's.
     stop_tokens: ids that end a text, see `stop_tokens`; () for none.
+    stop_strings: a text ends with the token by which it holds one; they need `tokenizer`.
+    min_new_tokens: before a text may end so; at most max_new_tokens.
     seed: token t of sample s of prompt i is drawn by (seed, i, s, t).
     batch_size: the most texts under way at once.
     dtype: of the computation and the cache; default the embedding's.
@@ -566,8 +623,10 @@ def generate(
     Request(
       prompt=prompts[i],
       max_new_tokens=int(most[i]),
+      min_new_tokens=min(min_new_tokens, int(most[i])),
       sampling=sampling,
       stop_tokens=stop_tokens,
+      stop_strings=stop_strings,
       seed=seed,
       number=i,
       sample=sample,
@@ -588,6 +647,7 @@ def generate(
     rows=min(batch_size, len(asked)),
     length=min(length, config.max_length),
     dtype=dtype,
+    tokenizer=tokenizer,
   )
   # texts of like length side by side, the answers to one prompt together
   order = sorted(range(len(asked)), key=lambda i: -len(asked[i].prompt) - asked[i].max_new_tokens)

@@ -249,7 +249,8 @@ def _draw(
   stop = jnp.where(early, plan.stops, -1)
   stop = jnp.where(stop < 0, config.vocab_size, stop)  # outside: dropped
   every = jnp.arange(live.shape[0])
-  changed = changed.at[every[:, None], stop].set(sampling.REMOVED, mode="drop")
+  held_off = lambda x: x.at[every[:, None], stop].set(sampling.REMOVED, mode="drop")
+  changed, logits = held_off(changed), held_off(logits)
   keys = jax.vmap(sampling.key)(plan.identity, slots.drawn)
   token, filtered = sampling.sample(keys, changed, plan.how)
   heat = jnp.where(plan.how.temperature == 0, 1.0, plan.how.temperature)[:, None]

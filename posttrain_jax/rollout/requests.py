@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +20,7 @@ class Request:
   """A text to be continued.  Token t is drawn by (seed, number, sample, t), and by nothing else.
 
   prompt: token ids, at least one.
-  min_new_tokens: so many are drawn before a stop token may be.
+  min_new_tokens: so many are drawn before one that ends the text, a stop token or the end of a stop string.
   stop_tokens: ids that end the text; the one drawn is its last token.
   stop_strings: the text ends with the token by which it holds one of them.
   number, sample: which prompt of a run it is, and which of the answers to it.
@@ -44,7 +45,8 @@ class Answer:
 
   tokens: the new ids, the stop token included where one was drawn.
   logps: their log-probabilities, float32: under the softmax at the request's temperature (greedy: 1), before any
-    filter; under the kept tokens alone where the engine records those.
+    filter or penalty; under the kept tokens alone where the engine records those.  A stop token that min_new_tokens
+    holds off has no part in either, and is not kept.
   ended: why it ends, STOPPED, STRING or FULL.
   kept: [tokens, ceil(vocab / 32)] bits of the tokens that the filters kept, where the engine records them.
   top: (ids, log-probabilities), [tokens, n] each, of the n most likely at each place, where the engine gives them.
@@ -97,17 +99,51 @@ def check_ids(prompt: Sequence[int], config: ModelConfig, name: str = "the promp
     )
 
 
-def string_end(
-  tokens: Sequence[int],
-  read: int,
-  strings: Sequence[str],
-  decode: Callable[[Sequence[int]], str],
-) -> int | None:
-  """After how many tokens the text holds one of the strings, None where it does not; the first `read` hold none."""
-  if not any(string in decode(tokens) for string in strings):
-    return None
-  return next(
-    count
-    for count in range(read + 1, len(tokens) + 1)
-    if any(string in decode(tokens[:count]) for string in strings)
+def text_of(tokenizer: Any, tokens: Sequence[int]) -> str:
+  """What stop strings are looked for in."""
+  return tokenizer.decode(
+    list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
   )
+
+
+def check_strings(strings: Sequence[str], tokenizer: Any) -> None:
+  """Raises ValueError for a stop string that no text holds, or every text.
+
+  A string can be made where the tokenizer takes it apart and puts it together again, alone or amid a text.
+  """
+  for string in strings:
+    if not string:
+      raise ValueError('an empty stop string ends every text: leave "" out of stop_strings')
+    if not any(_is_made(string, around, tokenizer) for around in ("", "a", "\n", " ")):
+      raise ValueError(
+        f"the tokenizer cannot make the stop string {string!r}, so no text would end with it: give a string of its"
+        " letters, or stop_tokens for a special token"
+      )
+
+
+def _is_made(string: str, around: str, tokenizer: Any) -> bool:
+  whole = f"{around}{string}{around}"
+  try:
+    whole.encode()
+  except UnicodeEncodeError:  # half of a surrogate pair
+    return False
+  ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
+  return string in text_of(tokenizer, ids)
+
+
+def string_end(
+  tokens: Sequence[int], read: int, least: int, strings: Sequence[str], tokenizer: Any
+) -> int | None:
+  """After how many tokens the text holds one of the strings, None where it does not; the first `read` hold none.
+
+  least: a string that the first so many hold does not count.
+  """
+  before = len(text_of(tokenizer, tokens[:least])) if least else 0
+
+  def holds(count: int) -> bool:
+    text = text_of(tokenizer, tokens[:count])
+    return any(text.find(string, max(0, before - len(string) + 1)) >= 0 for string in strings)
+
+  if not holds(len(tokens)):
+    return None
+  return next((n for n in range(max(read, least) + 1, len(tokens) + 1) if holds(n)), None)

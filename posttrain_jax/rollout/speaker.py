@@ -29,6 +29,8 @@ class Speaker:
   max_new_tokens: int
 
   dtype: Any = None  # of the computation; None: the parameters' own
+  stop_strings: tuple[str, ...] = ()
+  min_new_tokens: int = 0
 
   @property
   def positions(self) -> int:
@@ -73,6 +75,9 @@ class Speaker:
       self.config,
       sampling=self.sampling,
       stop_tokens=self.stop_tokens,
+      stop_strings=self.stop_strings,
+      min_new_tokens=self.min_new_tokens,
+      tokenizer=self.tokenizer,
       dtype=self.dtype,
     )
 
@@ -125,6 +130,9 @@ class Speaker:
       max_new_tokens=rooms,
       sampling=self.sampling,
       stop_tokens=self.stop_tokens,
+      stop_strings=self.stop_strings,
+      min_new_tokens=self.min_new_tokens,
+      tokenizer=self.tokenizer,
       seed=seed,
       dtype=self.dtype,
     )

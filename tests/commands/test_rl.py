@@ -111,10 +111,11 @@ def same(one, other):
     np.testing.assert_array_equal(one[name], other[name])
 
 
-def test_a_run_writes_scores_and_learns(folder, tmp_path, capsys):
+def test_a_run_writes_scores_and_learns(folder, tmp_path, capsys, caplog):
   assert main(command(folder, tmp_path / "run")) == 0
-  said = capsys.readouterr().out
-  assert "8 prompts; a batch is 2 prompts x 3 = 6 answers of at most 6 tokens" in said
+  out = capsys.readouterr().out
+  assert "8 prompts; a batch is 2 prompts x 3 = 6 answers of at most 6 tokens" in out
+  assert "the engine has 7 programs: window of 16 tokens, 6 rows of" in caplog.text
   last = lines(tmp_path / "run")[-1]
   assert last["sampling/logp_difference"] < 1e-4
   assert last["grad_norm"] > 0
@@ -190,6 +191,7 @@ def test_a_second_score_is_told_and_both_are_of_every_round(folder, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # it starts twenty times, and compiles each time
 def test_a_run_that_is_killed_anywhere_ends_as_one_that_is_not(folder, tmp_path):
   arguments = [sys.executable, "-m", "posttrain_jax"]
   changes = ["steps=24", "checkpoint.every=2", "checkpoint.keep=5"]

@@ -1,5 +1,7 @@
 """`posttrain sample`: answers, scored and kept, which fine-tuning reads as they are."""
 
+import argparse
+import dataclasses
 import json
 
 import pytest
@@ -7,6 +9,7 @@ import pytest
 from posttrain_jax.__main__ import main
 from posttrain_jax.build import sampling as sampling_lib
 from posttrain_jax.build import use
+from posttrain_jax.commands import common
 from posttrain_jax.data import chat, schema
 from posttrain_jax.evals import keeping, samples
 from posttrain_jax.evals.samples import Drawn
@@ -162,6 +165,10 @@ def test_another_command_is_told_apart(place, used, written, tmp_path):
     sampling_lib.write(
       wanted(place, out, samples=5, sampling=Sampling(temperature=0.5)), lambda: used
     )
+  with pytest.raises(
+    ConfigError, match=r"\(min_new_tokens: 0 there, 2 now; stop: \[\] there, \['b'\] now"
+  ):
+    sampling_lib.write(wanted(place, out, min_new_tokens=2, stop_strings=("b",)), lambda: used)
   (tmp_path / "b.jsonl").write_text("mine\n")
   with pytest.raises(ConfigError, match=r"is there already, and no b\.jsonl\.answers"):
     sampling_lib.write(wanted(place, tmp_path / "b.jsonl"), lambda: used)
@@ -294,6 +301,31 @@ def test_answers_of_the_engine_stay_the_same_whatever_is_done_already(used):
   assert len(whole) == 9
 
 
+def test_how_answers_are_drawn_and_end_is_of_the_command(place, used, tmp_path):
+  """chat and sample read the same options, and each changes what is written or is refused."""
+  parser = argparse.ArgumentParser()
+  common.add_drawing(parser, temperature=1.0)
+  parser.add_argument("--max_new_tokens", type=int, default=8)
+  read = lambda *flags: common.drawing(parser.parse_args(flags))
+  drawn = read("--stop=a", "--stop=\n", "--repetition_penalty=1.3", "--top_k=5", "--min_p=0.1")
+  assert drawn == dict(
+    sampling=Sampling(1.0, 5, 1.0, 0.1, 1.3), stop_strings=("a", "\n"), min_new_tokens=0
+  )
+  with pytest.raises(ValueError, match=r"--min_new_tokens=9: from 0 to --max_new_tokens=8"):
+    read("--min_new_tokens=9")
+  writer, prompts = use.writer(used), [[1, 5, 9], [7] * 6]
+  plan = samples.Plan(3, 12, Sampling(), seed=2, rows=4)
+  free = [d.text for d in samples.draw(writer, prompts, plan)]
+  letter = next(text[3] for text in free if len(text) > 6)
+  stopped = list(samples.draw(writer, prompts, dataclasses.replace(plan, stop_strings=(letter,))))
+  assert all(d.finished for d in stopped if letter in d.text)
+  assert any(letter in d.text for d in stopped)
+  assert sum(len(d.tokens) for d in stopped) < 6 * 12
+  with pytest.raises(ValueError, match="cannot make the stop string"):
+    sampling_lib.write(wanted(place, tmp_path / "c.jsonl", stop_strings=("\ud800",)), lambda: used)
+  assert not list(tmp_path.glob("c.jsonl*"))
+
+
 def test_the_command_from_a_model_to_a_file_that_trains(place, tmp_path, capsys):
   out = tmp_path / "made" / "own.jsonl"
   own = f"{place / 'mine.py'}:first"
@@ -308,6 +340,8 @@ def test_the_command_from_a_model_to_a_file_that_trains(place, tmp_path, capsys)
     "--keep=all",
     "--max_new_tokens=4",
     "--batch_size=4",
+    "--stop=b",
+    "--repetition_penalty=1.1",
     f"--out={out}",
   ]
   assert main(flags) == 0

@@ -76,6 +76,16 @@ def scored(count=6):
   )
 
 
+def drawn(count=6):
+  """The same with what a sampler that is somewhat off says of each token."""
+  rng = np.random.default_rng(3)
+  off = lambda e: rng.normal(-5.8, 0.3, len(e.tokens)).astype(np.float32)
+  return [
+    dataclasses.replace(e, sampling_logps=np.where(e.mask, off(e), np.float32(0)))
+    for e in scored(count)
+  ]
+
+
 def rows_of(examples, rows, length=LENGTH):
   room = max(slots(examples, length, True), max(e.count for e in examples))
   return pack_answers(examples, rows, length, room)
@@ -103,6 +113,30 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
     dict(loss_name="dppo_tv", aggregation="prompt_mean", old="reference", epsilon=1e-3),
     scored,
   ),
+  "dppo_kl": (Grouped, dict(loss_name="dppo_kl", old="reference", epsilon=1e-3), scored),
+  "cispo": (Grouped, dict(loss_name="cispo", old="reference", ceiling=1.05), scored),
+  "reinforce": (Grouped, dict(loss_name="reinforce"), scored),
+  "constant_length": (Grouped, dict(aggregation="constant_length", max_length=9), scored),
+  "sequence_sum": (Grouped, dict(aggregation="sequence_sum", kl_weight=0.1), scored),
+  **{
+    f"{level}, {outside}": (
+      Grouped,
+      dict(
+        importance=level,
+        importance_low=low,
+        importance_high=1 / low,
+        importance_outside=outside,
+        aggregation=aggregation,
+      ),
+      drawn,
+    )
+    for level, low, aggregation in (
+      ("token", 0.7, "token_mean"),
+      ("sequence", 0.5, "sequence_mean"),
+      ("geometric", 0.8, "prompt_mean"),
+    )
+    for outside in ("truncate", "mask")
+  },
 }
 FAST = ("grpo",)
 

@@ -33,7 +33,10 @@ def rows():
   folder = os.environ.get("POSTTRAIN_DATA")
   path = Path(folder or "", "humaneval", "HumanEval.jsonl.gz")
   if not folder or not path.exists():
-    pytest.skip("POSTTRAIN_DATA is not set to a folder with humaneval/HumanEval.jsonl.gz")
+    pytest.skip(
+      "HumanEval is not part of the repository: put HumanEval.jsonl.gz (github.com/openai/human-eval, data/) into"
+      " FOLDER/humaneval/ and write `make oracle POSTTRAIN_DATA=FOLDER`"
+    )
   return [json.loads(line) for line in gzip.open(path, "rt", encoding="utf-8")]
 
 

@@ -1,6 +1,9 @@
 """Policy-gradient losses against TRL's `_compute_loss` on the same log-probabilities, with ragged masks."""
 
 import collections
+import inspect
+import math
+import textwrap
 import types
 from unittest import mock
 
@@ -33,8 +36,13 @@ def arrays():
   )
 
 
-def trl_loss(trainer, arrays, **options):
-  """(loss, gradient with respect to the log-probabilities)."""
+def trl_loss(trainer, arrays, *, items=None, ratio=None, **options):
+  """(loss, gradient with respect to the log-probabilities).
+
+  items: the tokens that count in the whole of what was written, default those of arrays.
+  ratio: TRL's importance_sampling_ratio.
+  """
+  rows = len(arrays.logps)
   logps = torch.tensor(arrays.logps, requires_grad=True)
   tensors = {name: torch.tensor(value) for name, value in vars(arrays).items()}
   args = dict(use_bias_correction_kl=False, delta=None, steps_per_generation=1)
@@ -68,16 +76,19 @@ def trl_loss(trainer, arrays, **options):
   )
   mask = tensors["mask"].float()
   inputs = dict(
-    prompt_ids=torch.zeros(ROWS, 1, dtype=torch.long),
-    prompt_mask=torch.ones(ROWS, 1),
-    completion_ids=torch.zeros(ROWS, TIME, dtype=torch.long),
+    prompt_ids=torch.zeros(rows, 1, dtype=torch.long),
+    prompt_mask=torch.ones(rows, 1),
+    completion_ids=torch.zeros(rows, TIME, dtype=torch.long),
     completion_mask=mask,
     advantages=tensors["advantages"],
     old_per_token_logps=tensors["old"],
     ref_per_token_logps=tensors["ref"],
     old_logps=(tensors["old"] * mask).sum(1),
-    num_items_in_batch=mask.sum(),
+    num_items_in_batch=mask.sum() if items is None else torch.tensor(float(items)),
   )
+  if ratio is not None:
+    stand_in.use_vllm = stand_in.vllm_importance_sampling_correction = True
+    inputs["importance_sampling_ratio"] = ratio
   loss = trainer._compute_loss(stand_in, None, inputs)
   loss.backward()
   return loss.item(), logps.grad.numpy()
@@ -125,13 +136,13 @@ def surrogates(arrays):
 
 def aggregations(arrays):
   """TRL's loss type -> our weights."""
-  rows = spans.whole(arrays.mask)
+  rows, answers = spans.whole(arrays.mask), len(arrays.mask)
   return {
-    "grpo": policy.sequence_mean(rows, answers=ROWS),
+    "grpo": policy.sequence_mean(rows, answers=answers),
     "bnpo": policy.token_mean(rows, tokens=arrays.mask.sum()),
-    "dr_grpo": policy.constant_length(rows, answers=ROWS, length=LONGEST),
+    "dr_grpo": policy.constant_length(rows, answers=answers, length=LONGEST),
     "dapo": policy.token_mean(rows, tokens=arrays.mask.sum()),
-    "luspo": policy.sequence_sum(rows, answers=ROWS),
+    "luspo": policy.sequence_sum(rows, answers=answers),
   }
 
 
@@ -166,3 +177,99 @@ def test_rloo_is_one_ratio_and_one_loss_an_answer(arrays):
     logps, arrays.old, arrays.advantages, spans.whole(arrays.mask), epsilon=0.2, normalise=False
   )[0]
   agree(our_loss(arrays, each, aggregations(arrays)["grpo"]), expected)
+
+
+ACCUMULATED = {  # micro-batches of two rows in an update, of the three that were written
+  "all three": slice(0, 6),
+  "the last two": slice(2, 6),
+}
+
+
+@pytest.mark.parametrize("update", ACCUMULATED)
+@pytest.mark.parametrize("aggregation", ["grpo", "dr_grpo", "dapo", "luspo"])
+def test_accumulated_micro_batches_of_unlike_lengths(aggregation, update, arrays):
+  """The sum of TRL's losses of 12, 7 and 10 tokens is ours of the update at once.
+
+  In an update that is shorter than what was written TRL's token mean takes the mean number of tokens for the number
+  there are; ours counts them.
+  """
+  import trl
+
+  part = lambda rows: types.SimpleNamespace(**{n: v[rows] for n, v in vars(arrays).items()})
+  whole = part(ACCUMULATED[update])
+  count = len(whole.logps) // 2
+  options = dict(current_gradient_accumulation_steps=count, steps_per_generation=3)
+  items = arrays.mask.sum()
+  begins = range(ACCUMULATED[update].start, 6, 2)
+  each = [
+    trl_loss(
+      trl.GRPOTrainer,
+      part(slice(at, at + 2)),
+      items=items,
+      loss_type=aggregation,
+      **options,
+    )
+    for at in begins
+  ]
+  counted = whole.mask.sum() / (items * count / 3) if aggregation == "dapo" else 1.0
+  ours = our_loss(whole, surrogates(whole)["plain"][1], aggregations(whole)[aggregation])
+  expected = sum(loss for loss, _ in each), np.concatenate([grads for _, grads in each])
+  agree([part * counted for part in ours], expected)
+
+
+def trl_ratio(old, sampling, mask, mode, low, high):
+  """The lines of TRL that make `importance_sampling_ratio`."""
+  import trl
+
+  source = inspect.getsource(trl.GRPOTrainer._generate_and_score_completions)
+  begin = "                mask = completion_mask if tool_mask is None"
+  end = "            # Compute the per-token log probabilities for the reference model"
+  assert source.count(begin) == source.count(end) == 1
+  names = dict(
+    self=types.SimpleNamespace(
+      vllm_importance_sampling_mode=mode,
+      vllm_importance_sampling_clip_min=low,
+      vllm_importance_sampling_clip_max=high,
+    ),
+    torch=torch,
+    math=math,
+    tool_mask=None,
+    completion_mask=torch.tensor(mask).float(),
+    old_per_token_logps=torch.tensor(old),
+    sampling_per_token_logps=torch.tensor(sampling),
+  )
+  exec(textwrap.dedent(source[source.index(begin) : source.index(end)]), names)
+  return names["vllm_importance_sampling_ratio"]
+
+
+@pytest.mark.parametrize(
+  "mode", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+)
+@pytest.mark.parametrize(("low", "high"), [(None, 1.1), (0.9, 1.2)])
+def test_importance_weights(mode, low, high, arrays):
+  """Weights and weighted loss; a token whose sampler said nothing counts 1."""
+  import trl
+
+  sampling = arrays.old + np.random.default_rng(1).normal(0, 0.2, arrays.old.shape).astype(
+    np.float32
+  )
+  sampling[0, 2] = np.nan
+  ratio = trl_ratio(arrays.old, sampling, arrays.mask, mode, low, high)
+  level, outside = mode.split("_")
+  weights = policy.importance_weights(
+    arrays.old,
+    sampling,
+    spans.whole(arrays.mask),
+    level=level,
+    ceiling=high,
+    floor=low,
+    outside=outside,
+  )
+  theirs = np.broadcast_to(ratio.numpy(), weights.shape)
+  np.testing.assert_allclose(weights, np.where(arrays.mask, theirs, 0), rtol=1e-5)
+  beyond = (theirs == 0) | (theirs == np.float32(high))
+  assert beyond[arrays.mask].any()
+  assert not beyond[arrays.mask].all()
+  plain = surrogates(arrays)["plain"][1]
+  ours = our_loss(arrays, lambda logps: plain(logps) * weights, aggregations(arrays)["dapo"])
+  agree(ours, trl_loss(trl.GRPOTrainer, arrays, loss_type="dapo", ratio=ratio))

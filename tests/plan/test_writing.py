@@ -42,6 +42,15 @@ def test_what_writes_is_counted_beside_what_trains(folder):
   assert found["peak_gib"] >= max(peaks) > 0
   printed = estimate.report(found)
   assert "to write 8 answers at once, of 100 tokens with their prompts" in printed
+  assert "does not run" not in printed
+
+
+def test_a_pod_that_no_run_can_write_on_is_told(folder, monkeypatch):
+  assert estimate.hosts(jax.devices()) == 1
+  monkeypatch.setattr(estimate, "hosts", lambda devices: 2)
+  found = estimate.figures(config(folder), devices=1)
+  told = "does not run on these 2 hosts: online learning writes its answers in one process"
+  assert told in estimate.report(found)
 
 
 def bytes_of(params):

@@ -97,6 +97,28 @@ def test_each_line_of_a_pipe_is_a_conversation_of_its_own(base):
   assert (out, err) == (f"{first}\n{second}\n", "")
 
 
+def test_an_answer_ends_with_a_stop_string_in_a_pipe_and_in_a_chat(base):
+  """The first token at which it holds the string, behind so many; a string that cannot be is refused."""
+  (free,) = expected(base, [user("Hello there")])
+  tokenizer = base[3]
+  used = use.load(str(base[0]), template="chatml")
+  make = lambda **options: use.speaker(used, sampling=engine.GREEDY, max_new_tokens=NEW, **options)[
+    0
+  ]
+  stop = free[len(free) // 2]
+  (cut,) = make(stop_strings=(stop,)).answer([[user("Hello there")]], 0)
+  assert stop in cut != free
+  assert free.startswith(cut)
+  assert "".join(make(stop_strings=(stop,)).stream([user("Hello there")], 0)) == cut
+  ids = tokenizer(cut, add_special_tokens=False)["input_ids"]
+  (later,) = make(stop_strings=(stop,), min_new_tokens=len(ids) + 1).answer(
+    [[user("Hello there")]], 0
+  )
+  assert len(later) > len(cut)
+  with pytest.raises(ValueError, match="cannot make the stop string"):
+    make(stop_strings=("\ud800",))
+
+
 def test_an_adapter_and_the_merged_model_say_the_same_and_the_base_does_not(
   base, adapter, tmp_path
 ):
