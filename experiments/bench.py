@@ -106,6 +106,15 @@ def jax_jobs() -> Jobs:
   return {**jobs, "dora": lambda: trainer(use_dora=True)([fixed_batch]), "mixed": mixed}
 
 
+def peft_lora(r: int = RANK, **options: Any) -> Any:
+  """The peers' LoRA, on every linear layer."""
+  import peft
+
+  return peft.LoraConfig(
+    r=r, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM", **options
+  )
+
+
 def torch_jobs() -> Jobs:
   """The same in PyTorch + PEFT: eager float32, SDPA attention, batches padded to their longest row."""
   import peft
@@ -118,13 +127,10 @@ def torch_jobs() -> Jobs:
   base = lambda: transformers.AutoModelForCausalLM.from_pretrained(
     fetch.fetch(), dtype=torch.float32
   )
-  lora = lambda **options: peft.LoraConfig(
-    lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM", **options
-  )
 
   @functools.cache
   def trainer(**options):
-    model = peft.get_peft_model(base(), lora(r=RANK, **options)).train()
+    model = peft.get_peft_model(base(), peft_lora(r=RANK, **options)).train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=0.0)
 
@@ -144,9 +150,9 @@ def torch_jobs() -> Jobs:
 
   @functools.cache
   def served():
-    model = peft.get_peft_model(base(), lora(r=MIXED_RANKS[0]), adapter_name=names[0])
+    model = peft.get_peft_model(base(), peft_lora(r=MIXED_RANKS[0]), adapter_name=names[0])
     for name, rank in zip(names[1:], MIXED_RANKS[1:]):
-      model.add_adapter(name, lora(r=rank))
+      model.add_adapter(name, peft_lora(r=rank))
     return model.eval()
 
   vocabulary = transformers.AutoConfig.from_pretrained(fetch.fetch()).vocab_size

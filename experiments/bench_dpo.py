@@ -88,7 +88,6 @@ def jax_jobs() -> bench.Jobs:
 
 def torch_jobs() -> bench.Jobs:
   import datasets
-  import peft
   import torch
   import transformers
   import trl
@@ -114,12 +113,7 @@ def torch_jobs() -> bench.Jobs:
     ),
     train_dataset=datasets.Dataset.from_list(fields),
     processing_class=transformers.AutoTokenizer.from_pretrained(folder),
-    peft_config=peft.LoraConfig(
-      r=bench.RANK,
-      lora_alpha=bench.ALPHA,
-      target_modules="all-linear",
-      task_type="CAUSAL_LM",
-    ),
+    peft_config=bench.peft_lora(),
   )
   trained = [p for p in trainer.model.parameters() if p.requires_grad]
   optimizer = torch.optim.AdamW(trained, lr=bench.LR, weight_decay=0.0)

@@ -78,7 +78,6 @@ def jax_jobs(told: Path) -> bench.Jobs:
 def torch_jobs(told: Path) -> bench.Jobs:
   """TRL's own loop, in a thread that waits between steps."""
   import datasets
-  import peft
   import torch
   import transformers
   import trl
@@ -126,12 +125,7 @@ def torch_jobs(told: Path) -> bench.Jobs:
     ),
     train_dataset=datasets.Dataset.from_list([{"prompt": prompt} for prompt in prompts()]),
     processing_class=transformers.AutoTokenizer.from_pretrained(folder),
-    peft_config=peft.LoraConfig(
-      r=bench.RANK,
-      lora_alpha=bench.ALPHA,
-      target_modules="all-linear",
-      task_type="CAUSAL_LM",
-    ),
+    peft_config=bench.peft_lora(),
   )
   written = 0.0
   write: Callable[..., Any] = trainer._generate_and_score_completions

@@ -29,7 +29,6 @@ from posttrain_jax.build.model import Model
 from posttrain_jax.build.prompts import Prompt
 from posttrain_jax.build.updates import Updates
 from posttrain_jax.build.writer import Writer
-from posttrain_jax.core import progress
 from posttrain_jax.objectives import Scorer
 from posttrain_jax.rewards import alarm, section, selftest
 from posttrain_jax.rewards import reward as reward_lib
@@ -73,7 +72,6 @@ class Online:
     self.updates = Updates(config, model.config.vocab_size)
     self.folder: Path | None = None
     self._batches = 0  # written
-    self._has_written = False  # in this process
     self._asked = 0  # prompts, of all rounds
     self._left: list[Any] = []  # of the batch that was written last
     self._told: dict[str, float] = {}
@@ -260,13 +258,12 @@ class Online:
         open_ones.enter_context(Overlapped(reward, ledger, identity, self._trainer_state))
         for identity, reward in self._rewards.items()
       ]
-      with self._said():
-        for group, sample, written in self._written(groups, journal):
-          group.written[sample] = written
-          if len(group.written) == o.samples:
-            answers = self._answers(group)
-            for one in scores:
-              one.put(group.number, answers)
+      for group, sample, written in self._written(groups, journal):
+        group.written[sample] = written
+        if len(group.written) == o.samples:
+          answers = self._answers(group)
+          for one in scores:
+            one.put(group.number, answers)
       spent["writing"] += time.monotonic() - began
       began = time.monotonic()
       results = [one.result() for one in scores]
@@ -285,13 +282,6 @@ class Online:
     o, config = self.config.online, self.config
     steps = config.steps or self.steps(config.epochs)
     return TrainerState((self._batches - 1) * o.minibatches * o.passes, steps, self.epoch)
-
-  def _said(self) -> contextlib.AbstractContextManager[None]:
-    """The first time, in which the engine is compiled, it is said what takes so long."""
-    if self._has_written:
-      return contextlib.nullcontext()
-    self._has_written = True
-    return progress.phase("writing the first answers")
 
   def _written(
     self, groups: Sequence[Group], journal: completions.Journal

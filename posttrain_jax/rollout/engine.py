@@ -674,8 +674,9 @@ def prepare(params: Params | Ready, config: ModelConfig, storage: str = storage_
   """
   if isinstance(params, Ready):
     return params
-  whole = lambda path, leaf: sharding.gather(leaf, sharding.spec_for(path, layout.RULES))
-  params = tree.unflatten((path, whole(path, leaf)) for path, leaf in tree.items(params))
+  if sharding.active():
+    whole = lambda path, leaf: sharding.gather(leaf, sharding.spec_for(path, layout.RULES))
+    params = tree.unflatten((path, whole(path, leaf)) for path, leaf in tree.items(params))
   if storage != storage_lib.AUTO:
     params = storage_lib.store(params, config, storage)
   if jax.default_backend() != "cpu" or isinstance(params["layers"], tuple):

@@ -45,15 +45,17 @@ def test_a_stored_matrix_is_as_near_as_its_bits(kind, error):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_not_finite_does_not_become_a_number(kind):
-  x = np.ones((3, 48), np.float32)
+  """Of sizes at which XLA:CPU's maximum drops a NaN among numbers."""
+  matrix = np.random.default_rng(0).normal(size=(576, 96)).astype(np.float32)
+  x = np.random.default_rng(1).normal(size=(16, 576)).astype(np.float32)
   x[1, 7] = np.nan
   x[2, 7] = np.inf
-  found = np.asarray(linear(jnp.asarray(x), storage.matrix(jnp.asarray(MATRIX), kind)))
-  assert np.isfinite(found[0]).all()
-  assert not np.isfinite(found[1:]).any()
-  spoilt = MATRIX.copy()
+  found = np.asarray(linear(jnp.asarray(x), storage.matrix(jnp.asarray(matrix), kind)))
+  assert np.isfinite(np.delete(found, (1, 2), axis=0)).all()
+  assert not np.isfinite(found[1:3]).any()
+  spoilt = matrix.copy()
   spoilt[5, 2] = np.nan
-  found = np.asarray(linear(jnp.ones((1, 48)), storage.matrix(jnp.asarray(spoilt), kind)))[0]
+  found = np.asarray(linear(jnp.ones((1, 576)), storage.matrix(jnp.asarray(spoilt), kind)))[0]
   assert np.isnan(found[2])
   assert np.isfinite(np.delete(found, 2)).all()
 
@@ -107,6 +109,23 @@ def test_the_base_under_a_bound_adapter_is_stored():
   x = jax.random.normal(jax.random.key(1), (3, config.hidden_size))
   one = jax.tree.map(lambda leaf: leaf[0], kept)
   assert linear(x, one).shape == (3, config.intermediate_size)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_activations_in_bfloat16_are_used_as_they_are(rows):
+  w = storage.matrix(jnp.asarray(MATRIX), "bfloat16")
+  x = jax.random.normal(jax.random.key(rows), (rows, 48), jnp.bfloat16)
+  exact = np.asarray(x, np.float64) @ np.asarray(w.dense(), np.float64)
+  np.testing.assert_allclose(linear32(x, w), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_layers_that_are_apart():
+  """They serve as they are, and are too late to be stored otherwise."""
+  config, params = families.make("llama3")
+  apart = decoder.unstack(params, config)
+  assert engine.prepare(apart, config).layers_apart is apart
+  with pytest.raises(ValueError, match="store the parameters first"):
+    engine.prepare(apart, config, "int8")
 
 
 def test_a_storage_that_there_is_not():
