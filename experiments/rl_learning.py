@@ -47,7 +47,7 @@ RESULTS = ROOT / "experiments" / "results" / "rl_learning.json"
 MANY = 100_000  # steps: none comes so far
 START_LR = 2e-3
 # learning rates, constant; all else of a method is its config's
-ARMS = {"grpo": 1e-4, "dapo": 1e-4, "dapo-static": 1e-4, "rft": 5e-4, "sft": 5e-4}
+ARMS = {"grpo": 3e-4, "dapo": 3e-4, "dapo-static": 3e-4, "rft": 5e-4, "sft": 5e-4}
 SFT = ("data.length=256", "data.eval_rows=0", "batch.rows=4")
 ROUNDS, ASKED, ANSWERS = 2, 48, 8  # of rft: prompts of a round, answers to each
 TICK = os.sysconf("SC_CLK_TCK")
@@ -94,7 +94,7 @@ class Task:
 def task(name: str, out: Path) -> Task:
   if name == "sql":
     rl = ("data.length=576", "online.max_new_tokens=48")
-    return Task("sql", "sql", "sql", "sql", "eval_score/sql", 24, rl)
+    return Task("sql", "sql", "sql", "sql", "eval_score/sql", 32, rl)
   paths = {split: out / f"{split}.jsonl" for split in ("train", "held_out")}
   for split, count in (("train", 800), ("held_out", 200)):
     text = "".join(json.dumps(row) + "\n" for row in reversals(split, count))

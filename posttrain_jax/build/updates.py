@@ -27,7 +27,7 @@ from posttrain_jax.train.state import State
 
 Config = ml_collections.ConfigDict
 Batch = Mapping[str, Any]
-EDGES = 4  # lengths of rows, each of them a program
+EDGES = 8  # lengths of rows, each of them a program
 
 
 class Updates:
