@@ -518,6 +518,7 @@ def asks(folder, workdir, rows, reward, *changes):
   return line, pyarrow.parquet.read_table(completions.table(workdir, 1)).to_pylist()
 
 
+@pytest.mark.slow
 def test_rows_of_gsm8k_are_prompts_with_numbers(folder, tmp_path):
   rows = [{"question": f"{n} + 1?", "answer": f"So it is.\n#### {n + 1}"} for n in range(4)]
   columns = ["data.columns.prompt=question", "data.columns.completion=answer"]

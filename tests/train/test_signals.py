@@ -120,7 +120,7 @@ with signals.exiting():
 @pytest.mark.parametrize(
   ("how", "number", "code"),
   [
-    ("dropped", signal.SIGTERM, 75),
+    slow("dropped", signal.SIGTERM, 75),
     slow("dropped", signal.SIGHUP, 75),
     ("dropped", signal.SIGINT, 130),
     ("loop", signal.SIGTERM, 0),
