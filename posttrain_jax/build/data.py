@@ -366,6 +366,17 @@ def told_of(name: str, too_long: str = "") -> Generator[None]:
     ) from None
 
 
+@contextlib.contextmanager
+def told_of_columns() -> Generator[None]:
+  """What columns are to be named is said as commands without a config name them: --columns=prompt=question."""
+  field = "--config.data.columns."
+  try:
+    yield
+  except RowError as error:
+    detail, cure = (text.replace(field, "--columns=") for text in (error.detail, error.cure))
+    raise RowError(error.reason, error.origin, detail, cure) from None
+
+
 def read_rows(
   config: ml_collections.ConfigDict, model: Model, source: str, split: str, mapping: Any
 ) -> schema.Rows:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ def evaluate(
   model: str | None = None,
   adapter: str | None = None,
   data: str | None = None,
+  columns: Mapping[str, Any] | None = None,
   limit: int = 0,
   base: str | None = None,
   template: str | None = None,
@@ -55,6 +56,7 @@ def evaluate(
   ensemble: the loss is told of each, a task is answered with all of them in one batch, and the commonest answer counts.
 
   Args:
+    columns: of `data`, as config.data.columns: {"prompt": "question"}; None or {}: what the run's config says.
     limit: so many rows, drawn; 0 for all.
     base: how the base's matrices are stored; None: as they were when the adapter was trained.
     template: a chat template's name; None: what was trained with.
@@ -85,12 +87,16 @@ def evaluate(
     used = _on_its_rest(run, used)
   if run is None:
     used.check_writes()  # rows are imitated
-  how = described(used, str(data)) if run is None else run
+  how = described(used, str(data), columns) if run is None else run
+  if run is not None and columns:
+    how = ml_collections.ConfigDict(
+      {**run.to_dict(), "data": {**run.data.to_dict(), "columns": dict(columns)}}
+    )
   how = how if metric is None else _grading(how, metric)
   results: dict[str, Any] = {"model": str(used.folder), "adapter": adapter}
   results["base"] = used.storage
   results["data"] = data or how.data.eval or how.data.train
-  if run is None and metric and (kinds := _unlike(str(data))):
+  if run is None and metric and (kinds := _unlike(str(data), columns)):
     log.info("no loss: rows of %s are answered here, and not imitated", kinds)
   elif len(used.nodes) > 1:
     each = [_measured(how, used, params, data, limit, None) for params in used.members]
@@ -131,19 +137,22 @@ def _on_its_rest(run: ml_collections.ConfigDict, used: use.Used) -> use.Used:
   return dataclasses.replace(used, params=params, bare=params, storage=run.model.base)
 
 
-def described(used: use.Used, source: str) -> ml_collections.ConfigDict:
+def described(
+  used: use.Used, source: str, columns: Mapping[str, Any] | None = None
+) -> ml_collections.ConfigDict:
   """What a config says of rows to imitate, where there is none: what the model was trained with, and its own length."""
   params = used.members[0] if len(used.nodes) > 1 else used.bound
   length = used.config.max_length - before.slots(params)
   manner = used.manner
   system = manner.system
   if system is not None:
-    system = system if turns.in_strings(schema.read(source, split="eval"), source) else None
+    rows = schema.read(source, split="eval", columns=columns or None)
+    system = system if turns.in_strings(rows, source) else None
   config = settings.load("sft:adapter=none").unlock()
   config.model.update(name=used.name, remat="none", base="dense")
   config.eval.rows = ROWS
   config.data.update(train="", eval="", eval_rows=0, packing=False, system=system)
-  config.data.update(chat=manner.chat, length=length)
+  config.data.update(chat=manner.chat, length=length, columns={**(columns or {})})
   return config.lock()
 
 
@@ -243,9 +252,9 @@ def _reference(config: ml_collections.ConfigDict, used: use.Used) -> Any:
   return reference.params(config, as_model(used, None), None)
 
 
-def _unlike(source: str) -> str:
+def _unlike(source: str, columns: Mapping[str, Any] | None) -> str:
   """The kinds of rows of a source that no text is imitated of, "" for none."""
-  kinds = {row.kind for row in schema.read(source, split="eval")}
+  kinds = {row.kind for row in schema.read(source, split="eval", columns=columns or None)}
   return ", ".join(sorted(kinds - {"text", "messages", "prompt_completion"}))
 
 
@@ -272,9 +281,15 @@ def _task(
   return questions.make(config, model, held_out, source)
 
 
-def graded(used: use.Used, source: str, metric: str, limit: int) -> tasks.Task:
+def graded(
+  used: use.Used,
+  source: str,
+  metric: str,
+  limit: int,
+  columns: Mapping[str, Any] | None = None,
+) -> tasks.Task:
   """The training rows of a source as a task that a metric grades; so many of them, drawn, or with 0 all."""
-  config = _grading(described(used, source), metric)
+  config = _grading(described(used, source, columns), metric)
   config.eval.task_limit = limit
   task = questions.make(config, as_model(used, used.params), None, source, "train")
   assert task is not None

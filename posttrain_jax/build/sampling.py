@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from posttrain_jax.build import data as data_lib
 from posttrain_jax.build import evaluation, questions, scoring, use
 from posttrain_jax.core import files, progress, tree
 from posttrain_jax.core.journal import Journal
 from posttrain_jax.data import chat, held_out, schema
 from posttrain_jax.data import questions as questions_lib
-from posttrain_jax.data.errors import RowError
 from posttrain_jax.evals import keeping, samples, tasks
 from posttrain_jax.evals.keeping import Keep, Summary
 from posttrain_jax.evals.samples import Drawn, Plan, Question, Sample, Writer
@@ -159,7 +158,7 @@ def _asked(used: use.Used, wanted: Wanted) -> tuple[list[Question], int]:
   Raises:
     RowError: there is no prompt in a row, or no room behind one.
   """
-  config = evaluation.described(used, wanted.task or wanted.data).unlock()
+  config = evaluation.described(used, wanted.task or wanted.data, wanted.columns).unlock()
   model = evaluation.as_model(used, used.bound)
   asked: list[Question]
   if wanted.task:
@@ -172,7 +171,7 @@ def _asked(used: use.Used, wanted: Wanted) -> tuple[list[Question], int]:
   else:
     longest = wanted.max_new_tokens
     as_turns = bool(config.data.chat and model.template is not None)
-    with _told_of_columns():
+    with data_lib.told_of_columns():
       rows = schema.read(
         wanted.data,
         columns=wanted.columns or None,
@@ -187,17 +186,6 @@ def _asked(used: use.Used, wanted: Wanted) -> tuple[list[Question], int]:
     raise ConfigError(f"{wanted.data or wanted.task} has no rows")
   config.eval.max_new_tokens = longest
   return asked, questions.longest(config, model, asked, True, "--max_new_tokens")
-
-
-@contextlib.contextmanager
-def _told_of_columns() -> Generator[None]:
-  """What columns are to be named is said as this command names them."""
-  field = "--config.data.columns."
-  try:
-    yield
-  except RowError as error:
-    detail, cure = (text.replace(field, "--columns=") for text in (error.detail, error.cure))
-    raise RowError(error.reason, error.origin, detail, cure) from None
 
 
 def example(question: Question) -> dict[str, Any]:

@@ -136,6 +136,32 @@ def add_reward(parser: argparse.ArgumentParser) -> None:
   )
 
 
+def add_columns(parser: argparse.ArgumentParser) -> None:
+  """What columns of --data mean, where no config says so."""
+  parser.add_argument(
+    "--columns",
+    action="append",
+    default=[],
+    metavar="prompt=NAME",
+    help="which column of --data is the prompt; once more for others, as completion=NAME",
+  )
+
+
+def columns(args: argparse.Namespace) -> dict[str, Any]:
+  """config.data.columns, which --columns writes: `--columns=prompt=question`.
+
+  Raises:
+    ConfigError: no field has the name, or there is no --data whose columns they could be.
+  """
+  if args.columns and not args.data:
+    raise settings.ConfigError(
+      f"--columns={args.columns[0]} names a column of --data: write --data=SOURCE beside it"
+    )
+  fields = [f"--config.data.columns.{text}" for text in args.columns]
+  named = settings.load("sft:adapter=none", fields).data.columns.to_dict()
+  return {name: [*of] if isinstance(of, tuple) else of for name, of in named.items()}
+
+
 def cache_compilations() -> None:
   """Compiled programs are kept in the user's cache, so that the second start of a run is quick."""
   import jax

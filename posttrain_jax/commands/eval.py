@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ def add(parser: argparse.ArgumentParser) -> None:
   )
   common.add_use(parser)
   parser.add_argument("--data", metavar="SOURCE", help=f"a built-in task, {common.SOURCE}")
+  common.add_columns(parser)
   parser.add_argument("--limit", type=int, default=0, help="examples, drawn; 0 for all")
   parser.add_argument(
     "--best_of", type=int, default=0, metavar="N", help="draw N answers, keep what --reward likes"
@@ -50,30 +52,42 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     common.cache_compilations()
     import rich
 
-    from posttrain_jax.build import evaluation
+    from posttrain_jax.build import data
 
-  if args.best_of:
-    results = _best_of(args)
-  elif args.reward:
-    results = _rewards(args)
-  else:
-    if args.out and Path(args.out).exists():
-      raise ValueError(f"{args.out} is there already: write another --out, or remove it")
-    results = evaluation.evaluate(
-      config=args.config,
-      overrides=overrides,
-      workdir=args.workdir,
-      model=args.model,
-      adapter=args.adapter,
-      data=args.data,
-      limit=args.limit,
-      base=args.base,
-      template=args.template,
-      metric=args.metric,
-      out=args.out,
-    )
+  columns = common.columns(args)
+  with contextlib.nullcontext() if args.config else data.told_of_columns():
+    if args.best_of:
+      results = _best_of(args)
+    elif args.reward:
+      results = _rewards(args, columns)
+    else:
+      results = _results(args, overrides, columns)
   rich.print_json(json.dumps(results))
   return 0
+
+
+def _results(
+  args: argparse.Namespace, overrides: Sequence[str], columns: Mapping[str, Any]
+) -> dict[str, Any]:
+  """What the objective says of held-out rows, and how good answers to them are."""
+  from posttrain_jax.build import evaluation
+
+  if args.out and Path(args.out).exists():
+    raise ValueError(f"{args.out} is there already: write another --out, or remove it")
+  return evaluation.evaluate(
+    config=args.config,
+    overrides=overrides,
+    workdir=args.workdir,
+    model=args.model,
+    adapter=args.adapter,
+    data=args.data,
+    columns=columns,
+    limit=args.limit,
+    base=args.base,
+    template=args.template,
+    metric=args.metric,
+    out=args.out,
+  )
 
 
 def _best_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -96,7 +110,7 @@ def _best_of(args: argparse.Namespace) -> dict[str, Any]:
   )
 
 
-def _rewards(args: argparse.Namespace) -> dict[str, Any]:
+def _rewards(args: argparse.Namespace, columns: Mapping[str, Any]) -> dict[str, Any]:
   """Writes the rewards of every row of a file, JSONL, and says how many pairs or labels they agree with.
 
   A row gives `reward`, `chosen` and `rejected`, `rewards` of a group's answers, or `steps`.
@@ -110,7 +124,7 @@ def _rewards(args: argparse.Namespace) -> dict[str, Any]:
   if args.out is not None and Path(args.out).exists():
     raise ValueError(f"{args.out} is there already: write another --out, or remove it")
   liked = scoring.judge(args.reward, base=args.base, template=args.template)
-  lines, summary = judge.score(liked, args.data, args.limit)
+  lines, summary = judge.score(liked, args.data, args.limit, columns)
   text = "".join(json.dumps(line) + "\n" for line in lines)
   if args.out is None:
     print(text, end="")

@@ -21,6 +21,7 @@ def add(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     "--data", metavar="SOURCE", help=f"rows to ask instead, with --metric: {common.SOURCE}"
   )
+  common.add_columns(parser)
   parser.add_argument(
     "--metric",
     metavar="NAME",
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
   """
   with progress.phase("starting"):
     common.cache_compilations()
-    from posttrain_jax.build import evaluation, use
+    from posttrain_jax.build import data, evaluation, use
     from posttrain_jax.core import files
     from posttrain_jax.evals import pairs, tasks
     from posttrain_jax.evals.samples import Plan
@@ -57,14 +58,16 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
       "own rows need both --data=SOURCE and --metric (exact, contained, json, number, FILE.py:name), which tells right"
       " answers from wrong ones"
     )
+  columns = common.columns(args)
   sampling = Sampling(temperature=args.temperature)
   Plan(args.samples, 1, sampling)  # before the long part
   used = use.load(args.model, args.adapter, base=args.base, template=args.template)
-  task = (
-    evaluation.graded(used, args.data, args.metric, args.limit)
-    if args.data
-    else tasks.known(args.task)
-  )
+  with data.told_of_columns():
+    task = (
+      evaluation.graded(used, args.data, args.metric, args.limit, columns)
+      if args.data
+      else tasks.known(args.task)
+    )
   plan = Plan(args.samples, task.max_new_tokens, sampling, args.seed)
   with progress.counter("answering") as count:
     drawn = pairs.make(

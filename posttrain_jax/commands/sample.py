@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from posttrain_jax import settings
 from posttrain_jax.commands import common
 from posttrain_jax.core import progress
 
@@ -20,13 +18,7 @@ def add(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     "--data", default="", metavar="SOURCE", help=f"prompts of yours: {common.SOURCE}"
   )
-  parser.add_argument(
-    "--columns",
-    action="append",
-    default=[],
-    metavar="prompt=NAME",
-    help="which column of --data is the prompt; once more for others, as completion=NAME",
-  )
+  common.add_columns(parser)
   common.add_reward(parser)
   parser.add_argument("--out", required=True, metavar="FILE.jsonl")
   parser.add_argument("--n", type=int, default=8, help="answers to each prompt; default 8")
@@ -69,7 +61,7 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     from posttrain_jax.build import sampling, scoring, use
     from posttrain_jax.evals import keeping
 
-  columns = _columns(args)
+  columns = common.columns(args)
   reward = scoring.spec(args.reward, args.gate, unsafe_code=args.unsafe_code)
   wanted = sampling.Wanted(
     out=Path(args.out),
@@ -90,10 +82,3 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
   load = lambda: use.load(args.model, args.adapter, base=args.base, template=args.template)
   print(f"{sampling.write(wanted, load)}; written: {args.out}")
   return 0
-
-
-def _columns(args: argparse.Namespace) -> dict[str, Any]:
-  """config.data.columns, which --columns writes: `--columns=prompt=question`."""
-  fields = [f"--config.data.columns.{text}" for text in args.columns]
-  columns = settings.load("sft:adapter=none", fields).data.columns.to_dict()
-  return {name: [*of] if isinstance(of, tuple) else of for name, of in columns.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -57,12 +57,12 @@ class Judge:
     self.chat = chat and template is not None
     self.system = system if self.chat else None
 
-  def read(self, source: str) -> Sequence[schema.Row]:
+  def read(self, source: str, columns: Mapping[str, Any] | None = None) -> Sequence[schema.Row]:
     """The rows of a file of answers, as the model was trained to read them."""
     system = self.system
-    if system is not None and not turns.in_strings(schema.read(source), source):
+    if system is not None and not turns.in_strings(schema.read(source, columns=columns), source):
       system = None  # rows that bring their messages bring that one, too
-    return schema.read(source, chat=self.chat, system=system)
+    return schema.read(source, columns=columns, chat=self.chat, system=system)
 
   def encode(self, rows: Sequence[schema.Row]) -> Sequence[answer_lib.Answers]:
     try:
@@ -144,13 +144,15 @@ def _scored(params: Any, config: ModelConfig, examples, dtype: Any) -> list[list
   return rewards
 
 
-def score(judge: Judge, source: str, limit: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def score(
+  judge: Judge, source: str, limit: int, columns: Mapping[str, Any] | None = None
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
   """(a line for every row of a file: its rewards; a summary: rows, mean reward, how far labels agree).
 
   Raises:
     ValueError: rows of several schemas.
   """
-  rows = judge.read(source)
+  rows = judge.read(source, columns or None)
   rows = held_out.limited(rows, limit, seed=0) if limit else rows
   kinds = schema.kinds(rows)
   if len(kinds) > 1:

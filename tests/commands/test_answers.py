@@ -134,6 +134,29 @@ def test_pairs_of_ones_own_rows(rows, tmp_path, answers, capsys):
   assert all(row["chosen"] != row["rejected"] and "channel" not in row for row in made)
 
 
+def test_columns_of_any_name_are_named_by_the_commands_own_flag(rows, tmp_path, answers, capsys):
+  """What `pairs`, `eval --metric` and `eval --reward` tell to write is what they take."""
+  answers[:] = ["c"]
+  asked = [{"ask": f"say {i}", "tell": "ab"[i % 2]} for i in range(4)]
+  tiny.write_jsonl(tmp_path / "rows.jsonl", asked)
+  model, data = f"--model={rows / 'model'}", f"--data={tmp_path / 'rows.jsonl'}"
+  columns = ["--columns=prompt=ask", "--columns=completion=tell"]
+  pairs = ["pairs", model, data, "--metric=exact", f"--out={tmp_path / 'pairs.jsonl'}"]
+  graded = ["eval", model, data, "--metric=exact", f"--out={tmp_path / 'graded.jsonl'}"]
+  for command in (pairs, graded):
+    assert main(command) == 1
+    error = capsys.readouterr().err
+    assert "--columns=prompt=question --columns=completion=answer" in error
+    assert "--config" not in error
+    assert main([*command, *columns]) == 0
+  made = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
+  assert {row["prompt"][0]["content"] for row in made} == {row["ask"] for row in asked}
+  lines = [json.loads(line) for line in (tmp_path / "graded.jsonl").read_text().splitlines()]
+  assert [line["gold"] for line in lines] == [row["tell"] for row in asked]
+  assert main(["eval", model, *columns]) == 1
+  assert "--columns=prompt=ask names a column of --data" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_model_that_learns_its_rows_scores_higher(rows, tmp_path, monkeypatch):
   """The real engine, on rows with one answer."""
