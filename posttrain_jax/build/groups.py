@@ -12,7 +12,7 @@ import numpy as np
 
 from posttrain_jax.build.prompts import Prompt
 from posttrain_jax.evals import keeping
-from posttrain_jax.rewards.reward import ROUNDING, Reward, Scored
+from posttrain_jax.rewards.reward import LOGGED, ROUNDING, Reward, Scored
 from posttrain_jax.rollout.requests import Answer
 
 
@@ -126,6 +126,6 @@ def table(
         "used": is_used,
       }
       for name, values in group.columns.items():
-        row[f"logged/{name}" if name in row else name] = values[i]
+        row[f"{LOGGED}/{name}" if name in row else name] = values[i]
       rows.append(row)
   return rows

@@ -16,6 +16,7 @@ from posttrain_jax.build.adapter import Trees
 from posttrain_jax.build.model import Model
 from posttrain_jax.build.prompts import Prompt
 from posttrain_jax.core import progress, tree
+from posttrain_jax.models import before
 from posttrain_jax.rollout import engine as engine_lib
 from posttrain_jax.rollout.requests import Answer, Request
 from posttrain_jax.rollout.sampling import Sampling
@@ -55,7 +56,7 @@ class Writer:
       ready,
       self.model.config,
       rows=min(o.rows, answers),
-      length=max(map(len, self.prompts)) + o.max_new_tokens,
+      length=before.slots(ready.stacked) + max(map(len, self.prompts)) + o.max_new_tokens,
       dtype=self.model.dtype,
       records_kept=not self.sampling.is_whole,
     )

@@ -274,6 +274,9 @@ VERIFIED = Group(
       "rewards/retried", "asked again", LOWER, "Scores that were asked for once more.", "Missing"
     ),
     Metric(
+      "logged/*", "", NEITHER, "What a reward function logs (log_metric), over its calls.", "Logged"
+    ),
+    Metric(
       "pass@1", "first answer right", HIGHER, "Share of answers that are right.", "Right answers"
     ),
     Metric(

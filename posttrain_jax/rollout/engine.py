@@ -200,7 +200,7 @@ class Engine:
       ValueError: it cannot be answered by this model, or in this length.
     """
     at = next(self._tickets)
-    requests.check(request, self.config, self.length, self._bound, self._bound_rows, at)
+    requests.check(request, self.config, self.length, self._bound, self._bound_rows)
     if request.stop_strings and self.tokenizer is None:
       raise ValueError("a request with stop_strings needs an engine with tokenizer=")
     requests.check_strings(request.stop_strings, self.tokenizer)
@@ -636,8 +636,8 @@ def generate(
     for sample in range(samples)
   ]
   bound = before.slots(ready.stacked)
-  for at, request in enumerate(asked):
-    requests.check(request, config, config.max_length, bound, rows, at // samples)
+  for request in asked:
+    requests.check(request, config, config.max_length, bound, rows)
   if not asked:
     return Generation([], [], [])
   length = bucket(max(bound + len(r.prompt) + r.max_new_tokens for r in asked))

@@ -357,7 +357,7 @@ def test_what_was_scored_before_a_kill_is_not_scored_again(
   by_step = {line["step"]: line for line in lines(tmp_path / "run")}
   for step, values in told.items():
     assert values.keys() - by_step[step].keys() == set()
-    assert "mine" in values
+    assert "logged/mine" in values
     for metric, value in values.items():
       if "timing" not in metric and metric != "tokens_per_second":
         assert by_step[step][metric] == value, metric
