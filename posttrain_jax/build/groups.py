@@ -59,7 +59,7 @@ class Group:
 
 
 def _array(values: Iterable[float | None]) -> np.ndarray:
-  return np.asarray([np.nan if value is None else value for value in values], np.float32)
+  return np.asarray([np.nan if value is None else value for value in values], np.float64)
 
 
 def _agree(values: np.ndarray) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -76,10 +76,12 @@ class Writer:
       sample=sample,
     )
 
-  def run(self, requests: Iterable[Request]) -> Iterator[tuple[int, Answer]]:
+  def run(
+    self, requests: Iterable[Request], before_window: Callable[[], None] | None = None
+  ) -> Iterator[tuple[int, Answer]]:
     """(place of the request, answer) as they finish."""
     assert self._engine is not None
-    return self._engine.run(requests)
+    return self._engine.run(requests, before_window)
 
   def check(self, state: State) -> None:
     """Raises ValueError where a changed adapter does not reach what writes."""

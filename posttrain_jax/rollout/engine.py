@@ -223,8 +223,13 @@ class Engine:
         if progress.answer is not None:
           yield progress.ticket, progress.answer
 
-  def run(self, asked: Iterable[Request]) -> Iterator[tuple[int, Answer]]:
-    """(place in `asked`, answer), each when it is whole; requests are taken as rows fall free."""
+  def run(
+    self, asked: Iterable[Request], before_window: Callable[[], None] | None = None
+  ) -> Iterator[tuple[int, Answer]]:
+    """(place in `asked`, answer), each when it is whole; requests are taken as rows fall free.
+
+    before_window: called before each window; it may raise, where nobody waits for the rest.
+    """
     left, places = enumerate(asked), {}
     while True:
       room = max(0, self.rows + 1 - len(self._busy) - len(self._waiting))
@@ -232,6 +237,8 @@ class Engine:
         places[self.submit(request)] = place
       if self.is_idle:
         return
+      if before_window is not None:
+        before_window()
       for progress in self.advance():
         if progress.answer is not None:
           yield places.pop(progress.ticket), progress.answer

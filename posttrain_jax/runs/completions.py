@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import json
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,13 @@ def scores(folder: Path, number: int, *, last: int | None) -> Path:
   path = folder / FOLDER / f"scores_{number:05d}.jsonl"
   _forget(path, last)
   return path
+
+
+def forget_scores(folder: Path | None, numbers: Iterable[int]) -> None:
+  """The scores of these batches, which are to be asked for anew."""
+  for number in numbers:
+    if folder is not None:
+      (folder / FOLDER / f"scores_{number:05d}.jsonl").unlink(missing_ok=True)
 
 
 def _forget(path: Path, last: int | None) -> None:
