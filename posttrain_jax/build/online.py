@@ -173,7 +173,8 @@ class Online:
     apart = f", without {', '.join(left_out)}," if left_out else ""
     says = "says" if len(names) == 1 else "together say"
     return (
-      f"\noutcome: {', '.join(names)}{apart} {says} which answers are right and which groups agree (online.outcome)"
+      f"\noutcome: {', '.join(names)}{apart} {says} which answers are right and which groups agree"
+      " (online.outcome)"
     )
 
   def check(self, state: State) -> None:
@@ -401,9 +402,7 @@ class Online:
       return
     self._unscored += 1
     ((why, _),) = reasons.most_common(1)
-    self.say(
-      f"no answer of batch {self._batches} has a score ({why}): nothing is learned from it"
-    )
+    self.say(f"no answer of batch {self._batches} has a score ({why}): nothing is learned from it")
     if self._unscored < UNSCORED:
       return
     first = self._batches - UNSCORED + 1

@@ -128,9 +128,7 @@ def announced(what: str, say: Callable[[str], None]) -> Generator[None]:
     thread.join()
 
 
-def lines(
-  what: str, say: Callable[[str], None] | None = None
-) -> Callable[[int, int | None], None]:
+def lines(what: str, say: Callable[[str], None] | None = None) -> Callable[[int, int | None], None]:
   """A function of (how many are done, of how many), which says so every now and then, on stderr by default."""
   say = say or _print
   began = time.monotonic()

@@ -1,4 +1,4 @@
-"""The source of an online run's batches, with what writes and what updates replaced: stops, and batches without a score."""
+"""The source of an online run's batches, where what writes and what updates is replaced."""
 
 import pathlib
 import types

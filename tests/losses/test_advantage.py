@@ -155,5 +155,8 @@ def test_rewards_of_any_size_have_the_advantages_of_a_reference_in_float64(how, 
     "whitened": (centred - np.nanmean(centred)) / np.sqrt(np.nanstd(centred, ddof=1) ** 2 + 1e-8),
   }[how]
   np.testing.assert_allclose(
-    advantage.named(how, rewards), np.nan_to_num(wanted), rtol=1e-6, atol=1e-9 * np.nanmax(abs(wanted))
+    advantage.named(how, rewards),
+    np.nan_to_num(wanted),
+    rtol=1e-6,
+    atol=1e-9 * np.nanmax(abs(wanted)),
   )
