@@ -79,8 +79,8 @@ def read(config: Config, model: Model) -> Data:
     raise RowError(
       "too long",
       longest.origin,
-      f"its prompt has {len(longest)} tokens of the {bounds.room} that the model reads{beside}, which leaves too few for"
-      f" online.max_new_tokens={most}",
+      f"its prompt has {len(longest)} tokens of the {bounds.room} that the model reads{beside}, which leaves"
+      f" too few for online.max_new_tokens={most}",
       "lower online.max_new_tokens, or leave the row out",
     )
   share = 1 if d.share_prompt else config.online.samples

@@ -695,13 +695,14 @@ def prepare(params: Params | Ready, config: ModelConfig, storage: str = storage_
 def stop_tokens(
   config: ModelConfig, tokenizer: Any = None, folder: str | Path | None = None
 ) -> tuple[int, ...]:
-  """Every id that ends a text: of config.json, generation_config.json and the tokenizer, in rising order."""
+  """Every id that ends a text and can be drawn: of config.json, generation_config.json and the tokenizer, rising."""
   ids = set(config.eos_token_ids)
   if tokenizer is not None and tokenizer.eos_token_id is not None:
     ids.add(tokenizer.eos_token_id)
   if folder is not None and (path := Path(folder) / "generation_config.json").exists():
     ids.update(as_ids(files.read_json(path).get("eos_token_id")))
-  return tuple(sorted(ids))
+  # some files name an end that their model has no row for
+  return tuple(sorted(at for at in ids if 0 <= at < config.vocab_size))
 
 
 def bucket(length: int) -> int:

@@ -80,6 +80,10 @@ def check(request: Request, config: ModelConfig, length: int, bound: int, rows: 
     )
   if len(request.stop_tokens) > MOST_STOPS:
     raise ValueError(f"{len(request.stop_tokens)} stop tokens: a request has {MOST_STOPS} at most")
+  if outside := [int(at) for at in request.stop_tokens if not 0 <= at < config.vocab_size]:
+    raise ValueError(
+      f"{name} ends with stop_tokens {outside}, which are none of the vocabulary's 0..{config.vocab_size - 1}"
+    )
   if not 0 <= request.row < (rows or 1):
     raise ValueError(f"{name} asks for row {request.row}, the parameters have {rows or 1}")
   if bound + len(request.prompt) + request.max_new_tokens > length:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import json
+import zipfile
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -54,14 +55,24 @@ def _column(values: Sequence[Any]) -> Any:
 def numbers(folder: Path) -> list[int]:
   """Of the batches whose tables there are."""
   tables = (folder / FOLDER).glob("completions_*.parquet")
-  return sorted(int(path.stem.removeprefix("completions_")) for path in tables)
+  ends = (path.stem.removeprefix("completions_") for path in tables)
+  return sorted(int(end) for end in ends if end.isdecimal())
 
 
 def rows(folder: Path, number: int) -> list[dict[str, Any]]:
-  """The answers of a batch."""
+  """The answers of a batch.
+
+  Raises:
+    ValueError: the table cannot be read.
+  """
+  import pyarrow
   import pyarrow.parquet
 
-  return pyarrow.parquet.read_table(table(folder, number)).to_pylist()
+  path = table(folder, number)
+  try:
+    return pyarrow.parquet.read_table(path).to_pylist()
+  except (OSError, pyarrow.ArrowException) as error:
+    raise ValueError(f"{path} cannot be read: {error}") from error
 
 
 def keep(
@@ -106,13 +117,25 @@ def _forget(path: Path, last: int | None) -> None:
 
 
 def arrays(folder: Path, number: int) -> list[dict[str, Any]]:
-  """What `keep` kept of a batch."""
-  with np.load(folder / FOLDER / f"batches_{number:05d}.npz") as held:
-    batches: list[dict[str, Any]] = [{} for _ in range(int(held["count"]))]
-    for name in held.files:
-      at, slash, field = name.partition("/")
-      if slash:
-        batches[int(at)][field] = held[name]
+  """What `keep` kept of a batch.
+
+  Raises:
+    ValueError: it cannot be read.
+  """
+  path = folder / FOLDER / f"batches_{number:05d}.npz"
+  try:
+    with np.load(path) as held:
+      batches: list[dict[str, Any]] = [{} for _ in range(int(held["count"]))]
+      for name in held.files:
+        at, slash, field = name.partition("/")
+        if slash:
+          batches[int(at)][field] = held[name]
+  except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+    said = "is not there" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
+    raise ValueError(
+      f"{path} {said}: the last checkpoint stands between two updates of that batch. Put the file back, or remove the"
+      f" last folder in {folder / 'checkpoints'}: the run then goes on from the one before and writes the batch again"
+    ) from error
   return batches
 
 
@@ -147,14 +170,14 @@ class Journal:
       for line in lines:
         try:
           said = json.loads(line)
-          self._answers[said["number"], said["sample"]] = {
-            "tokens": said["tokens"],
-            "ended": said["ended"],
-            "logps": _array(said["logps"], np.float32),
-            "kept": _kept(said["kept"], len(said["tokens"])),
-          }
-        except (ValueError, KeyError, zlib.error):
-          break  # cut short by the kill
+          logps = _array(said["logps"], np.float32)
+          kept = _kept(said["kept"], len(said["tokens"]))
+          place = said["number"], said["sample"]
+          self._answers[place] = dict(
+            tokens=said["tokens"], ended=said["ended"], logps=logps, kept=kept
+          )
+        except (ValueError, KeyError, TypeError, zlib.error):
+          break  # cut short by the kill, or damaged: what stands behind it is written again
         whole += len(line)
     with self._path.open("rb+") as file:
       file.truncate(whole)
