@@ -51,8 +51,10 @@ class Part:
   untested: bool = False
 
   def __post_init__(self):
-    if not math.isfinite(self.weight):
-      raise ValueError(f"reward: the weight of {self.name} is {self.weight}; it is a finite number")
+    if not abs(self.weight) <= score.LARGEST:
+      raise ValueError(
+        f"reward: the weight of {self.name} is {self.weight}; it is a finite number that float32 holds"
+      )
     if self.gate and self.weight != 1:
       raise ValueError(
         f"reward: {self.name} is a gate, which multiplies: its weight {self.weight:g} would mean nothing"

@@ -116,6 +116,7 @@ def test_a_model_scores_in_batches():
     (lambda: Reward([A], retries=-1), "retries=-1"),
     (lambda: Part("g", reads("g"), 0.5, gate=True), "its weight 0.5 would mean nothing"),
     (lambda: Part("a", reads("a"), float("nan")), "the weight of a is nan"),
+    (lambda: Part("a", reads("a"), 1e39), "the weight of a is 1e\\+39.*float32"),
   ],
 )
 def test_what_means_nothing_is_refused(make, message):

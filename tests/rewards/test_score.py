@@ -22,6 +22,8 @@ NO_NUMBERS = {
   "infinite": (-math.inf, "returned -inf"),
   "NumPy's nan": (np.float32("nan"), "returned nan"),
   "huge": (10**400, "is no float"),
+  "beyond float32": (1e39, "returned 1e+39, which float32 does not hold"),
+  "far below float32": (Score(-4e38), "returned -4e+38, which float32 does not hold"),
   "complex": (1j, "a complex"),
   "array": (np.ones(2), "is no float"),
   "nan inside": (Score(math.nan), "returned nan"),
