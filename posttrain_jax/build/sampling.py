@@ -80,8 +80,11 @@ def write(wanted: Wanted, load: Callable[[], use.Used]) -> Summary:
   requests.check_strings(wanted.stop_strings, used.tokenizer)
   writer = use.writer(used)
   asked, longest = _asked(used, wanted)
-  reward = scoring.of(wanted.scored_by, _columns(asked))
-  selftest.check(reward, _references(asked))
+  with scoring.told_of_files(wanted.scored_by):
+    reward = scoring.of(wanted.scored_by, _columns(asked))
+  with scoring.told_of_files(wanted.scored_by):
+    for sentence in selftest.check(reward, _references(asked)):
+      log.info(sentence)
   right = _right(wanted, reward)
   _check_right(wanted.keep, right)
   plan = _plan(wanted, longest)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +116,24 @@ def spec(parts: str, gates: str = "", *, unsafe_code: bool = False) -> dict[str,
     | ({"gates": section.names(gates)} if gates else {})
     | ({"unsafe_code": True} if unsafe_code else {})
   )
+
+
+@contextlib.contextmanager
+def told_of_files(spec: Mapping[str, Any]) -> Generator[None]:
+  """What fields are to be written is said as commands without a config take them: --reward=FILE.json."""
+  try:
+    yield
+  except ConfigError as error:
+    text = str(error).replace("reward.unsafe_code=true", "--unsafe_code")
+    fields = [field for field in re.findall(r"\breward\.(\w+)", text) if field in section.SHAPES]
+    if fields:
+      parts = json.dumps([*section.names(spec.get("parts", ()))])
+      value = "{...}" if fields[0] in ("options", "ranges") else "[...]"
+      text += (
+        f"; {fields[0]} is a field of --reward=FILE.json, as"
+        f' {{"parts": {parts}, "{fields[0]}": {value}}}'
+      )
+    raise ConfigError(text) from error
 
 
 def _written(path: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from typing import Any, SupportsFloat
 
@@ -56,6 +57,11 @@ def of(returned: Any, within: tuple[float, float] = ANY) -> Score:
 def _number(value: Any, reason: str, within: tuple[float, float]) -> Score:
   if value is None:
     return missing("returned None")
+  if inspect.iscoroutine(value):
+    value.close()  # Python would warn that nobody waited for it
+    return missing(
+      "returned a coroutine: it is `async def`, which only a function of TRL's form may be; write `def`"
+    )
   if not isinstance(value, SupportsFloat):
     return missing(f"returned {words.shown(value, 60)}, a {type(value).__name__}")
   try:

@@ -50,6 +50,8 @@ def test_a_missing_part_makes_the_total_missing_and_is_never_0():
   assert result.retried == 6
   assert result.missing[("g", "returned N, which is not within N and N")] == 1
   assert sum(result.missing.values()) == 3
+  why = result.why["g", "returned N, which is not within N and N"]
+  assert why == "returned 2.0, which is not within 0 and 1"
   assert result.metrics["rewards/missing"] == 0.75
   assert result.metrics["rewards/a/missing"] == 0.25
   assert result.metrics["reward"] == 1.5

@@ -69,6 +69,13 @@ def test_what_a_verifier_raises_is_told_with_the_line_of_its_file():
   assert called(ends, Answer("?", "!", {})).reason.endswith("raised SystemExit: 2")
 
 
+def test_a_coroutine_is_said_to_be_one():
+  async def verifier(prompt, completion, example):
+    return 1.0
+
+  assert "only a function of TRL's form" in called(verifier, Answer("?", "!", {})).reason
+
+
 def test_a_verifier_gets_the_row_and_the_tokens():
   seen = []
   answer = Answer([{"role": "user", "content": "?"}], "text", {"gold": "g"}, tokens=[1, 2])
