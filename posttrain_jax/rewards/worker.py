@@ -1,7 +1,8 @@
 """The program that a worker runs: it loads tasks and calls them, and answers each message with a line of JSON.
 
-A reply says which message it answers.  A task is a picklable function whose result is JSON.  What it prints goes to standard error.  The program ends with who
-started it, and what it started itself ends, too; a call that is stuck in C then is ended by the kernel's clock.
+A reply says which message it answers.  A task is a picklable function whose result is JSON.  What it prints goes to
+standard error.  The program ends with who started it, and what it started itself ends, too; a call that is stuck in C
+then is ended by the kernel's clock.
 """
 
 from __future__ import annotations

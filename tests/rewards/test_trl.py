@@ -57,7 +57,7 @@ def logs_too_few(completions, log_extra, **columns):
 
 
 def as_a_dict(completions, **columns):
-  return {i: 1.0 for i in range(len(completions))}
+  return dict.fromkeys(range(len(completions)), 1.0)
 
 
 def as_a_set(completions, **columns):
