@@ -36,7 +36,7 @@ def last(text: str) -> str | None:
 
 
 def boxed(answer: str, gold: str) -> tuple[bool, str]:
-  r"""What is in the last box is the expected answer: as LaTeX that looks the same, or where both are a number, by value.
+  r"""What is in the last box is the expected answer: as LaTeX that looks the same, or as a number, by value.
 
   The expected answer is what is in its own last box, else what follows `####`, else all of it.  LaTeX is compared as
   `plain` writes it.  A variable before the value (`x = 10`) and a unit behind a number (`10\text{ cm}`) may be left out
@@ -85,8 +85,8 @@ def _apart(latex: str) -> tuple[str, str, str]:
 
 
 _TOKEN = re.compile(r"\\[A-Za-z]+|\\.|[^\s~]", re.DOTALL)
-_NOTHING = {"$", r"\$", "%", r"\%", r"\left", r"\right", r"\displaystyle", r"\textstyle", r"\limits", r"\,", r"\!", r"\;",
-            r"\:", r"\ ", r"\>", r"\quad", r"\qquad", r"\thinspace", r"\degree"}  # fmt: skip
+_NOTHING = {"$", r"\$", "%", r"\%", r"\left", r"\right", r"\displaystyle", r"\textstyle", r"\limits", r"\,", r"\!",
+            r"\;", r"\:", r"\ ", r"\>", r"\quad", r"\qquad", r"\thinspace", r"\degree"}  # fmt: skip
 _SAME = {
   **dict.fromkeys((r"\dfrac", r"\tfrac", r"\cfrac"), r"\frac"),
   **dict.fromkeys((r"\dbinom", r"\tbinom"), r"\binom"),
