@@ -209,7 +209,7 @@ def test_json_of_a_schema():
   assert by_row("?", "1", {}).is_missing
   with pytest.raises(ValueError, match="is no JSON Schema"):
     Schema({"type": 3})
-  with pytest.raises(ValueError, match="name either"):
+  with pytest.raises(ValueError, match="write one of its options schema"):
     Schema()
 
 
