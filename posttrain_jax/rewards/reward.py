@@ -59,7 +59,6 @@ class Part:
       raise ValueError(
         f"reward: {self.name} is a gate, which multiplies: its weight {self.weight:g} would mean nothing"
       )
-
     if self.gate and self.range != score.ANY and not 0 <= self.range[0] <= self.range[1] <= 1:
       low, high = self.range
       raise ValueError(

@@ -81,7 +81,6 @@ def _has_none(given: Score) -> bool:
 def _on_rows(part: Part, pairs: Sequence[tuple[Answer, Answer]], retries: int) -> list[str]:
   """What is to be said: in how many rows it tells right from wrong, where that is not all of them."""
   scores = _scores(part, [answer for pair in pairs for answer in pair], retries)
-  _check_there(part, scores, len(pairs))
   tried = [
     (one, other)
     for one, other in zip(
@@ -89,15 +88,19 @@ def _on_rows(part: Part, pairs: Sequence[tuple[Answer, Answer]], retries: int) -
     )
     if one[1].applies or other[1].applies
   ]
+  _check_there(part, [given for pair in tried for _, given in pair], len(tried))
   alike = [(one, other) for one, other in tried if not _is_above(one[1], other[1])]
   if not alike:
     return []
   # a row of which both answers have a score says more of what it cannot tell
   example = min(alike, key=lambda pair: sum(_has_none(given) for _, given in pair))
   if len(alike) == len(tried):
+    # what failed on every right answer has a fault to be mended first
+    is_judging = any(one[1].value is not None for one, _ in tried)
+    advice = f"; where it does not ask whether an answer is right, name it in {UNTESTED}"
     raise ConfigError(
-      f"reward: {_told(part, *example)} (and so of all {len(tried)} rows that were tried); where it does not ask"
-      f" whether an answer is right, name it in {UNTESTED}"
+      f"reward: {_told(part, *example)} (and so of all {len(tried)} rows that were tried)"
+      f"{advice if is_judging else ''}"
     )
   return [
     f"reward: {part.name} tells the right answer from a wrong one in {len(tried) - len(alike)} of the {len(tried)} rows"

@@ -154,6 +154,13 @@ def test_an_address_where_nobody_is(server):
   )
 
 
+def test_a_password_in_the_address_is_not_told():
+  nobody = Judge("http://me:secret@127.0.0.1:9/v1", "m", tries=1, seconds=5)
+  said = nobody.judged(answer()).reason
+  assert said.startswith("the judge at http://127.0.0.1:9/v1 does not answer")
+  assert "secret" not in said
+
+
 @pytest.mark.parametrize(
   ("options", "message"),
   [

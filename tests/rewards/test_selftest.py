@@ -102,6 +102,19 @@ def test_what_fails_is_not_said_to_be_unable_to_judge(verifier, message):
   assert "untested" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+  "verifier",
+  [
+    lambda p, c, e: 0.0 if c != e["gold"] else 1 / 0,  # on every right answer, and on no wrong one
+    lambda p, c, e: score.not_applicable() if e["gold"] == "Paris" else 1 / 0,
+  ],
+)
+def test_what_fails_on_right_answers_is_not_to_be_left_untested(verifier):
+  with pytest.raises(ConfigError, match="raised ZeroDivisionError") as error:
+    selftest.check(of(verifier), ROWS)
+  assert "untested" not in str(error.value)
+
+
 def test_a_row_where_both_answers_have_scores_is_shown():
   fails_on_paris = lambda p, c, e: 1 / (e["gold"] != "Paris")
   with pytest.raises(ConfigError, match="the right 'Rome' 1 and the wrong 'Paris' 1"):
