@@ -243,6 +243,47 @@ def test_prompts_alone_in_columns_of_any_name(place, used, written, tmp_path):
   assert (row["score"], other["number"]) == (1.0, 1)
 
 
+@pytest.mark.parametrize("right", [float("nan"), float("inf")])
+def test_a_right_score_is_a_number(place, tmp_path, right):
+  with pytest.raises(ConfigError, match=r"--right=(nan|inf): the score from which on"):
+    sampling_lib.write(wanted(place, tmp_path / "a.jsonl", right=right, keep="all"), None)
+
+
+@pytest.mark.parametrize("line", ["5", "null", '["answer"]'])
+def test_a_journal_of_other_lines_is_told(place, used, written, tmp_path, line):
+  out = tmp_path / "a.jsonl"
+  sampling_lib.write(wanted(place, out), lambda: used)
+  with (tmp_path / "a.jsonl.answers").open("a") as file:
+    file.write(line + "\n")
+  with pytest.raises(ValueError, match=r"a.jsonl.answers:\d+ is no object of JSON: remove"):
+    sampling_lib.write(wanted(place, out), lambda: used)
+
+
+def test_a_file_beside_an_emptied_journal_is_not_written_over(place, used, written, tmp_path):
+  out = tmp_path / "a.jsonl"
+  sampling_lib.write(wanted(place, out), lambda: used)
+  kept = out.read_text()
+  (tmp_path / "a.jsonl.answers").write_text("")
+  with pytest.raises(ConfigError, match=r"no a.jsonl.answers beside it says what wrote it"):
+    sampling_lib.write(wanted(place, out, seed=1), lambda: used)
+  assert out.read_text() == kept
+
+
+def test_a_rule_that_keeps_nothing_leaves_no_file_of_another_rule(place, used, written, tmp_path):
+  out = tmp_path / "a.jsonl"
+  sampling_lib.write(wanted(place, out), lambda: used)
+  kept = out.read_text()
+  with pytest.raises(ConfigError, match=r"another --keep had kept of the same answers, is removed"):
+    sampling_lib.write(wanted(place, out, keep="above:2"), lambda: used)
+  assert not out.exists()
+  sampling_lib.write(wanted(place, out), lambda: used)
+  assert out.read_text() == kept
+  out.write_text(kept + '{"prompt": "mine"}\n')
+  with pytest.raises(ConfigError, match="lines of another origin and stays"):
+    sampling_lib.write(wanted(place, out, keep="above:2"), lambda: used)
+  assert out.exists()
+
+
 def test_no_answer_that_is_kept_is_an_error_that_counts(place, used, written, tmp_path):
   with pytest.raises(ConfigError, match=r"no answer is kept:\n16 answers to 4 prompts"):
     sampling_lib.write(wanted(place, tmp_path / "a.jsonl", keep="above:1"), lambda: used)
