@@ -202,22 +202,21 @@ def _online(run: runs.Run) -> dict[str, str]:
   if not online.is_one(run):
     return {}
   scored = {"reward": "reward", "held-out score": "holdout_reward"}
-  by = {
-    name: names_of_verifiers(online.scored_by(run, section)) for name, section in scored.items()
-  }
+  by = {name: online.scored_by(run, section, _verifier) for name, section in scored.items()}
   reached = online.came_to(run)
   asked = f"; on {names_of(str(run.field('data.train')))}, which it was trained on"
   said = {**by, "answers": online.samples(run), "reached": reached and reached + asked}
   return {name: text for name, text in said.items() if text}
 
 
-def names_of_verifiers(scored: str | None) -> str | None:
-  """Verifiers without the folders of one machine.
+def _verifier(name: str) -> str:
+  """A verifier without the folders of one machine; a reward model's folder with the run that it is of.
 
-  >>> names_of_verifiers("0.5 x /home/me/mine.py:f + number, times the gate tags")
-  '0.5 x mine.py:f + number, times the gate tags'
+  >>> _verifier("/home/my self/mine.py:f"), _verifier("work/runs/scorer/adapter"), _verifier("number")
+  ('mine.py:f', 'scorer/adapter', 'number')
   """
-  return scored and re.sub(r"(?<!\S)[/~.]\S*/(?=\S)", "", scored)
+  is_function = ".py:" in name
+  return "/".join(Path(name).parts[-1 if is_function else -2 :])
 
 
 def _losses(run: runs.Run) -> dict[str, float]:

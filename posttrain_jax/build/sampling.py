@@ -102,8 +102,8 @@ def write(wanted: Wanted, load: Callable[[], use.Used]) -> Summary:
     _line(asked[s.drawn.number], s, wanted.seed, weights) for one in some for s in one.samples
   ]
   if not lines:
-    every = [_line(asked[s.drawn.number], s, wanted.seed, weights) for g in groups for s in g]
-    before = _without_earlier(wanted.out, every)
+    there = wanted.out.exists()
+    before = f" ({wanted.out} is as an earlier command left it)" if there else ""
     raise ConfigError(f"no answer is kept{before}:\n{keeping.summary(groups, some, right)}")
   files.write_text(wanted.out, "".join(lines))
   if right is None:
@@ -280,16 +280,6 @@ def _check_out(out: Path, identity: Mapping[str, Any]) -> None:
     raise ConfigError(
       f"{path} is of another command ({told}): write another --out, or remove {path.name} and {out.name}"
     )
-
-
-def _without_earlier(out: Path, every: Sequence[str]) -> str:
-  """What becomes of a file that another rule kept: it is removed where the same answers would make it again."""
-  if not out.exists():
-    return ""
-  if {*out.read_text().splitlines(keepends=True)} <= {*every}:
-    out.unlink()
-    return f" (and {out}, which another --keep had kept of the same answers, is removed; they are in {_journal(out)})"
-  return f" ({out} has lines of another origin and stays as it was before)"
 
 
 def _drawn(

@@ -329,9 +329,15 @@ def _groups(run: Run) -> list[str]:
     )
   cut = _of(run, "completions/clipped_ratio")
   if cut is not None and cut.end > 0.5:
+    has_length = "length" in (run.field("reward.parts") or ())
+    shorter = (
+      "give the reward's part length more weight"
+      if has_length
+      else "let the reward have the part length"
+    )
     said.append(
       f"{cut.end:.0%} of the answers are cut at online.max_new_tokens (now"
-      f" {run.field('online.max_new_tokens')}), and seldom right: raise it, or let the reward have the part length."
+      f" {run.field('online.max_new_tokens')}), and seldom right: raise it, or {shorter}."
     )
   for side in ("low", "high"):
     clipped = _of(run, f"clip_ratio/{side}_mean")

@@ -607,8 +607,13 @@ class Named:
     if self.metric.label:
       return self.metric.label
     before, behind = self.metric.around
-    rest = self.name.removeprefix(before).removesuffix(behind).strip("/_") or self.name
-    return rest if len(rest) <= LONGEST else rest[: LONGEST - 1] + "…"
+    rest = self.name.removeprefix(before).removesuffix(behind)
+    # a "/" behind a "/" begins a path, of a verifier in a file
+    rest = (rest if before.endswith("/") else rest.lstrip("/_")).rstrip("/_") or self.name
+    if len(rest) <= LONGEST:
+      return rest
+    is_path = "/" in rest  # which differs from others at its end
+    return "…" + rest[1 - LONGEST :] if is_path else rest[: LONGEST - 1] + "…"
 
   @property
   def alone(self) -> str:

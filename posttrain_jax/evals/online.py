@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -92,13 +92,16 @@ def compares(run: Run) -> bool:
   return bool(o.get("kl_weight") or in_reward or o.get("old") == "reference")
 
 
-def scored_by(run: Run, section: str = "reward") -> str | None:
-  """Verifiers with their weights, and the gates that multiply; None where nothing scores."""
+def scored_by(run: Run, section: str = "reward", called: Callable[[str], str] = str) -> str | None:
+  """Verifiers with their weights, and the gates that multiply; None where nothing scores.
+
+  called: what is written for the name of a verifier.
+  """
   spec: Mapping[str, Any] = run.field(section) or {}
-  parts = list(spec.get("parts") or ())
+  parts = [called(name) for name in spec.get("parts") or ()]
   weights = list(spec.get("weights") or ()) or [1.0] * len(parts)
   terms = [name if w == 1 else f"{w:g} x {name}" for name, w in zip(parts, weights)]
-  gates = list(spec.get("gates") or ())
+  gates = [called(name) for name in spec.get("gates") or ()]
   multiplied = (
     f", times the gate{'s' if len(gates) > 1 else ''} {' and '.join(gates)}" if gates else ""
   )

@@ -53,7 +53,7 @@ def make_folder(folder, *, kind="adapter", template=True):
 def test_an_online_run_says_its_method_what_scored_and_what_was_reached(tmp_path):
   config = dict(
     ONLINE,
-    reward=dict(parts=["/home/me/mine.py:f", "length"], weights=[1.0, 0.5], gates=["tags"]),
+    reward=dict(parts=["/home/me/my own/mine.py:f", "length"], weights=[1.0, 0.5], gates=["tags"]),
     data=dict(train="/home/me/private/prompts.jsonl", replay=""),
   )
   folder = runs.write(tmp_path / "run", config=config, lines=online_lines())
@@ -69,7 +69,7 @@ def test_an_online_run_says_its_method_what_scored_and_what_was_reached(tmp_path
   ):
     assert sentence in text, sentence
   assert head(text)["tags"] == ["posttrain-jax", "grpo", "reinforcement-learning"]
-  assert "/home/me" not in text
+  assert not any(place in text for place in ("/home", "own/"))
 
 
 def head(text):

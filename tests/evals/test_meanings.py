@@ -92,6 +92,14 @@ def test_parts_of_a_reward_are_told_by_what_stands_between():
   assert meanings.better("online", "rewards/number/missing") == "lower"
 
 
+def test_a_part_from_a_file_is_called_by_its_path_from_which_the_beginning_is_cut():
+  files = ["/a/mine.py:f", f"/home/{'me' * 20}/mine.py:f"]
+  ((_, named),) = meanings.sorted_into("online", [f"rewards/{file}/mean" for file in files])
+  short, long = (one.label for one in named)
+  assert short == files[0]
+  assert long == "…" + files[1][1 - meanings.LONGEST :]
+
+
 def test_a_reward_is_better_higher_where_the_run_writes_and_compares_under_one_reward():
   assert meanings.better("online", "reward") == meanings.better("online", "pass@8") == "higher"
   assert meanings.better("grouped", "reward") == meanings.better("online", "loss") == ""

@@ -195,6 +195,20 @@ def test_an_online_run_says_first_what_it_came_to(tmp_path):
     assert sentence not in text.partition("Resolved config")[0], sentence
 
 
+@pytest.mark.parametrize(
+  ("parts", "advice"),
+  [
+    (["number"], "raise it, or let the reward have the part length."),
+    (["number", "length"], "raise it, or give the reward's part length more weight."),
+  ],
+)
+def test_what_is_said_of_cut_answers_knows_what_the_reward_has(tmp_path, parts, advice):
+  lines = [{"step": i, "reward": 0.1, "completions/clipped_ratio": 1.0} for i in (1, 2)]
+  config = dict(ONLINE, reward=dict(parts=parts, weights=[], gates=[]))
+  text = page(runs.write(tmp_path / "a", config=config, lines=lines)).text
+  assert f"(now 32), and seldom right: {advice}" in text
+
+
 def test_a_change_within_what_batches_differ_by_is_told_as_that(tmp_path):
   draw = np.random.default_rng(0)
   lines = [{"step": 2 * i + 1, "reward": 0.5 + 0.1 * draw.standard_normal()} for i in range(20)]

@@ -97,6 +97,19 @@ def test_a_start_that_is_refused_leaves_nothing_and_one_that_has_worked_leaves_a
     assert (tmp_path / name / "config.json").exists()
 
 
+def test_a_refusal_is_told_where_its_folder_cannot_be_removed(tmp_path, monkeypatch):
+  def busy(path):
+    raise OSError("Directory not empty")  # as on NFS, where the lock is still open
+
+  monkeypatch.setattr(type(tmp_path), "rmdir", busy)
+  with (
+    pytest.raises(ConfigError, match="late"),
+    workdir.claimed(tmp_path / "new", CONFIG),
+  ):
+    raise ConfigError("late")
+  assert not (tmp_path / "new" / "config.json").exists()
+
+
 def test_a_folder_of_something_else_is_named(tmp_path):
   (tmp_path / "config.json").write_text('{"model_type": "llama", "architectures": []}')
   with pytest.raises(
