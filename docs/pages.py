@@ -16,6 +16,8 @@ SECTIONS = {
   "batch": "Batch",
   "optimizer": "Optimizer",
   "objective": "Objective",
+  "reward": "What scores them",
+  "holdout_reward": "A second score",
   "online": "Answers that the run writes",
   "adapter": "Adapter",
   "eval": "Evaluation",

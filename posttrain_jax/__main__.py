@@ -231,8 +231,9 @@ def _fields(argv: Sequence[str], overrides: Sequence[str]) -> str:
   if not config:
     return ""
   resolved = settings.load(_home(config), overrides)
-  listed = settings.listing.text(resolved, shutil.get_terminal_size().columns)
-  return f"{settings.about(_home(config))}\n{listed}".lstrip()
+  width = settings.listing.fitting(shutil.get_terminal_size().columns)
+  listed = settings.listing.text(resolved, width)
+  return f"{settings.about(_home(config), width)}\n{listed}".lstrip()
 
 
 def _unknown(arguments: Sequence[str], overrides: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from posttrain_jax.adapters import peft_format
 from posttrain_jax.core import files
-from posttrain_jax.evals import panels, tasks
+from posttrain_jax.evals import online, panels, tasks
 from posttrain_jax.models import fetch
 from posttrain_jax.runs import record as runs
 
@@ -116,9 +116,15 @@ def _head(run: runs.Run, is_adapter: bool) -> str:
     "library_name": "peft" if is_adapter else "transformers",
     **({"license": licence} if licence else {}),
     "pipeline_tag": "text-classification" if scores else "text-generation",
-    "tags": ["posttrain-jax", *_losses(run)],
+    "tags": ["posttrain-jax", *_tags(run)],
   }
   return "\n".join(["---", *(f"{key}: {json.dumps(value)}" for key, value in said.items()), "---"])
+
+
+def _tags(run: runs.Run) -> list[str]:
+  if online.is_one(run):
+    return [online.method(run).partition(" ")[0], "reinforcement-learning"]
+  return [*_losses(run)]
 
 
 def _relation(is_adapter: bool) -> str:
@@ -177,6 +183,7 @@ def _facts(run: runs.Run) -> list[tuple[str, str]]:
     "data": names_of(str(run.field("data.train"))),
     "replayed": names_of(str(run.field("data.replay") or "")),
     "loss": ", ".join([_loss(run), *numbers]),
+    **_online(run),
     "optimizer": ", ".join(optimizer),
     "batch": f"{rows} rows" + (f" x {accumulate}" if (accumulate or 1) > 1 else "") if rows else "",
     "steps": f"{run.steps:,}"
@@ -190,6 +197,28 @@ def _facts(run: runs.Run) -> list[tuple[str, str]]:
   return [(key, value) for key, value in facts.items() if value]
 
 
+def _online(run: runs.Run) -> dict[str, str]:
+  """Of a run that wrote its own answers: what scored them, how many there were, and what the reward came to."""
+  if not online.is_one(run):
+    return {}
+  scored = {"reward": "reward", "held-out score": "holdout_reward"}
+  by = {name: online.scored_by(run, section, _verifier) for name, section in scored.items()}
+  reached = online.came_to(run)
+  asked = f"; on {names_of(str(run.field('data.train')))}, which it was trained on"
+  said = {**by, "answers": online.samples(run), "reached": reached and reached + asked}
+  return {name: text for name, text in said.items() if text}
+
+
+def _verifier(name: str) -> str:
+  """A verifier without the folders of one machine; a reward model's folder with the run that it is of.
+
+  >>> _verifier("/home/my self/mine.py:f"), _verifier("work/runs/scorer/adapter"), _verifier("number")
+  ('mine.py:f', 'scorer/adapter', 'number')
+  """
+  is_function = ".py:" in name
+  return "/".join(Path(name).parts[-1 if is_function else -2 :])
+
+
 def _losses(run: runs.Run) -> dict[str, float]:
   """{name of a loss: its weight in the sum}."""
   losses = run.field("objective.losses")
@@ -197,6 +226,8 @@ def _losses(run: runs.Run) -> dict[str, float]:
 
 
 def _loss(run: runs.Run) -> str:
+  if run.field("objective.name") == "grouped":
+    return online.method(run)
   weighted = (
     f"{weight:g} {name}" if weight != 1 else name for name, weight in _losses(run).items()
   )

@@ -186,7 +186,8 @@ class Online:
     """
     some = [Answer(p.asked, section.expected(p.row), p.row) for p in self.prompts[: selftest.PAIRS]]
     for reward in self._rewards.values():
-      selftest.check(reward, some)
+      for sentence in selftest.check(reward, some):
+        self.say(sentence)
     self.writer.check(state)
 
   @property
@@ -384,7 +385,8 @@ class Online:
     result, *others = results
     for one in results:
       for (part, why), times in one.missing.items():
-        self.say(f"batch {self._batches}: {part} was missing {times} times: {why}")
+        reason = reward_lib.counted(why, one.why[part, why])
+        self.say(f"batch {self._batches}: {part} was missing {times} times: {reason}")
     told = result.metrics
     for other in others:
       told |= {f"holdout/{name}": value for name, value in other.metrics.items()}

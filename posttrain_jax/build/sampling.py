@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -80,8 +81,11 @@ def write(wanted: Wanted, load: Callable[[], use.Used]) -> Summary:
   requests.check_strings(wanted.stop_strings, used.tokenizer)
   writer = use.writer(used)
   asked, longest = _asked(used, wanted)
-  reward = scoring.of(wanted.scored_by, _columns(asked))
-  selftest.check(reward, _references(asked))
+  with scoring.told_of_files(wanted.scored_by):
+    reward = scoring.of(wanted.scored_by, _columns(asked))
+  with scoring.told_of_files(wanted.scored_by):
+    for sentence in selftest.check(reward, _references(asked)):
+      log.info(sentence)
   right = _right(wanted, reward)
   _check_right(wanted.keep, right)
   plan = _plan(wanted, longest)
@@ -98,7 +102,9 @@ def write(wanted: Wanted, load: Callable[[], use.Used]) -> Summary:
     _line(asked[s.drawn.number], s, wanted.seed, weights) for one in some for s in one.samples
   ]
   if not lines:
-    raise ConfigError(f"no answer is kept:\n{keeping.summary(groups, some, right)}")
+    there = wanted.out.exists()
+    before = f" ({wanted.out} is as an earlier command left it)" if there else ""
+    raise ConfigError(f"no answer is kept{before}:\n{keeping.summary(groups, some, right)}")
   files.write_text(wanted.out, "".join(lines))
   if right is None:
     log.info("no pass@k: nothing says which score is right; write --right=SCORE")
@@ -115,6 +121,10 @@ def _check(wanted: Wanted) -> None:
     raise ConfigError(
       "--data needs --reward, which says how good an answer is: a verifier such as number or exact, a function of yours"
       " as FILE.py:name, a reward model's folder, or several with commas between"
+    )
+  if wanted.right is not None and not math.isfinite(wanted.right):
+    raise ConfigError(
+      f"--right={wanted.right}: the score from which on an answer is right, a number"
     )
   if wanted.limit < 0:
     raise ConfigError(f"--limit={wanted.limit}: a count of prompts, or 0 for all")
@@ -256,11 +266,12 @@ def _journal(out: Path) -> Path:
 def _check_out(out: Path, identity: Mapping[str, Any]) -> None:
   """Raises ConfigError where another command wrote what is there."""
   path = _journal(out)
-  if out.exists() and not path.exists():
+  header = Journal(path).header
+  if out.exists() and header is None:  # no such file, an empty one, or half a line
     raise ConfigError(
       f"{out} is there already, and no {path.name} beside it says what wrote it: write another --out, or remove it"
     )
-  there = Journal(path).header or identity
+  there = identity if header is None else header
   differ = [name for name in {**there, **identity} if there.get(name) != identity.get(name)]
   if differ:
     told = "; ".join(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,14 +63,33 @@ def check_not_negative(reward: Reward) -> None:
 def of(spec: Mapping[str, Any], columns: Collection[str], workers: Workers | None = None) -> Reward:
   """The reward that a section describes, its reward models loaded."""
   section.check(spec)
-  folders = [name for name in _named(spec) if Path(name).expanduser().is_dir()]
-  given = {name: Model(judge(name).scores) for name in folders}
+  given = {name: Model(_judge_named(spec, name).scores) for name in _named(spec) if _folder(name)}
   return section.make(spec, columns, given=given, workers=workers)
+
+
+def _folder(name: str) -> Path | None:
+  """The folder that a part of a reward is, if it is one: a reward model's."""
+  path = Path(name).expanduser()
+  try:
+    return path if path.is_dir() else None
+  except OSError:  # the name is too long for any file
+    return None
+
+
+def _judge_named(spec: Mapping[str, Any], name: str) -> Judge:
+  """The reward model that a section names; what is wrong with it is said with the field."""
+  try:
+    return judge(name)
+  except (ValueError, OSError) as error:
+    field = "parts" if name in section.names(spec.get("parts", ())) else "gates"
+    raise ConfigError(
+      f"reward.{field}: {name!r} is a folder, and so a reward model's: {error}"
+    ) from error
 
 
 def identity(spec: Mapping[str, Any]) -> str:
   """A name for what a section's scores depend on, beside the answers: its fields, and the files that it names."""
-  models = [path for name in _named(spec) if (path := Path(name).expanduser()).is_dir()]
+  models = [path for name in _named(spec) if (path := _folder(name))]
   stated = [
     (str(file), status.st_size, status.st_mtime_ns)
     for path in models
@@ -114,6 +135,24 @@ def spec(parts: str, gates: str = "", *, unsafe_code: bool = False) -> dict[str,
     | ({"gates": section.names(gates)} if gates else {})
     | ({"unsafe_code": True} if unsafe_code else {})
   )
+
+
+@contextlib.contextmanager
+def told_of_files(spec: Mapping[str, Any]) -> Generator[None]:
+  """What fields are to be written is said as commands without a config take them: --reward=FILE.json."""
+  try:
+    yield
+  except ConfigError as error:
+    text = str(error).replace("reward.unsafe_code=true", "--unsafe_code")
+    fields = [field for field in re.findall(r"\breward\.(\w+)", text) if field in section.SHAPES]
+    if fields:
+      parts = json.dumps([*section.names(spec.get("parts", ()))])
+      value = "{...}" if fields[0] in ("options", "ranges") else "[...]"
+      text += (
+        f"; {fields[0]} is a field of --reward=FILE.json, as"
+        f' {{"parts": {parts}, "{fields[0]}": {value}}}'
+      )
+    raise ConfigError(text) from error
 
 
 def _written(path: str) -> dict[str, Any]:

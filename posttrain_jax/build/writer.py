@@ -62,7 +62,8 @@ class Writer:
     )
     with progress.phase("compiling what writes"):
       compiled = self._engine.warm_up(len(prompt) for prompt in self.prompts)
-    log.info("the engine has %d programs: %s", len(compiled), "; ".join(compiled))
+    log.info("the engine has %d programs", len(compiled))
+    log.debug("they are: %s", "; ".join(compiled))
 
   def request(self, prompt: Prompt, number: int, sample: int) -> Request:
     """number: of the prompt among all that were asked."""

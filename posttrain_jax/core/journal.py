@@ -10,6 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+CURE = "remove the file, and what it holds is done again"
+
 
 class Journal:
   """A file whose first line says what its lines are of; a line is whole, or was never written.
@@ -32,11 +34,12 @@ class Journal:
 
   def _value(self, line: bytes, number: int) -> Any:
     try:
-      return json.loads(line)
+      value = json.loads(line)
     except ValueError as error:
-      raise ValueError(
-        f"{self.path}:{number} is not JSON ({error}): remove the file, and what it holds is done again"
-      ) from error
+      raise ValueError(f"{self.path}:{number} is not JSON ({error}): {CURE}") from error
+    if not isinstance(value, dict):
+      raise ValueError(f"{self.path}:{number} is no object of JSON: {CURE}")
+    return value
 
   def begin(self, header: Mapping[str, Any]) -> Journal:
     """Ready to be written to, by this process alone, a new file with this header.

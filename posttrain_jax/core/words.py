@@ -17,7 +17,7 @@ def shown(value: Any, length: int = 100) -> str:
   short.maxlevel, short.maxlist, short.maxtuple, short.maxdict, short.maxset = 4, 8, 8, 8, 8
   short.maxstring = short.maxother = 2 * length
   try:
-    text = short.repr(value)
+    text = " ".join(line.strip() for line in short.repr(value).split("\n"))  # of arrays: many lines
   except ValueError:  # a number of more digits than Python writes
     text = "a number of thousands of digits"
   return text if len(text) <= length else text[: length - 3] + "..."

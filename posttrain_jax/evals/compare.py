@@ -190,8 +190,8 @@ def differing(runs: Sequence[Run], names: Sequence[str]) -> dict[str, Any]:
 
 
 def kind_of(configs: Sequence[Mapping[str, Any]]) -> str | None:
-  """The objective of all configs; None where they differ or name none."""
-  kinds = {settings.flat(dict(config)).get("objective.name") for config in configs}
+  """The kind of all configs' runs; None where they differ or name none."""
+  kinds = {meanings.kind(config) for config in configs}
   return kinds.pop() if len(kinds) == 1 else None
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from posttrain_jax.evals import figures
+from posttrain_jax.evals import figures, online
 from posttrain_jax.runs.record import Run
 
 END = 0.1  # of a series, over which its start and its end are taken
@@ -80,7 +80,7 @@ def spikes(steps: Sequence[int], values: Sequence[float]) -> list[int]:
 def read(run: Run) -> list[str]:
   """Sentences about the run's curves; one that says that nothing stands out where nothing does."""
   kind = run.field("objective.name")
-  said = [*_broken(run), *_loss(run, kind)]
+  said = [*_broken(run), *_reward(run), *_loss(run, kind)]
   if kind in ("preference", "kto"):
     said += [*_pairs(run), *_distance(run)]
   if kind == "reward":
@@ -101,11 +101,29 @@ ZERO = (
 )
 
 
+ONLINE = (
+  "The loss does not say how good the policy is: it is advantages weighted with ratios or log-probabilities, about 0"
+  " where a batch is used once, and may rise while the policy improves. Read the reward, pass@1, the second score"
+  " where there is one (holdout_reward), and {answers}."
+)
+
+
 POLICY = (
   "The value of a policy-gradient loss does not say how good the policy is: it is advantages weighted with ratios or"
   " log-probabilities, and may rise while the policy improves. Read the KL, the entropy and the answers to held-out"
   " prompts."
 )
+
+
+def of_policy_loss(run: Run) -> str:
+  """What the value of a policy-gradient loss says, and what to read in its place."""
+  if not online.is_one(run):
+    return ZERO if is_zero_by_construction(run) else POLICY
+  is_asked = run.after is not None and run.after.is_graded
+  asked = "the answers to held-out prompts, above"
+  return ONLINE.format(
+    answers=asked if is_asked else "answers to held-out prompts, which eval.task asks for"
+  )
 
 
 def _of(run: Run, name: str) -> Curve | None:
@@ -145,7 +163,7 @@ def is_zero_by_construction(run: Run) -> bool:
 def _loss(run: Run, kind: str | None) -> list[str]:
   train, held_out = _of(run, "loss"), _of(run, "eval_loss")
   if kind == "grouped":
-    return [ZERO if is_zero_by_construction(run) else POLICY]
+    return [of_policy_loss(run)]
   rate = run.field("optimizer.lr")
   raised = f"optimizer.lr (now {rate:g})" if isinstance(rate, int | float) else "optimizer.lr"
   said = []
@@ -267,9 +285,38 @@ def _distance(run: Run) -> list[str]:
   if last > FAR:
     return [
       f"The KL to the reference is {last:.2g} nats a token, which is far: answers may lose their language. Raise "
-      "objective.beta (or objective.kl_weight), or stop earlier."
+      f"{_held_by(run)}, or stop earlier."
     ]
   return [f"The policy is {last:.2g} nats a token from its reference."]
+
+
+def _held_by(run: Run) -> str:
+  """What holds a policy near its reference."""
+  if run.field("objective.name") != "grouped":
+    return "objective.beta"
+  return "online.kl_in_reward" if run.field("online.kl_in_reward") else "objective.kl_weight"
+
+
+def _reward(run: Run) -> list[str]:
+  """Of an online run: whether the reward has moved beyond what batches differ by, and the second score with it."""
+  reward = online.ends(run, "reward") if online.is_one(run) else None
+  if reward is None or reward.batches < 5:
+    return []
+  over = f"from {reward.first:.3g} to {reward.last:.3g} over {reward.batches:,} batches"
+  if not reward.is_change:
+    return [
+      f"The reward went {over}, which is within what single batches differ by: take more steps, more prompts a batch"
+      " (batch.rows), or a higher optimizer.lr."
+    ]
+  if reward.last < reward.first:
+    return [f"The reward fell, {over}: lower optimizer.lr, and look at what is written."]
+  other = online.ends(run, "holdout/reward")
+  if other is not None and other.is_change and other.last < other.first:
+    return [
+      f"The reward rose, {over}, and the second score fell from {other.first:.3g} to {other.last:.3g}: the reward is"
+      " gamed. Read what is written, and change the reward."
+    ]
+  return [f"The reward rose, {over}."]
 
 
 def _groups(run: Run) -> list[str]:
@@ -282,18 +329,32 @@ def _groups(run: Run) -> list[str]:
     )
   cut = _of(run, "completions/clipped_ratio")
   if cut is not None and cut.end > 0.5:
+    has_length = "length" in (run.field("reward.parts") or ())
+    shorter = (
+      "give the reward's part length more weight"
+      if has_length
+      else "let the reward have the part length"
+    )
     said.append(
       f"{cut.end:.0%} of the answers are cut at online.max_new_tokens (now"
-      f" {run.field('online.max_new_tokens')}), and seldom right: raise it, or let the reward have the part length."
+      f" {run.field('online.max_new_tokens')}), and seldom right: raise it, or {shorter}."
     )
   for side in ("low", "high"):
     clipped = _of(run, f"clip_ratio/{side}_mean")
     if clipped is not None and clipped.end > 0.2:
       said.append(
         f"{clipped.end:.0%} of the tokens are clipped ({side}): the policy has left the answers "
-        "that it learns from. Lower optimizer.lr, or write fresh answers."
+        f"that it learns from. Lower optimizer.lr, or {_fresher(run)}."
       )
   return said
+
+
+def _fresher(run: Run) -> str:
+  return (
+    "use a batch for fewer updates (online.passes, online.minibatches)"
+    if online.is_one(run)
+    else "write fresh answers"
+  )
 
 
 def _channels(run: Run, kind: str | None) -> list[str]:
@@ -332,7 +393,11 @@ def _special(run: Run) -> list[str]:
 def _spiking(run: Run) -> list[str]:
   said = []
   for name, what in (("loss", "training loss"), ("grad_norm", "gradient norm")):
-    at = [] if name == "loss" and is_zero_by_construction(run) else spikes(*run.series(name))
+    at = (
+      []
+      if name == "loss" and (is_zero_by_construction(run) or online.is_one(run))
+      else spikes(*run.series(name))
+    )
     if at:
       rest = _of(run, name)
       stays = name == "loss" and rest is not None and rest.trend == "rising"

@@ -148,7 +148,7 @@ class Summary:
   passes: {k: pass@k} over the prompts that have k scored answers; empty where nothing says which are right.
   none_right: prompts without a right answer, of those that have scores.
   unscored: prompts of which no answer has a score.
-  missing: {(part, reason): how often}.
+  missing: {(part, reason, with the first one in full): how often}.
   """
 
   prompts: int
@@ -219,10 +219,15 @@ def passes(counts: Sequence[tuple[int, int]], wanted: Sequence[int]) -> dict[int
 
 def _missing(samples: Sequence[Sample]) -> Counter[tuple[str, str]]:
   lost: Counter[tuple[str, str]] = Counter()
+  first: dict[tuple[str, str], str] = {}
   for sample in samples:
     parts = {name: p for name, p in sample.scored.parts.items() if p.is_missing and p.applies}
     if sample.score is None and not parts:
       parts = {"reward": sample.scored.total}
     for name, given in parts.items():
-      lost[name, rewards.kind(given.reason)] += 1
-  return lost
+      reason = (name, rewards.kind(given.reason))
+      lost[reason] += 1
+      first.setdefault(reason, given.reason)
+  return Counter(
+    {(name, rewards.counted(why, first[name, why])): times for (name, why), times in lost.items()}
+  )

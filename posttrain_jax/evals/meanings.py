@@ -10,6 +10,7 @@ from typing import Any
 from posttrain_jax import settings
 
 LOWER, HIGHER, NEITHER = "lower", "higher", ""
+ONLINE = "online"  # a run that writes its own answers, whatever its objective
 DEAD = "Groups that agree"  # a panel
 EVAL = "eval_"
 LONGEST = 32  # characters of a name that comes from data
@@ -217,6 +218,14 @@ DISTANCE = Group(
   "above about half a nat per token: the text itself will suffer; raise objective.beta or stop "
   "earlier. A spike is one update too large: lower the rate.",
 )
+DISTANCE_ONLINE = Group(
+  DISTANCE.title,
+  tuple(m for m in DISTANCE.metrics if m.name in ("kl", "kl_to_old", "reward_kl_penalty")),
+  "There where a KL is asked for (objective.kl_weight, online.kl_in_reward), or where a batch is used for several"
+  " updates. A KL to the reference that rises slowly is a policy that learns. Above about half a nat a token the text"
+  " itself will suffer: raise that weight, or stop earlier. A KL to who wrote the answers that grows over the run:"
+  " lower the rate, or use a batch for fewer updates.",
+)
 SCORED = Group(
   "Scored answers",
   (
@@ -257,6 +266,35 @@ SCORED = Group(
   "Clipped shares that rise above a fifth: the policy has left the answers that it learns from; "
   "lower the rate, or write fresh answers. A spike is one batch far from the policy.",
 )
+_RIGHT = (
+  Metric(
+    "pass@1", "first answer right", HIGHER, "Share of answers that are right.", "Right answers"
+  ),
+  Metric(
+    "pass@*",
+    "",
+    HIGHER,
+    "Share of prompts of which at least one of so many answers is right, without bias (Chen et al. 2021).",
+    "Right answers",
+  ),
+)
+_REWARD = Metric(
+  "reward",
+  "reward",
+  HIGHER,
+  "Mean reward of the answers that were written for the batch: the parts with their weights, times the gates.",
+  "Reward",
+)
+_BESIDE_REWARD = tuple(metric for metric in SCORED.metrics if metric.name != "reward")
+REWARDED = Group(
+  "Reward",
+  (_REWARD, *_RIGHT, *_BESIDE_REWARD),
+  "A reward that rises, and pass@1 with it, is learning. Every batch has other prompts: compare the fifths of a run"
+  " and not single batches. Flat: most groups agree and teach nothing (what is written says on what), or the rate is"
+  " too low. Falling: it is too high. pass@1 that rises towards a flat pass@n: the model learns to say at once what it"
+  " could say before. Clipped shares above a fifth: the policy has left the answers that it learns from; lower the"
+  " rate, or use a batch for fewer updates (online.passes, online.minibatches).",
+)
 VERIFIED = Group(
   "Parts of the reward",
   (
@@ -276,21 +314,10 @@ VERIFIED = Group(
     Metric(
       "logged/*", "", NEITHER, "What a reward function logs (log_metric), over its calls.", "Logged"
     ),
-    Metric(
-      "pass@1", "first answer right", HIGHER, "Share of answers that are right.", "Right answers"
-    ),
-    Metric(
-      "pass@*",
-      "",
-      HIGHER,
-      "Share of prompts of which at least one of so many answers is right, without bias (Chen et al. 2021).",
-      "Right answers",
-    ),
   ),
   "One part that rises while the others fall is the one that pays best: look at what is written, and change the weights"
   " or make the part a gate. A format that is learned while right answers do not come is the same. Missing scores above"
-  " a few in a hundred: read their reasons, mend the verifier, or raise reward.seconds. pass@1 that rises towards a"
-  " flat pass@n: the model learns to say at once what it could say before.",
+  " a few in a hundred: read their reasons, mend the verifier, or raise reward.seconds.",
 )
 HELD_OUT = Group(
   "A second score",
@@ -316,6 +343,9 @@ WRITTEN = Group(
       LOWER,
       "Share of answers that online.max_new_tokens cut.",
       "Cut answers",
+    ),
+    Metric(
+      "completions/mean_length", "mean", NEITHER, "Tokens of an answer, on average.", "Lengths"
     ),
     Metric(
       "completions/max_length", "longest", NEITHER, "Tokens of the longest answer.", "Lengths"
@@ -366,7 +396,23 @@ WRITTEN = Group(
   ),
   "Groups that agree on the lowest outcome: the prompts are too hard, answers are cut, or the verifier says no to"
   " everything. On the highest: too easy, there is nothing left to learn. Many cut answers: raise"
-  " online.max_new_tokens, or let the reward have the part length; an answer that is cut is seldom right.",
+  " online.max_new_tokens, or let the reward have the part length; an answer that is cut is seldom right. Lengths that"
+  " grow while the reward does not are padding; those that shrink to nothing are what the reward pays for.",
+)
+VARIETY = Group(
+  "Variety",
+  (
+    Metric(
+      "entropy",
+      "entropy",
+      NEITHER,
+      "Nats: how undecided the policy is about the next token of an answer.",
+      "Entropy",
+    ),
+  ),
+  "An entropy that falls slowly is a policy that has found what pays. Towards 0, all answers to a prompt become one,"
+  " groups agree and nothing is left to learn: lower the rate, raise objective.epsilon_high, or stop. One that rises"
+  " without end: the text falls apart; lower the rate.",
 )
 SAMPLER = Group(
   "Sampler and trainer",
@@ -434,8 +480,7 @@ LENGTHS = Group(
       "completions/mean_length", "answers", NEITHER, "Tokens of the scored answers.", "Lengths"
     ),
   ),
-  "Where rows bring the answers, flat is right, and a slope means that rows are sorted. Where the "
-  "run writes them, lengths that grow while the reward does not are padding. Lines that lie apart "
+  "Rows bring the answers: flat is right, and a slope means that rows are sorted. Lines that lie apart "
   "(chosen answers longer throughout) teach length "
   "along with quality: compare the accuracies by length.",
 )
@@ -529,8 +574,17 @@ GROUPS: Mapping[str, tuple[Group, ...]] = {
   "preference": (LOSS, PARTS, PREFERENCE, DISTANCE, *_COMMON),
   "kto": (LOSS, PARTS, PREFERENCE, DISTANCE, *_COMMON),
   "reward": (LOSS, PARTS, REWARD, *_COMMON),
-  "grouped": (LOSS, PARTS, SCORED, VERIFIED, HELD_OUT, WRITTEN, DISTANCE, SAMPLER, *_COMMON),
+  "grouped": (LOSS, PARTS, SCORED, DISTANCE, *_COMMON),
+  ONLINE: (
+    *(REWARDED, VERIFIED, HELD_OUT, WRITTEN, VARIETY, DISTANCE_ONLINE, SAMPLER, LOSS, PARTS),
+    *(SCORES, OPTIMISATION, SPEED, OTHER),
+  ),
 }
+
+
+def kind(config: Mapping[str, Any]) -> str | None:
+  """What decides which metrics a run has: its objective, or that it writes its own answers."""
+  return ONLINE if "online" in config else (config.get("objective") or {}).get("name")
 
 
 def groups(objective: str | None) -> tuple[Group, ...]:
@@ -556,8 +610,13 @@ class Named:
     if self.metric.label:
       return self.metric.label
     before, behind = self.metric.around
-    rest = self.name.removeprefix(before).removesuffix(behind).strip("/_") or self.name
-    return rest if len(rest) <= LONGEST else rest[: LONGEST - 1] + "…"
+    rest = self.name.removeprefix(before).removesuffix(behind)
+    # a "/" behind a "/" begins a path, of a verifier in a file
+    rest = (rest if before.endswith("/") else rest.lstrip("/_")).rstrip("/_") or self.name
+    if len(rest) <= LONGEST:
+      return rest
+    is_path = "/" in rest  # which differs from others at its end
+    return "…" + rest[1 - LONGEST :] if is_path else rest[: LONGEST - 1] + "…"
 
   @property
   def alone(self) -> str:
@@ -602,7 +661,7 @@ def better(objective: str | None, name: str) -> str:
   """higher, lower, or "" where neither is; `accuracy/after` is of the built-in task's answers."""
   if name.startswith(ANSWERS):
     return HIGHER
-  if objective == "grouped" and base(name) == "loss":
+  if objective in ("grouped", ONLINE) and base(name) == "loss":
     return NEITHER
   return meaning(objective, name).better
 
@@ -643,6 +702,7 @@ SCALE = (
   "objective.divergence",
 )
 SCALED = ("rewards/margins", "rewards/chosen", "rewards/rejected", "margin", "mean_reward")
+BY_VERIFIERS = (_REWARD, *_RIGHT, *VERIFIED.metrics)  # of an online run
 PER_TOKEN = ("loss", "nll_loss", "mean_token_accuracy", "entropy", "kl")
 
 
@@ -677,4 +737,6 @@ def _decide(name: str, fields: Sequence[Mapping[str, Any]]) -> list[str]:
     decide += TEXT
   if bare == "loss" or bare.startswith("loss/"):
     decide += ["objective"]
+  decide += ["reward", "online.outcome"] if any(m.covers(bare) for m in BY_VERIFIERS) else []
+  decide += ["holdout_reward"] if bare.startswith("holdout/") else []
   return decide + ([*SCALE] if bare in SCALED else [])

@@ -9,7 +9,7 @@ from typing import Any
 
 import markupsafe
 
-from posttrain_jax.evals import charts, curve_advice, figures, meanings
+from posttrain_jax.evals import charts, curve_advice, figures, meanings, online
 from posttrain_jax.evals.charts import Line
 from posttrain_jax.evals.meanings import EVAL, Named
 from posttrain_jax.runs.record import Run
@@ -58,7 +58,7 @@ class Section:
 
 def sections(run: Run) -> list[Section]:
   """The groups of metrics that the run has, but for scores of answers, which the report has beside the answers."""
-  kind, final = run.field("objective.name"), run.final()
+  kind, final = meanings.kind(run.record.get("config") or {}), run.final()
   return [
     Section(group.title, _reading(run, group), _panels(run, named), _rows(run, named, final))
     for group, named in meanings.sorted_into(kind, [*run.names(), *final])
@@ -68,7 +68,7 @@ def sections(run: Run) -> list[Section]:
 
 def _reading(run: Run, group: meanings.Group) -> str:
   if group is meanings.LOSS and run.field("objective.name") == "grouped":
-    return curve_advice.ZERO if curve_advice.is_zero_by_construction(run) else curve_advice.POLICY
+    return curve_advice.of_policy_loss(run)
   return group.reading
 
 
@@ -144,10 +144,14 @@ def objective(run: Run) -> str | None:
       terms = [loss if weight == 1 else f"{weight:g} {loss}" for loss, weight in losses.items()]
       parts = [" + ".join(terms) or "preference"]
     case "grouped":
-      parts = [f"{section.get('loss')} on scored groups", f"advantage {section.get('advantage')}"]
+      rows = "answers that the run writes" if online.is_one(run) else "scored groups"
+      parts = [f"{online.method(run)} on {rows}", f"advantage {section.get('advantage')}"]
     case _:
       parts = [str(name)] if name else []
-  return ", ".join([*parts, *_numbers(section)]) or None
+  silent = () if name != "grouped" or online.compares(run) else ("reference",)
+  return (
+    ", ".join([*parts, *_numbers({k: v for k, v in section.items() if k not in silent})]) or None
+  )
 
 
 # What stands in a fact although it has the value that changes nothing is noise: {field: that value}.

@@ -17,7 +17,16 @@ import safetensors
 
 from posttrain_jax.core import files
 from posttrain_jax.data import questions
-from posttrain_jax.evals import curve_advice, intervals, meanings, page, panels, tasks, written
+from posttrain_jax.evals import (
+  curve_advice,
+  intervals,
+  meanings,
+  online,
+  page,
+  panels,
+  tasks,
+  written,
+)
 from posttrain_jax.evals.panels import number
 from posttrain_jax.runs import manner, record
 from posttrain_jax.runs.record import Run, TaskResult
@@ -190,6 +199,8 @@ def summary_table(workdir: str | Path) -> rich.table.Table:
   """Accuracy before and after with counts, by channel and overall; without an evaluation, the last metrics."""
   run = record.read(workdir)
   accuracy, scores = _accuracy(run), _scores(run)
+  if scores is None and accuracy is None and online.is_one(run):
+    return _table(["metric", "first fifth", "last fifth"], online.rows(run))
   if scores is not None:
     return _table(["metric", *scores["heads"]], scores["brief"])
   if accuracy is None:
@@ -277,11 +288,15 @@ def _facts(run: Run) -> list[tuple[str, str]]:
   seconds, tokens = ((run.done or {}).get(name) for name in ("seconds", "tokens"))
   speed = run.series("tokens_per_second")[1]
   facts = {
+    "Came to": online.came_to(run) if online.is_one(run) else None,
     "Model": _model(run),
     "Adapter": _adapter(run),
     "Trained": run.record.get("trainable"),
     "Data": _data(run),
     "Objective": panels.objective(run),
+    "Scored by": online.scored_by(run),
+    "Second score": online.scored_by(run, "holdout_reward"),
+    "Answers": online.samples(run),
     "Optimizer": _optimizer(run),
     "Time": None if seconds is None else _duration(seconds),
     "Tokens": f"{tokens:,}" if tokens else None,

@@ -62,7 +62,10 @@ class Schema:
     if importlib.util.find_spec("jsonschema") is None:
       raise ValueError("schema needs jsonschema: pip install 'posttrain-jax[schema]'")
     if (self.schema is None) == (not self.column):
-      raise ValueError("schema: name either a schema for every row, or the column that has a row's")
+      raise ValueError(
+        "schema: write one of its options schema, a JSON Schema for every row, and column, the column that holds each"
+        " row's (without both it is the column `schema`, if the data has it)"
+      )
     if self.schema is not None:
       reason = _wrong_schema(self.schema)
       if reason:

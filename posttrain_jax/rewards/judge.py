@@ -98,18 +98,21 @@ class Judge:
       try:
         return self.read(self._reply(self._asked(answer), deadline))
       except urllib.error.HTTPError as error:
-        reason = f"the judge's address answered {error.code} {error.reason}"
+        reason = f"the judge at {self._address} answered {error.code} {error.reason}"
         if error.code not in AGAIN:
           break
       except _Late:
         return score.missing(f"the judge took longer than {self.seconds:g} s")
       except (OSError, http.client.HTTPException) as error:
-        reason = f"the judge's address does not answer: {type(error).__name__}: {error}"
+        reason = f"the judge at {self._address} does not answer: {_why(error)}"
       except (ValueError, KeyError, IndexError, TypeError) as error:
-        reason = (
-          f"the judge's address sent what is no chat completion: {type(error).__name__}: {error}"
-        )
+        reason = f"the judge at {self._address} sent what is no chat completion: {type(error).__name__}: {error}"
     return score.missing(reason)
+
+  @property
+  def _address(self) -> str:
+    """What is said of the url: reasons are stored, and a password in it is not for them."""
+    return re.sub(r"//[^/@]*@", "//", self.url)
 
   def read(self, reply: str) -> Score:
     """The score that a reply says.
@@ -174,6 +177,14 @@ class Judge:
 
 class _Late(Exception):
   """The deadline has passed."""
+
+
+def _why(error: BaseException) -> str:
+  """What the system says of a connection, in its own words."""
+  inner = error.reason if isinstance(error, urllib.error.URLError) else error
+  if isinstance(inner, OSError) and inner.strerror:
+    return inner.strerror
+  return f"{type(inner).__name__}: {inner}" if isinstance(inner, BaseException) else str(inner)
 
 
 def _left(deadline: float) -> float:

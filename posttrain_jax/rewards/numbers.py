@@ -81,9 +81,16 @@ _TOKEN = re.compile(
 )
 
 
+# behind a digit it is the rest of a mixed number; an argument without braces is a digit
+_FRACTION = re.compile(r"((?<=\d)\s*)?\\[dt]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))")
+
+
 def _plainly(text: str) -> str:
   """The text without LaTeX, signs between thousands, and mixed numbers such as 1 1/2."""
-  text = re.sub(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"\1/\2", text)
+  text = _FRACTION.sub(
+    lambda match: f"{'' if match[1] is None else ' '}{match[2] or match[3]}/{match[4] or match[5]}",
+    text,
+  )
   text = text.replace("{,}", ",").replace(r"\,", "").replace(r"\$", "$")
   text = re.sub(r"(?<=\d)['’_\u00a0\u2009\u202f](?=\d{3}(?!\d))", "", text)
   return re.sub(r"(?<![\w.,:/^-])(\d{1,9}) (\d{1,9})/(\d{1,9})(?![\w/^])", _mixed, text)

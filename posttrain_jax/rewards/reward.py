@@ -52,11 +52,19 @@ class Part:
   untested: bool = False
 
   def __post_init__(self):
-    if not math.isfinite(self.weight):
-      raise ValueError(f"reward: the weight of {self.name} is {self.weight}; it is a finite number")
+    if not abs(self.weight) <= score.LARGEST:
+      raise ValueError(
+        f"reward: the weight of {self.name} is {self.weight}; it is a finite number that float32 holds"
+      )
     if self.gate and self.weight != 1:
       raise ValueError(
         f"reward: {self.name} is a gate, which multiplies: its weight {self.weight:g} would mean nothing"
+      )
+    if self.gate and self.range != score.ANY and not 0 <= self.range[0] <= self.range[1] <= 1:
+      low, high = self.range
+      raise ValueError(
+        f"reward: {self.name} is a gate, and its scores lie within {low:g} and {high:g}; a gate multiplies the sum and"
+        " is within 0 and 1, so name it in reward.parts, where it is added"
       )
 
   @property
@@ -103,6 +111,11 @@ class Result:
   def missing(self) -> Mapping[tuple[str, str], int]:
     """How often each part was missing in the end, by (part, reason)."""
     return _missing(self.answers)
+
+  @property
+  def why(self) -> Mapping[tuple[str, str], str]:
+    """What the first of them said in full, by the same (part, reason); counted together, they have no numbers."""
+    return reasons(self.answers)
 
   @property
   def metrics(self) -> dict[str, float]:
@@ -300,6 +313,25 @@ def _missing(scored: Sequence[Scored]) -> Mapping[tuple[str, str], int]:
     for name, given in one.parts.items()
     if given.is_missing and given.applies
   )
+
+
+def reasons(scored: Sequence[Scored]) -> Mapping[tuple[str, str], str]:
+  """{(part, reason as it is counted): the first such reason in full}."""
+  first: dict[tuple[str, str], str] = {}
+  for one in scored:
+    for name, given in one.parts.items():
+      if given.is_missing and given.applies:
+        first.setdefault((name, kind(given.reason)), given.reason)
+  return first
+
+
+def counted(why: str, full: str) -> str:
+  """A reason as people read it beside its count, with one in full where that says more.
+
+  >>> counted("returned N", "returned nan"), counted("timed out", "timed out")
+  ('returned N, as: returned nan', 'timed out')
+  """
+  return why if why == full else f"{why}, as: {full}"
 
 
 def kind(reason: str) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from typing import Any, SupportsFloat
 
 from posttrain_jax.core import words
 
 ANY = (-math.inf, math.inf)  # a range that every finite number is in
+LARGEST = float.fromhex("0x1.fffffep+127")  # of float32, which rewards are trained on in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +57,11 @@ def of(returned: Any, within: tuple[float, float] = ANY) -> Score:
 def _number(value: Any, reason: str, within: tuple[float, float]) -> Score:
   if value is None:
     return missing("returned None")
+  if inspect.iscoroutine(value):
+    value.close()  # Python would warn that nobody waited for it
+    return missing(
+      "returned a coroutine: it is `async def`, which only a function of TRL's form may be; write `def`"
+    )
   if not isinstance(value, SupportsFloat):
     return missing(f"returned {words.shown(value, 60)}, a {type(value).__name__}")
   try:
@@ -63,6 +70,10 @@ def _number(value: Any, reason: str, within: tuple[float, float]) -> Score:
     return missing(f"returned {words.shown(value, 60)}, which is no float: {error}")
   if not math.isfinite(number):
     return missing(f"returned {number}")
+  if abs(number) > LARGEST:
+    return missing(
+      f"returned {number:g}, which float32 does not hold: its largest number is 3.4e38"
+    )
   low, high = within
   if not low <= number <= high:
     return missing(f"returned {number}, which is not within {low:g} and {high:g}")

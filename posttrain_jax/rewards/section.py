@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from posttrain_jax.core import words
 from posttrain_jax.rewards import named, score, trl
+from posttrain_jax.rewards.judge import Judge
 from posttrain_jax.rewards.reward import Part, Reward
 from posttrain_jax.rewards.table import UNSAFE, VERIFIERS, BuiltIn
 from posttrain_jax.rewards.verifier import Batch, Known, Tried, Verifier
@@ -113,7 +114,8 @@ def _read(spec: Mapping[str, Any]) -> _Spec:
   asked = _Spec(**values)
   if len(asked.weights) not in (0, len(asked.parts)):
     raise ConfigError(
-      f"reward.weights: {len(asked.weights)} weights of {len(asked.parts)} parts; name one each"
+      f"reward.weights={words.shown(tuple(asked.weights))}: there {_are(len(asked.parts), 'part')}"
+      f" ({', '.join(asked.parts)}); write one weight for each, or none for 1 each"
     )
   both = [name for name in asked.gates if name in asked.parts]
   if both:
@@ -126,6 +128,14 @@ def _read(spec: Mapping[str, Any]) -> _Spec:
       if name not in asked.names:
         raise ConfigError(f"reward.{field}: {name!r} is neither a part nor a gate of this reward")
   return asked
+
+
+def _are(count: int, what: str) -> str:
+  """
+  >>> _are(1, "part"), _are(2, "part")
+  ('is 1 part', 'are 2 parts')
+  """
+  return f"is {count} {what}" if count == 1 else f"are {count or 'no'} {what}s"
 
 
 def _is_list(value: Any, kind: Any) -> bool:
@@ -243,6 +253,8 @@ class _Room:
     else:
       verifier = self.given[name] if name in self.given else self._own(name, asked.seconds)
     low, high = asked.ranges.get(name) or (score.ANY if built_in is None else built_in.range)
+    if name in asked.gates and isinstance(verifier, Judge) and (low, high) == score.ANY:
+      low, high = verifier.low, verifier.high
     return Part(
       name,
       verifier,
@@ -262,6 +274,8 @@ class _Room:
       raise ConfigError(f"reward.options: {name} has no option {wrong[0]!r}; it has {there}")
     if "column" in built_in.needed:
       options["column"] = self._column(name, options.get("column"))
+    if not options and built_in.column in self.columns:
+      options["column"] = built_in.column
     absent = [option for option in built_in.needed if option not in options]
     if absent:
       raise ConfigError(f"reward.options: {name} needs {' and '.join(absent)}")
@@ -328,6 +342,12 @@ class _Room:
     except ConfigError as error:
       raise ConfigError(f"reward: {error}") from error
     own = named.Named(file, function)
+    is_async = inspect.iscoroutinefunction(called) or inspect.isasyncgenfunction(called)
+    if is_async and not trl.is_one(called):
+      raise ConfigError(
+        f"reward: {own} is `async`; write `def`. A verifier (prompt, completion, example) is a plain function, and only"
+        " TRL's form (prompts, completions, **columns) may be async"
+      )
     if trl.is_one(called):
       trl.check(called, str(own), self.columns)
       return trl.Function(own, str(own), self.workers, seconds or SECONDS)

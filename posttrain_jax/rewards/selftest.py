@@ -15,11 +15,14 @@ from posttrain_jax.rewards.score import Score
 from posttrain_jax.rewards.verifier import Answer
 from posttrain_jax.settings import ConfigError
 
+UNTESTED = "reward.untested"  # the field of a config; commands without one say how they write it
 PAIRS = 8  # rows whose own answer and another row's are tried
 
 
-def check(reward: Reward, references: Sequence[Answer] = ()) -> None:
+def check(reward: Reward, references: Sequence[Answer] = ()) -> list[str]:
   """Raises ConfigError, with two answers and their scores, where a part cannot tell right from wrong.
+
+  What it returns is to be said: of a part that told right from wrong in some of the rows, in how many.
 
   Built-in verifiers are tried on answers of their own.  A verifier of the user's that is no gate is tried on rows: it
   should give the row's own answer more than another row's in at least one of them.  Every part should have a score for
@@ -28,14 +31,15 @@ def check(reward: Reward, references: Sequence[Answer] = ()) -> None:
   Args:
     references: rows of the data, each with its own right answer as the completion, or with any where that is not known.
   """
-  pairs = _pairs(references)
+  pairs, told = _pairs(references), []
   for part in reward.parts:
     if part.known:
       _on_known(part, reward.retries)
     if part.known or part.gate or part.untested or not pairs:
       _can_read(part, references[:PAIRS], reward.retries)
     else:
-      _on_rows(part, pairs, reward.retries)
+      told += _on_rows(part, pairs, reward.retries)
+  return told
 
 
 def _on_known(part: Part, retries: int) -> None:
@@ -44,6 +48,11 @@ def _on_known(part: Part, retries: int) -> None:
   right = [(a, s) for a, s, k in zip(answers, scores, part.known, strict=True) if k.is_right]
   wrong = [(a, s) for a, s, k in zip(answers, scores, part.known, strict=True) if not k.is_right]
   for one in right:
+    if _has_none(one[1]):
+      raise ConfigError(
+        f"reward: {part.name} has no score for an answer that is known to be right,"
+        f" {words.shown(one[0].completion, 60)}: {one[1].reason}"
+      )
     for other in wrong:
       if not _is_above(one[1], other[1]):
         raise ConfigError(f"reward: {_told(part, one, other)}")
@@ -51,14 +60,26 @@ def _on_known(part: Part, retries: int) -> None:
 
 def _can_read(part: Part, references: Sequence[Answer], retries: int) -> None:
   """Whether the part has a number for any answer to these rows."""
-  scores = _scores(part, references, retries)
-  if scores and all(given.is_missing and given.applies for given in scores):
+  _check_there(part, _scores(part, references, retries), len(references))
+
+
+def _check_there(part: Part, scores: Sequence[Score], rows: int) -> None:
+  """Raises ConfigError where no answer has a score: what failed has not said that it cannot tell right from wrong."""
+  if scores and all(map(_has_none, scores)):
+    place, was_raised, error = scores[0].reason.partition(": raised ")
     raise ConfigError(
-      f"reward: {part.name} has no score for any of the first {len(scores)} rows: {scores[0].reason}"
+      f"reward: {part.name} raised {error}, at {place}, on all {rows} rows that were tried"
+      if was_raised
+      else f"reward: {part.name} has no score for any of the {rows} rows that were tried: {scores[0].reason}"
     )
 
 
-def _on_rows(part: Part, pairs: Sequence[tuple[Answer, Answer]], retries: int) -> None:
+def _has_none(given: Score) -> bool:
+  return given.is_missing and given.applies
+
+
+def _on_rows(part: Part, pairs: Sequence[tuple[Answer, Answer]], retries: int) -> list[str]:
+  """What is to be said: in how many rows it tells right from wrong, where that is not all of them."""
   scores = _scores(part, [answer for pair in pairs for answer in pair], retries)
   tried = [
     (one, other)
@@ -67,11 +88,24 @@ def _on_rows(part: Part, pairs: Sequence[tuple[Answer, Answer]], retries: int) -
     )
     if one[1].applies or other[1].applies
   ]
-  if tried and not any(_is_above(one[1], other[1]) for one, other in tried):
+  _check_there(part, [given for pair in tried for _, given in pair], len(tried))
+  alike = [(one, other) for one, other in tried if not _is_above(one[1], other[1])]
+  if not alike:
+    return []
+  # a row of which both answers have a score says more of what it cannot tell
+  example = min(alike, key=lambda pair: sum(_has_none(given) for _, given in pair))
+  if len(alike) == len(tried):
+    # what failed on every right answer has a fault to be mended first
+    is_judging = any(one[1].value is not None for one, _ in tried)
+    advice = f"; where it does not ask whether an answer is right, name it in {UNTESTED}"
     raise ConfigError(
-      f"reward: {_told(part, *tried[0])} (and so of all {len(tried)} rows that were tried); where it does not ask"
-      f" whether an answer is right, name it in reward.untested"
+      f"reward: {_told(part, *example)} (and so of all {len(tried)} rows that were tried)"
+      f"{advice if is_judging else ''}"
     )
+  return [
+    f"reward: {part.name} tells the right answer from a wrong one in {len(tried) - len(alike)} of the {len(tried)} rows"
+    f" that were tried; elsewhere it gives, for one, the {_both(*example)}"
+  ]
 
 
 def _pairs(references: Sequence[Answer]) -> list[tuple[Answer, Answer]]:
@@ -99,9 +133,12 @@ def _is_above(right: Score, wrong: Score) -> bool:
 
 def _told(part: Part, right: tuple[Answer, Score], wrong: tuple[Answer, Score]) -> str:
   return (
-    f"{part.name} cannot tell a right answer from a wrong one: it gives the right {_shown(*right)} and the wrong "
-    f"{_shown(*wrong)}"
+    f"{part.name} cannot tell a right answer from a wrong one: it gives the {_both(right, wrong)}"
   )
+
+
+def _both(right: tuple[Answer, Score], wrong: tuple[Answer, Score]) -> str:
+  return f"right {_shown(*right)} and the wrong {_shown(*wrong)}"
 
 
 def _shown(answer: Answer, given: Score) -> str:

@@ -37,6 +37,7 @@ class BuiltIn:
   reads: other columns: a row has all of one of these tuples; () for none.
   apart: it runs in a worker process, since somebody else's code decides how long it takes.
   seconds: of one call there, where the reward does not say.
+  column: that it reads where no option is named and the rows have it.
   untested: it does not ask whether an answer is right, so that rows cannot try it, and that it is no part of the
   outcome.
   """
@@ -48,6 +49,7 @@ class BuiltIn:
   seconds: float = SECONDS
   range: tuple[float, float] = (0.0, 1.0)
   untested: bool = False
+  column: str = ""
 
   @property
   def options(self) -> tuple[str, ...]:
@@ -126,7 +128,11 @@ VERIFIERS: Mapping[str, BuiltIn] = {
   "json": BuiltIn(_json, "the answer is JSON of the expected value"),
   "is_json": BuiltIn(Json, "the answer is JSON", untested=True),
   "schema": BuiltIn(
-    Schema, "the answer is JSON that a JSON Schema describes", apart=True, untested=True
+    Schema,
+    "the answer is JSON that a JSON Schema describes",
+    apart=True,
+    untested=True,
+    column="schema",
   ),
   "regex": BuiltIn(Regex, "a regular expression matches", untested=True),
   "tags": BuiltIn(

@@ -10,10 +10,11 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, ValuesView
 from concurrent import futures
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
+from posttrain_jax.core import words
 from posttrain_jax.rewards import score
 from posttrain_jax.rewards.score import Score
 from posttrain_jax.rewards.verifier import OUTSIDE, Answer, Context, raised
@@ -76,6 +77,11 @@ class Function:
     reason = given.reason if isinstance(given, Failed) else given.get("reason")
     if reason is not None:
       return [score.missing(reason)] * len(answers)
+    if "refused" in given:
+      raise ValueError(
+        f"{self.name} returned {given['refused']}; it returns a list with a number for each completion, None where it"
+        " does not apply"
+      )
     values = given["values"]
     if len(values) != len(answers):
       raise ValueError(
@@ -110,10 +116,35 @@ class Call:
     try:
       returned = self.function(**taken(self.function, {**arguments(answers), **helpers}))
       listed = _awaited(returned) if inspect.isawaitable(returned) else returned
+      if not _is_list(listed):
+        return {"refused": f"{words.shown(listed, 60)} ({type(listed).__name__})"}
       values = [dataclasses.astuple(_score(value)) for value in listed]
     except (Exception, SystemExit) as error:
       return {"reason": raised(error)}
     return {"values": values, "columns": columns, "metrics": metrics}
+
+
+@runtime_checkable
+class _Array(Protocol):
+  """What NumPy, JAX, PyTorch and pandas call an array, a tensor and a series."""
+
+  @property
+  def shape(self) -> Sequence[int]: ...
+
+  def __iter__(self) -> Iterator[Any]: ...
+
+
+def _is_list(value: Any) -> bool:
+  """Whether going through it gives the scores, in order: of a dict that gives keys, of a set no order.
+
+  >>> _is_list([1.0]), _is_list(iter([1.0])), _is_list({"a": 1.0}), _is_list("1"), _is_list(1.0)
+  (True, True, False, False, False)
+  """
+  if isinstance(value, str | bytes | Mapping):
+    return False
+  if isinstance(value, _Array):
+    return len(value.shape) > 0 and all(size == 1 for size in value.shape[1:])
+  return isinstance(value, Sequence | Iterator | ValuesView)
 
 
 def _awaited(coroutine: Any) -> Any:
@@ -127,6 +158,8 @@ def _awaited(coroutine: Any) -> Any:
 
 
 def _score(value: Any) -> Score:
+  while isinstance(value, _Array) and len(value.shape) > 0 and value.shape[0] == 1:  # of a column
+    (value,) = value
   return score.not_applicable() if value is None else score.of(value)
 
 

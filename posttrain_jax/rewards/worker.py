@@ -1,7 +1,8 @@
 """The program that a worker runs: it loads tasks and calls them, and answers each message with a line of JSON.
 
-A task is a picklable function whose result is JSON.  What it prints goes to standard error.  The program ends with who
-started it, and what it started itself ends, too; a call that is stuck in C then is ended by the kernel's clock.
+A reply says which message it answers.  A task is a picklable function whose result is JSON.  What it prints goes to
+standard error.  The program ends with who started it, and what it started itself ends, too; a call that is stuck in C
+then is ended by the kernel's clock.
 """
 
 from __future__ import annotations
@@ -25,13 +26,18 @@ PATIENCE = (
 
 def serve(asked: BinaryIO, answer: Callable[[Any], None]) -> None:
   tasks: dict[int, Callable[..., Any]] = {}
+  own = os.getpid()
   while len(header := asked.read(HEADER.size)) == HEADER.size:
-    kind, key, body, seconds = pickle.loads(asked.read(*HEADER.unpack(header)))
+    number, kind, key, body, seconds = pickle.loads(asked.read(*HEADER.unpack(header)))
     if kind == "load":
-      answer(_loaded(tasks, key, body))
+      reply: dict[str, Any] = _loaded(tasks, key, body)
     else:
-      answer({"began": True})  # only from here does time count, and is a death one of the call
-      answer(_called(tasks[key], body, seconds))
+      # only from here does time count, and is a death one of the call
+      answer({"to": number, "began": True})
+      reply = _called(tasks[key], body, seconds)
+    if os.getpid() != own:  # a child of the task's that came back from it, with our pipes
+      os._exit(0)
+    answer({"to": number, **reply})
 
 
 def _loaded(tasks: dict[int, Callable[..., Any]], key: int, body: bytes) -> dict[str, str]:

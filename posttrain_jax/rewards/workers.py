@@ -98,12 +98,14 @@ class _Slot:
     self.process: subprocess.Popen[bytes] | None = None
     self.loaded: set[int] = set()
     self.state, self.key, self.call, self.deadline = IDLE, -1, -1, 0.0
+    self.number = 0  # of the last message; a reply to another one is nobody's
     self.received = b""
 
   def send(self, kind: str, key: int, body: bytes, seconds: float = 0.0) -> None:
     """Raises BrokenPipeError where the process has ended."""
     process = self.process or self._start()
-    message = pickle.dumps((kind, key, body, seconds))
+    self.number += 1
+    message = pickle.dumps((self.number, kind, key, body, seconds))
     assert process.stdin is not None
     process.stdin.write(worker.HEADER.pack(len(message)) + message)
     process.stdin.flush()
@@ -231,6 +233,8 @@ class _Round:
       self._take(slot, reply)
 
   def _take(self, slot: _Slot, reply: dict[str, Any]) -> None:
+    if slot.state == IDLE or reply["to"] != slot.number:
+      return
     if "error" in reply:
       raise WorkerError(f"a worker cannot load what it should call: {reply['error']}")
     if "began" in reply:

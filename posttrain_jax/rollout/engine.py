@@ -415,7 +415,7 @@ class Engine:
     pieces = programs.Pieces(*map(jnp.asarray, (index, row, start, counts, tokens)))
     self._slots = self._call(
       programs.read,
-      f"{count} pieces of {size} tokens, {self.rows} rows of {self._slots.cache.slots} slots",
+      f"{count} piece{'s' if count > 1 else ''} of {size} tokens, {self.rows} rows of {self._slots.cache.slots} slots",
       *(self._ready.stacked, self._slots, pieces, self.config, self.dtype),
     )
 

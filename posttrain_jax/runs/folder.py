@@ -19,6 +19,7 @@ from posttrain_jax.runs import lock, provenance, record, trackers
 from posttrain_jax.settings import ConfigError
 
 LOCK = ".lock"
+STARTED = (record.CONFIG, "checkpoints")  # what a folder has before any work is done in it
 
 
 def check(workdir: str | Path, config: ml_collections.ConfigDict) -> Path:
@@ -92,7 +93,7 @@ def claimed(folder: Path, config: ml_collections.ConfigDict, **about: Any) -> Ge
   """Inside, the folder is this config's run, and no other process's; every process may enter, the main one writes.
 
   Entered once the run is known to start, so that a mistake leaves nothing behind that would have to be removed.  What a
-  killed start left half-written is removed.
+  killed start left half-written is removed, and so is what this one made where it is refused before it has done work.
 
   Args:
     about: what else the record says of the run.
@@ -103,6 +104,7 @@ def claimed(folder: Path, config: ml_collections.ConfigDict, **about: Any) -> Ge
   if jax.process_index() != 0:
     yield
     return
+  was_there = folder.exists()
   folder.mkdir(parents=True, exist_ok=True)
   with lock.held(folder / LOCK):
     written = folder / record.CONFIG
@@ -123,9 +125,29 @@ def claimed(folder: Path, config: ml_collections.ConfigDict, **about: Any) -> Ge
         (folder / name).unlink(missing_ok=True)
       shutil.rmtree(folder / "tensorboard", ignore_errors=True)
     files.remove_abandoned(folder, age=0)
-    if not written.exists():
+    is_new = not written.exists()
+    if is_new:
       files.write_json(written, {**described, **provenance.provenance()})
-    yield
+    try:
+      yield
+    except ValueError:
+      if is_new:
+        _unclaim(folder, is_made=not was_there)
+      raise
+
+
+def _unclaim(folder: Path, *, is_made: bool) -> None:
+  """Removes what this start made, where it was refused before there were answers, an evaluation or a step."""
+  names = {entry.name for entry in folder.iterdir()}
+  if not names <= {*STARTED, LOCK} or record.is_begun(folder):
+    return
+  (folder / record.CONFIG).unlink()
+  shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+  if is_made:
+    # NFS keeps a name for a lock that is open: the folder then stays, and the refusal is what is told
+    with contextlib.suppress(OSError):
+      (folder / LOCK).unlink()
+      folder.rmdir()
 
 
 def _change_length(

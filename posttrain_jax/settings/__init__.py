@@ -10,6 +10,7 @@ import json
 import os
 import re
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from pathlib import Path
@@ -294,15 +295,54 @@ def points(config: str) -> list[tuple[str, dict[str, Any]]]:
     return list(sweep())
 
 
-def about(config: str) -> str:
-  """What a config file says that it is, and the arguments that it takes; "" of JSON."""
+def about(config: str, width: int = 80) -> str:
+  """What a config file says that it is, and the arguments that it takes with their values; "" of JSON."""
   path = config.partition(":")[0]
   if path.endswith(".json"):
     return ""
   with _opened(path) as loaded:
     title = (loaded.__doc__ or "").strip().partition("\n")[0]
-  known = ", ".join(arguments(path))
-  return f"{title}\n\nArguments after the colon: {known}\n" if known else f"{title}\n"
+  known = arguments(path)
+  listed = "\n".join(
+    ["Arguments after the colon:", *(_argument(path, name, width) for name in known)]
+  )
+  return f"{title}\n\n{listed}\n" if known else f"{title}\n"
+
+
+def _argument(path: str, name: str, width: int) -> str:
+  """A line of help: the argument, and its values where only some words are."""
+  words = ", ".join(argument_values(path, name))
+  return textwrap.fill(
+    f"  {name}: {words}" if words else f"  {name}", width, subsequent_indent="    "
+  )
+
+
+def argument_values(path: str, name: str) -> list[str]:
+  """The words that an argument may be; [] where it is another text.
+
+  The file, or the field that the argument becomes, lists them where it is given an unknown one.
+  """
+  with _opened(path) as loaded:
+    try:  # a value that nothing takes
+      fields.check_values(plain(loaded.get_config(f"{name}=?")))
+    except Exception as error:  # whatever a file makes of it
+      found = str(error)
+      if found.endswith("write true or false"):
+        return ["true", "false"]
+      return re.findall(r"[\w-]+", found.partition("known are ")[2])
+  return []
+
+
+def method(objective: Mapping[str, Any]) -> str:
+  """What the shipped configs call a policy-gradient loss; "" of one that they do not have.
+
+  >>> method({"loss": "ppo", "aggregation": "sequence_mean", "advantage": "group"})
+  'grpo'
+  """
+  rl = module("rl")
+  decide = lambda section: [section.get(name) for name in ("loss", "aggregation", "advantage")]
+  named = {name: rl.common.policy_loss(*row) for name, row in rl.METHODS.items()}
+  return next((name for name, one in named.items() if decide(one) == decide(objective)), "")
 
 
 def arguments(path: str) -> list[str]:

@@ -440,8 +440,14 @@ FIELDS: Mapping[str, Field] = {
   "objective.ceiling": Field("CISPO's and DPPO's bound on the ratio", _POSITIVE),
   "objective.kl_weight": Field("weight of the KL to the reference", _NOT_NEGATIVE),
   "objective.kl_estimator": Field(
-    "of that KL in the loss: k2 has the gradient of the reverse KL, k3 of the forward KL, k1 none on average",
-    Choice(("k1", "k2", "k3")),
+    "of that KL in the loss: k2 has the gradient of the reverse KL, k3 of the forward KL",
+    Choice(
+      ("k2", "k3"),
+      {
+        "k1": "k1 in a loss has a gradient that is zero on average; in the reward it is the right one"
+        " (online.kl_in_reward_estimator)"
+      },
+    ),
     ("objective.kl_weight", bool, "above 0"),
   ),
   "objective.old": Field(

@@ -17,9 +17,14 @@ CHANGE = """\
 along: add --config.optimizer.name=galore to this command, or an argument after the config's colon, to see those."""
 
 
+def fitting(width: int) -> int:
+  """A width of lines that a terminal of this one shows."""
+  return min(max(width, NARROWEST), WIDEST)
+
+
 def text(config: ml_collections.ConfigDict, width: int) -> str:
   """The fields of a resolved config by section, in lines of 80 to 120 characters."""
-  width = min(max(width, NARROWEST), WIDEST)
+  width = fitting(width)
   listed = sorted(fields.items(config.to_dict()), key=lambda item: _place(item[0]))
   lines: list[str] = []
   section = None

@@ -13,6 +13,7 @@ from posttrain_jax.commands import export as command
 from posttrain_jax.runs import record
 from tests.build.test_export import adapter, base, make_run  # noqa: F401
 from tests.evals import runs
+from tests.evals.test_report import ONLINE, online_lines
 
 CONFIG = dict(
   runs.CONFIG,
@@ -47,6 +48,28 @@ def make_folder(folder, *, kind="adapter", template=True):
   said = {"chat_template": "x"} if template else {}
   (folder / "tokenizer_config.json").write_text(json.dumps(said))
   return folder
+
+
+def test_an_online_run_says_its_method_what_scored_and_what_was_reached(tmp_path):
+  config = dict(
+    ONLINE,
+    reward=dict(parts=["/home/me/my own/mine.py:f", "length"], weights=[1.0, 0.5], gates=["tags"]),
+    data=dict(train="/home/me/private/prompts.jsonl", replay=""),
+  )
+  folder = runs.write(tmp_path / "run", config=config, lines=online_lines())
+  text = model_card.text(make_folder(tmp_path / "out"), record.read(folder))
+  for sentence in (
+    ", grpo (loss ppo)\n",
+    "| loss | grpo (loss ppo), epsilon 0.2 |",
+    "| reward | mine.py:f + 0.5 x length, times the gate tags |",
+    "| held-out score | exact |",
+    "| answers | 4 answers to each of 16 prompts a batch, at most 32 tokens, temperature 1, 2",
+    "| reached | reward 0.24 -> 0.56 over 20 batches, pass@1 0.12 -> 0.28,",
+    "; on prompts.jsonl, which it was trained on |",
+  ):
+    assert sentence in text, sentence
+  assert head(text)["tags"] == ["posttrain-jax", "grpo", "reinforcement-learning"]
+  assert not any(place in text for place in ("/home", "own/"))
 
 
 def head(text):

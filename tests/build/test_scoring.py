@@ -104,3 +104,19 @@ def test_a_mean_that_is_divided_by_is_of_no_reward_below_0(spec, message):
   with pytest.raises(ConfigError, match=message):
     scoring.check_not_negative(scoring.of(spec, ["gold"]))
   scoring.check_not_negative(scoring.of({"parts": "number", "gates": "tags"}, ["gold"]))
+
+
+@pytest.mark.parametrize(
+  ("told", "instead"),
+  [
+    ("name it in reward.untested",
+     '; untested is a field of --reward=FILE.json, as {"parts": ["a.py:f"], "untested": [...]}'),
+    ("reward.options: f", '; options is a field of --reward=FILE.json, as {"parts": ["a.py:f"], "options": {...}}'),
+    ("say reward.unsafe_code=true in a run", ""),
+    ("reward: there is no 'f'", ""),
+  ],
+)  # fmt: skip
+def test_fields_are_told_as_commands_without_a_config_take_them(told, instead):
+  with pytest.raises(ConfigError) as error, scoring.told_of_files({"parts": ("a.py:f",)}):
+    raise ConfigError(told)
+  assert str(error.value) == told.replace("reward.unsafe_code=true", "--unsafe_code") + instead

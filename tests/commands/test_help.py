@@ -10,6 +10,7 @@ import pytest
 
 from posttrain_jax import settings
 from posttrain_jax.__main__ import main
+from posttrain_jax.configs import common, grouped, rl
 from posttrain_jax.settings import fields, listing
 from tests.settings.test_fields import METHODS
 
@@ -51,7 +52,9 @@ def test_help_lists_the_fields_of_the_config_as_it_is_asked_for(verb, capsys, mo
   text = helped(capsys, verb, "--help", f"{SFT}:adapter=none", "--config.optimizer.name=galore")
   assert "usage: posttrain" in text
   assert "\nSupervised fine-tuning; " in text
-  assert "Arguments after the colon: optimizer, model, data, adapter, base, smoke\n" in text
+  told = text.partition("Arguments after the colon:\n")[2].partition("\n\n")[0]
+  assert "  model\n  data\n  adapter: none, lora, dora," in told
+  assert "  base: dense, nf4, fp4, int8\n  smoke: true, false" in told
   names = listed(text)
   assert "optimizer.update_gap" in names
   assert "adapter.r" not in names
@@ -64,6 +67,24 @@ def test_help_without_a_config_says_how_its_fields_are_listed(verb, capsys):
   text = helped(capsys, verb, "--help")
   assert f"posttrain {verb} --config=FILE --help lists every field" in text
   assert not listed(text)
+
+
+@pytest.mark.parametrize(
+  ("config", "argument", "words"),
+  [
+    ("rl", "method", [*rl.METHODS]),
+    ("rl", "storage", ["auto", "bfloat16", "int8"]),
+    ("grouped", "method", [*grouped.METHODS]),
+    ("preference", "loss", [*fields.LOSSES_OF_PAIRS]),
+    ("reward", "kind", ["pairs", "outcomes", "steps"]),
+    ("kto", "optimizer", [*common.OPTIMIZERS]),
+    ("quickstart_rl", "adapter", [*common.ADAPTERS]),
+    ("rl", "reward", []),  # functions of one's own, too
+    ("sft", "model", []),
+  ],
+)
+def test_the_values_of_an_argument_are_those_that_its_config_takes(config, argument, words):
+  assert settings.argument_values(config, argument) == words
 
 
 def test_help_of_a_config_that_takes_arguments_its_own_way(capsys, tmp_path):

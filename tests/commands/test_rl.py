@@ -39,6 +39,9 @@ def raises(prompt, completion, example):
 def tells_nothing(prompts, completions, **columns):
   return [0.5] * len(completions)
 
+def too_few(prompts, completions, **columns):
+  return [0.5]
+
 def first(prompt, completion, example):
   if len(completion) % 5 == 0:
     return float("nan")
@@ -117,7 +120,8 @@ def test_a_run_writes_scores_and_learns(folder, tmp_path, capsys, caplog):
   assert main(command(folder, tmp_path / "run")) == 0
   out = capsys.readouterr().out
   assert "8 prompts; a batch is 2 prompts x 3 = 6 answers of at most 6 tokens" in out
-  assert "the engine has 7 programs: window of 16 tokens, 6 rows of" in caplog.text
+  assert "the engine has 7 programs" in caplog.text
+  assert "rows of" not in caplog.text  # which they are is said at debug level
   last = lines(tmp_path / "run")[-1]
   assert last["sampling/logp_difference"] < 1e-4
   assert last["grad_norm"] > 0
@@ -477,6 +481,7 @@ def test_a_sampler_of_fewer_bits_is_corrected_for(folder, tmp_path):
     (("data.replay=x.jsonl",), "early", "data.replay='x.jsonl'"),
     (("online.storage=int8",), "early", "write objective.importance=token too"),
     ((), "raises", "has no score for any of the first"),
+    ((), "too_few", "returned 1 rewards for 8 completions"),
   ],
 )
 def test_what_cannot_run_is_said_before_anything_is_written(
@@ -484,6 +489,7 @@ def test_what_cannot_run_is_said_before_anything_is_written(
 ):
   assert main(command(folder, tmp_path / "run", *changes, verifier=verifier)) in (1, 2)
   assert message in capsys.readouterr().err
+  assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

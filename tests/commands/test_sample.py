@@ -180,7 +180,9 @@ def test_missing_scores_are_counted_with_their_reasons_and_never_0(place, used, 
   summary = sampling_lib.write(
     wanted(place, tmp_path / "a.jsonl", reward=own, right=1.0, keep="all"), lambda: used
   )
-  assert summary.missing == {(own["parts"][0], "raised KeyError"): 3}
+  (((part, why), times),) = summary.missing.items()
+  assert (part, times) == (own["parts"][0], 3)
+  assert why.startswith("raised KeyError, as: ")
   assert summary.scored == 13
   lost = [row for row in rows_of(tmp_path / "a.jsonl") if row["score"] is None]
   assert {row["number"] for row in lost} == {1}
@@ -239,6 +241,46 @@ def test_prompts_alone_in_columns_of_any_name(place, used, written, tmp_path):
   (row, other) = rows_of(tmp_path / "a.jsonl")
   assert row["prompt"] == [{"role": "user", "content": "1 + 1"}]
   assert (row["score"], other["number"]) == (1.0, 1)
+
+
+@pytest.mark.parametrize("right", [float("nan"), float("inf")])
+def test_a_right_score_is_a_number(place, tmp_path, right):
+  with pytest.raises(ConfigError, match=r"--right=(nan|inf): the score from which on"):
+    sampling_lib.write(wanted(place, tmp_path / "a.jsonl", right=right, keep="all"), None)
+
+
+@pytest.mark.parametrize("line", ["5", "null", '["answer"]'])
+def test_a_journal_of_other_lines_is_told(place, used, written, tmp_path, line):
+  out = tmp_path / "a.jsonl"
+  sampling_lib.write(wanted(place, out), lambda: used)
+  with (tmp_path / "a.jsonl.answers").open("a") as file:
+    file.write(line + "\n")
+  with pytest.raises(ValueError, match=r"a.jsonl.answers:\d+ is no object of JSON: remove"):
+    sampling_lib.write(wanted(place, out), lambda: used)
+
+
+def test_a_file_beside_an_emptied_journal_is_not_written_over(place, used, written, tmp_path):
+  out = tmp_path / "a.jsonl"
+  sampling_lib.write(wanted(place, out), lambda: used)
+  kept = out.read_text()
+  (tmp_path / "a.jsonl.answers").write_text("")
+  with pytest.raises(ConfigError, match=r"no a.jsonl.answers beside it says what wrote it"):
+    sampling_lib.write(wanted(place, out, seed=1), lambda: used)
+  assert out.read_text() == kept
+
+
+def test_a_rule_that_keeps_nothing_leaves_the_file_of_another_and_says_so(
+  place, used, written, tmp_path
+):
+  out = tmp_path / "a.jsonl"
+  with pytest.raises(ConfigError, match="no answer is kept:\n"):
+    sampling_lib.write(wanted(place, out, keep="above:2"), lambda: used)
+  sampling_lib.write(wanted(place, out), lambda: used)
+  edited = "".join(out.read_text().splitlines(keepends=True)[:1])  # by hand, made by no rule
+  out.write_text(edited)
+  with pytest.raises(ConfigError, match=r"no answer is kept \(.*a.jsonl is as an earlier command"):
+    sampling_lib.write(wanted(place, out, keep="above:2"), lambda: used)
+  assert out.read_text() == edited
 
 
 def test_no_answer_that_is_kept_is_an_error_that_counts(place, used, written, tmp_path):

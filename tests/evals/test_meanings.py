@@ -83,13 +83,33 @@ def test_channels_and_parts_are_told_apart():
 
 
 def test_parts_of_a_reward_are_told_by_what_stands_between():
-  names = ["rewards/number/mean", "rewards/number/missing", "rewards/missing", "pass@1", "pass@8"]
-  ((group, named),) = meanings.sorted_into("grouped", names)
+  names = ["rewards/number/mean", "rewards/number/missing", "rewards/missing"]
+  ((group, named),) = meanings.sorted_into("online", names)
   assert group is meanings.VERIFIED
   labels = {one.name: one.label for one in named}
   assert labels["rewards/number/mean"] == labels["rewards/number/missing"] == "number"
-  assert (labels["rewards/missing"], labels["pass@8"]) == ("answers without a reward", "8")
-  assert meanings.better("grouped", "rewards/number/missing") == "lower"
+  assert labels["rewards/missing"] == "answers without a reward"
+  assert meanings.better("online", "rewards/number/missing") == "lower"
+
+
+def test_a_part_from_a_file_is_called_by_its_path_from_which_the_beginning_is_cut():
+  files = ["/a/mine.py:f", f"/home/{'me' * 20}/mine.py:f"]
+  ((_, named),) = meanings.sorted_into("online", [f"rewards/{file}/mean" for file in files])
+  short, long = (one.label for one in named)
+  assert short == files[0]
+  assert long == "…" + files[1][1 - meanings.LONGEST :]
+
+
+def test_a_reward_is_better_higher_where_the_run_writes_and_compares_under_one_reward():
+  assert meanings.better("online", "reward") == meanings.better("online", "pass@8") == "higher"
+  assert meanings.better("grouped", "reward") == meanings.better("online", "loss") == ""
+  one = dict(objective=dict(name="grouped"), online=dict(samples=8), reward=dict(parts=["number"]))
+  other = {**one, "reward": dict(parts=["exact"])}
+  assert meanings.kind(one) == "online"
+  assert meanings.kind(dict(objective=one["objective"])) == "grouped"
+  for name in ("reward", "pass@1", "rewards/number/mean"):
+    assert meanings.obstacles(name, [one, other]) == ["reward.parts"]
+  assert not meanings.obstacles("entropy", [one, other])
 
 
 def test_the_best_value_is_lowest_or_highest_or_none():

@@ -137,12 +137,86 @@ def test_a_loss_says_where_it_starts(losses, beta, start, tmp_path):
 
 def test_a_loss_of_zero_is_explained(tmp_path):
   found = of(runs.GROUPED, runs.grouped_rows(), tmp_path / "a")
-  assert "Objective ppo on scored groups, advantage group" in found.text
+  assert "Objective grpo (loss ppo) on scored groups, advantage group" in found.text
   assert "Minus the mean advantage, about 0 by construction" in found.text
   assert (
     found.text.count("The loss stays near 0, and that is right") == 2
   )  # what the curves say, and how to read it
   assert "A falling curve is learning" not in found.text
+
+
+ONLINE = dict(
+  runs.CONFIG,
+  objective=dict(runs.GROUPED, kl_weight=0.0, reference="base"),
+  online=dict(samples=4, max_new_tokens=32, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
+  | dict(minibatches=2, passes=1, dynamic=False, kl_in_reward=0.0),
+  reward=dict(parts=["number", "length"], weights=[1.0, 0.5], gates=["tags"]),
+  holdout_reward=dict(parts=["exact"], weights=[], gates=[]),
+)
+del ONLINE["objective"]["old"]
+
+
+def online_lines(batches=20):
+  """Two updates a batch: reward and right answers rise, the second score falls."""
+  return [
+    {
+      "step": 2 * i + j,
+      "loss": 0.001,
+      "reward": 0.203 + 0.02 * i + 0.01 * (i % 2),
+      "pass@1": 0.102 + 0.01 * i,
+      "pass@4": 0.5,
+      "holdout/reward": 0.9 - 0.02 * i,
+      "completions/mean_length": 12.0,
+      "entropy": 1.0,
+    }
+    for i in range(batches)
+    for j in (1, 2)
+  ]
+
+
+def test_an_online_run_says_first_what_it_came_to(tmp_path):
+  text = page(runs.write(tmp_path / "a", config=ONLINE, lines=online_lines())).text
+  came = (
+    "Came to reward 0.24 -> 0.56 over 20 batches, pass@1 0.12 -> 0.28, pass@4 0.50 -> 0.50,"
+    " held-out score 0.87 -> 0.55 (means of the first and the last 4) Model"
+  )
+  for sentence in (
+    came,
+    "Objective grpo (loss ppo) on answers that the run writes, advantage group",
+    "Scored by number + 0.5 x length, times the gate tags",
+    "Second score exact",
+    "Answers 4 answers to each of 16 prompts a batch, at most 32 tokens, temperature 1, 2 updates",
+    "the second score fell from 0.87 to 0.55: the reward is gamed",
+    "reward reward 0.593 higher Mean reward of the answers that were written",
+    "answers to held-out prompts, which eval.task asks for",
+  ):
+    assert sentence in text, sentence
+  for sentence in ("rows bring", "Read the KL", "reference base,", "scored groups", "beta"):
+    assert sentence not in text.partition("Resolved config")[0], sentence
+
+
+@pytest.mark.parametrize(
+  ("parts", "advice"),
+  [
+    (["number"], "raise it, or let the reward have the part length."),
+    (["number", "length"], "raise it, or give the reward's part length more weight."),
+  ],
+)
+def test_what_is_said_of_cut_answers_knows_what_the_reward_has(tmp_path, parts, advice):
+  lines = [{"step": i, "reward": 0.1, "completions/clipped_ratio": 1.0} for i in (1, 2)]
+  config = dict(ONLINE, reward=dict(parts=parts, weights=[], gates=[]))
+  text = page(runs.write(tmp_path / "a", config=config, lines=lines)).text
+  assert f"(now 32), and seldom right: {advice}" in text
+
+
+def test_a_change_within_what_batches_differ_by_is_told_as_that(tmp_path):
+  draw = np.random.default_rng(0)
+  lines = [{"step": 2 * i + 1, "reward": 0.5 + 0.1 * draw.standard_normal()} for i in range(20)]
+  folder = runs.write(tmp_path / "a", config=ONLINE, lines=lines)
+  text = page(folder).text
+  assert "the change of the reward is within what batches differ by" in text
+  assert "is within what single batches differ by: take more steps" in text
+  assert "first fifth" in printed(report.summary_table(folder))
 
 
 def test_parts_of_a_sum_are_no_channels(tmp_path):

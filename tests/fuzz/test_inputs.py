@@ -11,7 +11,7 @@ SEEDS: dict[str, tuple[int, ...]] = {
   "templates": (1, 7, 36, 91, 138),
   "recipes": (7, 50),
   "checkpoints": (5, 6, 18, 25, 27, 42, 49, 82, 99),
-  "rewards": (7104, 7105, 7115),
+  "rewards": (193, 237, 7104, 7105, 7115),
   "verifiers": (7000,),
 }
 

@@ -36,3 +36,12 @@ def leaves_a_child(prompt, completion, example):
   child = subprocess.Popen(["sleep", "600"])
   pathlib.Path(completion).write_text(f"{os.getpid()} {child.pid}")
   time.sleep(600)
+
+
+def forks(prompt, completion, example):
+  """The child comes back with a score of its own, now or while the next answer is judged."""
+  if os.fork() == 0:
+    time.sleep(float(completion) % 2 / 10)
+    return -1.0
+  time.sleep(0.05)
+  return float(completion)

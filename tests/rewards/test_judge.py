@@ -100,11 +100,12 @@ def test_what_fails_is_tried_again(server):
   assert judge(server).judged(answer()).value == 3
   assert len(server.asked) == 3
   server.asked.clear()
-  given = judge(server, tries=2).judged(answer())
-  assert given.reason == "the judge's address answered 503 Service Unavailable"
+  asked = judge(server, tries=2)
+  given = asked.judged(answer())
+  assert given.reason == f"the judge at {asked.url} answered 503 Service Unavailable"
   server.asked.clear()
   server.answer = lambda handler, text: handler.send("who are you?", 401)
-  assert judge(server).judged(answer()).reason == "the judge's address answered 401 Unauthorized"
+  assert judge(server).judged(answer()).reason.endswith("answered 401 Unauthorized")
   assert len(server.asked) == 1
   server.answer = lambda handler, text: handler.send('{"choices": []}')
   assert "what is no chat completion" in judge(server).judged(answer()).reason
@@ -147,7 +148,17 @@ def test_an_address_where_nobody_is(server):
   nobody = judge(server, tries=2, seconds=5)
   server.shutdown()
   server.server_close()
-  assert "the judge's address does not answer" in nobody.judged(answer()).reason
+  assert (
+    nobody.judged(answer()).reason
+    == f"the judge at {nobody.url} does not answer: Connection refused"
+  )
+
+
+def test_a_password_in_the_address_is_not_told():
+  nobody = Judge("http://me:secret@127.0.0.1:9/v1", "m", tries=1, seconds=5)
+  said = nobody.judged(answer()).reason
+  assert said.startswith("the judge at http://127.0.0.1:9/v1 does not answer")
+  assert "secret" not in said
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,8 @@ def test_a_missing_part_makes_the_total_missing_and_is_never_0():
   assert result.retried == 6
   assert result.missing[("g", "returned N, which is not within N and N")] == 1
   assert sum(result.missing.values()) == 3
+  why = result.why["g", "returned N, which is not within N and N"]
+  assert why == "returned 2.0, which is not within 0 and 1"
   assert result.metrics["rewards/missing"] == 0.75
   assert result.metrics["rewards/a/missing"] == 0.25
   assert result.metrics["reward"] == 1.5
@@ -116,6 +118,7 @@ def test_a_model_scores_in_batches():
     (lambda: Reward([A], retries=-1), "retries=-1"),
     (lambda: Part("g", reads("g"), 0.5, gate=True), "its weight 0.5 would mean nothing"),
     (lambda: Part("a", reads("a"), float("nan")), "the weight of a is nan"),
+    (lambda: Part("a", reads("a"), 1e39), "the weight of a is 1e\\+39.*float32"),
   ],
 )
 def test_what_means_nothing_is_refused(make, message):

@@ -22,6 +22,8 @@ NO_NUMBERS = {
   "infinite": (-math.inf, "returned -inf"),
   "NumPy's nan": (np.float32("nan"), "returned nan"),
   "huge": (10**400, "is no float"),
+  "beyond float32": (1e39, "returned 1e+39, which float32 does not hold"),
+  "far below float32": (Score(-4e38), "returned -4e+38, which float32 does not hold"),
   "complex": (1j, "a complex"),
   "array": (np.ones(2), "is no float"),
   "nan inside": (Score(math.nan), "returned nan"),
@@ -65,6 +67,13 @@ def test_what_a_verifier_raises_is_told_with_the_line_of_its_file():
     given.reason == f"{__file__}:{line}: raised ValueError: could not convert string to float: 'x'"
   )
   assert called(ends, Answer("?", "!", {})).reason.endswith("raised SystemExit: 2")
+
+
+def test_a_coroutine_is_said_to_be_one():
+  async def verifier(prompt, completion, example):
+    return 1.0
+
+  assert "only a function of TRL's form" in called(verifier, Answer("?", "!", {})).reason
 
 
 def test_a_verifier_gets_the_row_and_the_tokens():

@@ -27,6 +27,12 @@ def metric(answer, row):
 
 def fails(prompt, completion, example):
   return example["answer"]["x"]
+
+async def later(prompt, completion, example):
+  return 1.0
+
+async def later_trl(completions, **columns):
+  return [1.0 for c in completions]
 """
 
 
@@ -114,11 +120,17 @@ def test_what_the_caller_made_has_a_name(workers):
     (dict(parts=("exact",), options={"exact": {"column": "reply"}}), ("answer",), "column 'reply', which"),
     (dict(parts=("exact",), options={"exact": {"tolerence": 1}}), ("answer",), "no option 'tolerence'; it has column"),
     (dict(parts=("exact",), options={"number": {}}), ("answer",), "'number' is neither a part nor a gate"),
-    (dict(parts=("exact",), weights=(1, 2)), ("answer",), "2 weights of 1 parts"),
+    (dict(parts=("exact",), weights=(1, 2)), ("answer",),
+     r"reward.weights=\(1, 2\): there is 1 part \(exact\); write one"),
     (dict(parts=("exact",), gate=("tags",)), ("answer",), "reward.gate: there is no such field; there are parts"),
     (dict(parts=("exact", "tags"), gates=("tags",)), ("answer",), "'tags' is a part, too"),
     (dict(parts=(), gates=("tags",)), ("answer",), "nothing to multiply"),
     (dict(parts=("length",)), ("answer",), "length needs longest and soft"),
+    (dict(parts=("exact",), gates=("length",), options={"length": {"longest": 4, "soft": 2}}),
+     ("answer",), "length is a gate, and its scores lie within -1 and 0; .*reward.parts"),
+    (dict(parts=("exact",), gates=("judge",), options={"judge": {"url": "http://a/v1", "model": "m"}}), ("answer",),
+     "judge is a gate, and its scores lie within 1 and 10"),
+    (dict(parts=("exact",), gates=("tags",), ranges={"tags": (0, 2)}), ("answer",), "tags is a gate, .* 0 and 2"),
     (dict(parts=("regex",), options={"regex": {"pattern": "("}}), ("answer",), "is no regular expression"),
     (dict(parts=("judge",), options={"judge": {"url": "x", "model": "m"}}), ("answer",), "begins with http"),
     (dict(parts=3), (), "reward.parts=3: it is a list of names, or a text with commas"),
@@ -147,11 +159,22 @@ def test_mistakes_are_told(spec, columns, message):
     ("trl_of", r"mine\.py:trl_of reads the column 'solution', which the data does not have; its columns are answer"),
     ("metric", r"mine\.py:metric takes \(answer, row\); a verifier takes \(prompt, completion, example\)"),
     ("absent", "has no function 'absent'; it has plain, trl"),
+    ("later", r"mine\.py:later is `async`; write `def`.*only TRL's form .* may be async"),
   ],
 )  # fmt: skip
 def test_mistakes_in_ones_own_functions_are_told_before_anything_runs(file, name, message):
   with pytest.raises(ConfigError, match=message):
     make({"parts": (f"{file}:{name}",)})
+
+
+def test_a_schema_is_read_from_the_column_of_that_name():
+  pytest.importorskip("jsonschema", reason="schema needs an extra")
+  column = lambda spec, columns: make(spec, columns).parts[0].verifier.verifier.column
+  assert column({"parts": ("schema",)}, ("prompt", "schema")) == "schema"
+  one_for_all = {"parts": ("schema",), "options": {"schema": {"schema": {"type": "object"}}}}
+  assert column(one_for_all, ("prompt", "schema")) == ""
+  with pytest.raises(ConfigError, match=r"write one of its options schema, .* and column"):
+    make({"parts": ("schema",)}, ("prompt",))
 
 
 def test_names_may_stand_in_a_text():

@@ -44,7 +44,8 @@ def test_every_built_in_passes_on_answers_of_its_own(name, workers):
   [
     (lambda p, c, e: 0.0, "from a wrong one: it gives the right 'a' 0 and the wrong 'b' 0"),
     (lambda p, c, e: c != "a", "the right 'a' 0 and the wrong 'b' 1"),
-    (lambda p, c, e: score.missing("no network"), r"the right 'a' no score \(no network\)"),
+    (lambda p, c, e: score.missing("no network"),
+     r"mine has no score for an answer that is known to be right, 'a': no network"),
     (lambda p, c, e: 1 / 0, r"raised ZeroDivisionError: division by zero"),
   ],
 )  # fmt: skip
@@ -87,10 +88,52 @@ def test_what_is_not_about_rightness_is_not_tried():
   selftest.check(own, ROWS)
 
 
+@pytest.mark.parametrize(
+  ("verifier", "message"),
+  [
+    (lambda p, c, e: e["anwser"], r"mine raised KeyError: 'anwser', at .*\.py:\d+, on all 3 rows that were tried$"),
+    (lambda p, c, e: score.missing("the judge at http://a does not answer: Connection refused"),
+     "mine has no score for any of the 3 rows that were tried: the judge at http://a does not answer"),
+  ],
+)  # fmt: skip
+def test_what_fails_is_not_said_to_be_unable_to_judge(verifier, message):
+  with pytest.raises(ConfigError, match=message) as error:
+    selftest.check(of(verifier), ROWS)
+  assert "untested" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  "verifier",
+  [
+    lambda p, c, e: 0.0 if c != e["gold"] else 1 / 0,  # on every right answer, and on no wrong one
+    lambda p, c, e: score.not_applicable() if e["gold"] == "Paris" else 1 / 0,
+  ],
+)
+def test_what_fails_on_right_answers_is_not_to_be_left_untested(verifier):
+  with pytest.raises(ConfigError, match="raised ZeroDivisionError") as error:
+    selftest.check(of(verifier), ROWS)
+  assert "untested" not in str(error.value)
+
+
+def test_a_row_where_both_answers_have_scores_is_shown():
+  fails_on_paris = lambda p, c, e: 1 / (e["gold"] != "Paris")
+  with pytest.raises(ConfigError, match="the right 'Rome' 1 and the wrong 'Paris' 1"):
+    selftest.check(of(fails_on_paris), ROWS)
+
+
+def test_what_tells_some_rows_apart_and_not_others_is_said():
+  (said,) = selftest.check(of(lambda p, c, e: len(c)), ROWS)
+  assert said.startswith(
+    "reward: mine tells the right answer from a wrong one in 1 of the 3 rows that were tried"
+  )
+  assert said.endswith("the right 'Rome' 4 and the wrong 'Paris' 5")
+  assert selftest.check(of(lambda p, c, e: c == e["gold"]), ROWS) == []
+
+
 def test_rows_that_a_built_in_cannot_read_are_told():
   reward = section.make({"parts": ("number",)}, ("gold",))
   with pytest.raises(
-    ConfigError, match=r"number has no score for any of the first 3 rows: .*'Paris'"
+    ConfigError, match=r"number has no score for any of the 3 rows that were tried: .*'Paris'"
   ):
     selftest.check(reward, ROWS)
   selftest.check(reward, [*ROWS, Answer("?", "7", {"gold": "7"})])
@@ -100,7 +143,7 @@ def test_a_verifier_that_fails_on_every_row_is_told_also_where_no_answer_is_know
   rows = [Answer("?", "", {"answer": i}) for i in range(3)]
   for options in ({}, {"untested": True}):
     with pytest.raises(
-      ConfigError, match=r"mine has no score for any of the first 3 rows: .*KeyError"
+      ConfigError, match=r"mine raised KeyError: 'gold', at .*\.py:\d+, on all 3 rows"
     ):
       selftest.check(of(lambda p, c, e: e["gold"], **options), rows)
   selftest.check(of(lambda p, c, e: e["answer"]), rows)

@@ -3,6 +3,7 @@
 import asyncio
 import math
 
+import numpy as np
 import pytest
 
 from posttrain_jax.rewards import selftest, trl
@@ -53,6 +54,38 @@ def too_few(completions, **columns):
 def logs_too_few(completions, log_extra, **columns):
   log_extra("x", [1])
   return [1.0] * len(completions)
+
+
+def as_a_dict(completions, **columns):
+  return dict.fromkeys(range(len(completions)), 1.0)
+
+
+def as_a_set(completions, **columns):
+  return {1.0 * i for i in range(len(completions))}
+
+
+def one_number(completions, **columns):
+  return 1.0
+
+
+def forgets_to_return(completions, **columns):
+  pass
+
+
+async def yields(completions, **columns):
+  yield 1.0
+
+
+def array(completions, **columns):
+  return np.arange(len(completions))
+
+
+def column_of_an_array(completions, **columns):
+  return np.ones((len(completions), 1))
+
+
+def generator(completions, **columns):
+  yield from range(len(completions))
 
 
 def fails(completions, **columns):
@@ -147,6 +180,32 @@ def test_a_list_of_another_length_stops(workers, apart):
     scored(too_few, ANSWERS, pool)
   with pytest.raises(ValueError, match="f logged 1 values of 'x' for 2 completions"):
     scored(logs_too_few, ANSWERS, pool)
+
+
+@pytest.mark.parametrize(
+  ("function", "said"),
+  [
+    (as_a_dict, r"\{0: 1.0, 1: 1.0\} \(dict\)"),
+    (as_a_set, r"\{0.0, 1.0\} \(set\)"),
+    (one_number, r"1.0 \(float\)"),
+    (forgets_to_return, r"None \(NoneType\)"),
+    (yields, r"\(async_generator\)"),
+    (lambda completions: "11", r"'11' \(str\)"),
+    (lambda completions: np.ones(()), r"\(ndarray\)"),
+    (lambda completions: np.ones((2, 2)), r"\(ndarray\)"),
+  ],
+)
+def test_what_is_no_list_of_scores_is_refused(function, said):
+  with pytest.raises(
+    ValueError, match=f"^f returned .*{said}; it returns a list with a number for"
+  ):
+    scored(function, ANSWERS)
+
+
+def test_arrays_and_generators_are_lists_of_scores():
+  assert values(scored(array, ANSWERS)) == [0, 1]
+  assert values(scored(column_of_an_array, ANSWERS)) == [1, 1]
+  assert values(scored(generator, ANSWERS)) == [0, 1]
 
 
 def test_what_is_asked_again_keeps_its_place():

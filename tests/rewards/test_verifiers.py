@@ -31,6 +31,35 @@ CASES = {
     (r"\boxed {\{1, 2\}}", r"\{1,2\}", 1),
     (r"\boxed{0.5}", r"\frac{1}{2}", 1),
     (r"\boxed{\$5}", "5", 1),
+    (r"\boxed{\frac12}", r"\frac{1}{2}", 1),
+    (r"\boxed{\frac 1 2}", r"\frac{1}{2}", 1),
+    (r"\boxed{\frac1{72}}", r"\frac{1}{72}", 1),
+    (r"\boxed{\frac{\sqrt3}{2}}", r"\frac{\sqrt{3}}{2}", 1),
+    (r"\boxed{\tfrac{\sqrt 3}2}", r"\frac{\sqrt{3}}{2}", 1),
+    (r"\boxed{\frac\pi2}", r"\frac{\pi}{2}", 1),
+    (r"\boxed{\sqrt[3]2}", r"\sqrt[3]{2}", 1),
+    (r"\boxed{\sqrt[3]{2}}", r"\sqrt{32}", 0),
+    (r"\boxed{x^2 + a_1}", r"x^{2}+a_{1}", 1),
+    (r"\boxed{x^{23}}", "x^23", 0),
+    (r"\boxed{\frac{12}{3x}}", r"\frac{1}{23x}", 0),
+    (r"\boxed{\left(1,\!2\right)}", "(1, 2)", 1),
+    (r"\boxed{1\frac12}", "1.5", 1),
+    (r"\boxed{10\text{ cm}}", "10", 1),
+    (r"\boxed{10}", r"10\mbox{ cm}^2", 1),
+    (r"\boxed{10\,\text{cm}}", r"10\text{ cm}.", 1),
+    (r"\boxed{10\text{ cm}}", r"10\text{ m}", 0),
+    (r"\boxed{5\pi\text{ cm}}", r"5\pi", 1),
+    (r"\boxed{x\text{ cm}}", "x", 0),
+    (r"\boxed{2\text{ or }3}", "2", 0),
+    (r"\boxed{90^\circ}", "90", 1),
+    (r"\boxed{x = 10}", "10", 1),
+    (r"\boxed{10}", "$x=10$", 1),
+    (r"\boxed{x=10}", "y=10", 0),
+    (r"\boxed{x=\frac12}", "0.5", 1),
+    (r"\boxed{xy=10}", "10", 0),
+    (r"\boxed{t=10\text{ s}}", "10.0", 1),
+    (r"\boxed{" + "{" * 3000 + "}" * 3001, "2", 0),
+    (r"\boxed{" + r"\frac" * 3000 + "}", "2", 0),
     (r"\boxed{2} dogs, not \boxed{3", "2", 1),
     (r"<think>\boxed{1}</think>\boxed{2}", "2", 1),
     (r"<think>\boxed{2}</think>2", "2", 0),
@@ -40,6 +69,10 @@ CASES = {
     (r"\boxed{12}", "2", 0),
   ],
   "number": [
+    (r"It is $\frac12$.", "0.5", 1),
+    (r"It is $\frac 1{4}$.", "0.25", 1),
+    (r"It is $1\frac{1}{2}$.", "1.5", 1),
+    (r"It is $1\frac{1}{2}$.", "5.5", 0),
     ("1,234.5 in all", 1234.5, 1),
     ("It is 72.", "#### 72", 1),
     ("7", "seven", None),
@@ -176,7 +209,7 @@ def test_json_of_a_schema():
   assert by_row("?", "1", {}).is_missing
   with pytest.raises(ValueError, match="is no JSON Schema"):
     Schema({"type": 3})
-  with pytest.raises(ValueError, match="name either"):
+  with pytest.raises(ValueError, match="write one of its options schema"):
     Schema()
 
 

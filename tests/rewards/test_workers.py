@@ -42,6 +42,31 @@ def test_faults_are_missing_with_a_reason_and_the_rest_is_scored(workers):
   assert int(place.rpartition(":")[2]) > 20
 
 
+def test_what_a_child_of_a_verifier_says_is_nobodys_score():
+  """Whether it comes back before its parent (0, 2) or after it (1, 3): parent and child have one pipe."""
+  pool = Workers(1)
+  try:
+    part = Apart(faulty.forks, pool, 5)
+    for _ in range(2):
+      given = part.scores(answers("0", "1", "2", "3"), Context())
+      assert [one.value for one in given] == [0, 1, 2, 3]
+  finally:
+    pool.close()
+
+
+def test_a_reply_to_an_earlier_call_is_dropped():
+  slot = workers_lib._Slot(0)
+  slot.state, slot.call, slot.number = workers_lib.RUNS, 0, 7
+  batch = workers_lib._Round([slot], 0, b"", [()], [1.0])
+  batch._take(slot, {"to": 6, "result": [0.0, "", True]})
+  assert batch.given == [None]
+  assert slot.state == workers_lib.RUNS
+  batch._take(slot, {"to": 7, "result": [1.0, "", True]})
+  assert batch.given == [[1.0, "", True]]
+  batch._take(slot, {"to": 7, "result": [0.0, "", True]})
+  assert batch.given == [[1.0, "", True]]
+
+
 def test_waiting_for_a_worker_is_not_running(workers):
   """The last of 24 calls of 0.05 s has waited for more than its deadline."""
   scores = Apart(naps, workers, 0.5).scores(answers(*["x"] * 24), Context())

@@ -451,8 +451,8 @@ def test_what_is_bound_before_the_tokens_is_warmed_up_too(llama):
 
 def test_prompts_that_are_known_need_fewer_programs(llama):
   engine_ = engine.Engine(*llama, rows=3, length=200, window=4)
-  reading = [name for name in engine_.warm_up([12, 10]) if "pieces of" in name]
-  assert reading == [f"1 pieces of 16 tokens, 3 rows of {engine_._slots.cache.slots} slots"]
+  reading = [name for name in engine_.warm_up([12, 10]) if "piece of" in name]
+  assert reading == [f"1 piece of 16 tokens, 3 rows of {engine_._slots.cache.slots} slots"]
   needs(engine_, (12, 10))
 
 

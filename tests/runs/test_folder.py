@@ -73,6 +73,43 @@ def test_a_folder_without_a_step_is_the_next_configs(tmp_path):
     claim(tmp_path)
 
 
+def test_a_start_that_is_refused_leaves_nothing_and_one_that_has_worked_leaves_all(tmp_path):
+  def refused(folder, *made):
+    def start():
+      with workdir.claimed(folder, CONFIG):
+        (folder / "checkpoints").mkdir(exist_ok=True)
+        for name in made:
+          (folder / name).touch()
+        raise ConfigError("late")
+
+    with pytest.raises(ConfigError):
+      start()
+
+  refused(tmp_path / "new")
+  assert not (tmp_path / "new").exists()
+  (tmp_path / "mine").mkdir()
+  refused(tmp_path / "mine")
+  assert {entry.name for entry in (tmp_path / "mine").iterdir()} <= {".lock"}
+  refused(tmp_path / "evaluated", "evaluation-before.json")
+  claim(tmp_path / "older")
+  refused(tmp_path / "older")
+  for name in ("evaluated", "older"):
+    assert (tmp_path / name / "config.json").exists()
+
+
+def test_a_refusal_is_told_where_its_folder_cannot_be_removed(tmp_path, monkeypatch):
+  def busy(path):
+    raise OSError("Directory not empty")  # as on NFS, where the lock is still open
+
+  monkeypatch.setattr(type(tmp_path), "rmdir", busy)
+  with (
+    pytest.raises(ConfigError, match="late"),
+    workdir.claimed(tmp_path / "new", CONFIG),
+  ):
+    raise ConfigError("late")
+  assert not (tmp_path / "new" / "config.json").exists()
+
+
 def test_a_folder_of_something_else_is_named(tmp_path):
   (tmp_path / "config.json").write_text('{"model_type": "llama", "architectures": []}')
   with pytest.raises(
