@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from posttrain_jax.core.progress import EVERY, LONG, took
 
+CUT = "completions/clipped_ratio"
 COMPILING, EVALUATING, SAVING = "compiling", "evaluating", "saving"
 
 
@@ -55,7 +56,7 @@ class Bar:
     now = time.monotonic()
     if self.first < 0:
       self.began, self.first, self.apart = now, step, 0.0
-    shown = f"{_told(values)}  {_Missing(values)['tokens_per_second']:,.0f} tokens/s"
+    shown = _told(values)
     if self.rich:
       self.rich.update(self.task, completed=step, values=shown, left=self.left(step, now))
     elif not self.silent and (now - self.last > EVERY or step == self.steps):
@@ -125,17 +126,20 @@ class Bar:
 
 
 def _told(values: Mapping[str, float]) -> str:
-  """How well a step went: its loss, which is 0 where answers to one prompt are compared; there the reward.
+  """How well a step went: its loss and speed; of an online run, whose loss is 0, the reward and what is written.
 
-  >>> _told({"loss": 0.0, "reward": 0.3125, "pass@1": 0.25, "frac_groups_dead": 0.375})
-  'reward 0.312  pass@1 0.25  agree 0.38'
+  agree: the share of groups that teach nothing; cut: of answers without an end.
+
+  >>> _told({"reward": 0.3125, "pass@1": 0.25, "frac_groups_dead": 0.375, CUT: 0.1})
+  'reward 0.312  pass@1 0.25  agree 0.38  cut 0.10'
   """
   if "frac_groups_dead" not in values:
-    return f"loss {_Missing(values)['loss']:.4f}"
+    return "loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s".format_map(_Missing(values))
   reward = values.get("reward", math.nan)
   told = [f"reward {reward:.3g}" if math.isfinite(reward) else "no scores"]
   told += [f"{name} {values[name]:.2f}" for name in ("pass@1",) if name in values]
-  return "  ".join([*told, f"agree {values['frac_groups_dead']:.2f}"])
+  told += [f"agree {values['frac_groups_dead']:.2f}", f"cut {_Missing(values)[CUT]:.2f}"]
+  return "  ".join(told)
 
 
 class _Missing(dict):

@@ -78,12 +78,12 @@ def test_a_silent_bar_says_nothing(clock, capsys):
 
 
 def test_of_answers_that_are_compared_the_reward_is_told_on_one_line(capsys):
-  online = {"loss": 0.0, "tokens_per_second": 1234.5, "frac_groups_dead": 0.375}
+  online = {"loss": 0.0, "tokens_per_second": 9.5, "frac_groups_dead": 0.375, progress.CUT: 0.1}
   bar = Bar(200)
   bar.update(1, {**online, "reward": 0.3125, "pass@1": 0.25})
   bar.last = -progress.EVERY
   bar.update(2, online)
   one, other = capsys.readouterr().out.splitlines()
-  assert one == "step 1/200  reward 0.312  pass@1 0.25  agree 0.38  1,234 tokens/s"
-  assert other.startswith("step 2/200  no scores  agree 0.38  1,234 tokens/s")
+  assert one == "step 1/200  reward 0.312  pass@1 0.25  agree 0.38  cut 0.10"
+  assert other.startswith("step 2/200  no scores  agree 0.38  cut 0.10")
   assert max(len(one), len(other)) <= 80
