@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
@@ -304,26 +303,26 @@ def with_advantages(
   return answers.with_values(examples, "advantage", _trimmed(advantages, examples))
 
 
-def _padded(groups: Sequence[Sequence[float]]) -> jax.Array:
-  """[groups, largest group] float32, NaN behind smaller ones.
+def _padded(groups: Sequence[Sequence[float]]) -> np.ndarray:
+  """[groups, largest group] float64, NaN behind smaller ones.
 
   Raises:
     ValueError: a group has one answer.
   """
   if min(map(len, groups)) < 2:
     raise ValueError("a row of scored answers has one: its advantage is over others to its prompt")
-  padded = np.full((len(groups), max(map(len, groups))), np.nan, np.float32)
+  padded = np.full((len(groups), max(map(len, groups))), np.nan)
   for row, group in zip(padded, groups):
     row[: len(group)] = group
-  return jnp.asarray(padded)
+  return padded
 
 
-def _deviations(scores: jax.Array) -> jax.Array:
+def _deviations(scores: np.ndarray) -> np.ndarray:
   """The standard deviation of each group, at each of its answers; 0 where it agrees, or has one score."""
-  centred = advantage.group_relative(scores, scale="none")
-  count = jnp.sum(~jnp.isnan(scores), axis=1, keepdims=True)
-  squares = jnp.sum(centred**2, axis=1, keepdims=True)
-  return jnp.broadcast_to(jnp.sqrt(squares / jnp.maximum(count - 1, 1)), scores.shape)
+  centred = advantage.named("none", scores)
+  count = np.sum(~np.isnan(scores), axis=1, keepdims=True)
+  squares = np.sum(centred**2, axis=1, keepdims=True)
+  return np.broadcast_to(np.sqrt(squares / np.maximum(count - 1, 1)), scores.shape)
 
 
 def _trimmed(values: Any, examples: Sequence[answers.Answers]) -> list[list[float]]:

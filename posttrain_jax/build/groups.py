@@ -12,7 +12,7 @@ import numpy as np
 
 from posttrain_jax.build.prompts import Prompt
 from posttrain_jax.evals import keeping
-from posttrain_jax.rewards.reward import ROUNDING, Reward, Scored
+from posttrain_jax.rewards.reward import LOGGED, ROUNDING, Reward, Scored
 from posttrain_jax.rollout.requests import Answer
 
 
@@ -59,7 +59,7 @@ class Group:
 
 
 def _array(values: Iterable[float | None]) -> np.ndarray:
-  return np.asarray([np.nan if value is None else value for value in values], np.float32)
+  return np.asarray([np.nan if value is None else value for value in values], np.float64)
 
 
 def _agree(values: np.ndarray) -> bool:
@@ -126,6 +126,6 @@ def table(
         "used": is_used,
       }
       for name, values in group.columns.items():
-        row[f"logged/{name}" if name in row else name] = values[i]
+        row[f"{LOGGED}/{name}" if name in row else name] = values[i]
       rows.append(row)
   return rows

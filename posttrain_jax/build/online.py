@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from posttrain_jax.build.model import Model
 from posttrain_jax.build.prompts import Prompt
 from posttrain_jax.build.updates import Updates
 from posttrain_jax.build.writer import Writer
+from posttrain_jax.core import progress
 from posttrain_jax.objectives import Scorer
 from posttrain_jax.rewards import alarm, section, selftest
 from posttrain_jax.rewards import reward as reward_lib
@@ -39,9 +41,11 @@ from posttrain_jax.rewards.verifier import Answer, TrainerState
 from posttrain_jax.rollout.requests import Answer as Written
 from posttrain_jax.runs import completions
 from posttrain_jax.train.loop import Diverged
+from posttrain_jax.train.signals import Stopped
 from posttrain_jax.train.state import State
 
 Config = ml_collections.ConfigDict
+UNSCORED = 3  # batches in a row without any score after which the run ends
 SECTIONS = ("reward", "holdout_reward")
 NOT_WRITTEN_BY = (*SECTIONS, *settings.LENGTH)  # sections that say nothing of how answers are drawn
 
@@ -75,6 +79,8 @@ class Online:
     self._asked = 0  # prompts, of all rounds
     self._left: list[Any] = []  # of the batch that was written last
     self._told: dict[str, float] = {}
+    self._unscored = 0  # batches in a row without any score
+    self._stopping: Callable[[], bool] = lambda: False
     self._ended: float | None = None  # when this process had written its last batch
     self._watch = alarm.Watch()
 
@@ -87,16 +93,33 @@ class Online:
   def epoch(self) -> float:
     return self._asked / len(self.prompts)
 
-  def batch(self, state: State | None) -> Mapping[str, Any]:
+  def batch(
+    self, state: State | None, stopping: Callable[[], bool] = lambda: False
+  ) -> Mapping[str, Any]:
     """The next one, written by this state's weights unless some of the last are left.
 
     state: None for a batch of the largest shape, for a program that is compiled and not run.
+
+    Raises:
+      Stopped: `stopping` said so while it was written; answers and scores that are there stay in their files.
+      Diverged: no answer of the last batches has a score.
     """
     if state is None:
       return self.updates.blank()
     if not self._left:
-      self._left = self._write(state)
+      before = self._batches, self._asked
+      self._stopping = stopping
+      try:
+        self._left = self._write(state)
+      except Stopped:
+        self._batches, self._asked = before
+        raise
     return self._left.pop(0)
+
+  def _go_on(self) -> None:
+    """Raises Stopped where the run is to stop."""
+    if self._stopping():
+      raise Stopped("saved, with the answers of the next batch that are written")
 
   def told(self, step: int) -> Mapping[str, float]:
     del step
@@ -108,12 +131,14 @@ class Online:
       "asked": self._asked,
       "left": len(self._left),
       "told": self._told,
+      "unscored": self._unscored,
       "history": [[*pair] for pair in self._watch.history],
     }
 
   def set_state(self, state: dict) -> None:
     self._batches, self._asked = state["batches"], state["asked"]
     self._told = state["told"]
+    self._unscored = state.get("unscored", 0)  # which a checkpoint of an earlier version lacks
     self._watch = alarm.Watch([(reward, other) for reward, other in state["history"]])
     self._left = []
     if state["left"]:  # of a batch that is used several times
@@ -141,12 +166,14 @@ class Online:
 
   def _outcome_said(self) -> str:
     """What says whether an answer is right, where that is not the reward; "" where it is."""
-    if self.outcome is self.reward:
+    names = self.outcome.names
+    if self.outcome is self.reward or names == self.reward.names:
       return ""
-    left_out = [part.name for part in self.reward.parts if part.name not in self.outcome.names]
+    left_out = [part.name for part in self.reward.parts if part.name not in names]
     apart = f", without {', '.join(left_out)}," if left_out else ""
+    says = "says" if len(names) == 1 else "together say"
     return (
-      f"\noutcome: {', '.join(self.outcome.names)}{apart} says which answers are right and which groups agree"
+      f"\noutcome: {', '.join(names)}{apart} {says} which answers are right and which groups agree"
       " (online.outcome)"
     )
 
@@ -173,14 +200,30 @@ class Online:
     o, config = self.config.online, self.config
     wanted = config.batch.rows * o.minibatches
     self._batches += 1
-    jax.block_until_ready(state.trainable)  # of the last update
+    with progress.announced("updating", self.say):
+      jax.block_until_ready(state.trainable)  # of the last update
+    self._go_on()
     began = time.monotonic()
     self.writer.load(state.trainable, state.carried)
     writer = f"{_digest(state.trainable)} {self._asks}"
     journal = completions.Journal(self.folder, self._batches, writer, last=self._goes_back)
     spent: dict[str, float] = {"writing": 0.0, "scoring": 0.0}
-    with self._ledger() as ledger:
-      kept, dead, results = self._rounds(wanted, journal, ledger, spent)
+    with contextlib.closing(journal):
+      with self._ledger() as ledger:
+        kept, dead, results = self._rounds(wanted, journal, ledger, spent)
+      return self._learned(state, kept, dead, results, spent, began)
+
+  def _learned(
+    self,
+    state: State,
+    kept: list[Group],
+    dead: list[Group],
+    results: list[list[Result]],
+    spent: dict[str, float],
+    began: float,
+  ) -> list[Mapping[str, Any]]:
+    """The batches of the updates that learn from what was written, which is told and kept."""
+    o, wanted = self.config.online, self.config.batch.rows * self.config.online.minibatches
     if len(kept) < wanted:  # a batch has as many rows whatever happens
       if o.dynamic:
         self._say_dead(kept, dead, len(results))
@@ -192,12 +235,12 @@ class Online:
     beside["dynamic_sampling/rounds"] = float(len(results))
     beside["dynamic_sampling/kept"] = len(kept) / len(every)
     beside |= self._scores_told([reward_lib.together(rounds) for rounds in zip(*results)])
+    self._check_scored(every)
     self._tell(every, spent, beside)
     table = groups_lib.table(self._batches, every, kept, self.outcome)
     completions.write(self.folder, self._batches, table)
     if len(batches) > 1:
       completions.keep(self.folder, self._batches, batches, last=self._goes_back)
-    journal.close()
     return batches
 
   def _rounds(
@@ -259,7 +302,10 @@ class Online:
         open_ones.enter_context(Overlapped(reward, ledger, identity, self._trainer_state))
         for identity, reward in self._rewards.items()
       ]
-      for group, sample, written in self._written(groups, journal):
+      total = count * o.samples
+      written_so_far = progress.lines("writing", self.say)
+      for done, (group, sample, written) in enumerate(self._written(groups, journal), 1):
+        written_so_far(done, total)
         group.written[sample] = written
         if len(group.written) == o.samples:
           answers = self._answers(group)
@@ -267,7 +313,9 @@ class Online:
             one.put(group.number, answers)
       spent["writing"] += time.monotonic() - began
       began = time.monotonic()
-      results = [one.result() for one in scores]
+      with progress.announced("scoring", self.say):
+        results = [one.result() for one in scores]
+    self._go_on()
     spent["scoring"] += time.monotonic() - began
     for i, group in enumerate(groups):
       here = slice(i * o.samples, (i + 1) * o.samples)
@@ -296,7 +344,7 @@ class Online:
           yield group, sample, Written(request, **old)
         else:
           left.append((group, request))
-    for at, answer in self.writer.run(request for _, request in left):
+    for at, answer in self.writer.run((request for _, request in left), self._go_on):
       group, request = left[at]
       journal.put(
         group.number,
@@ -346,6 +394,26 @@ class Online:
     if known and (sentence := self._watch.add(told["reward"], told["holdout/reward"])):
       self.say(f"batch {self._batches}: {sentence}")
     return told
+
+  def _check_scored(self, every: Sequence[Group]) -> None:
+    """Raises Diverged after UNSCORED batches in a row without any score, whose scores are then asked for anew."""
+    scored = [one.total for group in every for one in group.scored]
+    reasons = Counter(total.reason for total in scored if total.is_missing)
+    if sum(reasons.values()) < len(scored):
+      self._unscored = 0
+      return
+    self._unscored += 1
+    ((why, _),) = reasons.most_common(1)
+    self.say(f"no answer of batch {self._batches} has a score ({why}): nothing is learned from it")
+    if self._unscored < UNSCORED:
+      return
+    first = self._batches - UNSCORED + 1
+    completions.forget_scores(self.folder, range(first, self._batches + 1))
+    raise Diverged(
+      f"no answer of the batches {first} to {self._batches} has a score, the last time as {why}; nothing was learned"
+      " from them. With the verifier mended, run the same command again: it goes on from the last checkpoint, and what"
+      " is written is kept"
+    )
 
   def _tell(
     self, every: Sequence[Group], spent: Mapping[str, float], beside: Mapping[str, float]

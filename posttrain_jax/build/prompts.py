@@ -72,14 +72,15 @@ def read(config: Config, model: Model) -> Data:
     )
     for question, tokens in zip(asked, ids)
   )
-  room = data_lib.bounds_of(config, model).room
+  bounds = data_lib.bounds_of(config, model)
   longest = max(prompts, key=len)
-  if len(longest) + most > room:
+  if len(longest) + most > bounds.room:
+    beside = f" beside {bounds.before} of a soft prompt or prefix" if bounds.before else ""
     raise RowError(
       "too long",
       longest.origin,
-      f"its prompt has {len(longest)} tokens of the {room} that the model reads, which leaves too few for"
-      f" online.max_new_tokens={most}",
+      f"its prompt has {len(longest)} tokens of the {bounds.room} that the model reads{beside}, which leaves"
+      f" too few for online.max_new_tokens={most}",
       "lower online.max_new_tokens, or leave the row out",
     )
   share = 1 if d.share_prompt else config.online.samples

@@ -290,7 +290,10 @@ def _introduce(pieces: Pieces, say: Say) -> None:
   if pieces.task is not None:
     say(f"answers: {_asked(pieces.task, pieces.config.eval.before)}")
   example = encoded.describe(pieces.data.examples[0], base.tokenizer)
-  say(f"first example, trained tokens in [[ ]]:\n{example}\n")
+  what = (
+    "first prompt" if online.is_online(pieces.config) else "first example, trained tokens in [[ ]]"
+  )
+  say(f"{what}:\n{example}\n")
 
 
 def _asked(task: tasks.Task, before: bool) -> str:

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
@@ -54,10 +53,11 @@ class Updates:
     rewards = np.stack([group.scores for group in groups])
     if o.kl_in_reward:
       divergences = self._divergences(groups, state)
-      told["reward_kl_penalty"] = float(divergences[~np.isnan(rewards)].mean())
+      if not np.isnan(rewards).all():
+        told["reward_kl_penalty"] = float(divergences[~np.isnan(rewards)].mean())
       rewards = rewards - o.kl_in_reward * divergences
-    advantages = advantage.named(self.config.objective.advantage, jnp.asarray(rewards))
-    for group, of_group in zip(groups, np.asarray(advantages)):
+    advantages = advantage.named(self.config.objective.advantage, rewards)
+    for group, of_group in zip(groups, advantages):
       group.advantages = of_group
     examples = [self._example(group, np.asarray(group.advantages)) for group in groups]
     orders = [np.arange(len(examples))]

@@ -184,7 +184,9 @@ def ends(
   """Every id that ends a turn or a text, in rising order."""
   stops = {*engine.stop_tokens(config, tokenizer, folder)}
   end = None if template is None else templates.end_of_turn(tokenizer, template)
-  return tuple(sorted(stops if end is None else stops | {end}))
+  if end is not None and end < config.vocab_size:
+    stops.add(end)
+  return tuple(sorted(stops))
 
 
 def writer(used: Used) -> Writer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ from posttrain_jax.build.adapter import Trees
 from posttrain_jax.build.model import Model
 from posttrain_jax.build.prompts import Prompt
 from posttrain_jax.core import progress, tree
+from posttrain_jax.models import before
 from posttrain_jax.rollout import engine as engine_lib
 from posttrain_jax.rollout.requests import Answer, Request
 from posttrain_jax.rollout.sampling import Sampling
@@ -55,7 +56,7 @@ class Writer:
       ready,
       self.model.config,
       rows=min(o.rows, answers),
-      length=max(map(len, self.prompts)) + o.max_new_tokens,
+      length=before.slots(ready.stacked) + max(map(len, self.prompts)) + o.max_new_tokens,
       dtype=self.model.dtype,
       records_kept=not self.sampling.is_whole,
     )
@@ -76,10 +77,12 @@ class Writer:
       sample=sample,
     )
 
-  def run(self, requests: Iterable[Request]) -> Iterator[tuple[int, Answer]]:
+  def run(
+    self, requests: Iterable[Request], before_window: Callable[[], None] | None = None
+  ) -> Iterator[tuple[int, Answer]]:
     """(place of the request, answer) as they finish."""
     assert self._engine is not None
-    return self._engine.run(requests)
+    return self._engine.run(requests, before_window)
 
   def check(self, state: State) -> None:
     """Raises ValueError where a changed adapter does not reach what writes."""

@@ -68,7 +68,10 @@ def add_use(parser: argparse.ArgumentParser) -> None:
 def add_drawing(parser: argparse.ArgumentParser, *, temperature: float) -> None:
   """How tokens are drawn and when a text ends; `drawing` checks it."""
   parser.add_argument(
-    "--temperature", type=float, default=temperature, help="0: always the likeliest token"
+    "--temperature",
+    type=float,
+    default=temperature,
+    help="0: always the likeliest token; else from 0.001 to 1000",
   )
   parser.add_argument(
     "--top_p", type=float, default=1.0, help="share of the probability; 1 for all"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, TextIO
@@ -81,7 +82,7 @@ def counter(what: str) -> Generator[Callable[[int, int | None], None]]:
       yield lambda done, total: bar.update(task, completed=done, total=total)
   else:
     _print(f"{what} ...")
-    yield _lines(what)
+    yield lines(what)
   taken = time.monotonic() - began
   if taken >= LONG:
     _print(f"{what}: {took(taken)}")
@@ -109,7 +110,27 @@ def took(seconds: float) -> str:
   return f"{hours}:{minutes:02d}:{seconds:02d} h" if hours else f"{minutes}:{seconds:02d} min"
 
 
-def _lines(what: str) -> Callable[[int, int | None], None]:
+@contextlib.contextmanager
+def announced(what: str, say: Callable[[str], None]) -> Generator[None]:
+  """Says every now and then that something is still going on; of what is short nothing."""
+  began, over = time.monotonic(), threading.Event()
+
+  def tell() -> None:
+    while not over.wait(EVERY):
+      say(f"{what} ... {took(time.monotonic() - began)} so far")
+
+  thread = threading.Thread(target=tell, daemon=True)
+  thread.start()
+  try:
+    yield
+  finally:
+    over.set()
+    thread.join()
+
+
+def lines(what: str, say: Callable[[str], None] | None = None) -> Callable[[int, int | None], None]:
+  """A function of (how many are done, of how many), which says so every now and then, on stderr by default."""
+  say = say or _print
   began = time.monotonic()
   last = [began]
 
@@ -121,7 +142,7 @@ def _lines(what: str) -> Callable[[int, int | None], None]:
     left = ""
     if total and done:
       left = f", {took((now - began) / done * (total - done))} left"
-    _print(f"{what}: {done}{'' if total is None else f' of {total}'}{left}")
+    say(f"{what}: {done}{'' if total is None else f' of {total}'}{left}")
 
   return count
 

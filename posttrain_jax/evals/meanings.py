@@ -311,6 +311,9 @@ VERIFIED = Group(
     Metric(
       "rewards/retried", "asked again", LOWER, "Scores that were asked for once more.", "Missing"
     ),
+    Metric(
+      "logged/*", "", NEITHER, "What a reward function logs (log_metric), over its calls.", "Logged"
+    ),
   ),
   "One part that rises while the others fall is the one that pays best: look at what is written, and change the weights"
   " or make the part a gate. A format that is learned while right answers do not come is the same. Missing scores above"

@@ -118,7 +118,7 @@ twentieth of the run, and dots held-out values.</p>{% endif %}
 {% endfor %}
 {% endif %}
 
-{% if written %}
+{% if written_note %}
 <h2>What the policy wrote as it learned</h2>
 <p class="note">{{ written_note }} All of them are in completions/.</p>
 {% for one in written %}

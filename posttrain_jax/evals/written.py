@@ -17,14 +17,30 @@ Row = Mapping[str, Any]
 
 
 def over_steps(folder: Path) -> tuple[str, list[dict[str, Any]]]:
-  """(what is shown, {"prompt", "answers": [{"when", "text"}, ...]} of some prompts); ("", []) of no online run."""
+  """(what is shown, {"prompt", "answers": [{"when", "text"}, ...]} of some prompts); ("", []) of no online run.
+
+  A table that cannot be read is left out, and what is shown says so.
+  """
   numbers = completions.numbers(folder)
   if not numbers:
     return "", []
   asked: dict[str, list[list[Row]]] = {}
+  unread: list[int] = []
   for number in _spread(numbers, READ):
-    for prompt, group in _groups(completions.rows(folder, number)).items():
+    try:
+      groups = _groups(completions.rows(folder, number))
+    except (ValueError, KeyError):  # damaged, or of other columns
+      unread.append(number)
+      continue
+    for prompt, group in groups.items():
       asked.setdefault(prompt, []).append(group)
+  note, shown = _shown(asked) if asked else ("", [])
+  left_out = ", ".join(completions.table(folder, number).name for number in unread)
+  return (f"{note} Left out, as it cannot be read: {left_out}." if unread else note).strip(), shown
+
+
+def _shown(asked: Mapping[str, list[list[Row]]]) -> tuple[str, list[dict[str, Any]]]:
+  """`over_steps` of {prompt: its groups}."""
   again = [prompt for prompt in asked if len(asked[prompt]) > 1]
   if again:
     again.sort(key=lambda prompt: -len(asked[prompt]))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
 
 Array = jax.Array
 EPSILON = 1e-4  # added to a standard deviation, as TRL does
@@ -11,8 +13,10 @@ EPSILON = 1e-4  # added to a standard deviation, as TRL does
 ROUNDING = 4 * float(jnp.finfo(jnp.float32).eps)
 
 
-def named(how: str, rewards: Array) -> Array:
-  """The advantage that goes by that name: [groups, group] each.
+def named(how: str, rewards: ArrayLike) -> np.ndarray:
+  """The advantage that goes by that name: [groups, group] each, computed in float64 and on the host again.
+
+  In float32 the mean of rewards with an offset of 1000 is off by 3e-5, and the square of one above 1e19 is infinite.
 
   "group", "batch" or "none" (of a deviation to divide by), "leave_one_out", "max_rl", or "whitened": centred in its
   group, then whitened over all groups (REINFORCE++ with a baseline; Hu 2025).
@@ -24,6 +28,11 @@ def named(how: str, rewards: Array) -> Array:
   Traceback (most recent call last):
   ValueError: advantage=max_rl divides by the mean reward: rewards are from 0 on, found -1
   """
+  with jax.enable_x64(True):
+    return np.asarray(_named(how, jnp.asarray(rewards, jnp.float64)))
+
+
+def _named(how: str, rewards: Array) -> Array:
   if how == "leave_one_out":
     return leave_one_out(rewards)
   if how == "max_rl":

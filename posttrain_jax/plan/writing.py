@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from posttrain_jax.adapters import layout
-from posttrain_jax.build import decisions
+from posttrain_jax.build import adapter, decisions
 from posttrain_jax.core import sharding, tree
 from posttrain_jax.models import cache, decoder
 from posttrain_jax.plan.program import Compiled, Program, compiled
@@ -29,7 +29,9 @@ def figures(built: Program) -> dict[str, Any]:
   answer = online.max_new_tokens + 1
   share = data.length - online.samples * answer
   prompt = share if data.share_prompt else data.length // online.samples - answer
-  length = min(max(prompt, 1) + online.max_new_tokens, built.model.max_length)
+  described = adapter.described(built.config)
+  soft = 0 if described is None else adapter.slots(described)
+  length = min(soft + max(prompt, 1) + online.max_new_tokens, built.model.max_length)
   sizes = {name: one.figures() for name, one in _compiled(built, rows, length).items()}
   return {"rows": rows, "length": length, "programs": sizes}
 

@@ -30,6 +30,7 @@ from posttrain_jax.rewards.verifier import (
 from posttrain_jax.rewards.workers import Apart
 
 TOTAL = "total"  # the outcome that is the reward itself
+LOGGED = "logged"  # before the names of what functions log
 ROUNDING = 1e-6  # of a total, in whatever order its terms were added
 
 
@@ -97,7 +98,8 @@ class Scored:
 class Result:
   """answers: in order.  columns: what functions log of each answer, None where they logged nothing of it.
 
-  logged: the numbers that functions log of all of them.  retried: how often a part was asked again.
+  logged: the numbers that functions log of all of them, by the names that they give; as metrics they are
+    LOGGED/NAME, which no metric of a run is called.  retried: how often a part was asked again.
   """
 
   answers: tuple[Scored, ...]
@@ -119,7 +121,7 @@ class Result:
   def metrics(self) -> dict[str, float]:
     return _metrics(self.answers) | {
       "rewards/retried": float(self.retried),
-      **{name: statistics.fmean(values) for name, values in self.logged.items()},
+      **{f"{LOGGED}/{name}": statistics.fmean(values) for name, values in self.logged.items()},
     }
 
 

@@ -200,7 +200,7 @@ class Engine:
       ValueError: it cannot be answered by this model, or in this length.
     """
     at = next(self._tickets)
-    requests.check(request, self.config, self.length, self._bound, self._bound_rows, at)
+    requests.check(request, self.config, self.length, self._bound, self._bound_rows)
     if request.stop_strings and self.tokenizer is None:
       raise ValueError("a request with stop_strings needs an engine with tokenizer=")
     requests.check_strings(request.stop_strings, self.tokenizer)
@@ -223,8 +223,13 @@ class Engine:
         if progress.answer is not None:
           yield progress.ticket, progress.answer
 
-  def run(self, asked: Iterable[Request]) -> Iterator[tuple[int, Answer]]:
-    """(place in `asked`, answer), each when it is whole; requests are taken as rows fall free."""
+  def run(
+    self, asked: Iterable[Request], before_window: Callable[[], None] | None = None
+  ) -> Iterator[tuple[int, Answer]]:
+    """(place in `asked`, answer), each when it is whole; requests are taken as rows fall free.
+
+    before_window: called before each window; it may raise, where nobody waits for the rest.
+    """
     left, places = enumerate(asked), {}
     while True:
       room = max(0, self.rows + 1 - len(self._busy) - len(self._waiting))
@@ -232,6 +237,8 @@ class Engine:
         places[self.submit(request)] = place
       if self.is_idle:
         return
+      if before_window is not None:
+        before_window()
       for progress in self.advance():
         if progress.answer is not None:
           yield places.pop(progress.ticket), progress.answer
@@ -636,8 +643,8 @@ def generate(
     for sample in range(samples)
   ]
   bound = before.slots(ready.stacked)
-  for at, request in enumerate(asked):
-    requests.check(request, config, config.max_length, bound, rows, at // samples)
+  for request in asked:
+    requests.check(request, config, config.max_length, bound, rows)
   if not asked:
     return Generation([], [], [])
   length = bucket(max(bound + len(r.prompt) + r.max_new_tokens for r in asked))
@@ -688,13 +695,14 @@ def prepare(params: Params | Ready, config: ModelConfig, storage: str = storage_
 def stop_tokens(
   config: ModelConfig, tokenizer: Any = None, folder: str | Path | None = None
 ) -> tuple[int, ...]:
-  """Every id that ends a text: of config.json, generation_config.json and the tokenizer, in rising order."""
+  """Every id that ends a text and can be drawn: of config.json, generation_config.json and the tokenizer, rising."""
   ids = set(config.eos_token_ids)
   if tokenizer is not None and tokenizer.eos_token_id is not None:
     ids.add(tokenizer.eos_token_id)
   if folder is not None and (path := Path(folder) / "generation_config.json").exists():
     ids.update(as_ids(files.read_json(path).get("eos_token_id")))
-  return tuple(sorted(ids))
+  # some files name an end that their model has no row for
+  return tuple(sorted(at for at in ids if 0 <= at < config.vocab_size))
 
 
 def bucket(length: int) -> int:

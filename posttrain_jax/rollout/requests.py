@@ -65,11 +65,12 @@ class Answer:
     return self.ended != FULL
 
 
-def check(
-  request: Request, config: ModelConfig, length: int, bound: int, rows: int | None, at: int
-) -> None:
-  """Raises ValueError for what cannot be answered; `at` is the request's number in messages."""
-  name = f"prompt {at}"
+def check(request: Request, config: ModelConfig, length: int, bound: int, rows: int | None) -> None:
+  """Raises ValueError for what cannot be answered; messages name the prompt by the request's number.
+
+  length: the most positions of a text that there is room for; bound: those that are taken before its first token.
+  """
+  name = f"prompt {request.number}"
   check_ids(request.prompt, config, name)
   if request.max_new_tokens < 1:
     raise ValueError(f"max_new_tokens must be at least 1, found {request.max_new_tokens}")
@@ -79,13 +80,22 @@ def check(
     )
   if len(request.stop_tokens) > MOST_STOPS:
     raise ValueError(f"{len(request.stop_tokens)} stop tokens: a request has {MOST_STOPS} at most")
+  if outside := [int(at) for at in request.stop_tokens if not 0 <= at < config.vocab_size]:
+    raise ValueError(
+      f"{name} ends with stop_tokens {outside}, which are none of the vocabulary's 0..{config.vocab_size - 1}"
+    )
   if not 0 <= request.row < (rows or 1):
     raise ValueError(f"{name} asks for row {request.row}, the parameters have {rows or 1}")
   if bound + len(request.prompt) + request.max_new_tokens > length:
     soft = f" and {bound} of a soft prompt or prefix" if bound else ""
-    raise ValueError(
-      f"{name} has {len(request.prompt)} tokens{soft}; with max_new_tokens={request.max_new_tokens} that is more than "
+    whose = (
       f"the {length} positions of the model"
+      if length == config.max_length
+      else f"the engine's length={length} (the model has {config.max_length} positions)"
+    )
+    raise ValueError(
+      f"{name} has {len(request.prompt)} tokens{soft}; with max_new_tokens={request.max_new_tokens} that is more than"
+      f" {whose}"
     )
 
 

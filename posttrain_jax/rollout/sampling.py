@@ -17,13 +17,16 @@ from posttrain_jax.core import struct
 Array = jax.Array
 REMOVED = -np.inf  # the logit of a token that a filter took out
 BLOCK = 256  # about the root of a vocabulary
+# of a temperature, and of a repetition penalty: logits of some thousands stay finite in float32 and apart
+LEAST, MOST = 1e-3, 1e3
+MOST_K = 2**31 - 1  # of an int32
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
   """How the next token is drawn; what is off by default keeps every token.
 
-  temperature: 0 takes the most likely token.
+  temperature: 0 takes the most likely token; any other is from LEAST to MOST.
   top_k: the k highest, 0 for all.
   top_p: the smallest set of highest ones that holds at least p of the mass (Holtzman et al. 2020), 1 for all.
   min_p: those at least that part as likely as the most likely one (Nguyen et al. 2024), 0 for all.
@@ -32,7 +35,7 @@ class Sampling:
 
   >>> Sampling(temperature=-1.0)
   Traceback (most recent call last):
-  ValueError: temperature must be 0 (greedy) or more, found -1.0
+  ValueError: temperature must be 0 (greedy), or from 0.001 to 1000, found -1.0
   """
 
   temperature: float = 1.0
@@ -42,17 +45,21 @@ class Sampling:
   repetition_penalty: float = 1.0
 
   def __post_init__(self) -> None:
-    if not 0 <= self.temperature < np.inf:
-      raise ValueError(f"temperature must be 0 (greedy) or more, found {self.temperature}")
-    if self.top_k < 0:
-      raise ValueError(f"top_k must be 0 (off) or the number of tokens to keep, found {self.top_k}")
+    if self.temperature != 0 and not LEAST <= self.temperature <= MOST:
+      raise ValueError(
+        f"temperature must be 0 (greedy), or from {LEAST:g} to {MOST:g}, found {self.temperature}"
+      )
+    if self.top_k % 1 or not 0 <= self.top_k <= MOST_K:
+      raise ValueError(
+        f"top_k must be 0 (off) or the number of tokens to keep, at most {MOST_K}, found {self.top_k}"
+      )
     if not 0 < self.top_p <= 1:
       raise ValueError(f"top_p must be above 0 and at most 1 (off), found {self.top_p}")
     if not 0 <= self.min_p <= 1:
       raise ValueError(f"min_p must be from 0 (off) to 1, found {self.min_p}")
-    if not 0 < self.repetition_penalty < np.inf:
+    if not LEAST <= self.repetition_penalty <= MOST:
       raise ValueError(
-        f"repetition_penalty must be above 0, 1 for none, found {self.repetition_penalty}"
+        f"repetition_penalty must be from {LEAST:g} to {MOST:g}, 1 for none, found {self.repetition_penalty}"
       )
 
   @property

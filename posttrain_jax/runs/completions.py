@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import base64
 import json
+import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +55,24 @@ def _column(values: Sequence[Any]) -> Any:
 def numbers(folder: Path) -> list[int]:
   """Of the batches whose tables there are."""
   tables = (folder / FOLDER).glob("completions_*.parquet")
-  return sorted(int(path.stem.removeprefix("completions_")) for path in tables)
+  ends = (path.stem.removeprefix("completions_") for path in tables)
+  return sorted(int(end) for end in ends if end.isdecimal())
 
 
 def rows(folder: Path, number: int) -> list[dict[str, Any]]:
-  """The answers of a batch."""
+  """The answers of a batch.
+
+  Raises:
+    ValueError: the table cannot be read.
+  """
+  import pyarrow
   import pyarrow.parquet
 
-  return pyarrow.parquet.read_table(table(folder, number)).to_pylist()
+  path = table(folder, number)
+  try:
+    return pyarrow.parquet.read_table(path).to_pylist()
+  except (OSError, pyarrow.ArrowException) as error:
+    raise ValueError(f"{path} cannot be read: {error}") from error
 
 
 def keep(
@@ -90,6 +101,13 @@ def scores(folder: Path, number: int, *, last: int | None) -> Path:
   return path
 
 
+def forget_scores(folder: Path | None, numbers: Iterable[int]) -> None:
+  """The scores of these batches, which are to be asked for anew."""
+  for number in numbers:
+    if folder is not None:
+      (folder / FOLDER / f"scores_{number:05d}.jsonl").unlink(missing_ok=True)
+
+
 def _forget(path: Path, last: int | None) -> None:
   """Files of the path's kind, of batches more than `last` before it."""
   kind, _, number = path.stem.rpartition("_")
@@ -99,13 +117,25 @@ def _forget(path: Path, last: int | None) -> None:
 
 
 def arrays(folder: Path, number: int) -> list[dict[str, Any]]:
-  """What `keep` kept of a batch."""
-  with np.load(folder / FOLDER / f"batches_{number:05d}.npz") as held:
-    batches: list[dict[str, Any]] = [{} for _ in range(int(held["count"]))]
-    for name in held.files:
-      at, slash, field = name.partition("/")
-      if slash:
-        batches[int(at)][field] = held[name]
+  """What `keep` kept of a batch.
+
+  Raises:
+    ValueError: it cannot be read.
+  """
+  path = folder / FOLDER / f"batches_{number:05d}.npz"
+  try:
+    with np.load(path) as held:
+      batches: list[dict[str, Any]] = [{} for _ in range(int(held["count"]))]
+      for name in held.files:
+        at, slash, field = name.partition("/")
+        if slash:
+          batches[int(at)][field] = held[name]
+  except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+    said = "is not there" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
+    raise ValueError(
+      f"{path} {said}: the last checkpoint stands between two updates of that batch. Put the file back, or remove the"
+      f" last folder in {folder / 'checkpoints'}: the run then goes on from the one before and writes the batch again"
+    ) from error
   return batches
 
 
@@ -140,14 +170,14 @@ class Journal:
       for line in lines:
         try:
           said = json.loads(line)
-          self._answers[said["number"], said["sample"]] = {
-            "tokens": said["tokens"],
-            "ended": said["ended"],
-            "logps": _array(said["logps"], np.float32),
-            "kept": _kept(said["kept"], len(said["tokens"])),
-          }
-        except (ValueError, KeyError, zlib.error):
-          break  # cut short by the kill
+          logps = _array(said["logps"], np.float32)
+          kept = _kept(said["kept"], len(said["tokens"]))
+          place = said["number"], said["sample"]
+          self._answers[place] = dict(
+            tokens=said["tokens"], ended=said["ended"], logps=logps, kept=kept
+          )
+        except (ValueError, KeyError, TypeError, zlib.error):
+          break  # cut short by the kill, or damaged: what stands behind it is written again
         whole += len(line)
     with self._path.open("rb+") as file:
       file.truncate(whole)

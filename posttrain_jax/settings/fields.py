@@ -257,7 +257,7 @@ FIELDS: Mapping[str, Field] = {
   "online.samples": Field("answers to a prompt", _whole(2, MOST_ROWS)),
   "online.max_new_tokens": Field("tokens of an answer at most", _whole(1, MOST_TOKENS)),
   "online.temperature": Field(
-    "of the softmax that answers are drawn from, and that the loss is of", _POSITIVE
+    "of the softmax that answers are drawn from, and that the loss is of", Number(1e-3, 1e3)
   ),
   "online.top_k": Field(
     "most likely tokens that one is drawn among, and that the loss is of; 0 for all",

@@ -19,7 +19,7 @@ from posttrain_jax.objectives import Context, measured
 from posttrain_jax.runs.metrics_log import Journal
 from posttrain_jax.runs.trackers import Tracker
 from posttrain_jax.train.progress import EVALUATING, SAVING, Bar
-from posttrain_jax.train.signals import Stop
+from posttrain_jax.train.signals import Stop, Stopped
 from posttrain_jax.train.state import State
 
 
@@ -67,8 +67,12 @@ class Source(Protocol):
   @property
   def epoch(self) -> float: ...
 
-  def batch(self, state: State) -> Any:
-    """The next one, for a step from this state."""
+  def batch(self, state: State, stopping: Callable[[], bool]) -> Any:
+    """The next one, for a step from this state.
+
+    Raises:
+      Stopped: `stopping` said that no step will be taken from it, before it was there.
+    """
 
   def told(self, step: int) -> Mapping[str, float]:
     """What else is to be logged of the step that took the last batch; raises where the run must end."""
@@ -141,6 +145,15 @@ def loop(
       checkpoints.stay({progress.best_step})
     saved = progress.step
 
+  def stopped(what: str) -> tuple[State, Progress, bool]:
+    if saved != progress.step:
+      save()
+    checkpoints.wait()
+    bar.say(
+      f"stopped at step {progress.step} of {run.steps}, {what}; run the same command again to go on"
+    )
+    return state, progress, False
+
   with Stop() as stop, contextlib.ExitStack() as closing:
     closing.callback(bar.close)
     if journal:
@@ -152,7 +165,11 @@ def loop(
       with bar.phase(EVALUATING):
         _evaluate(run, state, progress, journal, bar)
     while progress.step < run.steps and not run.best.gives_up(progress):
-      state, metrics = step(state, run.context, _placed(run, run.batches.batch(state)))
+      try:
+        batch = run.batches.batch(state, stop.is_requested)
+      except Stopped as error:
+        return stopped(str(error))
+      state, metrics = step(state, run.context, _placed(run, batch))
       progress.step += 1
       reader.put(progress, metrics)
       last, is_better = progress.step == run.steps, False
@@ -166,13 +183,7 @@ def loop(
       if last or is_due or (is_better and run.best.is_given):
         save()
       if stop.agreed() and not last:
-        if saved != progress.step:
-          save()
-        checkpoints.wait()
-        bar.say(
-          f"stopped at step {progress.step} of {run.steps}, saved; run the same command again to go on"
-        )
-        return state, progress, False
+        return stopped("saved")
     tick()
     if journal:
       journal.is_complete = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import time
 from collections.abc import Callable, Generator, Mapping
@@ -54,7 +55,7 @@ class Bar:
     now = time.monotonic()
     if self.first < 0:
       self.began, self.first, self.apart = now, step, 0.0
-    shown = "loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s".format_map(_Missing(values))
+    shown = f"{_told(values)}  {_Missing(values)['tokens_per_second']:,.0f} tokens/s"
     if self.rich:
       self.rich.update(self.task, completed=step, values=shown, left=self.left(step, now))
     elif not self.silent and (now - self.last > EVERY or step == self.steps):
@@ -121,6 +122,20 @@ class Bar:
   def close(self) -> None:
     if self.rich:
       self.rich.stop()
+
+
+def _told(values: Mapping[str, float]) -> str:
+  """How well a step went: its loss, which is 0 where answers to one prompt are compared; there the reward.
+
+  >>> _told({"loss": 0.0, "reward": 0.3125, "pass@1": 0.25, "frac_groups_dead": 0.375})
+  'reward 0.312  pass@1 0.25  agree 0.38'
+  """
+  if "frac_groups_dead" not in values:
+    return f"loss {_Missing(values)['loss']:.4f}"
+  reward = values.get("reward", math.nan)
+  told = [f"reward {reward:.3g}" if math.isfinite(reward) else "no scores"]
+  told += [f"{name} {values[name]:.2f}" for name in ("pass@1",) if name in values]
+  return "  ".join([*told, f"agree {values['frac_groups_dead']:.2f}"])
 
 
 class _Missing(dict):

@@ -52,6 +52,10 @@ def _late(number: int) -> None:
   os._exit(PREEMPTED if number in ENDING else INTERRUPTED)
 
 
+class Stopped(Exception):
+  """A batch was not made, as the run is to stop; what made it is as it was before."""
+
+
 class Stop:
   """Turns SIGTERM, SIGHUP and the first SIGINT into `requested`; the second SIGINT is a KeyboardInterrupt.
 
@@ -81,6 +85,10 @@ class Stop:
   ) -> None:
     for number, handler in self._previous.items():
       signal.signal(number, handler)
+
+  def is_requested(self) -> bool:
+    """Whether this process was asked to."""
+    return self.requested
 
   def agreed(self) -> bool:
     """Whether to stop here: the same answer in every process.

@@ -124,3 +124,19 @@ def test_old_log_probabilities_are_of_what_was_kept():
     known = [x for x, s in zip(logps_of(POLICY, one, True), one.scores) if not np.isnan(s)]
     found = batch["old_logps"][batch["old_logps"] != 0]
     np.testing.assert_allclose(np.sort(found), np.sort(np.concatenate(known)), rtol=1e-4)
+
+
+def test_a_batch_without_any_score_has_no_kl_to_tell():
+  blank = [group(i, [5, 6], (None, None, None)) for i in range(2)]
+  ((batch,), told) = made(**{"online.kl_in_reward": 0.1}).of(blank, STATE, 1)
+  assert told == {}
+  np.testing.assert_array_equal(batch["advantage"], 0)
+
+
+def test_rewards_are_not_rounded_before_their_advantage():
+  offset, huge = [1000.0, 1000.001, 1000.0005], [0.0, 1e30, 3e30]
+  groups = [group(0, [5, 6, 7], offset), group(1, [8, 9], huge)]
+  ((batch,), _) = made().of(groups, STATE, 1)
+  for found, rewards in zip(batch["advantage"], np.asarray([offset, huge])):
+    wanted = (rewards - rewards.mean()) / (rewards.std(ddof=1) + advantage.EPSILON)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)

@@ -1,6 +1,7 @@
 """Online learning on a tiny model, as a user runs it: it learns, resumes bit by bit, and says what is wrong."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from safetensors.numpy import load_file
 
 from posttrain_jax.__main__ import main
 from posttrain_jax.build import online
+from posttrain_jax.core.ending import PREEMPTED
 from posttrain_jax.objectives import groups
 from posttrain_jax.objectives.reference import reference_logps
 from posttrain_jax.runs import completions, metrics_log, record
@@ -256,6 +258,30 @@ class Killed(BaseException):
 
 
 @pytest.mark.slow
+def test_a_signal_while_it_writes_saves_the_finished_update_and_writes_no_more(
+  folder, tmp_path, monkeypatch, capsys
+):
+  changes = ["steps=3", "online.rows=2"]
+  assert main(command(folder, tmp_path / "whole", *changes)) == 0
+  put, count = completions.Journal.put, []
+
+  def puts(self, *arguments, **fields):
+    put(self, *arguments, **fields)
+    count.append(1)
+    if len(count) == 6 + 2:  # two of the second batch
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  monkeypatch.setattr(completions.Journal, "put", puts)
+  stopped = command(folder, tmp_path / "stopped", *changes)
+  assert main(stopped) == PREEMPTED
+  assert "stopped at step 1 of 3, saved, with the answers" in capsys.readouterr().out
+  assert len(count) < 6 + 6
+  assert main(stopped) == 0
+  assert len(count) == 18
+  same(adapter(tmp_path / "whole"), adapter(tmp_path / "stopped"))
+
+
+@pytest.mark.slow
 def test_answers_that_were_whole_before_a_kill_are_not_written_again(folder, tmp_path, monkeypatch):
   """With what each of their tokens was drawn among."""
   changes = ["steps=1", *FILTERS]
@@ -361,7 +387,7 @@ def test_what_was_scored_before_a_kill_is_not_scored_again(
   by_step = {line["step"]: line for line in lines(tmp_path / "run")}
   for step, values in told.items():
     assert values.keys() - by_step[step].keys() == set()
-    assert "mine" in values
+    assert "logged/mine" in values
     for metric, value in values.items():
       if "timing" not in metric and metric != "tokens_per_second":
         assert by_step[step][metric] == value, metric

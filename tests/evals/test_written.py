@@ -49,3 +49,18 @@ def test_the_page_has_them_as_text(tmp_path, is_online):
   assert ("What the policy wrote" in page) == is_online
   assert ("&lt;b&gt;1.1" in page) == is_online
   assert "<b>1.1" not in page
+
+
+def test_a_table_that_cannot_be_read_is_left_out_and_said(tmp_path):
+  for batch in (1, 2, 3):
+    completions.write(tmp_path, batch, rows(batch, f"Say {batch}", [0.5, 1.0], batch))
+  for batch, damaged in ((1, b"PAR1"), (3, completions.table(tmp_path, 3).read_bytes()[:-20])):
+    completions.table(tmp_path, batch).write_bytes(damaged)
+    note, shown = written.over_steps(tmp_path)
+    assert f"cannot be read: completions_{1:05d}.parquet" in note
+    assert shown[0]["prompt"] == "Say 2"
+  completions.table(tmp_path, 2).write_bytes(b"")
+  note, shown = written.over_steps(tmp_path)
+  assert shown == []
+  assert note.startswith("Left out")
+  assert note.count(".parquet") == 3

@@ -137,3 +137,26 @@ def test_groups_of_several_sizes_are_filled_with_nan():
 def test_a_scale_that_there_is_not():
   with pytest.raises(ValueError, match="write group, batch or none"):
     advantage.group_relative(jnp.ones((2, 2)), scale="groups")
+
+
+@pytest.mark.parametrize(
+  ("offset", "spread"), [(1e3, 1e-3), (1e6, 1.0), (0, 1e-6), (0, 1e20), (0, 1e30), (-1e30, 1e30)]
+)
+@pytest.mark.parametrize("how", ["group", "batch", "none", "leave_one_out", "whitened"])
+def test_rewards_of_any_size_have_the_advantages_of_a_reference_in_float64(how, offset, spread):
+  rewards = offset + spread * np.asarray([[0.0, 1.0, 0.25, np.nan], [0.5, 0.0, 1.0, 0.75]])
+  centred = rewards - np.nanmean(rewards, axis=1, keepdims=True)
+  count = np.sum(~np.isnan(rewards), axis=1, keepdims=True)
+  wanted = {
+    "group": centred / (np.nanstd(rewards, axis=1, ddof=1, keepdims=True) + advantage.EPSILON),
+    "batch": centred / (np.nanstd(rewards, ddof=1) + advantage.EPSILON),
+    "none": centred,
+    "leave_one_out": centred * count / (count - 1),
+    "whitened": (centred - np.nanmean(centred)) / np.sqrt(np.nanstd(centred, ddof=1) ** 2 + 1e-8),
+  }[how]
+  np.testing.assert_allclose(
+    advantage.named(how, rewards),
+    np.nan_to_num(wanted),
+    rtol=1e-6,
+    atol=1e-9 * np.nanmax(abs(wanted)),
+  )

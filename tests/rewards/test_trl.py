@@ -129,7 +129,7 @@ def test_functions_work_unchanged(workers, apart):
   result = scored(of_messages, TALK, pool)
   assert values(result) == [1, 1]
   assert result.columns == {"said": ["a", "b"]}
-  assert result.metrics["steps"] == 3
+  assert result.metrics["logged/steps"] == 3
 
 
 @pytest.mark.parametrize("apart", [False, True], ids=["here", "in a worker"])
@@ -241,3 +241,17 @@ def test_a_column_that_the_data_does_not_have_is_told():
   assert not trl.is_one(lambda prompt, completion, example: 0)
   rows = [Answer("", "", {"a": 1}), Answer("", "", {"b": 2})]  # of a mixture
   assert trl.arguments(rows)["a"] == [1, None]
+
+
+def logs_as_we_do(completions, log_metric, **columns):
+  for name in ("loss", "reward", "step", "rewards/f/mean", "skipped_in_a_row"):
+    log_metric(name, 777)
+  return [0.25] * len(completions)
+
+
+def test_what_a_function_logs_stands_for_no_metric_of_the_run():
+  result = scored(logs_as_we_do, [Answer("?", "a", {}), Answer("?", "b", {})])
+  assert result.metrics["reward"] == result.metrics["rewards/f/mean"] == 0.25
+  logged = {name for name, value in result.metrics.items() if value == 777}
+  assert len(logged) == 5
+  assert all(name.startswith("logged/") for name in logged)

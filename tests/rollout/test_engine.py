@@ -490,9 +490,13 @@ def test_the_kept_tokens_and_the_most_likely_are_recorded(llama):
     (Request([1, 10**6], 3), "prompt 0 holds ids outside 0.."),
     (Request([1], 0), "max_new_tokens must be at least 1, found 0"),
     (Request([1], 3, min_new_tokens=4), "min_new_tokens must be from 0 to max_new_tokens=3"),
-    (Request([1] * 40, 20), "prompt 0 has 40 tokens; with max_new_tokens=20 .* the 48 positions"),
+    (
+      Request([1] * 40, 20),
+      "prompt 0 has 40 tokens; with max_new_tokens=20 .* the engine's length=48 ",
+    ),
     (Request([1], 3, row=1), "asks for row 1, the parameters have 1"),
     (Request([1], 3, stop_tokens=range(17)), "17 stop tokens: a request has 16 at most"),
+    (Request([1], 3, stop_tokens=(5, 9999, -5)), r"stop_tokens .9999, -5., which are none of"),
     (Request([1], 3, stop_strings=("a",)), "needs an engine with tokenizer="),
   ],
 )

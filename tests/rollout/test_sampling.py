@@ -106,13 +106,19 @@ def test_each_row_draws_as_it_was_asked():
 
 def test_settings_that_mean_nothing_are_refused():
   for wrong, message in [
-    (dict(temperature=-1.0), "temperature must be 0 .greedy. or more, found -1.0"),
+    (dict(temperature=-1.0), "temperature must be 0 .greedy., or from 0.001 to 1000, found -1.0"),
     (dict(temperature=float("nan")), "found nan"),
+    (dict(temperature=1e-30), "found 1e-30"),  # logits would be infinite
+    (dict(temperature=1e-50), "found 1e-50"),  # 0 in float32
+    (dict(temperature=1e39), "found 1e.39"),
     (dict(top_k=-1), "top_k must be 0 .off."),
+    (dict(top_k=2.5), "top_k must be 0 .off. .* found 2.5"),
+    (dict(top_k=2**31), "at most 2147483647, found 2147483648"),
+    (dict(repetition_penalty=1e-30), "repetition_penalty must be from 0.001 to 1000, 1 for none"),
     (dict(top_p=0.0), "top_p must be above 0"),
     (dict(top_p=1.5), "found 1.5"),
     (dict(min_p=-0.1), "min_p must be from 0 .off. to 1, found -0.1"),
-    (dict(repetition_penalty=0.0), "repetition_penalty must be above 0"),
+    (dict(repetition_penalty=0.0), "repetition_penalty must be from 0.001"),
   ]:
     with pytest.raises(ValueError, match=message):
       Sampling(**wrong)

@@ -75,3 +75,15 @@ def test_a_log_file_says_what_takes_long(clock, capsys):
 def test_a_silent_bar_says_nothing(clock, capsys):
   run(Bar(20, eval_every=10, silent=True), clock, 20)
   assert capsys.readouterr() == ("", "")
+
+
+def test_of_answers_that_are_compared_the_reward_is_told_on_one_line(capsys):
+  online = {"loss": 0.0, "tokens_per_second": 1234.5, "frac_groups_dead": 0.375}
+  bar = Bar(200)
+  bar.update(1, {**online, "reward": 0.3125, "pass@1": 0.25})
+  bar.last = -progress.EVERY
+  bar.update(2, online)
+  one, other = capsys.readouterr().out.splitlines()
+  assert one == "step 1/200  reward 0.312  pass@1 0.25  agree 0.38  1,234 tokens/s"
+  assert other.startswith("step 2/200  no scores  agree 0.38  1,234 tokens/s")
+  assert max(len(one), len(other)) <= 80

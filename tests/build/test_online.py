@@ -1,0 +1,114 @@
+"""The source of an online run's batches, where what writes and what updates is replaced."""
+
+import pathlib
+import types
+
+import numpy as np
+import pytest
+
+from posttrain_jax import settings
+from posttrain_jax.build import online
+from posttrain_jax.build.data import Data
+from posttrain_jax.build.prompts import Prompt
+from posttrain_jax.rollout.requests import Answer, Request
+from posttrain_jax.runs import completions
+from posttrain_jax.train.loop import Diverged
+from posttrain_jax.train.signals import Stopped
+from tests import tiny
+
+CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "rl.py:reward=number"
+STATE = types.SimpleNamespace(trainable={"w": np.zeros(1)}, carried=None)
+
+
+class Writes:
+  """Answers `7` to everything, a window each."""
+
+  def __init__(self):
+    self.asked = 0
+
+  def load(self, trainable, carried):
+    pass
+
+  def request(self, prompt, number, sample):
+    return Request(prompt.tokens.tolist(), 4, number=number, sample=sample)
+
+  def run(self, requests, before_window):
+    for place, request in enumerate(requests):
+      before_window()
+      self.asked += 1
+      yield place, Answer(request, [55], np.zeros(1, np.float32), "stop_token")
+
+
+def source(folder, gold, **fields):
+  small = {"batch.rows": 2, "online.samples": 2, "steps": 9} | fields
+  config = settings.load(str(CONFIG), [settings.override(k, v) for k, v in small.items()])
+  prompts = [Prompt(np.asarray([5, i]), "?", {"answer": gold}, f"row {i}") for i in range(4)]
+  model = types.SimpleNamespace(
+    tokenizer=tiny.tokenizer(), config=types.SimpleNamespace(vocab_size=256)
+  )
+  said = []
+  made = online.Online(config, model, Data(prompts, (), (), ""), said.append)
+  made.folder, made.writer = folder, Writes()
+
+  def of(groups, state, number):
+    for group in groups:
+      group.advantages = [0.0] * len(group.written)
+    return [{"number": number}], {}
+
+  made.updates = types.SimpleNamespace(of=of)
+  return made, said
+
+
+def test_a_run_that_is_to_stop_writes_no_further_than_a_window(tmp_path):
+  made, _ = source(tmp_path, "7")
+  made.batch(STATE)
+  before, answers = made.get_state(), iter([False, False, False, True])
+  with pytest.raises(Stopped):  # after two answers of four
+    made.batch(STATE, lambda: next(answers))
+  assert made.get_state() == before
+  assert made.writer.asked == 4 + 2
+  assert completions.numbers(tmp_path) == [1]
+  assert made.batch(STATE)["number"] == 2
+  assert made.writer.asked == 4 + 4  # those two are there
+
+
+def test_a_run_that_is_to_stop_before_it_writes_writes_nothing(tmp_path):
+  made, _ = source(tmp_path, "7")
+  with pytest.raises(Stopped):
+    made.batch(STATE, lambda: True)
+  assert made.writer.asked == 0
+
+
+def test_batches_without_any_score_are_told_and_end_the_run(tmp_path):
+  made, said = source(tmp_path, "no number")
+  for _ in range(online.UNSCORED - 1):
+    made.batch(STATE)
+  assert [line for line in said if "nothing is learned" in line] == [
+    f"no answer of batch {number} has a score (number: the row's answer 'no number' cannot be"
+    " compared with: no number): nothing is learned from it"
+    for number in (1, 2)
+  ]
+  with pytest.raises(Diverged, match="no answer of the batches 1 to 3 has a score"):
+    made.batch(STATE)
+  assert not [*tmp_path.glob("completions/scores_*")]  # they are asked for anew
+  assert len([*tmp_path.glob("completions/answers_*")]) == 3
+
+
+def test_a_score_between_them_starts_the_count_anew(tmp_path):
+  made, _ = source(tmp_path, "no number")
+  for _ in range(2):
+    made.batch(STATE)
+  assert made.get_state()["unscored"] == 2
+  for prompt in made.prompts:
+    prompt.row["answer"] = "7"
+  made.batch(STATE)
+  assert made.get_state()["unscored"] == 0
+
+
+def test_the_outcome_is_told_where_it_is_not_the_reward(tmp_path):
+  assert "outcome" not in source(tmp_path, "7")[0].stats()
+  assert "outcome" not in source(tmp_path, "7", **{"online.outcome": "number"})[0].stats()
+  two = {"reward.parts": "('number', 'length')", "reward.weights": "(1.0, 1.0)"}
+  two["reward.options"] = "{'length': {'longest': 4, 'soft': 2}}"
+  told = source(tmp_path, "7", **two)[0].stats()
+  assert "\noutcome: number, without length, says which answers are right and which groups" in told
