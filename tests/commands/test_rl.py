@@ -480,7 +480,7 @@ def test_a_sampler_of_fewer_bits_is_corrected_for(folder, tmp_path):
     (("online.kl_in_reward_estimator=k2",), "early", "k2 is of the KL's gradient in a loss"),
     (("data.replay=x.jsonl",), "early", "data.replay='x.jsonl'"),
     (("online.storage=int8",), "early", "write objective.importance=token too"),
-    ((), "raises", "has no score for any of the first"),
+    ((), "raises", "on all 8 rows that were tried"),
     ((), "too_few", "returned 1 rewards for 8 completions"),
   ],
 )
