@@ -1,6 +1,7 @@
 """What is said of things that take a while, in a log file and in a program's output."""
 
 import io
+import threading
 
 import pytest
 
@@ -60,3 +61,21 @@ def test_a_terminal_sees_a_spinner_and_afterwards_one_line(clock):
     clock[0] += 3
   assert "reading [bold]" in out.getvalue()
   assert out.getvalue().endswith("reading [bold]: 3.0 s\n")
+
+
+def test_what_goes_on_for_long_is_said_now_and_then_and_what_is_short_is_not(monkeypatch):
+  monkeypatch.setattr(progress, "EVERY", 0.02)
+  said, told = [], threading.Event()
+
+  def say(line):
+    said.append(line)
+    told.set()
+
+  with progress.announced("scoring", say):
+    assert told.wait(10)
+  assert said[0].startswith("scoring ... 0.")
+  monkeypatch.setattr(progress, "EVERY", 15.0)
+  said.clear()
+  with progress.announced("scoring", say):
+    progress.lines("writing", say)(1, 2)
+  assert said == []
