@@ -97,6 +97,10 @@ def _best_of(args: argparse.Namespace) -> dict[str, Any]:
 
   if not ((args.model or args.adapter) and args.data and args.reward):
     raise ValueError("--best_of=N takes --model, --data (a built-in task) and --reward")
+  if args.columns:
+    raise ValueError(
+      f"--columns={args.columns[0]} names a column of rows; --best_of=N asks a built-in task"
+    )
   judge.check_best_of(args.data, args.best_of)
   liked = scoring.judge(args.reward)  # before the long part
   used = use.load(args.model, args.adapter, base=args.base, template=args.template)

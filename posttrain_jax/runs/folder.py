@@ -104,7 +104,7 @@ def claimed(folder: Path, config: ml_collections.ConfigDict, **about: Any) -> Ge
   if jax.process_index() != 0:
     yield
     return
-  was_there = folder.exists()
+  before = {entry.name for entry in folder.iterdir()} if folder.is_dir() else None
   folder.mkdir(parents=True, exist_ok=True)
   with lock.held(folder / LOCK):
     written = folder / record.CONFIG
@@ -132,18 +132,22 @@ def claimed(folder: Path, config: ml_collections.ConfigDict, **about: Any) -> Ge
       yield
     except ValueError:
       if is_new:
-        _unclaim(folder, is_made=not was_there)
+        _unclaim(folder, before)
       raise
 
 
-def _unclaim(folder: Path, *, is_made: bool) -> None:
-  """Removes what this start made, where it was refused before there were answers, an evaluation or a step."""
+def _unclaim(folder: Path, before: set[str] | None) -> None:
+  """Removes what this start made, where it was refused before there were answers, an evaluation or a step.
+
+  before: what was in the folder; None where there was none.
+  """
   names = {entry.name for entry in folder.iterdir()}
   if not names <= {*STARTED, LOCK} or record.is_begun(folder):
     return
   (folder / record.CONFIG).unlink()
-  shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-  if is_made:
+  if "checkpoints" not in (before or ()):
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+  if before is None:
     # NFS keeps a name for a lock that is open: the folder then stays, and the refusal is what is told
     with contextlib.suppress(OSError):
       (folder / LOCK).unlink()

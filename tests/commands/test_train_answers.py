@@ -504,6 +504,8 @@ def test_best_of_takes_the_answer_that_the_reward_model_likes(
     assert (told["questions"], told["samples"], answering[-1].samples) == (5, 4, 4)
   assert main(["eval", *flags, "--best_of=1"]) == 1
   assert main(["eval", *flags[:2], "--best_of=4"]) == 1
+  assert main(["eval", *flags, "--best_of=4", "--columns=prompt=ask"]) == 1
+  assert "asks a built-in task" in capsys.readouterr().err
 
 
 def test_pairs_are_right_answers_over_wrong_ones(folder, answering, tmp_path, capsys):

@@ -90,6 +90,9 @@ def test_a_start_that_is_refused_leaves_nothing_and_one_that_has_worked_leaves_a
   (tmp_path / "mine").mkdir()
   refused(tmp_path / "mine")
   assert {entry.name for entry in (tmp_path / "mine").iterdir()} <= {".lock"}
+  (tmp_path / "theirs" / "checkpoints" / "kept").mkdir(parents=True)
+  refused(tmp_path / "theirs")
+  assert (tmp_path / "theirs" / "checkpoints" / "kept").exists()
   refused(tmp_path / "evaluated", "evaluation-before.json")
   claim(tmp_path / "older")
   refused(tmp_path / "older")
