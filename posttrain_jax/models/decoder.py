@@ -28,6 +28,7 @@ from posttrain_jax.core.weight import (
   is_shared,
   linear,
   linear32,
+  multiplied,
   unadapted,
 )
 from posttrain_jax.models import attention, before, rotary
@@ -437,11 +438,13 @@ def _attention(h, p, mask, cos, sin, config, extend, look):
   if config.qk_norm:
     q = _norm(q, p["q_norm"]["weight"], config)
     k = _norm(k, p["k_norm"]["weight"], config)
-  q = checkpoint_name(attention.rotate(q, cos, sin), "query")
-  k = checkpoint_name(attention.rotate(k, cos, sin), "key")
-  v = checkpoint_name(constrain(v, "batch time heads head_dim"), "value")
+  # rounded to what the products with matrices are, which those of attention then are as well
+  rounded = lambda x: x.astype(multiplied(x.dtype, p["q_proj"]["weight"].dtype))
+  q = rounded(checkpoint_name(attention.rotate(q, cos, sin), "query"))
+  k = rounded(checkpoint_name(attention.rotate(k, cos, sin), "key"))
+  v = rounded(checkpoint_name(constrain(v, "batch time heads head_dim"), "value"))
   out = look(q, *extend(k, v), mask, scale=config.softmax_scale, softcap=config.attention_softcap)
-  return _project(out.reshape(*h.shape[:2], -1), p["o_proj"])
+  return _project(out.reshape(*h.shape[:2], -1).astype(h.dtype), p["o_proj"])
 
 
 def _mlp(h, p, config):
