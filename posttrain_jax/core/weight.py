@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from posttrain_jax.core import sharding, struct
@@ -20,7 +21,7 @@ from posttrain_jax.core.leaf import Leaf
 Array = jax.Array
 # A Weight or a plain array; shapes alone stand for either in programs compiled without weights.
 AnyWeight = Any
-BITS = jnp.uint16
+BITS = jnp.uint16  # of numbers in bfloat16
 
 
 class Weight(Leaf):
@@ -74,65 +75,89 @@ def linear32(x: Array, w: AnyWeight) -> Array:
   return product(x, w, 0, jnp.float32)
 
 
-def product(x: Array, w: Array, contract: int, dtype: Any = None) -> Array:
+def product(x: Array, w: Array, contract: int, dtype: Any = None, operands: Any = None) -> Array:
   """x @ w (contract=0) or x @ w.T (contract=1), in dtype; None for x's.
 
-  A float32 x is rounded to bfloat16 where w is bfloat16, and sums and results are float32, gradients too.  So a CPU
-  computes in bfloat16: its matrices are bfloat16, what lies between them is float32, and the products are those that
-  the hardware has (1024 x 576 x 1536 on a core with AMX: 2.6 ms; 12 in float32, and 40 where results are bfloat16).
+  A float32 x is rounded to bfloat16 where w is bfloat16; sums and results are float32, and gradients too, whose
+  cotangents are rounded before their products.  So a CPU computes in bfloat16: its matrices are bfloat16 and what lies
+  between products is float32, since XLA:CPU has no other arithmetic.  1024 x 576 x 1536 on a core with AMX takes 2.6 ms
+  so, 12 in float32, and 40 where the result is bfloat16.
 
-  Without a mesh the operand is flattened to two dimensions: on XLA:CPU the gradient of a low-rank factor from a
-  three-dimensional operand measured 9x slower.  On a mesh it must not be, where time sharding would add an all-gather.
+  Without a mesh x is flattened to two dimensions: on XLA:CPU the gradient of a low-rank factor from a three-dimensional
+  operand measured 9x slower.  On a mesh it must not be, where time sharding would add an all-gather.
+
+  Args:
+    w: a matrix, or the bits of one in bfloat16.
+    operands: what x and w are rounded to where x is float32; None: `multiplied`.
   """
   lead = x.shape[:-1]
   if x.ndim > 2 and not sharding.active():
     x = x.reshape(-1, x.shape[-1])
   if x.dtype == jnp.float32:
-    y = _wide(x, w, multiplied(x.dtype, w.dtype), contract)
+    y = _product32(x, w, multiplied(x.dtype, _held(w)) if operands is None else operands, contract)
   else:
-    y = _dot(x, w.astype(x.dtype), [x.ndim - 1], [contract], dtype)
+    y = _dot(x, _operand(w, x.dtype), contract, dtype)
   return y.reshape(*lead, y.shape[-1])
 
 
 def multiplied(x: Any, w: Any) -> Any:
-  """The dtype that a product of dtypes x and w is computed in: that of x, bfloat16 where x is float32 and w is not."""
+  """What a product of dtypes x and w is computed in: bfloat16 where x is float32 and w bfloat16, else x's."""
   return w if x == jnp.float32 and w == jnp.bfloat16 else x
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _wide(x: Array, w: Array, dtype: Any, contract: int) -> Array:
-  """float32 x @ w or x @ w.T, of operands in dtype."""
-  return _dot(x.astype(dtype), _operand(w, dtype), [x.ndim - 1], [contract], jnp.float32)
+def _product32(x: Array, w: Array, dtype: Any, contract: int) -> Array:
+  """float32 x @ w or x @ w.T, of operands in dtype.  For the backward pass w is kept as it came, bits as bits."""
+  return _dot(x.astype(dtype), _operand(w, dtype), contract, jnp.float32)
 
 
-def _wide_forward(x: Array, w: Array, dtype: Any, contract: int) -> tuple[Array, tuple[Array, Array]]:
-  return _wide(x, w, dtype, contract), (x, w)
+def _product32_forward(
+  x: Array, w: Array, dtype: Any, contract: int
+) -> tuple[Array, tuple[Array, Array]]:
+  return _product32(x, w, dtype, contract), (x, w)
 
 
-def _wide_backward(dtype: Any, contract: int, kept: tuple[Array, Array], g: Array) -> tuple[Array, Any]:
+def _product32_backward(
+  dtype: Any, contract: int, kept: tuple[Array, Array], g: Array
+) -> tuple[Array, Array | None]:
   x, w = kept
-  d_x = _dot(g.astype(dtype), _operand(w, dtype), [g.ndim - 1], [1 - contract], jnp.float32)
-  if not jnp.issubdtype(w.dtype, jnp.floating):
+  x, g = x.astype(dtype), g.astype(dtype)
+  d_x = _dot(g, _operand(w, dtype), 1 - contract, jnp.float32)
+  if w.dtype == BITS:
     return d_x, None
-  rows = [*range(x.ndim - 1)]
-  first, second = (x.astype(dtype), g.astype(dtype))[:: 1 if contract == 0 else -1]
-  if second.shape[-1] < first.shape[-1]:
+  rows = tuple(range(x.ndim - 1))
+  over_rows = lambda one, other: jax.lax.dot_general(
+    one, other, ((rows, rows), ((), ())), preferred_element_type=jnp.float32
+  )
+  one, other = (x, g) if contract == 0 else (g, x)
+  if other.shape[-1] < one.shape[-1]:
     # of a narrow factor, [in, rank]: its transpose is six times as fast on XLA:CPU, which undoes it without the barrier
-    d_w = jax.lax.optimization_barrier(_dot(second, first, rows, rows, jnp.float32)).T
+    d_w = jax.lax.optimization_barrier(over_rows(other, one)).T
   else:
-    d_w = _dot(first, second, rows, rows, jnp.float32)
+    d_w = over_rows(one, other)
   return d_x, d_w.astype(w.dtype)
 
 
-_wide.defvjp(_wide_forward, _wide_backward)
+_product32.defvjp(_product32_forward, _product32_backward)
+
+
+def _held(w: Array) -> Any:
+  """The dtype of the numbers that w holds."""
+  return jnp.bfloat16 if w.dtype == BITS else w.dtype
 
 
 def _operand(w: Array, dtype: Any) -> Array:
-  return jax.lax.bitcast_convert_type(w, dtype) if w.dtype == BITS else w.astype(dtype)
+  return (jax.lax.bitcast_convert_type(w, jnp.bfloat16) if w.dtype == BITS else w).astype(dtype)
 
 
-def _dot(x: Array, w: Array, of_x: list[int], of_w: list[int], dtype: Any) -> Array:
-  return jax.lax.dot_general(x, w, ((of_x, of_w), ((), ())), preferred_element_type=dtype)
+def _dot(x: Array, w: Array, contract: int, dtype: Any) -> Array:
+  """One row is two: XLA:CPU has no bfloat16 product of one, and sixty of 576 x 1536 took 66 ms for 9."""
+  alone = x.dtype == jnp.bfloat16 and x.size == x.shape[-1] and jax.default_backend() == "cpu"
+  rows = jnp.concatenate([x, x], axis=-2) if alone and x.ndim > 1 else x
+  y = jax.lax.dot_general(
+    rows, w, (((x.ndim - 1,), (contract,)), ((), ())), preferred_element_type=dtype
+  )
+  return y if rows is x else y[..., :1, :]
 
 
 def embed(ids: Array, w: AnyWeight) -> Array:
@@ -240,12 +265,15 @@ class Transposed(Weight):
     return self.base.dtype
 
   def apply(self, x: Array) -> Array:
-    return product(x, dense(self.base), 1)
+    return self._product(x, None)
 
   def apply32(self, x: Array) -> Array:
-    if isinstance(self.base, Weight):
-      return super().apply32(x)
-    return product(x, self.base, 1, jnp.float32)
+    return self._product(x, jnp.float32)
+
+  def _product(self, x: Array, dtype: Any) -> Array:
+    if isinstance(self.base, Bfloat16):
+      return self.base.product(x, 1, dtype)
+    return product(x, dense(self.base), 1, dtype)
 
   def rows(self, ids: Array) -> Array:
     return jnp.take(self.dense(), ids, axis=0, mode="clip")
@@ -261,7 +289,13 @@ class Transposed(Weight):
 
 @struct.dataclass
 class Bfloat16(Weight):
-  stored: Any
+  """x @ round(W), rounded to bfloat16; W is kept as bits where it is frozen, as float32 where it trains.
+
+  A CPU has its frozen matrices as integers, because XLA:CPU moves no bfloat16: a scan over a stack of layers would
+  widen the whole stack to float32 before it began.  The gradient of a float32 W is not rounded.
+  """
+
+  stored: Any  # uint16 or float32 [..., in, out]
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -272,15 +306,37 @@ class Bfloat16(Weight):
     return jnp.dtype(jnp.bfloat16)
 
   def apply(self, x: Array) -> Array:
-    lead = x.shape[:-1]
-    if x.ndim > 2 and not sharding.active():
-      x = x.reshape(-1, x.shape[-1])
-    y= _wide(x, self.stored, self.dtype, 0)
-    return y.reshape(*lead, y.shape[-1])
+    return self.product(x, 0)
+
+  def apply32(self, x: Array) -> Array:
+    return self.product(x, 0, jnp.float32)
+
+  def product(self, x: Array, contract: int, dtype: Any = None) -> Array:
+    return product(x, self.stored, contract, dtype, self.dtype)
+
+  def rows(self, ids: Array) -> Array:
+    """Those of a table that trains are not rounded: nothing is multiplied."""
+    rows = jnp.take(self.stored, ids, axis=0, mode="clip")
+    return _operand(rows, self.dtype) if rows.dtype == BITS else rows
 
   def dense(self, dtype: Any = None) -> Array:
-    w = _operand(self.stored, self.dtype)
-    return w if dtype is None else w.astype(dtype)
+    return _operand(self.stored, self.dtype if dtype is None else dtype)
+
+  def like(self, w: Array) -> Bfloat16:
+    """The matrix w frozen."""
+    return bits(w)
+
+  def partition_specs(self, spec: PartitionSpec) -> Bfloat16:
+    return Bfloat16(spec)
+
+
+def bits(w: Any) -> Bfloat16:
+  """The matrix w, of any kind, rounded to bfloat16 and kept as bits; a numpy array stays one."""
+  if isinstance(w, np.ndarray):
+    return Bfloat16(w.astype(jnp.bfloat16).view(np.uint16))
+  if isinstance(w, Bfloat16) and w.stored.dtype == BITS:
+    return w
+  return Bfloat16(jax.lax.bitcast_convert_type(dense(w, jnp.bfloat16), BITS))
 
 
 def layer(w: AnyWeight, index: int) -> AnyWeight:

@@ -243,7 +243,7 @@ def _block_forward(q, k, v, mask, softcap):
   weights = jnp.exp(scores - most)
   total = checkpoint_name(jnp.sum(weights, axis=-1, keepdims=True), "sum")
   out = _products("bkqs,bksd->bkqd", _folded(weights.astype(v.dtype)), v).reshape(q.shape)
-  out = checkpoint_name(out / total, "context").astype(v.dtype)
+  out = checkpoint_name((out / total).astype(v.dtype), "context")
   return out, (q, k, v, mask, out, most, total)
 
 

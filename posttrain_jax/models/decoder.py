@@ -22,7 +22,9 @@ from posttrain_jax.core import memory, sharding, tree
 from posttrain_jax.core.sharding import constrain
 from posttrain_jax.core.weight import (
   Adapted,
+  Bfloat16,
   Transposed,
+  Weight,
   dense,
   embed,
   is_shared,
@@ -279,6 +281,23 @@ def _read(params, x, counts, config, cache):
 def _used(segments):
   """[rows]: how many of the slots in front are a row's own; they come first."""
   return jnp.sum(segments != 0, axis=1, dtype=jnp.int32)
+
+
+def multiplied_in(params: Params, dtype: Any) -> Params:
+  """params whose float32 matrices are rounded to bfloat16 for each product where dtype is that; None: as they are.
+
+  An adapter's factors are not among them: products with so few columns are no faster.
+  """
+  if dtype != jnp.bfloat16:
+    return params
+  table = "embed_tokens/weight"
+  is_matrix = lambda path: path == table or (tree.turned(path) and not path.startswith("score/"))
+
+  def one(path: str, leaf: Any) -> Any:
+    is_rounded = is_matrix(path) and not isinstance(leaf, Weight) and leaf.dtype == jnp.float32
+    return Bfloat16(leaf) if is_rounded else leaf
+
+  return tree.unflatten((path, one(path, leaf)) for path, leaf in tree.items(params))
 
 
 def head(params: Params) -> Any:

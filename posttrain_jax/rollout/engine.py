@@ -688,8 +688,9 @@ def prepare(params: Params | Ready, config: ModelConfig, storage: str = storage_
     params = storage_lib.store(params, config, storage)
   if jax.default_backend() != "cpu" or isinstance(params["layers"], tuple):
     return Ready(params, params)
+  params = tree.unflatten((path, layout.frozen(path, leaf)) for path, leaf in tree.items(params))
   turned = storage_lib.store(params, config, storage_lib.AUTO)
-  return Ready(params, decoder.unstack(turned, config))
+  return Ready(params, storage_lib.plain(decoder.unstack(turned, config)))
 
 
 def stop_tokens(
