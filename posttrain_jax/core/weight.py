@@ -125,17 +125,29 @@ def _product32_backward(
   d_x = _dot(g, _operand(w, dtype), 1 - contract, jnp.float32)
   if w.dtype == BITS:
     return d_x, None
-  rows = tuple(range(x.ndim - 1))
-  over_rows = lambda one, other: jax.lax.dot_general(
-    one, other, ((rows, rows), ((), ())), preferred_element_type=jnp.float32
-  )
   one, other = (x, g) if contract == 0 else (g, x)
-  if other.shape[-1] < one.shape[-1]:
+  if 4 * other.shape[-1] <= one.shape[-1]:
     # of a narrow factor, [in, rank]: its transpose is six times as fast on XLA:CPU, which undoes it without the barrier
-    d_w = jax.lax.optimization_barrier(over_rows(other, one)).T
+    d_w = jax.lax.optimization_barrier(_over_rows(other, one)).T
   else:
-    d_w = over_rows(one, other)
+    d_w = _over_rows(one, other)
   return d_x, d_w.astype(w.dtype)
+
+
+def _over_rows(x: Array, g: Array) -> Array:
+  """float32 sum over rows of x[row, i] g[row, o].
+
+  XLA:CPU would multiply x as it lies, [1024, 576] by [1024, 1536] in 11 ms of bfloat16 and 10 of float32, and takes
+  back a transpose that it is told.  As pairs of numbers in an integer x.T lies as it is written: 3.5 ms.
+  """
+  rows = tuple(range(x.ndim - 1))
+  if x.dtype != jnp.bfloat16 or x.ndim != 2 or len(x) % 2 or jax.default_backend() != "cpu":
+    return jax.lax.dot_general(x, g, ((rows, rows), ((), ())), preferred_element_type=jnp.float32)
+  cast, (count, columns) = jax.lax.bitcast_convert_type, x.shape
+  pairs = cast(cast(x, BITS).T.reshape(columns, count // 2, 2), jnp.uint32)
+  pairs = jax.lax.optimization_barrier(pairs)
+  turned = cast(cast(pairs, BITS).reshape(columns, count), jnp.bfloat16)
+  return _dot(turned, g, 0, jnp.float32)
 
 
 _product32.defvjp(_product32_forward, _product32_backward)

@@ -168,7 +168,7 @@ def _apply_backward(w, g):
   if sharding.active():
     pairs = _among_devices(g, halves, ((g.ndim - 1,), (2,)))
   else:
-    pairs = weight.linear(g, halves.reshape(w.shape).T).reshape(*lead, 2, -1)
+    pairs = weight.product(g, halves.reshape(w.shape), 1).reshape(*lead, 2, -1)
   return jnp.swapaxes(pairs, -1, -2).reshape(*lead, w.shape[0]), None
 
 

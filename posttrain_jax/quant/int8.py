@@ -84,8 +84,8 @@ def _apply_backward(w, g):
   # Tied to the gradient's arrival, or the compiler may keep the forward pass's matrix until now.
   g, w = jax.lax.optimization_barrier((g, w))
   scaled = (g.astype(jnp.float32) * (w.absmax * STEP)).astype(g.dtype)
-  codes = w.codes.T.astype(weight.multiplied(g.dtype, w.dtype))
-  return weight.linear32(scaled, codes).astype(g.dtype), None
+  codes = w.codes.astype(weight.multiplied(g.dtype, w.dtype))
+  return weight.product(scaled, codes, 1, jnp.float32).astype(g.dtype), None
 
 
 _apply.defvjp(_apply_forward, _apply_backward)
