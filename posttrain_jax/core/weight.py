@@ -126,8 +126,8 @@ def _product32_backward(
   if w.dtype == BITS:
     return d_x, None
   one, other = (x, g) if contract == 0 else (g, x)
-  if 4 * other.shape[-1] <= one.shape[-1]:
-    # of a narrow factor, [in, rank]: its transpose is six times as fast on XLA:CPU, which undoes it without the barrier
+  if other.shape[-1] < one.shape[-1]:
+    # that of a narrow factor, [in, rank], is six times as fast as its transpose, which XLA undoes without the barrier
     d_w = jax.lax.optimization_barrier(_over_rows(other, one)).T
   else:
     d_w = _over_rows(one, other)
@@ -145,8 +145,8 @@ def _over_rows(x: Array, g: Array) -> Array:
     return jax.lax.dot_general(x, g, ((rows, rows), ((), ())), preferred_element_type=jnp.float32)
   cast, (count, columns) = jax.lax.bitcast_convert_type, x.shape
   pairs = cast(cast(x, BITS).T.reshape(columns, count // 2, 2), jnp.uint32)
-  pairs = jax.lax.optimization_barrier(pairs)
-  turned = cast(cast(pairs, BITS).reshape(columns, count), jnp.bfloat16)
+  turned = jax.lax.optimization_barrier(pairs)
+  turned = cast(cast(turned, BITS).reshape(columns, count), jnp.bfloat16)
   return _dot(turned, g, 0, jnp.float32)
 
 

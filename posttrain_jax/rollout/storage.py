@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from posttrain_jax.core import struct, tree, weight
+from posttrain_jax.models import decoder
 from posttrain_jax.models.config import ModelConfig
 from posttrain_jax.quant import int8
 
@@ -155,15 +156,26 @@ def matrix(w: Any, storage: str) -> Any:
   return Turned8(jnp.swapaxes(codes, -1, -2), step, dtype)
 
 
-def plain(params: Params) -> Params:
-  """params whose layers are apart, bits as numbers: a product that is in no scan reads them as they lie."""
+def drawing(params: Params, config: ModelConfig) -> Params:
+  """params as they are read token by token on a CPU, their layers apart (`decoder.unstack`).
 
-  def one(w: Any) -> Any:
-    if not isinstance(w, Turned) or w.stored.dtype != weight.BITS:
-      return w
-    return dataclasses.replace(w, stored=weight.Bfloat16(w.stored).dense())
+  A product that is in no scan reads numbers in bfloat16 as they lie, and the rows of a table are read of its bits: in
+  the loop over tokens XLA:CPU would widen the whole table.
+  """
+  leaves = dict(tree.items(decoder.unstack(store(params, config, AUTO), config)))
+  table = leaves["embed_tokens/weight"]
+  if not isinstance(table, weight.Weight) and table.dtype == jnp.bfloat16:
+    leaves.setdefault("lm_head/weight", Turned(table, table.dtype))
+    leaves["embed_tokens/weight"] = weight.bits(table)
+  is_turned = lambda w: isinstance(w, Turned)
+  return jax.tree.map(
+    lambda w: _numbers(w) if is_turned(w) else w, tree.unflatten(leaves), is_leaf=is_turned
+  )
 
-  return jax.tree.map(one, params, is_leaf=lambda w: isinstance(w, Turned))
+
+def _numbers(w: Turned) -> Turned:
+  is_bits = w.stored.dtype == weight.BITS
+  return dataclasses.replace(w, stored=weight.Bfloat16(w.stored).dense()) if is_bits else w
 
 
 def _spoilt(x: Array, axis: int) -> Array:
