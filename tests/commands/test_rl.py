@@ -50,6 +50,8 @@ def first(prompt, completion, example):
 PAID = """
 import json, pathlib, random
 
+pytestmark = pytest.mark.usefixtures("in_float32")
+
 def asked(what):
   with pathlib.Path(__file__).with_name("calls.jsonl").open("a") as file:
     file.write(json.dumps(what) + "\\n")
