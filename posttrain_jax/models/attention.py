@@ -5,45 +5,47 @@ One function, `attend`; an accelerator kernel replaces its body, never its contr
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from posttrain_jax.core import sharding
+from posttrain_jax.core import sharding, struct
 
 Array = jax.Array
 NEGATIVE = -2.0e38  # finite, so that a row that may see nothing stays free of NaN
-QUERY_BLOCK = 256  # queries scored at once
-MOST_SPANS = 16  # parts of a causal row, each compiled for the keys that it sees
+# Queries and keys of a tile, by the platform that a program is compiled for.  On a CPU core a tile of 64 x 64 stays in
+# its cache (2 rows of 1,024, nine heads of 64, both ways: 120 ms; 140 with 128 x 128, 190 with rows of scores).
+BLOCKS = {"cpu": 64, "default": 512}
 
 EVERYONE = -1  # the segment of keys that every document of the row sees: a soft prompt
 
 
-def visible(
-  query_positions: Array,
-  key_positions: Array,
-  query_segments: Array,
-  key_segments: Array,
-  window: int | None = None,
-  prefixes: Array | None = None,
-) -> Array:
+@struct.dataclass
+class Places:
+  """Where tokens stand, [batch, time] each.  Segment 0 is padding: nothing sees it.  `EVERYONE` is seen by all."""
+
+  positions: Array  # counted within a document and what stands before it
+  segments: Array  # equal within a document
+  # of queries: one more segment that they see, 0 for none: documents that begin alike (the two answers of a pair) share
+  # that beginning, which is a segment of its own and is computed once
+  prefixes: Array | None = None
+
+
+def visible(queries: Places, keys: Places, window: Array | int | None = None) -> Array:
   """[batch, time, keys]: True where a query may look: same document, not later, not `window` or more before.
 
-  Segment 0 is padding: nothing sees it.  Segment `EVERYONE` is seen by all.  Positions: [batch, time] and
-  [batch, keys], counted within a document and what stands before it.
-
-  Args:
-    prefixes: [batch, time], one more segment that a query sees, 0 for none: documents that begin alike (the two answers
-      of a pair) share that beginning, which is a segment of its own and is computed once.
+  Padding sees nothing.
   """
-  distance = query_positions[:, :, None] - key_positions[:, None, :]
-  keys = key_segments[:, None, :]
-  same = (query_segments[:, :, None] == keys) | (keys == EVERYONE)
-  if prefixes is not None:
-    same |= prefixes[:, :, None] == keys
-  seen = same & (keys != 0) & (distance >= 0)
+  distance = queries.positions[:, :, None] - keys.positions[:, None, :]
+  which = keys.segments[:, None, :]
+  same = (queries.segments[:, :, None] == which) | (which == EVERYONE)
+  if queries.prefixes is not None:
+    same |= queries.prefixes[:, :, None] == which
+  seen = same & (which != 0) & (queries.segments != 0)[:, :, None] & (distance >= 0)
   return seen if window is None else seen & (distance < window)
 
 
@@ -51,44 +53,36 @@ def attend(
   q: Array,
   k: Array,
   v: Array,
-  mask: Array,
+  queries: Places,
+  keys: Places,
+  window: Array | int | None = None,
   *,
   scale: float,
   softcap: float | None = None,
-  causal: bool = False,
 ) -> Array:
-  """softmax(cap(scale q k^T) + mask) v, heads of queries sharing keys in groups.
+  """softmax(cap(scale q k^T)) v over the keys that are `visible`, heads of queries sharing keys in groups.
 
-  QUERY_BLOCK queries at a time, whose weights are computed again in the backward pass from each query's maximum and
-  sum: memory grows as time, not as time squared.  Dao et al. 2022 (FlashAttention), sections 3.1 and B.4, without the
-  tiles of keys.
+  Tile by tile of queries and keys, of which those are left out that nobody sees into: another document, the other
+  answer, what is later or behind the window.  So time follows the documents of a row and memory its length.  The
+  running maximum and sum of Dao et al. 2022 (FlashAttention), sections 3.1 and B.4; the backward pass computes a tile's
+  weights again from each query's log-sum.  A query that sees nothing gives 0.
 
   Args:
     q: [batch, time, heads, head_dim].
     k, v: [batch, keys, kv_heads, head_dim]; heads is a multiple of kv_heads.
-    mask: [batch, time, keys], True where a query may look; a query that sees nothing gets the mean of the v it is
-      compared with.
+    queries, keys: where they stand.
+    window: how many positions back a query sees, its own among them; None for all.
     scale: multiplies the scores.
     softcap: cap * tanh(score / cap) (Gemma 2), None for none.
-    causal: the last `time` keys stand in the queries' order and the mask hides what comes after a query, so a block is
-      compared with the keys up to its end only: half the work of a long row.
 
   Returns:
     [batch, time, heads, head_dim] in q's dtype; scores and softmax in float32.
   """
   batch, time, heads, dim = q.shape
-  groups, keys = heads // k.shape[2], k.shape[1]
   # [batch, kv_heads, groups, time, dim]: plain batched products, twice as fast as the grouped einsum on XLA:CPU
-  q = (q * scale).reshape(batch, time, -1, groups, dim).transpose(0, 2, 3, 1, 4)
+  folded = (q * scale).reshape(batch, time, k.shape[2], -1, dim).transpose(0, 2, 3, 1, 4)
   k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-  size = QUERY_BLOCK * -(-time // (QUERY_BLOCK * MOST_SPANS)) if causal else time
-  out = []
-  for start in range(0, time, size):
-    end = min(start + size, time)
-    seen = keys - (time - end) if causal else keys
-    span = (q[..., start:end, :], k[..., :seen, :], v[..., :seen, :], mask[:, start:end, :seen])
-    out.append(_span(*span, softcap))
-  out = out[0] if len(out) == 1 else jnp.concatenate(out, axis=3)
+  out = _attend(folded, k, v, (queries, keys, window), softcap)
   return out.transpose(0, 3, 1, 2, 4).reshape(batch, time, heads, dim)
 
 
@@ -159,7 +153,9 @@ def attend_shifted(
   q: Array,
   k: Array,
   v: Array,
-  masks: tuple[Array, Array],
+  queries: Places,
+  keys: Places,
+  window: Array | int | None = None,
   *,
   group: int,
   scale: float,
@@ -172,33 +168,28 @@ def attend_shifted(
   see the last.
 
   Args:
-    q, k, v: as for `attend`, keys being the same tokens as queries.
-    masks: of `shifted_masks`.
+    q, k, v, window: as for `attend`, keys being the same tokens as queries.
+    queries, keys: the same places.
   """
+  del keys
   heads = q.shape[2]
   if k.shape[2] % 2:
     k, v = (jnp.repeat(x, heads // x.shape[2], axis=2) for x in (k, v))
   out = []
-  for late, mask in enumerate(masks):
+  for late in (False, True):
     halves = [jnp.split(x, [x.shape[2] // 2], axis=2) for x in (q, k, v)]
     grouped = [_groups(half[late], group, late) for half in halves]
-    attended = attend(*grouped, mask, scale=scale, softcap=softcap)
+    places = _grouped_places(queries, group, late)
+    attended = attend(*grouped, places, places, window, scale=scale, softcap=softcap)
     out.append(_ungrouped(attended, q.shape[:2], group, late))
   return jnp.concatenate(out, axis=2)
 
 
-def shifted_masks(
-  positions: Array, segments: Array, group: int, window: int | None = None
-) -> tuple[Array, Array]:
-  """What `attend_shifted` lets a query see, for either half of the heads: [batch * groups, group, group] each."""
-  half_masks = []
-  for late in (False, True):
-    places = jnp.arange(positions.shape[1]) + (group - group // 2 if late else 0)
-    number = _groups(jnp.broadcast_to(places // group, positions.shape), group, late)
-    where, which = (_groups(x, group, late) for x in (positions, segments))
-    mask = visible(where, where, which, which, window)
-    half_masks.append(mask & (number[:, :, None] == number[:, None, :]))
-  return half_masks[0], half_masks[1]
+def _grouped_places(places, group, late):
+  """[batch * groups, group]; what is in one row of them and in two groups of the authors' is in two segments."""
+  number = (jnp.arange(places.segments.shape[1]) + (group - group // 2 if late else 0)) // group
+  segments = jnp.where(places.segments == 0, 0, places.segments * (number[-1] + 1) + number)
+  return Places(_groups(places.positions, group, late), _groups(segments, group, late))
 
 
 def _groups(x, group, late):
@@ -214,65 +205,210 @@ def _ungrouped(x, lead, group, late):
   return (jnp.roll(x, group // 2, axis=1) if late else x)[:, :time]
 
 
-def _span(q, k, v, mask, softcap):
-  """Attention of any number of queries: [batch, kv_heads, groups, time, dim], a block after the other."""
-  time = q.shape[3]
-  if time <= QUERY_BLOCK:
-    return _block(q, k, v, mask, softcap)
-  padding = -time % QUERY_BLOCK
-  q = jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, padding), (0, 0)))
-  mask = jnp.pad(mask, ((0, 0), (0, padding), (0, 0)))
-  q = jnp.moveaxis(q.reshape(*q.shape[:3], -1, QUERY_BLOCK, q.shape[-1]), 3, 0)
-  mask = jnp.moveaxis(mask.reshape(mask.shape[0], -1, QUERY_BLOCK, mask.shape[-1]), 1, 0)
-  _, out = jax.lax.scan(
-    lambda _, one: (None, _block(one[0], k, v, one[1], softcap)), None, (q, mask)
-  )
-  out = jnp.moveaxis(out, 0, 3)
-  return out.reshape(*out.shape[:3], -1, out.shape[-1])[:, :, :, :time]
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _block(q, k, v, mask, softcap):
-  """[batch, kv_heads, groups, time, dim] of a block of queries; k, v: [batch, kv_heads, keys, dim]."""
-  return _block_forward(q, k, v, mask, softcap)[0]
+def _attend(q, k, v, where, softcap):
+  """[batch, kv_heads, groups, time, dim]; k, v: [batch, kv_heads, keys, dim]."""
+  return _attend_forward(q, k, v, where, softcap)[0]
 
 
-def _block_forward(q, k, v, mask, softcap):
-  scores = _scores(q, k, mask, softcap)
-  most = checkpoint_name(jnp.max(scores, axis=-1, keepdims=True), "maximum")
-  weights = jnp.exp(scores - most)
-  total = checkpoint_name(jnp.sum(weights, axis=-1, keepdims=True), "sum")
-  out = _products("bkqs,bksd->bkqd", _folded(weights.astype(v.dtype)), v).reshape(q.shape)
-  out = checkpoint_name((out / total).astype(v.dtype), "context")
-  return out, (q, k, v, mask, out, most, total)
+def _attend_forward(q, k, v, where, softcap):
+  out, normaliser = _on_platform(_forward, softcap)(q, k, v, where)
+  out = checkpoint_name(out, "context")
+  return out, (q, k, v, where, out, checkpoint_name(normaliser, "normaliser"))
 
 
-def _block_backward(softcap, kept, gradient):
-  q, k, v, mask, out, most, total = kept
-  scores = _scores(q, k, mask, softcap)
-  weights = jnp.exp(scores - most) / total
-  folded = _folded(gradient)
+def _attend_backward(softcap, kept, gradient):
+  return *_on_platform(_backward, softcap)(*kept, gradient), None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _on_platform(run, softcap):
+  by_platform = {name: functools.partial(run, softcap, size) for name, size in BLOCKS.items()}
+  return functools.partial(jax.lax.platform_dependent, **by_platform)
+
+
+def _forward(softcap, size, q, k, v, where):
+  """(result, log of the sum of exp(score) of each query), `_attend`'s."""
+  tiles = _Tiles.of(q, k, where, softcap, size)
+  q, k, v = tiles.padded(q, k, v)
+
+  def block(_, i):
+    rows = tiles.rows(q, i)
+
+    def read(n, so_far):
+      most, total, out = so_far
+      j = tiles.order[i, n]
+      scores = tiles.scores(rows, tiles.columns(k, j), i, j)[0]
+      higher = jnp.maximum(most, jnp.max(scores, axis=-1, keepdims=True))
+      weights, kept = jnp.exp(scores - higher), jnp.exp(most - higher)
+      total = total * kept + jnp.sum(weights, axis=-1, keepdims=True)
+      read_out = _products("bkqs,bksd->bkqd", _folded(weights.astype(v.dtype)), tiles.columns(v, j))
+      return higher, total, out * kept + read_out.reshape(out.shape)
+
+    shape = (*q.shape[:3], tiles.height)
+    zeros = jnp.zeros((*shape, 1))
+    start = (zeros + NEGATIVE, zeros, jnp.zeros((*shape, q.shape[-1])))
+    most, total, out = jax.lax.fori_loop(0, tiles.count[i], read, start)
+    # what sees nothing gives 0, and its normaliser makes each weight 0 in the backward pass
+    nothing = most == NEGATIVE
+    out = jnp.where(nothing, 0.0, out / jnp.where(nothing, 1.0, total)).astype(v.dtype)
+    return None, (out, jnp.where(nothing, -NEGATIVE, most + jnp.log(total)))
+
+  _, blocks = jax.lax.scan(block, None, jnp.arange(len(tiles.count)))
+  return tiles.joined(blocks[0]), tiles.joined(blocks[1])
+
+
+def _backward(softcap, size, q, k, v, where, out, normaliser, gradient):
+  """(dq, dk, dv)."""
+  dtypes = q.dtype, k.dtype, v.dtype
+  tiles = _Tiles.of(q, k, where, softcap, size)
   along = jnp.sum(out.astype(jnp.float32) * gradient, axis=-1, keepdims=True)
-  slope = weights * (_products("bkqd,bksd->bkqs", folded, v).reshape(scores.shape) - along)
-  if softcap is not None:  # d cap tanh(x / cap) / dx; a masked score is far outside the cap
-    slope *= 1.0 - jnp.square(jnp.clip(scores / softcap, -1.0, 1.0))
-  slope = jnp.where(mask[:, None, None], slope, 0.0)
-  slope, weights = _folded(slope.astype(q.dtype)), _folded(weights.astype(v.dtype))
-  dq = _products("bkqs,bksd->bkqd", slope, k).reshape(q.shape).astype(q.dtype)
-  dk = _products("bkqs,bkqd->bksd", slope, _folded(q)).astype(k.dtype)
-  dv = _products("bkqs,bkqd->bksd", weights, folded).astype(v.dtype)
-  return dq, dk, dv, None
+  q, k, v, gradient, normaliser, along = tiles.padded(q, k, v, gradient, normaliser, along)
+
+  def block(so_far, i):
+    rows, slopes = tiles.rows(q, i), tiles.rows(gradient, i)
+    norm, mean = (tiles.cut(x, i) for x in (normaliser, along))
+
+    def read(n, so_far):
+      dq, dk, dv = so_far
+      j = tiles.order[i, n]
+      columns, values = tiles.columns(k, j), tiles.columns(v, j)
+      scores, chain = tiles.scores(rows, columns, i, j)
+      weights = jnp.exp(scores - norm)
+      change = _products("bkqd,bksd->bkqs", slopes, values).reshape(scores.shape)
+      slope = _folded((weights * (change - mean) * chain).astype(dtypes[0]))
+      dq += _products("bkqs,bksd->bkqd", slope, columns)
+      dk = tiles.add(dk, _products("bkqs,bkqd->bksd", slope, rows), j)
+      weights = _folded(weights.astype(dtypes[2]))
+      return dq, dk, tiles.add(dv, _products("bkqs,bkqd->bksd", weights, slopes), j)
+
+    zeros = jnp.zeros(rows.shape)
+    dq, dk, dv = jax.lax.fori_loop(0, tiles.count[i], read, (zeros, *so_far))
+    return (dk, dv), dq.reshape(*q.shape[:3], -1, q.shape[-1])
+
+  start = (jnp.zeros(k.shape), jnp.zeros(v.shape))
+  (dk, dv), blocks = jax.lax.scan(block, start, jnp.arange(len(tiles.count)))
+  found = (tiles.joined(blocks), dk[:, :, : tiles.keys], dv[:, :, : tiles.keys])
+  return tuple(x.astype(dtype) for x, dtype in zip(found, dtypes))
 
 
-_block.defvjp(_block_forward, _block_backward)
+@dataclasses.dataclass(frozen=True)
+class _Tiles:
+  """How scores are cut: [batch, kv_heads, groups, height, width] at once, and which parts there are."""
+
+  queries: Places
+  places: Places  # of keys
+  window: Any
+  softcap: float | None
+  time: int
+  keys: int
+  height: int  # queries of a tile
+  width: int  # keys of one
+  order: (
+    Array  # [blocks of queries, blocks of keys]: first those that some query of the block sees into
+  )
+  count: Array  # [blocks of queries]: how many those are
+
+  @classmethod
+  def of(cls, q, k, where, softcap, size):
+    queries, keys, window = where
+    height, width = _even(q.shape[3], size), _even(k.shape[2], size)
+    queries = jax.tree.map(lambda x: _padded(x, 1, height), queries)
+    keys = jax.tree.map(lambda x: _padded(x, 1, width), keys)
+    seen = _seen(queries, keys, window, height, width)
+    order, count = jnp.argsort(~seen, axis=1, stable=True), jnp.sum(seen, axis=1)
+    return cls(queries, keys, window, softcap, q.shape[3], k.shape[2], height, width, order, count)
+
+  def padded(self, q, k, v, *of_queries):
+    more = (_padded(x, 3, self.height) for x in of_queries)
+    return _padded(q, 3, self.height), _padded(k, 2, self.width), _padded(v, 2, self.width), *more
+
+  def cut(self, x, i):
+    """Block i of queries, of what [batch, kv_heads, groups, time, ...] tells of them."""
+    return jax.lax.dynamic_slice_in_dim(x, i * self.height, self.height, 3)
+
+  def rows(self, x, i):
+    return _folded(self.cut(x, i))
+
+  def columns(self, x, j):
+    return jax.lax.dynamic_slice_in_dim(x, j * self.width, self.width, 2)
+
+  def add(self, x, part, j):
+    return jax.lax.dynamic_update_slice_in_dim(x, self.columns(x, j) + part, j * self.width, 2)
+
+  def joined(self, blocks):
+    """[blocks, batch, kv_heads, groups, height, ...] -> [batch, kv_heads, groups, time, ...]."""
+    x = jnp.moveaxis(blocks, 0, 3)
+    return x.reshape(*x.shape[:3], -1, x.shape[-1])[:, :, :, : self.time]
+
+  def scores(self, rows, columns, i, j):
+    """(scores of a tile, NEGATIVE where a query may not look; d score / d (scale q k^T))."""
+    scores = _products("bkqd,bksd->bkqs", rows, columns)
+    scores = scores.reshape(*scores.shape[:2], -1, self.height, self.width)
+    chain = 1.0
+    if self.softcap is not None:
+      squashed = jnp.tanh(scores / self.softcap)
+      scores, chain = self.softcap * squashed, 1.0 - jnp.square(squashed)
+    part = lambda x, n, size: jax.lax.dynamic_slice_in_dim(x, n * size, size, 1)
+    queries = jax.tree.map(lambda x: part(x, i, self.height), self.queries)
+    keys = jax.tree.map(lambda x: part(x, j, self.width), self.places)
+    seen = visible(queries, keys, self.window)
+    return jnp.where(seen[:, None, None], scores, NEGATIVE), chain
 
 
-def _scores(q, k, mask, softcap):
-  """[batch, kv_heads, groups, time, keys] in float32, NEGATIVE where a query may not look."""
-  scores = _products("bkqd,bksd->bkqs", _folded(q), k).reshape(*q.shape[:4], -1)
-  if softcap is not None:
-    scores = softcap * jnp.tanh(scores / softcap)
-  return jnp.where(mask[:, None, None], scores, NEGATIVE)
+def _seen(queries, keys, window, height, width):
+  """[blocks of queries, blocks of keys]: False where no query of any row sees a key, as far as bounds tell."""
+  in_blocks = lambda places, size: jax.tree.map(lambda x: x.reshape(x.shape[0], -1, size), places)
+  queries, keys = in_blocks(queries, height), in_blocks(keys, width)
+  large = jnp.iinfo(jnp.int32).max
+  counts = keys.segments != 0
+  own = jnp.where(keys.segments > 0, keys.segments, large)  # of a document
+  first, last = jnp.min(own, axis=-1)[:, None], jnp.max(keys.segments, axis=-1)[:, None]
+  least, most = (
+    reduce(jnp.where(counts, keys.positions, other), axis=-1)[:, None]
+    for reduce, other in ((jnp.min, large), (jnp.max, -1))
+  )
+
+  def overlap(segments):
+    """Where some key may be of one of these segments, of a block of queries each."""
+    low = jnp.min(jnp.where(segments > 0, segments, large), axis=-1)[:, :, None]
+    high = jnp.max(segments, axis=-1)[:, :, None]
+    return (low <= last) & (first <= high), high
+
+  same, high = overlap(queries.segments)
+  # where one document alone may be in both blocks, some of its keys must not be later than all of its queries
+  only = lambda places, which, reduce, other: reduce(
+    jnp.where(places.segments == which[..., None], places.positions, other), axis=-1
+  )
+  latest = only(queries, high[..., 0], jnp.max, -1)[:, :, None]
+  earliest = only(keys, first[:, 0], jnp.min, large)[:, None]
+  same &= (first < high) | (earliest <= latest)
+  if queries.prefixes is not None:
+    same |= overlap(queries.prefixes)[0]
+  same |= jnp.any(keys.segments == EVERYONE, axis=-1)[:, None]
+  same &= jnp.any(queries.segments != 0, axis=-1)[:, :, None]
+  of_queries = lambda reduce, other: reduce(
+    jnp.where(queries.segments != 0, queries.positions, other), axis=-1
+  )[:, :, None]
+  same &= of_queries(jnp.max, -1) >= least
+  if window is not None:
+    same &= of_queries(jnp.min, large) - most < window
+  return jnp.any(same, axis=0)
+
+
+def _even(length, size):
+  """Of blocks that are as equal as eights allow, none above size."""
+  blocks = -(-length // size)
+  return -(-length // (8 * blocks)) * 8
+
+
+def _padded(x, axis, size):
+  """x with zeros behind it along the axis, to a multiple of size."""
+  widths = [(0, 0)] * x.ndim
+  widths[axis] = (0, -x.shape[axis] % size)
+  return jnp.pad(x, widths)
 
 
 def _folded(x):
