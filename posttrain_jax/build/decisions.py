@@ -31,7 +31,7 @@ def remat(config: ml_collections.ConfigDict) -> str:
 
 
 def micro_batches(config: ml_collections.ConfigDict, devices: Collection[jax.Device]) -> int:
-  """How many parts a step takes its batch in: batch.accumulate; on one CPU, where an online run trains an adapter, its rows.
+  """How many parts a step takes its batch in: batch.accumulate; its rows where online an adapter trains on a CPU.
 
   There a row of several answers costs the same by itself (SmolLM2-135M, 4 rows of 704 tokens: 21.9 s of processor time
   for 22.2 together), and one whose answers agree needs no backward pass (`objectives.Objective.teaches`): 8.5 for 21.9.
