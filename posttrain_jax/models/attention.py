@@ -5,9 +5,7 @@ One function, `attend`; an accelerator kernel replaces its body, never its contr
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +15,11 @@ from posttrain_jax.core import sharding, struct
 
 Array = jax.Array
 NEGATIVE = -2.0e38  # finite, so that a row that may see nothing stays free of NaN
-# Queries and keys of a tile, by the platform that a program is compiled for.  On a CPU core a tile of 64 x 64 stays in
-# its cache (2 rows of 1,024, nine heads of 64, both ways: 120 ms; 140 with 128 x 128, 190 with rows of scores).
-BLOCKS = {"cpu": 64, "default": 512}
+# Rows of as many tokens and fewer are cut into SHORT queries at a time, whose later keys are left out; longer ones into
+# tiles of queries by keys, by the platform that a program is compiled for.  Smaller tiles stay in the cache of a CPU
+# core but are too little work for two (a row of 2,048, nine heads of 64, both ways: 185 ms with 64 x 64, 160).
+SHORT_ROW, SHORT = 512, 128
+TILES = {"cpu": (256, 256), "default": (512, 512)}
 
 EVERYONE = -1  # the segment of keys that every document of the row sees: a soft prompt
 
@@ -62,15 +62,15 @@ def attend(
 ) -> Array:
   """softmax(cap(scale q k^T)) v over the keys that are `visible`, heads of queries sharing keys in groups.
 
-  Tile by tile of queries and keys, of which those are left out that nobody sees into: another document, the other
-  answer, what is later or behind the window.  So time follows the documents of a row and memory its length.  The
-  running maximum and sum of Dao et al. 2022 (FlashAttention), sections 3.1 and B.4; the backward pass computes a tile's
-  weights again from each query's log-sum.  A query that sees nothing gives 0.
+  A long row is computed in tiles of queries and keys, of which those are left out that nobody sees into: another
+  document, the other answer, what is later or behind the window.  So time follows the documents of a row and memory its
+  length.  The running maximum and sum of Dao et al. 2022 (FlashAttention), sections 3.1 and B.4; the backward pass
+  computes weights again from each query's log-sum.  A query that sees nothing gives 0.
 
   Args:
     q: [batch, time, heads, head_dim].
     k, v: [batch, keys, kv_heads, head_dim]; heads is a multiple of kv_heads.
-    queries, keys: where they stand.
+    queries, keys: where they stand; the last keys are the queries, in their order, and none sees a later one.
     window: how many positions back a query sees, its own among them; None for all.
     scale: multiplies the scores.
     softcap: cap * tanh(score / cap) (Gemma 2), None for none.
@@ -212,150 +212,172 @@ def _attend(q, k, v, where, softcap):
 
 
 def _attend_forward(q, k, v, where, softcap):
-  out, normaliser = _on_platform(_forward, softcap)(q, k, v, where)
+  out, normaliser = _by_length(q, _forward, softcap)(q, k, v, where)
   out = checkpoint_name(out, "context")
   return out, (q, k, v, where, out, checkpoint_name(normaliser, "normaliser"))
 
 
 def _attend_backward(softcap, kept, gradient):
-  return *_on_platform(_backward, softcap)(*kept, gradient), None
+  return *_by_length(kept[0], _backward, softcap)(*kept, gradient), None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _on_platform(run, softcap):
-  by_platform = {name: functools.partial(run, softcap, size) for name, size in BLOCKS.items()}
-  return functools.partial(jax.lax.platform_dependent, **by_platform)
+def _by_length(q, run, softcap):
+  if q.shape[3] <= SHORT_ROW:
+    return functools.partial(run, softcap, _Spans)
+  tiled = {
+    name: functools.partial(run, softcap, functools.partial(_Tiles, *size))
+    for name, size in TILES.items()
+  }
+  return functools.partial(jax.lax.platform_dependent, **tiled)
 
 
-def _forward(softcap, size, q, k, v, where):
+def _forward(softcap, cut, q, k, v, where):
   """(result, log of the sum of exp(score) of each query), `_attend`'s."""
-  tiles = _Tiles.of(q, k, where, softcap, size)
-  q, k, v = tiles.padded(q, k, v)
+  parts = cut(q, k, where)
 
-  def block(_, i):
-    rows = tiles.rows(q, i)
+  def block(i):
+    rows = parts.rows(q, i)
 
-    def read(n, so_far):
+    def read(so_far, j):
       most, total, out = so_far
-      j = tiles.order[i, n]
-      scores = tiles.scores(rows, tiles.columns(k, j), i, j)[0]
+      scores, _ = _scores(rows, parts.columns(k, j), parts.visible(i, j), softcap)
       higher = jnp.maximum(most, jnp.max(scores, axis=-1, keepdims=True))
       weights, kept = jnp.exp(scores - higher), jnp.exp(most - higher)
       total = total * kept + jnp.sum(weights, axis=-1, keepdims=True)
-      read_out = _products("bkqs,bksd->bkqd", _folded(weights.astype(v.dtype)), tiles.columns(v, j))
-      return higher, total, out * kept + read_out.reshape(out.shape)
+      values = _products("bkqs,bksd->bkqd", _folded(weights.astype(v.dtype)), parts.columns(v, j))
+      return higher, total, out * kept + values.reshape(out.shape)
 
-    shape = (*q.shape[:3], tiles.height)
-    zeros = jnp.zeros((*shape, 1))
-    start = (zeros + NEGATIVE, zeros, jnp.zeros((*shape, q.shape[-1])))
-    most, total, out = jax.lax.fori_loop(0, tiles.count[i], read, start)
+    zeros = jnp.zeros((*rows.shape[:4], 1))
+    most, total, out = parts.over_keys(i, read, (zeros + NEGATIVE, zeros, jnp.zeros(rows.shape)))
     # what sees nothing gives 0, and its normaliser makes each weight 0 in the backward pass
     nothing = most == NEGATIVE
     out = jnp.where(nothing, 0.0, out / jnp.where(nothing, 1.0, total)).astype(v.dtype)
-    return None, (out, jnp.where(nothing, -NEGATIVE, most + jnp.log(total)))
+    return out, jnp.where(nothing, -NEGATIVE, most + jnp.log(total))
 
-  _, blocks = jax.lax.scan(block, None, jnp.arange(len(tiles.count)))
-  return tiles.joined(blocks[0]), tiles.joined(blocks[1])
+  return parts.over_queries(lambda so_far, i: (so_far, block(i)), None)[1]
 
 
-def _backward(softcap, size, q, k, v, where, out, normaliser, gradient):
+def _backward(softcap, cut, q, k, v, where, out, normaliser, gradient):
   """(dq, dk, dv)."""
-  dtypes = q.dtype, k.dtype, v.dtype
-  tiles = _Tiles.of(q, k, where, softcap, size)
+  parts = cut(q, k, where)
   along = jnp.sum(out.astype(jnp.float32) * gradient, axis=-1, keepdims=True)
-  q, k, v, gradient, normaliser, along = tiles.padded(q, k, v, gradient, normaliser, along)
 
   def block(so_far, i):
-    rows, slopes = tiles.rows(q, i), tiles.rows(gradient, i)
-    norm, mean = (tiles.cut(x, i) for x in (normaliser, along))
+    rows, slopes, norm, mean = (parts.rows(x, i) for x in (q, gradient, normaliser, along))
 
-    def read(n, so_far):
+    def read(so_far, j):
       dq, dk, dv = so_far
-      j = tiles.order[i, n]
-      columns, values = tiles.columns(k, j), tiles.columns(v, j)
-      scores, chain = tiles.scores(rows, columns, i, j)
+      columns, values = parts.columns(k, j), parts.columns(v, j)
+      scores, chain = _scores(rows, columns, parts.visible(i, j), softcap)
       weights = jnp.exp(scores - norm)
-      change = _products("bkqd,bksd->bkqs", slopes, values).reshape(scores.shape)
-      slope = _folded((weights * (change - mean) * chain).astype(dtypes[0]))
-      dq += _products("bkqs,bksd->bkqd", slope, columns)
-      dk = tiles.add(dk, _products("bkqs,bkqd->bksd", slope, rows), j)
-      weights = _folded(weights.astype(dtypes[2]))
-      return dq, dk, tiles.add(dv, _products("bkqs,bkqd->bksd", weights, slopes), j)
+      change = _products("bkqd,bksd->bkqs", _folded(slopes), values).reshape(scores.shape)
+      slope = _folded((weights * (change - mean) * chain).astype(q.dtype))
+      dq += _products("bkqs,bksd->bkqd", slope, columns).reshape(dq.shape)
+      dk = parts.add(dk, _products("bkqs,bkqd->bksd", slope, _folded(rows)), j)
+      weights = _folded(weights.astype(v.dtype))
+      return dq, dk, parts.add(dv, _products("bkqs,bkqd->bksd", weights, _folded(slopes)), j)
 
-    zeros = jnp.zeros(rows.shape)
-    dq, dk, dv = jax.lax.fori_loop(0, tiles.count[i], read, (zeros, *so_far))
-    return (dk, dv), dq.reshape(*q.shape[:3], -1, q.shape[-1])
+    dq, *so_far = parts.over_keys(i, read, (jnp.zeros(rows.shape), *so_far))
+    return tuple(so_far), (dq,)
 
   start = (jnp.zeros(k.shape), jnp.zeros(v.shape))
-  (dk, dv), blocks = jax.lax.scan(block, start, jnp.arange(len(tiles.count)))
-  found = (tiles.joined(blocks), dk[:, :, : tiles.keys], dv[:, :, : tiles.keys])
-  return tuple(x.astype(dtype) for x, dtype in zip(found, dtypes))
+  (dk, dv), (dq,) = parts.over_queries(block, start)
+  return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Tiles:
-  """How scores are cut: [batch, kv_heads, groups, height, width] at once, and which parts there are."""
+def _scores(rows, columns, seen, softcap):
+  """(scores of some queries and keys, NEGATIVE where a query may not look; d score / d (scale q k^T))."""
+  scores = _products("bkqd,bksd->bkqs", _folded(rows), columns)
+  scores = scores.reshape(*rows.shape[:4], -1)
+  chain = 1.0
+  if softcap is not None:
+    squashed = jnp.tanh(scores / softcap)
+    scores, chain = softcap * squashed, 1.0 - jnp.square(squashed)
+  return jnp.where(seen[:, None, None], scores, NEGATIVE), chain
 
-  queries: Places
-  places: Places  # of keys
-  window: Any
-  softcap: float | None
-  time: int
-  keys: int
-  height: int  # queries of a tile
-  width: int  # keys of one
-  order: (
-    Array  # [blocks of queries, blocks of keys]: first those that some query of the block sees into
-  )
-  count: Array  # [blocks of queries]: how many those are
 
-  @classmethod
-  def of(cls, q, k, where, softcap, size):
-    queries, keys, window = where
-    height, width = _even(q.shape[3], size), _even(k.shape[2], size)
-    queries = jax.tree.map(lambda x: _padded(x, 1, height), queries)
-    keys = jax.tree.map(lambda x: _padded(x, 1, width), keys)
-    seen = _seen(queries, keys, window, height, width)
-    order, count = jnp.argsort(~seen, axis=1, stable=True), jnp.sum(seen, axis=1)
-    return cls(queries, keys, window, softcap, q.shape[3], k.shape[2], height, width, order, count)
+class _Spans:
+  """A short row: a few blocks of queries, each compared at once with all keys up to its end."""
 
-  def padded(self, q, k, v, *of_queries):
-    more = (_padded(x, 3, self.height) for x in of_queries)
-    return _padded(q, 3, self.height), _padded(k, 2, self.width), _padded(v, 2, self.width), *more
-
-  def cut(self, x, i):
-    """Block i of queries, of what [batch, kv_heads, groups, time, ...] tells of them."""
-    return jax.lax.dynamic_slice_in_dim(x, i * self.height, self.height, 3)
+  def __init__(self, q, k, where):
+    self.where, self.later = where, k.shape[2] - q.shape[3]
+    size = _even(q.shape[3], SHORT)
+    self.blocks = [
+      slice(start, min(start + size, q.shape[3])) for start in range(0, q.shape[3], size)
+    ]
 
   def rows(self, x, i):
-    return _folded(self.cut(x, i))
+    return x[:, :, :, i]
 
   def columns(self, x, j):
-    return jax.lax.dynamic_slice_in_dim(x, j * self.width, self.width, 2)
+    return x[:, :, j]
+
+  def add(self, x, part, j):
+    return x.at[:, :, j].add(part)
+
+  def visible(self, i, j):
+    queries, keys, window = self.where
+    part = lambda places, where: jax.tree.map(lambda x: x[:, where], places)
+    return visible(part(queries, i), part(keys, j), window)
+
+  def over_keys(self, i, read, start):
+    return read(start, slice(0, i.stop + self.later))
+
+  def over_queries(self, block, start):
+    results = []
+    for i in self.blocks:
+      start, result = block(start, i)
+      results.append(result)
+    return start, tuple(jnp.concatenate(each, axis=3) for each in zip(*results))
+
+
+class _Tiles:
+  """A long row: tiles of queries by keys, of which those are computed that `_seen` tells."""
+
+  def __init__(self, height, width, q, k, where):
+    queries, keys, self.window = where
+    self.time, self.keys = q.shape[3], k.shape[2]
+    self.height, self.width = _even(self.time, height), _even(self.keys, width)
+    self.queries = jax.tree.map(lambda x: _padded(x, 1, self.height), queries)
+    self.places = jax.tree.map(lambda x: _padded(x, 1, self.width), keys)
+    seen = _seen(self.queries, self.places, self.window, self.height, self.width)
+    # first those keys that some query of the block sees
+    self.order, self.count = jnp.argsort(~seen, axis=1, stable=True), jnp.sum(seen, axis=1)
+
+  def rows(self, x, i):
+    return _slice(_padded(x, 3, self.height), 3, i, self.height)
+
+  def columns(self, x, j):
+    return _slice(_padded(x, 2, self.width), 2, j, self.width)
 
   def add(self, x, part, j):
     return jax.lax.dynamic_update_slice_in_dim(x, self.columns(x, j) + part, j * self.width, 2)
 
-  def joined(self, blocks):
-    """[blocks, batch, kv_heads, groups, height, ...] -> [batch, kv_heads, groups, time, ...]."""
-    x = jnp.moveaxis(blocks, 0, 3)
-    return x.reshape(*x.shape[:3], -1, x.shape[-1])[:, :, :, : self.time]
+  def visible(self, i, j):
+    queries = jax.tree.map(lambda x: _slice(x, 1, i, self.height), self.queries)
+    keys = jax.tree.map(lambda x: _slice(x, 1, j, self.width), self.places)
+    return visible(queries, keys, self.window)
 
-  def scores(self, rows, columns, i, j):
-    """(scores of a tile, NEGATIVE where a query may not look; d score / d (scale q k^T))."""
-    scores = _products("bkqd,bksd->bkqs", rows, columns)
-    scores = scores.reshape(*scores.shape[:2], -1, self.height, self.width)
-    chain = 1.0
-    if self.softcap is not None:
-      squashed = jnp.tanh(scores / self.softcap)
-      scores, chain = self.softcap * squashed, 1.0 - jnp.square(squashed)
-    part = lambda x, n, size: jax.lax.dynamic_slice_in_dim(x, n * size, size, 1)
-    queries = jax.tree.map(lambda x: part(x, i, self.height), self.queries)
-    keys = jax.tree.map(lambda x: part(x, j, self.width), self.places)
-    seen = visible(queries, keys, self.window)
-    return jnp.where(seen[:, None, None], scores, NEGATIVE), chain
+  def over_keys(self, i, read, start):
+    return jax.lax.fori_loop(
+      0, self.count[i], lambda n, so_far: read(so_far, self.order[i, n]), start
+    )
+
+  def over_queries(self, block, start):
+    padded = jax.tree.map(lambda x: _padded(x, 2, self.width), start)
+    end, results = jax.lax.scan(block, padded, jnp.arange(len(self.count)))
+    joined = lambda x: jnp.moveaxis(x, 0, 3).reshape(*x.shape[1:4], -1, x.shape[-1])
+    return (
+      jax.tree.map(lambda x: x[:, :, : self.keys], end),
+      jax.tree.map(lambda x: joined(x)[:, :, :, : self.time], results),
+    )
+
+
+def _slice(x, axis, number, size):
+  return jax.lax.dynamic_slice_in_dim(x, number * size, size, axis)
 
 
 def _seen(queries, keys, window, height, width):

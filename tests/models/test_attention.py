@@ -110,8 +110,9 @@ def pairs_that_share(time):
 @pytest.mark.parametrize("behind", [0, 5])
 @pytest.mark.parametrize("window", [None, 7])
 @pytest.mark.parametrize("rows", [packed_rows, pairs_that_share])
-def test_tiles_change_nothing(monkeypatch, softcap, behind, window, rows):
-  """Values and gradients of 22 queries in tiles of 8, some of `behind` keys more before them."""
+@pytest.mark.parametrize("tiled", [False, True])
+def test_parts_change_nothing(monkeypatch, softcap, behind, window, rows, tiled):
+  """Values and gradients of 22 queries in blocks of 8, some of `behind` keys more before them."""
   q, k, v = drawn(22 + behind)
   keys = rows(22 + behind)
   q, queries = q[:, behind:], behind_first(keys, behind)
@@ -126,7 +127,9 @@ def test_tiles_change_nothing(monkeypatch, softcap, behind, window, rows):
     return jnp.sum(jnp.sin(out)), out
 
   (_, plain), plain_gradients = jax.jit(jax.value_and_grad(run, (0, 1, 2), has_aux=True))(q, k, v)
-  monkeypatch.setattr(attention, "BLOCKS", {"default": 8})
+  monkeypatch.setattr(attention, "SHORT_ROW", 0 if tiled else 99)
+  monkeypatch.setattr(attention, "SHORT", 8)
+  monkeypatch.setattr(attention, "TILES", {"default": (8, 16)})
   (_, split), gradients = jax.jit(jax.value_and_grad(found, (0, 1, 2), has_aux=True))(q, k, v)
   np.testing.assert_allclose(split, plain, rtol=1e-5, atol=5e-6)
   for one, expected in zip(gradients, plain_gradients):
