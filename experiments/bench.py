@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.metadata
+import importlib.util
 import json
 import os
 import re
@@ -91,7 +92,7 @@ def jax_jobs() -> Jobs:
   def trainer(**options):
     trainable, fixed = tree.partition(fresh(0, r=RANK, **options))
     # of a DoRA the LoRA: its norms are not counted
-    size = tree.size(fresh(0, r=RANK))
+    size = adapters.count(fresh(0, r=RANK))
     state, context = state_lib.start(trainable, optimizer, fixed), Context(params)
 
     def train(batches, length: float) -> Done:
@@ -123,7 +124,7 @@ def jax_jobs() -> Jobs:
   def serve(params, stacked, index, tokens):
     return decoder.forward(adapters.bind(params, stacked, rows=index), tokens, config)
 
-  per_rank = tree.size(fresh(0, r=1))
+  per_rank = adapters.count(fresh(0, r=1))
 
   def mixed() -> Done:
     tokens = rows.reshape(MIXED_ROWS, MIXED_LENGTH)
@@ -371,12 +372,14 @@ def show(job: str, r: dict) -> None:
 
 def peer() -> str:
   """Why PyTorch's side is left out; "" where it is there."""
-  try:
-    import peft  # noqa: F401
-    import torch
-  except ImportError as error:
-    return f"{error.name} is not installed"
-  return "" if device() == "cpu" or torch.cuda.is_available() else "PyTorch sees no CUDA device"
+  for package in ("torch", "transformers", "peft"):
+    if importlib.util.find_spec(package) is None:
+      return f"{package} is not installed"
+  if device() == "cpu":
+    return ""
+  import torch
+
+  return "" if torch.cuda.is_available() else "PyTorch sees no CUDA device"
 
 
 def gpu() -> dict:

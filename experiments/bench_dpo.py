@@ -74,7 +74,7 @@ def jax_jobs() -> bench.Jobs:
   context = Context(params)
   longest = max(map(len, examples))
   tokens = sum(map(len, examples))  # a pair's prompt, once, and both of its answers
-  size = tree.size(trainable)
+  size = adapters.count(tree.combine(trainable, fixed))
   mean = tokens / len(examples)
   flops = limits.forward(config, tokens, mean) + limits.training(config, tokens, mean, size)
 

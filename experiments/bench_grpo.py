@@ -45,9 +45,8 @@ def jax_jobs(told: Path) -> bench.Jobs:
   """The pieces that `posttrain train` makes of a config, and its step."""
   import jax
 
-  from posttrain_jax import settings
+  from posttrain_jax import adapters, settings
   from posttrain_jax.build import online, run
-  from posttrain_jax.core import tree
 
   folder = Path(tempfile.mkdtemp())
   rows = "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts())
@@ -68,7 +67,7 @@ def jax_jobs(told: Path) -> bench.Jobs:
   read = sum(map(len, pieces.data.examples))  # a prompt is read once for all its answers
   length = read / PROMPTS + NEW
   forward = limits.forward(model, read + rows_written * NEW, length)
-  size = tree.size(pieces.trees.trainable)
+  size = adapters.count(pieces.trees.adapter)
   needed = {
     "writing_flops": forward,
     "updating_flops": limits.training(model, rows_written * length, length, size),
