@@ -29,6 +29,7 @@ from posttrain_jax.build import (
   best,
   checks,
   data,
+  decisions,
   earlier_adapter,
   export,
   mesh,
@@ -263,7 +264,7 @@ def jitted_step(
     loss,
     updates,
     shapes,
-    accumulate=config.batch.accumulate,
+    accumulate=decisions.micro_batches(config, state_lib.devices(shapes)),
     seed=config.seed,
     hooks=adapters.hooks(adapter_config, config.steps),
   )

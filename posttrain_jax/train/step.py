@@ -13,8 +13,9 @@ from jax.sharding import PartitionSpec as P
 
 from posttrain_jax import adapters
 from posttrain_jax.adapters import node
-from posttrain_jax.core import memory, sharding, tree
+from posttrain_jax.core import memory as memory_lib
 from posttrain_jax.core import metrics as metrics_lib
+from posttrain_jax.core import sharding, tree
 from posttrain_jax.objectives import Batch, Context, Objective
 from posttrain_jax.optim import offload
 from posttrain_jax.train import state as state_lib
@@ -188,8 +189,19 @@ def _gradient(objective, trainable, context, batch, key, memory, accumulate):
     loss = lambda trainable: objective.loss(
       trainable, context, microbatch, totals, microbatch_key, training=True
     )
-    grads, metrics = jax.grad(loss, has_aux=True)(trainable)
-    return jax.tree.map(lambda g: g.astype(jnp.float32), grads), metrics
+
+    def learned():
+      grads, metrics = jax.grad(loss, has_aux=True)(trainable)
+      return jax.tree.map(lambda g: g.astype(jnp.float32), grads), metrics
+
+    def measured():
+      """The same where the gradient is 0: without the backward pass."""
+      return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), trainable), loss(trainable)[1]
+
+    teaches = objective.teaches(microbatch)
+    if teaches is None or memory_lib.any_on_host(trainable):
+      return learned()
+    return jax.lax.cond(teaches, learned, measured)
 
   grads, metrics = _accumulated(one, trainable, batch, accumulate)
   return grads, totals, metrics
@@ -202,7 +214,7 @@ def _accumulated(one, trainable, batch, accumulate):
   microbatches = jax.tree.map(lambda x: _split(x, accumulate), batch)
   first = jax.tree.map(lambda x: x[0], microbatches)
   zeros = metrics_lib.zeros_like(jax.eval_shape(one, first, 0))
-  start = (jax.tree.map(memory.back, zeros[0], trainable), zeros[1])
+  start = (jax.tree.map(memory_lib.back, zeros[0], trainable), zeros[1])
 
   def body(carry, xs):
     grads, metrics = one(*xs)

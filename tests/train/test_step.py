@@ -25,6 +25,9 @@ class Quadratic:
   def context(self, context, memory):
     return context
 
+  def teaches(self, batch):
+    return None
+
   def after_update(self, trainable, memory, totals):
     return memory
 
