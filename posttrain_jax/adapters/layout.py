@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
@@ -55,7 +54,8 @@ def place(path: str, leaf: Any, *, mesh: Mesh | None = None, on_host: bool = Fal
 
 def _put(x: Any, where: jax.sharding.Sharding) -> jax.Array:
   if isinstance(where, SingleDeviceSharding):
-    return jnp.asarray(x)  # what is there already is not copied
+    # what is there already is not copied, nor on a CPU what `files.room` made
+    return jax.device_put(x)
   host = np.asarray(x)
   return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,6 @@ def load(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh | None = Non
   """The base of config.model: read and quantised matrix by matrix, placed on its devices leaf by leaf."""
   folder = fetch.resolve(config.model.name)
   dtype = decisions.compute_dtype(config)
-  trained = decisions.is_full(config)
   on_host = config.optimizer.offload == "params"
   place = functools.partial(layout.place, mesh=mesh, on_host=on_host)
   adapter_config = adapter.described(config)
@@ -60,18 +60,16 @@ def load(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh | None = Non
   if starting is not None:
     key = jax.random.key(config.seed)
     started = start.plan(key, starting, hf.read_config(folder), config.model.base)
-  # what the optimizer updates is float32; a frozen base is stored as it is computed with
-  params, model_config = hf.load(
-    folder,
-    dtype=jnp.float32 if trained else dtype,
-    storage=config.model.base if started is None else "dense",
-    place=place if started is None else started.begin(place),
-  )
+  speech = use.tokenizer_folder(folder, earlier_lib.home(config))
+  with futures.ThreadPoolExecutor(
+    1
+  ) as beside:  # reading a tokenizer is importing transformers: a second
+    reading = beside.submit(chat.load_tokenizer, speech)
+    params, model_config = _read(config, folder, place, started)
+    tokenizer = reading.result()
   if decisions.has_score(config):
     params, model_config = _with_score(config, params, model_config, mesh)
   earlier = earlier_lib.read(config, params, model_config, mesh)
-  speech = use.tokenizer_folder(folder, earlier_lib.home(config))
-  tokenizer = chat.load_tokenizer(speech)
   template = use.of(tokenizer, config.model.template)
   levels = () if earlier is None else earlier.under
   lengths = [adapter_config.context_length] if adapter_config is not None else []
@@ -88,6 +86,17 @@ def load(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh | None = Non
     earlier,
     params,
     speech,
+  )
+
+
+def _read(config, folder, place, started):
+  """(params, config) of the base, as the run stores it."""
+  # what the optimizer updates is float32; a frozen base is stored as it is computed with
+  return hf.load(
+    folder,
+    dtype=jnp.float32 if decisions.is_full(config) else decisions.compute_dtype(config),
+    storage=config.model.base if started is None else "dense",
+    place=place if started is None else started.begin(place),
   )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import PartitionSpec as P
 
@@ -42,10 +43,23 @@ def make(
     accumulate: micro-batches in an optimizer batch; divides its rows.
     hooks: what the adapter's method adds: a penalty on its parameters, once a batch, and a change after each update.
   """
+  step = _keyed(objective, optimizer, accumulate, hooks)
+  return lambda state, context, batch: step(state, context, batch, jax.random.key(seed))
+
+
+def _keyed(
+  objective: Objective,
+  optimizer: optax.GradientTransformation,
+  accumulate: int,
+  hooks: adapters.Hooks | None,
+) -> Callable[[State, Context, Batch, Array], tuple[State, dict[str, Any]]]:
+  """The step with the run's key as an argument."""
   update = optax.with_extra_args_support(optimizer).update
 
-  def step(state: State, context: Context, batch: Batch) -> tuple[State, dict[str, Any]]:
-    key = jax.random.fold_in(jax.random.key(seed), state.step)
+  def step(
+    state: State, context: Context, batch: Batch, key: Array
+  ) -> tuple[State, dict[str, Any]]:
+    key = jax.random.fold_in(key, state.step)
     gradient, totals, metrics = _gradient(
       objective, state.trainable, state.context(context), batch, key, state.memory, accumulate
     )
@@ -89,6 +103,20 @@ def make(
   return step
 
 
+class Jitted:
+  """A jitted step with the seed it was given: an argument, so that runs of another seed compile nothing."""
+
+  def __init__(self, function: Any, seed: int):
+    self.function = function
+    self.key = np.asarray(jax.random.key_data(jax.random.key(seed)))
+
+  def __call__(self, state: State, context: Context, batch: Batch) -> tuple[State, dict[str, Any]]:
+    return self.function(state, context, batch, self.key)
+
+  def lower(self, state: State, context: Context, batch: Batch) -> jax.stages.Lowered:
+    return self.function.lower(state, context, batch, self.key)
+
+
 def jitted(
   objective: Objective,
   optimizer: optax.GradientTransformation,
@@ -97,11 +125,17 @@ def jitted(
   accumulate: int = 1,
   seed: int = 0,
   hooks: adapters.Hooks | None = None,
-) -> Step:
+) -> Jitted:
   """`make`, jitted once for all states that lie as this one (or these shapes) does; the state is donated."""
-  function = make(objective, optimizer, accumulate=accumulate, seed=seed, hooks=hooks)
+  function = _keyed(objective, optimizer, accumulate, hooks)
+
+  def step(
+    state: State, context: Context, batch: Batch, key: Array
+  ) -> tuple[State, dict[str, Any]]:
+    return function(state, context, batch, jax.random.wrap_key_data(key))
+
   where = jax.tree.map(lambda x: x.sharding, state)
-  return jax.jit(function, donate_argnums=0, out_shardings=(where, None))
+  return Jitted(jax.jit(step, donate_argnums=0, out_shardings=(where, None)), seed)
 
 
 def begin(
