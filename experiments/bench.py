@@ -3,6 +3,10 @@
 On a GPU, LoRA and QLoRA steps of an 8B model too.
 
   make bench                 (POSTTRAIN_DATA names the folder that holds gsm8k/, for the second comparison)
+  .venv/bin/python experiments/bench.py --device=gpu      the same rows on JAX's accelerator, in bfloat16
+
+Each row is told as a ratio, and as a share of the product rate of the machine (`limits.py`, measured first and last).
+Where PyTorch is not installed, or sees no such accelerator, the rows are ours alone, and it is said.
 
 Two worker processes hold the two libraries; one works while the other waits, step by step, so that both see the same
 machine.  The ratio is the median over pairs of neighbours.  Compilation is timed apart and left out of the steps.
@@ -12,17 +16,21 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.metadata
+import importlib.util
 import json
 import os
-import platform
+import re
 import resource
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import limits
 
 RANK, ALPHA, LR = 16, 32, 1e-4
 ROWS, LENGTH = 4, 256  # the fixed shape: rows of tokens, every one real and trained
@@ -32,7 +40,26 @@ GSM8K_BATCH, GSM8K_LENGTH = 8, 512  # padded examples a batch there; tokens of a
 GSM8K_ROWS = 4 * ROWS  # as many examples as these rows hold, so that no batch here is part empty
 RESULTS = Path(__file__).parent / "results"
 SINGLE = ("fixed", "dora", "mixed")  # jobs of one step
-Jobs = dict[str, Callable[[], int]]
+DEVICE = "POSTTRAIN_BENCH_DEVICE"  # in the environment of a worker: cpu, gpu or tpu
+
+
+class Done(NamedTuple):
+  """What a job did: tokens (pairs, answers), and the FLOPs that they take at least where it counts them."""
+
+  count: int
+  flops: float = 0.0
+
+
+Jobs = dict[str, Callable[[], Done]]
+
+
+def device() -> str:
+  return os.environ.get(DEVICE, "cpu")
+
+
+def dtype() -> str:
+  """What both libraries compute in."""
+  return "float32" if device() == "cpu" else "bfloat16"
 
 
 # --- the two workers -------------------------------------------------------------------------------------------------
@@ -41,6 +68,7 @@ Jobs = dict[str, Callable[[], int]]
 def jax_jobs() -> Jobs:
   """name -> function that does the job once over its data and returns the real tokens it saw."""
   import jax
+  import jax.numpy as jnp
   import numpy as np
 
   from posttrain_jax import adapters, objectives
@@ -52,26 +80,29 @@ def jax_jobs() -> Jobs:
   from posttrain_jax.train import state as state_lib
   from posttrain_jax.train import step
 
-  params, config = hf.load("smollm2", dtype=np.float32)
+  params, config = hf.load("smollm2", dtype=jnp.dtype(dtype()))
   fresh = lambda seed, **options: adapters.init(
     jax.random.key(seed), params, adapters.AdapterConfig(lora_alpha=ALPHA, **options)
   )[1]
   optimizer, _ = chain.chain("adamw", lr=LR, steps=1000, schedule="constant", clip=None)
-  update = jax.jit(step.make(objectives.Sft(config, remat="names"), optimizer), donate_argnums=0)
+  objective = objectives.Sft(config, dtype=jnp.dtype(dtype()), remat="names")
+  update = jax.jit(step.make(objective, optimizer), donate_argnums=0)
 
   @functools.cache  # made when its job first runs: the peak memory of the jobs before is their own
   def trainer(**options):
     trainable, fixed = tree.partition(fresh(0, r=RANK, **options))
+    # of a DoRA the LoRA: its norms are not counted
+    size = adapters.count(fresh(0, r=RANK))
     state, context = state_lib.start(trainable, optimizer, fixed), Context(params)
 
-    def train(batches) -> int:
+    def train(batches, length: float) -> Done:
       nonlocal state
       tokens = 0
       for batch in batches:
         state, _ = update(state, context, batch)
         tokens += int((batch["segment_ids"] > 0).sum())
       jax.block_until_ready(state)
-      return tokens
+      return Done(tokens, limits.training(config, tokens, length, size))
 
     return train
 
@@ -93,17 +124,21 @@ def jax_jobs() -> Jobs:
   def serve(params, stacked, index, tokens):
     return decoder.forward(adapters.bind(params, stacked, rows=index), tokens, config)
 
-  def mixed() -> int:
+  per_rank = adapters.count(fresh(0, r=1))
+
+  def mixed() -> Done:
     tokens = rows.reshape(MIXED_ROWS, MIXED_LENGTH)
+    adapter = per_rank * sum(MIXED_RANKS) / len(MIXED_RANKS)
     index = np.arange(MIXED_ROWS) % len(MIXED_RANKS)
     jax.block_until_ready(serve(params, served(), index, tokens))
-    return tokens.size
+    return Done(tokens.size, limits.forward(config, tokens.size, MIXED_LENGTH, adapter))
 
-  jobs: Jobs = {"fixed": lambda: trainer()([fixed_batch])}
+  jobs: Jobs = {"fixed": lambda: trainer()([fixed_batch], LENGTH)}
   if examples := gsm8k_examples():
     packed = list(loader.eval_batches(examples, batch_size=ROWS, length=GSM8K_LENGTH))
-    jobs["gsm8k"] = lambda: trainer()(packed)
-  return {**jobs, "dora": lambda: trainer(use_dora=True)([fixed_batch]), "mixed": mixed}
+    mean = statistics.mean(map(len, examples))
+    jobs["gsm8k"] = lambda: trainer()(packed, mean)
+  return {**jobs, "dora": lambda: trainer(use_dora=True)([fixed_batch], LENGTH), "mixed": mixed}
 
 
 def peft_lora(r: int = RANK, **options: Any) -> Any:
@@ -116,7 +151,7 @@ def peft_lora(r: int = RANK, **options: Any) -> Any:
 
 
 def torch_jobs() -> Jobs:
-  """The same in PyTorch + PEFT: eager float32, SDPA attention, batches padded to their longest row."""
+  """The same in PyTorch + PEFT: eager, SDPA attention, batches padded to their longest row."""
   import peft
   import torch
   import transformers
@@ -124,9 +159,11 @@ def torch_jobs() -> Jobs:
   from posttrain_jax.models import fetch
 
   torch.set_num_threads(os.cpu_count() or 1)
+  where = "cpu" if device() == "cpu" else "cuda"
   base = lambda: transformers.AutoModelForCausalLM.from_pretrained(
-    fetch.fetch(), dtype=torch.float32
-  )
+    fetch.fetch(), dtype=getattr(torch, dtype())
+  ).to(where)
+  wait = torch.cuda.synchronize if where == "cuda" else lambda: None
 
   @functools.cache
   def trainer(**options):
@@ -134,7 +171,7 @@ def torch_jobs() -> Jobs:
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=0.0)
 
-    def train(batches) -> int:
+    def train(batches) -> Done:
       tokens = 0
       for ids, labels, attention in batches:
         out = model(input_ids=ids, labels=labels, attention_mask=attention, use_cache=False)
@@ -142,7 +179,8 @@ def torch_jobs() -> Jobs:
         optimizer.step()
         optimizer.zero_grad()
         tokens += int(attention.sum())
-      return tokens
+      wait()
+      return Done(tokens)
 
     return train
 
@@ -157,16 +195,17 @@ def torch_jobs() -> Jobs:
 
   vocabulary = transformers.AutoConfig.from_pretrained(fetch.fetch()).vocab_size
   drawn = torch.Generator().manual_seed(0)
-  rows = torch.randint(0, vocabulary, (ROWS, LENGTH), generator=drawn)
+  rows = torch.randint(0, vocabulary, (ROWS, LENGTH), generator=drawn).to(where)
   fixed_batch = (rows, rows, torch.ones_like(rows))
 
-  def mixed() -> int:
+  def mixed() -> Done:
     """PEFT takes the rows of one adapter after another in every layer, and refuses DoRA among them."""
     tokens = rows.reshape(MIXED_ROWS, MIXED_LENGTH)
     of_rows = [names[i % len(names)] for i in range(MIXED_ROWS)]
     with torch.no_grad():
       served()(input_ids=tokens, adapter_names=of_rows, use_cache=False)
-    return tokens.numel()
+    wait()
+    return Done(tokens.numel())
 
   jobs: Jobs = {"fixed": lambda: trainer()([fixed_batch])}
   if examples := gsm8k_examples():
@@ -179,7 +218,7 @@ def torch_jobs() -> Jobs:
         here = torch.as_tensor(example.tokens, dtype=torch.long)
         ids[i, : len(here)], attention[i, : len(here)] = here, 1
         labels[i, : len(here)] = torch.where(torch.as_tensor(example.mask), here, -100)
-      padded.append((ids, labels, attention))
+      padded.append(tuple(part.to(where) for part in (ids, labels, attention)))
     jobs["gsm8k"] = lambda: trainer()(padded)
   return {**jobs, "dora": lambda: trainer(use_dora=True)([fixed_batch]), "mixed": mixed}
 
@@ -210,16 +249,19 @@ def work(jobs: Jobs) -> None:
   print(json.dumps(list(jobs)), file=out, flush=True)
   for line in sys.stdin:
     began = time.perf_counter()
-    tokens = jobs[line.strip()]()
+    done = jobs[line.strip()]()
     seconds = time.perf_counter() - began
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"tokens": tokens, "seconds": seconds, "peak": peak}), file=out, flush=True)
+    told = {"tokens": done.count, "flops": done.flops, "seconds": seconds, "peak": peak}
+    print(json.dumps(told), file=out, flush=True)
 
 
 class Worker:
   def __init__(self, library: str, script: str = __file__, *more: str):
     command = [sys.executable, script, f"--worker={library}", *more]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    if library == "torch" or device() == "cpu":
+      environment["JAX_PLATFORMS"] = "cpu"
     if library == "torch":  # large pages, which make sets, are a gain here and none there
       environment.pop("GLIBC_TUNABLES", None)
     self.process = subprocess.Popen(
@@ -260,47 +302,84 @@ def turn(worker: Worker, job: str) -> dict:
 # --- the comparison --------------------------------------------------------------------------------------------------
 
 
-def compare(repeats: int) -> dict:
-  """{job: {library: tokens/s, ...}}: first runs (compilation) apart, then `repeats` pairs in turn."""
-  workers = {library: Worker(library) for library in ("jax", "torch")}
+def compare(
+  repeats: int, libraries: Sequence[str], machine: limits.Limits, only: Sequence[str]
+) -> dict:
+  """{job: {library: tokens/s, ...}}: first runs (compilation) apart, then `repeats` rounds in turn."""
+  workers = {library: Worker(library) for library in libraries}
   results: dict[str, dict[str, Any]] = {}
-  for job in workers["jax"].jobs:
+  for job in [job for job in workers["jax"].jobs if not only or job in only]:
     first = {library: worker.run(job) for library, worker in workers.items()}
-    pairs = []
+    rounds = []
     for _ in range(repeats):
-      pairs.append({library: turn(worker, job) for library, worker in workers.items()})
-    rate = {lib: [p[lib]["tokens"] / p[lib]["seconds"] for p in pairs] for lib in workers}
-    ratios = [ours / theirs for ours, theirs in zip(rate["jax"], rate["torch"])]
-    median = {lib: statistics.median(values) for lib, values in rate.items()}
-    results[job] = {
-      "tokens": {lib: pairs[0][lib]["tokens"] for lib in workers},
-      "tokens_per_second": {lib: round(value, 1) for lib, value in median.items()},
-      "ratio": round(statistics.median(ratios), 3),
-      "ratio_range": [round(min(ratios), 3), round(max(ratios), 3)],
-      "first_seconds": {lib: round(first[lib]["seconds"], 1) for lib in workers},
-      "peak_gb": {lib: round(pairs[-1][lib]["peak"] / 1e9, 2) for lib in workers},
-      "repeats": repeats,
-    }
+      rounds.append({library: turn(worker, job) for library, worker in workers.items()})
+    results[job] = row(first, rounds, machine)
     show(job, results[job])
   for worker in workers.values():
     worker.close()
-  per_second = lambda job: results[job]["tokens_per_second"]
-  results["dora"]["step_over_lora"] = {
-    lib: round(per_second("fixed")[lib] / per_second("dora")[lib], 2) for lib in workers
-  }
-  ours, theirs = (results["dora"]["step_over_lora"][lib] for lib in ("jax", "torch"))
-  print(f"a DoRA step takes {ours} LoRA steps here, {theirs} in PyTorch + PEFT", flush=True)
+  if {"fixed", "dora"} <= {*results}:
+    per_second = lambda job: results[job]["tokens_per_second"]
+    over_lora = {
+      lib: round(per_second("fixed")[lib] / per_second("dora")[lib], 2) for lib in workers
+    }
+    results["dora"]["step_over_lora"] = over_lora
+    there = f", {over_lora['torch']} in PyTorch + PEFT" if "torch" in over_lora else ""
+    print(f"a DoRA step takes {over_lora['jax']} LoRA steps here{there}", flush=True)
   return results
+
+
+def row(
+  first: dict[str, dict], rounds: list[dict[str, dict]], machine: limits.Limits
+) -> dict[str, Any]:
+  """What rounds in turn come to: rates, their ratio, and each rate as a share of the machine's products.
+
+  The FLOPs are those that we count, for both libraries.
+  """
+  rate = {lib: [one[lib]["tokens"] / one[lib]["seconds"] for one in rounds] for lib in first}
+  median = {lib: statistics.median(values) for lib, values in rate.items()}
+  ours = rounds[0]["jax"]
+  share = lambda lib: machine.of_products(ours["flops"] / ours["tokens"] * median[lib], 1, dtype())
+  result: dict[str, Any] = {
+    "tokens": {lib: rounds[0][lib]["tokens"] for lib in first},
+    "tokens_per_second": {lib: round(value, 1) for lib, value in median.items()},
+    "gflops_a_token": round(ours["flops"] / ours["tokens"] / 1e9, 4),
+    "share_of_products": {lib: share(lib) for lib in first},
+    "first_seconds": {lib: round(first[lib]["seconds"], 1) for lib in first},
+    "peak_gb": {lib: round(rounds[-1][lib]["peak"] / 1e9, 2) for lib in first},
+    "repeats": len(rounds),
+  }
+  if "torch" in first:
+    ratios = [ours / theirs for ours, theirs in zip(rate["jax"], rate["torch"])]
+    result["ratio"] = round(statistics.median(ratios), 3)
+    result["ratio_range"] = [round(min(ratios), 3), round(max(ratios), 3)]
+  return result
 
 
 def show(job: str, r: dict) -> None:
   rate, first, peak = r["tokens_per_second"], r["first_seconds"], r["peak_gb"]
-  print(
-    f"{job}: {rate['jax']} tokens/s here, {rate['torch']} in PyTorch + PEFT: ratio {r['ratio']} "
-    f"(range {r['ratio_range'][0]} to {r['ratio_range'][1]} over {r['repeats']} pairs); first run with compilation "
-    f"{first['jax']} s and {first['torch']} s; peak memory {peak['jax']} and {peak['torch']} GB",
-    flush=True,
-  )
+  share = {lib: f"{part:.0%}" for lib, part in r["share_of_products"].items()}
+  both = lambda values, unit="": " and ".join(str(one) for one in values.values()) + unit
+  said = [f"{job}: {rate['jax']} tokens/s here"]
+  if "ratio" in r:
+    low, high = r["ratio_range"]
+    over = f"(range {low} to {high} over {r['repeats']} pairs)"
+    said[0] += f", {rate['torch']} in PyTorch + PEFT: ratio {r['ratio']} {over}"
+  said.append(f"{both(share)} of the product rate")
+  said.append(f"first run with compilation {both(first, ' s')}")
+  said.append(f"peak memory of the host {both(peak, ' GB')}")
+  print("; ".join(said), flush=True)
+
+
+def peer() -> str:
+  """Why PyTorch's side is left out; "" where it is there."""
+  for package in ("torch", "transformers", "peft"):
+    if importlib.util.find_spec(package) is None:
+      return f"{package} is not installed"
+  if device() == "cpu":
+    return ""
+  import torch
+
+  return "" if torch.cuda.is_available() else "PyTorch sees no CUDA device"
 
 
 def gpu() -> dict:
@@ -372,29 +451,60 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--worker", choices=("jax", "torch"))
   parser.add_argument("--repeats", type=int, default=5)
+  parser.add_argument("--jobs", default="", help="fixed, gsm8k, dora, mixed; all by default")
+  parser.add_argument("--device", choices=("cpu", "gpu", "tpu"), default=device())
   args = parser.parse_args()
   if args.worker:
     work({"jax": jax_jobs, "torch": torch_jobs}[args.worker]())
     return
-  import importlib.metadata
-
+  os.environ[DEVICE] = args.device
+  # a few rows share an accelerator: none may take three quarters of its memory at once
+  os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+  if args.device == "cpu":
+    os.environ["JAX_PLATFORMS"] = "cpu"
   import jax
 
+  if args.device != "cpu" and jax.default_backend() != args.device:
+    sys.exit(f"--device={args.device}: JAX finds {jax.default_backend()}, install jax for it")
+  if why := peer():
+    print(f"{why}: the rows are ours alone, without a ratio")
   if not os.environ.get("POSTTRAIN_DATA"):
     print("POSTTRAIN_DATA is not set: the comparison on GSM8K is left out")
+  machine = limits.measured(args.device)
+  print(machine.told(), flush=True)
+  libraries = ("jax",) if why else ("jax", "torch")
+  packages = ("jax", "jaxlib", *(() if why else ("torch", "peft", "transformers")))
   record = {
-    "hardware": f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}, {jax.devices()[0].device_kind}",
-    "versions": {
-      p: importlib.metadata.version(p) for p in ("jax", "jaxlib", "torch", "peft", "transformers")
-    },
-    "cpu": compare(args.repeats),
+    "machine": machine.to_json(),
+    "dtype": dtype(),
+    "load": os.getloadavg()[0],
+    "date": time.strftime("%Y-%m-%d"),
+    "versions": versions(*packages),
+    "rows": compare(args.repeats, libraries, machine, args.jobs.split(",") if args.jobs else ()),
   }
-  if jax.default_backend() == "gpu":
-    record["gpu"] = gpu()
+  if args.device == "gpu":
+    record["8b"] = gpu()
+  again = limits.measured(args.device)  # a machine that is not at rest shows here
+  print(f"afterwards: {again.told()}")
+  record["machine_afterwards"] = again.to_json()
+  write("bench", machine, record)
+
+
+def versions(*packages: str) -> dict[str, str]:
+  return {package: importlib.metadata.version(package) for package in packages}
+
+
+def result(name: str, machine: limits.Limits) -> Path:
+  """The file of a machine's record: named by it, so that those of two machines lie beside each other."""
+  words = re.findall(r"[a-z0-9]+", re.sub(r"\([^)]*\)", "", machine.name.lower()))
+  return RESULTS / f"{name}-{'-'.join(words)}.json"
+
+
+def write(name: str, machine: limits.Limits, record: dict[str, Any]) -> None:
   RESULTS.mkdir(exist_ok=True)
-  name = f"bench-{jax.devices()[0].device_kind.replace(' ', '-').lower()}.json"
-  (RESULTS / name).write_text(json.dumps(record, indent=2) + "\n")
-  print(f"written: {RESULTS / name}")
+  path = result(name, machine)
+  path.write_text(json.dumps(record, indent=2) + "\n")
+  print(f"written: {path}", flush=True)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,9 @@ reference (the base without its adapter) in the time that counts: TRL at each st
 the prompt of a pair is computed once and pairs of like length share a batch.  There the two sequences of a pair are
 padded to the longer, and four pairs are accumulated one by one: at once they end in 24 GiB of memory being full, and
 would be padded further.  A worker is alone in memory, so they follow one another.
+
+The share of the product rate is by what we compute: one forward for the reference and a training step, over each
+pair's prompt, once, and its two answers.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import warnings
 from pathlib import Path
 
 import bench
+import limits
 
 PAIRS, A_STEP, BETA, LONGEST = 24, 4, 0.1, 2048
 DATA = "demo_pairs/dpo_en_demo.json"
@@ -69,8 +73,12 @@ def jax_jobs() -> bench.Jobs:
   state = state_lib.start(trainable, optimizer, fixed)
   context = Context(params)
   longest = max(map(len, examples))
+  tokens = sum(map(len, examples))  # a pair's prompt, once, and both of its answers
+  size = adapters.count(tree.combine(trainable, fixed))
+  mean = tokens / len(examples)
+  flops = limits.forward(config, tokens, mean) + limits.training(config, tokens, mean, size)
 
-  def train() -> int:
+  def train() -> bench.Done:
     nonlocal state
     with tempfile.TemporaryDirectory() as cache:  # empty: the reference is computed each time
       scored = reference_cache.scored(
@@ -81,7 +89,7 @@ def jax_jobs() -> bench.Jobs:
       state, _ = update(state, context, next(batches))
     jax.block_until_ready(state)
     batches.set_state({**batches.get_state(), "epoch": 0, "batch": 0})
-    return len(examples)
+    return bench.Done(len(examples), flops)
 
   return {"dpo": train}
 
@@ -119,14 +127,14 @@ def torch_jobs() -> bench.Jobs:
   optimizer = torch.optim.AdamW(trained, lr=bench.LR, weight_decay=0.0)
   batches = list(trainer.get_train_dataloader())
 
-  def train() -> int:
+  def train() -> bench.Done:
     trainer.model.train()
     for i, batch in enumerate(batches, 1):
       (trainer.compute_loss(trainer.model, batch) / A_STEP).backward()
       if i % A_STEP == 0:
         optimizer.step()
         optimizer.zero_grad()
-    return len(fields)
+    return bench.Done(len(fields))
 
   return {"dpo": train}
 
@@ -142,6 +150,8 @@ def main() -> int:
   if not os.environ.get("POSTTRAIN_DATA"):
     print("POSTTRAIN_DATA is not set: DPO on real pairs is left out")
     return 0
+  machine = limits.measured()
+  print(machine.told(), flush=True)
   first, pairs = {}, []
   for _ in range(args.repeats):
     pair = {}
@@ -156,25 +166,30 @@ def main() -> int:
     pairs.append(pair)
   rate = {lib: [p[lib]["tokens"] / p[lib]["seconds"] for p in pairs] for lib in ("jax", "torch")}
   ratios = [ours / theirs for ours, theirs in zip(rate["jax"], rate["torch"])]
+  flops = pairs[0]["jax"]["flops"] / pairs[0]["jax"]["tokens"]
+  share = lambda lib: machine.of_products(flops * statistics.median(rate[lib]), 1)
   found = {
+    "machine": machine.to_json(),
+    "versions": bench.versions("jax", "torch", "peft", "trl"),
+    "gflops_a_pair": round(flops / 1e9, 1),
     "pairs_per_second": {lib: round(statistics.median(r), 3) for lib, r in rate.items()},
     "ratio": round(statistics.median(ratios), 2),
     "ratio_range": [round(min(ratios), 2), round(max(ratios), 2)],
     "first_seconds": round(first["seconds"], 1),
+    "share_of_products": {lib: share(lib) for lib in rate},
     "peak_gb": {lib: round(pairs[-1][lib]["peak"] / 1e9, 2) for lib in rate},
     "pairs": {lib: pairs[0][lib]["tokens"] for lib in rate},
     "repeats": args.repeats,
     "date": time.strftime("%Y-%m-%d"),
   }
-  bench.RESULTS.mkdir(exist_ok=True)
-  path = bench.RESULTS / "bench-dpo-cpu.json"
-  path.write_text(json.dumps(found, indent=2) + "\n")
   rates, peak = found["pairs_per_second"], found["peak_gb"]
+  parts = {lib: f"{part:.0%}" for lib, part in found["share_of_products"].items()}
   print(
     f"dpo: {rates['jax']} pairs/s here, {rates['torch']} in TRL: ratio {found['ratio']} (range"
-    f" {found['ratio_range'][0]} to {found['ratio_range'][1]}); peak memory {peak['jax']} and {peak['torch']} GB\n"
-    f"written: {path}"
+    f" {found['ratio_range'][0]} to {found['ratio_range'][1]}); {parts['jax']} and"
+    f" {parts['torch']} of the product rate; peak memory {peak['jax']} and {peak['torch']} GB"
   )
+  bench.write("bench-dpo", machine, found)
   return 0
 
 

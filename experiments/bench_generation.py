@@ -8,28 +8,27 @@ stored in bfloat16 and int8, there in float32 (--peers=float32,bfloat16).  A rat
 rounds, in each of which every contender does the job once.  Compilation is left out on our side, by a first run.
 
 `share of reading`: the bytes of weights a token (a step of all rows) has to read, by the seconds it took, as a part of
-what a sum over an array in memory reaches here.  `share of products`: likewise the multiplications, beside those of a
-product of two large matrices of that type.
+what this machine reads at all (`limits.py`).  `share of products`: likewise the multiplications, beside the rate of
+products of that type; not told of bfloat16 on a CPU that has no products of it.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import bench
+import limits
 import numpy as np
 
 NEW, PROMPT, SHORTEST, LONGEST, BATCH, MANY = 128, 40, 16, 256, 16, 64
 ROWS = {"equal 1": 1, "equal 16": 16, "equal 64": 64, "unequal": BATCH}
 BITS = {"auto": 32, "bfloat16": 16, "int8": 8}
-RESULTS = Path(__file__).parent / "results" / "bench-generation-cpu.json"
+PRODUCTS = {"auto": "float32", "bfloat16": "bfloat16", "int8": "int8"}
 Job = Callable[[], int]  # does the job once, and returns the tokens that were asked for
 
 
@@ -95,47 +94,14 @@ def theirs(dtype: str) -> dict[str, Job]:
   return {**jobs, "unequal": unequal, "short": short}
 
 
-def seconds(work: Callable[[], Any], times: int = 5) -> float:
-  """The least of some times."""
-  work()
-  spent = []
-  for _ in range(times):
-    began = time.monotonic()
-    work()
-    spent.append(time.monotonic() - began)
-  return min(spent)
-
-
-def limits() -> dict[str, float]:
-  """Bytes read a second, and multiply-adds a second of each storage, that this machine reaches at all."""
-  import jax
-  import jax.numpy as jnp
-
-  table = jnp.ones((1 << 15, 1 << 13), jnp.float32)  # 1 GiB
-  total = jax.jit(jnp.sum)
-  reached = {"bytes": table.nbytes / seconds(lambda: total(table).block_until_ready())}
-  kinds = {"auto": jnp.float32, "bfloat16": jnp.bfloat16, "int8": jnp.int8}
-  for storage, dtype in kinds.items():
-    n = 2048
-    left, right = jnp.ones((n, n), dtype), jnp.ones((n, n), dtype)
-    wide = jnp.int32 if dtype == jnp.int8 else jnp.float32
-    times = jax.jit(
-      lambda a, b, wide=wide: jax.lax.dot_general(
-        a, b, (((1,), (1,)), ((), ())), preferred_element_type=wide
-      )
-    )
-    reached[storage] = n**3 / seconds(lambda a=left, b=right, f=times: f(a, b).block_until_ready())
-  return reached
-
-
-def shares(name: str, storage: str, rate: float, reached: dict[str, float]) -> dict[str, float]:
+def shares(name: str, storage: str, rate: float, machine: limits.Limits) -> dict[str, float]:
   weights = 134_515_008  # each is used once a token, those of the embedding by the tied head
   steps = rate / ROWS[name]
-  halves = 1 if storage == "auto" else 2
-  return {
-    "share of reading": steps * weights * BITS[storage] / 8 / reached["bytes"],
-    "share of products": rate * weights * halves / reached[storage],
-  }
+  result = {"share of reading": machine.of_reading(steps * weights * BITS[storage] / 8, 1)}
+  if (kind := PRODUCTS[storage]) in machine.products:
+    halves = 1 if storage == "auto" else 2
+    result["share of products"] = machine.of_products(rate * 2 * weights * halves, 1, kind)
+  return result
 
 
 def main() -> None:
@@ -148,14 +114,16 @@ def main() -> None:
   mine = {storage: ours(storage) for storage in args.storages.split(",")}
   there = {f"transformers {dtype}": theirs(dtype) for dtype in args.peers.split(",")}
   everyone = {**mine, **there}
-  reached = limits()
+  reached = limits.measured()
+  print(reached.told(), flush=True)
   machine = {
-    "processor": _processor(),
-    "limits": reached,
-    **{name: importlib.metadata.version(name) for name in ("jax", "torch", "transformers")},
+    "machine": reached.to_json(),
+    "versions": bench.versions("jax", "torch", "transformers"),
+    "date": time.strftime("%Y-%m-%d"),
   }
+  path = bench.result("bench-generation", reached)
   # a job that is not run again keeps what is known of it
-  results: dict[str, Any] = json.loads(RESULTS.read_text())["results"] if RESULTS.exists() else {}
+  results: dict[str, Any] = json.loads(path.read_text())["results"] if path.exists() else {}
   for name in args.jobs.split(","):
     for jobs in mine.values():
       jobs[name]()
@@ -179,14 +147,7 @@ def main() -> None:
     }
     for who, found in results[name].items():
       print(name, who, {key: np.round(v, 2).tolist() for key, v in found.items()}, flush=True)
-    RESULTS.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
-
-
-def _processor() -> str:
-  for line in Path("/proc/cpuinfo").read_text().splitlines():
-    if line.startswith("model name"):
-      return line.split(":", 1)[1].strip()
-  return platform.processor()
+    bench.write("bench-generation", reached, {**machine, "results": results})
 
 
 if __name__ == "__main__":

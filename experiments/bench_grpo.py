@@ -6,15 +6,16 @@ SmolLM2-135M-Instruct, LoRA of rank 16 on every matrix, float32; 4 prompts of th
 of 64 tokens, since nothing may end them sooner; the reward is a count of letters.  Both take the same prompts, compute
 no reference, and write with the weights of the step before.  Two workers take steps in turn; the first step of each,
 with what is compiled there, is left out.
+
+Shares of what the machine reaches (`limits.py`): of products, writing has a forward over the prompts and the answers
+and updating a training step over both; of reading, writing has all weights in float32 once for each of 64 tokens.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
-import platform
 import statistics
 import tempfile
 import threading
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import bench
+import limits
 
 PROMPTS, ANSWERS, NEW, LR = 4, 8, 64, 1e-5
 
@@ -43,7 +45,7 @@ def jax_jobs(told: Path) -> bench.Jobs:
   """The pieces that `posttrain train` makes of a config, and its step."""
   import jax
 
-  from posttrain_jax import settings
+  from posttrain_jax import adapters, settings
   from posttrain_jax.build import online, run
 
   folder = Path(tempfile.mkdtemp())
@@ -61,16 +63,26 @@ def jax_jobs(told: Path) -> bench.Jobs:
   assert isinstance(pieces.batches, online.Online)
   vars(pieces.batches.writer)["_stops"] = ()  # no answer ends before its last token
   state = pieces.first_state()
+  model, rows_written = pieces.model.config, PROMPTS * ANSWERS
+  read = sum(map(len, pieces.data.examples))  # a prompt is read once for all its answers
+  length = read / PROMPTS + NEW
+  forward = limits.forward(model, read + rows_written * NEW, length)
+  size = adapters.count(pieces.trees.adapter)
+  needed = {
+    "writing_flops": forward,
+    "updating_flops": limits.training(model, rows_written * length, length, size),
+    "bytes": NEW * 4 * limits.weights(model),
+  }
 
-  def step() -> int:
+  def step() -> bench.Done:
     nonlocal state
     began = time.perf_counter()
     batch = pieces.batches.batch(state)
     written = time.perf_counter() - began
     state, _ = pieces.step(state, state.context(pieces.trees.context), batch)
     jax.block_until_ready(state)
-    told.write_text(json.dumps({"writing": written, "all": time.perf_counter() - began}))
-    return PROMPTS * ANSWERS * NEW
+    told.write_text(json.dumps({"writing": written, "all": time.perf_counter() - began, **needed}))
+    return bench.Done(PROMPTS * ANSWERS * NEW)
 
   return {"grpo": step}
 
@@ -141,17 +153,17 @@ def torch_jobs(told: Path) -> bench.Jobs:
   trainer.add_callback(Waits())
   threading.Thread(target=trainer.train, daemon=True).start()
 
-  def step() -> int:
+  def step() -> bench.Done:
     began = time.perf_counter()
     go.release()
     done.acquire()
     told.write_text(json.dumps({"writing": written, "all": time.perf_counter() - began}))
-    return PROMPTS * ANSWERS * NEW
+    return bench.Done(PROMPTS * ANSWERS * NEW)
 
   return {"grpo": step}
 
 
-def compare(repeats: int) -> dict[str, Any]:
+def compare(repeats: int, machine: limits.Limits) -> dict[str, Any]:
   """{library: seconds of a step and of its parts}, medians over steps that were taken in turn, and the ratios."""
   folder = Path(tempfile.mkdtemp())
   told = {library: folder / f"{library}.json" for library in ("jax", "torch")}
@@ -173,7 +185,14 @@ def compare(repeats: int) -> dict[str, Any]:
   median = lambda library, part: round(statistics.median(s[library][part] for s in steps), 2)
   parts = ("all", "writing", "updating")
   ratios = {part: [s["torch"][part] / s["jax"][part] for s in steps] for part in parts}
+  needed = steps[0]["jax"]
+  shares = lambda lib: {
+    "writing, of products": machine.of_products(needed["writing_flops"], median(lib, "writing")),
+    "writing, of reading": machine.of_reading(needed["bytes"], median(lib, "writing")),
+    "updating, of products": machine.of_products(needed["updating_flops"], median(lib, "updating")),
+  }
   return {
+    "shares": {lib: shares(lib) for lib in workers},
     "seconds": {lib: {part: median(lib, part) for part in parts} for lib in workers},
     "ratio": {part: round(statistics.median(ratios[part]), 2) for part in parts},
     "ratio_range": [round(min(ratios["all"]), 2), round(max(ratios["all"]), 2)],
@@ -191,16 +210,16 @@ def main() -> None:
   if args.worker:
     bench.work({"jax": jax_jobs, "torch": torch_jobs}[args.worker](args.told))
     os._exit(0)  # TRL's loop waits for a step that nobody asks for
+  machine = limits.measured()
+  print(machine.told(), flush=True)
   record = {
-    "hardware": f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}",
+    "machine": machine.to_json(),
     "load": os.getloadavg()[0],
-    "versions": {p: importlib.metadata.version(p) for p in ("jax", "torch", "peft", "trl")},
-    "grpo": compare(args.repeats),
+    "versions": bench.versions("jax", "torch", "peft", "trl"),
+    "grpo": compare(args.repeats, machine),
   }
-  path = bench.RESULTS / "bench-grpo-cpu.json"
-  path.write_text(json.dumps(record, indent=2) + "\n")
   print(json.dumps(record["grpo"], indent=2))
-  print(f"written: {path}")
+  bench.write("bench-grpo", machine, record)
 
 
 if __name__ == "__main__":

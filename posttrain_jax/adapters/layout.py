@@ -73,7 +73,8 @@ def place(path: str, leaf: Any, *, mesh: Mesh | None = None, on_host: bool = Fal
 
 def _put(x: Any, where: jax.sharding.Sharding) -> jax.Array:
   if isinstance(where, SingleDeviceSharding):
-    return jnp.asarray(x)  # what is there already is not copied
+    # what is there already is not copied, nor on a CPU what `files.room` made
+    return jax.device_put(x)
   host = np.asarray(x)
   return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
 

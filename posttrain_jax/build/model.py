@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,6 @@ def load(
   """
   folder = fetch.resolve(config.model.name)
   products = products or decisions.products(config)
-  trained = decisions.is_full(config)
   on_host = config.optimizer.offload == "params"
   place = functools.partial(layout.place, mesh=mesh, on_host=on_host)
   adapter_config = adapter.described(config)
@@ -68,18 +68,16 @@ def load(
   if starting is not None:
     key = jax.random.key(config.seed)
     started = start.plan(key, starting, hf.read_config(folder), config.model.base)
-  # what the optimizer updates is float32; a frozen base is stored as it is multiplied
-  params, model_config = hf.load(
-    folder,
-    dtype=jnp.float32 if trained else products,
-    storage=config.model.base if started is None else "dense",
-    place=place if started is None else started.begin(place),
-  )
+  speech = use.tokenizer_folder(folder, earlier_lib.home(config))
+  with futures.ThreadPoolExecutor(
+    1
+  ) as beside:  # reading a tokenizer is importing transformers: a second
+    reading = beside.submit(chat.load_tokenizer, speech)
+    params, model_config = _read(config, folder, products, place, started)
+    tokenizer = reading.result()
   if decisions.has_score(config):
     params, model_config = _with_score(config, params, model_config, mesh)
   earlier = earlier_lib.read(config, params, model_config, mesh)
-  speech = use.tokenizer_folder(folder, earlier_lib.home(config))
-  tokenizer = chat.load_tokenizer(speech)
   template = use.of(tokenizer, config.model.template)
   levels = () if earlier is None else earlier.under
   lengths = [adapter_config.context_length] if adapter_config is not None else []
@@ -97,6 +95,17 @@ def load(
     params,
     speech,
     products,
+  )
+
+
+def _read(config, folder, products, place, started):
+  """(params, config) of the base, as the run stores it."""
+  # what the optimizer updates is float32; a frozen base is stored as it is multiplied
+  return hf.load(
+    folder,
+    dtype=jnp.float32 if decisions.is_full(config) else products,
+    storage=config.model.base if started is None else "dense",
+    place=place if started is None else started.begin(place),
   )
 
 

@@ -30,7 +30,7 @@ from posttrain_jax.build.model import Model
 from posttrain_jax.build.prompts import Prompt
 from posttrain_jax.build.updates import Updates
 from posttrain_jax.build.writer import Writer
-from posttrain_jax.core import progress
+from posttrain_jax.core import progress, words
 from posttrain_jax.objectives import Scorer
 from posttrain_jax.rewards import alarm, section, selftest
 from posttrain_jax.rewards import reward as reward_lib
@@ -374,10 +374,10 @@ class Online:
 
   def _say_dead(self, kept: Sequence[Group], dead: Sequence[Group], rounds: int) -> None:
     rate = groups_lib.pass_rate([*kept, *dead], self.outcome)
+    asked = f"{len(kept) + len(dead)} groups of {words.count(rounds, 'round')}"
     self.say(
-      f"batch {self._batches}: only {len(kept)} of {len(kept) + len(dead)} groups of {rounds} rounds have answers that"
-      f" differ (mean outcome {rate:.2f}); it is filled up with groups that agree. Too hard, too easy, or a"
-      " verifier that says the same of all"
+      f"batch {self._batches}: only {len(kept)} of {asked} have answers that differ (mean outcome {rate:.2f}); it is"
+      " filled up with groups that agree. Too hard, too easy, or a verifier that says the same of all"
     )
 
   def _scores_told(self, results: Sequence[Result]) -> dict[str, float]:
@@ -386,7 +386,9 @@ class Online:
     for one in results:
       for (part, why), times in one.missing.items():
         reason = reward_lib.counted(why, one.why[part, why])
-        self.say(f"batch {self._batches}: {part} was missing {times} times: {reason}")
+        self.say(
+          f"batch {self._batches}: {part} was missing {words.count(times, 'time')}: {reason}"
+        )
     told = result.metrics
     for other in others:
       told |= {f"holdout/{name}": value for name, value in other.metrics.items()}

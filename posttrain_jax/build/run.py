@@ -50,6 +50,7 @@ from posttrain_jax.build.model import Model
 from posttrain_jax.core import distributed, files, memory, metrics, tree
 from posttrain_jax.core import progress as progress_lib
 from posttrain_jax.core.checkpoint import Checkpoints
+from posttrain_jax.core.started import Started
 from posttrain_jax.data import encoded, loader
 from posttrain_jax.evals import report, tasks
 from posttrain_jax.models import decoder, hf
@@ -73,6 +74,7 @@ def train(
   *,
   dry_run: bool = False,
   given: Sequence[str] = (),
+  started: Started | None = None,
 ) -> int:
   """Trains as config says into the run folder; the same call again continues it.  Returns the exit code.
 
@@ -80,12 +82,14 @@ def train(
 
   Args:
     given: fields that were written by hand: one that nothing reads is a mistake.
+    started: what the start took so far; default: it begins here.
 
   Raises:
     ConfigError, RowError, ValueError, OSError: what the user can mend, in words.
     loop.Diverged: the gradients stayed not finite.
   """
   say: Say = _print if distributed.is_main() else lambda _: None
+  started = started or Started()
   fields.check(settings.plain(config), given)
   config, notes = earlier_adapter.settled(config, given)
   checks.check(config)
@@ -103,7 +107,7 @@ def train(
   ambient = contextlib.nullcontext() if devices is None else jax.set_mesh(devices)
   products, why = _products(config, None if dry_run else Path(folder))
   with ambient, signals.exiting():
-    pieces = build(config, devices, sys.stdout, products)
+    pieces = build(config, devices, sys.stdout, products, started)
     config = pieces.config
     if not dry_run and _is_complete(Path(folder), config, say):
       return 0
@@ -118,7 +122,9 @@ def train(
     if told := run_length.told(Path(folder), config):
       say(told)
     with run_folder.claimed(Path(folder), config, **pieces.identity()):
-      return _Training(pieces.with_reference(say), Path(folder), say).to_the_end()
+      pieces = pieces.with_reference(say)
+      started.ends("reference" if pieces.objective.needs_reference else "adapter")
+      return _Training(pieces, Path(folder), say, started).to_the_end()
 
 
 def _products(
@@ -215,17 +221,22 @@ def build(
   devices: jax.sharding.Mesh | None,
   stream: TextIO | None = None,
   products: Any = None,
+  started: Started | None = None,
 ) -> Pieces:
   """The pieces of a run; an optimizer that these parameters do not suit says so here.
 
   Args:
     stream: where it is said what is read; default stderr.
     products: their dtype; None: as the config says.
+    started: what is told how long each took.
   """
+  started = started or Started()
   with _phase(f"reading {config.model.name}", stream):
     base = model.load(config, devices, products)
+  started.ends("model")
   with _phase("reading the data", stream):
     rows = prompts.read(config, base) if online.is_online(config) else data.read(config, base)
+  started.ends("data")
   written = online.Online(config, base, rows, _print) if online.is_online(config) else None
   batches = data.stream(config, rows, devices) if written is None else written
   config = run_length.of_data(config, batches)
@@ -236,6 +247,7 @@ def build(
   other = reference.in_step(config, base, devices) if loss.needs_reference else None
   with _phase("making what trains", stream), settings.section("adapter"):
     trees = adapter.make(config, base, other, devices)
+  started.ends("adapter")
   if written is not None:
     written.bind(trees, loss)
   with settings.section("optimizer"):
@@ -268,7 +280,7 @@ def jitted_step(
     loss,
     updates,
     shapes,
-    accumulate=config.batch.accumulate,
+    accumulate=decisions.micro_batches(config, state_lib.devices(shapes)),
     seed=config.seed,
     hooks=adapters.hooks(adapter_config, config.steps),
   )
@@ -342,6 +354,7 @@ class _Training:
   pieces: Pieces
   folder: Path
   say: Say
+  started: Started
 
   def to_the_end(self) -> int:
     """The exit code."""
@@ -364,8 +377,10 @@ class _Training:
         self_checks.fresh_adapter(self.pieces, self.say)
         if isinstance(self.pieces.batches, online.Online):
           self.pieces.batches.check(state)
-      if config.eval.before:
+      self.started.ends("checks")
+      if config.eval.before and self.pieces.task is not None:
         self._evaluate_task("before", state)
+        self.started.ends("answering before")
     state, progress, complete = loop.loop(self._run(), state, progress, checkpoints)
     if not complete:
       checkpoints.close()
@@ -415,7 +430,7 @@ class _Training:
       context=pieces.trees.context,
       batches=pieces.batches,
       eval_batches=pieces.eval_batches,
-      learning_rate=pieces.schedule,
+      learning_rate=jax.jit(pieces.schedule),  # in one program, not one for each of its operations
       export=self._export_best,
       best=best.of(config),
       trackers=functools.partial(trackers.of_run, self.folder, settings.plain(config)),
@@ -426,6 +441,7 @@ class _Training:
       save_every=config.checkpoint.every,
       log_every=config.log_every,
       max_skipped=config.max_skipped,
+      started=self.started,
     )
 
   def _export_best(self, state: State, name: str) -> None:
@@ -583,6 +599,7 @@ class _Training:
     done = {
       "steps": progress.step,
       "seconds": round(progress.seconds, 1),
+      "started": self.started.seconds(),
       "tokens": progress.tokens,
       **best.reached(chosen, progress, self.pieces.config.steps),
       **({record.HISTORY: history} if (history := record.read(self.folder).history) else {}),

@@ -285,12 +285,16 @@ def _check_out(out: Path, identity: Mapping[str, Any]) -> None:
 def _drawn(
   journal: Journal, writer: Writer, prompts: Sequence[Sequence[int]], plan: Plan
 ) -> list[list[Drawn]]:
-  every: dict[tuple[int, int], Drawn] = {}
-  for line in journal.lines:
-    if "ids" in line:
-      number, sample = line["answer"]
-      text = writer.text(line["ids"])
-      every[number, sample] = Drawn(number, sample, line["ids"], text, line["finished"])
+  def read(line: Mapping[str, Any]) -> Drawn | None:
+    if "scored" in line:
+      return None
+    number, sample = line["answer"]
+    if not (0 <= number < len(prompts) and 0 <= sample < plan.samples):
+      raise ValueError(f"there is no answer {sample} to a prompt {number}")
+    return Drawn(number, sample, line["ids"], writer.text(line["ids"]), line["finished"])
+
+  there = [one for one in journal.each(read) if one is not None]
+  every = {(one.number, one.sample): one for one in there}
   total = len(prompts) * plan.samples
   if every:
     log.info("%d of %d answers are there already", len(every), total)
@@ -318,7 +322,15 @@ def _scored(
   drawn: Sequence[Sequence[Drawn]],
   plan: Plan,
 ) -> list[list[Sample]]:
-  every = {line["scored"]: line["scores"] for line in journal.lines if "scored" in line}
+  def read(line: Mapping[str, Any]) -> tuple[int, list[Scored]] | None:
+    if "scored" not in line:
+      return None
+    scores = [Scored.from_json(one) for one in line["scores"]]
+    if len(scores) != plan.samples:
+      raise ValueError(f"{len(scores)} scores of {plan.samples} answers")
+    return line["scored"], scores
+
+  every = dict(pair for pair in journal.each(read) if pair is not None)
   left = [i for i in range(len(drawn)) if i not in every]
   with progress.counter("scoring") as count:
     for start in range(0, len(left), GROUPS):
@@ -327,11 +339,11 @@ def _scored(
       given = samples.score(reward, asked, flat, example)
       for place, i in enumerate(some):
         group = given[place * plan.samples : (place + 1) * plan.samples]
-        every[i] = [sample.scored.as_json() for sample in group]
-        journal.write({"scored": i, "scores": every[i]})
+        every[i] = [sample.scored for sample in group]
+        journal.write({"scored": i, "scores": [one.as_json() for one in every[i]]})
       count(len(every), len(drawn))
   return [
-    [Sample(one, Scored.from_json(given)) for one, given in zip(group, every[i], strict=True)]
+    [Sample(one, given) for one, given in zip(group, every[i], strict=True)]
     for i, group in enumerate(drawn)
   ]
 

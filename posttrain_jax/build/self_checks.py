@@ -13,7 +13,7 @@ import numpy as np
 from posttrain_jax.data import encoded, templates
 from posttrain_jax.data.templates import Template
 from posttrain_jax.models import decoder
-from posttrain_jax.objectives import policy
+from posttrain_jax.objectives import Context, policy
 
 if TYPE_CHECKING:
   from posttrain_jax.build.run import Pieces
@@ -30,15 +30,21 @@ def fresh_adapter(pieces: Pieces, say: Callable[[str], None]) -> None:
   if trees.adapter_config is None or base.started is not None:
     return
   tokens = jnp.asarray(np.arange(16, dtype=np.int32)[None] % base.config.vocab_size)
-  logits = jax.jit(lambda params: decoder.forward(params, tokens, base.config, dtype=base.dtype))
+  logits = lambda params: decoder.forward(params, tokens, base.config, dtype=base.dtype)
+
+  @jax.jit  # in one program: apart, with what compares them, they are ten
+  def compared(trainable: Any, context: Context) -> tuple[Any, Any]:
+    bound, plain = logits(policy(trainable, context)), logits(context.base)
+    change = jnp.max(jnp.abs(bound - plain)) / jnp.max(jnp.abs(plain))
+    return jnp.isfinite(plain).all(), change
+
   context = dataclasses.replace(trees.context, fixed=trees.carried)
-  bound, plain = logits(policy(trees.trainable, context)), logits(trees.context.base)
-  if not bool(jnp.isfinite(plain).all()):
+  is_finite, change = map(float, compared(trees.trainable, context))
+  if not is_finite:
     raise ValueError(
       f"{base.folder}: the base gives logits that are not finite; its weights hold NaN or are too large for"
       f" {jnp.dtype(base.dtype).name}, and nothing can be trained on it"
     )
-  change = float(jnp.max(jnp.abs(bound - plain)) / jnp.max(jnp.abs(plain)))
   method = trees.adapter_config.method
   if base.earlier is not None and base.earlier.goes_on is not None:
     say(f"the {method} that goes on changes the base's logits by {change:.2g} of their size")

@@ -165,11 +165,22 @@ def columns(args: argparse.Namespace) -> dict[str, Any]:
   return {name: [*of] if isinstance(of, tuple) else of for name, of in named.items()}
 
 
+ROOM = 2 * 1024**3  # bytes of compiled programs; a run of SmolLM2 leaves about 10 MB
+
+
 def cache_compilations() -> None:
-  """Compiled programs are kept in the user's cache, so that the second start of a run is quick."""
+  """Compiled programs are kept in the user's cache, so that the second start of a run compiles nothing.
+
+  Small ones too: a hundred of them are seconds.  The environment has the last word, in JAX's own variables.
+  """
   import jax
 
+  from posttrain_jax.core import files
   from posttrain_jax.models import fetch
 
+  if os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS") is None:
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
   if os.environ.get("JAX_COMPILATION_CACHE_DIR") is None:
-    jax.config.update("jax_compilation_cache_dir", str(fetch.cache() / "compiled"))
+    folder = fetch.cache() / "compiled"
+    files.prune(folder, ROOM)
+    jax.config.update("jax_compilation_cache_dir", str(folder))

@@ -8,8 +8,12 @@ import os
 import sys
 from collections.abc import Generator, Sequence
 
+import ml_collections
+
+from posttrain_jax import settings
 from posttrain_jax.commands import common
 from posttrain_jax.core import progress
+from posttrain_jax.core.started import Started
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -21,11 +25,17 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
+  started = Started()
+  # what is misspelt is said before what takes seconds to import
+  if not args.workdir and not args.dry_run:
+    raise settings.ConfigError("--workdir=DIR is needed: the folder that becomes the run")
+  config = settings.load(args.config, overrides)
+  settings.fields.check(settings.plain(config), settings.given(overrides))
   with _said("starting"):
     from posttrain_jax.train import signals
 
   with signals.exiting():  # from here on: several processes wait for each other to join
-    return _run(args, overrides)
+    return _run(args, config, settings.given(overrides), started)
 
 
 @contextlib.contextmanager
@@ -37,19 +47,18 @@ def _said(doing: str) -> Generator[None]:
     yield
 
 
-def _run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
+def _run(
+  args: argparse.Namespace,
+  config: ml_collections.ConfigDict,
+  given: Sequence[str],
+  started: Started,
+) -> int:
   from posttrain_jax.core import distributed
 
   distributed.initialize()
   common.cache_compilations()
-  from posttrain_jax import settings
-
   with _said("loading the trainer"):
     from posttrain_jax.build import run as runs
 
-  if not args.workdir and not args.dry_run:
-    raise settings.ConfigError("--workdir=DIR is needed: the folder that becomes the run")
-  config = settings.load(args.config, overrides)
-  return runs.train(
-    config, args.workdir or "", dry_run=args.dry_run, given=settings.given(overrides)
-  )
+  started.ends("imports")
+  return runs.train(config, args.workdir or "", dry_run=args.dry_run, given=given, started=started)

@@ -279,6 +279,29 @@ def worst(array: np.ndarray) -> str:
   return f"{said} of {wide.size:,} numbers"
 
 
+def prune(folder: Path, most: int) -> None:
+  """Deletes the files of a cache that were used longest ago, until the rest has at most so many bytes.
+
+  Several processes may do so at once; a folder that is not there, or not ours to change, stays as it is.
+  """
+  with contextlib.suppress(OSError):
+    known = [(entry.path, entry.stat()) for entry in os.scandir(folder) if entry.is_file()]
+    total = sum(stat.st_size for _, stat in known)
+    for path, stat in sorted(known, key=lambda one: max(one[1].st_atime, one[1].st_mtime)):
+      if total <= most:
+        return
+      Path(path).unlink(missing_ok=True)
+      total -= stat.st_size
+
+
+def room(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+  """An array to be filled, aligned so that jax.device_put on a CPU need not copy it."""
+  wanted = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+  held = np.empty(wanted + ALIGNMENT, np.uint8)
+  first = -held.ctypes.data % ALIGNMENT
+  return held[first : first + wanted].view(dtype).reshape(shape)
+
+
 def read_array(path: str | Path, start: int, shape: tuple[int, ...], dtype: str) -> np.ndarray:
   """The array whose bytes begin at `start`, in memory of its own.
 
@@ -287,16 +310,14 @@ def read_array(path: str | Path, start: int, shape: tuple[int, ...], dtype: str)
   Raises:
     ValueError: the file ends before.
   """
-  wanted = int(np.prod(shape, dtype=np.int64)) * numpy_dtype(dtype).itemsize
-  room = np.empty(wanted + ALIGNMENT, np.uint8)
-  first = -room.ctypes.data % ALIGNMENT
-  held = room[first : first + wanted]
+  array = room(shape, numpy_dtype(dtype))
+  held, wanted = array.reshape(-1).view(np.uint8), array.nbytes
   with Path(path).open("rb") as f:
     f.seek(start)
     count = f.readinto(held.data)
   if count != wanted:
     raise ValueError(f"{path} ends after {start + count} bytes of {start + wanted}: fetch it again")
-  return held.view(numpy_dtype(dtype)).reshape(shape)
+  return array
 
 
 def numpy_dtype(name: str) -> np.dtype:

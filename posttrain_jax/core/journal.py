@@ -5,11 +5,12 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 CURE = "remove the file, and what it holds is done again"
 
 
@@ -40,6 +41,20 @@ class Journal:
     if not isinstance(value, dict):
       raise ValueError(f"{self.path}:{number} is no object of JSON: {CURE}")
     return value
+
+  def each(self, read: Callable[[Any], T]) -> Iterator[T]:
+    """What `read` makes of each line.
+
+    Raises:
+      ValueError: a line lacks what it reads, or holds something else.
+    """
+    for number, line in enumerate(self.lines, 2):
+      try:
+        value = read(line)
+      except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        what = f"has no {error}" if isinstance(error, KeyError) else f"cannot be read ({error})"
+        raise ValueError(f"{self.path}:{number} {what}: {CURE}") from error
+      yield value
 
   def begin(self, header: Mapping[str, Any]) -> Journal:
     """Ready to be written to, by this process alone, a new file with this header.

@@ -1,4 +1,4 @@
-"""What a sentence shows of a value that came from outside: cut short, whatever it is."""
+"""What a sentence shows of a value that came from outside, cut short, and of a number of things."""
 
 from __future__ import annotations
 
@@ -21,3 +21,12 @@ def shown(value: Any, length: int = 100) -> str:
   except ValueError:  # a number of more digits than Python writes
     text = "a number of thousands of digits"
   return text if len(text) <= length else text[: length - 3] + "..."
+
+
+def count(number: int, what: str) -> str:
+  """So many of what is counted.
+
+  >>> count(0, "score"), count(1, "score"), count(2, "score")
+  ('0 scores', '1 score', '2 scores')
+  """
+  return f"{number} {what}{'' if number == 1 else 's'}"

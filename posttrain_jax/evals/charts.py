@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 import markupsafe
 import numpy as np
-from matplotlib import ticker
 
 from posttrain_jax.evals import figures
 
@@ -100,9 +99,7 @@ def axis(values: Sequence[float] | np.ndarray, *, integer: bool = False) -> Axis
     low = 0.0
   if low == high:
     low, high = low - (abs(low) or 1) * 0.1, high + (abs(high) or 1) * 0.1
-  ticks = np.asarray(
-    ticker.MaxNLocator(5, steps=[1, 2, 2.5, 5, 10], integer=integer).tick_values(low, high)
-  )
+  ticks = _ticks(low, high, integer)
   return Axis(min(low, _below(ticks, low)), max(high, _above(ticks, high)), False, ticks.tolist())
 
 
@@ -153,12 +150,19 @@ def draw(lines: Sequence[Line], *, title: str, across: str = "step") -> markupsa
   return _svg(parts, what)
 
 
+def _ticks(low: float, high: float, integer: bool) -> np.ndarray:
+  from matplotlib import ticker  # a third of a second, which no start of a run should wait for
+
+  locator = ticker.MaxNLocator(5, steps=[1, 2, 2.5, 5, 10], integer=integer)
+  return np.asarray(locator.tick_values(low, high))
+
+
 def _steps_axis(steps: np.ndarray) -> Axis:
   """Over the steps from first to last, with no room beside them."""
   low, high = float(steps.min()), float(steps.max())
   if low == high:
     return Axis(low - 1, high + 1, False, [low])
-  ticks = ticker.MaxNLocator(5, steps=[1, 2, 2.5, 5, 10], integer=True).tick_values(low, high)
+  ticks = _ticks(low, high, True)
   return Axis(low, high, False, [t for t in ticks if low <= t <= high])
 
 

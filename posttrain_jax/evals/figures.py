@@ -6,11 +6,12 @@ import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib as mpl
 import numpy as np
-from matplotlib.figure import Figure
+
+if TYPE_CHECKING:  # a third of a second, and most commands draw nothing, or at their end
+  from matplotlib.figure import Figure
 
 STYLE: dict[Any, Any] = {
   "font.family": "sans-serif",
@@ -31,6 +32,8 @@ BLUE, ORANGE = "#1f5a96", "#d1661a"
 
 
 def style() -> contextlib.AbstractContextManager:
+  import matplotlib as mpl
+
   return mpl.rc_context(STYLE)
 
 
@@ -74,6 +77,8 @@ def sweep(points: Sequence[Mapping[str, Any]], swept: Sequence[str], metric: str
     points: one dict a finished point: its swept fields and its metrics.
     swept: the fields that differ between points; one that goes with another (alpha with the rank) stands beside it.
   """
+  from matplotlib.figure import Figure
+
   followers = following(points, swept)
   free = [name for name in swept if name not in followers]
   across = _axis(points, free)

@@ -43,7 +43,8 @@ def _named(how: str, rewards: Array) -> Array:
     return over_mean(rewards)
   if how == "whitened":
     centred = group_relative(rewards, scale="none")
-    return whiten(centred, ~jnp.isnan(rewards))
+    # the mean that is taken off is 0 but for rounding: what agrees stays without an advantage
+    return jnp.where(centred == 0, 0.0, whiten(centred, ~jnp.isnan(rewards)))
   return group_relative(rewards, scale=how)
 
 

@@ -11,39 +11,41 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from posttrain_jax.core import sharding
+from posttrain_jax.core import sharding, struct
 
 Array = jax.Array
 NEGATIVE = -2.0e38  # finite, so that a row that may see nothing stays free of NaN
-QUERY_BLOCK = 256  # queries scored at once
-MOST_SPANS = 16  # parts of a causal row, each compiled for the keys that it sees
+# Rows of as many tokens and fewer are cut into SHORT queries at a time, whose later keys are left out; longer ones into
+# tiles of queries by keys, by the platform that a program is compiled for.  Smaller tiles stay in the cache of a CPU
+# core but are too little work for two (a row of 2,048, nine heads of 64, both ways: 185 ms with 64 x 64, 160).
+SHORT_ROW, SHORT = 512, 128
+TILES = {"cpu": (256, 256), "default": (512, 512)}
 
 EVERYONE = -1  # the segment of keys that every document of the row sees: a soft prompt
 
 
-def visible(
-  query_positions: Array,
-  key_positions: Array,
-  query_segments: Array,
-  key_segments: Array,
-  window: int | None = None,
-  prefixes: Array | None = None,
-) -> Array:
+@struct.dataclass
+class Places:
+  """Where tokens stand, [batch, time] each.  Segment 0 is padding: nothing sees it.  `EVERYONE` is seen by all."""
+
+  positions: Array  # counted within a document and what stands before it
+  segments: Array  # equal within a document
+  # of queries: one more segment that they see, 0 for none: documents that begin alike (the two answers of a pair) share
+  # that beginning, which is a segment of its own and is computed once
+  prefixes: Array | None = None
+
+
+def visible(queries: Places, keys: Places, window: Array | int | None = None) -> Array:
   """[batch, time, keys]: True where a query may look: same document, not later, not `window` or more before.
 
-  Segment 0 is padding: nothing sees it.  Segment `EVERYONE` is seen by all.  Positions: [batch, time] and
-  [batch, keys], counted within a document and what stands before it.
-
-  Args:
-    prefixes: [batch, time], one more segment that a query sees, 0 for none: documents that begin alike (the two answers
-      of a pair) share that beginning, which is a segment of its own and is computed once.
+  Padding sees nothing.
   """
-  distance = query_positions[:, :, None] - key_positions[:, None, :]
-  keys = key_segments[:, None, :]
-  same = (query_segments[:, :, None] == keys) | (keys == EVERYONE)
-  if prefixes is not None:
-    same |= prefixes[:, :, None] == keys
-  seen = same & (keys != 0) & (distance >= 0)
+  distance = queries.positions[:, :, None] - keys.positions[:, None, :]
+  which = keys.segments[:, None, :]
+  same = (queries.segments[:, :, None] == which) | (which == EVERYONE)
+  if queries.prefixes is not None:
+    same |= queries.prefixes[:, :, None] == which
+  seen = same & (which != 0) & (queries.segments != 0)[:, :, None] & (distance >= 0)
   return seen if window is None else seen & (distance < window)
 
 
@@ -51,44 +53,36 @@ def attend(
   q: Array,
   k: Array,
   v: Array,
-  mask: Array,
+  queries: Places,
+  keys: Places,
+  window: Array | int | None = None,
   *,
   scale: float,
   softcap: float | None = None,
-  causal: bool = False,
 ) -> Array:
-  """softmax(cap(scale q k^T) + mask) v, heads of queries sharing keys in groups.
+  """softmax(cap(scale q k^T)) v over the keys that are `visible`, heads of queries sharing keys in groups.
 
-  QUERY_BLOCK queries at a time, whose weights are computed again in the backward pass from each query's maximum and
-  sum: memory grows as time, not as time squared.  Dao et al. 2022 (FlashAttention), sections 3.1 and B.4, without the
-  tiles of keys.
+  A long row is computed in tiles of queries and keys, of which those are left out that nobody sees into: another
+  document, the other answer, what is later or behind the window.  So time follows the documents of a row and memory its
+  length.  The running maximum and sum of Dao et al. 2022 (FlashAttention), sections 3.1 and B.4; the backward pass
+  computes weights again from each query's log-sum.  A query that sees nothing gives 0.
 
   Args:
     q: [batch, time, heads, head_dim].
     k, v: [batch, keys, kv_heads, head_dim]; heads is a multiple of kv_heads.
-    mask: [batch, time, keys], True where a query may look; a query that sees nothing gets the mean of the v it is
-      compared with.
+    queries, keys: where they stand; the last keys are the queries, in their order, and none sees a later one.
+    window: how many positions back a query sees, its own among them; None for all.
     scale: multiplies the scores.
     softcap: cap * tanh(score / cap) (Gemma 2), None for none.
-    causal: the last `time` keys stand in the queries' order and the mask hides what comes after a query, so a block is
-      compared with the keys up to its end only: half the work of a long row.
 
   Returns:
     [batch, time, heads, head_dim] in q's dtype; scores and softmax in float32.
   """
   batch, time, heads, dim = q.shape
-  groups, keys = heads // k.shape[2], k.shape[1]
   # [batch, kv_heads, groups, time, dim]: plain batched products, twice as fast as the grouped einsum on XLA:CPU
-  q = (q * scale).reshape(batch, time, -1, groups, dim).transpose(0, 2, 3, 1, 4)
+  folded = (q * scale).reshape(batch, time, k.shape[2], -1, dim).transpose(0, 2, 3, 1, 4)
   k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-  size = QUERY_BLOCK * -(-time // (QUERY_BLOCK * MOST_SPANS)) if causal else time
-  out = []
-  for start in range(0, time, size):
-    end = min(start + size, time)
-    seen = keys - (time - end) if causal else keys
-    span = (q[..., start:end, :], k[..., :seen, :], v[..., :seen, :], mask[:, start:end, :seen])
-    out.append(_span(*span, softcap))
-  out = out[0] if len(out) == 1 else jnp.concatenate(out, axis=3)
+  out = _attend(folded, k, v, (queries, keys, window), softcap)
   return out.transpose(0, 3, 1, 2, 4).reshape(batch, time, heads, dim)
 
 
@@ -159,7 +153,9 @@ def attend_shifted(
   q: Array,
   k: Array,
   v: Array,
-  masks: tuple[Array, Array],
+  queries: Places,
+  keys: Places,
+  window: Array | int | None = None,
   *,
   group: int,
   scale: float,
@@ -172,33 +168,28 @@ def attend_shifted(
   see the last.
 
   Args:
-    q, k, v: as for `attend`, keys being the same tokens as queries.
-    masks: of `shifted_masks`.
+    q, k, v, window: as for `attend`, keys being the same tokens as queries.
+    queries, keys: the same places.
   """
+  del keys
   heads = q.shape[2]
   if k.shape[2] % 2:
     k, v = (jnp.repeat(x, heads // x.shape[2], axis=2) for x in (k, v))
   out = []
-  for late, mask in enumerate(masks):
+  for late in (False, True):
     halves = [jnp.split(x, [x.shape[2] // 2], axis=2) for x in (q, k, v)]
     grouped = [_groups(half[late], group, late) for half in halves]
-    attended = attend(*grouped, mask, scale=scale, softcap=softcap)
+    places = _grouped_places(queries, group, late)
+    attended = attend(*grouped, places, places, window, scale=scale, softcap=softcap)
     out.append(_ungrouped(attended, q.shape[:2], group, late))
   return jnp.concatenate(out, axis=2)
 
 
-def shifted_masks(
-  positions: Array, segments: Array, group: int, window: int | None = None
-) -> tuple[Array, Array]:
-  """What `attend_shifted` lets a query see, for either half of the heads: [batch * groups, group, group] each."""
-  half_masks = []
-  for late in (False, True):
-    places = jnp.arange(positions.shape[1]) + (group - group // 2 if late else 0)
-    number = _groups(jnp.broadcast_to(places // group, positions.shape), group, late)
-    where, which = (_groups(x, group, late) for x in (positions, segments))
-    mask = visible(where, where, which, which, window)
-    half_masks.append(mask & (number[:, :, None] == number[:, None, :]))
-  return half_masks[0], half_masks[1]
+def _grouped_places(places, group, late):
+  """[batch * groups, group]; what is in one row of them and in two groups of the authors' is in two segments."""
+  number = (jnp.arange(places.segments.shape[1]) + (group - group // 2 if late else 0)) // group
+  segments = jnp.where(places.segments == 0, 0, places.segments * (number[-1] + 1) + number)
+  return Places(_groups(places.positions, group, late), _groups(segments, group, late))
 
 
 def _groups(x, group, late):
@@ -214,65 +205,232 @@ def _ungrouped(x, lead, group, late):
   return (jnp.roll(x, group // 2, axis=1) if late else x)[:, :time]
 
 
-def _span(q, k, v, mask, softcap):
-  """Attention of any number of queries: [batch, kv_heads, groups, time, dim], a block after the other."""
-  time = q.shape[3]
-  if time <= QUERY_BLOCK:
-    return _block(q, k, v, mask, softcap)
-  padding = -time % QUERY_BLOCK
-  q = jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, padding), (0, 0)))
-  mask = jnp.pad(mask, ((0, 0), (0, padding), (0, 0)))
-  q = jnp.moveaxis(q.reshape(*q.shape[:3], -1, QUERY_BLOCK, q.shape[-1]), 3, 0)
-  mask = jnp.moveaxis(mask.reshape(mask.shape[0], -1, QUERY_BLOCK, mask.shape[-1]), 1, 0)
-  _, out = jax.lax.scan(
-    lambda _, one: (None, _block(one[0], k, v, one[1], softcap)), None, (q, mask)
-  )
-  out = jnp.moveaxis(out, 0, 3)
-  return out.reshape(*out.shape[:3], -1, out.shape[-1])[:, :, :, :time]
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _block(q, k, v, mask, softcap):
-  """[batch, kv_heads, groups, time, dim] of a block of queries; k, v: [batch, kv_heads, keys, dim]."""
-  return _block_forward(q, k, v, mask, softcap)[0]
+def _attend(q, k, v, where, softcap):
+  """[batch, kv_heads, groups, time, dim]; k, v: [batch, kv_heads, keys, dim]."""
+  return _attend_forward(q, k, v, where, softcap)[0]
 
 
-def _block_forward(q, k, v, mask, softcap):
-  scores = _scores(q, k, mask, softcap)
-  most = checkpoint_name(jnp.max(scores, axis=-1, keepdims=True), "maximum")
-  weights = jnp.exp(scores - most)
-  total = checkpoint_name(jnp.sum(weights, axis=-1, keepdims=True), "sum")
-  out = _products("bkqs,bksd->bkqd", _folded(weights.astype(v.dtype)), v).reshape(q.shape)
-  out = checkpoint_name((out / total).astype(v.dtype), "context")
-  return out, (q, k, v, mask, out, most, total)
+def _attend_forward(q, k, v, where, softcap):
+  out, normaliser = _by_length(q, _forward, softcap)(q, k, v, where)
+  out = checkpoint_name(out, "context")
+  return out, (q, k, v, where, out, checkpoint_name(normaliser, "normaliser"))
 
 
-def _block_backward(softcap, kept, gradient):
-  q, k, v, mask, out, most, total = kept
-  scores = _scores(q, k, mask, softcap)
-  weights = jnp.exp(scores - most) / total
-  folded = _folded(gradient)
+def _attend_backward(softcap, kept, gradient):
+  return *_by_length(kept[0], _backward, softcap)(*kept, gradient), None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _by_length(q, run, softcap):
+  if q.shape[3] <= SHORT_ROW:
+    return functools.partial(run, softcap, _Spans)
+  tiled = {
+    name: functools.partial(run, softcap, functools.partial(_Tiles, *size))
+    for name, size in TILES.items()
+  }
+  return functools.partial(jax.lax.platform_dependent, **tiled)
+
+
+def _forward(softcap, cut, q, k, v, where):
+  """(result, log of the sum of exp(score) of each query), `_attend`'s."""
+  parts = cut(q, k, where)
+
+  def block(i):
+    rows = parts.rows(q, i)
+
+    def read(so_far, j):
+      most, total, out = so_far
+      scores, _ = _scores(rows, parts.columns(k, j), parts.visible(i, j), softcap)
+      higher = jnp.maximum(most, jnp.max(scores, axis=-1, keepdims=True))
+      weights, kept = jnp.exp(scores - higher), jnp.exp(most - higher)
+      total = total * kept + jnp.sum(weights, axis=-1, keepdims=True)
+      values = _products("bkqs,bksd->bkqd", _folded(weights.astype(v.dtype)), parts.columns(v, j))
+      return higher, total, out * kept + values.reshape(out.shape)
+
+    zeros = jnp.zeros((*rows.shape[:4], 1))
+    most, total, out = parts.over_keys(i, read, (zeros + NEGATIVE, zeros, jnp.zeros(rows.shape)))
+    # what sees nothing gives 0, and its normaliser makes each weight 0 in the backward pass
+    nothing = most == NEGATIVE
+    out = jnp.where(nothing, 0.0, out / jnp.where(nothing, 1.0, total)).astype(v.dtype)
+    return out, jnp.where(nothing, -NEGATIVE, most + jnp.log(total))
+
+  return parts.over_queries(lambda so_far, i: (so_far, block(i)), None)[1]
+
+
+def _backward(softcap, cut, q, k, v, where, out, normaliser, gradient):
+  """(dq, dk, dv)."""
+  parts = cut(q, k, where)
   along = jnp.sum(out.astype(jnp.float32) * gradient, axis=-1, keepdims=True)
-  slope = weights * (_products("bkqd,bksd->bkqs", folded, v).reshape(scores.shape) - along)
-  if softcap is not None:  # d cap tanh(x / cap) / dx; a masked score is far outside the cap
-    slope *= 1.0 - jnp.square(jnp.clip(scores / softcap, -1.0, 1.0))
-  slope = jnp.where(mask[:, None, None], slope, 0.0)
-  slope, weights = _folded(slope.astype(q.dtype)), _folded(weights.astype(v.dtype))
-  dq = _products("bkqs,bksd->bkqd", slope, k).reshape(q.shape).astype(q.dtype)
-  dk = _products("bkqs,bkqd->bksd", slope, _folded(q)).astype(k.dtype)
-  dv = _products("bkqs,bkqd->bksd", weights, folded).astype(v.dtype)
-  return dq, dk, dv, None
+
+  def block(so_far, i):
+    rows, slopes, norm, mean = (parts.rows(x, i) for x in (q, gradient, normaliser, along))
+
+    def read(so_far, j):
+      dq, dk, dv = so_far
+      columns, values = parts.columns(k, j), parts.columns(v, j)
+      scores, chain = _scores(rows, columns, parts.visible(i, j), softcap)
+      weights = jnp.exp(scores - norm)
+      change = _products("bkqd,bksd->bkqs", _folded(slopes), values).reshape(scores.shape)
+      slope = _folded((weights * (change - mean) * chain).astype(q.dtype))
+      dq += _products("bkqs,bksd->bkqd", slope, columns).reshape(dq.shape)
+      dk = parts.add(dk, _products("bkqs,bkqd->bksd", slope, _folded(rows)), j)
+      weights = _folded(weights.astype(v.dtype))
+      return dq, dk, parts.add(dv, _products("bkqs,bkqd->bksd", weights, _folded(slopes)), j)
+
+    dq, *so_far = parts.over_keys(i, read, (jnp.zeros(rows.shape), *so_far))
+    return tuple(so_far), (dq,)
+
+  start = (jnp.zeros(k.shape), jnp.zeros(v.shape))
+  (dk, dv), (dq,) = parts.over_queries(block, start)
+  return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
 
 
-_block.defvjp(_block_forward, _block_backward)
-
-
-def _scores(q, k, mask, softcap):
-  """[batch, kv_heads, groups, time, keys] in float32, NEGATIVE where a query may not look."""
-  scores = _products("bkqd,bksd->bkqs", _folded(q), k).reshape(*q.shape[:4], -1)
+def _scores(rows, columns, seen, softcap):
+  """(scores of some queries and keys, NEGATIVE where a query may not look; d score / d (scale q k^T))."""
+  scores = _products("bkqd,bksd->bkqs", _folded(rows), columns)
+  scores = scores.reshape(*rows.shape[:4], -1)
+  chain = 1.0
   if softcap is not None:
-    scores = softcap * jnp.tanh(scores / softcap)
-  return jnp.where(mask[:, None, None], scores, NEGATIVE)
+    squashed = jnp.tanh(scores / softcap)
+    scores, chain = softcap * squashed, 1.0 - jnp.square(squashed)
+  return jnp.where(seen[:, None, None], scores, NEGATIVE), chain
+
+
+class _Spans:
+  """A short row: a few blocks of queries, each compared at once with all keys up to its end."""
+
+  def __init__(self, q, k, where):
+    self.where, self.later = where, k.shape[2] - q.shape[3]
+    size = _even(q.shape[3], SHORT)
+    self.blocks = [
+      slice(start, min(start + size, q.shape[3])) for start in range(0, q.shape[3], size)
+    ]
+
+  def rows(self, x, i):
+    return x[:, :, :, i]
+
+  def columns(self, x, j):
+    return x[:, :, j]
+
+  def add(self, x, part, j):
+    return x.at[:, :, j].add(part)
+
+  def visible(self, i, j):
+    queries, keys, window = self.where
+    part = lambda places, where: jax.tree.map(lambda x: x[:, where], places)
+    return visible(part(queries, i), part(keys, j), window)
+
+  def over_keys(self, i, read, start):
+    return read(start, slice(0, i.stop + self.later))
+
+  def over_queries(self, block, start):
+    results = []
+    for i in self.blocks:
+      start, result = block(start, i)
+      results.append(result)
+    return start, tuple(jnp.concatenate(each, axis=3) for each in zip(*results))
+
+
+class _Tiles:
+  """A long row: tiles of queries by keys, of which those are computed that `_seen` tells."""
+
+  def __init__(self, height, width, q, k, where):
+    queries, keys, self.window = where
+    self.time, self.keys = q.shape[3], k.shape[2]
+    self.height, self.width = _even(self.time, height), _even(self.keys, width)
+    self.queries = jax.tree.map(lambda x: _padded(x, 1, self.height), queries)
+    self.places = jax.tree.map(lambda x: _padded(x, 1, self.width), keys)
+    seen = _seen(self.queries, self.places, self.window, self.height, self.width)
+    # first those keys that some query of the block sees
+    self.order, self.count = jnp.argsort(~seen, axis=1, stable=True), jnp.sum(seen, axis=1)
+
+  def rows(self, x, i):
+    return _slice(_padded(x, 3, self.height), 3, i, self.height)
+
+  def columns(self, x, j):
+    return _slice(_padded(x, 2, self.width), 2, j, self.width)
+
+  def add(self, x, part, j):
+    return jax.lax.dynamic_update_slice_in_dim(x, self.columns(x, j) + part, j * self.width, 2)
+
+  def visible(self, i, j):
+    queries = jax.tree.map(lambda x: _slice(x, 1, i, self.height), self.queries)
+    keys = jax.tree.map(lambda x: _slice(x, 1, j, self.width), self.places)
+    return visible(queries, keys, self.window)
+
+  def over_keys(self, i, read, start):
+    return jax.lax.fori_loop(
+      0, self.count[i], lambda n, so_far: read(so_far, self.order[i, n]), start
+    )
+
+  def over_queries(self, block, start):
+    padded = jax.tree.map(lambda x: _padded(x, 2, self.width), start)
+    end, results = jax.lax.scan(block, padded, jnp.arange(len(self.count)))
+    joined = lambda x: jnp.moveaxis(x, 0, 3).reshape(*x.shape[1:4], -1, x.shape[-1])
+    return (
+      jax.tree.map(lambda x: x[:, :, : self.keys], end),
+      jax.tree.map(lambda x: joined(x)[:, :, :, : self.time], results),
+    )
+
+
+def _slice(x, axis, number, size):
+  return jax.lax.dynamic_slice_in_dim(x, number * size, size, axis)
+
+
+def _seen(queries, keys, window, height, width):
+  """[blocks of queries, blocks of keys]: False where no query of any row sees a key, as far as bounds tell."""
+  in_blocks = lambda places, size: jax.tree.map(lambda x: x.reshape(x.shape[0], -1, size), places)
+  queries, keys = in_blocks(queries, height), in_blocks(keys, width)
+  large = jnp.iinfo(jnp.int32).max
+  counts = keys.segments != 0
+  own = jnp.where(keys.segments > 0, keys.segments, large)  # of a document
+  first, last = jnp.min(own, axis=-1)[:, None], jnp.max(keys.segments, axis=-1)[:, None]
+  least, most = (
+    reduce(jnp.where(counts, keys.positions, other), axis=-1)[:, None]
+    for reduce, other in ((jnp.min, large), (jnp.max, -1))
+  )
+
+  def overlap(segments):
+    """Where some key may be of one of these segments, of a block of queries each."""
+    low = jnp.min(jnp.where(segments > 0, segments, large), axis=-1)[:, :, None]
+    high = jnp.max(segments, axis=-1)[:, :, None]
+    return (low <= last) & (first <= high), high
+
+  same, high = overlap(queries.segments)
+  # where one document alone may be in both blocks, some of its keys must not be later than all of its queries
+  only = lambda places, which, reduce, other: reduce(
+    jnp.where(places.segments == which[..., None], places.positions, other), axis=-1
+  )
+  latest = only(queries, high[..., 0], jnp.max, -1)[:, :, None]
+  earliest = only(keys, first[:, 0], jnp.min, large)[:, None]
+  same &= (first < high) | (earliest <= latest)
+  if queries.prefixes is not None:
+    same |= overlap(queries.prefixes)[0]
+  same |= jnp.any(keys.segments == EVERYONE, axis=-1)[:, None]
+  same &= jnp.any(queries.segments != 0, axis=-1)[:, :, None]
+  of_queries = lambda reduce, other: reduce(
+    jnp.where(queries.segments != 0, queries.positions, other), axis=-1
+  )[:, :, None]
+  same &= of_queries(jnp.max, -1) >= least
+  if window is not None:
+    same &= of_queries(jnp.min, large) - most < window
+  return jnp.any(same, axis=0)
+
+
+def _even(length, size):
+  """Of blocks that are as equal as eights allow, none above size."""
+  blocks = -(-length // size)
+  return -(-length // (8 * blocks)) * 8
+
+
+def _padded(x, axis, size):
+  """x with zeros behind it along the axis, to a multiple of size."""
+  widths = [(0, 0)] * x.ndim
+  widths[axis] = (0, -x.shape[axis] % size)
+  return jnp.pad(x, widths)
 
 
 def _folded(x):

@@ -7,6 +7,7 @@ embeddings [batch, slots, embed], or keys and values [..., batch, slots, kv_head
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from posttrain_jax.core.sharding import constrain
+from posttrain_jax.models.attention import Places
 
 Array = jax.Array
 Params = Any
@@ -32,10 +34,8 @@ def bound(params: Params) -> tuple[Any, Any]:
   return layer["self_attn"].get("prefix"), params.get("prompt", {}).get("embeddings")
 
 
-def put(
-  params: Params, x: Array, positions: Array, segments: Array
-) -> tuple[Array, tuple[Array, Array], tuple[Array, Array]]:
-  """(x, (positions, segments) of keys, the same of queries) with what is bound put before the tokens.
+def put(params: Params, x: Array, places: Places) -> tuple[Array, Places, Places]:
+  """(x, places of keys, places of queries) with what is bound put before the tokens.
 
   A soft prompt is part of x, as queries and as keys; a prefix is of the keys alone.
   """
@@ -44,21 +44,23 @@ def put(
     which = prompt.segments(x.shape[0])
     x = jnp.concatenate([prompt.read(x.shape[0]).astype(x.dtype), x], axis=1)
     x = constrain(x, "batch time embed")
-    positions, segments = _joined(which, positions, segments)
-  queries = positions, segments
+    places = _joined(which, places)
   if prefix is None:
-    return x, queries, queries
+    return x, places, places
   which = prefix.segments(x.shape[0])
-  keys = _joined(which, positions, segments)
-  return x, keys, (keys[0][:, which.shape[1] :], segments)
+  keys = _joined(which, places)
+  queries = dataclasses.replace(places, positions=keys.positions[:, which.shape[1] :])
+  return x, keys, queries
 
 
-def _joined(which, positions, segments):
-  """(positions, segments) of slots in front and of what stands behind them, which counts on."""
+def _joined(which: Array, places: Places) -> Places:
+  """The places of slots in front and of what stands behind them, which counts on."""
   used = jnp.sum(which != 0, axis=1, keepdims=True, dtype=jnp.int32)
-  return (
-    jnp.concatenate([counted(which), positions + used], axis=1),
-    jnp.concatenate([which, segments], axis=1),
+  prefixes = places.prefixes
+  return Places(
+    jnp.concatenate([counted(which), places.positions + used], axis=1),
+    jnp.concatenate([which, places.segments], axis=1),
+    None if prefixes is None else jnp.pad(prefixes, ((0, 0), (which.shape[1], 0))),
   )
 
 

@@ -34,6 +34,7 @@ from posttrain_jax.core.weight import (
   unadapted,
 )
 from posttrain_jax.models import attention, before, rotary
+from posttrain_jax.models.attention import Places
 from posttrain_jax.models.cache import Cache, empty_cache, written
 from posttrain_jax.models.config import SLIDING, ModelConfig
 from posttrain_jax.models.partition import RULES
@@ -172,22 +173,17 @@ def hidden(
     positions = jnp.broadcast_to(jnp.arange(time, dtype=jnp.int32), (batch, time))
   if segment_ids is None:
     segment_ids = jnp.ones((batch, time), jnp.int32)
-  x, keys, queries = before.put(params, x, positions, segment_ids)
+  places = Places(positions, segment_ids, prefix_ids)
+  x, keys, queries = before.put(params, x, places)
+  look = attention.attend
   if attention_group:
     if x.shape[1] > time or keys is not queries or prefix_ids is not None:
       raise ValueError(
         f"attention_group={attention_group}: shifted groups have no room for a soft prompt, a prefix or prefix_ids"
       )
-    mask = lambda window: attention.shifted_masks(*queries, attention_group, window)
     look = functools.partial(attention.attend_shifted, group=attention_group)
-  else:
-    if prefix_ids is not None:
-      prefix_ids = jnp.pad(prefix_ids, ((0, 0), (x.shape[1] - time, 0)))
-    mask = lambda window: attention.visible(
-      queries[0], keys[0], queries[1], keys[1], window, prefix_ids
-    )
-    look = functools.partial(attention.attend, causal=True)
-  shared = _by_kind(config, queries[0], mask)
+  look = _seeing(look, queries, keys)
+  shared = _by_kind(config, queries.positions, _reach(config, keys.positions.shape[1]))
 
   def layer(x, p, kind):
     return _layer(x, p, _pick(shared, kind), config, before.extend(p, batch), look)
@@ -203,10 +199,9 @@ def through(layers: Params, x: Array, config: ModelConfig) -> Array:
   """
   batch, time = x.shape[:2]
   positions = jnp.broadcast_to(jnp.arange(time, dtype=jnp.int32), (batch, time))
-  segments = jnp.ones((batch, time), jnp.int32)
-  mask = lambda window: attention.visible(positions, positions, segments, segments, window)
-  shared = _by_kind(config, positions, mask)
-  look = functools.partial(attention.attend, causal=True)
+  places = Places(positions, jnp.ones((batch, time), jnp.int32))
+  look = _seeing(attention.attend, places, places)
+  shared = _by_kind(config, positions, _reach(config, time))
 
   def layer(x, p, kind):
     return _layer(x, p, _pick(shared, kind), config, before.extend(p, batch), look)
@@ -256,8 +251,7 @@ def _read(params, x, counts, config, cache):
   positions = cache.lengths[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)
   lengths = cache.lengths + counts
   end = jnp.max(jnp.where(counts > 0, lengths, 0))
-  span = lambda window: None if SLIDING not in config.kinds else jnp.int32(window or cache.slots)
-  shared = _by_kind(config, positions, span)
+  shared = _by_kind(config, positions, _reach(config, cache.slots))
 
   def layer(carry, p, kind, index):
     x, keys, values = carry
@@ -353,7 +347,7 @@ def unstack(params: Params, config: ModelConfig) -> Params:
 # What `names` keeps of a layer for the backward pass: products whose recomputation is dear, not norms and activations.
 # On two CPU cores a LoRA step took 12.1 CPU-seconds with it and 13.4 with `dots`; accelerators are not measured.
 KEPT = (
-  *("query", "key", "value", "maximum", "sum", "context", "middle", "gate", "up"),
+  *("query", "key", "value", "normaliser", "context", "middle", "gate", "up"),
   *("direction", "column_norm"),
 )
 
@@ -399,16 +393,22 @@ def _inputs(params, tokens, embeddings, config, dtype):
   return constrain(embeddings, "batch time embed")
 
 
-def _by_kind(config, positions, mask):
-  """(mask, cos, sin) for full layers and, where the model has such, for sliding ones: a list of one or two.
+def _reach(config, length):
+  """window -> how far back a query of that kind of layer sees; None where all layers see everything."""
+  return lambda window: None if SLIDING not in config.kinds else jnp.int32(window or length)
 
-  mask: window -> what queries may see.
-  """
+
+def _seeing(attend, queries, keys):
+  return lambda q, k, v, window, **how: attend(q, k, v, queries, keys, window, **how)
+
+
+def _by_kind(config, positions, reach):
+  """(reach, cos, sin) for full layers and, where the model has such, for sliding ones: a list of one or two."""
   kinds = [(None, config.rope)]
   if SLIDING in config.kinds:
     kinds.append((config.window, config.local_rope or config.rope))
   return [
-    (mask(window), *rotary.angles(positions, rope, config.head_dim)) for window, rope in kinds
+    (reach(window), *rotary.angles(positions, rope, config.head_dim)) for window, rope in kinds
   ]
 
 
@@ -420,10 +420,10 @@ def _pick(by_kind, kind):
 
 def _layer(x, p, shared, config, extend, look):
   """One block; `extend(k, v)` returns all keys and values there are to look at, `look` is the attention."""
-  mask, cos, sin = shared
+  window, cos, sin = shared
   p = _gathered(memory.fetch(p))
   h = _norm(x, p["input_layernorm"]["weight"], config)
-  h = _attention(h, p["self_attn"], mask, cos, sin, config, extend, look)
+  h = _attention(h, p["self_attn"], window, cos, sin, config, extend, look)
   after = p["post_attention_layernorm"]["weight"]
   if config.sandwich_norms:
     x = x + _norm(h, after, config)
@@ -451,7 +451,7 @@ def _whole(leaf, spec):
   return sharding.gather(leaf, spec)
 
 
-def _attention(h, p, mask, cos, sin, config, extend, look):
+def _attention(h, p, window, cos, sin, config, extend, look):
   heads = lambda name: _project(h, p[name]).reshape(*h.shape[:2], -1, config.head_dim)
   q, k, v = heads("q_proj"), heads("k_proj"), heads("v_proj")
   if config.qk_norm:
@@ -462,7 +462,7 @@ def _attention(h, p, mask, cos, sin, config, extend, look):
   q = rounded(checkpoint_name(attention.rotate(q, cos, sin), "query"))
   k = rounded(checkpoint_name(attention.rotate(k, cos, sin), "key"))
   v = rounded(checkpoint_name(constrain(v, "batch time heads head_dim"), "value"))
-  out = look(q, *extend(k, v), mask, scale=config.softmax_scale, softcap=config.attention_softcap)
+  out = look(q, *extend(k, v), window, scale=config.softmax_scale, softcap=config.attention_softcap)
   return _project(out.reshape(*h.shape[:2], -1).astype(h.dtype), p["o_proj"])
 
 

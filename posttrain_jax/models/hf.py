@@ -90,7 +90,7 @@ def load(
   folder = fetch.resolve(name_or_dir)
   reader = shards.Reader(folder)
   config = as_held(read_config(folder), reader, folder)
-  place = place or (lambda _, leaf: jax.tree.map(jnp.asarray, leaf))
+  place = place or (lambda _, leaf: jax.tree.map(jax.device_put, leaf))
   specs = dict(tree.items(decoder.specs(config)))
   located = _match(specs, reader, config, folder)
   kept = quantised.storages(folder, specs, located, reader.where, storage, exclude)
@@ -339,7 +339,7 @@ def _stack(
   reader: shards.Reader, path: str, names: Sequence[str], spec: decoder.Spec, dtype: Any
 ) -> np.ndarray:
   """The leaf that the tensors make, matrices turned to [in, out]; filled layer by layer."""
-  result = np.empty(spec.shape, jnp.dtype(dtype or _widest(reader, names)))
+  result = files.room(spec.shape, jnp.dtype(dtype or _widest(reader, names)))
   for i, name in enumerate(names):
     tensor = files.narrowed(name, reader.get(name), str(result.dtype))
     result[i if path.startswith("layers/") else ...] = tensor.T if tree.turned(path) else tensor

@@ -131,6 +131,13 @@ class Grouped(Scorer):
     tokens, answers = jnp.sum(spans(batch).mask), jnp.sum(batch["present"])
     return {"tokens": tokens, "count": answers, "prompts": jnp.sum(in_row)}
 
+  def teaches(self, batch: Batch) -> Array | None:
+    """Without a KL every loss is a multiple of the advantage: answers that all agree have none, and no gradient."""
+    if self.kl_weight:
+      return None
+    at = spans(batch)
+    return jnp.any(at.mask & (at.per_token(batch["advantage"]) != 0))
+
   def contribution(
     self, forward: Forward, context: Context, batch: Batch, totals: Totals, *, training: bool
   ) -> tuple[Array, Metrics]:

@@ -75,6 +75,9 @@ class Objective(Protocol):
   ) -> tuple[Array, Metrics]:
     """(contribution to the loss, metrics) of one micro-batch; both sum over micro-batches."""
 
+  def teaches(self, batch: Batch) -> Array | None:
+    """Whether a micro-batch can have a gradient that is not 0; None where every one may."""
+
   def after_update(self, trainable: Any, memory: Memory, totals: Totals) -> Memory:
     """The memory after an optimizer update, whose parameters are given and whose totals were these."""
 
@@ -121,6 +124,10 @@ class Scorer(abc.ABC):
   def context(self, context: Context, memory: Memory) -> Context:
     del memory
     return context
+
+  def teaches(self, batch: Batch) -> Array | None:
+    del batch
+    return None
 
   def after_update(self, trainable: Any, memory: Memory, totals: Totals) -> Memory:
     del trainable, totals

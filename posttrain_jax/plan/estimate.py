@@ -16,6 +16,7 @@ from posttrain_jax.models.config import ModelConfig
 from posttrain_jax.plan import program, writing
 from posttrain_jax.plan.program import Program
 from posttrain_jax.plan.topology import GIB, target
+from posttrain_jax.train import state as state_lib
 
 
 def figures(
@@ -65,7 +66,8 @@ def arithmetic(built: Program) -> dict[str, int]:
   """{component: bytes a device}: stored arrays exactly, by their shardings; activations by the remat mode."""
   fixed = [built.context.base, built.state.carried]
   dtype = decisions.between(decisions.products(built.config), built.device.platform)
-  rows = math.ceil(built.config.batch.rows / built.config.batch.accumulate / _row_shards(built))
+  parts = decisions.micro_batches(built.config, state_lib.devices(built.state))
+  rows = math.ceil(built.config.batch.rows / parts / _row_shards(built))
   tokens = rows * built.config.data.length
   return {
     "base": sum(map(bytes_a_device, fixed)),

@@ -26,7 +26,8 @@ class Ledger:
   def __init__(self, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     self._journal = Journal(path).begin({"scores": 1})
-    self._known = {key: result for line in self._journal.lines for key, result in _read(line)}
+    every = self._journal.each(lambda line: list(_read(line)))
+    self._known = {key: result for call in every for key, result in call}
 
   def known(self, reward: str, group: int, answers: Sequence[Answer]) -> Result | None:
     """What the reward of this identity said of the group."""

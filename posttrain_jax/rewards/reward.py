@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from posttrain_jax.core import words
 from posttrain_jax.rewards import score
 from posttrain_jax.rewards.judge import Judge
 from posttrain_jax.rewards.score import Score
@@ -287,7 +288,8 @@ def scores_of(part: Part, answers: Sequence[Answer], context: Context) -> list[S
     returned = verifier.scores(answers, context)
     if len(returned) != len(answers):
       raise ValueError(
-        f"reward: {part.name} returned {len(returned)} scores for {len(answers)} answers; return one for each"
+        f"reward: {part.name} returned {words.count(len(returned), 'score')} for"
+        f" {words.count(len(answers), 'answer')}; return one for each"
       )
   return [score.of(value, part.within) for value in returned]
 

@@ -85,13 +85,14 @@ class Function:
     values = given["values"]
     if len(values) != len(answers):
       raise ValueError(
-        f"{self.name} returned {len(values)} rewards for {len(answers)} completions; it returns one for "
-        "each, None where it does not apply"
+        f"{self.name} returned {words.count(len(values), 'reward')} for {words.count(len(answers), 'completion')}; it"
+        " returns one for each, None where it does not apply"
       )
     for column, listed in given["columns"].items():
       if len(listed) != len(answers):
         raise ValueError(
-          f"{self.name} logged {len(listed)} values of {column!r} for {len(answers)} completions; log one for each"
+          f"{self.name} logged {words.count(len(listed), 'value')} of {column!r} for"
+          f" {words.count(len(answers), 'completion')}; log one for each"
         )
       context.columns.setdefault(column, {}).update(enumerate(listed))
     for metric, numbers in given["metrics"].items():

@@ -117,8 +117,9 @@ class Engine:
 
   A token depends on its request's (seed, number, sample) and its place in the text: the same text comes out whatever
   else is under way, in which row, and in which order rows are filled.  Sums are those of one program whatever the
-  neighbours do, so on one machine it is the same bit by bit.  Another number of rows or devices is another program: its
-  logits differ by rounding, a few 1e-6 of their size in float32, which moves a token where two are as close as that.
+  neighbours do, so on one CPU it is the same bit by bit.  Another number of rows or devices is another program, and so
+  is, on accelerators, a prompt that is read beside others: its logits differ by rounding, a few 1e-6 of their size in
+  float32, which moves a token where two are as close as that.
 
   is_strict: a compilation after `warm_up` is an error and not a warning, as in our tests.
   """
@@ -554,9 +555,11 @@ def _pieces(start: int, end: int) -> Iterator[tuple[int, int, int]]:
 def _together(size: int, waiting: int) -> int:
   """How many pieces of a size are read at once where so many wait: as many as there are at most, or one by one.
 
-  >>> _together(64, 1), _together(64, 2), _together(128, 1)
-  (1, 4, 2)
+  Several at once are another program than one, whose sums round otherwise.  On a CPU, where several save little, it is
+  always one, so that an answer does not depend on what was read beside its prompt.
   """
+  if jax.default_backend() == "cpu":
+    return 1
   most = max(1, TOGETHER // size)
   return most if 2 * waiting >= most else 1
 

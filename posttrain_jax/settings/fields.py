@@ -642,21 +642,42 @@ def check(config: Config, given: Sequence[str] = ()) -> None:
   Raises:
     ConfigError: the first that does not hold.
   """
-  check_values(config)
+  check_values(config, given)
   check_read(config)
   for name in given:
     _check_given(config, name)
 
 
-def check_values(config: Config) -> None:
-  """Raises ConfigError for the first value outside its field's domain; what the table does not know is left alone."""
-  for name, value in items(config):
+def check_values(config: Config, given: Sequence[str] = ()) -> None:
+  """Raises ConfigError for the first value outside its field's domain; what the table does not know is left alone.
+
+  A word that is refused for what it would do is left alone, too, where nobody wrote it by hand and nothing reads it: so
+  was it in the config of an earlier run, which goes on.
+  """
+  values = dict(items(config))
+  for name, value in values.items():
     field = FIELDS.get(known_as(name))
-    if field is not None and (wrong := field.domain.wrong(value)):
+    if field is None or (name not in given and _does_nothing(field, value, values)):
+      continue
+    if wrong := field.domain.wrong(value):
       shown = repr(value) if len(repr(value)) < 200 else f"{repr(value)[:200]}..."
       raise ConfigError(f"{name}={shown}: {wrong}")
   if "steps" in config and config["steps"] is None and config.get("epochs") is None:
     raise ConfigError("steps=None: nothing says how long the run is; write steps, or epochs")
+
+
+def _does_nothing(field: Field, value: Any, values: Mapping[str, Any]) -> bool:
+  """Whether a word is refused for what it would do, and another field leaves this one unread."""
+  is_refused = isinstance(field.domain, Choice) and value in [*field.domain.refused]
+  return is_refused and bool(_unread_where(field, values))
+
+
+def _unread_where(field: Field, values: Mapping[str, Any]) -> list[str]:
+  """The fields because of whose values this one is not read; [] where it is."""
+  if field.when is None:
+    return []
+  others = [other for other in field.when[0].split(" or ") if other in values]
+  return [] if any(field.when[1](values[other]) for other in others) else others
 
 
 def check_read(config: Config) -> None:
@@ -692,11 +713,10 @@ def unread(config: Config, name: str) -> str:
 def _check_given(config: Config, name: str) -> None:
   """Raises ConfigError for a field written by hand that another field has left unread."""
   values = dict(items(config))
-  when = FIELDS[known_as(name)].when if known_as(name) in FIELDS else None
-  others = [] if when is None else [other for other in when[0].split(" or ") if other in values]
-  if when is not None and others and not any(when[1](values[other]) for other in others):
+  field = FIELDS.get(known_as(name))
+  if field is not None and field.when is not None and (others := _unread_where(field, values)):
     are = " and ".join(f"{other} is {values[other]!r}" for other in others)
-    cure = "write one of them" if len(others) > 1 else f"make that {when[2]}"
+    cure = "write one of them" if len(others) > 1 else f"make that {field.when[2]}"
     raise ConfigError(f"{name} is not read where {are}: {cure}, or leave {name} out")
   objective = config.get("objective", {})
   compares = objective.get("kl_weight") or objective.get("old") == "reference"

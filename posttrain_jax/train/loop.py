@@ -15,6 +15,7 @@ import jax
 from posttrain_jax.core import distributed
 from posttrain_jax.core import metrics as metrics_lib
 from posttrain_jax.core.checkpoint import Checkpoints
+from posttrain_jax.core.started import Started
 from posttrain_jax.objectives import Context, measured
 from posttrain_jax.runs.metrics_log import Journal
 from posttrain_jax.runs.trackers import Tracker
@@ -104,6 +105,7 @@ class Run:
   save_every: int
   log_every: int
   max_skipped: int
+  started: Started  # told where the start ends
 
 
 def loop(
@@ -123,7 +125,7 @@ def loop(
     save_every=run.save_every,
     silent=not main,
   )
-  step = bar.compiled(run.step)
+  step = bar.compiled(run.step, lambda: run.started.ends("compiling"))
   reader = _Reader(run, journal, bar)
   saved = progress.step
   clock = time.monotonic()
@@ -207,6 +209,7 @@ class _Reader:
 
   def __init__(self, run: Run, journal: Journal | None, bar: Bar):
     self.run, self.journal, self.bar = run, journal, bar
+    self.is_started = False
     self.pending: tuple[int, dict[str, Any], float, Mapping[str, float]] | None = None
     self.restart()
 
@@ -227,6 +230,10 @@ class _Reader:
     values = {**metrics_lib.read(metrics), **beside}
     now = time.monotonic()
     values["tokens_per_second"] = values["tokens"] / (now - self.since)
+    if not self.is_started:
+      self.is_started = True
+      self.run.started.ends("first step")
+      self.bar.say(self.run.started.told())
     values["learning_rate"] = float(self.run.learning_rate(step - 1))
     values["epoch"] = epoch
     self.since = now

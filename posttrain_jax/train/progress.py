@@ -77,8 +77,8 @@ class Bar:
       return said
     return f"{said}, {count} evaluation{'s' if count > 1 else ''} not counted"
 
-  def compiled(self, step: Callable[..., Any]) -> Callable[..., Any]:
-    """The step, whose first call compiles it and says so."""
+  def compiled(self, step: Callable[..., Any], done: Callable[[], None]) -> Callable[..., Any]:
+    """The step, whose first call compiles it and says so, and then calls `done`."""
     is_first = True
 
     def called(*arguments: Any) -> Any:
@@ -88,6 +88,7 @@ class Bar:
       is_first = False
       with self.phase(COMPILING):
         result = step(*arguments)  # which is dispatched, not done
+      done()
       if not self.rich:
         self.say("training ...")
       return result

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -82,6 +82,11 @@ def abstract(
   replicated = adapter_layout.replicated(mesh, device=device)
   where = layout(shapes, trainable, replicated, carried)
   return jax.tree.map(lambda x, sharding: x.update(sharding=sharding), shapes, where)
+
+
+def devices(state: State) -> Collection[jax.Device]:
+  """Where it lies; shapes on devices will do."""
+  return state.step.sharding.device_set
 
 
 def _maker(

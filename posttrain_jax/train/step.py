@@ -7,13 +7,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import PartitionSpec as P
 
 from posttrain_jax import adapters
 from posttrain_jax.adapters import node
-from posttrain_jax.core import memory, sharding, tree
+from posttrain_jax.core import memory as memory_lib
 from posttrain_jax.core import metrics as metrics_lib
+from posttrain_jax.core import sharding, tree
 from posttrain_jax.objectives import Batch, Context, Objective
 from posttrain_jax.optim import offload
 from posttrain_jax.train import state as state_lib
@@ -41,10 +43,23 @@ def make(
     accumulate: micro-batches in an optimizer batch; divides its rows.
     hooks: what the adapter's method adds: a penalty on its parameters, once a batch, and a change after each update.
   """
+  step = _keyed(objective, optimizer, accumulate, hooks)
+  return lambda state, context, batch: step(state, context, batch, jax.random.key(seed))
+
+
+def _keyed(
+  objective: Objective,
+  optimizer: optax.GradientTransformation,
+  accumulate: int,
+  hooks: adapters.Hooks | None,
+) -> Callable[[State, Context, Batch, Array], tuple[State, dict[str, Any]]]:
+  """The step with the run's key as an argument."""
   update = optax.with_extra_args_support(optimizer).update
 
-  def step(state: State, context: Context, batch: Batch) -> tuple[State, dict[str, Any]]:
-    key = jax.random.fold_in(jax.random.key(seed), state.step)
+  def step(
+    state: State, context: Context, batch: Batch, key: Array
+  ) -> tuple[State, dict[str, Any]]:
+    key = jax.random.fold_in(key, state.step)
     gradient, totals, metrics = _gradient(
       objective, state.trainable, state.context(context), batch, key, state.memory, accumulate
     )
@@ -88,6 +103,20 @@ def make(
   return step
 
 
+class Jitted:
+  """A jitted step with the seed it was given: an argument, so that runs of another seed compile nothing."""
+
+  def __init__(self, function: Any, seed: int):
+    self.function = function
+    self.key = np.asarray(jax.random.key_data(jax.random.key(seed)))
+
+  def __call__(self, state: State, context: Context, batch: Batch) -> tuple[State, dict[str, Any]]:
+    return self.function(state, context, batch, self.key)
+
+  def lower(self, state: State, context: Context, batch: Batch) -> jax.stages.Lowered:
+    return self.function.lower(state, context, batch, self.key)
+
+
 def jitted(
   objective: Objective,
   optimizer: optax.GradientTransformation,
@@ -96,11 +125,17 @@ def jitted(
   accumulate: int = 1,
   seed: int = 0,
   hooks: adapters.Hooks | None = None,
-) -> Step:
+) -> Jitted:
   """`make`, jitted once for all states that lie as this one (or these shapes) does; the state is donated."""
-  function = make(objective, optimizer, accumulate=accumulate, seed=seed, hooks=hooks)
+  function = _keyed(objective, optimizer, accumulate, hooks)
+
+  def step(
+    state: State, context: Context, batch: Batch, key: Array
+  ) -> tuple[State, dict[str, Any]]:
+    return function(state, context, batch, jax.random.wrap_key_data(key))
+
   where = jax.tree.map(lambda x: x.sharding, state)
-  return jax.jit(function, donate_argnums=0, out_shardings=(where, None))
+  return Jitted(jax.jit(step, donate_argnums=0, out_shardings=(where, None)), seed)
 
 
 def begin(
@@ -154,8 +189,19 @@ def _gradient(objective, trainable, context, batch, key, memory, accumulate):
     loss = lambda trainable: objective.loss(
       trainable, context, microbatch, totals, microbatch_key, training=True
     )
-    grads, metrics = jax.grad(loss, has_aux=True)(trainable)
-    return jax.tree.map(lambda g: g.astype(jnp.float32), grads), metrics
+
+    def learned():
+      grads, metrics = jax.grad(loss, has_aux=True)(trainable)
+      return jax.tree.map(lambda g: g.astype(jnp.float32), grads), metrics
+
+    def measured():
+      """The same where the gradient is 0: without the backward pass."""
+      return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), trainable), loss(trainable)[1]
+
+    teaches = objective.teaches(microbatch)
+    if teaches is None or memory_lib.any_on_host(trainable):
+      return learned()
+    return jax.lax.cond(teaches, learned, measured)
 
   grads, metrics = _accumulated(one, trainable, batch, accumulate)
   return grads, totals, metrics
@@ -168,7 +214,7 @@ def _accumulated(one, trainable, batch, accumulate):
   microbatches = jax.tree.map(lambda x: _split(x, accumulate), batch)
   first = jax.tree.map(lambda x: x[0], microbatches)
   zeros = metrics_lib.zeros_like(jax.eval_shape(one, first, 0))
-  start = (jax.tree.map(memory.back, zeros[0], trainable), zeros[1])
+  start = (jax.tree.map(memory_lib.back, zeros[0], trainable), zeros[1])
 
   def body(carry, xs):
     grads, metrics = one(*xs)

@@ -183,3 +183,13 @@ def test_none_of_it_waits_for_jax():
     "assert not {'jax', 'transformers', 'numpy'} & {*sys.modules}"
   )
   subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize(
+  "arguments", [["--config=sft:modle=x"], ["--config=nope"], ["--config=sft", "--config.stps=1"]]
+)
+def test_what_is_misspelt_is_refused_before_jax_is_imported(arguments):
+  program = "import sys; from posttrain_jax.__main__ import main; code = main(sys.argv[1:]);"
+  program += " sys.exit(code + 10 * ('jax' in sys.modules))"
+  command = [sys.executable, "-c", program, "train", *arguments, "--workdir=nowhere"]
+  assert subprocess.run(command, check=False, capture_output=True).returncode == 1

@@ -483,7 +483,7 @@ def test_a_sampler_of_fewer_bits_is_corrected_for(folder, tmp_path):
     (("data.replay=x.jsonl",), "early", "data.replay='x.jsonl'"),
     (("online.storage=int8",), "early", "write objective.importance=token too"),
     ((), "raises", "on all 8 rows that were tried"),
-    ((), "too_few", "returned 1 rewards for 8 completions"),
+    ((), "too_few", "returned 1 reward for 8 completions"),
   ],
 )
 def test_what_cannot_run_is_said_before_anything_is_written(

@@ -259,6 +259,28 @@ def test_a_journal_of_other_lines_is_told(place, used, written, tmp_path, line):
     sampling_lib.write(wanted(place, out), lambda: used)
 
 
+@pytest.mark.parametrize(
+  ("line", "said"),
+  [
+    ({"answer": [0, 0]}, "has no 'ids'"),
+    ({"answer": [0], "ids": [1], "finished": True}, "cannot be read"),
+    ({"answer": [99, 0], "ids": [1], "finished": True}, r"cannot be read \(there is no answer 0"),
+    ({"scored": 0}, "has no 'scores'"),
+    ({"scored": 0, "scores": []}, r"cannot be read \(0 scores of"),
+    ({"scored": 0, "scores": [{"parts": {}}] * 3}, "has no 'total'"),
+  ],
+)
+def test_a_line_of_a_journal_that_lacks_something_is_told(
+  place, used, written, tmp_path, line, said
+):
+  out = tmp_path / "a.jsonl"
+  sampling_lib.write(wanted(place, out), lambda: used)
+  with (tmp_path / "a.jsonl.answers").open("a") as file:
+    file.write(json.dumps(line) + "\n")
+  with pytest.raises(ValueError, match=rf"a.jsonl.answers:\d+ {said}.*: remove the file"):
+    sampling_lib.write(wanted(place, out), lambda: used)
+
+
 def test_a_file_beside_an_emptied_journal_is_not_written_over(place, used, written, tmp_path):
   out = tmp_path / "a.jsonl"
   sampling_lib.write(wanted(place, out), lambda: used)

@@ -114,6 +114,10 @@ def test_a_run_learns_and_its_folder_is_complete(finished):
   assert all(np.isfinite(array).all() for array in weights(finished).values())
   done = json.loads((finished / "done.json").read_text())
   assert (done["steps"], done["final"]["loss"]) == (6, trained[-1]["loss"])
+  parts = ("imports", "model", "data", "adapter", "checks", "compiling", "first step")
+  # in process the command's imports are done before
+  assert tuple(done["started"]) == parts
+  assert all(seconds >= 0 for seconds in done["started"].values())
 
 
 def test_a_finished_run_is_left_alone(shared, finished, capsys):

@@ -1,6 +1,7 @@
 """Whole or not at all."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -244,3 +245,25 @@ def test_json_that_is_nested_without_end_is_refused(tmp_path):
   (tmp_path / "x.json").write_text("[" * 100_000)
   with pytest.raises(ValueError, match=r"x.json is not read: its lists are nested"):
     files.read_json(tmp_path / "x.json")
+
+
+def test_a_cache_is_pruned_of_what_was_used_longest_ago(tmp_path):
+  for age, name in enumerate(["newest", "middle", "oldest"]):
+    (tmp_path / name).write_bytes(bytes(100))
+    os.utime(tmp_path / name, (1e9 - age, 1e9 - age))
+  files.prune(tmp_path, 300)
+  assert {p.name for p in tmp_path.iterdir()} == {"newest", "middle", "oldest"}
+  files.prune(tmp_path, 299)
+  assert {p.name for p in tmp_path.iterdir()} == {"newest", "middle"}
+  files.prune(tmp_path, 0)
+  assert not [*tmp_path.iterdir()]
+  files.prune(tmp_path / "absent", 0)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (), (1000, 77)])
+def test_room_begins_where_a_cpu_takes_it_over(shape):
+  array = files.room(shape, np.dtype(np.float32))
+  assert (array.shape, array.dtype) == (shape, np.float32)
+  assert array.ctypes.data % files.ALIGNMENT == 0
+  array[...] = 3
+  np.testing.assert_array_equal(array, np.full(shape, 3, np.float32))

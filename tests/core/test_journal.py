@@ -41,3 +41,21 @@ def test_a_line_that_is_no_json_is_named(tmp_path):
   (tmp_path / "j").write_text(json.dumps({}) + "\nnothing\n")
   with pytest.raises(ValueError, match=r"j:2 is not JSON"):
     Journal(tmp_path / "j")
+
+
+@pytest.mark.parametrize(
+  ("line", "said"),
+  [
+    ({}, "has no 'at'"),
+    ({"at": []}, r"cannot be read \(list index out of range\)"),
+    ({"at": 5}, "cannot be read"),
+  ],
+)
+def test_a_line_that_lacks_what_is_read_is_named(tmp_path, line, said):
+  with Journal(tmp_path / "j").begin({}) as journal:
+    journal.write({"at": [1]})
+    journal.write(line)
+  first = Journal(tmp_path / "j").each(lambda line: line["at"][0])
+  assert next(first) == 1
+  with pytest.raises(ValueError, match=f"j:3 {said}.*: remove the file"):
+    next(first)

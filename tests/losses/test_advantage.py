@@ -160,3 +160,9 @@ def test_rewards_of_any_size_have_the_advantages_of_a_reference_in_float64(how, 
     rtol=1e-6,
     atol=1e-9 * np.nanmax(abs(wanted)),
   )
+
+
+def test_what_agrees_has_no_advantage_when_others_are_whitened():
+  rewards = np.random.default_rng(0).uniform(size=(5, 7))
+  rewards[2] = 0.3
+  assert np.abs(advantage.named("whitened", rewards)[2]).max() == 0

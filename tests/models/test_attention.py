@@ -1,5 +1,7 @@
 """Attention against loops in float64 that do one query, one head and one key at a time."""
 
+import functools
+import itertools
 import math
 
 import jax
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 
 from posttrain_jax.models import attention
+from posttrain_jax.models.attention import EVERYONE, Places
 from tests.marks import few
 
 attend = jax.jit(attention.attend, static_argnames=("scale", "softcap"))
@@ -26,12 +29,11 @@ def naive(q, k, v, mask, scale, softcap):
   per_key_head = heads // k.shape[2]
   for b, t, h in np.ndindex(batch, time, heads):
     seen = np.flatnonzero(mask[b, t])
-    seen = seen if len(seen) else np.arange(k.shape[1])
+    if not len(seen):
+      continue
     scores = [scale * q[b, t, h] @ k[b, s, h // per_key_head] for s in seen]
     if softcap is not None:
       scores = [softcap * math.tanh(score / softcap) for score in scores]
-    if not mask[b, t].any():
-      scores = [0.0] * len(seen)
     weights = np.exp(np.array(scores) - max(scores))
     weights /= weights.sum()
     out[b, t, h] = sum(w * v[b, s, h // per_key_head] for w, s in zip(weights, seen))
@@ -39,14 +41,18 @@ def naive(q, k, v, mask, scale, softcap):
 
 
 def packed_rows(time):
-  """(positions, segments) of one row with two documents and padding, and one with a single document."""
+  """The places of one row with two documents and padding, and of one with a single document."""
   first = time // 2 + 1
   positions = np.zeros((2, time), np.int32)
   segments = np.zeros((2, time), np.int32)
   positions[0, :first], segments[0, :first] = np.arange(first), 1
   positions[0, first : time - 2], segments[0, first : time - 2] = np.arange(time - 2 - first), 2
   positions[1], segments[1] = np.arange(time), 1
-  return positions, segments
+  return Places(positions, segments)
+
+
+def behind_first(places, count):
+  return jax.tree.map(lambda x: x[:, count:], places)
 
 
 def drawn(time, heads=6, kv_heads=2, dim=4, dtype=np.float32):
@@ -57,20 +63,19 @@ def drawn(time, heads=6, kv_heads=2, dim=4, dtype=np.float32):
 
 @pytest.mark.parametrize("window", [None, 1, 4, 100])
 def test_visible_is_the_loop(window):
-  positions, segments = packed_rows(12)
-  found = attention.visible(positions, positions, segments, segments, window)
+  places = packed_rows(12)
+  found = attention.visible(places, places, window)
   expected = [
     [[may_look(p[i], p[j], s[i], s[j], window) for j in range(12)] for i in range(12)]
-    for p, s in zip(positions, segments)
+    for p, s in zip(places.positions, places.segments)
   ]
   np.testing.assert_array_equal(found, expected)
 
 
 def test_visible_of_a_cache_with_empty_slots():
   """Two queries behind three tokens, one of them padding, in a cache of eight."""
-  keys = np.array([[0, 0, 1, 2, 3, 0, 0, 0]])
-  segments = np.array([[0, 1, 1, 1, 1, 0, 0, 0]])
-  found = attention.visible(np.array([[2, 3]]), keys, np.ones((1, 2), int), segments, window=3)
+  keys = Places(np.array([[0, 0, 1, 2, 3, 0, 0, 0]]), np.array([[0, 1, 1, 1, 1, 0, 0, 0]]))
+  found = attention.visible(Places(np.array([[2, 3]]), np.ones((1, 2), int)), keys, window=3)
   np.testing.assert_array_equal(found[0].astype(int), [[0, 1, 1, 1, 0, 0, 0, 0], [0, 0, 1, 1, 1, 0, 0, 0]])  # fmt: skip
 
 
@@ -79,43 +84,54 @@ def test_visible_of_a_cache_with_empty_slots():
 @pytest.mark.parametrize(("heads", "kv_heads"), [(6, 2), (4, 4), (4, 1)])
 def test_attend_is_the_loop(softcap, window, heads, kv_heads):
   q, k, v = drawn(11, heads, kv_heads)
-  positions, segments = packed_rows(11)
-  mask = np.asarray(attention.visible(positions, positions, segments, segments, window))
-  found = attend(q, k, v, mask, scale=0.7, softcap=softcap)
-  expected = naive(q, k, v, mask, 0.7, softcap)
-  np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+  places = packed_rows(11)
+  mask = np.asarray(attention.visible(places, places, window))
+  found = attend(q, k, v, places, places, window, scale=0.7, softcap=softcap)
+  np.testing.assert_allclose(found, naive(q, k, v, mask, 0.7, softcap), rtol=1e-5, atol=1e-6)
 
 
-def test_more_keys_than_queries():
-  q, k, v = drawn(9)
-  mask = np.random.default_rng(1).random((2, 2, 9)) < 0.5
-  found = attend(q[:, :2], k, v, mask, scale=0.5)
-  np.testing.assert_allclose(found, naive(q[:, :2], k, v, mask, 0.5, None), rtol=1e-5, atol=1e-6)
+def pairs_that_share(time):
+  """Rows of [prompt, answer, answer], twice, behind two slots that everyone sees, and padding."""
+  cuts = np.sort(np.random.default_rng(time).choice(np.arange(3, time - 2), (2, 5), replace=False))
+  positions, segments, prefixes = np.zeros((3, 2, time), np.int32)
+  for row, inner in enumerate(cuts):
+    segments[row, :2], positions[row, :2] = EVERYONE, [0, 1]
+    ends = [2, *inner, time - 2]
+    for number, (start, end) in enumerate(itertools.pairwise(ends), 1):
+      is_answer, prompt = number % 3 != 1, number - (number - 1) % 3
+      before = ends[prompt] - ends[prompt - 1] if is_answer else 0
+      segments[row, start:end] = number
+      positions[row, start:end] = 2 + before + np.arange(end - start)
+      prefixes[row, start:end] = prompt if is_answer else 0
+  return Places(positions, segments, prefixes)
 
 
-@pytest.mark.parametrize("causal", few([False, True], True))
 @pytest.mark.parametrize("softcap", few([None, 1.5], 1.5))
 @pytest.mark.parametrize("behind", [0, 5])
-def test_blocks_of_queries_change_nothing(monkeypatch, softcap, causal, behind):
-  """Values and gradients of 22 queries in blocks of 4 and spans of 8, some of `behind` keys more before them."""
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("rows", [packed_rows, pairs_that_share])
+@pytest.mark.parametrize("tiled", [False, True])
+def test_parts_change_nothing(monkeypatch, softcap, behind, window, rows, tiled):
+  """Values and gradients of 22 queries in blocks of 8, some of `behind` keys more before them."""
   q, k, v = drawn(22 + behind)
-  q = q[:, behind:]
-  positions, segments = packed_rows(22 + behind)
-  mask = attention.visible(positions[:, behind:], positions, segments[:, behind:], segments, 7)
+  keys = rows(22 + behind)
+  q, queries = q[:, behind:], behind_first(keys, behind)
+  mask = attention.visible(queries, keys, window)
 
   def run(q, k, v):
     out = naive_attention(q, k, v, mask, 0.7, softcap)
     return jnp.sum(jnp.sin(out)), out
 
   def found(q, k, v):
-    out = attention.attend(q, k, v, mask, scale=0.7, softcap=softcap, causal=causal)
+    out = attention.attend(q, k, v, queries, keys, window, scale=0.7, softcap=softcap)
     return jnp.sum(jnp.sin(out)), out
 
   (_, plain), plain_gradients = jax.jit(jax.value_and_grad(run, (0, 1, 2), has_aux=True))(q, k, v)
-  monkeypatch.setattr(attention, "QUERY_BLOCK", 4)
-  monkeypatch.setattr(attention, "MOST_SPANS", 3)
+  monkeypatch.setattr(attention, "SHORT_ROW", 0 if tiled else 99)
+  monkeypatch.setattr(attention, "SHORT", 8)
+  monkeypatch.setattr(attention, "TILES", {"default": (8, 16)})
   (_, split), gradients = jax.jit(jax.value_and_grad(found, (0, 1, 2), has_aux=True))(q, k, v)
-  np.testing.assert_allclose(split, plain, rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(split, plain, rtol=1e-5, atol=5e-6)
   for one, expected in zip(gradients, plain_gradients):
     np.testing.assert_allclose(one, expected, rtol=1e-4, atol=1e-5)
 
@@ -126,39 +142,74 @@ def naive_attention(q, k, v, mask, scale, softcap):
   scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) * scale
   scores = scores if softcap is None else softcap * jnp.tanh(scores / softcap)
   scores = jnp.where(mask[:, None], scores, attention.NEGATIVE)
-  return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores), v)
+  out = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores), v)
+  return jnp.where(jnp.any(mask, axis=-1)[..., None, None], out, 0)
 
 
-def test_a_causal_row_is_not_compared_with_what_comes_later(monkeypatch):
-  """Half of the products of a long row are left out."""
-  monkeypatch.setattr(attention, "QUERY_BLOCK", 8)
-  q, k, v = drawn(128)
-  positions = np.broadcast_to(np.arange(128), (2, 128))
-  mask = attention.visible(positions, positions, np.ones((2, 128)), np.ones((2, 128)))
-
-  def work(causal):
-    run = lambda q, k, v: attention.attend(q, k, v, mask, scale=1.0, causal=causal)
-    monkeypatch.setattr(attention, "QUERY_BLOCK", 8 if causal else 128)
-    return jax.jit(run).lower(q, k, v).compile().cost_analysis()["flops"]
-
-  assert work(True) < 0.6 * work(False)
+def tiles_seen(queries, keys, window, size):
+  """(whether a tile is computed, whether some query of it sees a key), [tiles, tiles] each."""
+  computed = np.asarray(attention._seen(queries, keys, window, size, size))
+  mask = np.asarray(attention.visible(queries, keys, window)).any(axis=0)
+  needed = mask.reshape(len(mask) // size, size, -1, size).any(axis=(1, 3))
+  return computed, needed
 
 
-def test_a_query_that_sees_nothing_gets_the_mean_and_finite_gradients():
+@pytest.mark.parametrize("window", [None, 1, 9])
+@pytest.mark.parametrize("time", [32, 64])
+@pytest.mark.parametrize("rows", [packed_rows, pairs_that_share])
+def test_no_tile_is_left_out_that_somebody_sees_into(rows, time, window):
+  places = rows(time)
+  computed, needed = tiles_seen(places, places, window, 4)
+  assert (computed | ~needed).all()
+
+
+def test_what_nobody_sees_into_is_left_out():
+  """Of a row of documents, of a pair's other answer, of what comes later and of what a window hides."""
+  documents = np.repeat(np.arange(1, 5), 16)[None]
+  row = Places(np.tile(np.arange(16), 4)[None], documents)
+  computed, needed = tiles_seen(row, row, None, 4)
+  np.testing.assert_array_equal(computed, needed)
+  assert computed.sum() == 4 * (4 * 5 // 2)
+  long = Places(np.arange(64)[None], np.ones((1, 64), int))
+  np.testing.assert_array_equal(*tiles_seen(long, long, None, 4))
+  computed, needed = tiles_seen(long, long, 9, 4)
+  np.testing.assert_array_equal(computed, needed)
+  assert computed.sum() < 64
+  pair = Places(
+    np.array([[*range(16), *range(16, 32), *range(16, 32)]]),
+    np.repeat([1, 2, 3], 16)[None],
+    np.repeat([0, 1, 1], 16)[None],
+  )
+  computed, needed = tiles_seen(pair, pair, None, 4)
+  np.testing.assert_array_equal(computed, needed)
+  assert not computed[8:, 4:8].any()  # the second answer and the first
+  padded = Places(np.zeros((1, 64), int), np.zeros((1, 64), int))
+  assert not tiles_seen(padded, padded, None, 4)[0].any()
+
+
+def test_a_query_that_sees_nothing_gets_zero_and_gives_no_gradient():
   q, k, v = drawn(5)
-  nothing = np.zeros((2, 5, 5), bool)
-  run = jax.jit(lambda q, k, v: attention.attend(q, k, v, nothing, scale=1.0, softcap=2.0))
-  mean = jnp.repeat(v.mean(axis=1, keepdims=True), 3, axis=2)  # each key head serves three
-  np.testing.assert_allclose(run(q, k, v), jnp.broadcast_to(mean, q.shape), rtol=1e-5, atol=1e-6)
-  gradients = jax.jit(jax.grad(lambda *x: run(*x).sum(), (0, 1, 2)))(q, k, v)
-  assert all(np.isfinite(g).all() for g in gradients)
+  nothing = Places(np.zeros((2, 5), int), np.zeros((2, 5), int))
+  some = Places(np.broadcast_to(np.arange(5), (2, 5)), np.array([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]))
+
+  @jax.jit
+  @functools.partial(jax.value_and_grad, argnums=(0, 1, 2), has_aux=True)
+  def run(q, k, v, places):
+    out = attention.attend(q, k, v, places, places, scale=1.0, softcap=2.0)
+    return out.sum(), out
+
+  for places in (nothing, some):
+    hidden = places.segments == 0
+    (_, out), gradients = run(q, k, v, places)
+    assert not np.asarray(out)[hidden].any()
+    assert all(np.isfinite(g).all() and not np.asarray(g)[hidden].any() for g in gradients)
 
 
 def test_large_scores_in_bfloat16_stay_finite_and_keep_their_type():
   q, k, v = drawn(6, dtype=jnp.bfloat16)
-  positions, segments = packed_rows(6)
-  mask = np.asarray(attention.visible(positions, positions, segments, segments))
-  found = attend(q * 100, k * 100, v, mask, scale=1.0)
+  places = packed_rows(6)
+  mask = np.asarray(attention.visible(places, places))
+  found = attend(q * 100, k * 100, v, places, places, scale=1.0)
   assert found.dtype == jnp.bfloat16
   expected = naive(q * 100, k * 100, v, mask, 1.0, None)
   np.testing.assert_allclose(found.astype(np.float32), expected, rtol=0.02, atol=0.02)

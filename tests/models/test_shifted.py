@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from posttrain_jax.models import attention, decoder
+from posttrain_jax.models.attention import Places
 from tests.marks import slow
 from tests.models import families
 
@@ -69,8 +70,10 @@ def test_shifted_attention_is_the_loop(time, group, heads, kv_heads, softcap):
   q, k, v = (jnp.asarray(2 * draw.standard_normal(s), jnp.float32) for s in shapes)
   positions, segments = packed(time)
   for window in (None, 3):
-    masks = attention.shifted_masks(jnp.asarray(positions), jnp.asarray(segments), group, window)
-    found = attention.attend_shifted(q, k, v, masks, group=group, scale=0.7, softcap=softcap)
+    places = Places(jnp.asarray(positions), jnp.asarray(segments))
+    found = attention.attend_shifted(
+      q, k, v, places, places, window, group=group, scale=0.7, softcap=softcap
+    )
     expected = naive(q, k, v, positions, segments, group, window, 0.7, softcap)
     real = segments > 0
     np.testing.assert_allclose(found[real], expected[real], rtol=1e-5, atol=1e-6)
@@ -80,9 +83,10 @@ def test_no_token_sees_a_later_one_and_half_the_heads_cross_groups():
   """The gradient of a token's output reaches its group of either half, and nothing behind it."""
   time, group = 16, 4
   x = jnp.asarray(np.random.default_rng(0).standard_normal((1, time, 2, 4)), jnp.float32)
-  at = jnp.arange(time)[None]
-  masks = attention.shifted_masks(at, jnp.ones((1, time), int), group)
-  attend = lambda k, t, h: attention.attend_shifted(x, k, k, masks, group=group, scale=1.0)[0, t, h]
+  row = Places(jnp.arange(time)[None], jnp.ones((1, time), int))
+  attend = lambda k, t, h: attention.attend_shifted(x, k, k, row, row, group=group, scale=1.0)[
+    0, t, h
+  ]
   reached = lambda t, h: np.flatnonzero(
     np.abs(jax.jacobian(attend)(x, t, h)).sum((0, 1, 3, 4)) > 0
   ).tolist()
@@ -128,14 +132,14 @@ def test_packed_documents_stay_apart_under_shifted_attention():
 
 
 def test_everyone_is_seen_by_every_document_and_not_from_before():
-  keys = jnp.asarray([[attention.EVERYONE, attention.EVERYONE, 0, 1, 2]])
-  where = jnp.asarray([[0, 1, 0, 2, 2]])
-  found = attention.visible(where, where, keys, keys)[0].astype(int).tolist()
+  which = jnp.asarray([[attention.EVERYONE, attention.EVERYONE, 0, 1, 2]])
+  row = Places(jnp.asarray([[0, 1, 0, 2, 2]]), which)
+  found = attention.visible(row, row)[0].astype(int).tolist()
   assert found[0] == [1, 0, 0, 0, 0]
   assert found[1] == [1, 1, 0, 0, 0]
   assert found[3] == [1, 1, 0, 1, 0]
   assert found[4] == [1, 1, 0, 0, 1]
-  near = attention.visible(where, where, keys, keys, 2)[0].astype(int).tolist()
+  near = attention.visible(row, row, 2)[0].astype(int).tolist()
   assert near[3] == [0, 1, 0, 1, 0]  # a window ends inside it
 
 

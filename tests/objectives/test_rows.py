@@ -1,5 +1,7 @@
 """Objectives on answers: nothing depends on how a batch is divided, packed, ordered or laid out."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -9,7 +11,9 @@ from posttrain_jax.data import answers
 from posttrain_jax.data.packing import best_fit
 from posttrain_jax.objectives import (
   Context,
+  Grouped,
   Preference,
+  Scorer,
 )
 from posttrain_jax.objectives import rows as rows_lib
 from tests import tiny
@@ -55,6 +59,42 @@ def test_neither_order_nor_packing_nor_a_shared_prompt_changes_anything(name):
     assert sum(map(len, apart)) > sum(map(len, examples))
     grads, _ = gradient(objective, trainable, context, batch(apart))
     assert_same(grads, whole(name)[0])
+
+
+def backward_passes(monkeypatch):
+  """A list that grows with each backward pass through the decoder."""
+  passes, hidden = [], Scorer.hidden
+
+  @jax.custom_vjp
+  def counted(x):
+    return x
+
+  def back(_, gradient):
+    jax.debug.callback(lambda: passes.append(1))
+    return (gradient,)
+
+  counted.defvjp(lambda x: (x, None), back)
+  monkeypatch.setattr(Scorer, "hidden", lambda *args, **how: counted(hidden(*args, **how)))
+  return passes
+
+
+@pytest.mark.parametrize(
+  "name", few([n for n, (kind, _, _) in CASES.items() if kind is Grouped], "gspo")
+)
+def test_answers_that_agree_need_no_backward_pass(name, monkeypatch):
+  """The update is the same but for rounding, and so is all that is told."""
+  passes = backward_passes(monkeypatch)
+  objective, trainable, context, examples = setup(name)
+  flat = lambda e: e.values | {"advantage": (0.0,) * e.count, "deviation": (0.0,) * e.count}
+  agree = [dataclasses.replace(e, values=flat(e)) if i % 2 else e for i, e in enumerate(examples)]
+  rows = rows_of(agree, [[i] for i in range(len(agree))], 2 * LENGTH)
+  grads, metrics = gradient(objective, trainable, context, rows, accumulate=len(agree))
+  jax.effects_barrier()
+  assert len(passes) == (len(agree) if objective.kl_weight else len(agree) // 2)
+  monkeypatch.setattr(Grouped, "teaches", Scorer.teaches)
+  whole, wanted = gradient(objective, trainable, context, rows, accumulate=len(agree))
+  assert_same(grads, whole, 1e-6)
+  assert metrics == pytest.approx(wanted, rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.slow

@@ -99,3 +99,11 @@ def test_another_reward_or_answer_is_scored(tmp_path, identity, changes):
   changed = Answer(**{**vars(first), **changes})
   scored(tmp_path / "scores", reward, {0: [changed, second]}, identity)
   assert len(dice.asked) == 4
+
+
+def test_a_line_that_lacks_something_is_named(tmp_path):
+  path = tmp_path / "scores"
+  scored(path, Reward([Part("dice", Dice())]), {0: GROUPS[0]})
+  path.write_bytes(path.read_bytes().replace(b'"sizes"', b'"other"'))
+  with pytest.raises(ValueError, match=r"scores:2 has no 'sizes': remove the file"):
+    Ledger(path)

@@ -176,9 +176,9 @@ def test_a_function_that_raises_or_hangs_is_missing(workers):
 @pytest.mark.parametrize("apart", [False, True], ids=["here", "in a worker"])
 def test_a_list_of_another_length_stops(workers, apart):
   pool = workers if apart else None
-  with pytest.raises(ValueError, match="f returned 1 rewards for 2 completions"):
+  with pytest.raises(ValueError, match="f returned 1 reward for 2 completions"):
     scored(too_few, ANSWERS, pool)
-  with pytest.raises(ValueError, match="f logged 1 values of 'x' for 2 completions"):
+  with pytest.raises(ValueError, match="f logged 1 value of 'x' for 2 completions"):
     scored(logs_too_few, ANSWERS, pool)
 
 

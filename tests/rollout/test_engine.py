@@ -194,6 +194,17 @@ def test_a_text_is_the_same_in_any_slot_order_and_window(llama, options):
       np.testing.assert_array_equal(other[place].logps, plain[i].logps)
 
 
+def test_a_text_does_not_depend_on_what_is_read_beside_its_prompt(llama):
+  """Bit by bit: two pieces of 64 tokens that are read together are another program than one."""
+  prompts = [families.tokens(70, seed=seed).tolist() for seed in range(3)]
+  requests = [Request(prompt, 4, number=i) for i, prompt in enumerate(prompts)]
+  beside = written(llama, requests, length=80)
+  for request, answer in zip(requests, beside):
+    (alone,) = written(llama, [request], length=80)
+    assert alone.tokens == answer.tokens
+    np.testing.assert_array_equal(alone.logps, answer.logps)
+
+
 @pytest.mark.slow
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(

@@ -313,3 +313,18 @@ def test_what_is_no_expression_or_too_large_a_one_is_refused_in_a_sentence(text)
 def test_only_what_compares_has_a_reference():
   assert decisions.has_reference(load("preference.py:loss=dpo"))
   assert not decisions.has_reference(load("preference.py:loss=simpo"))
+
+
+def test_a_word_that_would_do_harm_does_none_where_nothing_reads_it():
+  """As in the config of an earlier run; who writes it by hand is told."""
+  config = settings.plain(rl.get_config())
+  config["objective"]["kl_estimator"] = "k1"
+  fields.check(config)
+  with pytest.raises(ConfigError, match="zero on average"):
+    fields.check(config, ["objective.kl_estimator"])
+  config["objective"]["kl_weight"] = 0.1
+  with pytest.raises(ConfigError, match="zero on average"):
+    fields.check(config)
+  config["objective"] |= {"kl_weight": 0.0, "kl_estimator": "k4"}
+  with pytest.raises(ConfigError, match="known are k2, k3"):
+    fields.check(config)

@@ -23,7 +23,7 @@ def run(bar, clock, steps, *, step=1.0, compiling=60.0, evaluating=5.0, saving=3
   def compiled():
     clock[0] += compiling
 
-  called = bar.compiled(compiled)
+  called = bar.compiled(compiled, lambda: None)
   for at in range(1, steps + 1):
     called() if at == 1 else None
     clock[0] += step

@@ -25,6 +25,9 @@ class Quadratic:
   def context(self, context, memory):
     return context
 
+  def teaches(self, batch):
+    return None
+
   def after_update(self, trainable, memory, totals):
     return memory
 
@@ -35,6 +38,11 @@ class Quadratic:
     noise = 0.0 if key is None else jax.random.normal(key, ())
     each = jnp.sum(jnp.square(trainable["x"] - batch["target"][:, None] + noise), axis=-1)
     return jnp.sum(each) / totals["rows"], {"loss": metrics_lib.mean(each)}
+
+
+class Starting(Quadratic):
+  def start(self, trainable):
+    return None
 
 
 def quadratic(optimizer="adamw", accumulate=1, **options):
@@ -164,3 +172,19 @@ def test_an_adapter_whose_every_number_trains_is_bound_to_its_base():
     decoder.forward(bound, np.arange(3, 9)[None], config),
     decoder.forward(params, np.arange(3, 9)[None], config),
   )
+
+
+def test_the_seed_is_an_argument_of_a_jitted_step_and_not_a_part_of_the_program():
+  """Runs that differ in their seed share what is compiled."""
+  optimizer, _ = chain.chain("sgd", lr=0.1, steps=100, schedule="constant")
+  batch, moved, texts = targets(1.0, 2.0), [], []
+  for seed in (3, 4):
+    state = state_lib.first({"x": jnp.ones(3)}, optimizer, None, Starting(), None)
+    run = step.jitted(Quadratic(), optimizer, state, seed=seed)
+    texts.append(run.lower(state, Context(None), batch).as_text())
+    plain = jax.jit(step.make(Quadratic(), optimizer, seed=seed))
+    wanted, _ = plain(state, Context(None), batch)
+    moved.append(copy(run(state, Context(None), batch)[0].trainable))
+    assert_bit_equal(moved[-1], wanted.trainable)
+  assert texts[0] == texts[1]
+  assert np.any(moved[0]["x"] != moved[1]["x"])
