@@ -22,6 +22,8 @@ from posttrain_jax.runs import completions, metrics_log, record
 from tests import tiny
 from tests.commands.test_train import environment
 
+pytestmark = pytest.mark.usefixtures("in_float32")
+
 WORDS = ["one", "two", "red", "sky", "sea", "hat", "cat", "dog"]
 VERIFIERS = """
 def early(prompt, completion, example):  # of two answers one is better but for chance
@@ -49,8 +51,6 @@ def first(prompt, completion, example):
 """
 PAID = """
 import json, pathlib, random
-
-pytestmark = pytest.mark.usefixtures("in_float32")
 
 def asked(what):
   with pathlib.Path(__file__).with_name("calls.jsonl").open("a") as file:
