@@ -69,9 +69,8 @@ def load(
     key = jax.random.key(config.seed)
     started = start.plan(key, starting, hf.read_config(folder), config.model.base)
   speech = use.tokenizer_folder(folder, earlier_lib.home(config))
-  with futures.ThreadPoolExecutor(
-    1
-  ) as beside:  # reading a tokenizer is importing transformers: a second
+  # reading a tokenizer is importing transformers: a second
+  with futures.ThreadPoolExecutor(1) as beside:
     reading = beside.submit(chat.load_tokenizer, speech)
     params, model_config = _read(config, folder, products, place, started)
     tokenizer = reading.result()

@@ -13,6 +13,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from posttrain_jax.core import sharding, struct
@@ -22,6 +23,7 @@ Array = jax.Array
 # A Weight or a plain array; shapes alone stand for either in programs compiled without weights.
 AnyWeight = Any
 BITS = jnp.uint16  # of numbers in bfloat16
+PRODUCT = "product"
 
 
 class Weight(Leaf):
@@ -86,6 +88,8 @@ def product(x: Array, w: Array, contract: int, dtype: Any = None, operands: Any 
   Without a mesh x is flattened to two dimensions: on XLA:CPU the gradient of a low-rank factor from a three-dimensional
   operand measured 9x slower.  On a mesh it must not be, where time sharding would add an all-gather.
 
+  A policy of what is kept for the backward pass sees no product within a derivative of its own: it is named PRODUCT.
+
   Args:
     w: a matrix, or the bits of one in bfloat16.
     operands: what x and w are rounded to where x is float32; None: `multiplied`.
@@ -95,6 +99,7 @@ def product(x: Array, w: Array, contract: int, dtype: Any = None, operands: Any 
     x = x.reshape(-1, x.shape[-1])
   if x.dtype == jnp.float32:
     y = _product32(x, w, multiplied(x.dtype, _held(w)) if operands is None else operands, contract)
+    y = checkpoint_name(y, PRODUCT)
   else:
     y = _dot(x, _operand(w, x.dtype), contract, dtype)
   return y.reshape(*lead, y.shape[-1])

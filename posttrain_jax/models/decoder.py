@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 from posttrain_jax.core import memory, sharding, tree
 from posttrain_jax.core.sharding import constrain
 from posttrain_jax.core.weight import (
+  PRODUCT,
   Adapted,
   Bfloat16,
   Transposed,
@@ -356,10 +357,15 @@ def _checkpoint(policy):
   return lambda layer: jax.checkpoint(layer, policy=policy, prevent_cse=False)
 
 
+_policies = jax.checkpoint_policies
 REMAT: dict[str, Callable] = {
   "none": lambda layer: layer,
-  "names": _checkpoint(jax.checkpoint_policies.save_only_these_names(*KEPT)),
-  "dots": _checkpoint(jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+  "names": _checkpoint(_policies.save_only_these_names(*KEPT)),
+  "dots": _checkpoint(
+    _policies.save_from_both_policies(
+      _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(PRODUCT)
+    )
+  ),
   "full": _checkpoint(None),
 }
 
@@ -462,8 +468,9 @@ def _attention(h, p, window, cos, sin, config, extend, look):
   q = rounded(checkpoint_name(attention.rotate(q, cos, sin), "query"))
   k = rounded(checkpoint_name(attention.rotate(k, cos, sin), "key"))
   v = rounded(checkpoint_name(constrain(v, "batch time heads head_dim"), "value"))
-  out = look(q, *extend(k, v), window, scale=config.softmax_scale, softcap=config.attention_softcap)
-  return _project(out.reshape(*h.shape[:2], -1).astype(h.dtype), p["o_proj"])
+  how = dict(scale=config.softmax_scale, softcap=config.attention_softcap, dtype=h.dtype)
+  out = look(q, *extend(k, v), window, **how)
+  return _project(out.reshape(*h.shape[:2], -1), p["o_proj"])
 
 
 def _mlp(h, p, config):
