@@ -117,19 +117,24 @@ def _product32(x: Array, w: Array, dtype: Any, contract: int) -> Array:
 
 
 def _product32_forward(
-  x: Array, w: Array, dtype: Any, contract: int
-) -> tuple[Array, tuple[Array, Array]]:
-  return _product32(x, w, dtype, contract), (x, w)
+  x: Any, w: Any, dtype: Any, contract: int
+) -> tuple[Array, tuple[Array | None, Array]]:
+  """x is kept for the gradient of w alone: of a frozen w none exists, however it is traced."""
+  y = _product32(x.value, w.value, dtype, contract)
+  return y, (x.value if w.perturbed else None, w.value)
 
 
 def _product32_backward(
-  dtype: Any, contract: int, kept: tuple[Array, Array], g: Array
-) -> tuple[Array, Array | None]:
+  dtype: Any, contract: int, kept: tuple[Array | None, Array], g: Any
+) -> tuple[Array | None, Array | None]:
   x, w = kept
-  x, g = x.astype(dtype), g.astype(dtype)
+  if isinstance(g, jax.custom_derivatives.SymbolicZero):
+    return None, None
+  g = g.astype(dtype)
   d_x = _dot(g, _operand(w, dtype), 1 - contract, jnp.float32)
-  if w.dtype == BITS:
+  if x is None:
     return d_x, None
+  x = x.astype(dtype)
   one, other = (x, g) if contract == 0 else (g, x)
   if other.shape[-1] < one.shape[-1]:
     # that of a narrow factor, [in, rank], is six times as fast as its transpose, which XLA undoes without the barrier
@@ -155,7 +160,7 @@ def _over_rows(x: Array, g: Array) -> Array:
   return _dot(turned, g, 0, jnp.float32)
 
 
-_product32.defvjp(_product32_forward, _product32_backward)
+_product32.defvjp(_product32_forward, _product32_backward, symbolic_zeros=True)
 
 
 def _held(w: Array) -> Any:

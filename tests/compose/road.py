@@ -72,7 +72,7 @@ def train(config: Any, folder: pathlib.Path, devices: int) -> Result:
     state=named(host(state)),
     start=start,
     policy=bound(run, state),
-    programs=run.step._cache_size(),
+    programs=run.step.function._cache_size(),
   )
 
 

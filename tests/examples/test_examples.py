@@ -60,7 +60,7 @@ def test_dpo(example, shared, tmp_path, capsys):
   assert abs(losses[0] - np.log(2)) < 1e-4  # the policy is its reference
   assert losses[-1] < losses[0]
   assert margins[-1] > margins[0] + 1e-3
-  assert held["step"]._cache_size() == 1  # one program for the first state and all others
+  assert held["step"].function._cache_size() == 1  # one program for the first state and all others
   folder = tmp_path / "runs/dpo-example"
   saved, _ = peft_format.load(folder, held["params"], held["config"])
   jax.tree.map(np.testing.assert_array_equal, saved, held["state"].adapter)
