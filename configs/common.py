@@ -187,7 +187,7 @@ def run(arg):
   c.model.adapter = ""
   c.model.adapter_use = "trained"  # it goes on being trained, or is frozen under a fresh one
   c.model.base = chosen("base", arg.base, BASES)  # how frozen matrices are stored
-  c.model.dtype = "auto"  # of the computation: bfloat16 on accelerators, float32 on CPU
+  c.model.dtype = "auto"  # of products: bfloat16 on accelerators and CPUs that multiply in it
   # chat template: the tokenizer's own, or chatml llama3 llama2 mistral vicuna gemma
   c.model.template = "tokenizer"
   c.model.remat = "auto"  # what the backward pass recomputes: none, names, dots, full

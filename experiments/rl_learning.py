@@ -26,6 +26,7 @@ import dataclasses
 import importlib.metadata
 import itertools
 import json
+import math
 import os
 import platform
 import random
@@ -276,7 +277,7 @@ def rounds(plan: Plan, seed: int, folder: Path) -> tuple[Spent, list[list[float]
   for number in range(1, ROUNDS + 1):
     until = plan.seconds * number / ROUNDS
     data, here = folder / f"own-{number}.jsonl", folder / f"round-{number}"
-    run(plan.sample_command(10 * seed + number, adapter, data), log, MANY, so_far, here)
+    run(plan.sample_command(10 * seed + number, adapter, data), log, math.inf, so_far, here)
     if so_far.cpu >= until:
       raise RuntimeError(f"{folder}: sampling took {so_far.cpu:.0f} s of {until:g}; ask for less")
     command = plan.sft_command("rft", str(data), seed, adapter, here)

@@ -53,7 +53,19 @@ gc.collect()
 gc.freeze()
 gc.set_threshold(50_000, 20, 50)
 
+from posttrain_jax.build import decisions  # noqa: E402
 from posttrain_jax.rollout import engine  # noqa: E402
+
+# model.dtype=auto is not what the CPU has that tests run on: float32, or what is asked for here.
+PRODUCTS = os.environ.get("TESTS_PRODUCTS", "float32")
+vars(decisions)["processor"] = lambda: "amx_bf16" if PRODUCTS == "bfloat16" else None
+
+
+@pytest.fixture
+def in_float32(monkeypatch):
+  """Products are float32 whatever is asked for: of tests that compare numbers tightly."""
+  monkeypatch.setattr(decisions, "processor", lambda: None)
+
 
 engine.Engine.is_strict = True  # a program that is compiled after the warm-up is an error
 

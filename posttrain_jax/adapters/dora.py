@@ -52,7 +52,7 @@ class DoRA(LoRA):
 
   def _direction(self, x: Array, from_base: Array) -> Array:
     """x @ V.  The magnitude's gradient reads it, so the backward pass keeps it or computes x @ W again."""
-    down = linear(x, self.a) * self._scales().astype(x.dtype)
+    down = checkpoint_name(linear(x, self.a), "down") * self._scales().astype(x.dtype)
     return checkpoint_name(from_base + linear(down, self.b), "direction")
 
   def rows(self, ids: Array, base: Any, key: Array | None = None) -> Array:

@@ -9,16 +9,34 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from posttrain_jax.adapters.bind import SHARED_PATH
-from posttrain_jax.core import memory, sharding, tree
+from posttrain_jax.core import memory, sharding, tree, weight
+from posttrain_jax.core.leaf import Leaf
 from posttrain_jax.models import partition
 
 # what stands at a base's path inherits its axes
 RULES: sharding.Rules = (*partition.RULES, (rf"{SHARED_PATH}.*", PartitionSpec()))
 LAYERS = "layers/"  # what is kept on the host where parameters are offloaded
+
+
+def frozen(path: str, leaf: Any, platform: str | None = None) -> Any:
+  """A leaf of a base as the platform computes with it: a CPU has the layers' bfloat16 matrices as bits.
+
+  Args:
+    platform: None for the default one.
+  """
+  is_cpu = (platform or jax.default_backend()) == "cpu"
+  is_kept = isinstance(leaf, Leaf) and not isinstance(leaf, weight.Bfloat16)
+  if not is_cpu or is_kept or not path.startswith(LAYERS) or not tree.turned(path):
+    return leaf
+  if leaf.dtype != jnp.bfloat16:
+    return leaf
+  is_shape = isinstance(leaf, jax.ShapeDtypeStruct)
+  return weight.Bfloat16(leaf.update(dtype=weight.BITS)) if is_shape else weight.bits(leaf)
 
 
 def shardings(path: str, leaf: Any, mesh: Mesh | None, *, device: Any = None) -> Any:
@@ -38,7 +56,7 @@ def shardings(path: str, leaf: Any, mesh: Mesh | None, *, device: Any = None) ->
 
 
 def place(path: str, leaf: Any, *, mesh: Mesh | None = None, on_host: bool = False) -> Any:
-  """A leaf on its devices; each process gives the shards that are its own, of an array that it has whole.
+  """A leaf on its devices, `frozen`; each process gives the shards that are its own, of an array that it has whole.
 
   Args:
     on_host: a leaf of the layers stays in the host's pinned memory, in the same layout.
@@ -46,6 +64,7 @@ def place(path: str, leaf: Any, *, mesh: Mesh | None = None, on_host: bool = Fal
   Raises:
     KeyError: when no rule covers the path.
   """
+  leaf = frozen(path, leaf)
   where = shardings(path, leaf, mesh)
   if on_host and path.startswith(LAYERS):
     where = jax.tree.map(memory.host, where)
@@ -75,7 +94,11 @@ def abstract(
     device: without a mesh, the device that the program is for; None: the first of this process.
   """
 
+  some = device if mesh is None else mesh.devices.flat[0]
+  platform = None if some is None else some.platform
+
   def one(path, leaf):
+    leaf = frozen(path, leaf, platform)
     where = shardings(path, leaf, mesh, device=device)
     if on_host and path.startswith(LAYERS):
       where = jax.tree.map(memory.host, where)

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from posttrain_jax.adapters.config import AdapterConfig
@@ -52,7 +53,8 @@ class LoRA(Change):
   TRAINED = ("a", "b")  # the optimizer sees these fields and no other
 
   def apply(self, x: Array, base: Any, key: Array | None = None) -> Array:
-    down = linear(dropout(x, self.dropout, key), self.a)
+    # narrow enough to be kept for the backward pass, which would compute it again
+    down = checkpoint_name(linear(dropout(x, self.dropout, key), self.a), "down")
     return linear(x, base) + linear(down * self._scales().astype(x.dtype), self.b)
 
   def rows(self, ids: Array, base: Any, key: Array | None = None) -> Array:

@@ -31,7 +31,9 @@ class Replaced(Change):
   TRAINED = ("value",)
 
   def apply(self, x: Array, base: Any, key: Array | None = None) -> Array:
-    return linear(x, self._of(base))
+    value = self._of(base)
+    is_rounded = weight.multiplied(x.dtype, base.dtype) != x.dtype
+    return linear(x, weight.Bfloat16(value) if is_rounded else value)
 
   def rows(self, ids: Array, base: Any, key: Array | None = None) -> Array:
     # in the base's dtype, which sets that of the computation

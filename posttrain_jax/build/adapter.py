@@ -130,6 +130,6 @@ def resumed(
     return context
   place = functools.partial(layout.place, mesh=mesh)
   params, _ = hf.load(
-    model.folder, dtype=model.dtype, storage="dense", place=model.started.resume(nodes, place)
+    model.folder, dtype=model.products, storage="dense", place=model.started.resume(nodes, place)
   )
   return dataclasses.replace(context, base=params)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import functools
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,67 @@ import ml_collections
 
 from posttrain_jax.settings import ConfigError
 
+AUTO = "auto"
+DTYPE = "dtype"  # in the record of a run: what model.dtype=auto became
+HAVE_BFLOAT16 = ("amx_bf16", "avx512_bf16")  # flags of processors that multiply in it
 
-def compute_dtype(config: ml_collections.ConfigDict, platform: str | None = None) -> Any:
-  """The dtype of the computation: "auto" is bfloat16 on accelerators and float32 on CPU."""
+
+def products(config: ml_collections.ConfigDict, platform: str | None = None) -> Any:
+  """The dtype of products, and of a frozen base that is not quantised."""
   return dtype(config.model.dtype, platform)
 
 
 def dtype(name: str, platform: str | None = None) -> Any:
-  if name != "auto":
+  """ "auto" is bfloat16 on accelerators and on CPUs that multiply in it, float32 on others."""
+  if name != AUTO:
     return jnp.dtype(name)
-  is_cpu = (platform or jax.default_backend()) == "cpu"
-  return jnp.float32 if is_cpu else jnp.bfloat16
+  in_bfloat16 = not _is_cpu(platform) or processor() is not None
+  return jnp.dtype(jnp.bfloat16 if in_bfloat16 else jnp.float32)
+
+
+def between(products: Any, platform: str | None = None) -> Any:
+  """The dtype of what lies between products: theirs, but on a CPU, which adds and moves no bfloat16, float32 for it."""
+  return jnp.dtype(jnp.float32) if products == jnp.bfloat16 and _is_cpu(platform) else products
+
+
+def _is_cpu(platform: str | None) -> bool:
+  return (platform or jax.default_backend()) == "cpu"
+
+
+@functools.cache
+def processor() -> str | None:
+  """The flag by which this machine's processor says that it multiplies in bfloat16; None where it says none."""
+  path = Path("/proc/cpuinfo")
+  return bfloat16_flag(path.read_text(errors="replace")) if path.exists() else None
+
+
+def bfloat16_flag(cpuinfo: str) -> str | None:
+  """The first of `HAVE_BFLOAT16` among the flags of /proc/cpuinfo.
+
+  >>> bfloat16_flag("model name : x\\nflags : fpu avx512_bf16 amx_bf16 amx_tile"), bfloat16_flag("flags : avx512f")
+  ('amx_bf16', None)
+  """
+  lines = (line.partition(":") for line in cpuinfo.splitlines())
+  flags = {flag for name, _, said in lines if name.strip() == "flags" for flag in said.split()}
+  return next((flag for flag in HAVE_BFLOAT16 if flag in flags), None)
+
+
+def recorded(record: Mapping[str, Any]) -> Any:
+  """The dtype of products that a run's record tells; before records told it, auto was float32 on every CPU."""
+  name = record.get(DTYPE) or record["config"]["model"]["dtype"]
+  return jnp.dtype(jnp.float32) if name == AUTO and _is_cpu(None) else dtype(name)
+
+
+def told(asked: str, chosen: Any, is_begun: bool) -> str | None:
+  """A sentence on the products that model.dtype=auto has become on a CPU; None where there is nothing to say."""
+  if asked != AUTO or not _is_cpu(None):
+    return None
+  name, flag = jnp.dtype(chosen).name, processor()
+  if is_begun:
+    return f"{name} products, as this run began"
+  if flag is None:
+    return f"{name} products: this CPU has neither {' nor '.join(HAVE_BFLOAT16)}"
+  return f"{name} products: this CPU has {flag}; --config.model.dtype=float32 for full precision"
 
 
 def remat(config: ml_collections.ConfigDict) -> str:

@@ -14,6 +14,7 @@ import ml_collections
 import numpy as np
 
 from posttrain_jax import adapters, settings
+from posttrain_jax.adapters import layout
 from posttrain_jax.build import adapter as adapter_lib
 from posttrain_jax.build import checks, decisions, objective, questions, reference, use
 from posttrain_jax.build import data as data_lib
@@ -237,6 +238,7 @@ def as_model(used: use.Used, params: Any) -> model_lib.Model:
     used.template,
     used.dtype,
     bare=used.bare,
+    products=used.products,
   )
 
 
@@ -246,7 +248,8 @@ def _reference(config: ml_collections.ConfigDict, used: use.Used) -> Any:
   if not decisions.is_full(config):
     return reference.params(config, as_model(used, used.params), None)
   if named == "base" or reference.is_adapter(named):
-    params, began = hf.load(fetch.resolve(config.model.name), dtype=used.dtype, storage="dense")
+    folder = fetch.resolve(config.model.name)
+    params, began = hf.load(folder, dtype=used.products, storage="dense", place=layout.place)
     model = dataclasses.replace(as_model(used, params), config=began, bare=params)
     return reference.params(config, model, None)
   return reference.params(config, as_model(used, None), None)

@@ -255,7 +255,7 @@ def _started(run: runs.Run, folder: Path, config: ModelConfig, adapter: Any) -> 
   started = start.plan(jax.random.key(asked.seed), starting, config, asked.model.base)
   nodes = dict(tree.items(adapter))
   nodes |= {path: nodes[path].from_the_original() for path in started.names}
-  dtype = decisions.compute_dtype(asked)
+  dtype = decisions.recorded(run.record)
   read = functools.partial(hf.load, folder, dtype=dtype, storage="dense")
   to_device = lambda _, leaf: jax.tree.map(jnp.asarray, leaf)
   # LoftQ's turns are made again: the adapter has the last of them alone

@@ -31,11 +31,12 @@ class Model:
   config: ModelConfig
   tokenizer: Any
   template: Any  # None for a base model that has no chat template
-  dtype: Any  # of the computation
+  dtype: Any  # of what lies between products
   started: start.Start | None = None  # where the adapter starts with a part of the base
   earlier: Earlier | None = None  # the adapter that the run starts from
   bare: Any = None  # the params without any adapter; None: params are
   speech: Path | None = None  # the folder of the tokenizer; None: the base's
+  products: Any = None  # their dtype, and a frozen base's; None: dtype
 
   @property
   def plain(self) -> Any:
@@ -48,10 +49,17 @@ class Model:
     return use.ends(self.config, self.tokenizer, self.template, self.folder)
 
 
-def load(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh | None = None) -> Model:
-  """The base of config.model: read and quantised matrix by matrix, placed on its devices leaf by leaf."""
+def load(
+  config: ml_collections.ConfigDict,
+  mesh: jax.sharding.Mesh | None = None,
+  products: Any = None,
+) -> Model:
+  """The base of config.model: read and quantised matrix by matrix, placed on its devices leaf by leaf.
+
+  products: their dtype; None: as the config says.
+  """
   folder = fetch.resolve(config.model.name)
-  dtype = decisions.compute_dtype(config)
+  products = products or decisions.products(config)
   on_host = config.optimizer.offload == "params"
   place = functools.partial(layout.place, mesh=mesh, on_host=on_host)
   adapter_config = adapter.described(config)
@@ -61,11 +69,10 @@ def load(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh | None = Non
     key = jax.random.key(config.seed)
     started = start.plan(key, starting, hf.read_config(folder), config.model.base)
   speech = use.tokenizer_folder(folder, earlier_lib.home(config))
-  with futures.ThreadPoolExecutor(
-    1
-  ) as beside:  # reading a tokenizer is importing transformers: a second
+  # reading a tokenizer is importing transformers: a second
+  with futures.ThreadPoolExecutor(1) as beside:
     reading = beside.submit(chat.load_tokenizer, speech)
-    params, model_config = _read(config, folder, place, started)
+    params, model_config = _read(config, folder, products, place, started)
     tokenizer = reading.result()
   if decisions.has_score(config):
     params, model_config = _with_score(config, params, model_config, mesh)
@@ -81,20 +88,21 @@ def load(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh | None = Non
     model_config,
     tokenizer,
     template,
-    dtype,
+    decisions.between(products),
     started,
     earlier,
     params,
     speech,
+    products,
   )
 
 
-def _read(config, folder, place, started):
+def _read(config, folder, products, place, started):
   """(params, config) of the base, as the run stores it."""
-  # what the optimizer updates is float32; a frozen base is stored as it is computed with
+  # what the optimizer updates is float32; a frozen base is stored as it is multiplied
   return hf.load(
     folder,
-    dtype=jnp.float32 if decisions.is_full(config) else decisions.compute_dtype(config),
+    dtype=jnp.float32 if decisions.is_full(config) else products,
     storage=config.model.base if started is None else "dense",
     place=place if started is None else started.begin(place),
   )

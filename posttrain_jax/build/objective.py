@@ -68,6 +68,7 @@ def _how(config: Config, model: Model) -> dict[str, Any]:
   adapter_config = adapter.described(config)
   return dict(
     dtype=model.dtype,
+    products=None if model.products == model.dtype else model.products,
     remat=decisions.remat(config),
     attention_group=0 if adapter_config is None else adapter_config.attention_group,
   )

@@ -67,7 +67,7 @@ def params(config: ml_collections.ConfigDict, model: Model, mesh: jax.sharding.M
     return over.bound(base, placed)
   place = functools.partial(layout.place, mesh=mesh)
   storage = config.objective.reference_base
-  other, _ = hf.load(fetch.resolve(name), dtype=model.dtype, storage=storage, place=place)
+  other, _ = hf.load(fetch.resolve(name), dtype=model.products, storage=storage, place=place)
   return other
 
 

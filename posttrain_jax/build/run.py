@@ -53,7 +53,7 @@ from posttrain_jax.core.checkpoint import Checkpoints
 from posttrain_jax.core.started import Started
 from posttrain_jax.data import encoded, loader
 from posttrain_jax.evals import report, tasks
-from posttrain_jax.models import hf
+from posttrain_jax.models import decoder, hf
 from posttrain_jax.objectives import Scorer, evaluation, measured
 from posttrain_jax.runs import folder as run_folder
 from posttrain_jax.runs import record, trackers
@@ -105,13 +105,14 @@ def train(
   if devices is not None:
     say(f"mesh: {dict(devices.shape)}")
   ambient = contextlib.nullcontext() if devices is None else jax.set_mesh(devices)
+  products, why = _products(config, None if dry_run else Path(folder))
   with ambient, signals.exiting():
-    pieces = build(config, devices, sys.stdout, started)
+    pieces = build(config, devices, sys.stdout, products, started)
     config = pieces.config
     if not dry_run and _is_complete(Path(folder), config, say):
       return 0
     best.check(pieces)
-    for note in notes:
+    for note in (*notes, *why):
       say(note)
     _introduce(pieces, say)
     if dry_run:
@@ -124,6 +125,18 @@ def train(
       pieces = pieces.with_reference(say)
       started.ends("reference" if pieces.objective.needs_reference else "adapter")
       return _Training(pieces, Path(folder), say, started).to_the_end()
+
+
+def _products(
+  config: ml_collections.ConfigDict, folder: Path | None
+) -> tuple[Any, tuple[str, ...]]:
+  """(the dtype of products, what is to be said of it): what a run that is under way began with, wherever it goes on."""
+  products = decisions.products(config)
+  is_begun = folder is not None and record.is_begun(folder)
+  if is_begun:
+    products = decisions.recorded(record.read(folder).record)
+  told = decisions.told(config.model.dtype, products, is_begun)
+  return products, () if told is None else (told,)
 
 
 def _is_complete(folder: Path, config: ml_collections.ConfigDict, say: Say) -> bool:
@@ -166,7 +179,8 @@ class Pieces:
     digests = {g.name: g.digest for g in (self.task.graders if self.task else ()) if g.digest}
     began = earlier_adapter.fingerprint(self.config)
     named = {"metrics": digests or None, earlier_adapter.STARTED: began}
-    return {"rows": data.identity(self.data)} | {
+    products = jnp.dtype(self.model.products).name
+    return {"rows": data.identity(self.data), decisions.DTYPE: products} | {
       name: value for name, value in named.items() if value is not None
     }
 
@@ -206,17 +220,19 @@ def build(
   config: ml_collections.ConfigDict,
   devices: jax.sharding.Mesh | None,
   stream: TextIO | None = None,
+  products: Any = None,
   started: Started | None = None,
 ) -> Pieces:
   """The pieces of a run; an optimizer that these parameters do not suit says so here.
 
   Args:
     stream: where it is said what is read; default stderr.
+    products: their dtype; None: as the config says.
     started: what is told how long each took.
   """
   started = started or Started()
   with _phase(f"reading {config.model.name}", stream):
-    base = model.load(config, devices)
+    base = model.load(config, devices, products)
   started.ends("model")
   with _phase("reading the data", stream):
     rows = prompts.read(config, base) if online.is_online(config) else data.read(config, base)
@@ -478,7 +494,7 @@ class _Training:
     if task is None:
       return
     if pieces.trees.adapter_config is None:
-      params = memory.fetch(state.trainable)
+      params = decoder.multiplied_in(memory.fetch(state.trainable), base.products)
     else:
       nodes = tree.combine(state.trainable, state.carried)
       params = use.for_writing(pieces.trees.context.base, nodes)

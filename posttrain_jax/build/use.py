@@ -16,7 +16,7 @@ import jax
 import ml_collections
 
 from posttrain_jax import adapters, settings
-from posttrain_jax.adapters import over, peft_format
+from posttrain_jax.adapters import layout, over, peft_format
 from posttrain_jax.build import adapter as adapter_lib
 from posttrain_jax.build import decisions
 from posttrain_jax.core import files, progress, tree
@@ -49,9 +49,10 @@ class Used:
   tokenizer: Any
   template: templates.Template | None  # None: text as it is
   manner: Manner
-  dtype: Any  # of the computation
+  dtype: Any  # of what lies between products
   storage: str  # of the base's matrices: "dense", or a type of `quant.STORAGES`
   bare: Any  # the base's parameters, without what the adapter stands on
+  products: Any  # their dtype, and the base's
 
   @property
   def bound(self) -> Any:
@@ -131,9 +132,9 @@ def load(
   folder = fetch.resolve(name)
   manner = _manner([*homes] or [folder], manner)
   storage = base or manner.storage
-  dtype = decisions.dtype(manner.dtype)
+  products = decisions.dtype(manner.dtype)
   with progress.phase(f"reading {name}"):
-    params, config = hf.load(folder, dtype=dtype, storage=storage)
+    params, config = hf.load(folder, dtype=products, storage=storage, place=layout.place)
     if homes:
       params, config = scoring(homes[0], params, config)
     bare = params
@@ -149,8 +150,9 @@ def load(
     manner = dataclasses.replace(manner, chat=template != NONE)
   nodes = [node for node, _ in loaded]
   kept = _stored(bare)
+  dtype = decisions.between(products)
   return Used(
-    str(name), folder, params, config, nodes, tokenizer, spoken, manner, dtype, kept, bare
+    str(name), folder, params, config, nodes, tokenizer, spoken, manner, dtype, kept, bare, products
   )
 
 

@@ -16,7 +16,7 @@ from posttrain_jax.build.adapter import Trees
 from posttrain_jax.build.model import Model
 from posttrain_jax.build.prompts import Prompt
 from posttrain_jax.core import progress, tree
-from posttrain_jax.models import before
+from posttrain_jax.models import before, decoder
 from posttrain_jax.rollout import engine as engine_lib
 from posttrain_jax.rollout.requests import Answer, Request
 from posttrain_jax.rollout.sampling import Sampling
@@ -111,7 +111,9 @@ class Writer:
 
     def ready(base: Any, trainable: Any, carried: Any) -> engine_lib.Ready:
       params = (
-        trainable if self._is_full else adapters.merge(base, tree.combine(trainable, carried))
+        decoder.multiplied_in(trainable, self.model.products)
+        if self._is_full
+        else adapters.merge(base, tree.combine(trainable, carried))
       )
       return engine_lib.prepare(params, self.model.config, self.config.online.storage)
 

@@ -6,6 +6,7 @@ One function, `attend`; an accelerator kernel replaces its body, never its contr
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +60,7 @@ def attend(
   *,
   scale: float,
   softcap: float | None = None,
+  dtype: Any = None,
 ) -> Array:
   """softmax(cap(scale q k^T)) v over the keys that are `visible`, heads of queries sharing keys in groups.
 
@@ -74,15 +76,17 @@ def attend(
     window: how many positions back a query sees, its own among them; None for all.
     scale: multiplies the scores.
     softcap: cap * tanh(score / cap) (Gemma 2), None for none.
+    dtype: of the result; None: q's.
 
   Returns:
-    [batch, time, heads, head_dim] in q's dtype; scores and softmax in float32.
+    [batch, time, heads, head_dim]; scores and softmax in float32.
   """
   batch, time, heads, dim = q.shape
+  dtype = dtype or q.dtype
   # [batch, kv_heads, groups, time, dim]: plain batched products, twice as fast as the grouped einsum on XLA:CPU
   folded = (q * scale).reshape(batch, time, k.shape[2], -1, dim).transpose(0, 2, 3, 1, 4)
   k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-  out = _attend(folded, k, v, (queries, keys, window), softcap)
+  out = _attend(folded, k, v, (queries, keys, window), softcap, dtype)
   return out.transpose(0, 3, 1, 2, 4).reshape(batch, time, heads, dim)
 
 
@@ -97,6 +101,7 @@ def attend_cached(
   *,
   scale: float,
   softcap: float | None = None,
+  dtype: Any = None,
 ) -> Array:
   """softmax(cap(scale q k^T)) v over what a `cache.Cache` holds of each query's row, a block of slots at a time.
 
@@ -111,9 +116,10 @@ def attend_cached(
     positions: [rows, time], of the queries; a query sees the slots up to its own.
     end: the slots that any row which counts has in use.
     window: how many slots back a query sees, its own among them; None for all.
+    dtype: of the result; None: q's.
 
   Returns:
-    [rows, time, heads, head_dim] in q's dtype; scores and softmax in float32.
+    [rows, time, heads, head_dim]; scores and softmax in float32.
   """
   rows, time, heads, dim = q.shape
   kv_heads, block = k.shape[3], k.shape[5]
@@ -145,7 +151,7 @@ def attend_cached(
   zeros = jnp.zeros((rows, kv_heads, groups * time, 1))
   start = (zeros + NEGATIVE, zeros, jnp.zeros((rows, kv_heads, groups * time, dim)))
   _, total, out = jax.lax.fori_loop(first, (end + block - 1) // block, read, start)
-  out = (out / total).astype(q.dtype).reshape(rows, kv_heads, groups, time, dim)
+  out = (out / total).astype(dtype or q.dtype).reshape(rows, kv_heads, groups, time, dim)
   return out.transpose(0, 3, 1, 2, 4).reshape(rows, time, heads, dim)
 
 
@@ -160,6 +166,7 @@ def attend_shifted(
   group: int,
   scale: float,
   softcap: float | None = None,
+  dtype: Any = None,
 ) -> Array:
   """`attend` within groups of `group` tokens, the second half of the heads with groups that start half a group later.
 
@@ -180,7 +187,7 @@ def attend_shifted(
     halves = [jnp.split(x, [x.shape[2] // 2], axis=2) for x in (q, k, v)]
     grouped = [_groups(half[late], group, late) for half in halves]
     places = _grouped_places(queries, group, late)
-    attended = attend(*grouped, places, places, window, scale=scale, softcap=softcap)
+    attended = attend(*grouped, places, places, window, scale=scale, softcap=softcap, dtype=dtype)
     out.append(_ungrouped(attended, q.shape[:2], group, late))
   return jnp.concatenate(out, axis=2)
 
@@ -205,19 +212,20 @@ def _ungrouped(x, lead, group, late):
   return (jnp.roll(x, group // 2, axis=1) if late else x)[:, :time]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(q, k, v, where, softcap):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attend(q, k, v, where, softcap, dtype):
   """[batch, kv_heads, groups, time, dim]; k, v: [batch, kv_heads, keys, dim]."""
-  return _attend_forward(q, k, v, where, softcap)[0]
+  return _attend_forward(q, k, v, where, softcap, dtype)[0]
 
 
-def _attend_forward(q, k, v, where, softcap):
+def _attend_forward(q, k, v, where, softcap, dtype):
   out, normaliser = _by_length(q, _forward, softcap)(q, k, v, where)
-  out = checkpoint_name(out, "context")
+  out = checkpoint_name(out.astype(dtype), "context")
   return out, (q, k, v, where, out, checkpoint_name(normaliser, "normaliser"))
 
 
-def _attend_backward(softcap, kept, gradient):
+def _attend_backward(softcap, dtype, kept, gradient):
+  del dtype
   return *_by_length(kept[0], _backward, softcap)(*kept, gradient), None
 
 
@@ -254,7 +262,7 @@ def _forward(softcap, cut, q, k, v, where):
     most, total, out = parts.over_keys(i, read, (zeros + NEGATIVE, zeros, jnp.zeros(rows.shape)))
     # what sees nothing gives 0, and its normaliser makes each weight 0 in the backward pass
     nothing = most == NEGATIVE
-    out = jnp.where(nothing, 0.0, out / jnp.where(nothing, 1.0, total)).astype(v.dtype)
+    out = jnp.where(nothing, 0.0, out / jnp.where(nothing, 1.0, total))
     return out, jnp.where(nothing, -NEGATIVE, most + jnp.log(total))
 
   return parts.over_queries(lambda so_far, i: (so_far, block(i)), None)[1]
@@ -273,12 +281,18 @@ def _backward(softcap, cut, q, k, v, where, out, normaliser, gradient):
       columns, values = parts.columns(k, j), parts.columns(v, j)
       scores, chain = _scores(rows, columns, parts.visible(i, j), softcap)
       weights = jnp.exp(scores - norm)
-      change = _products("bkqd,bksd->bkqs", _folded(slopes), values).reshape(scores.shape)
+      change = _products("bkqd,bksd->bkqs", _folded(slopes.astype(v.dtype)), values).reshape(
+        scores.shape
+      )
       slope = _folded((weights * (change - mean) * chain).astype(q.dtype))
       dq += _products("bkqs,bksd->bkqd", slope, columns).reshape(dq.shape)
       dk = parts.add(dk, _products("bkqs,bkqd->bksd", slope, _folded(rows)), j)
       weights = _folded(weights.astype(v.dtype))
-      return dq, dk, parts.add(dv, _products("bkqs,bkqd->bksd", weights, _folded(slopes)), j)
+      return (
+        dq,
+        dk,
+        parts.add(dv, _products("bkqs,bkqd->bksd", weights, _folded(slopes.astype(v.dtype))), j),
+      )
 
     dq, *so_far = parts.over_keys(i, read, (jnp.zeros(rows.shape), *so_far))
     return tuple(so_far), (dq,)

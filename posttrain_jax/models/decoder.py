@@ -21,13 +21,17 @@ from jax.sharding import PartitionSpec as P
 from posttrain_jax.core import memory, sharding, tree
 from posttrain_jax.core.sharding import constrain
 from posttrain_jax.core.weight import (
+  PRODUCT,
   Adapted,
+  Bfloat16,
   Transposed,
+  Weight,
   dense,
   embed,
   is_shared,
   linear,
   linear32,
+  multiplied,
   unadapted,
 )
 from posttrain_jax.models import attention, before, rotary
@@ -274,6 +278,23 @@ def _used(segments):
   return jnp.sum(segments != 0, axis=1, dtype=jnp.int32)
 
 
+def multiplied_in(params: Params, dtype: Any) -> Params:
+  """params whose float32 matrices are rounded to bfloat16 for each product where dtype is that; None: as they are.
+
+  An adapter's factors are not among them: products with so few columns are no faster.
+  """
+  if dtype != jnp.bfloat16:
+    return params
+  table = "embed_tokens/weight"
+  is_matrix = lambda path: path == table or (tree.turned(path) and not path.startswith("score/"))
+
+  def one(path: str, leaf: Any) -> Any:
+    is_rounded = is_matrix(path) and not isinstance(leaf, Weight) and leaf.dtype == jnp.float32
+    return Bfloat16(leaf) if is_rounded else leaf
+
+  return tree.unflatten((path, one(path, leaf)) for path, leaf in tree.items(params))
+
+
 def head(params: Params) -> Any:
   """The weight that turns hidden states into logits; a tied one is the transposed unadapted embedding."""
   if "lm_head" in params:
@@ -328,7 +349,7 @@ def unstack(params: Params, config: ModelConfig) -> Params:
 # On two CPU cores a LoRA step took 12.1 CPU-seconds with it and 13.4 with `dots`; accelerators are not measured.
 KEPT = (
   *("query", "key", "value", "normaliser", "context", "middle", "gate", "up"),
-  *("direction", "column_norm"),
+  *("down", "direction", "column_norm"),
 )
 
 
@@ -336,10 +357,15 @@ def _checkpoint(policy):
   return lambda layer: jax.checkpoint(layer, policy=policy, prevent_cse=False)
 
 
+_policies = jax.checkpoint_policies
 REMAT: dict[str, Callable] = {
   "none": lambda layer: layer,
-  "names": _checkpoint(jax.checkpoint_policies.save_only_these_names(*KEPT)),
-  "dots": _checkpoint(jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+  "names": _checkpoint(_policies.save_only_these_names(*KEPT)),
+  "dots": _checkpoint(
+    _policies.save_from_both_policies(
+      _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(PRODUCT)
+    )
+  ),
   "full": _checkpoint(None),
 }
 
@@ -437,10 +463,13 @@ def _attention(h, p, window, cos, sin, config, extend, look):
   if config.qk_norm:
     q = _norm(q, p["q_norm"]["weight"], config)
     k = _norm(k, p["k_norm"]["weight"], config)
-  q = checkpoint_name(attention.rotate(q, cos, sin), "query")
-  k = checkpoint_name(attention.rotate(k, cos, sin), "key")
-  v = checkpoint_name(constrain(v, "batch time heads head_dim"), "value")
-  out = look(q, *extend(k, v), window, scale=config.softmax_scale, softcap=config.attention_softcap)
+  # rounded to what the products with matrices are, which those of attention then are as well
+  rounded = lambda x: x.astype(multiplied(x.dtype, p["q_proj"]["weight"].dtype))
+  q = rounded(checkpoint_name(attention.rotate(q, cos, sin), "query"))
+  k = rounded(checkpoint_name(attention.rotate(k, cos, sin), "key"))
+  v = rounded(checkpoint_name(constrain(v, "batch time heads head_dim"), "value"))
+  how = dict(scale=config.softmax_scale, softcap=config.attention_softcap, dtype=h.dtype)
+  out = look(q, *extend(k, v), window, **how)
   return _project(out.reshape(*h.shape[:2], -1), p["o_proj"])
 
 

@@ -108,7 +108,8 @@ class Scorer(abc.ABC):
   """
 
   model: ModelConfig
-  dtype: Any = None  # of the computation; None: the embedding's
+  dtype: Any = None  # of what lies between products; None: the embedding's
+  products: Any = None  # the dtype that they are computed in; None: dtype
   remat: str = "none"
   attention_group: int = 0  # of shifted attention, in training only; 0: full attention
 
@@ -174,7 +175,7 @@ class Scorer(abc.ABC):
 
   def hidden(self, params: Any, batch: Batch, *, training: bool = False) -> Array:
     return decoder.hidden(
-      params,
+      decoder.multiplied_in(params, self.products),
       batch["tokens"],
       self.model,
       positions=batch["positions"],
@@ -185,12 +186,16 @@ class Scorer(abc.ABC):
       attention_group=self.attention_group if training else 0,
     )
 
+  def head(self, forward: Forward) -> Any:
+    """The weight that gives logits."""
+    return decoder.head(decoder.multiplied_in(forward.params, self.products))
+
   def scores(self, forward: Forward, batch: Batch, mask: Array, **options: Any) -> logprob.Scores:
     """The scores of the token after each position, where the mask says so; [rows, time]."""
     labels, _ = targets(batch)
     return logprob.score(
       forward.hidden,
-      decoder.head(forward.params),
+      self.head(forward),
       labels,
       mask=mask,
       softcap=self.model.final_softcap,

@@ -15,7 +15,6 @@ from posttrain_jax.core.metrics import Mean
 from posttrain_jax.core.weight import linear32
 from posttrain_jax.losses import logprob, preference, supervised
 from posttrain_jax.losses.spans import Spans
-from posttrain_jax.models import decoder
 from posttrain_jax.objectives.objective import (
   Batch,
   Context,
@@ -338,9 +337,9 @@ class Preference(Compared):
       ref_logps = self.scores(theirs, batch, mask).logp
     divergence = logprob.kl_divergence(
       forward.hidden,
-      decoder.head(forward.params),
+      self.head(forward),
       theirs.hidden,
-      decoder.head(theirs.params),
+      self.head(theirs),
       mask=mask,
       softcap=self.model.final_softcap,
     )
@@ -353,7 +352,7 @@ class Preference(Compared):
     where = jax.nn.one_hot(at.answer, at.present.shape[1], dtype=forward.hidden.dtype)
     where = where * at.mask[..., None] / at.lengths[:, None, :]
     means = jnp.einsum("rts,rte->rse", where, forward.hidden)
-    return jnp.mean(linear32(means, decoder.head(forward.params)), axis=-1)
+    return jnp.mean(linear32(means, self.head(forward)), axis=-1)
 
   def _sums(self, logps: Array, at: Spans) -> Array:
     total, lengths = at.per_answer(logps), at.lengths

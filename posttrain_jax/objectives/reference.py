@@ -119,7 +119,9 @@ class Compared(Scorer):
     sides = [side for side in ("chosen", "rejected") if f"rewards/{side}" in metrics]
     drifts = [abs(metrics[f"rewards/{s}"]) / self.beta / metrics[f"lengths/{s}"] for s in sides]
     drift = max(drifts, default=0.0)
-    allowed = ROUNDING.get(jnp.dtype(self.dtype or jnp.float32).name, ROUNDING["bfloat16"])
+    allowed = ROUNDING.get(
+      jnp.dtype(self.products or self.dtype or jnp.float32).name, ROUNDING["bfloat16"]
+    )
     if not drift <= allowed:
       raise ValueError(
         f"before any training the policy's log-probabilities differ from the reference's by {drift:.3g} nats a token,"

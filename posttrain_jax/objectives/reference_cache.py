@@ -38,7 +38,7 @@ def scored(
       and a damaged file is made again.
   """
   every = [*examples, *(e.companion for e in examples if e.companion is not None)]
-  digest = _digest(every, f"{tree.digest(params)} {scorer.dtype} {scorer.model}")
+  digest = _digest(every, f"{tree.digest(params)} {scorer.dtype} {scorer.products} {scorer.model}")
   path = cache / f"reference-{digest}.safetensors"
   ends = np.cumsum([len(e.tokens) for e in every])
   flat = None

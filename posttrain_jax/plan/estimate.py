@@ -65,7 +65,7 @@ def hosts(devices: Any) -> int:
 def arithmetic(built: Program) -> dict[str, int]:
   """{component: bytes a device}: stored arrays exactly, by their shardings; activations by the remat mode."""
   fixed = [built.context.base, built.state.carried]
-  dtype = decisions.compute_dtype(built.config)
+  dtype = decisions.between(decisions.products(built.config), built.device.platform)
   parts = decisions.micro_batches(built.config, state_lib.devices(built.state))
   rows = math.ceil(built.config.batch.rows / parts / _row_shards(built))
   tokens = rows * built.config.data.length

@@ -98,7 +98,7 @@ def resolved(config: ml_collections.ConfigDict, platform: str) -> ml_collections
   """A copy of config with what `train` decides by the backend decided for `platform`."""
   config = config.copy_and_resolve_references()
   with config.unlocked():
-    config.model.dtype = jnp.dtype(decisions.compute_dtype(config, platform)).name
+    config.model.dtype = jnp.dtype(decisions.products(config, platform)).name
     config.model.remat = decisions.remat(config)
   return run_length.resolved(config, run_length.PLANNED)
 
@@ -114,7 +114,9 @@ def build(config: ml_collections.ConfigDict, target: Target) -> Program:
   if decisions.has_score(config):
     model_config = dataclasses.replace(model_config, scores=1, writes=decisions.writes(config))
   mesh = mesh_lib.make(config, target.devices)
-  model = Model(Path(), None, model_config, None, None, decisions.compute_dtype(config))
+  products = decisions.products(config)
+  dtype = decisions.between(products, target.platform)
+  model = Model(Path(), None, model_config, None, None, dtype, products=products)
   loss = objective.make(config, model, ())
   trainable, carried, context = parameters(config, model_config, loss, mesh, target.devices[0])
   updates, _ = optimizer.make(config, model_config)
@@ -139,7 +141,7 @@ def parameters(
     params = placed(decoder.abstract(model, jnp.float32), on_host=on_host)
     other = _other(config, model, loss, placed, params)
     return params, None, Context(reference=other)
-  kind, dtype = config.model.base, decisions.compute_dtype(config)
+  kind, dtype = config.model.base, decisions.products(config)
   # a start is taken out of the dense matrix, and the rest is stored
   params = base(model, dtype, "dense" if adapter_config.changes_base else kind)
   params = over.bound(params, earlier_adapter.under_as_shapes(config, model))
@@ -178,7 +180,7 @@ def _other(
     return trained
   if reference.is_adapter(config.objective.reference):
     return None
-  dtype = decisions.compute_dtype(config)
+  dtype = decisions.products(config)
   return placed(base(dataclasses.replace(model, scores=0), dtype, config.objective.reference_base))
 
 

@@ -38,7 +38,8 @@ def figures(built: Program) -> dict[str, Any]:
 
 def _compiled(built: Program, rows: int, length: int) -> dict[str, Compiled]:
   """The two programs that take memory: a window of tokens, and the largest piece of a prompt."""
-  model, dtype = built.model, decisions.compute_dtype(built.config)
+  model = built.model
+  dtype = decisions.between(decisions.products(built.config), built.device.platform)
   params = parameters(built)
   slots = jax.eval_shape(
     lambda: programs.empty(model, rows, cache.fitting(length + engine.SPARE), dtype, _plan(rows))
@@ -59,7 +60,7 @@ def _compiled(built: Program, rows: int, length: int) -> dict[str, Compiled]:
 
 def parameters(built: Program) -> Any:
   """What writes, as `engine.prepare` lays it out: merged, whole along fsdp."""
-  shapes = decoder.abstract(built.model, decisions.compute_dtype(built.config))
+  shapes = decoder.abstract(built.model, decisions.products(built.config))
   how = built.config.online.storage
   if how != storage.AUTO:
     shapes = jax.eval_shape(lambda params: storage.store(params, built.model, how), shapes)

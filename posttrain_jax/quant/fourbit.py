@@ -146,13 +146,14 @@ def _apply(x: Array, w: FourBit) -> Array:
   # Tied to x, so that no matrix is dequantised before its turn.
   x, w = jax.lax.optimization_barrier((x, w))
   # The columns of x move instead of the rows of w: x is the smaller, and the order of a sum is free.
-  even, odd, halves = x[..., ::2], x[..., 1::2], w._halves(x.dtype)
+  even, odd = x[..., ::2], x[..., 1::2]
+  halves = w._halves(weight.multiplied(x.dtype, w.dtype))
   if not sharding.active():
     return weight.linear(jnp.concatenate([even, odd], axis=-1), halves.reshape(w.shape))
   # Merging (2, in / 2) into one axis would exchange the codes of a sharded `in` between devices.
   pairs = jnp.stack([even, odd], axis=-2)
   contract = ((pairs.ndim - 2, pairs.ndim - 1), (0, 1))
-  return jax.lax.dot_general(pairs, halves, (contract, ((), ())))
+  return _among_devices(pairs, halves, contract)
 
 
 def _apply_forward(x, w):
@@ -163,12 +164,17 @@ def _apply_backward(w, g):
   # The barrier ties the second dequantisation to the gradient's arrival; without it the compiler may
   # merge it with the forward pass's and keep the matrix in between.
   g, w = jax.lax.optimization_barrier((g, w))
-  halves, lead = w._halves(g.dtype), g.shape[:-1]
+  halves, lead = w._halves(weight.multiplied(g.dtype, w.dtype)), g.shape[:-1]
   if sharding.active():
-    pairs = jax.lax.dot_general(g, halves, (((g.ndim - 1,), (2,)), ((), ())))
+    pairs = _among_devices(g, halves, ((g.ndim - 1,), (2,)))
   else:
-    pairs = weight.linear(g, halves.reshape(w.shape).T).reshape(*lead, 2, -1)
+    pairs = weight.product(g, halves.reshape(w.shape), 1).reshape(*lead, 2, -1)
   return jnp.swapaxes(pairs, -1, -2).reshape(*lead, w.shape[0]), None
+
+
+def _among_devices(x: Array, halves: Array, contract: Any) -> Array:
+  product = functools.partial(jax.lax.dot_general, preferred_element_type=x.dtype)
+  return product(x.astype(halves.dtype), halves, (contract, ((), ())))
 
 
 _apply.defvjp(_apply_forward, _apply_backward)

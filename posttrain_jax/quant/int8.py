@@ -72,7 +72,8 @@ def _apply(x: Array, w: Int8) -> Array:
   # Tied to x, so that no matrix is widened before its turn.
   x, w = jax.lax.optimization_barrier((x, w))
   # A scale belongs to a column: it multiplies the result, and the codes are exact in bfloat16.
-  return (weight.linear32(x, w.codes) * (w.absmax * STEP)).astype(x.dtype)
+  codes = w.codes.astype(weight.multiplied(x.dtype, w.dtype))
+  return (weight.linear32(x, codes) * (w.absmax * STEP)).astype(x.dtype)
 
 
 def _apply_forward(x, w):
@@ -83,7 +84,8 @@ def _apply_backward(w, g):
   # Tied to the gradient's arrival, or the compiler may keep the forward pass's matrix until now.
   g, w = jax.lax.optimization_barrier((g, w))
   scaled = (g.astype(jnp.float32) * (w.absmax * STEP)).astype(g.dtype)
-  return weight.linear32(scaled, w.codes.T).astype(g.dtype), None
+  codes = w.codes.astype(weight.multiplied(g.dtype, w.dtype))
+  return weight.product(scaled, codes, 1, jnp.float32).astype(g.dtype), None
 
 
 _apply.defvjp(_apply_forward, _apply_backward)

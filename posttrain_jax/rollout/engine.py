@@ -20,7 +20,7 @@ import numpy as np
 
 from posttrain_jax.adapters import layout
 from posttrain_jax.core import files, sharding, struct, tree, weight
-from posttrain_jax.models import before, cache, decoder
+from posttrain_jax.models import before, cache
 from posttrain_jax.models.config import ModelConfig, as_ids
 from posttrain_jax.rollout import programs, requests
 from posttrain_jax.rollout import sampling as samplers
@@ -691,8 +691,8 @@ def prepare(params: Params | Ready, config: ModelConfig, storage: str = storage_
     params = storage_lib.store(params, config, storage)
   if jax.default_backend() != "cpu" or isinstance(params["layers"], tuple):
     return Ready(params, params)
-  turned = storage_lib.store(params, config, storage_lib.AUTO)
-  return Ready(params, decoder.unstack(turned, config))
+  params = tree.unflatten((path, layout.frozen(path, leaf)) for path, leaf in tree.items(params))
+  return Ready(params, storage_lib.drawing(params, config))
 
 
 def stop_tokens(

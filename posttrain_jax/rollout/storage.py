@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from posttrain_jax.core import struct, tree, weight
+from posttrain_jax.models import decoder
 from posttrain_jax.models.config import ModelConfig
 from posttrain_jax.quant import int8
 
@@ -26,42 +27,41 @@ LEVELS = 128  # of each of the two halves of an activation
 
 @struct.dataclass
 class Turned(weight.Weight):
-  """The matrix w, [in, out], kept as `stored`: [..., out, in] in its own dtype or in bfloat16."""
+  """The matrix w, [in, out], kept as `stored`: [..., out, in], in its own dtype or in bfloat16; of a stack the bits."""
 
   stored: Any
+  dtype: Any = struct.field(pytree_node=False, default=jnp.dtype(jnp.float32))  # that w came in
 
   @property
   def shape(self) -> tuple[int, ...]:
     *lead, outs, ins = self.stored.shape
     return (*lead, ins, outs)
 
-  @property
-  def dtype(self) -> Any:
-    return self.stored.dtype
-
   def apply(self, x: Array) -> Array:
     return self.apply32(x).astype(x.dtype)
 
   def apply32(self, x: Array) -> Array:
-    """x @ w in float32; against bfloat16 x is the sum of two bfloat16 numbers, 16 bits of it.
+    """x @ w in float32.
 
-    Twice the rows take as long as one, being read against the same weights.  One row is two in any case: XLA:CPU has no
-    bfloat16 product of one, and sixty of 576 x 1536 took 66 ms for 9.
+    Where w came in bfloat16, x is rounded to it once, as whoever trains does.  Where it was rounded to be kept here,
+    x is the sum of two bfloat16 numbers, 16 bits of it; twice the rows take as long as one, being read against the
+    same weights.
     """
-    is_whole = x.dtype == jnp.bfloat16 and x.size > x.shape[-1]  # in one half, and of several rows
-    if self.stored.dtype != jnp.bfloat16 or is_whole:
-      return weight.product(x.astype(self.stored.dtype), self.stored, 1, jnp.float32)
+    is_rounded = self.stored.dtype in (jnp.bfloat16, weight.BITS) and self.dtype != jnp.bfloat16
+    if not is_rounded or x.dtype == jnp.bfloat16:
+      return weight.product(x, self.stored, 1, jnp.float32)
     # not a cast there and back, which XLA takes for no rounding at all
     high = jax.lax.reduce_precision(x.astype(jnp.float32), exponent_bits=8, mantissa_bits=7)
     halves = jnp.stack([high, x - high]).astype(jnp.bfloat16)
     return jnp.sum(weight.product(halves, self.stored, 1, jnp.float32), axis=0)
 
   def dense(self, dtype: Any = None) -> Array:
-    w = jnp.swapaxes(self.stored, -1, -2)
+    stored = weight.Bfloat16(self.stored) if self.stored.dtype == weight.BITS else self.stored
+    w = jnp.swapaxes(weight.dense(stored), -1, -2)
     return w if dtype is None else w.astype(dtype)
 
   def partition_specs(self, spec: PartitionSpec) -> Turned:
-    return Turned(_turned_spec(spec, self.stored.ndim))
+    return dataclasses.replace(self, stored=_turned_spec(spec, self.stored.ndim))
 
 
 @struct.dataclass
@@ -113,8 +113,8 @@ def _turned_spec(spec: PartitionSpec, ndim: int) -> PartitionSpec:
 def store(params: Params, config: ModelConfig, storage: str) -> Params:
   """params with every matrix that multiplies kept so, those under a bound adapter and quantised ones as well.
 
-  auto: plain matrices alone, turned in their own dtype.  A tied head is stored beside the embedding, whose rows are
-  read as they are.
+  auto: plain matrices alone, turned in the dtype that they are multiplied in.  A tied head is stored beside the
+  embedding where it is not multiplied as it lies; the rows of an embedding are read as they are.
 
   Raises:
     ValueError: no such storage, or layers that are apart (`decoder.unstack`).
@@ -126,9 +126,12 @@ def store(params: Params, config: ModelConfig, storage: str) -> Params:
       "the layers are apart already: store the parameters first, then take them apart"
     )
   leaves = dict(tree.items(params))
-  if storage != AUTO and config.tied:
-    table = weight.dense(weight.unadapted(leaves["embed_tokens/weight"]))
-    leaves["lm_head/weight"] = jnp.swapaxes(table, -1, -2)
+  table = weight.unadapted(leaves["embed_tokens/weight"])
+  is_trained = isinstance(table, weight.Bfloat16)  # whose rows are not rounded, as its products are
+  if config.tied and (storage != AUTO or is_trained):
+    leaves["lm_head/weight"] = jnp.swapaxes(weight.dense(table), -1, -2)
+  if is_trained:
+    leaves["embed_tokens/weight"] = table.stored
   multiplies = lambda path: tree.turned(path) and not path.startswith("score/")
   kept = lambda path, leaf: matrix(leaf, storage) if multiplies(path) else leaf
   return tree.unflatten((path, kept(path, leaf)) for path, leaf in leaves.items())
@@ -136,18 +139,43 @@ def store(params: Params, config: ModelConfig, storage: str) -> Params:
 
 def matrix(w: Any, storage: str) -> Any:
   """One matrix, [..., in, out], kept so."""
-  if storage == AUTO:
-    return w if isinstance(w, weight.Weight) else Turned(jnp.swapaxes(w, -1, -2))
   if isinstance(w, weight.Adapted):
     return w.replace(base=matrix(w.base, storage))
-  if storage == BFLOAT16:
-    return Turned(jnp.swapaxes(weight.dense(w, jnp.bfloat16), -1, -2))
+  dtype = jnp.dtype(w.dtype)
+  if storage == BFLOAT16 or (isinstance(w, weight.Bfloat16) and storage == AUTO):
+    is_stack = len(w.shape) > 2 and jax.default_backend() == "cpu"
+    stored = weight.bits(w).stored if is_stack else weight.dense(w, jnp.bfloat16)
+    return Turned(jnp.swapaxes(stored, -1, -2), dtype)
+  if storage == AUTO:
+    return w if isinstance(w, weight.Weight) else Turned(jnp.swapaxes(w, -1, -2), dtype)
   if isinstance(w, int8.Int8):
-    return Turned8(jnp.swapaxes(w.codes, -1, -2), w.absmax * int8.STEP, w.dtype)
+    return Turned8(jnp.swapaxes(w.codes, -1, -2), w.absmax * int8.STEP, dtype)
   wide = weight.dense(w, jnp.float32)
   codes, absmax = int8.codes_of(wide)
   step = absmax * int8.STEP + _spoilt(wide, -2)[..., 0, :]
-  return Turned8(jnp.swapaxes(codes, -1, -2), step, jnp.dtype(w.dtype))
+  return Turned8(jnp.swapaxes(codes, -1, -2), step, dtype)
+
+
+def drawing(params: Params, config: ModelConfig) -> Params:
+  """params as they are read token by token on a CPU, their layers apart (`decoder.unstack`).
+
+  A product that is in no scan reads numbers in bfloat16 as they lie, and the rows of a table are read of its bits: in
+  the loop over tokens XLA:CPU would widen the whole table.
+  """
+  leaves = dict(tree.items(decoder.unstack(store(params, config, AUTO), config)))
+  table = leaves["embed_tokens/weight"]
+  if not isinstance(table, weight.Weight) and table.dtype == jnp.bfloat16:
+    leaves.setdefault("lm_head/weight", Turned(table, table.dtype))
+    leaves["embed_tokens/weight"] = weight.bits(table)
+  is_turned = lambda w: isinstance(w, Turned)
+  return jax.tree.map(
+    lambda w: _numbers(w) if is_turned(w) else w, tree.unflatten(leaves), is_leaf=is_turned
+  )
+
+
+def _numbers(w: Turned) -> Turned:
+  is_bits = w.stored.dtype == weight.BITS
+  return dataclasses.replace(w, stored=weight.Bfloat16(w.stored).dense()) if is_bits else w
 
 
 def _spoilt(x: Array, axis: int) -> Array:

@@ -31,7 +31,7 @@ TYPES = {
 class Manner:
   """storage: how the base's matrices were kept, "dense" or a type of `quant.STORAGES`; None: as its files have them.
 
-  dtype: of the computation, as config.model.dtype names it.
+  dtype: of products, as config.model.dtype names it.
   system: the message that stood before every prompt in strings.
   chat: whether a prompt and an answer in strings were turns of a chat template.
   template: a chat template's name, where the folder does not hold the template itself.

@@ -126,7 +126,7 @@ FIELDS: Mapping[str, Field] = {
   ),
   "model.base": Field("how frozen matrices are stored", _STORAGES),
   "model.dtype": Field(
-    "number format of the computation; auto: bfloat16 on accelerators, float32 on CPU",
+    "number format of products; auto: bfloat16 on accelerators and on CPUs that multiply in it, float32 on others",
     Choice(("auto", "float32", "bfloat16", "float16")),
   ),
   "model.template": Field(

@@ -22,6 +22,8 @@ from tests import tiny
 from tests.adapters.kinds import moved
 from tests.marks import slow
 
+pytestmark = pytest.mark.usefixtures("in_float32")
+
 KEY = jax.random.key(0)
 TOKENS = np.arange(3, 20)[None]
 CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "preference.py"

@@ -12,6 +12,8 @@ from posttrain_jax.build import model
 from posttrain_jax.models import decoder, hf
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("in_float32")
+
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 BOTH, ONE = {"lm_head", "score"}, {"score"}
 

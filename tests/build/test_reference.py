@@ -13,6 +13,9 @@ from posttrain_jax.models import decoder, hf
 from tests import tiny
 from tests.adapters.kinds import moved
 
+pytestmark = pytest.mark.usefixtures("in_float32")
+
+
 KEY = jax.random.key(0)
 TOKENS = np.arange(3, 20)[None]
 CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "preference.py"

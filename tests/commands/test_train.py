@@ -17,13 +17,16 @@ import safetensors.numpy
 
 from posttrain_jax.__main__ import main
 from posttrain_jax.build import data as data_lib
+from posttrain_jax.build import decisions
 from posttrain_jax.core import checkpoint, files
 from posttrain_jax.models import hf
 from posttrain_jax.objectives import Sft
+from posttrain_jax.runs import record
 from posttrain_jax.runs.metrics_log import Journal
 from tests import tiny
 
 ROOT = pathlib.Path(__file__).parents[2]
+ADAPTER = "adapter_model.safetensors"
 CONFIG = ROOT / "configs" / "sft.py"
 FIELDS = {
   "steps": 6,
@@ -460,3 +463,38 @@ def test_a_mistake_is_explained_and_leaves_nothing(name, shared, tmp_path, capsy
 def test_a_workdir_is_needed(capsys):
   assert main(["train", f"--config={CONFIG}"]) == 1
   assert "--workdir" in capsys.readouterr().err
+
+
+def test_a_run_in_bfloat16_goes_on_as_it_began(shared, tmp_path, capsys, monkeypatch):
+  """On a CPU without it too, and bit by bit; what it gives is not what float32 does."""
+  has = lambda flag: monkeypatch.setattr(decisions, "processor", lambda: flag)
+  adapter = lambda name: safetensors.numpy.load_file(tmp_path / name / "adapter" / ADAPTER)
+  steady = {"optimizer__schedule": "constant", "optimizer__warmup": 0}
+  has("amx_bf16")
+  assert train(shared, tmp_path / "whole", **steady) == 0
+  assert "bfloat16 products: this CPU has amx_bf16" in capsys.readouterr().out
+  assert files.read_json(tmp_path / "whole" / "config.json")["dtype"] == "bfloat16"
+  assert train(shared, tmp_path / "parts", steps=4, **steady) == 0
+  has(None)
+  assert train(shared, tmp_path / "parts", **steady) == 0
+  assert "bfloat16 products, as this run began" in capsys.readouterr().out
+  assert train(shared, tmp_path / "float32", **steady) == 0
+  whole, parts, plain = map(adapter, ("whole", "parts", "float32"))
+  for name in whole:
+    np.testing.assert_array_equal(whole[name], parts[name])
+  assert any(np.any(whole[name] != plain[name]) for name in whole)
+  cosine = lambda a, b: np.vdot(a, b) / np.linalg.norm(a) / np.linalg.norm(b)
+  flat = lambda tensors: np.concatenate([tensors[name].ravel() for name in sorted(tensors)])
+  assert cosine(flat(whole), flat(plain)) > 0.95
+
+
+def test_full_fine_tuning_in_bfloat16(shared, tmp_path):
+  """Its loss is float32's but for rounding, and is not float32's."""
+  losses = []
+  for dtype in ("bfloat16", "float32"):
+    fields = {"model__dtype": dtype, "steps": 3, "log_every": 1, "optimizer__lr": 1e-3}
+    assert train(shared, tmp_path / dtype, more=",adapter=none", **fields) == 0
+    rows = record.read_rows(tmp_path / dtype / "metrics.jsonl")
+    losses.append([row["loss"] for row in rows if "loss" in row])
+  np.testing.assert_allclose(*losses, rtol=3e-3)
+  assert losses[0] != losses[1]

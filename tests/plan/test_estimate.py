@@ -17,6 +17,9 @@ from posttrain_jax.plan import estimate, program, topology
 from posttrain_jax.train import state as state_lib
 from tests.marks import slow
 
+pytestmark = pytest.mark.usefixtures("in_float32")
+
+
 TINY = dataclasses.replace(
   shapes.SHAPES["llama3-8b"],
   vocab_size=512,

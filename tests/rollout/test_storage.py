@@ -7,6 +7,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from posttrain_jax import adapters
+from posttrain_jax.adapters import layout
+from posttrain_jax.core import tree, weight
 from posttrain_jax.core.weight import linear, linear32
 from posttrain_jax.models import decoder
 from posttrain_jax.quant import int8
@@ -135,3 +137,58 @@ def test_a_storage_that_there_is_not():
     ValueError, match="storage='int4': weights are stored as auto, bfloat16, int8"
   ):
     storage.store(params, config, "int4")
+
+
+# a base in bfloat16 ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_base_in_bfloat16_is_written_with_as_it_is_trained(rows):
+  """One rounding of the operand, not two halves of it; one row is as good as several."""
+  frozen = weight.bits(jnp.asarray(MATRIX)[None])
+  turned = storage.matrix(frozen, "auto")
+  assert turned.stored.dtype == weight.BITS  # a scan moves it
+  x = jax.random.normal(jax.random.key(rows), (rows, 48))
+  found, trained = linear(x, weight.layer(turned, 0)), linear(x, weight.layer(frozen, 0))
+  np.testing.assert_allclose(found, trained, rtol=1e-5, atol=1e-5)
+  halves = linear(x, storage.matrix(jnp.asarray(MATRIX), "bfloat16"))
+  assert np.max(np.abs(np.asarray(halves) - np.asarray(trained))) > 1e-3
+
+
+@pytest.fixture(scope="module")
+def in_bfloat16():
+  """(config, params frozen in bfloat16, with an adapter bound) of a model whose head is tied."""
+  config, params = families.make("gemma3")
+  half = {path: leaf.astype(jnp.bfloat16) for path, leaf in tree.items(params)}
+  params = tree.unflatten((path, layout.frozen(path, leaf)) for path, leaf in half.items())
+  lora = adapters.AdapterConfig(method="lora", r=2, target_modules=["up_proj", "q_proj"])
+  return config, adapters.bind(*adapters.init(jax.random.key(0), params, lora))
+
+
+def test_answers_of_a_base_in_bfloat16_are_those_of_a_plain_decode(in_bfloat16):
+  """But for some 2^-8 of a logit, where a plain decode rounds the weights of attention too."""
+  config, params = in_bfloat16
+  prompt = families.tokens(9).tolist()
+  found = engine.generate(
+    params, config, [prompt], max_new_tokens=8, sampling=Sampling(), dtype=jnp.float32
+  )
+  text = jnp.asarray([[*prompt, *found.tokens[0]]])
+  full = jax.jit(lambda params: decoder.forward(params, text, config, dtype=jnp.float32))(params)
+  expected = jax.nn.log_softmax(full[0, len(prompt) - 1 : -1])
+  expected = np.take_along_axis(np.asarray(expected), np.asarray(found.tokens[0])[:, None], 1)
+  np.testing.assert_allclose(found.logps[0], expected[:, 0], atol=0.05)
+  assert np.mean(np.abs(found.logps[0] - expected[:, 0])) < 0.01
+
+
+def test_no_matrix_is_widened_or_turned_from_bits_in_the_loop_over_tokens(in_bfloat16):
+  config, params = in_bfloat16
+  ready = engine.prepare(params, config)
+  assert ready.stacked["layers"]["mlp"]["up_proj"]["weight"].base.stored.dtype == weight.BITS
+  apart = ready.layers_apart
+  assert apart["embed_tokens"]["weight"].stored.dtype == weight.BITS
+  turned = [apart["lm_head"]["weight"]]
+  for layer in apart["layers"]:
+    linear_weights = (leaf for path, leaf in tree.items(layer) if tree.turned(path))
+    turned += [weight.unadapted(leaf) for leaf in linear_weights]
+  assert {type(w) for w in turned} == {storage.Turned}
+  assert {w.stored.dtype for w in turned} == {jnp.dtype(jnp.bfloat16)}
