@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from posttrain_jax.commands import common
-from posttrain_jax.core import progress
+from posttrain_jax.core import pages, progress
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +32,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
   with progress.phase("starting"):
     common.cache_compilations()
+    pages.keep_freed()
     from posttrain_jax.build import merge
 
   out = merge.merge(

@@ -262,11 +262,11 @@ def _write(
   partial = scratch / f"{file}.partial"
 
   def make(name: str, inputs: concurrent.futures.Future) -> np.ndarray:
-    arrays = inputs.result()
-    # the operator may be given the arrays' own memory
-    largest = max(float(np.abs(x.astype(np.float32)).max(initial=0)) for x in arrays)
-    merged = np.asarray(operator(by_name[name], arrays))
+    merged = np.asarray(operator(by_name[name], inputs.result()))
     if not files.is_finite(merged):
+      # read anew, since the operator may have been given the arrays' own memory
+      arrays = _read(by_name[name], opened)
+      largest = max(float(np.abs(x.astype(np.float32)).max(initial=0)) for x in arrays)
       raise RecipeError(_not_finite(name, merged.dtype, largest))
     return merged
 

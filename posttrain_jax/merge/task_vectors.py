@@ -65,7 +65,7 @@ def task_arithmetic(
   [-1.0]
   """
   rule = Rule(normalize=normalize)
-  return _merge(models, base, weights, lambda_, None, lambda size: (), rule, dtype)
+  return _merge(models, base, weights, lambda_, None, None, rule, dtype)
 
 
 def ties(
@@ -101,7 +101,9 @@ def ties(
   normalize = normalize and (weighted or election is not None)
   rule = Rule(_election(election), weighted, normalize, "l1" if rescale else None)
   densities = checks.fractions("density", density, len(models))
-  counts = lambda size: [(sparsify.kept_of(d, size, least=int(weighted)),) for d in densities]
+  counts = lambda _, base: [
+    (sparsify.kept_of(d, base.size, least=int(weighted)),) for d in densities
+  ]
   return _merge(models, base, weights, lambda_, _largest, counts, rule, dtype)
 
 
@@ -140,7 +142,7 @@ def dare(
   how = ("l1" if weighted else "expected") if rescale else None
   rule = Rule(_election(election), weighted, normalize, how)
   densities = checks.fractions("density", density, len(models))
-  settings = lambda size: [(_fold(key, i), d) for i, d in enumerate(densities)]
+  settings = lambda *_: [(_fold(key, i), d) for i, d in enumerate(densities)]
   return _merge(models, base, weights, lambda_, _drawn, settings, rule, dtype)
 
 
@@ -183,9 +185,11 @@ def della(
   epsilons = [
     _window(*pair) for pair in zip(densities, checks.per_model("epsilon", epsilon, len(models)))
   ]
-  settings = lambda size: [
-    (_fold(key, i), d, e) for i, (d, e) in enumerate(zip(densities, epsilons))
-  ]
+  # one after the other: ranks take as much memory as a model
+  settings = lambda models, base: (
+    (sparsify.ranks(x, base), _fold(key, i), d, e)
+    for i, (x, d, e) in enumerate(zip(models, densities, epsilons))
+  )
   return _merge(models, base, weights, lambda_, _by_rank, settings, rule, dtype)
 
 
@@ -219,9 +223,9 @@ def breadcrumbs(
   densities = checks.fractions("density", density, len(models))
   gammas = checks.fractions("gamma", gamma, len(models))
 
-  def counts(size):
-    kept = [sparsify.kept_of(d, size) for d in densities]
-    return [(k, min(int(g * size), size - k)) for k, g in zip(kept, gammas)]
+  def counts(_, base):
+    kept = [sparsify.kept_of(d, base.size) for d in densities]
+    return [(k, min(int(g * base.size), base.size - k)) for k, g in zip(kept, gammas)]
 
   return _merge(models, base, weights, lambda_, _middle, counts, rule, dtype)
 
@@ -352,7 +356,7 @@ def _merge(models, base, weights, lambda_, find, settings, rule, dtype):
   if find is not None:
     kept = [
       _kept(x, base, setting, find=find, expected=rule.rescale == "expected")
-      for x, setting in zip(models, settings(base.size))
+      for x, setting in zip(models, settings(models, base))
     ]
     if rule.rescale == "l1":
       kept = [(mask, _l1_scale(x, base, mask)) for x, (mask, _) in zip(models, kept)]
@@ -424,8 +428,8 @@ def _drawn(model, base, key, density):
   return sparsify.drawn(key, base.shape, density), density
 
 
-def _by_rank(model, base, key, density, epsilon):
-  probability = sparsify.by_rank(_wide(model) - _wide(base), density, epsilon)
+def _by_rank(model, base, ranks, key, density, epsilon):
+  probability = sparsify.evenly(ranks, density, epsilon)
   return sparsify.drawn(key, base.shape, probability), probability
 
 

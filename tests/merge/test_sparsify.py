@@ -69,7 +69,8 @@ def test_accelerators_find_the_same_by_their_own_ways(monkeypatch):
   for count in range(0, x.size, 7):
     mask = sparsify.mask(jnp.asarray(x), sparsify.largest(jnp.asarray(x), count))
     np.testing.assert_array_equal(mask, sorted_mask(x, count))
-  np.testing.assert_array_equal(sparsify.by_rank(jnp.asarray(x), 0.5, 0.2), expected)
+  found = jax.jit(sparsify.by_rank)(jnp.asarray(x), 0.5, 0.2)
+  np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def test_the_count_may_be_traced():
@@ -146,6 +147,21 @@ def test_by_rank_is_even_in_each_row():
     found = sparsify.by_rank(jnp.asarray(many), 0.5, 0.2)
   order = np.argsort(np.argsort(np.abs(many), axis=1, kind="stable"), axis=1)
   np.testing.assert_allclose(found, 0.3 + order * 0.05, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_ranks_outside_and_inside_a_program_are_those_of_a_stable_sort(dtype):
+  x, base = (jnp.asarray(np.round(8 * normal(2, 35, 9, seed=i)) / 8, dtype) for i in range(2))
+  delta = np.abs(np.asarray(x, np.float32) - np.asarray(base, np.float32))
+  order = np.argsort(np.argsort(delta, axis=-1, kind="stable"), axis=-1)
+  with mock.patch.object(sparsify, "SORTED", 64):  # ten blocks of 7 rows
+    np.testing.assert_array_equal(sparsify.ranks(x, base), order)
+  np.testing.assert_array_equal(jax.jit(sparsify.ranks)(x, base), order)
+
+
+def test_a_row_may_have_more_entries_than_16_bits_count():
+  x = np.arange(2**16 + 1, dtype=np.float32)[::-1]
+  np.testing.assert_array_equal(sparsify.ranks(jnp.asarray(x)), x)
 
 
 def test_the_l1_scale_keeps_the_norm():
