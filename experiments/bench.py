@@ -40,6 +40,7 @@ GSM8K_BATCH, GSM8K_LENGTH = 8, 512  # padded examples a batch there; tokens of a
 GSM8K_ROWS = 4 * ROWS  # as many examples as these rows hold, so that no batch here is part empty
 RESULTS = Path(__file__).parent / "results"
 SINGLE = ("fixed", "dora", "mixed")  # jobs of one step
+DTYPE = "POSTTRAIN_BENCH_DTYPE"  # likewise: float32 or bfloat16
 DEVICE = "POSTTRAIN_BENCH_DEVICE"  # in the environment of a worker: cpu, gpu or tpu
 
 
@@ -58,8 +59,8 @@ def device() -> str:
 
 
 def dtype() -> str:
-  """What both libraries compute in."""
-  return "float32" if device() == "cpu" else "bfloat16"
+  """What both libraries multiply in."""
+  return os.environ.get(DTYPE) or ("float32" if device() == "cpu" else "bfloat16")
 
 
 # --- the two workers -------------------------------------------------------------------------------------------------
@@ -72,6 +73,8 @@ def jax_jobs() -> Jobs:
   import numpy as np
 
   from posttrain_jax import adapters, objectives
+  from posttrain_jax.adapters import layout
+  from posttrain_jax.build import decisions
   from posttrain_jax.core import tree
   from posttrain_jax.data import loader
   from posttrain_jax.models import decoder, hf
@@ -80,12 +83,13 @@ def jax_jobs() -> Jobs:
   from posttrain_jax.train import state as state_lib
   from posttrain_jax.train import step
 
-  params, config = hf.load("smollm2", dtype=jnp.dtype(dtype()))
+  params, config = hf.load("smollm2", dtype=jnp.dtype(dtype()), place=layout.place)
   fresh = lambda seed, **options: adapters.init(
     jax.random.key(seed), params, adapters.AdapterConfig(lora_alpha=ALPHA, **options)
   )[1]
   optimizer, _ = chain.chain("adamw", lr=LR, steps=1000, schedule="constant", clip=None)
-  objective = objectives.Sft(config, dtype=jnp.dtype(dtype()), remat="names")
+  between = decisions.between(jnp.dtype(dtype()))
+  objective = objectives.Sft(config, dtype=between, remat="names")
   update = jax.jit(step.make(objective, optimizer), donate_argnums=0)
 
   @functools.cache  # made when its job first runs: the peak memory of the jobs before is their own
@@ -163,6 +167,7 @@ def torch_jobs() -> Jobs:
   base = lambda: transformers.AutoModelForCausalLM.from_pretrained(
     fetch.fetch(), dtype=getattr(torch, dtype())
   ).to(where)
+  rounded = lambda: torch.autocast(where, torch.bfloat16, enabled=dtype() == "bfloat16")
   wait = torch.cuda.synchronize if where == "cuda" else lambda: None
 
   @functools.cache
@@ -174,7 +179,8 @@ def torch_jobs() -> Jobs:
     def train(batches) -> Done:
       tokens = 0
       for ids, labels, attention in batches:
-        out = model(input_ids=ids, labels=labels, attention_mask=attention, use_cache=False)
+        with rounded():
+          out = model(input_ids=ids, labels=labels, attention_mask=attention, use_cache=False)
         out.loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -452,12 +458,15 @@ def main() -> None:
   parser.add_argument("--worker", choices=("jax", "torch"))
   parser.add_argument("--repeats", type=int, default=5)
   parser.add_argument("--jobs", default="", help="fixed, gsm8k, dora, mixed; all by default")
+  parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of products")
   parser.add_argument("--device", choices=("cpu", "gpu", "tpu"), default=device())
   args = parser.parse_args()
   if args.worker:
     work({"jax": jax_jobs, "torch": torch_jobs}[args.worker]())
     return
   os.environ[DEVICE] = args.device
+  if args.dtype:
+    os.environ[DTYPE] = args.dtype
   # a few rows share an accelerator: none may take three quarters of its memory at once
   os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
   if args.device == "cpu":
@@ -487,7 +496,7 @@ def main() -> None:
   again = limits.measured(args.device)  # a machine that is not at rest shows here
   print(f"afterwards: {again.told()}")
   record["machine_afterwards"] = again.to_json()
-  write("bench", machine, record)
+  write("bench" if args.dtype is None else f"bench-{args.dtype}", machine, record)
 
 
 def versions(*packages: str) -> dict[str, str]:
