@@ -79,7 +79,7 @@ def backward_passes(monkeypatch):
 
 
 @pytest.mark.parametrize(
-  "name", few([n for n, (kind, _, _) in CASES.items() if kind is Grouped], "gspo")
+  "name", few([n for n, (kind, _, _) in CASES.items() if kind is Grouped], "gspo", "grpo")
 )
 def test_answers_that_agree_need_no_backward_pass(name, monkeypatch):
   """The update is the same but for rounding, and so is all that is told."""
