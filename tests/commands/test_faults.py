@@ -76,7 +76,12 @@ VERBS = {  # what each is told, and a function that it is in when the signal com
     "what is merged so far is kept beside --out, and the same command goes on there",
   ),
   "pairs": (
-    ["--model={shared}/model", "--out={out}/pairs.jsonl", "--template=chatml"],
+    [
+      "--model={shared}/model",
+      "--data={shared}/rows.jsonl",
+      "--reward=exact",
+      "--out={out}/pairs.jsonl",
+    ],
     "posttrain_jax.build.sampling._drawn",
     "every answer and its score is kept",
   ),
