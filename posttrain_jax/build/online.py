@@ -70,7 +70,10 @@ class Online:
     self.reward, self.holdout = scoring.make(config, list(columns))
     if config.objective.advantage == "max_rl":
       scoring.check_not_negative(self.reward)
-    self.outcome = self.reward.outcome(config.online.outcome)
+    outcome = config.online.outcome
+    self.outcome = self.reward.outcome(
+      scoring.titles(settings.plain(config.reward)).get(outcome, outcome)
+    )
     self._identities = [scoring.identity(settings.plain(config[name])) for name in SECTIONS]
     self.writer = Writer(config, model, self.prompts)
     self.updates = Updates(config, model.config.vocab_size)
@@ -185,9 +188,10 @@ class Online:
       ValueError: other weights write the same.
     """
     some = [Answer(p.asked, section.expected(p.row), p.row) for p in self.prompts[: selftest.PAIRS]]
-    for reward in self._rewards.values():
-      for sentence in selftest.check(reward, some):
-        self.say(sentence)
+    for section_name, reward in zip(SECTIONS, (self.reward, self.holdout), strict=True):
+      if reward is not None:
+        for sentence in selftest.check(reward, some, section=section_name):
+          self.say(sentence)
     self.writer.check(state)
 
   @property

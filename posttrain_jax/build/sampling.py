@@ -325,7 +325,7 @@ def _scored(
   def read(line: Mapping[str, Any]) -> tuple[int, list[Scored]] | None:
     if "scored" not in line:
       return None
-    scores = [Scored.from_json(one) for one in line["scores"]]
+    scores = [reward.renamed(Scored.from_json(one)) for one in line["scores"]]
     if len(scores) != plan.samples:
       raise ValueError(f"{len(scores)} scores of {plan.samples} answers")
     return line["scored"], scores

@@ -17,7 +17,7 @@ from posttrain_jax import settings
 from posttrain_jax.adapters import peft_format
 from posttrain_jax.build import use
 from posttrain_jax.evals.judge import Judge
-from posttrain_jax.rewards import section
+from posttrain_jax.rewards import named, section
 from posttrain_jax.rewards.model import Model
 from posttrain_jax.rewards.reward import Reward
 from posttrain_jax.rewards.workers import Workers
@@ -110,42 +110,53 @@ def _named(spec: Mapping[str, Any]) -> list[str]:
   return [name for field in ("parts", "gates") for name in section.names(spec.get(field, ()))]
 
 
+def titles(spec: Mapping[str, Any]) -> Mapping[str, str]:
+  """{name in the section: what the part or gate is called}."""
+  return named.titles(_named(spec))
+
+
 def _digest(value: Any) -> str:
   text = json.dumps(value, sort_keys=True, default=str)
   return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def spec(parts: str, gates: str = "", *, unsafe_code: bool = False) -> dict[str, Any]:
+def spec(
+  parts: str, gates: str = "", *, untested: str = "", unsafe_code: bool = False
+) -> dict[str, Any]:
   """The section that command-line options stand for.
 
   Args:
     parts: names with commas between, "" for none, or a .json file with fields of the section.
-    gates: names with commas between.
+    gates, untested: names with commas between.
 
   Raises:
     ConfigError: the file cannot be read, or a gate has nothing to multiply.
   """
   if not parts and gates:
     raise ConfigError("--gate multiplies a reward: write --reward, too")
+  if not parts and untested:
+    raise ConfigError("--untested names parts of a reward: write --reward, too")
   asked = _written(parts) if parts.endswith(".json") else {}
   if parts and not asked:
     asked = {"parts": section.names(parts)}
   return (
     asked
     | ({"gates": section.names(gates)} if gates else {})
+    | ({"untested": section.names(untested)} if untested else {})
     | ({"unsafe_code": True} if unsafe_code else {})
   )
 
 
 @contextlib.contextmanager
 def told_of_files(spec: Mapping[str, Any]) -> Generator[None]:
-  """What fields are to be written is said as commands without a config take them: --reward=FILE.json."""
+  """What fields are to be written is said as commands without a config take them: options, or --reward=FILE.json."""
   try:
     yield
   except ConfigError as error:
     text = str(error).replace("reward.unsafe_code=true", "--unsafe_code")
+    text = text.replace("--config.reward.untested=", "--untested=")
     fields = [field for field in re.findall(r"\breward\.(\w+)", text) if field in section.SHAPES]
-    if fields:
+    if fields and fields[0] not in ("parts", "gates", "untested"):
       parts = json.dumps([*section.names(spec.get("parts", ()))])
       value = "{...}" if fields[0] in ("options", "ranges") else "[...]"
       text += (

@@ -62,7 +62,9 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     from posttrain_jax.evals import keeping
 
   columns = common.columns(args)
-  reward = scoring.spec(args.reward, args.gate, unsafe_code=args.unsafe_code)
+  reward = scoring.spec(
+    args.reward, args.gate, untested=args.untested, unsafe_code=args.unsafe_code
+  )
   wanted = sampling.Wanted(
     out=Path(args.out),
     task=args.task,

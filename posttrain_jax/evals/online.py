@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from posttrain_jax import settings
 from posttrain_jax.evals import meanings
+from posttrain_jax.rewards import named
 from posttrain_jax.runs.record import Run
 
 PART = 5  # the ends that are compared are fifths of the run
@@ -92,16 +93,14 @@ def compares(run: Run) -> bool:
   return bool(o.get("kl_weight") or in_reward or o.get("old") == "reference")
 
 
-def scored_by(run: Run, section: str = "reward", called: Callable[[str], str] = str) -> str | None:
-  """Verifiers with their weights, and the gates that multiply; None where nothing scores.
-
-  called: what is written for the name of a verifier.
-  """
+def scored_by(run: Run, section: str = "reward") -> str | None:
+  """Verifiers with their weights, and the gates that multiply; None where nothing scores."""
   spec: Mapping[str, Any] = run.field(section) or {}
-  parts = [called(name) for name in spec.get("parts") or ()]
+  called = named.titles([*(spec.get("parts") or ()), *(spec.get("gates") or ())])
+  parts = [called[name] for name in spec.get("parts") or ()]
   weights = list(spec.get("weights") or ()) or [1.0] * len(parts)
   terms = [name if w == 1 else f"{w:g} x {name}" for name, w in zip(parts, weights)]
-  gates = [called(name) for name in spec.get("gates") or ()]
+  gates = [called[name] for name in spec.get("gates") or ()]
   multiplied = (
     f", times the gate{'s' if len(gates) > 1 else ''} {' and '.join(gates)}" if gates else ""
   )

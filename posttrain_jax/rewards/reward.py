@@ -161,6 +161,12 @@ class Reward:
   def names(self) -> tuple[str, ...]:
     return tuple(part.name for part in self.parts)
 
+  def renamed(self, scored: Scored) -> Scored:
+    """A score of an earlier version, to which parts were called by whole paths, by the names that they have now."""
+    if scored.parts.keys() == {*self.names} or len(scored.parts) != len(self.names):
+      return scored
+    return Scored(scored.total, dict(zip(self.names, scored.parts.values(), strict=True)))
+
   def bounds(self, applying: Collection[str] | None = None) -> tuple[float, float]:
     """The lowest and the highest total that there are; infinite where a part has no bound.
 
@@ -337,15 +343,28 @@ def counted(why: str, full: str) -> str:
 
 
 def kind(reason: str) -> str:
-  """What a reason is counted under: without the place, and without numbers and quotations that differ.
+  """What a reason is counted under: without the place, and without numbers, quotations and lists that differ.
 
   >>> kind("mine.py:7: raised KeyError: 'gold'"), kind("returned 7.5, which is not within 0 and 1")
   ('raised KeyError', 'returned N, which is not within N and N')
+  >>> kind("the row's answer 'one' is no number")
+  "the row's answer '…' is no number"
+  >>> kind("returned <generator object f at 0x7f01>, a generator"), kind("returned [1, 2.5], a list")
+  ('returned <generator object f at N>, a generator', 'returned […], a list')
   """
-  found = re.search(r"raised \w+", reason)
-  if found:
-    return found[0]
-  return re.sub(r"-?\d+(\.\d+)?(e[-+]?\d+)?", "N", re.sub(r"'[^']*'", "'…'", reason))
+  plain = _QUOTED.sub("'…'", reason)
+  if raised := _RAISED.search(plain):
+    return raised[1]
+  return _LISTED.sub("…", _NUMBER.sub("N", plain))
+
+
+# An apostrophe stands behind a letter, and a quotation does not; one that was cut short (`words.shown`) has no end.
+_QUOTED = re.compile(
+  r"""(?<!\w)(?:'(?:[^'\\]|\\.)*'(?!\w)|"(?:[^"\\]|\\.)*"(?!\w)|['"](?:[^'"\\]|\\.)*?\.\.\.)"""
+)
+_RAISED = re.compile(r"(?:^|: )(raised \w+)")
+_NUMBER = re.compile(r"0x[0-9a-f]+|-?\d+(\.\d+)?(e[-+]?\d+)?")
+_LISTED = re.compile(r"(?<=[\[({])((?:'…': )?)('…'|N)(?:, \1\2)*(?:,? ?\.\.\.)?(?=[\])}]|,|$)")
 
 
 def _metrics(scored: Sequence[Scored]) -> dict[str, float]:

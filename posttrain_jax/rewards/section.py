@@ -50,11 +50,12 @@ def make(
   [('number', False), ('tags', True)]
 
   Args:
-    spec: parts: names of verifiers, a list or a text with commas, `FILE.py:name` for one's own; weights: one each,
-      1 where there are none; gates: names of those that multiply; options: {name: the verifier's options};
-      ranges: {name: (low, high)}; untested: names of those that do not ask whether an answer is right (`selftest`);
-      seconds: the deadline of a call in a worker, None: each verifier's own; unsafe_code: programs that the model
-      wrote are run where nothing isolates them; retries: how often a missing score is asked for again.
+    spec: parts: names of verifiers, a list or a text with commas, `FILE.py:name` for one's own, which is called by
+      its title (`named.titles`) in other fields, too; weights: one each, 1 where there are none; gates: names of those
+      that multiply; options: {name: the verifier's options}; ranges: {name: (low, high)}; untested: names of those
+      that do not ask whether an answer is right (`selftest`); seconds: the deadline of a call in a worker, None: each
+      verifier's own; unsafe_code: programs that the model wrote are run where nothing isolates them; retries: how
+      often a missing score is asked for again.
     columns: that the rows have.
     given: verifiers that the caller made, by the names that parts give them, as a reward model.
     workers: the processes that verifiers run in; None: as many as there are cores.
@@ -90,6 +91,10 @@ class _Spec:
   def names(self) -> tuple[str, ...]:
     return (*self.parts, *self.gates)
 
+  @property
+  def titles(self) -> Mapping[str, str]:
+    return named.titles(self.names)
+
   def weight(self, name: str) -> float:
     weights = self.weights or (1.0,) * len(self.parts)
     return 1.0 if name in self.gates else float(weights[self.parts.index(name)])
@@ -122,12 +127,28 @@ def _read(spec: Mapping[str, Any]) -> _Spec:
     raise ConfigError(
       f"reward.gates: {both[0]!r} is a part, too; a gate multiplies the sum and is not in it, so name it in one of them"
     )
+  written = {title: name for name, title in asked.titles.items()} | {n: n for n in asked.names}
   named_there = {"options": asked.options, "ranges": asked.ranges, "untested": asked.untested}
   for field, there in named_there.items():
     for name in there:
-      if name not in asked.names:
-        raise ConfigError(f"reward.{field}: {name!r} is neither a part nor a gate of this reward")
-  return asked
+      if name not in written:
+        raise ConfigError(
+          f"reward.{field}: {name!r} is neither a part nor a gate of this reward{_those(asked)}"
+        )
+  return dataclasses.replace(
+    asked,
+    options={written[name]: value for name, value in asked.options.items()},
+    ranges={written[name]: value for name, value in asked.ranges.items()},
+    untested=tuple(written[name] for name in asked.untested),
+  )
+
+
+def _those(asked: _Spec) -> str:
+  """What a reward has, for who named something else."""
+  titles = asked.titles
+  parts = ", ".join(titles[name] for name in asked.parts) or "none"
+  gates = ", ".join(titles[name] for name in asked.gates)
+  return f"; its parts are {parts}{f', and its gates {gates}' if gates else ''}"
 
 
 def _are(count: int, what: str) -> str:
@@ -256,7 +277,7 @@ class _Room:
     if name in asked.gates and isinstance(verifier, Judge) and (low, high) == score.ANY:
       low, high = verifier.low, verifier.high
     return Part(
-      name,
+      asked.titles[name],
       verifier,
       asked.weight(name),
       name in asked.gates,

@@ -7,6 +7,7 @@ looks like a hard task.
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Sequence
 
 from posttrain_jax.core import words
@@ -15,11 +16,12 @@ from posttrain_jax.rewards.score import Score
 from posttrain_jax.rewards.verifier import Answer
 from posttrain_jax.settings import ConfigError
 
-UNTESTED = "reward.untested"  # the field of a config; commands without one say how they write it
 PAIRS = 8  # rows whose own answer and another row's are tried
 
 
-def check(reward: Reward, references: Sequence[Answer] = ()) -> list[str]:
+def check(
+  reward: Reward, references: Sequence[Answer] = (), *, section: str = "reward"
+) -> list[str]:
   """Raises ConfigError, with two answers and their scores, where a part cannot tell right from wrong.
 
   What it returns is to be said: of a part that told right from wrong in some of the rows, in how many.
@@ -30,6 +32,7 @@ def check(reward: Reward, references: Sequence[Answer] = ()) -> list[str]:
 
   Args:
     references: rows of the data, each with its own right answer as the completion, or with any where that is not known.
+    section: of the config that describes the reward; commands without one say how they write its fields.
   """
   pairs, told = _pairs(references), []
   for part in reward.parts:
@@ -38,7 +41,9 @@ def check(reward: Reward, references: Sequence[Answer] = ()) -> list[str]:
     if part.known or part.gate or part.untested or not pairs:
       _can_read(part, references[:PAIRS], reward.retries)
     else:
-      told += _on_rows(part, pairs, reward.retries)
+      names = [one.name for one in reward.parts if one.untested and not one.gate] + [part.name]
+      flag = shlex.quote(f"--config.{section}.untested={','.join(names)}")
+      told += _on_rows(part, pairs, reward.retries, flag)
   return told
 
 
@@ -78,8 +83,13 @@ def _has_none(given: Score) -> bool:
   return given.is_missing and given.applies
 
 
-def _on_rows(part: Part, pairs: Sequence[tuple[Answer, Answer]], retries: int) -> list[str]:
-  """What is to be said: in how many rows it tells right from wrong, where that is not all of them."""
+def _on_rows(
+  part: Part, pairs: Sequence[tuple[Answer, Answer]], retries: int, flag: str
+) -> list[str]:
+  """What is to be said: in how many rows it tells right from wrong, where that is not all of them.
+
+  flag: by which it is not tried.
+  """
   scores = _scores(part, [answer for pair in pairs for answer in pair], retries)
   tried = [
     (one, other)
@@ -97,7 +107,7 @@ def _on_rows(part: Part, pairs: Sequence[tuple[Answer, Answer]], retries: int) -
   if len(alike) == len(tried):
     # what failed on every right answer has a fault to be mended first
     is_judging = any(one[1].value is not None for one, _ in tried)
-    advice = f"; where it does not ask whether an answer is right, name it in {UNTESTED}"
+    advice = f"; where it does not ask whether an answer is right, write {flag}"
     raise ConfigError(
       f"reward: {_told(part, *example)} (and so of all {len(tried)} rows that were tried)"
       f"{advice if is_judging else ''}"

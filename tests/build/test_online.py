@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from posttrain_jax import settings
-from posttrain_jax.build import online
+from posttrain_jax.build import checks, online
 from posttrain_jax.build.data import Data
 from posttrain_jax.build.prompts import Prompt
 from posttrain_jax.rollout.requests import Answer, Request
 from posttrain_jax.runs import completions
+from posttrain_jax.settings import ConfigError
 from posttrain_jax.train.loop import Diverged
 from posttrain_jax.train.signals import Stopped
 from tests import tiny
@@ -112,3 +113,16 @@ def test_the_outcome_is_told_where_it_is_not_the_reward(tmp_path):
   two["reward.options"] = "{'length': {'longest': 4, 'soft': 2}}"
   told = source(tmp_path, "7", **two)[0].stats()
   assert "\noutcome: number, without length, says which answers are right and which groups" in told
+
+
+def test_the_outcome_is_named_as_the_part_is_written_or_called(tmp_path):
+  path = tmp_path / "mine.py"
+  path.write_text("def style(prompt, completion, example):\n  return 1.0\n")
+  for name in (f"{path}:style", "mine.py:style"):
+    fields = {"reward.parts": f"('number', '{path}:style')", "online.outcome": name}
+    made, _ = source(tmp_path, "7", **fields)
+    assert made.outcome.names == ("mine.py:style",)
+    checks.check(made.config)
+  made.config.online.outcome = "mine.py:other"
+  with pytest.raises(ConfigError, match="the reward has the parts number, mine.py:style; total is"):
+    checks.check(made.config)

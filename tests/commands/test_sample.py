@@ -181,12 +181,12 @@ def test_missing_scores_are_counted_with_their_reasons_and_never_0(place, used, 
     wanted(place, tmp_path / "a.jsonl", reward=own, right=1.0, keep="all"), lambda: used
   )
   (((part, why), times),) = summary.missing.items()
-  assert (part, times) == (own["parts"][0], 3)
+  assert (part, times) == ("mine.py:fails", 3)
   assert why.startswith("raised KeyError, as: ")
   assert summary.scored == 13
   lost = [row for row in rows_of(tmp_path / "a.jsonl") if row["score"] is None]
   assert {row["number"] for row in lost} == {1}
-  assert all("raised KeyError" in row["missing"][own["parts"][0]] for row in lost)
+  assert all("raised KeyError" in row["missing"]["mine.py:fails"] for row in lost)
   assert "3 answers have no score" in str(summary)
 
 

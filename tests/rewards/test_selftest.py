@@ -69,7 +69,14 @@ def test_rows_say_both_answers_and_scores():
   told = str(error.value)
   assert "the right 'Paris' 0.5 and the wrong 'Rome' 0.5" in told
   assert "all 3 rows that were tried" in told
-  assert "name it in reward.untested" in told
+  assert told.endswith("whether an answer is right, write --config.reward.untested=mine")
+
+
+def test_the_flag_that_is_told_keeps_what_was_named_before():
+  same = lambda p, c, e: 0.5
+  reward = Reward([Part("style", same, untested=True), Part("my own.py:f", same)], retries=0)
+  with pytest.raises(ConfigError, match="'--config.holdout_reward.untested=style,my own.py:f'$"):
+    selftest.check(reward, ROWS, section="holdout_reward")
 
 
 def test_what_is_not_about_rightness_is_not_tried():
