@@ -124,5 +124,7 @@ def test_the_outcome_is_named_as_the_part_is_written_or_called(tmp_path):
     assert made.outcome.names == ("mine.py:style",)
     checks.check(made.config)
   made.config.online.outcome = "mine.py:other"
-  with pytest.raises(ConfigError, match="the reward has the parts number, mine.py:style; total is"):
+  with pytest.raises(
+    ConfigError, match=r"the reward has the parts number, mine\.py:style; total is"
+  ):
     checks.check(made.config)

@@ -75,7 +75,9 @@ def test_rows_say_both_answers_and_scores():
 def test_the_flag_that_is_told_keeps_what_was_named_before():
   same = lambda p, c, e: 0.5
   reward = Reward([Part("style", same, untested=True), Part("my own.py:f", same)], retries=0)
-  with pytest.raises(ConfigError, match="'--config.holdout_reward.untested=style,my own.py:f'$"):
+  with pytest.raises(
+    ConfigError, match=r"'--config\.holdout_reward\.untested=style,my own\.py:f'$"
+  ):
     selftest.check(reward, ROWS, section="holdout_reward")
 
 
