@@ -55,6 +55,17 @@ def ends(run: Run, name: str) -> Ends | None:
   return Ends(mean(known[:each]), mean(known[-each:]), noise, len(known), each)
 
 
+def is_of_answers(name: str) -> bool:
+  """Whether a metric says how good the answers of one batch are, so that a single value is mostly chance."""
+  return name in ("reward", "holdout/reward") or name.startswith("pass@")
+
+
+def finals(run: Run) -> dict[str, float]:
+  """Of an online run {metric: its mean over the last fifth}, of those that say how good answers are; {} of others."""
+  names = [name for name in run.names() if is_of_answers(name)] if is_one(run) else []
+  return {name: one.last for name in names if (one := ends(run, name)) is not None}
+
+
 def came_to(run: Run) -> str | None:
   """What became of the reward, of right answers and of the second score, in a sentence; None before the first batch."""
   reward = ends(run, "reward")

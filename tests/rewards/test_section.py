@@ -147,7 +147,7 @@ def test_what_the_caller_made_has_a_name(workers):
     (dict(parts=("number",)), ("answer", "solution"), "answer and solution may be it"),
     (dict(parts=("exact",), options={"exact": {"column": "reply"}}), ("answer",), "column 'reply', which"),
     (dict(parts=("exact",), options={"exact": {"tolerence": 1}}), ("answer",), "no option 'tolerence'; it has column"),
-    (dict(parts=("exact",), options={"number": {}}), ("answer",), "'number' is neither a part .*; its parts are exact$"),
+    (dict(parts=("exact",), options={"number": {}}), ("answer",), "'number' is neither .*; its parts are exact$"),
     (dict(parts=("exact", "number"), gates=("tags",), untested="vowels"), ("answer",),
      "reward.untested: 'vowels' is .*; its parts are exact, number, and its gates tags$"),
     (dict(parts=("exact",), weights=(1, 2)), ("answer",),
