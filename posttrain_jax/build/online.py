@@ -30,7 +30,7 @@ from posttrain_jax.build.model import Model
 from posttrain_jax.build.prompts import Prompt
 from posttrain_jax.build.updates import Updates
 from posttrain_jax.build.writer import Writer
-from posttrain_jax.core import progress, words
+from posttrain_jax.core import ending, progress, words
 from posttrain_jax.objectives import Scorer
 from posttrain_jax.rewards import alarm, section, selftest
 from posttrain_jax.rewards import reward as reward_lib
@@ -53,6 +53,10 @@ NOT_WRITTEN_BY = (*SECTIONS, *settings.LENGTH)  # sections that say nothing of h
 def is_online(config: Config) -> bool:
   """Whether the run writes its own batches."""
   return "online" in config
+
+
+class Unscored(ending.Failure):
+  """No answer of several batches in a row has a score."""
 
 
 class Online:
@@ -105,7 +109,7 @@ class Online:
 
     Raises:
       Stopped: `stopping` said so while it was written; answers and scores that are there stay in their files.
-      Diverged: no answer of the last batches has a score.
+      Unscored: no answer of the last batches has a score.
     """
     if state is None:
       return self.updates.blank()
@@ -402,7 +406,7 @@ class Online:
     return told
 
   def _check_scored(self, every: Sequence[Group]) -> None:
-    """Raises Diverged after UNSCORED batches in a row without any score, whose scores are then asked for anew."""
+    """Raises Unscored after UNSCORED batches in a row without any score, whose scores are then asked for anew."""
     scored = [one.total for group in every for one in group.scored]
     reasons = Counter(total.reason for total in scored if total.is_missing)
     if sum(reasons.values()) < len(scored):
@@ -415,7 +419,7 @@ class Online:
       return
     first = self._batches - UNSCORED + 1
     completions.forget_scores(self.folder, range(first, self._batches + 1))
-    raise Diverged(
+    raise Unscored(
       f"no answer of the batches {first} to {self._batches} has a score, the last time as {why}; nothing was learned"
       " from them. With the verifier mended, run the same command again: it goes on from the last checkpoint, and what"
       " is written is kept"

@@ -82,5 +82,5 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     limit=args.limit,
   )
   load = lambda: use.load(args.model, args.adapter, base=args.base, template=args.template)
-  print(f"{sampling.write(wanted, load)}; written: {args.out}")
+  print(f"{sampling.write(wanted, load)}\nwritten: {args.out}")
   return 0

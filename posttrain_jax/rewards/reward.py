@@ -110,8 +110,8 @@ class Result:
 
   @property
   def missing(self) -> Mapping[tuple[str, str], int]:
-    """How often each part was missing in the end, by (part, reason)."""
-    return _missing(self.answers)
+    """How often each part was missing in the end, by (part, reason); "reward" where no part applies."""
+    return missing(self.answers)
 
   @property
   def why(self) -> Mapping[tuple[str, str], str]:
@@ -314,22 +314,23 @@ def _without_gaps(by_part: Mapping[str, list[Score]], answers: Sequence[Answer])
         )
 
 
-def _missing(scored: Sequence[Scored]) -> Mapping[tuple[str, str], int]:
-  return Counter(
-    (name, kind(given.reason))
-    for one in scored
-    for name, given in one.parts.items()
-    if given.is_missing and given.applies
-  )
+def lost(one: Scored) -> Mapping[str, Score]:
+  """The parts that are missing of an answer, by name; "reward" where no part applies, so that there is none."""
+  parts = {name: p for name, p in one.parts.items() if p.is_missing and p.applies}
+  return parts or ({"reward": one.total} if one.total.is_missing else {})
+
+
+def missing(scored: Sequence[Scored]) -> Counter[tuple[str, str]]:
+  """{(part, reason as it is counted): how often}."""
+  return Counter((name, kind(given.reason)) for one in scored for name, given in lost(one).items())
 
 
 def reasons(scored: Sequence[Scored]) -> Mapping[tuple[str, str], str]:
   """{(part, reason as it is counted): the first such reason in full}."""
   first: dict[tuple[str, str], str] = {}
   for one in scored:
-    for name, given in one.parts.items():
-      if given.is_missing and given.applies:
-        first.setdefault((name, kind(given.reason)), given.reason)
+    for name, given in lost(one).items():
+      first.setdefault((name, kind(given.reason)), given.reason)
   return first
 
 

@@ -23,6 +23,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from posttrain_jax.core import ending
 from posttrain_jax.rewards import score, worker
 from posttrain_jax.rewards.score import Score
 from posttrain_jax.rewards.verifier import Answer, Context, Verifier, called
@@ -33,7 +34,7 @@ ENDS = 3  # processes a slot that may end before they call anything
 MEMORY = 8 << 30  # bytes of address space of one process; 0: without a limit
 
 
-class WorkerError(RuntimeError):
+class WorkerError(ending.Failure):
   """Nothing can be run: what is to be called cannot be sent, or cannot be loaded."""
 
 

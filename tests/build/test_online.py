@@ -1,5 +1,6 @@
 """The source of an online run's batches, where what writes and what updates is replaced."""
 
+import functools
 import pathlib
 import types
 
@@ -7,13 +8,16 @@ import numpy as np
 import pytest
 
 from posttrain_jax import settings
+from posttrain_jax.__main__ import main
 from posttrain_jax.build import checks, online
 from posttrain_jax.build.data import Data
 from posttrain_jax.build.prompts import Prompt
+from posttrain_jax.commands import report
+from posttrain_jax.rewards import workers
 from posttrain_jax.rollout.requests import Answer, Request
 from posttrain_jax.runs import completions
 from posttrain_jax.settings import ConfigError
-from posttrain_jax.train.loop import Diverged
+from posttrain_jax.train import loop
 from posttrain_jax.train.signals import Stopped
 from tests import tiny
 
@@ -89,10 +93,29 @@ def test_batches_without_any_score_are_told_and_end_the_run(tmp_path):
     " compared with: no number): nothing is learned from it"
     for number in (1, 2)
   ]
-  with pytest.raises(Diverged, match="no answer of the batches 1 to 3 has a score"):
+  with pytest.raises(online.Unscored, match="no answer of the batches 1 to 3 has a score"):
     made.batch(STATE)
   assert not [*tmp_path.glob("completions/scores_*")]  # they are asked for anew
   assert len([*tmp_path.glob("completions/answers_*")]) == 3
+
+
+def test_what_ends_a_run_by_decision_is_told_in_its_own_words(capsys, monkeypatch):
+  for kind in (online.Unscored, loop.Diverged, workers.WorkerError):
+    monkeypatch.setattr(report, "run", functools.partial(fails, kind("no answer has a score")))
+    assert main(["report", "runs/a"]) == 1
+    assert capsys.readouterr().err == "posttrain report: no answer has a score\n"
+
+
+def fails(error, *_):
+  raise error
+
+
+def test_answers_to_which_no_part_applies_are_told(tmp_path):
+  path = tmp_path / "mine.py"
+  path.write_text("def mine(completions, **columns):\n  return [None for c in completions]\n")
+  made, said = source(tmp_path, "7", **{"reward.parts": f"('{path}:mine',)"})
+  made.batch(STATE)
+  assert "batch 1: reward was missing 4 times: no part applies to this row" in said
 
 
 def test_a_score_between_them_starts_the_count_anew(tmp_path):

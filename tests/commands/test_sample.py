@@ -410,6 +410,7 @@ def test_the_command_from_a_model_to_a_file_that_trains(place, tmp_path, capsys)
   ]
   assert main(flags) == 0
   told = capsys.readouterr().out
+  assert told.splitlines()[-1] == f"written: {out}"
   assert "8 answers to 4 prompts" in told
   rows = rows_of(out)
   assert len(rows) == 8
