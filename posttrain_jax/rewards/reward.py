@@ -57,12 +57,17 @@ class Part:
       raise ValueError(
         f"reward: the weight of {self.name} is {self.weight}; it is a finite number that float32 holds"
       )
+    low, high = self.range
+    if not low < high:
+      raise ValueError(
+        f"reward: the scores of {self.name} would lie within {low:g} and {high:g}, so that no two differ, and others"
+        " are missing; name a lower and a higher end in reward.ranges"
+      )
     if self.gate and self.weight != 1:
       raise ValueError(
         f"reward: {self.name} is a gate, which multiplies: its weight {self.weight:g} would mean nothing"
       )
-    if self.gate and self.range != score.ANY and not 0 <= self.range[0] <= self.range[1] <= 1:
-      low, high = self.range
+    if self.gate and self.range != score.ANY and not 0 <= low <= high <= 1:
       raise ValueError(
         f"reward: {self.name} is a gate, and its scores lie within {low:g} and {high:g}; a gate multiplies the sum and"
         " is within 0 and 1, so name it in reward.parts, where it is added"
@@ -153,6 +158,10 @@ class Reward:
       raise ValueError(f"reward: two parts are called {twice[0]}; give each a name of its own")
     if all(part.gate for part in parts):
       raise ValueError("reward: it has no part that is not a gate, so there is nothing to multiply")
+    if all(part.gate or not part.weight for part in parts):
+      raise ValueError(
+        "reward: every part has the weight 0, so that all answers get the same; give one another"
+      )
     if retries < 0:
       raise ValueError(f"reward: retries={retries}; it is 0 or more")
     self.parts, self.retries = tuple(parts), retries

@@ -196,7 +196,7 @@ def _are_options(value: Any) -> bool:
 
 def _are_ranges(value: Any) -> bool:
   return isinstance(value, Mapping | ConfigDict) and all(
-    _is_list(one, float) and len(one) == 2 and one[0] <= one[1] for one in value.values()
+    _is_list(one, float) and len(one) == 2 and one[0] < one[1] for one in value.values()
   )
 
 
@@ -216,7 +216,7 @@ SHAPES: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
   "weights": ("a list of numbers, one a part", lambda value: _is_list(value, float)),
   "gates": NAMES,
   "options": ("{name: {option: value}}", _are_options),
-  "ranges": ("{name: (low, high)}", _are_ranges),
+  "ranges": ("{name: (low, high)}, the low end below the high one", _are_ranges),
   "untested": NAMES,
   "seconds": (
     "a number of seconds above 0, or None",
@@ -273,7 +273,13 @@ class _Room:
       raise ConfigError(f"reward.options: {name} takes none here")
     else:
       verifier = self.given[name] if name in self.given else self._own(name, asked.seconds)
-    low, high = asked.ranges.get(name) or (score.ANY if built_in is None else built_in.range)
+    own = score.ANY if built_in is None else built_in.range
+    low, high = asked.ranges.get(name) or own
+    if own not in (score.ANY, (low, high)):
+      raise ConfigError(
+        f"reward.ranges: the scores of {name} lie within {own[0]:g} and {own[1]:g}, and ({low:g}, {high:g}) is another"
+        " range; leave it out, it is for functions of yours"
+      )
     if name in asked.gates and isinstance(verifier, Judge) and (low, high) == score.ANY:
       low, high = verifier.low, verifier.high
     return Part(

@@ -119,6 +119,8 @@ def test_a_model_scores_in_batches():
     (lambda: Reward([]), "nothing to multiply"),
     (lambda: Reward([A], retries=-1), "retries=-1"),
     (lambda: Part("g", reads("g"), 0.5, gate=True), "its weight 0.5 would mean nothing"),
+    (lambda: Part("a", reads("a"), range=(1, 1)), "within 1 and 1, so that no two differ"),
+    (lambda: Part("a", reads("a"), range=(math.nan, 1)), "within nan and 1"),
     (lambda: Part("a", reads("a"), float("nan")), "the weight of a is nan"),
     (lambda: Part("a", reads("a"), 1e39), "the weight of a is 1e\\+39.*float32"),
   ],
