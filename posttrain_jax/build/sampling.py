@@ -82,7 +82,7 @@ def write(wanted: Wanted, load: Callable[[], use.Used]) -> Summary:
   writer = use.writer(used)
   asked, longest = _asked(used, wanted)
   with scoring.told_of_files(wanted.scored_by):
-    reward = scoring.of(wanted.scored_by, _columns(asked))
+    reward = scoring.of(wanted.scored_by, _columns(asked), partly=_partly(asked))
   with scoring.told_of_files(wanted.scored_by):
     for sentence in selftest.check(reward, _references(asked)):
       log.info(sentence)
@@ -210,6 +210,14 @@ def _columns(asked: Sequence[Question]) -> list[str]:
   """The columns that every row has."""
   rows = [example(question) for question in asked]
   return [column for column in rows[0] if all(column in row for row in rows)]
+
+
+def _partly(asked: Sequence[Question]) -> dict[str, str]:
+  """{column that some rows have and not all: the first row without it}."""
+  rows = [(example(question), question["origin"]) for question in asked]
+  every = dict.fromkeys(column for row, _ in rows for column in row)
+  without = {column: next((at for row, at in rows if column not in row), "") for column in every}
+  return {column: at for column, at in without.items() if at}
 
 
 def _references(asked: Sequence[Question]) -> list[Answer]:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import re
+import types
 from collections.abc import Collection, Generator, Mapping
 from pathlib import Path
 from typing import Any
@@ -60,11 +61,17 @@ def check_not_negative(reward: Reward) -> None:
   )
 
 
-def of(spec: Mapping[str, Any], columns: Collection[str], workers: Workers | None = None) -> Reward:
-  """The reward that a section describes, its reward models loaded."""
+def of(
+  spec: Mapping[str, Any],
+  columns: Collection[str],
+  workers: Workers | None = None,
+  *,
+  partly: Mapping[str, str] = types.MappingProxyType({}),
+) -> Reward:
+  """The reward that a section describes, its reward models loaded; see `rewards.section.make`."""
   section.check(spec)
   given = {name: Model(_judge_named(spec, name).scores) for name in _named(spec) if _folder(name)}
-  return section.make(spec, columns, given=given, workers=workers)
+  return section.make(spec, columns, partly=partly, given=given, workers=workers)
 
 
 def _folder(name: str) -> Path | None:

@@ -40,6 +40,7 @@ def make(
   spec: Mapping[str, Any],
   columns: Collection[str],
   *,
+  partly: Mapping[str, str] = types.MappingProxyType({}),
   given: Mapping[str, Verifier | Batch] | None = None,
   workers: Workers | None = None,
 ) -> Reward:
@@ -57,6 +58,7 @@ def make(
       verifier's own; unsafe_code: programs that the model wrote are run where nothing isolates them; retries: how
       often a missing score is asked for again.
     columns: that the rows have.
+    partly: {column that some rows have and not all: the first row without it}.
     given: verifiers that the caller made, by the names that parts give them, as a reward model.
     workers: the processes that verifiers run in; None: as many as there are cores.
 
@@ -64,7 +66,7 @@ def make(
     ConfigError: there is no such verifier or option, or the rows do not have what one reads.
   """
   asked = _read(spec)
-  room = _Room(columns, given or {}, workers)
+  room = _Room(columns, partly, given or {}, workers)
   try:
     return Reward([room.part(asked, name) for name in asked.names], retries=asked.retries)
   except ConfigError:
@@ -251,10 +253,11 @@ class _Room:
   def __init__(
     self,
     columns: Collection[str],
+    partly: Mapping[str, str],
     given: Mapping[str, Verifier | Batch],
     workers: Workers | None,
   ):
-    self.columns, self.given = columns, given
+    self.columns, self.partly, self.given = columns, partly, given
     self._workers = workers
 
   @property
@@ -327,6 +330,9 @@ class _Room:
     if "gold" in there or len(there) == 1:
       return there[0]
     listed = ", ".join(self.columns)
+    for column in EXPECTED:
+      if column in self.partly and not there:
+        self._has(name, column)
     what = f"{' and '.join(there)} may be it" if there else "none has a name that says so"
     raise ConfigError(
       f"reward.options: {name} compares with the expected answer, and of the data's columns ({listed}) {what}; write"
@@ -335,10 +341,8 @@ class _Room:
 
   def _has(self, name: str, column: str) -> str:
     if column not in self.columns:
-      listed = ", ".join(self.columns)
-      raise ConfigError(
-        f"reward: {name} reads the column {column!r}, which the data does not have; its columns are {listed}"
-      )
+      absent = trl.absent(column, self.columns, self.partly)
+      raise ConfigError(f"reward: {name} reads the column {column!r}, {absent}")
     return column
 
   def _has_one(self, name: str, reads: Sequence[tuple[str, ...]]) -> None:
@@ -347,6 +351,8 @@ class _Room:
       for column in reads[0]:
         self._has(name, column)
     elif reads and not any({*columns} <= {*self.columns} for columns in reads):
+      for column in (column for columns in reads for column in columns if column in self.partly):
+        self._has(name, column)
       listed = ", ".join(self.columns)
       wanted = ", or ".join(" and ".join(columns) for columns in reads)
       raise ConfigError(
@@ -376,7 +382,7 @@ class _Room:
         " TRL's form (prompts, completions, **columns) may be async"
       )
     if trl.is_one(called):
-      trl.check(called, str(own), self.columns)
+      trl.check(called, str(own), self.columns, self.partly)
       return trl.Function(own, str(own), self.workers, seconds or SECONDS)
     try:
       inspect.signature(called).bind("prompt", "completion", {})

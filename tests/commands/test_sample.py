@@ -45,6 +45,8 @@ def place(tmp_path_factory):
   items = [{"prompt": f"say {i % 4}", "completion": "ab"[i % 2], "id": i} for i in range(4)]
   tiny.write_jsonl(folder / "rows.jsonl", items)
   tiny.write_jsonl(folder / "math.jsonl", [{"question": "1 + 1", "answer": "a", "level": 1}] * 2)
+  mixed = [{"answer": "1"}, {"level": 1, "tests": ["assert f"]}]
+  tiny.write_jsonl(folder / "mixed.jsonl", [{"prompt": "1?", **beside} for beside in mixed])
   tiny.write_jsonl(folder / "texts.jsonl", [{"text": "nothing is asked"}])
   tiny.write_jsonl(folder / "long.jsonl", [{"prompt": "x" * 200, "completion": "b"}] + items)
   (folder / "mine.py").write_text(VERIFIERS)
@@ -215,8 +217,13 @@ def test_a_reward_without_a_highest_score_says_nothing_of_right(place, used, wri
     (dict(reward={"parts": ("gym",)}), "reads the column 'gym', which the data does not have"),
     (dict(reward={"parts": ("mine.py:reads_more",)}), "reads the column 'level'"),
     (dict(limit=-1), "--limit=-1"),
+    (dict(data="mixed.jsonl", reward={"parts": ("number",)}),
+     r"number reads the column 'answer', which not all rows have; the first without it is .*mixed.jsonl:2$"),
+    (dict(data="mixed.jsonl", reward={"parts": ("mine.py:reads_more",)}),
+     r"reads the column 'level', which not all rows have; the first without it is .*mixed.jsonl:1$"),
+    (dict(data="mixed.jsonl", reward={"parts": ("python",)}), r"'tests', which not all rows have; .*mixed.jsonl:1$"),
   ],
-)
+)  # fmt: skip
 def test_what_cannot_be_asked_is_told_before_anything_is_written(
   place, used, written, tmp_path, changes, said
 ):
