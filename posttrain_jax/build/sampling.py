@@ -87,7 +87,7 @@ def write(wanted: Wanted, load: Callable[[], use.Used]) -> Summary:
     for sentence in selftest.check(reward, _references(asked)):
       log.info(sentence)
   right = _right(wanted, reward)
-  _check_right(wanted.keep, right)
+  _check_right(wanted.keep, right, reward)
   plan = _plan(wanted, longest)
   prompts = writer.prompts(asked)
   weights = _weights(used)
@@ -154,11 +154,14 @@ def _right(wanted: Wanted, reward: Reward) -> keeping.Right | None:
   return outcome.is_right if outcome.has_most else None
 
 
-def _check_right(keep: Keep, right: keeping.Right | None) -> None:
+def _check_right(keep: Keep, right: keeping.Right | None, reward: Reward) -> None:
   if keep.rule == keeping.ALL_RIGHT and right is None:
+    endless = [p.name for p in reward.outcome().parts if not (p.gate or p.has_ends)]
+    ranges = json.dumps({"ranges": {name: [0, 1] for name in endless}})
     raise ConfigError(
-      f"--keep={keeping.ALL_RIGHT}: a part of the reward has no highest score, so nothing says which answers are right;"
-      " write --right=SCORE, or --keep=best, top:K or above:X"
+      f"--keep={keeping.ALL_RIGHT}: {' and '.join(endless)} has no highest score, so nothing says which answers are"
+      " right; write --right=SCORE, or --keep=best, top:K or above:X, or say what its scores lie within: a verifier of"
+      f" yours `-> bool`, or in --reward=FILE.json, as {ranges}"
     )
 
 

@@ -79,6 +79,11 @@ class Part:
     low, high = self.range
     return (max(low, 0.0), min(high, 1.0)) if self.gate else (low, high)
 
+  @property
+  def has_ends(self) -> bool:
+    """Whether its scores have a lowest and a highest."""
+    return all(map(math.isfinite, self.within))
+
 
 @dataclasses.dataclass(frozen=True)
 class Scored:

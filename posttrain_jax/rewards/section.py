@@ -247,6 +247,20 @@ def names(value: str | Sequence[str]) -> tuple[str, ...]:
   return tuple(name.strip() for name in listed if name.strip())
 
 
+def _said_by(verifier: Verifier | Batch) -> tuple[float, float]:
+  """The range that a function's annotation says: what returns `bool` gives 0 or 1."""
+  function: Any = verifier
+  if isinstance(verifier, Apart):
+    function = verifier.verifier
+  elif isinstance(verifier, trl.Function):
+    function = verifier.function
+  if not callable(function):
+    return score.ANY
+  annotation = inspect.signature(function).return_annotation
+  is_true_or_false = annotation is bool or str(annotation) in ("bool", "list[bool]")
+  return (0.0, 1.0) if is_true_or_false else score.ANY
+
+
 class _Room:
   """What all parts of a reward are made with."""
 
@@ -277,8 +291,10 @@ class _Room:
     else:
       verifier = self.given[name] if name in self.given else self._own(name, asked.seconds)
     own = score.ANY if built_in is None else built_in.range
+    if built_in is None and name not in self.given:
+      own = _said_by(verifier)
     low, high = asked.ranges.get(name) or own
-    if own not in (score.ANY, (low, high)):
+    if built_in is not None and own not in (score.ANY, (low, high)):
       raise ConfigError(
         f"reward.ranges: the scores of {name} lie within {own[0]:g} and {own[1]:g}, and ({low:g}, {high:g}) is another"
         " range; leave it out, it is for functions of yours"

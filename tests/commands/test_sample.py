@@ -195,7 +195,8 @@ def test_missing_scores_are_counted_with_their_reasons_and_never_0(place, used, 
 def test_a_reward_without_a_highest_score_says_nothing_of_right(place, used, written, tmp_path):
   own = f"{place / 'mine.py'}:short"
   spec = {"parts": (own,), "untested": (own,)}
-  with pytest.raises(ConfigError, match="write --right=SCORE, or --keep=best"):
+  told = r"mine\.py:short has no highest .*; write --right=SCORE, or --keep=best.*\"ranges\": \{\"mine\.py:short\": \["
+  with pytest.raises(ConfigError, match=told):
     sampling_lib.write(wanted(place, tmp_path / "a.jsonl", reward=spec), lambda: used)
   summary = sampling_lib.write(
     wanted(place, tmp_path / "a.jsonl", reward=spec, keep="best"), lambda: used

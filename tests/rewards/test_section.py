@@ -29,6 +29,12 @@ def metric(answer, row):
 def fails(prompt, completion, example):
   return example["answer"]["x"]
 
+def is_right(prompt, completion, example) -> bool:
+  return completion == example["answer"]
+
+def are_right(completions, answer, **columns) -> "list[bool]":
+  return [c == a for c, a in zip(completions, answer)]
+
 async def later(prompt, completion, example):
   return 1.0
 
@@ -93,6 +99,13 @@ def test_a_file_of_ones_own_is_called_by_its_name_alone_in_every_field(file):
     spec = {"parts": (whole,), "ranges": {name: (0, 8)}, "untested": (name,)}
     (part,) = make(spec).parts
     assert (part.name, part.range, part.untested) == ("mine.py:plain", (0, 8), True)
+
+
+def test_what_is_true_or_false_has_a_highest_score(file):
+  reward = make({"parts": [f"{file}:{name}" for name in ("is_right", "are_right")]})
+  assert reward.bounds() == (0, 2)
+  assert make({"parts": f"{file}:is_right", "ranges": {"mine.py:is_right": (-1, 1)}}).has_most
+  assert not make({"parts": f"{file}:plain"}).has_most
 
 
 def test_files_of_one_name_are_told_apart(tmp_path):
