@@ -193,7 +193,7 @@ def _online(config: Config) -> None:
   if config.online.storage != "auto" and o.importance == "none":
     raise ConfigError(
       f"online.storage={config.online.storage}: answers are then drawn from another distribution than the one that"
-      " learns; write objective.importance=token too, which weighs each token by the ratio of the two"
+      " learns; write --config.objective.importance=token too, which weighs each token by the ratio of the two"
     )
   part, titles = config.online.outcome, named.titles((*config.reward.parts, *config.reward.gates))
   if part not in ("", TOTAL, *titles, *titles.values()):

@@ -129,19 +129,23 @@ def announced(what: str, say: Callable[[str], None]) -> Generator[None]:
 
 
 def lines(what: str, say: Callable[[str], None] | None = None) -> Callable[[int, int | None], None]:
-  """A function of (how many are done, of how many), which says so every now and then, on stderr by default."""
+  """A function of (how many are done, of how many), which says so every now and then, on stderr by default.
+
+  How long is left goes by what came since the first call: before it lie compilations, and what an earlier run did.
+  """
   say = say or _print
-  began = time.monotonic()
-  last = [began]
+  first: list[tuple[float, int]] = []
+  last = [time.monotonic()]
 
   def count(done: int, total: int | None) -> None:
     now = time.monotonic()
+    first[:] = first or [(now, done)]
     if now - last[0] < EVERY:
       return
     last[0] = now
-    left = ""
-    if total and done:
-      left = f", {took((now - began) / done * (total - done))} left"
+    left, (began, before) = "", first[0]
+    if total and done > before:
+      left = f", {took((now - began) / (done - before) * (total - done))} left"
     say(f"{what}: {done}{'' if total is None else f' of {total}'}{left}")
 
   return count

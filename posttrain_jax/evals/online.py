@@ -147,10 +147,14 @@ def rows(run: Run) -> list[tuple[str, str, str]]:
     "completions/clipped_ratio",
   )
   names = [name for kind in kinds for name in run.names() if name.startswith(kind)]
+  bare = lambda name: name.removeprefix("holdout/")
   names = [
     n
     for n in dict.fromkeys(names)
-    if n == "reward" or n.endswith("/mean") or not n.startswith("reward")
+    if bare(n) == "reward" or n.endswith("/mean") or not bare(n).startswith("reward")
+  ]
+  names += [
+    name for name in ("rewards/missing", "holdout/rewards/missing") if any(run.series(name)[1])
   ]
   shown = []
   for name in [*names, "entropy"]:

@@ -39,6 +39,18 @@ def test_a_log_file_gets_lines_at_intervals_and_how_long_is_left(clock, capsys):
   ]
 
 
+def test_what_lies_before_the_first_is_no_measure_of_what_is_left(clock, capsys):
+  with progress.counter("answering") as count:
+    clock[0] += 20  # a compilation, behind which there are 100 of an earlier run
+    for done in range(100, 141):
+      count(done, 200)
+      clock[0] += 0.5
+  assert capsys.readouterr().err.splitlines()[1:3] == [
+    "answering: 100 of 200",
+    "answering: 130 of 200, 35.0 s left",
+  ]
+
+
 def test_nothing_is_said_where_a_program_reads(clock, capsys):
   with progress.muted():
     with progress.phase("reading"), progress.counter("answering") as count:
