@@ -135,7 +135,7 @@ def test_a_run_writes_scores_and_learns(folder, tmp_path, capsys, caplog):
     (n, s) for n in (0, 1) for s in range(3)
   ]
   assert all(len(row["tokens"]) <= 6 for row in rows)
-  name = f"rewards/{folder / 'verify.py'}:early"
+  name = "rewards/verify.py:early"
   assert [row[name] for row in rows] == [
     pytest.approx(sum(map(ord, row["completion"])) % 97 / 97) for row in rows
   ]
@@ -438,7 +438,7 @@ def test_groups_that_agree_are_replaced_until_it_is_said(folder, tmp_path, capsy
   assert main(command(folder, tmp_path / "run", *changes, verifier="tells_nothing")) == 0
   said = capsys.readouterr().out
   assert "only 0 of 4 groups of 2 rounds have answers that differ (mean outcome 0.50)" in said
-  assert f"outcome: {name}, without length, says which answers are right" in said
+  assert "outcome: verify.py:tells_nothing, without length, says which answers are right" in said
   (line,) = lines(tmp_path / "run")
   assert line["frac_groups_dead"] == 1
   assert line["rewards/length/mean"] < 0
