@@ -60,7 +60,7 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     )
   columns = common.columns(args)
   sampling = Sampling(temperature=args.temperature)
-  Plan(args.samples, 1, sampling)  # before the long part
+  Plan(args.samples, 1, sampling, args.seed)  # before the long part
   used = use.load(args.model, args.adapter, base=args.base, template=args.template)
   with data.told_of_columns():
     task = (

@@ -15,7 +15,7 @@ from posttrain_jax import adapters
 from posttrain_jax.adapters import node
 from posttrain_jax.core import memory as memory_lib
 from posttrain_jax.core import metrics as metrics_lib
-from posttrain_jax.core import sharding, tree
+from posttrain_jax.core import seeds, sharding, tree
 from posttrain_jax.objectives import Batch, Context, Objective
 from posttrain_jax.optim import offload
 from posttrain_jax.train import state as state_lib
@@ -44,7 +44,9 @@ def make(
     hooks: what the adapter's method adds: a penalty on its parameters, once a batch, and a change after each update.
   """
   step = _keyed(objective, optimizer, accumulate, hooks)
-  return lambda state, context, batch: step(state, context, batch, jax.random.key(seed))
+  return lambda state, context, batch: step(
+    state, context, batch, jax.random.key(seeds.check(seed))
+  )
 
 
 def _keyed(
@@ -108,7 +110,7 @@ class Jitted:
 
   def __init__(self, function: Any, seed: int):
     self.function = function
-    self.key = np.asarray(jax.random.key_data(jax.random.key(seed)))
+    self.key = np.asarray(jax.random.key_data(jax.random.key(seeds.check(seed))))
 
   def __call__(self, state: State, context: Context, batch: Batch) -> tuple[State, dict[str, Any]]:
     return self.function(state, context, batch, self.key)
