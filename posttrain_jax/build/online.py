@@ -46,8 +46,10 @@ from posttrain_jax.train.state import State
 
 Config = ml_collections.ConfigDict
 UNSCORED = 3  # batches in a row without any score after which the run ends
-SECTIONS = ("reward", "holdout_reward")
-NOT_WRITTEN_BY = (*SECTIONS, *settings.LENGTH)  # sections that say nothing of how answers are drawn
+NOT_WRITTEN_BY = (
+  *scoring.SECTIONS,
+  *settings.LENGTH,
+)  # sections that say nothing of how answers are drawn
 
 
 def is_online(config: Config) -> bool:
@@ -71,7 +73,7 @@ class Online:
     if config.objective.advantage == "max_rl":
       scoring.check_not_negative(self.reward)
     self.outcome = self.reward.outcome(config.online.outcome)
-    self._identities = [scoring.identity(settings.plain(config[name])) for name in SECTIONS]
+    self._identities = [scoring.identity(settings.plain(config[name])) for name in scoring.SECTIONS]
     self.writer = Writer(config, model, self.prompts)
     self.updates = Updates(config, model.config.vocab_size)
     self.folder: Path | None = None
@@ -193,7 +195,7 @@ class Online:
   @property
   def _rewards(self) -> dict[str, Reward]:
     """By the name of what their scores depend on, that of the section first."""
-    both = zip(SECTIONS, self._identities, (self.reward, self.holdout), strict=True)
+    both = zip(scoring.SECTIONS, self._identities, (self.reward, self.holdout), strict=True)
     return {f"{name} {by}": reward for name, by, reward in both if reward is not None}
 
   def _write(self, state: State) -> list[Mapping[str, Any]]:

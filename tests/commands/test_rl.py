@@ -155,12 +155,22 @@ def test_a_run_writes_scores_and_learns(folder, tmp_path, capsys, caplog):
     ),
   ],
 )
-def test_a_run_that_is_stopped_ends_as_one_that_is_not(folder, tmp_path, changes):
-  """Stopped behind the first step, in the middle of a batch that is used four times."""
+def test_a_run_that_is_stopped_ends_as_one_that_is_not(folder, tmp_path, changes, capsys):
+  """Stopped behind the first step, in the middle of a batch that is used four times; its verifier gets a comment."""
   every = [*changes, "checkpoint.every=1", "checkpoint.keep=5"]
   assert main(command(folder, tmp_path / "whole", *every)) == 0
   assert main(command(folder, tmp_path / "parts", *every, "steps=1")) == 0
+  verifier = folder / "verify.py"
+  verifier.write_text(f"{verifier.read_text()}# {len(changes)}\n")
+  capsys.readouterr()
   assert main(command(folder, tmp_path / "parts", *every)) == 0
+  assert f"warning: {verifier} has changed since this run scored with it: from step 1 on" in (
+    capsys.readouterr().out
+  )
+  assert (
+    "After step 1 answers were scored by another"
+    in (tmp_path / "parts" / "report.html").read_text()
+  )
   same(adapter(tmp_path / "whole"), adapter(tmp_path / "parts"))
   assert all(line["sampling/logp_difference"] < 1e-4 for line in lines(tmp_path / "parts"))
   for number in (1, 2):
