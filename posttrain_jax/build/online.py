@@ -38,6 +38,7 @@ from posttrain_jax.rewards.ledger import Ledger
 from posttrain_jax.rewards.overlapped import Overlapped
 from posttrain_jax.rewards.reward import Result, Reward
 from posttrain_jax.rewards.verifier import Answer, TrainerState
+from posttrain_jax.rewards.workers import Interrupted
 from posttrain_jax.rollout.requests import Answer as Written
 from posttrain_jax.runs import completions
 from posttrain_jax.train.loop import Diverged
@@ -69,7 +70,8 @@ class Online:
   ) -> None:
     self.config, self.model, self.prompts, self.say = config, model, data.examples, say
     columns = dict.fromkeys(name for prompt in self.prompts for name in prompt.row)
-    self.reward, self.holdout = scoring.make(config, list(columns))
+    self._stopping: Callable[[], bool] = lambda: False
+    self.reward, self.holdout = scoring.make(config, list(columns), lambda: self._stopping())
     if config.objective.advantage == "max_rl":
       scoring.check_not_negative(self.reward)
     self.outcome = self.reward.outcome(config.online.outcome)
@@ -82,7 +84,6 @@ class Online:
     self._left: list[Any] = []  # of the batch that was written last
     self._told: dict[str, float] = {}
     self._unscored = 0  # batches in a row without any score
-    self._stopping: Callable[[], bool] = lambda: False
     self._ended: float | None = None  # when this process had written its last batch
     self._watch = alarm.Watch()
 
@@ -316,7 +317,11 @@ class Online:
       spent["writing"] += time.monotonic() - began
       began = time.monotonic()
       with progress.announced("scoring", self.say):
-        results = [one.result() for one in scores]
+        try:
+          results = [one.result() for one in scores]
+        except Interrupted:  # scores that were there before stay in their file
+          self._go_on()
+          raise
     self._go_on()
     spent["scoring"] += time.monotonic() - began
     for i, group in enumerate(groups):

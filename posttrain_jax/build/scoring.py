@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Collection, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +29,22 @@ SECTIONS = ("reward", "holdout_reward")
 
 
 def make(
-  config: ml_collections.ConfigDict, columns: Collection[str]
+  config: ml_collections.ConfigDict,
+  columns: Collection[str],
+  stopping: Callable[[], bool] = lambda: False,
 ) -> tuple[Reward, Reward | None]:
   """The reward of a run, and what scores the same answers and is not trained on, if anything does.
 
   Args:
     columns: that the rows have.
+    stopping: see `rewards.workers.Workers`.
 
   Raises:
     ConfigError: as `rewards.section.make`, or a folder that holds no reward model.
   """
-  workers = Workers()  # one call at a time: what times out says something of the verifier
+  workers = Workers(
+    stopping=stopping
+  )  # one call at a time: what times out says something of the verifier
   sections = (settings.plain(config[name]) for name in SECTIONS)
   reward, other = (of(spec, columns, workers) if spec["parts"] else None for spec in sections)
   if reward is None:

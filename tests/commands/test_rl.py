@@ -69,6 +69,15 @@ def listed(prompts, completions, completion_ids, log_metric, log_extra, trainer_
   log_extra("at", [trainer_state.global_step / trainer_state.max_steps for _ in completions])
   return [random.SystemRandom().random() for _ in completions]
 """
+WAITS = """
+import os, signal, time
+
+def listed(prompts, completions, trainer_state, **columns):
+  if trainer_state.max_steps > 1:  # not one of the answers that are tried before the run
+    os.kill(os.getppid(), signal.SIGTERM)
+    time.sleep(40)
+  return [0.5] * len(completions)
+"""
 FILTERS = ("online.top_k=40", "online.top_p=0.9", "online.min_p=0.02")
 
 
@@ -291,6 +300,16 @@ def test_a_signal_while_it_writes_saves_the_finished_update_and_writes_no_more(
   assert main(stopped) == 0
   assert len(count) == 18
   same(adapter(tmp_path / "whole"), adapter(tmp_path / "stopped"))
+
+
+@pytest.mark.slow
+def test_a_signal_while_a_verifier_runs_does_not_wait_for_it(folder, tmp_path, capsys):
+  (folder / "waits.py").write_text(WAITS)
+  name, began = f"{folder / 'waits.py'}:listed", time.monotonic()
+  changes = [f"reward.parts=({name!r},)", f"reward.untested=({name!r},)", "reward.seconds=60"]
+  assert main(command(folder, tmp_path / "run", *changes)) == PREEMPTED
+  assert "stopped at step 0 of 3" in capsys.readouterr().out
+  assert time.monotonic() - began < 40
 
 
 @pytest.mark.slow
