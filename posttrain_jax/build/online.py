@@ -187,7 +187,11 @@ class Online:
       ConfigError: they do not.
       ValueError: other weights write the same.
     """
-    some = [Answer(p.asked, section.expected(p.row), p.row) for p in self.prompts[: selftest.PAIRS]]
+    tokenizer = self.model.tokenizer
+    some = [
+      section.reference(prompt.asked, prompt.row, tokenizer)
+      for prompt in self.prompts[: selftest.PAIRS]
+    ]
     for reward in self._rewards.values():
       for sentence in selftest.check(reward, some):
         self.say(sentence)

@@ -63,7 +63,7 @@ def one(prompt, completion, example):
   return float("nan") if value < 0.3 else value
 
 def listed(prompts, completions, completion_ids, log_metric, log_extra, trainer_state, **columns):
-  if completion_ids[0]:
+  if trainer_state.max_steps > 1:  # not of the answers that are tried before the run
     asked(completions)
   log_metric("mine", random.SystemRandom().random())
   log_extra("at", [trainer_state.global_step / trainer_state.max_steps for _ in completions])
