@@ -72,7 +72,9 @@ LEFT: Mapping[str, str] = {
   "merge": "what is merged so far is kept beside --out, and the same command goes on there",
   "fetch": "what was fetched so far is gone; run the same command again",
   "chat": "nothing was being written",
-  "sample": "every answer and its score is kept; run the same command again",
+  **dict.fromkeys(
+    ("sample", "pairs"), "every answer and its score is kept; run the same command again"
+  ),
 }
 # arguments that are paths, or names in the place of one; several have commas between
 PATHS = (

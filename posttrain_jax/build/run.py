@@ -56,6 +56,7 @@ from posttrain_jax.data import encoded, loader
 from posttrain_jax.evals import report, tasks
 from posttrain_jax.models import decoder, hf
 from posttrain_jax.objectives import Scorer, evaluation, measured
+from posttrain_jax.optim import schedules
 from posttrain_jax.runs import folder as run_folder
 from posttrain_jax.runs import record, trackers
 from posttrain_jax.settings import fields
@@ -170,7 +171,7 @@ class Pieces:
   trees: Trees
   objective: Scorer
   optimizer: optax.GradientTransformation
-  schedule: optax.Schedule
+  schedule: schedules.Rate
   batches: loader.Loader | online.Online
   step: Any  # jitted: (state, context, batch) -> (state, metrics), the state donated
   task: tasks.Task | None  # what is asked before and after training
@@ -264,7 +265,7 @@ def build(
     optimizer=updates,
     schedule=schedule,
     batches=batches,
-    step=jitted_step(config, trees.adapter_config, loss, updates, shapes),
+    step=jitted_step(config, trees.adapter_config, loss, updates, shapes, schedule),
     task=questions.make(config, base, rows),
   )
 
@@ -275,6 +276,7 @@ def jitted_step(
   loss: Scorer,
   updates: optax.GradientTransformation,
   shapes: State,
+  rate: schedules.Rate,
 ) -> Any:
   """The training step, jitted once for all states of these shapes: its result lies as its argument does."""
   return step.jitted(
@@ -283,6 +285,7 @@ def jitted_step(
     shapes,
     accumulate=decisions.micro_batches(config, state_lib.devices(shapes)),
     seed=config.seed,
+    rate=rate,
     hooks=adapters.hooks(adapter_config, config.steps),
   )
 

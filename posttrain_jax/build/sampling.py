@@ -97,18 +97,40 @@ def write(wanted: Wanted, load: Callable[[], use.Used]) -> Summary:
   with Journal(_journal(wanted.out)).begin(identity) as journal:
     drawn = _drawn(journal, writer, prompts, plan)
     groups = _scored(journal, reward, asked, drawn, plan)
-  some = [keeping.kept(wanted.keep, group, right) for group in groups]
-  lines = [
-    _line(asked[s.drawn.number], s, wanted.seed, weights) for one in some for s in one.samples
-  ]
+  lines, summary = _chosen(wanted, asked, groups, right, weights)
   if not lines:
     there = wanted.out.exists()
     before = f" ({wanted.out} is as an earlier command left it)" if there else ""
-    raise ConfigError(f"no answer is kept{before}:\n{keeping.summary(groups, some, right)}")
-  files.write_text(wanted.out, "".join(lines))
+    what = "no prompt gave a pair" if wanted.keep.rule == keeping.PAIRS else "no answer is kept"
+    raise ConfigError(f"{what}{before}:\n{summary}")
+  files.write_text(wanted.out, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in lines))
   if right is None:
     log.info("no pass@k: nothing says which score is right; write --right=SCORE")
-  return keeping.summary(groups, some, right)
+  return summary
+
+
+def _chosen(
+  wanted: Wanted,
+  asked: Sequence[Question],
+  groups: Sequence[Sequence[Sample]],
+  right: keeping.Right | None,
+  weights: str,
+) -> tuple[list[dict[str, Any]], Summary]:
+  """(the rows that are written, what the answers came to)."""
+  if wanted.keep.rule == keeping.PAIRS:
+    pairs = [
+      keeping.paired(group, right, has_gold=question["gold"] is not None)
+      for question, group in zip(asked, groups, strict=True)
+    ]
+    rows = [
+      _pair(question, pair, wanted.seed, weights)
+      for question, (pair, _) in zip(asked, pairs)
+      if pair is not None
+    ]
+    return rows, keeping.summary(groups, pairs, right)
+  some = [keeping.kept(wanted.keep, group, right) for group in groups]
+  rows = [_row(asked[s.drawn.number], s, wanted.seed, weights) for one in some for s in one.samples]
+  return rows, keeping.summary(groups, some, right)
 
 
 def _check(wanted: Wanted) -> None:
@@ -348,15 +370,18 @@ def _scored(
   ]
 
 
-def _line(question: Question, sample: Sample, seed: int, weights: str) -> str:
+def _said(question: Question, text: str) -> Any:
+  """An answer as the prompt is: a string to a string, else a message."""
+  return text if isinstance(question["prompt"], str) else [{"role": "assistant", "content": text}]
+
+
+def _row(question: Question, sample: Sample, seed: int, weights: str) -> dict[str, Any]:
   """A row that fine-tuning reads: prompt and completion, the tokens that were drawn, and what is known of them."""
   drawn, scored = sample.drawn, sample.scored
-  is_text = isinstance(question["prompt"], str)
-  said: Any = drawn.text if is_text else [{"role": "assistant", "content": drawn.text}]
   missing = {name: given.reason for name, given in scored.parts.items() if given.is_missing}
-  row = {
+  return {
     "prompt": question["prompt"],
-    "completion": said,
+    "completion": _said(question, drawn.text),
     chat.IDS: drawn.tokens,
     "score": sample.score,
     "parts": {name: given.value for name, given in scored.parts.items()},
@@ -368,4 +393,20 @@ def _line(question: Question, sample: Sample, seed: int, weights: str) -> str:
     "sample": drawn.sample,
     **questions_lib.carried(question),
   }
-  return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _pair(question: Question, pair: keeping.Pair, seed: int, weights: str) -> dict[str, Any]:
+  """A row that preference objectives read, and what is known of its answers; null of the expected one."""
+  chosen, rejected = pair.chosen, pair.rejected
+  return {
+    "prompt": question["prompt"],
+    "chosen": _said(question, question["gold"] if chosen is None else chosen.drawn.text),
+    "rejected": _said(question, rejected.drawn.text),
+    "score_chosen": None if chosen is None else chosen.score,
+    "score_rejected": rejected.score,
+    "weights": weights,
+    "seed": seed,
+    "number": rejected.drawn.number,
+    "samples": [None if chosen is None else chosen.drawn.sample, rejected.drawn.sample],
+    **questions_lib.carried(question),
+  }

@@ -80,9 +80,14 @@ VERBS = {  # what each is told, and a function that it is in when the signal com
     "what is merged so far is kept beside --out, and the same command goes on there",
   ),
   "pairs": (
-    ["--model={shared}/model", "--out={out}/pairs.jsonl", "--template=chatml"],
-    "posttrain_jax.evals.tasks.answer",
-    "nothing was written to ",
+    [
+      "--model={shared}/model",
+      "--data={shared}/rows.jsonl",
+      "--reward=exact",
+      "--out={out}/pairs.jsonl",
+    ],
+    "posttrain_jax.build.sampling._drawn",
+    "every answer and its score is kept",
   ),
   "eval": (
     ["--model={shared}/model", "--data={shared}/rows.jsonl", "--template=chatml"],
@@ -128,7 +133,7 @@ def test_a_verb_that_is_ended_says_so_and_leaves_nothing_half(
   how = "interrupted" if name == "SIGINT" else f"ended by {name}"
   assert told["err"].splitlines()[-1].startswith(f"posttrain {verb}: {how}; {left}"), told["err"]
   assert told["out"] == ""
-  kept = [".merged.merging"] if verb == "merge" else []
+  kept = {"merge": [".merged.merging"], "pairs": ["pairs.jsonl.answers"]}.get(verb, [])
   assert [path.name for path in out.iterdir()] == kept
 
 

@@ -426,3 +426,24 @@ def test_the_command_from_a_model_to_a_file_that_trains(place, tmp_path, capsys)
   assert "8 examples" in capsys.readouterr().out
   assert main([*flags[:4], "--n=0", f"--out={tmp_path / 'b.jsonl'}"]) == 1
   assert "0 answers to each prompt: draw at least 1" in capsys.readouterr().err
+
+
+def test_pairs_are_a_form_of_what_was_drawn(place, used, written, tmp_path, capsys):
+  """Answers that are there already are not drawn again, and a pair has no right answer on its worse side."""
+  out = tmp_path / "a.jsonl"
+  sampling_lib.write(wanted(place, out), lambda: used)
+  drawn = len(written)
+  told = sampling_lib.write(wanted(place, out, keep="pairs"), lambda: used)
+  assert len(written) == drawn
+  rows = rows_of(out)
+  assert (told.kept, told.gold) == (len(rows), 0) == (4, 0)
+  for row, question in zip(rows, rows_of(place / "rows.jsonl"), strict=True):
+    gold = question["completion"]
+    assert row["chosen"] == [{"role": "assistant", "content": gold}]
+    assert row["rejected"][0]["content"] != gold
+    assert (row["score_chosen"], row["score_rejected"]) == (1.0, 0.0)
+  with pytest.raises(ValueError, match="one pair at most"):
+    wanted(place, out, keep="pairs", per_prompt=2)
+  right = wanted(place, tmp_path / "b.jsonl", keep="pairs", right=-1.0)
+  with pytest.raises(ConfigError, match="no prompt gave a pair"):
+    sampling_lib.write(right, lambda: used)

@@ -16,7 +16,7 @@ TAKERS = {
   "samples": lambda seed: Plan(1, 1, GREEDY, seed),
   "best_of": lambda seed: judge.check_best_of("sql", 2, seed),
   "merge": lambda seed: recipe.read(MERGE | {"random_seed": seed}),
-  "step": lambda seed: step.Jitted(None, seed),
+  "step": lambda seed: step.Jitted(None, seed, None),
 }
 
 
