@@ -84,7 +84,7 @@ def write(wanted: Wanted, load: Callable[[], use.Used]) -> Summary:
   with scoring.told_of_files(wanted.scored_by):
     reward = scoring.of(wanted.scored_by, _columns(asked), partly=_partly(asked))
   with scoring.told_of_files(wanted.scored_by):
-    for sentence in selftest.check(reward, _references(asked)):
+    for sentence in selftest.check(reward, _references(asked, used.tokenizer)):
       log.info(sentence)
   right = _right(wanted, reward)
   _check_right(wanted.keep, right, reward)
@@ -245,10 +245,10 @@ def _partly(asked: Sequence[Question]) -> dict[str, str]:
   return {column: at for column, at in without.items() if at}
 
 
-def _references(asked: Sequence[Question]) -> list[Answer]:
+def _references(asked: Sequence[Question], tokenizer: Any) -> list[Answer]:
   """The first rows with their own right answers, "" where a row does not say."""
   some = [(q["prompt"], example(q)) for q in asked[: selftest.PAIRS]]
-  return [Answer(prompt, section.expected(row), row) for prompt, row in some]
+  return [section.reference(prompt, row, tokenizer) for prompt, row in some]
 
 
 def _weights(used: use.Used) -> str:

@@ -8,7 +8,7 @@ import json
 import math
 import re
 import types
-from collections.abc import Collection, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +17,36 @@ import ml_collections
 from posttrain_jax import settings
 from posttrain_jax.adapters import peft_format
 from posttrain_jax.build import use
+from posttrain_jax.core import files
 from posttrain_jax.evals.judge import Judge
 from posttrain_jax.rewards import named, section
 from posttrain_jax.rewards.model import Model
 from posttrain_jax.rewards.reward import Reward
 from posttrain_jax.rewards.workers import Workers
+from posttrain_jax.runs import record
 from posttrain_jax.settings import ConfigError
+
+SECTIONS = ("reward", "holdout_reward")
 
 
 def make(
-  config: ml_collections.ConfigDict, columns: Collection[str]
+  config: ml_collections.ConfigDict,
+  columns: Collection[str],
+  stopping: Callable[[], bool] = lambda: False,
 ) -> tuple[Reward, Reward | None]:
   """The reward of a run, and what scores the same answers and is not trained on, if anything does.
 
   Args:
     columns: that the rows have.
+    stopping: see `rewards.workers.Workers`.
 
   Raises:
     ConfigError: as `rewards.section.make`, or a folder that holds no reward model.
   """
-  workers = Workers()  # one call at a time: what times out says something of the verifier
-  sections = (settings.plain(config[name]) for name in ("reward", "holdout_reward"))
+  workers = Workers(
+    stopping=stopping
+  )  # one call at a time: what times out says something of the verifier
+  sections = (settings.plain(config[name]) for name in SECTIONS)
   reward, other = (of(spec, columns, workers) if spec["parts"] else None for spec in sections)
   if reward is None:
     raise ConfigError("reward.parts is empty: nothing says how good an answer is")
@@ -97,20 +106,51 @@ def _judge_named(spec: Mapping[str, Any], name: str) -> Judge:
 def identity(spec: Mapping[str, Any]) -> str:
   """A name for what a section's scores depend on, beside the answers: its fields, and the files that it names."""
   models = [path for name in _named(spec) if (path := _folder(name))]
-  stated = [
-    (str(file), status.st_size, status.st_mtime_ns)
-    for path in models
-    for file in sorted([*path.glob("*.*"), *path.glob("adapter/*")])
-    for status in [file.stat()]
-  ]
-  return _digest([spec, sources(spec), stated])
+  return _digest([spec, sources(spec), [state for path in models for state in _stated(path)]])
+
+
+def _stated(model: Path) -> list[tuple[str, int, int]]:
+  """(name, size, time of its last change) of each file of a reward model."""
+  every = sorted([*model.glob("*.*"), *model.glob("adapter/*")])
+  return [(str(file), at.st_size, at.st_mtime_ns) for file in every for at in [file.stat()]]
+
+
+def scored_with(config: ml_collections.ConfigDict) -> dict[str, str]:
+  """{name: a digest} of the user's files and of the reward models that score a run's answers."""
+  names = [name for section in SECTIONS for name in _named(settings.plain(config[section]))]
+  own = [path for name in names if (path := name.rpartition(":")[0]).endswith(".py")]
+  models = {name: _digest(_stated(path)) for name in names if (path := _folder(name))}
+  return {path: _digest(Path(path).expanduser().read_text()) for path in own} | models
+
+
+def note_changes(folder: Path, config: ml_collections.ConfigDict, step: int) -> str:
+  """What is to be said where a run goes on with other scoring files than it had; "" where they are the same.
+
+  Its record has what it scores with, and at which steps that changed: curves go on, and their scale is another.
+  """
+  written, now = files.read_json(folder / record.CONFIG), scored_with(config)
+  was = written.get(record.SCORED_WITH)
+  changed = [name for name, digest in now.items() if step and was and digest != was.get(name)]
+  changes = [*written.get(record.RESCORED, ())] if step else []
+  if changed:
+    changes.append({"step": step, "changed": changed})
+  told = {record.SCORED_WITH: now} | ({record.RESCORED: changes} if changes else {})
+  if now:
+    kept = {name: value for name, value in written.items() if name != record.RESCORED}
+    files.write_json(folder / record.CONFIG, kept | told)
+  if not changed:
+    return ""
+  return (
+    f"{', '.join(changed)} has changed since this run scored with it: from step {step} on answers are scored by what is"
+    " there now, and rewards before and after are not of one scale"
+  )
 
 
 def sources(spec: Mapping[str, Any]) -> str:
   """A digest of the user's files that score."""
   paths = {name.rpartition(":")[0] for name in _named(spec)}
-  files = sorted(path for path in paths if path.endswith(".py"))
-  return _digest([Path(path).expanduser().read_text() for path in files]) if files else ""
+  named = sorted(path for path in paths if path.endswith(".py"))
+  return _digest([Path(path).expanduser().read_text() for path in named]) if named else ""
 
 
 def _named(spec: Mapping[str, Any]) -> list[str]:

@@ -32,10 +32,6 @@ class Ended(BaseException):
     self.number = number
 
 
-class Failure(RuntimeError):
-  """What ends a command and was foreseen: its words say all, and its name nothing to who reads them."""
-
-
 class Guard:
   """Takes the signals of a program that has `verb` as its first argument.
 

@@ -131,21 +131,24 @@ def announced(what: str, say: Callable[[str], None]) -> Generator[None]:
 def lines(what: str, say: Callable[[str], None] | None = None) -> Callable[[int, int | None], None]:
   """A function of (how many are done, of how many), which says so every now and then, on stderr by default.
 
-  How long is left goes by what came since the first call: before it lie compilations, and what an earlier run did.
+  How long the rest takes is said from the second time on, by what came since the first: until then programs compile,
+  and what is done side by side, or was done by an earlier command, says nothing of the pace.
   """
   say = say or _print
-  first: list[tuple[float, int]] = []
   last = [time.monotonic()]
+  first: list[tuple[float, int]] = []
 
   def count(done: int, total: int | None) -> None:
     now = time.monotonic()
-    first[:] = first or [(now, done)]
     if now - last[0] < EVERY:
       return
     last[0] = now
-    left, (began, before) = "", first[0]
-    if total and done > before:
-      left = f", {took((now - began) / (done - before) * (total - done))} left"
+    left = ""
+    if not first:
+      first.append((now, done))
+    elif total and done > first[0][1]:
+      pace = (now - first[0][0]) / (done - first[0][1])
+      left = f", {took(pace * (total - done))} left"
     say(f"{what}: {done}{'' if total is None else f' of {total}'}{left}")
 
   return count

@@ -19,7 +19,7 @@ from posttrain_jax.rewards import named, score, trl
 from posttrain_jax.rewards.judge import Judge
 from posttrain_jax.rewards.reward import Part, Reward
 from posttrain_jax.rewards.table import UNSAFE, VERIFIERS, BuiltIn
-from posttrain_jax.rewards.verifier import Batch, Known, Tried, Verifier
+from posttrain_jax.rewards.verifier import Answer, Batch, Known, Prompt, Tried, Verifier
 from posttrain_jax.rewards.workers import SECONDS, Apart, Workers
 from posttrain_jax.settings import ConfigError
 
@@ -34,6 +34,12 @@ def expected(row: Mapping[str, Any]) -> str:
   '2'
   """
   return next((str(row[name]) for name in EXPECTED if row.get(name) is not None), "")
+
+
+def reference(prompt: Prompt, row: Mapping[str, Any], tokenizer: Any) -> Answer:
+  """The row's own right answer as a model would have given it, with its token ids."""
+  text = expected(row)
+  return Answer(prompt, text, row, tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def make(

@@ -31,7 +31,8 @@ def check(
   an answer to at least one row.
 
   Args:
-    references: rows of the data, each with its own right answer as the completion, or with any where that is not known.
+    references: rows of the data, each with its own right answer as the completion, or with any where that is not known,
+      and with that answer's token ids, which verifiers are given.
     section: of the config that describes the reward; commands without one say how they write its fields.
   """
   pairs, told = _pairs(references), []
@@ -122,10 +123,11 @@ def _pairs(references: Sequence[Answer]) -> list[tuple[Answer, Answer]]:
   """(the row's own answer, the next different one as an answer to the same row)."""
   pairs = []
   for i, own in enumerate(references[:PAIRS]):
-    others = (a.completion for a in (*references[i + 1 :], *references[:i]))
-    wrong = next((text for text in others if text != own.completion), None)
-    if wrong is not None:
-      pairs.append((own, dataclasses.replace(own, completion=wrong, tokens=None)))
+    others = (*references[i + 1 :], *references[:i])
+    other = next((a for a in others if a.completion != own.completion), None)
+    if other is not None:
+      text, tokens = other.completion, other.tokens
+      pairs.append((own, dataclasses.replace(own, completion=text, tokens=tokens)))
   return pairs
 
 
@@ -154,7 +156,6 @@ def _both(right: tuple[Answer, Score], wrong: tuple[Answer, Score]) -> str:
 def _shown(answer: Answer, given: Score) -> str:
   reason = f" ({given.reason})" if given.reason else ""
   value = "no score" if given.value is None else f"{given.value:g}"
-  text = words.shown(answer.completion, 60)
-  return (
-    f"{text if not answer.tokens else f'answer of {len(answer.tokens)} tokens'} {value}{reason}"
-  )
+  is_a_length = answer.tokens and not answer.completion
+  text = f"answer of {len(answer.tokens or ())} tokens" if is_a_length else ""
+  return f"{text or words.shown(answer.completion, 60)} {value}{reason}"

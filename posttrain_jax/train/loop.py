@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import jax
 
-from posttrain_jax.core import distributed, ending
+from posttrain_jax.core import distributed
 from posttrain_jax.core import metrics as metrics_lib
 from posttrain_jax.core.checkpoint import Checkpoints
 from posttrain_jax.core.started import Started
@@ -24,7 +24,7 @@ from posttrain_jax.train.signals import Stop, Stopped
 from posttrain_jax.train.state import State
 
 
-class Diverged(ending.Failure):
+class Diverged(RuntimeError):
   """Too many updates in a row were not finite, or what the run made is not."""
 
 

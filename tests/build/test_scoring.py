@@ -123,3 +123,24 @@ def test_fields_are_told_as_commands_without_a_config_take_them(told, instead):
   for field in ("reward.unsafe_code=true", "--config.reward.untested"):
     told = told.replace(field, f"--{field.partition('=')[0].rpartition('.')[2]}")
   assert str(error.value) == told + instead
+
+
+def test_a_verifier_that_changes_on_the_way_is_noted_with_its_step(tmp_path):
+  """Every change of it once; a run that begins again has none behind it."""
+  verifier, path = tmp_path / "mine.py", tmp_path / "config.json"
+  section = {"parts": ["exact", f"{verifier}:f"], "gates": [f"{verifier}:g"]}
+  config = ml_collections.ConfigDict({"reward": section, "holdout_reward": {"parts": []}})
+  path.write_text(json.dumps({"command": "train"}))
+
+  def goes_on(step, text):
+    verifier.write_text(text)
+    return scoring.note_changes(tmp_path, config, step)
+
+  said = [goes_on(*at) for at in ((0, "a"), (5, "a"), (5, "b"), (7, "b"), (9, "c"))]
+  assert [bool(text) for text in said] == [False, False, True, False, True]
+  assert f"{verifier} has changed since this run scored with it: from step 5 on" in said[2]
+  written = json.loads(path.read_text())
+  assert [at["step"] for at in written["rescored"]] == [5, 9]
+  assert written["command"] == "train"
+  assert goes_on(0, "d") == ""
+  assert "rescored" not in json.loads(path.read_text())

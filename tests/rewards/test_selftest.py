@@ -157,3 +157,18 @@ def test_a_verifier_that_fails_on_every_row_is_told_also_where_no_answer_is_know
       selftest.check(of(lambda p, c, e: e["gold"], **options), rows)
   selftest.check(of(lambda p, c, e: e["answer"]), rows)
   selftest.check(section.make({"parts": ("length",), "options": OPTIONS}, ()), rows)
+
+
+def test_verifiers_are_given_the_token_ids_of_what_is_tried():
+  """Of a row's own answer and of another's."""
+  ids = lambda text, add_special_tokens: {"input_ids": [ord(letter) for letter in text]}
+  rows = [section.reference("?", {"answer": text}, ids) for text in ("Paris", "Rome")]
+  seen = []
+
+  def told(prompt, completion, example):
+    seen.append((completion, example["completion_ids"]))
+    return completion == example["answer"]
+
+  selftest.check(of(told), rows)
+  assert {completion for completion, _ in seen} == {"Paris", "Rome"}
+  assert all(tokens == [ord(letter) for letter in completion] for completion, tokens in seen)
