@@ -175,8 +175,9 @@ def _tell(text: str) -> None:
 
 
 def _message(error: BaseException) -> str:
-  """What went wrong; what no check has foreseen is named by its kind."""
-  if isinstance(error, ValueError | OSError) and str(error):
+  """What went wrong; what is neither ours nor of a kind that our checks raise is named by its kind."""
+  is_ours = type(error).__module__.startswith("posttrain_jax.")
+  if (is_ours or isinstance(error, ValueError | OSError)) and str(error):
     return str(error)
   text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
   if isinstance(error, KeyError) and " " in text:

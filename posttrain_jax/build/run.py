@@ -41,6 +41,7 @@ from posttrain_jax.build import (
   questions,
   reference,
   run_length,
+  scoring,
   self_checks,
   use,
 )
@@ -370,6 +371,7 @@ class _Training:
     if checkpoints.latest() is not None:
       data.check_held_out(self.folder, config, self.pieces.data)
       state, progress = self._resumed(checkpoints, state)
+      self._note_scoring(progress)
       self._regrade()
     else:
       if told := record.last_step(self.folder):
@@ -380,6 +382,7 @@ class _Training:
         self_checks.fresh_adapter(self.pieces, self.say)
         if isinstance(self.pieces.batches, online.Online):
           self.pieces.batches.check(state)
+      self._note_scoring(progress)
       self.started.ends("checks")
       if config.eval.before and self.pieces.task is not None:
         self._evaluate_task("before", state)
@@ -515,6 +518,12 @@ class _Training:
     files.write_json(self.folder / f"evaluation-{when}.json", result.to_json())
     for line in report.told(result, when):
       self.say(line)
+
+  def _note_scoring(self, progress: loop.Progress) -> None:
+    if not isinstance(self.pieces.batches, online.Online) or not distributed.is_main():
+      return
+    if told := scoring.note_changes(self.folder, self.pieces.config, progress.step):
+      self.say(f"warning: {told}")
 
   def _regrade(self) -> None:
     """The answers before training are graded as those after it will be, where a metric's code has changed since."""

@@ -82,12 +82,12 @@ def write(wanted: Wanted, load: Callable[[], use.Used]) -> Summary:
   writer = use.writer(used)
   asked, longest = _asked(used, wanted)
   with scoring.told_of_files(wanted.scored_by):
-    reward = scoring.of(wanted.scored_by, _columns(asked))
+    reward = scoring.of(wanted.scored_by, _columns(asked), partly=_partly(asked))
   with scoring.told_of_files(wanted.scored_by):
-    for sentence in selftest.check(reward, _references(asked)):
+    for sentence in selftest.check(reward, _references(asked, used.tokenizer)):
       log.info(sentence)
   right = _right(wanted, reward)
-  _check_right(wanted.keep, right)
+  _check_right(wanted.keep, right, reward)
   plan = _plan(wanted, longest)
   prompts = writer.prompts(asked)
   weights = _weights(used)
@@ -176,11 +176,14 @@ def _right(wanted: Wanted, reward: Reward) -> keeping.Right | None:
   return outcome.is_right if outcome.has_most else None
 
 
-def _check_right(keep: Keep, right: keeping.Right | None) -> None:
+def _check_right(keep: Keep, right: keeping.Right | None, reward: Reward) -> None:
   if keep.rule == keeping.ALL_RIGHT and right is None:
+    endless = [p.name for p in reward.outcome().parts if not (p.gate or p.has_ends)]
+    ranges = json.dumps({"ranges": {name: [0, 1] for name in endless}})
     raise ConfigError(
-      f"--keep={keeping.ALL_RIGHT}: a part of the reward has no highest score, so nothing says which answers are right;"
-      " write --right=SCORE, or --keep=best, top:K or above:X"
+      f"--keep={keeping.ALL_RIGHT}: {' and '.join(endless)} has no highest score, so nothing says which answers are"
+      " right; write --right=SCORE, or --keep=best, top:K or above:X, or say what its scores lie within: a verifier of"
+      f" yours `-> bool`, or in --reward=FILE.json, as {ranges}"
     )
 
 
@@ -234,10 +237,18 @@ def _columns(asked: Sequence[Question]) -> list[str]:
   return [column for column in rows[0] if all(column in row for row in rows)]
 
 
-def _references(asked: Sequence[Question]) -> list[Answer]:
+def _partly(asked: Sequence[Question]) -> dict[str, str]:
+  """{column that some rows have and not all: the first row without it}."""
+  rows = [(example(question), question["origin"]) for question in asked]
+  every = dict.fromkeys(column for row, _ in rows for column in row)
+  without = {column: next((at for row, at in rows if column not in row), "") for column in every}
+  return {column: at for column, at in without.items() if at}
+
+
+def _references(asked: Sequence[Question], tokenizer: Any) -> list[Answer]:
   """The first rows with their own right answers, "" where a row does not say."""
   some = [(q["prompt"], example(q)) for q in asked[: selftest.PAIRS]]
-  return [Answer(prompt, section.expected(row), row) for prompt, row in some]
+  return [section.reference(prompt, row, tokenizer) for prompt, row in some]
 
 
 def _weights(used: use.Used) -> str:
@@ -347,7 +358,7 @@ def _scored(
   def read(line: Mapping[str, Any]) -> tuple[int, list[Scored]] | None:
     if "scored" not in line:
       return None
-    scores = [Scored.from_json(one) for one in line["scores"]]
+    scores = [reward.renamed(Scored.from_json(one)) for one in line["scores"]]
     if len(scores) != plan.samples:
       raise ValueError(f"{len(scores)} scores of {plan.samples} answers")
     return line["scored"], scores

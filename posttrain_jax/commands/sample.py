@@ -84,7 +84,9 @@ def write(args: argparse.Namespace, keep: str, per_prompt: int = 0) -> int:
     from posttrain_jax.evals import keeping
 
   columns = common.columns(args)
-  reward = scoring.spec(args.reward, args.gate, unsafe_code=args.unsafe_code)
+  reward = scoring.spec(
+    args.reward, args.gate, untested=args.untested, unsafe_code=args.unsafe_code
+  )
   wanted = sampling.Wanted(
     out=Path(args.out),
     task=args.task,
@@ -102,5 +104,5 @@ def write(args: argparse.Namespace, keep: str, per_prompt: int = 0) -> int:
     limit=args.limit,
   )
   load = lambda: use.load(args.model, args.adapter, base=args.base, template=args.template)
-  print(f"{sampling.write(wanted, load)}; written: {args.out}")
+  print(f"{sampling.write(wanted, load)}\nwritten: {args.out}")
   return 0

@@ -278,16 +278,11 @@ def passes(counts: Sequence[tuple[int, int]], wanted: Sequence[int]) -> dict[int
 
 
 def _missing(samples: Sequence[Sample]) -> Counter[tuple[str, str]]:
-  lost: Counter[tuple[str, str]] = Counter()
-  first: dict[tuple[str, str], str] = {}
-  for sample in samples:
-    parts = {name: p for name, p in sample.scored.parts.items() if p.is_missing and p.applies}
-    if sample.score is None and not parts:
-      parts = {"reward": sample.scored.total}
-    for name, given in parts.items():
-      reason = (name, rewards.kind(given.reason))
-      lost[reason] += 1
-      first.setdefault(reason, given.reason)
+  scored = [sample.scored for sample in samples]
+  first = rewards.reasons(scored)
   return Counter(
-    {(name, rewards.counted(why, first[name, why])): times for (name, why), times in lost.items()}
+    {
+      (name, rewards.counted(why, first[name, why])): times
+      for (name, why), times in rewards.missing(scored).items()
+    }
   )

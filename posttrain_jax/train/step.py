@@ -16,7 +16,7 @@ from posttrain_jax import adapters
 from posttrain_jax.adapters import node
 from posttrain_jax.core import memory as memory_lib
 from posttrain_jax.core import metrics as metrics_lib
-from posttrain_jax.core import sharding, tree
+from posttrain_jax.core import seeds, sharding, tree
 from posttrain_jax.objectives import Batch, Context, Objective
 from posttrain_jax.optim import offload, schedules
 from posttrain_jax.train import state as state_lib
@@ -45,7 +45,9 @@ def make(
     hooks: what the adapter's method adds: a penalty on its parameters, once a batch, and a change after each update.
   """
   step = _keyed(objective, optimizer, accumulate, hooks, lambda value: contextlib.nullcontext())
-  return lambda state, context, batch: step(state, context, batch, jax.random.key(seed), None)
+  return lambda state, context, batch: step(
+    state, context, batch, jax.random.key(seeds.check(seed)), None
+  )
 
 
 def _keyed(
@@ -111,7 +113,7 @@ class Jitted:
 
   def __init__(self, function: Any, seed: int, rate: schedules.Rate | None):
     self.function = function
-    self.key = np.asarray(jax.random.key_data(jax.random.key(seed)))
+    self.key = np.asarray(jax.random.key_data(jax.random.key(seeds.check(seed))))
     # the optimizer counts the updates that were not skipped
     now = lambda step, skipped: None if rate is None else jnp.float32(rate(step - skipped))
     self.rate = jax.jit(now)

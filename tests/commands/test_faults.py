@@ -15,7 +15,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from posttrain_jax import __main__
 from posttrain_jax.__main__ import main
+from posttrain_jax.rewards import workers
+from posttrain_jax.rollout import engine
+from posttrain_jax.train import loop
 from tests.commands import faults, test_train
 from tests.marks import slow
 
@@ -449,3 +453,9 @@ def test_without_a_launcher_the_other_finds_out(shared, tmp_path):
     assert time.monotonic() - began < 60
   finally:
     both[0].kill()
+
+
+@pytest.mark.parametrize("kind", [loop.Diverged, workers.WorkerError, engine.CompilationError])
+def test_an_error_of_ours_is_its_sentence_and_another_is_named_by_its_kind(kind):
+  assert __main__._message(kind("it stands still")) == "it stands still"
+  assert __main__._message(RuntimeError("boom")).startswith("RuntimeError: boom (")
