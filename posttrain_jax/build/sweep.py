@@ -77,24 +77,28 @@ def run(
   Args:
     config: `FILE[:arguments]`; a point's own arguments win.
     overrides: `--config.field=value` for every point.
-    jobs: points at once; more than one only where they do not share a device.
+    jobs: points at once; more than one only where they do not share a device.  0: they run elsewhere (`posttrain
+      launch`), and what there is of them is summed up.
     metric: compared in table and figure; None for the first of `summary.METRICS` that compares between the points.
     command: what trains, before `--config=... --workdir=...`.
 
   Raises:
     ConfigError: before anything runs: no sweep, a point that is no valid config, two points of one name.
   """
-  if jobs < 1:
-    raise ConfigError(f"jobs={jobs}: at least one point must run at a time")
+  if jobs < 0:
+    raise ConfigError(
+      f"jobs={jobs}: write the points that run at a time, or 0 to sum up what there is"
+    )
   console = console or rich.console.Console()
   points, workdir = expand(config, overrides), Path(workdir)
   if command == TRAIN:  # which would refuse it, each point when its turn comes
-    for point in points:
-      settings.fields.check(point.resolved, settings.given(point.overrides))
-    points = [_settled(point) for point in points]
+    points = [checked(point) for point in points]
   workdir.mkdir(parents=True, exist_ok=True)
   with _locked(workdir) as lock, _stopping() as asked:
-    states = _run_all(points, workdir, jobs, command, lock, asked, console)
+    if jobs:
+      states = _run_all(points, workdir, jobs, command, lock, asked, console)
+    else:
+      states = {point.name: 0 if _is_done(point, workdir) else PREEMPTED for point in points}
   rows = [_summary(point, states[point.name], workdir / point.name) for point in points]
   configs = [point.resolved for point in points]
   is_drawn = summary.write(rows, _swept(points), configs, workdir, metric, console)
@@ -185,7 +189,7 @@ def _run_all(points, workdir, jobs, command, lock, asked, console) -> dict[str, 
   states: dict[str, int] = {}
   waiting, running = [], []
   for point in points:
-    if run_folder.is_complete(workdir / point.name, point.resolved):
+    if _is_done(point, workdir):
       states[point.name] = 0
       _say(console, point, "finished before")
     else:
@@ -214,6 +218,10 @@ def _run_all(points, workdir, jobs, command, lock, asked, console) -> dict[str, 
   return states
 
 
+def _is_done(point: Point, workdir: Path) -> bool:
+  return run_folder.is_complete(workdir / point.name, point.resolved)
+
+
 def _announce(console, points, waiting, jobs) -> None:
   done = len(points) - len(waiting)
   before = f", {done} of them finished before" if done else ""
@@ -225,8 +233,13 @@ def _announce(console, points, waiting, jobs) -> None:
   )
 
 
-def _settled(point: Point) -> Point:
-  """The point with what the adapter that it starts from decides, as its run will have it."""
+def checked(point: Point) -> Point:
+  """The point with what the adapter that it starts from decides, as its run will have it.
+
+  Raises:
+    ConfigError: `posttrain train` would refuse it.
+  """
+  settings.fields.check(point.resolved, settings.given(point.overrides))
   if not point.resolved.get("model", {}).get("adapter"):
     return point
   from posttrain_jax.build import earlier_adapter

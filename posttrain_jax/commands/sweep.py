@@ -11,7 +11,9 @@ from posttrain_jax.commands import common
 def add(parser: argparse.ArgumentParser) -> None:
   common.add_config(parser)
   parser.add_argument("--workdir", metavar="DIR", help="the folder of all points, a run each")
-  parser.add_argument("--jobs", type=int, default=1, help="points at the same time")
+  parser.add_argument(
+    "--jobs", type=int, default=1, help="points at the same time; 0: sum up what there is"
+  )
   parser.add_argument(
     "--metric", metavar="NAME", help="what the summary compares; default accuracy or loss"
   )
