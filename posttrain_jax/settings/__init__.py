@@ -295,6 +295,22 @@ def points(config: str) -> list[tuple[str, dict[str, Any]]]:
     return list(sweep())
 
 
+def search(config: str) -> dict[str, Any]:
+  """{field: domain} of a config file's `search()`.
+
+  Raises:
+    ConfigError: the file has no `search`.
+  """
+  path = config.partition(":")[0]
+  with _opened(path) as loaded:
+    space = vars(loaded).get("search")
+    if space is None:
+      raise ConfigError(
+        f'{path} has no search(): write one that returns {{"optimizer.lr": (1e-5, 1e-3, "log"), "adapter.r": [4, 16]}}'
+      )
+    return dict(space())
+
+
 def about(config: str, width: int = 80) -> str:
   """What a config file says that it is, and the arguments that it takes with their values; "" of JSON."""
   path = config.partition(":")[0]
