@@ -208,7 +208,7 @@ class Watch:
       return Verdict(FAILURE, int(name), said)
     now = time.monotonic()
     # one that was lost before its first sign is silent from the start
-    signs = {index: dict(NO_SIGN) for index in range(self.count)}
+    signs: dict[int, dict[str, Any]] = {index: dict(NO_SIGN) for index in range(self.count)}
     signs |= {int(name): json.loads(text) for name, text in self._store.all(SIGNS).items()}
     signs = {index: sign for index, sign in signs.items() if "done" not in sign}
     silent, idle = {}, {}
