@@ -9,6 +9,7 @@ import pytest
 from posttrain_jax.build.sweep import Point
 from posttrain_jax.launch import jobs, start
 from posttrain_jax.launch.jobs import Job, Options
+from tests.commands import test_train
 from tests.launch import cluster
 
 pytestmark = pytest.mark.skipif(bool(cluster.missing()), reason=cluster.missing() or "there is one")
@@ -149,3 +150,23 @@ def test_a_lost_node_costs_its_job_a_restart_on_the_other(slurm, tmp_path):
   finally:
     slurm.join(node)
     cluster.until(lambda: slurm.states().get(node) in ("IDLE", "MIXED"), 60, "it is back")
+
+
+@pytest.mark.slow
+def test_two_hosts_are_one_run(slurm, shared, tmp_path, monkeypatch):
+  """`posttrain train` itself; JAX reads Slurm's variables, but for the address: these hosts have no names."""
+  monkeypatch.chdir(tmp_path)
+  command = test_train.arguments(shared, tmp_path / "run", steps=4, mesh__fsdp=-1)
+  config = command[1].removeprefix("--config=")
+  fields = [arg for arg in command if arg.startswith("--config.")]
+  job = start.prepare(config, "run", to="slurm", overrides=fields, options=Options(nodes=2))
+  start.write(job, "slurm")
+  address = f"127.0.0.1:{cluster._free_ports(1)[0]}"
+  ours = test_train.environment() | {"JAX_COORDINATOR_ADDRESS": address}
+  monkeypatch.setattr(
+    slurm, "environment", {**ours, **slurm.environment, **ours, "PATH": cluster.PATH}
+  )
+  slurm.run("bash", str(job.folder / jobs.SUBMIT))
+  cluster.until(lambda: (tmp_path / "run/done.json").exists(), 200, "the run is done: " + log(job))
+  assert "Rank 1 is connected to 1 peer ranks" in log(job)
+  assert test_train.steps(tmp_path / "run") == [1, 2, 3, 4]
