@@ -15,7 +15,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     "--jobs", type=int, default=1, help="points at the same time; 0: sum up what there is"
   )
   parser.add_argument(
-    "--metric", metavar="NAME", help="what the summary compares; default accuracy or loss"
+    "--metric",
+    metavar="NAME",
+    help="what the summary compares; default accuracy or loss, of online runs pass@1 or the reward",
   )
   parser.add_argument(
     "--search",
