@@ -23,7 +23,17 @@ from posttrain_jax.settings import ConfigError
 PLATFORM = Platform(
   tool="kubectl",
   absent="install it (gcloud components install kubectl) and get the cluster's credentials",
-  uses=("nodes", "slices", "accelerator", "topology", "image", "volume", "spot"),
+  uses=(
+    "nodes",
+    "slices",
+    "accelerator",
+    "topology",
+    "image",
+    "volume",
+    "spot",
+    "grace",
+    "restarts",
+  ),
 )
 GO_ON = (*jobs.LEFT_BEHIND, jobs.KILLED, jobs.TERMINATED)
 CONFIGS = "/posttrain"

@@ -79,10 +79,10 @@ class Platform:
 
   tool: str
   absent: str
-  uses: tuple[str, ...]  # of Options, beside grace, deadline, restarts and setup
+  uses: tuple[str, ...]  # of Options, beside ALL_USE
 
 
-ALL_USE = ("grace", "deadline", "restarts", "setup", "site")
+ALL_USE = ("deadline", "setup", "site")
 
 
 def check(to: str, platform: Platform, options: Options) -> None:

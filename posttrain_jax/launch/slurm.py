@@ -20,7 +20,7 @@ from posttrain_jax.settings import ConfigError
 PLATFORM = Platform(
   tool="sbatch",
   absent="launch from a login node of the cluster",
-  uses=("nodes", "accelerator", "time", "at_once"),
+  uses=("nodes", "accelerator", "time", "at_once", "grace", "restarts"),
 )
 TIME = re.compile(r"(\d+-)?\d+(:\d\d){0,2}")
 SCRIPT = """\

@@ -16,7 +16,7 @@ from posttrain_jax.settings import ConfigError
 PLATFORM = Platform(
   tool="gcloud",
   absent="install the Google Cloud CLI and run gcloud auth login",
-  uses=("accelerator", "image", "zone", "spot"),
+  uses=("accelerator", "image", "zone", "spot", "restarts"),
 )
 THERE = "posttrain-job"  # in the home of each host
 SUBMIT = """\

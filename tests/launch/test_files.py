@@ -163,6 +163,8 @@ def test_a_finished_run_is_not_launched(here, capsys):
     ("gke", dict(volume="claim"), "write CLAIM:/path"),
     ("gke", dict(accelerator="nvidia-h100-80gb:8"), "are a TPU's"),
     ("tpu-vm", dict(zone=None), "needs --zone"),
+    ("skypilot", dict(restarts=3), "--restarts is of no use to --to=skypilot"),
+    ("tpu-vm", dict(grace=30), "--grace is of no use to --to=tpu-vm"),
     ("skypilot", dict(accelerator=None), "needs --accelerator"),
   ],
 )
