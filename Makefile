@@ -32,9 +32,11 @@ help:
 	  transformers peft trl bitsandbytes accelerate mergekit xllamacpp -e '.[dev]'
 	@touch $@
 
+# Compilers for accelerators that are not here, of the versions that jax 0.10.2 pins; no driver and no NVIDIA library.
 .venv-tpu/ready: .venv/ready
 	mkdir -p .venv-tpu
-	$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps --target .venv-tpu/site libtpu
+	$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps --upgrade --target .venv-tpu/site 'libtpu==0.0.42.*' \
+	  jax-cuda12-plugin==0.10.2 jax-cuda12-pjrt==0.10.2
 	@touch $@
 
 quickstart: .venv/ready ## environment, embedded model, LoRA fine-tune on text-to-SQL, report; STAGE=dpo: then DPO on its mistakes; STAGE=rl: then GRPO

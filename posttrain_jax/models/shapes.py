@@ -22,7 +22,9 @@ def _llama3(hidden: int, mlp: int, layers: int, heads: int, **other: Any) -> Mod
     bos_token_id=128_000,
     eos_token_ids=(128_001,),
   )
-  sizes = dict(hidden_size=hidden, intermediate_size=mlp, num_layers=layers, num_heads=heads)
+  sizes: dict[str, Any] = dict(
+    hidden_size=hidden, intermediate_size=mlp, num_layers=layers, num_heads=heads
+  )
   return ModelConfig(**{**shape, **sizes, **other})
 
 
@@ -45,7 +47,9 @@ def _qwen3(
     qk_norm=True,
     eos_token_ids=(151_645,),
   )
-  sizes = dict(hidden_size=hidden, intermediate_size=mlp, num_layers=layers, num_heads=heads)
+  sizes: dict[str, Any] = dict(
+    hidden_size=hidden, intermediate_size=mlp, num_layers=layers, num_heads=heads
+  )
   return ModelConfig(**{**shape, **sizes, **other}, tied=tied)
 
 
@@ -71,7 +75,9 @@ def _gemma3(hidden: int, mlp: int, layers: int, heads: int, kv: int, **other: An
     eos_token_ids=(1,),
     pad_token_id=0,
   )
-  sizes = dict(hidden_size=hidden, intermediate_size=mlp, num_layers=layers, num_heads=heads)
+  sizes: dict[str, Any] = dict(
+    hidden_size=hidden, intermediate_size=mlp, num_layers=layers, num_heads=heads
+  )
   return ModelConfig(**{**shape, **sizes, **other}, num_kv_heads=kv)
 
 

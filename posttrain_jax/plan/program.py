@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from posttrain_jax.build import mesh as mesh_lib
 from posttrain_jax.build import run as runs
 from posttrain_jax.build.model import Model
 from posttrain_jax.build.updates import Updates
+from posttrain_jax.core import memory as memory_lib
 from posttrain_jax.core import sharding, tree
 from posttrain_jax.data import answers, packing
 from posttrain_jax.data.encoded import Example
@@ -41,7 +43,8 @@ from posttrain_jax.models import decoder, fetch, hf, rotary
 from posttrain_jax.models.config import ModelConfig
 from posttrain_jax.models.shapes import SHAPES
 from posttrain_jax.objectives import Context, Scorer
-from posttrain_jax.plan.topology import GIB, Target
+from posttrain_jax.plan.chips import GIB
+from posttrain_jax.plan.topology import Target
 from posttrain_jax.train import state as state_lib
 from posttrain_jax.train.state import State
 
@@ -73,6 +76,7 @@ class Compiled:
   outputs: int
   aliased: int  # outputs that take the place of donated arguments
   code: int
+  host: int  # of the arguments, in the memory of the device's host: not among the others
   seconds: float  # tracing, lowering and compiling
   executable: Any = dataclasses.field(repr=False, compare=False)
 
@@ -113,7 +117,7 @@ def build(config: ml_collections.ConfigDict, target: Target) -> Program:
     model_config = rotary.stretched(model_config, adapter_config.context_length)
   if decisions.has_score(config):
     model_config = dataclasses.replace(model_config, scores=1, writes=decisions.writes(config))
-  mesh = mesh_lib.make(config, target.devices)
+  mesh = mesh_lib.make(config, target.devices, target.slices)
   products = decisions.products(config)
   dtype = decisions.between(products, target.platform)
   model = Model(Path(), None, model_config, None, None, dtype, products=products)
@@ -217,15 +221,36 @@ def compiled(program: Program, jitted: Any, *args: Any) -> Compiled:
       raise OutOfMemory(str(error)) from None
   seconds = time.monotonic() - began
   memory: Any = executable.memory_analysis()
+  host = bytes_on_host(args)
+  # libtpu counts apart what is on the host, and the CUDA plugin with the rest
+  apart = bool(memory.host_argument_size_in_bytes)
+  among = 0 if apart else host
+  back = 0 if apart else bytes_on_host(args[0])
   return Compiled(
-    arguments=memory.argument_size_in_bytes,
+    arguments=memory.argument_size_in_bytes - among,
     temporaries=memory.temp_size_in_bytes,
-    outputs=memory.output_size_in_bytes,
-    aliased=memory.alias_size_in_bytes,
+    outputs=memory.output_size_in_bytes - back,
+    aliased=memory.alias_size_in_bytes - back,
     code=memory.generated_code_size_in_bytes,
+    host=host + (memory.host_temp_size_in_bytes if apart else 0),
     seconds=seconds,
     executable=executable,
   )
+
+
+def bytes_a_device(arrays: Any) -> int:
+  """Bytes of the shard that one device holds of each array, in its own memory or its host's."""
+  return sum(map(_shard, jax.tree.leaves(arrays)))
+
+
+def bytes_on_host(arrays: Any) -> int:
+  """Of them, what is in the host's memory."""
+  placed = [x for x in jax.tree.leaves(arrays) if isinstance(x, jax.ShapeDtypeStruct)]
+  return sum(_shard(x) for x in placed if x.sharding.memory_kind == memory_lib.KIND)
+
+
+def _shard(x: Any) -> int:
+  return math.prod(x.sharding.shard_shape(x.shape)) * jnp.dtype(x.dtype).itemsize
 
 
 def _batch(config, model, loss, mesh, device):
