@@ -15,7 +15,7 @@ from posttrain_jax.plan.topology import Target
 def changes(config: Any, chips: Target) -> list[dict[str, Any]]:
   """[{field, saves_gib}] of single changes that a run would take, the largest saving first."""
   before = _needs(config, chips)
-  tried = [(fields, _saved(config, fields, chips, before)) for fields in _candidates(config)]
+  tried = [(fields, _saved(config, fields, chips, before)) for fields in _candidates(config, chips)]
   worth = [(fields, size) for fields, size in tried if size is not None and size > 0.01 * before]
   worth.sort(key=lambda pair: -pair[1])
   return [
@@ -27,12 +27,15 @@ def changes(config: Any, chips: Target) -> list[dict[str, Any]]:
   ]
 
 
-def _candidates(config: Any) -> list[dict[str, Any]]:
+def _candidates(config: Any, chips: Target) -> list[dict[str, Any]]:
   rows, parts = config.batch.rows, config.batch.accumulate
   full = decisions.is_full(config)
   tried: list[dict[str, Any]] = []
   if decisions.remat(config) != "full":
     tried.append({"model.remat": "full"})
+  if chips.platform != "cpu":
+    tried.append({"model.remat": "host"})
+    tried += [] if full else [{"model.offload": "layers", "model.remat": "full"}]
   tried += [{"batch.accumulate": k} for k in (2 * parts, 4 * parts, rows) if k <= rows]
   tried += [{"batch.rows": k} for k in (rows // 2, rows // 4) if k]
   tried.append({"data.length": config.data.length // 2})
@@ -40,7 +43,7 @@ def _candidates(config: Any) -> list[dict[str, Any]]:
     tried += [{"model.base": "nf4"}, {"model.base": "int8"}]
   if config.optimizer.offload == "none":
     tried.append({"optimizer.offload": "state"})
-    tried += [{"optimizer.offload": "params", "model.remat": "full"}] if full else []
+    tried.append({"optimizer.offload": "params", "model.remat": "full"})
   if decisions.has_reference(config) and not decisions.caches_reference(config):
     tried.append({"objective.cache_reference": True})
   if decisions.has_reference(config) and not decisions.compares_with_base(config):

@@ -49,6 +49,7 @@ def saved(model: ModelConfig, remat: str, itemsize: int) -> int:
   softmax = 2 * model.num_heads * 4 // itemsize  # a query's maximum and sum, float32
   kept = {
     "full": 0,
+    "host": -inputs,
     "names": attention + heads + softmax + model.hidden_size + mlp,  # decoder.KEPT
     "dots": attention + heads + 2 * model.hidden_size + mlp,  # every product of a layer
     "none": 2 * (attention + heads) + 4 * model.hidden_size + 2 * mlp,

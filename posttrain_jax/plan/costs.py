@@ -20,6 +20,8 @@ from posttrain_jax.plan.chips import Chip
 from posttrain_jax.plan.collectives import Collective
 from posttrain_jax.plan.program import Compiled, Program
 
+AGAIN = ("full", "host")  # remat with which the backward pass runs every layer forward again
+
 
 def flops(built: Program) -> dict[str, float]:
   """{model, computed} of a step on all devices together.
@@ -34,7 +36,7 @@ def flops(built: Program) -> dict[str, float]:
   adapter = 0.0 if full else float(numbers(built.state.trainable))
   passes = 3 if full else 2
   compares = int(built.context.reference is not None or _asks_base(built))
-  again = {"none": 0, "dots": 0, "names": 0}.get(config.model.remat, 1)
+  again = int(config.model.remat in AGAIN)
   keys = config.data.length
   visible = sum(min(keys / 2, model.window or keys) if model.sliding(i) else keys / 2
                 for i in range(model.num_layers))  # fmt: skip
@@ -83,7 +85,7 @@ def roofline(
 ) -> dict[str, Any]:
   """Seconds that each part of a device needs at its peak, which is the longest, and tokens a second at that."""
   devices = 1 if built.mesh is None else built.mesh.size
-  passes = 2 + (built.config.model.remat == "full") + int(_asks_base(built))
+  passes = 2 + (built.config.model.remat in AGAIN) + int(_asks_base(built))
   seconds = {
     "products": flops(built)["computed"] / devices / chip.flops,
     # weights are read in every pass, what trains is read and written, and so is what lies between

@@ -141,8 +141,9 @@ def parameters(
   adapter_config = adapter.described(config)
   placed = functools.partial(layout.abstract, mesh=mesh, device=device)
   if adapter_config is None:
-    on_host = config.optimizer.offload == "params"
-    params = placed(decoder.abstract(model, jnp.float32), on_host=on_host)
+    params = placed(
+      decoder.abstract(model, jnp.float32), on_host=decisions.base_on_host(config)
+    )
     other = _other(config, model, loss, placed, params)
     return params, None, Context(reference=other)
   kind, dtype = config.model.base, decisions.products(config)
@@ -164,8 +165,11 @@ def parameters(
   if adapter_config.changes_base:
     params = _stored(params, kind)
   trainable, carried = tree.partition(placed(nodes))
+  if decisions.trained_on_host(config):
+    trainable = layout.hosted(trainable)
   other = _other(config, model, loss, placed, None)
-  return trainable, carried, Context(placed(params), reference=other)
+  frozen = placed(params, on_host=decisions.base_on_host(config))
+  return trainable, carried, Context(frozen, reference=other)
 
 
 def _other(

@@ -17,8 +17,8 @@ MESH = functools.partial(sharding.mesh, data=2, fsdp=2, tensor=2)
 # a loop of five over an asynchronous gather, as the CUDA plugin prints one
 LOOP = """
 %body (p: (s32[], bf16[4,8])) -> (s32[], bf16[4,8]) {
-  %gather-start = ((bf16[2,8]{1,0}), (bf16[4,8]{1,0})) all-gather-start(%x), channel_id=3, replica_groups=[4,2]<=[4,2]T(1,0)
-  %gather-done = (bf16[4,8]{1,0}) all-gather-done(%gather-start)
+  %start = ((bf16[2,8]), (bf16[4,8]{1,0})) all-gather-start(%x), channel_id=3, replica_groups=[4,2]<=[4,2]T(1,0)
+  %done = (bf16[4,8]{1,0}) all-gather-done(%start)
 }
 
 %cond (p: (s32[], bf16[4,8])) -> pred[] {

@@ -53,4 +53,4 @@ def test_the_slowest_part_is_the_bound():
   roofline = costs.roofline(one, slow, compiled, sent)
   assert (roofline["bound"], roofline["step_seconds"]) == ("network", 3.0)
   assert roofline["seconds"]["links"] == 2.0
-  assert roofline["tokens_per_second"] == pytest.approx(TOKENS / 3, rel=1e-3)
+  assert roofline["tokens_per_second"] == pytest.approx(TOKENS / 3, abs=0.05)
