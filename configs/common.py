@@ -192,7 +192,9 @@ def run(arg):
   c.model.template = "tokenizer"
   # what the backward pass recomputes: none, names, dots, full, host (as full, with the layers' inputs in host memory)
   c.model.remat = "auto"
-  c.model.offload = "none"  # layers: a frozen base stays in host memory, its layers fetched one at a time
+  c.model.offload = (
+    "none"  # layers: a frozen base stays in host memory, its layers fetched one at a time
+  )
 
   c.adapter = adapter(arg.adapter)
 

@@ -60,9 +60,7 @@ def load(
   """
   folder = fetch.resolve(config.model.name)
   products = products or decisions.products(config)
-  place = functools.partial(
-    layout.place, mesh=mesh, on_host=decisions.base_on_host(config)
-  )
+  place = functools.partial(layout.place, mesh=mesh, on_host=decisions.base_on_host(config))
   adapter_config = adapter.described(config)
   starting = None if adapter_config is None else adapter_config.starting
   started = None

@@ -141,9 +141,7 @@ def parameters(
   adapter_config = adapter.described(config)
   placed = functools.partial(layout.abstract, mesh=mesh, device=device)
   if adapter_config is None:
-    params = placed(
-      decoder.abstract(model, jnp.float32), on_host=decisions.base_on_host(config)
-    )
+    params = placed(decoder.abstract(model, jnp.float32), on_host=decisions.base_on_host(config))
     other = _other(config, model, loss, placed, params)
     return params, None, Context(reference=other)
   kind, dtype = config.model.base, decisions.products(config)
