@@ -93,8 +93,9 @@ def page(results: list[dict]) -> str:
     "Written by `make plans`; compiled from shapes alone, nothing was run on an accelerator.",
     f"jax {results[0]['jax'] if results else ''}, {compilers}, {compile_70b.machine()}.",
     "",
-    "GiB a device. Lies between: activations, gradients' sums, dequantised matrices. Sent: MB of a device in a step. Least time:",
-    "the longest of products, memory and links at the vendors' peaks, which no program reaches; tokens a second are at most.",
+    "GiB a device. Lies between: activations, gradients' sums, dequantised matrices. Sent: MB of a device in a step.",
+    "Least time: the longest of products, memory and links at the vendors' peaks, which no program reaches; tokens a",
+    "second are at most.",
   ]
   for training in TRAININGS:
     rows = [r for r in results if r["training"] == training]
@@ -103,8 +104,8 @@ def page(results: list[dict]) -> str:
       lines.append("Not compiled yet.")
       continue
     lines += [
-      "| on | of | parameters | adapter | gradients | optimizer | lies between | peak | fits | TFLOP | sent | least time "
-      "| tokens/s | compiled in |",
+      "| on | of | parameters | adapter | gradients | optimizer | lies between | peak | fits | TFLOP | sent "
+      "| least time | tokens/s | compiled in |",
       "|" + "---|" * 14,
       *map(row, rows),
     ]

@@ -20,6 +20,9 @@ def add(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     "--slices", type=int, default=1, help="as many such topologies, joined by a network"
   )
+  parser.add_argument(
+    "--search", action="store_true", help="the largest batch that fits with each model.remat"
+  )
   parser.add_argument("--json", metavar="FILE", help="write the figures there too")
 
 
@@ -37,6 +40,8 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
   config, notes = earlier_adapter.settled(config, given, shape=program.shape)
   for note in notes:
     print(note)
+  if args.search:
+    return _search(config, args)
   with progress.phase("compiling"):
     figures = estimate.figures(
       config, topology=args.topology, devices=args.devices, slices=args.slices
@@ -45,3 +50,17 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
   if args.json is not None:
     files.write_json(args.json, figures)
   return 1 if figures["fits"] is False else 0
+
+
+def _search(config, args: argparse.Namespace) -> int:
+  """0: something fits."""
+  from posttrain_jax.core import files
+  from posttrain_jax.plan import search
+  from posttrain_jax.plan.topology import target
+
+  with progress.phase("compiling"):
+    tried = search.search(config, target(args.topology, args.devices, args.slices))
+  print(search.written(config, tried))
+  if args.json is not None:
+    files.write_json(args.json, tried)
+  return 0 if tried else 1

@@ -67,6 +67,6 @@ def _saved(config: Any, fields: dict[str, Any], chips: Target, before: int) -> i
 def _needs(config: Any, chips: Target) -> int:
   """Bytes of a device's own memory."""
   built = program.build(config, chips)
-  there = program.bytes_on_host((built.state, built.context))
-  gradients = program.bytes_on_host(built.state.trainable)
-  return sum(arithmetic(built).values()) - there - gradients
+  there = program.on_host(built)
+  gradients = there["trained"]
+  return sum(arithmetic(built).values()) - sum(there.values()) - gradients

@@ -22,8 +22,11 @@ def figures(
   return of(config, target(topology, devices, slices))
 
 
-def of(config: Any, chips: Target) -> dict[str, Any]:
-  """`figures` for a target."""
+def of(config: Any, chips: Target, *, advise: bool = True) -> dict[str, Any]:
+  """`figures` for a target.
+
+  advise: with what would make smaller what does not fit.
+  """
   built = program.build(config, chips)
   facts: dict[str, Any] = {
     "model": config.model.name,
@@ -51,7 +54,7 @@ def of(config: Any, chips: Target) -> dict[str, Any]:
       facts["refused"] = checks.ONE_HOST if facts["hosts"] > 1 else None
   except program.OutOfMemory as problem:
     needs = {"compiled": None, "out_of_memory": str(problem), "fits": False}
-    return {**facts, **needs, "advice": advice.changes(config, chips)}
+    return {**facts, **needs, "advice": advice.changes(config, chips) if advise else []}
   sent = collectives.read(compiled.executable.as_text(), built.mesh, chips.slice_of)
   facts["by_kind_gib"] = {name: size / GIB for name, size in by_kind(built, compiled).items()}
   facts["collectives"] = [dataclasses.asdict(one) for one in sent]
@@ -63,22 +66,21 @@ def of(config: Any, chips: Target) -> dict[str, Any]:
     beside = max(one["peak_gib"] for one in writes["programs"].values())
     peaks.append(beside + compiled.arguments / GIB)
   fits = None if chips.memory is None else max(peaks) <= chips.memory
-  facts["advice"] = advice.changes(config, chips) if fits is False else []
+  facts["advice"] = advice.changes(config, chips) if advise and fits is False else []
   return {**facts, "compiled": compiled.figures(), "peak_gib": round(max(peaks), 3), "fits": fits}
 
 
 def by_kind(built: Program, compiled: program.Compiled) -> dict[str, int]:
   """{kind: bytes in a device's memory}, which add up to the peak; `host`: beside them, in its host's."""
-  here = lambda arrays: program.bytes_a_device(arrays) - program.bytes_on_host(arrays)
+  size, there = program.bytes_a_device, program.on_host(built)
   state, context = built.state, built.context
+  trained = size(state.trainable) - there["trained"]
   full = decisions.is_full(built.config)
-  gradients = here(state.trainable)
-  # full fine-tuning compares with what it starts from: the same shapes, counted as parameters
   sizes = {
-    "parameters": here((context.base, context.reference, state.trainable if full else None)),
-    "adapter": here((None if full else state.trainable, state.carried)),
-    "optimizer": here(state.optimizer),
-    "gradients": min(gradients, compiled.temporaries),
+    "parameters": size((context.base, context.reference)) - there["base"] + trained * full,
+    "adapter": size(state.carried) + trained * (not full),
+    "optimizer": size(state.optimizer) - there["optimizer"],
+    "gradients": min(trained, compiled.temporaries),
   }
   sizes["activations"] = compiled.temporaries - sizes["gradients"]
   return {**sizes, "other": compiled.peak - sum(sizes.values()), "host": compiled.host}

@@ -35,7 +35,6 @@ from posttrain_jax.build import mesh as mesh_lib
 from posttrain_jax.build import run as runs
 from posttrain_jax.build.model import Model
 from posttrain_jax.build.updates import Updates
-from posttrain_jax.core import memory as memory_lib
 from posttrain_jax.core import sharding, tree
 from posttrain_jax.data import answers, packing
 from posttrain_jax.data.encoded import Example
@@ -76,7 +75,7 @@ class Compiled:
   outputs: int
   aliased: int  # outputs that take the place of donated arguments
   code: int
-  host: int  # of the arguments, in the memory of the device's host: not among the others
+  host: int  # in the memory of the device's host: not among the others
   seconds: float  # tracing, lowering and compiling
   executable: Any = dataclasses.field(repr=False, compare=False)
 
@@ -207,7 +206,19 @@ def compile(program: Program) -> Compiled:
   Raises:
     OutOfMemory: the compiler found no way to fit the program into a device.
   """
-  return compiled(program, program.step, program.state, program.context, program.batch)
+  there = on_host(program)
+  args = (program.state, program.context, program.batch)
+  one = compiled(program, program.step, *args)
+  host, back = sum(there.values()), there["trained"] + there["optimizer"]
+  if program.device.platform == "gpu":  # the CUDA plugin without a card has everything on it
+    return dataclasses.replace(
+      one,
+      arguments=one.arguments - host,
+      outputs=one.outputs - back,
+      aliased=one.aliased - back,
+      host=one.host + host,
+    )
+  return dataclasses.replace(one, host=one.host + host)
 
 
 def compiled(program: Program, jitted: Any, *args: Any) -> Compiled:
@@ -223,18 +234,13 @@ def compiled(program: Program, jitted: Any, *args: Any) -> Compiled:
       raise OutOfMemory(str(error)) from None
   seconds = time.monotonic() - began
   memory: Any = executable.memory_analysis()
-  host = bytes_on_host(args)
-  # libtpu counts apart what is on the host, and the CUDA plugin with the rest
-  apart = bool(memory.host_argument_size_in_bytes)
-  among = 0 if apart else host
-  back = 0 if apart else bytes_on_host(args[0])
   return Compiled(
-    arguments=memory.argument_size_in_bytes - among,
+    arguments=memory.argument_size_in_bytes,
     temporaries=memory.temp_size_in_bytes,
-    outputs=memory.output_size_in_bytes - back,
-    aliased=memory.alias_size_in_bytes - back,
+    outputs=memory.output_size_in_bytes,
+    aliased=memory.alias_size_in_bytes,
     code=memory.generated_code_size_in_bytes,
-    host=host + (memory.host_temp_size_in_bytes if apart else 0),
+    host=memory.host_temp_size_in_bytes,
     seconds=seconds,
     executable=executable,
   )
@@ -245,10 +251,20 @@ def bytes_a_device(arrays: Any) -> int:
   return sum(map(_shard, jax.tree.leaves(arrays)))
 
 
-def bytes_on_host(arrays: Any) -> int:
-  """Of them, what is in the host's memory."""
-  placed = [x for x in jax.tree.leaves(arrays) if isinstance(x, jax.ShapeDtypeStruct)]
-  return sum(_shard(x) for x in placed if x.sharding.memory_kind == memory_lib.KIND)
+def on_host(program: Program) -> dict[str, int]:
+  """{base, trained, optimizer: bytes that one device has in its host's memory}.
+
+  By what the config says: a GPU that is not here has no memories to ask for.
+  """
+  config, state = program.config, program.state
+  layers = lambda params: bytes_a_device((params or {}).get("layers"))
+  is_full = decisions.is_full(config)
+  moments = [x for x in jax.tree.leaves(state.optimizer) if x.ndim]
+  return {
+    "base": layers(program.context.base) if decisions.base_on_host(config) and not is_full else 0,
+    "trained": layers(state.trainable) if decisions.trained_on_host(config) else 0,
+    "optimizer": bytes_a_device(moments) if config.optimizer.offload != "none" else 0,
+  }
 
 
 def _shard(x: Any) -> int:

@@ -173,6 +173,13 @@ def test_nf4_cannot_be_trained():
     program.build(config(",base=nf4,adapter=none"), one_cpu())
 
 
+def test_what_is_changed_beside_the_update_stays_on_the_device():
+  on_host = settings.override("optimizer.offload", "params")
+  refused = settings.load("configs/sft.py:model=tiny,adapter=adalora", [on_host])
+  with pytest.raises(settings.ConfigError, match="adalora changes its parameters beside"):
+    program.build(refused, one_cpu())
+
+
 def test_llama_shapes_have_the_published_sizes():
   count = lambda name: tree.size(decoder.abstract(shapes.SHAPES[name]))
   assert count("llama3-8b") == 8_030_261_248
