@@ -86,6 +86,20 @@ _SMALL_GEMMA: dict[str, Any] = dict(
 )
 
 SHAPES = {
+  "llama2-7b": ModelConfig(
+    family="llama",
+    vocab_size=32_000,
+    hidden_size=4096,
+    intermediate_size=11_008,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=32,
+    head_dim=128,
+    max_length=4096,
+    norm_eps=1e-5,
+    bos_token_id=1,
+    eos_token_ids=(2,),
+  ),
   "llama3.2-1b": _llama31(2048, 8192, 16, 32, factor=32.0, head_dim=64, tied=True),
   "llama3.2-3b": _llama31(3072, 8192, 28, 24, factor=32.0, tied=True),
   "llama3-8b": _llama3(4096, 14_336, 32, 32),

@@ -8,6 +8,7 @@ from posttrain_jax.models.shapes import SHAPES
 
 # as the index of each model's files counts them; Gemma's with pictures without the tower and the projector
 PUBLISHED = {
+  "llama2-7b": 6_738_415_616,
   "llama3.2-1b": 1_235_814_400,
   "llama3.2-3b": 3_212_749_824,
   "llama3-8b": 8_030_261_248,
