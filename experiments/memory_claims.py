@@ -175,17 +175,17 @@ def page(compiled: dict) -> str:
       "35 GB leaves out table and head; double quantisation saves 3 GB, six times what was said",
     ),
     (
-      "5. 70B QLoRA on one 80 GB device in 44.5 to 48 GB, Adam (21 GB) on the host; on one of 24 GB with the base on the"
-      " host",
-      f"base {(size + ends) / GB:.1f}, adapter of rank 16 {4 * lora('llama3-70b', 16) / GB:.2f}, gradients as much, Adam "
-      f"{8 * lora('llama3-70b', 16) / GB:.2f}, inputs of 80 layers {80 * 2048 * 8192 * 2 / GB:.2f} GB",
+      "5. 70B QLoRA on one 80 GB device in 44.5 to 48 GB, Adam (21 GB) on the host; on one of 24 GB with the base on"
+      " the host",
+      f"base {(size + ends) / GB:.1f}, adapter of rank 16 {4 * lora('llama3-70b', 16) / GB:.2f}, gradients as much, "
+      f"Adam {8 * lora('llama3-70b', 16) / GB:.2f}, inputs of 80 layers {80 * 2048 * 8192 * 2 / GB:.2f} GB",
       "; ".join(
         f"{name.removeprefix('70B QLoRA, ')}: {peak(name)}"
         for name in CASES
         if name.startswith("70B")
       ),
-      "about 47 GB with every layer recomputed. remat=auto keeps 25 GiB of what lies within layers, which is what a first"
-      " trial of 69.3 GiB had. Adam of an adapter is 1.7 GB; 21 GB would be rank 200. With the base on the host 24 GB are"
+      "about 47 GB with every layer recomputed. remat=auto keeps 25 GiB of what lies within layers, which is what a"
+      " first trial of 69.3 GiB had. Adam of an adapter is 1.7 GB; 21 GB would be rank 200. With the base on the host 24 GB are"
       " enough",
     ),
     (

@@ -215,3 +215,20 @@ def test_how_many_steps_epochs_are_changes_nothing_of_what_is_needed(capsys):
   )
   said = report.written({**facts, **shown, "epochs": 3.0})
   assert "epochs=3: how many steps these are changes nothing\n" in said
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+  not topology.has_cuda(), reason="jax's CUDA plugin is not installed: PYTHONPATH=.venv-tpu/site"
+)
+def test_compiles_for_gpus_that_are_not_here():
+  """Between the two hosts an adapter's gradient travels, and no weight."""
+  fields = {"mesh.data": 2, "adapter.target_modules": ".*q_proj"}
+  found = estimate.figures(config(",base=nf4", **fields), topology="h100:2x2")
+  assert (found["devices"], found["slices"], found["fits"]) == (4, 2, True)
+  kinds = found["by_kind_gib"]
+  peak = sum(kinds.values()) - kinds["host"]
+  assert peak == pytest.approx(found["compiled"]["peak_gib"], abs=2e-3)
+  gathered = [one for one in found["collectives"] if one["kind"] == "all-gather"]
+  assert {one["axis"] for one in gathered} == {"fsdp"}
+  assert 0 < found["network_bytes"] <= 4 * found["trained"] + 4096
