@@ -185,8 +185,8 @@ def page(compiled: dict) -> str:
         if name.startswith("70B")
       ),
       "about 47 GB with every layer recomputed. remat=auto keeps 25 GiB of what lies within layers, which is what a"
-      " first trial of 69.3 GiB had. Adam of an adapter is 1.7 GB; 21 GB would be rank 200. With the base on the host 24 GB are"
-      " enough",
+      " first trial of 69.3 GiB had. Adam of an adapter is 1.7 GB; 21 GB would be rank 200. With the base on the host"
+      " 24 GB are enough",
     ),
     (
       "6. 7B DPO about 80 GB; with LoRA and a 4-bit reference about 25; RLHF with four models 64 GB and more",
@@ -196,7 +196,7 @@ def page(compiled: dict) -> str:
       "; ".join(
         f"{name}: {peak(name)}" for name in CASES if name.startswith("7B DPO") or "GRPO" in name
       ),
-      "80 GB is bfloat16 without master weights; a reference that is the base with its adapter off costs no model at all; "
+      "80 GB is bfloat16 without master weights; a reference that is the base with its adapter off costs no model; "
       "GRPO has no critic, and RLHF that trains two models takes three times what is said",
     ),
     (
@@ -233,8 +233,8 @@ def page(compiled: dict) -> str:
       "",
       "Written by `make memory-claims`; steps are compiled from shapes, and none was run on an accelerator.",
       f"{compile_70b.machine()}.  A row of 2,048 tokens; GiB in a device's memory as compiled.",
-      "The CUDA plugin without a card keeps no arrays of the host apart: what lies there is taken off by arithmetic, but for"
-      " the gradient.",
+      "The CUDA plugin without a card keeps no arrays of the host apart: what lies there is taken off by arithmetic,",
+      "and the gradient is not.",
       "",
       "| quoted | computed | compiled | verdict |",
       "|---|---|---|---|",
