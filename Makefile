@@ -14,7 +14,7 @@ export POSTTRAIN_DATA := $(abspath $(POSTTRAIN_DATA))
 endif
 WORKERS ?= 2# test processes; a file of tests stays in one, for what its tests share
 
-.PHONY: help quickstart test test-slow test-all test-newest check format oracle bench compile-70b offload optimizers mutate compose fuzz docs clean
+.PHONY: help quickstart test test-slow test-all test-newest check format oracle bench compile-70b plans memory-claims offload optimizers mutate compose fuzz docs clean
 help:
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 16
 
@@ -32,9 +32,11 @@ help:
 	  transformers peft trl bitsandbytes accelerate mergekit xllamacpp -e '.[dev]'
 	@touch $@
 
+# Compilers for accelerators that are not here, of the versions that jax 0.10.2 pins; no driver and no NVIDIA library.
 .venv-tpu/ready: .venv/ready
 	mkdir -p .venv-tpu
-	$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps --target .venv-tpu/site libtpu
+	$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps --upgrade --target .venv-tpu/site 'libtpu==0.0.42.*' \
+	  jax-cuda12-plugin==0.10.2 jax-cuda12-pjrt==0.10.2
 	@touch $@
 
 quickstart: .venv/ready ## environment, embedded model, LoRA fine-tune on text-to-SQL, report; STAGE=dpo: then DPO on its mistakes; STAGE=rl: then GRPO
@@ -109,6 +111,12 @@ bench: .venv-oracle/ready ## speed and memory beside PyTorch + PEFT and TRL, on 
 
 compile-70b: .venv-tpu/ready ## Llama-3-70B QLoRA compiled for TPUs that are not here
 	PYTHONPATH=.venv-tpu/site $(BIN)/python experiments/compile_70b.py
+
+plans: .venv-tpu/ready ## five trainings on seven sets of accelerators that are not here: what fits, how fast; FRESH=1 begins anew
+	PYTHONPATH=.venv-tpu/site $(BIN)/python experiments/plans.py $(if $(FRESH),--fresh)
+
+memory-claims: .venv-tpu/ready ## what playbooks say about memory, beside arithmetic and the compilers; FRESH=1 begins anew
+	PYTHONPATH=.venv-tpu/site $(BIN)/python experiments/memory_claims.py $(if $(FRESH),--fresh)
 
 offload: .venv-tpu/ready ## full fine-tuning of 8B with state and parameters in host memory, compiled for TPUs that are not here
 	PYTHONPATH=.venv-tpu/site $(BIN)/python experiments/offload.py

@@ -190,7 +190,11 @@ def run(arg):
   c.model.dtype = "auto"  # of products: bfloat16 on accelerators and CPUs that multiply in it
   # chat template: the tokenizer's own, or chatml llama3 llama2 mistral vicuna gemma
   c.model.template = "tokenizer"
-  c.model.remat = "auto"  # what the backward pass recomputes: none, names, dots, full
+  # what the backward pass recomputes: none, names, dots, full, host (as full, with the layers' inputs in host memory)
+  c.model.remat = "auto"
+  c.model.offload = (
+    "none"  # layers: a frozen base stays in host memory, its layers fetched one at a time
+  )
 
   c.adapter = adapter(arg.adapter)
 

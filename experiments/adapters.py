@@ -30,7 +30,7 @@ from matplotlib.figure import Figure
 from posttrain_jax import adapters, settings
 from posttrain_jax.core import files, tree
 from posttrain_jax.evals import figures
-from posttrain_jax.plan import estimate, program, topology
+from posttrain_jax.plan import arithmetic, program, topology
 from posttrain_jax.runs import record as runs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -206,7 +206,7 @@ def measured(point: Point, workdir: Path) -> dict[str, Any] | None:
     return None
   found = runs.read(folder)
   built = program.build(settings.load(*point.command()), topology.target(count=1))
-  sizes = estimate.arithmetic(built)
+  sizes = arithmetic.arithmetic(built)
   return {
     "task": point.task,
     "method": point.method.name,

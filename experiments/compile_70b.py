@@ -21,7 +21,7 @@ from pathlib import Path
 
 from posttrain_jax import settings
 from posttrain_jax.core import files
-from posttrain_jax.plan import estimate
+from posttrain_jax.plan import estimate, report
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "experiments" / "results" / "compile_70b"
@@ -41,7 +41,7 @@ def main() -> int:
     overrides = [*OVERRIDES, f"batch.rows={rows}", f"model.remat={remat}"]
     config = settings.load(CONFIG, [f"--config.{o}" for o in overrides])
     results.append(estimate.figures(config, topology=topology, devices=chips))
-    print(estimate.report(results[-1]), end="\n\n", flush=True)
+    print(report.written(results[-1]), end="\n\n", flush=True)
     gc.collect()
     OUT.parent.mkdir(exist_ok=True)
     files.write_json(OUT.with_suffix(".json"), {"machine": machine(), "results": results})

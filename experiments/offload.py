@@ -20,7 +20,8 @@ import jax
 from posttrain_jax import settings
 from posttrain_jax.core import files
 from posttrain_jax.plan import program
-from posttrain_jax.plan.topology import GIB, target
+from posttrain_jax.plan.chips import GIB
+from posttrain_jax.plan.topology import target
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "experiments" / "results" / "offload"

@@ -14,7 +14,7 @@ from posttrain_jax.adapters.combination import AnyConfig, parts_of
 from posttrain_jax.adapters.config import AdapterConfig
 from posttrain_jax.adapters.hooks import Hooks
 from posttrain_jax.adapters.node import Change, Common, Node, PerRow, Standing
-from posttrain_jax.core import tree, weight
+from posttrain_jax.core import memory, tree, weight
 from posttrain_jax.core.weight import Adapted
 from posttrain_jax.models import before, decoder
 from posttrain_jax.models.config import ModelConfig
@@ -97,8 +97,9 @@ def _at_matrices(key, params, config, store, started):
       nodes[path] = started[path]
       continue
     keep = {"store": store(path)} if store and config.changes_base else {}
-    changed, nodes[path] = METHODS[config.method](key, bases[path], names, config, **keep)
-    if path in tree.flatten(params):
+    given = memory.fetch(bases[path])
+    changed, nodes[path] = METHODS[config.method](key, given, names, config, **keep)
+    if changed is not given and path in tree.flatten(params):
       params = tree.put(params, path, changed)
   if config.method in SHARED:
     nodes |= SHARED[config.method](bases, nodes, config)

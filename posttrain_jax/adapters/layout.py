@@ -109,6 +109,20 @@ def abstract(
   return tree.unflatten((path, one(path, leaf)) for path, leaf in tree.items(params))
 
 
+def hosted(params: Any) -> Any:
+  """params, or their shapes, with what belongs to the layers in the host's memory, in the layout that it has."""
+
+  def one(x):
+    where = memory.host(x.sharding)
+    is_shape = isinstance(x, jax.ShapeDtypeStruct)
+    return x.update(sharding=where) if is_shape else jax.device_put(x, where)
+
+  return tree.unflatten(
+    (path, jax.tree.map(one, leaf) if path.startswith(LAYERS) else leaf)
+    for path, leaf in tree.items(params)
+  )
+
+
 def replicated(mesh: Mesh | None, *, device: Any = None) -> jax.sharding.Sharding:
   """Whole on every device: counts, metrics, keys."""
   if mesh is None:

@@ -16,7 +16,7 @@ from posttrain_jax.adapters import layout
 from posttrain_jax.adapters.adalora import AdaLoRA
 from posttrain_jax.adapters.node import Change
 from posttrain_jax.build import decisions
-from posttrain_jax.core import tree
+from posttrain_jax.core import memory, tree
 from posttrain_jax.data import templates
 from posttrain_jax.models import hf
 from posttrain_jax.objectives import Context
@@ -88,6 +88,8 @@ def make(
     if decisions.compares_with_start(config):
       compared_with = jax.tree.map(jnp.copy, earlier)  # what trains is donated from step to step
   trainable, carried = tree.partition(layout.laid_out(adapter, mesh))
+  if decisions.trained_on_host(config):
+    trainable = layout.hosted(trainable)
   return Trees(
     trainable,
     carried,
@@ -128,7 +130,8 @@ def resumed(
   """The context with the base that a checkpoint's nodes, {path: node}, were made beside."""
   if model.started is None or model.started.agrees(nodes):
     return context
-  place = functools.partial(layout.place, mesh=mesh)
+  on_host = memory.any_on_host(context.base)
+  place = functools.partial(layout.place, mesh=mesh, on_host=on_host)
   params, _ = hf.load(
     model.folder, dtype=model.products, storage="dense", place=model.started.resume(nodes, place)
   )

@@ -60,15 +60,20 @@ def _frozen_base(config: Config) -> None:
 
 
 def _offload(config: Config) -> None:
-  if config.optimizer.offload != "params":
-    return
-  if not decisions.is_full(config):
+  base = "offload" in config.model and config.model.offload == "layers"
+  if base and decisions.is_full(config):
     raise ConfigError(
-      "optimizer.offload=params is for full fine-tuning, where parameters are what is updated; write state"
+      "model.offload=layers is for a frozen base; in full fine-tuning write optimizer.offload=params"
     )
-  if decisions.remat(config) == "none":
+  trained = decisions.trained_on_host(config)
+  if trained and "adalora" in config.adapter.method.split("+"):
     raise ConfigError(
-      "optimizer.offload=params with model.remat=none would keep every layer on the device for the backward pass; "
+      "optimizer.offload=params: adalora changes its parameters beside the optimizer's update; write state"
+    )
+  if (base or trained) and decisions.remat(config) == "none":
+    field = "optimizer.offload=params" if trained else "model.offload=layers"
+    raise ConfigError(
+      f"{field} with model.remat=none would keep every layer on the device for the backward pass; "
       "write another remat"
     )
 

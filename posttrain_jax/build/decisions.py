@@ -112,6 +112,17 @@ def is_full(config: ml_collections.ConfigDict) -> bool:
   return config.adapter.method == "none"
 
 
+def base_on_host(config: ml_collections.ConfigDict) -> bool:
+  """Whether the layers of the base, frozen or trained, stay in the host's memory."""
+  frozen = "offload" in config.model and config.model.offload == "layers"
+  return frozen or (is_full(config) and trained_on_host(config))
+
+
+def trained_on_host(config: ml_collections.ConfigDict) -> bool:
+  """Whether what trains in the layers stays in the host's memory, with its gradient."""
+  return config.optimizer.offload == "params"
+
+
 def earlier(config: ml_collections.ConfigDict) -> str:
   """The folder of the adapter that the run starts from; "" for none."""
   return config.model.get("adapter") or ""  # runs of older versions have no such field

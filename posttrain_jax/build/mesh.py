@@ -12,12 +12,20 @@ from posttrain_jax.settings import ConfigError
 
 
 def make(
-  config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None
+  config: ml_collections.ConfigDict,
+  devices: Sequence[jax.Device] | None = None,
+  slices: int | None = None,
 ) -> jax.sharding.Mesh | None:
-  """The mesh of config.mesh over the devices, all of this program's by default; None on a single one."""
+  """The mesh of config.mesh over the devices, all of this program's by default; None on a single one.
+
+  slices: into how many a slow network cuts the devices; None: as TPUs say themselves.
+  """
   devices = jax.devices() if devices is None else devices
+  if slices is None:
+    devices = sorted(devices, key=_slice)
+    slices = len({_slice(device) for device in devices})
   m = config.mesh
-  mesh = sharding.mesh(data=m.data, fsdp=m.fsdp, tensor=m.tensor, devices=devices)
+  mesh = sharding.mesh(data=m.data, fsdp=m.fsdp, tensor=m.tensor, devices=devices, slices=slices)
   if len(devices) == 1:
     return None
   shares = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -31,3 +39,11 @@ def make(
         f"write a multiple of {unit}, or a larger mesh.tensor"
       )
   return mesh
+
+
+def _slice(device: jax.Device) -> int:
+  """The slice of a TPU in several; 0 for every device that is in none."""
+  try:
+    return device.slice_index if device.platform == "tpu" else 0
+  except AttributeError:  # of a single slice
+    return 0

@@ -60,8 +60,7 @@ def load(
   """
   folder = fetch.resolve(config.model.name)
   products = products or decisions.products(config)
-  on_host = config.optimizer.offload == "params"
-  place = functools.partial(layout.place, mesh=mesh, on_host=on_host)
+  place = functools.partial(layout.place, mesh=mesh, on_host=decisions.base_on_host(config))
   adapter_config = adapter.described(config)
   starting = None if adapter_config is None else adapter_config.starting
   started = None

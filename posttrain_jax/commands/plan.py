@@ -12,9 +12,17 @@ from posttrain_jax.core import progress
 def add(parser: argparse.ArgumentParser) -> None:
   common.add_config(parser)
   parser.add_argument(
-    "--topology", metavar="NAME", help="a TPU topology such as v5p:2x2x1; default this machine"
+    "--topology",
+    metavar="NAME",
+    help="TPUs such as v5p:2x2x1, hosts x GPUs such as h100:1x8, or cpu:8; default this machine",
   )
-  parser.add_argument("--devices", type=int, help="how many of its chips; default all")
+  parser.add_argument("--devices", type=int, help="how many of its devices; default all")
+  parser.add_argument(
+    "--slices", type=int, default=1, help="as many such topologies, joined by a network"
+  )
+  parser.add_argument(
+    "--search", action="store_true", help="the largest batch that fits with each model.remat"
+  )
   parser.add_argument("--json", metavar="FILE", help="write the figures there too")
 
 
@@ -25,16 +33,34 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
   from posttrain_jax.core import files
 
   with progress.phase("starting"):
-    from posttrain_jax.plan import estimate, program
+    from posttrain_jax.plan import estimate, program, report
 
   config, given = settings.load(args.config, overrides), settings.given(overrides)
   settings.fields.check(settings.plain(config), given)
   config, notes = earlier_adapter.settled(config, given, shape=program.shape)
   for note in notes:
     print(note)
+  if args.search:
+    return _search(config, args)
   with progress.phase("compiling"):
-    figures = estimate.figures(config, topology=args.topology, devices=args.devices)
-  print(estimate.report(figures))
+    figures = estimate.figures(
+      config, topology=args.topology, devices=args.devices, slices=args.slices
+    )
+  print(report.written(figures))
   if args.json is not None:
     files.write_json(args.json, figures)
   return 1 if figures["fits"] is False else 0
+
+
+def _search(config, args: argparse.Namespace) -> int:
+  """0: something fits."""
+  from posttrain_jax.core import files
+  from posttrain_jax.plan import search
+  from posttrain_jax.plan.topology import target
+
+  with progress.phase("compiling"):
+    tried = search.search(config, target(args.topology, args.devices, args.slices))
+  print(search.written(config, tried))
+  if args.json is not None:
+    files.write_json(args.json, tried)
+  return 0 if tried else 1

@@ -33,9 +33,12 @@ ACTIVATIONS: dict[str, Any] = {
 
 
 def mesh(
-  *, data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Any = None
+  *, data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Any = None, slices: int = 1
 ) -> jax.sharding.Mesh:
   """A mesh of data x fsdp x tensor devices; one axis may be -1: all the devices that are left.
+
+  Args:
+    slices: groups of devices with a slow network between them, one after the other in devices; only data crosses it.
 
   Raises:
     ValueError: for sizes below 1, and when the product is not the number of devices.
@@ -56,9 +59,22 @@ def mesh(
       f"mesh data={sizes[0]} x fsdp={sizes[1]} x tensor={sizes[2]} needs {math.prod(sizes)} devices, "
       f"found {devices.size}; write -1 for one axis to take all that are left"
     )
-  return jax.make_mesh(
-    tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=list(devices.ravel())
+  if sizes[0] % slices:
+    raise ValueError(
+      f"mesh.data={sizes[0]} on {slices} slices: between slices only gradients should travel; write mesh.data={slices}"
+      " or a multiple of it"
+    )
+  if slices == 1:
+    return jax.make_mesh(
+      tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=list(devices.ravel())
+    )
+  shape = (sizes[0] // slices, *sizes[1:])
+  of_slice = lambda part: (
+    jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=list(part)).devices
   )
+  parts = devices.ravel().reshape(slices, -1)
+  whole = np.concatenate([of_slice(part) for part in parts])
+  return jax.sharding.Mesh(whole, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def active() -> bool:

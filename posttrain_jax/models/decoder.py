@@ -392,6 +392,15 @@ REMAT: dict[str, Callable] = {
     )
   ),
   "full": _checkpoint(None),
+  # as full, with the layers' inputs in the host's memory until the backward pass comes to them
+  "host": _checkpoint(
+    _policies.save_and_offload_only_these_names(
+      names_which_can_be_saved=[],
+      names_which_can_be_offloaded=["entering"],
+      offload_src="device",
+      offload_dst=memory.KIND,
+    )
+  ),
 }
 
 
@@ -452,6 +461,7 @@ def _pick(by_kind, kind):
 def _layer(x, p, shared, config, extend, look):
   """One block; `extend(k, v)` returns all keys and values there are to look at, `look` is the attention."""
   window, cos, sin = shared
+  x = checkpoint_name(x, "entering")  # named within the layer: what a scan carries is not moved
   p = _gathered(memory.fetch(p))
   h = _norm(x, p["input_layernorm"]["weight"], config)
   h = _attention(h, p["self_attn"], window, cos, sin, config, extend, look)

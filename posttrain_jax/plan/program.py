@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,8 @@ from posttrain_jax.models import decoder, fetch, hf, rotary
 from posttrain_jax.models.config import ModelConfig
 from posttrain_jax.models.shapes import SHAPES
 from posttrain_jax.objectives import Context, Scorer
-from posttrain_jax.plan.topology import GIB, Target
+from posttrain_jax.plan.chips import GIB
+from posttrain_jax.plan.topology import Target
 from posttrain_jax.train import state as state_lib
 from posttrain_jax.train.state import State
 
@@ -73,6 +75,7 @@ class Compiled:
   outputs: int
   aliased: int  # outputs that take the place of donated arguments
   code: int
+  host: int  # in the memory of the device's host: not among the others
   seconds: float  # tracing, lowering and compiling
   executable: Any = dataclasses.field(repr=False, compare=False)
 
@@ -113,7 +116,7 @@ def build(config: ml_collections.ConfigDict, target: Target) -> Program:
     model_config = rotary.stretched(model_config, adapter_config.context_length)
   if decisions.has_score(config):
     model_config = dataclasses.replace(model_config, scores=1, writes=decisions.writes(config))
-  mesh = mesh_lib.make(config, target.devices)
+  mesh = mesh_lib.make(config, target.devices, target.slices)
   products = decisions.products(config)
   dtype = decisions.between(products, target.platform)
   model = Model(Path(), None, model_config, None, None, dtype, products=products)
@@ -137,8 +140,7 @@ def parameters(
   adapter_config = adapter.described(config)
   placed = functools.partial(layout.abstract, mesh=mesh, device=device)
   if adapter_config is None:
-    on_host = config.optimizer.offload == "params"
-    params = placed(decoder.abstract(model, jnp.float32), on_host=on_host)
+    params = placed(decoder.abstract(model, jnp.float32), on_host=decisions.base_on_host(config))
     other = _other(config, model, loss, placed, params)
     return params, None, Context(reference=other)
   kind, dtype = config.model.base, decisions.products(config)
@@ -160,8 +162,11 @@ def parameters(
   if adapter_config.changes_base:
     params = _stored(params, kind)
   trainable, carried = tree.partition(placed(nodes))
+  if decisions.trained_on_host(config):
+    trainable = layout.hosted(trainable)
   other = _other(config, model, loss, placed, None)
-  return trainable, carried, Context(placed(params), reference=other)
+  frozen = placed(params, on_host=decisions.base_on_host(config))
+  return trainable, carried, Context(frozen, reference=other)
 
 
 def _other(
@@ -201,7 +206,19 @@ def compile(program: Program) -> Compiled:
   Raises:
     OutOfMemory: the compiler found no way to fit the program into a device.
   """
-  return compiled(program, program.step, program.state, program.context, program.batch)
+  there = on_host(program)
+  args = (program.state, program.context, program.batch)
+  one = compiled(program, program.step, *args)
+  host, back = sum(there.values()), there["trained"] + there["optimizer"]
+  if program.device.platform == "gpu":  # the CUDA plugin without a card has everything on it
+    return dataclasses.replace(
+      one,
+      arguments=one.arguments - host,
+      outputs=one.outputs - back,
+      aliased=one.aliased - back,
+      host=one.host + host,
+    )
+  return dataclasses.replace(one, host=one.host + host)
 
 
 def compiled(program: Program, jitted: Any, *args: Any) -> Compiled:
@@ -223,9 +240,35 @@ def compiled(program: Program, jitted: Any, *args: Any) -> Compiled:
     outputs=memory.output_size_in_bytes,
     aliased=memory.alias_size_in_bytes,
     code=memory.generated_code_size_in_bytes,
+    host=memory.host_temp_size_in_bytes,
     seconds=seconds,
     executable=executable,
   )
+
+
+def bytes_a_device(arrays: Any) -> int:
+  """Bytes of the shard that one device holds of each array, in its own memory or its host's."""
+  return sum(map(_shard, jax.tree.leaves(arrays)))
+
+
+def on_host(program: Program) -> dict[str, int]:
+  """{base, trained, optimizer: bytes that one device has in its host's memory}.
+
+  By what the config says: a GPU that is not here has no memories to ask for.
+  """
+  config, state = program.config, program.state
+  layers = lambda params: bytes_a_device((params or {}).get("layers"))
+  is_full = decisions.is_full(config)
+  moments = [x for x in jax.tree.leaves(state.optimizer) if x.ndim]
+  return {
+    "base": layers(program.context.base) if decisions.base_on_host(config) and not is_full else 0,
+    "trained": layers(state.trainable) if decisions.trained_on_host(config) else 0,
+    "optimizer": bytes_a_device(moments) if config.optimizer.offload != "none" else 0,
+  }
+
+
+def _shard(x: Any) -> int:
+  return math.prod(x.sharding.shard_shape(x.shape)) * jnp.dtype(x.dtype).itemsize
 
 
 def _batch(config, model, loss, mesh, device):

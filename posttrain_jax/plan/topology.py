@@ -1,7 +1,12 @@
-"""Chips to compile for, whether or not they are here: TPU topologies through libtpu, else this machine's devices."""
+"""Devices to compile for, whether or not they are here: TPUs through libtpu, NVIDIA's through jax's CUDA plugin.
+
+Neither needs a device or a driver, nor NVIDIA's libraries.  `cpu:8` are virtual devices of this machine, and no
+topology at all are the devices that it has.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
@@ -13,12 +18,8 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-GIB = 2**30
-
-# Memory of one chip in GiB, by the name in a topology; https://cloud.google.com/tpu/docs/system-architecture-tpu-vm
-TPU_MEMORY = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}
-# ... and of one GPU, by a part of what the driver calls it.
-GPU_MEMORY = {"H100": 80, "H200": 141, "A100-SXM4-40GB": 40, "A100": 80}
+from posttrain_jax.plan import chips
+from posttrain_jax.plan.chips import Chip
 
 # Without these libtpu asks the cloud's metadata server what it runs on, and refuses a second process.
 ENVIRONMENT = {
@@ -27,9 +28,16 @@ ENVIRONMENT = {
   "TPU_WORKER_HOSTNAMES": "localhost",
   "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
 }
+# libtpu that jax 0.10.2 pins: with 0.0.52 programs of v6e cannot be printed, and so their collectives not be read
+LIBTPU = "libtpu==0.0.42.*"
+CUDA = "jax_cuda12_plugin"
 INSTALL = (
-  "pip install --no-deps --target .venv-tpu/site libtpu, and then PYTHONPATH=.venv-tpu/site in front of the command "
-  "(`make compile-70b` does both); inside the environment itself JAX would look for a TPU in every program"
+  "`make .venv-tpu/ready` installs it apart, and PYTHONPATH=.venv-tpu/site JAX_PLATFORMS=cpu in front of the command "
+  "finds it; inside the environment itself JAX would look for such a device in every program"
+)
+WORDS = (
+  "write chips and their shape, such as v5e:4x4, v5p:2x2x1 or tpu7x:2x2x1; hosts and GPUs of each, such as h100:1x8; "
+  f"or cpu:8. Chips: {', '.join(chips.CHIPS)}"
 )
 
 
@@ -42,52 +50,127 @@ class Target:
   devices: tuple[Any, ...]
   memory: float | None  # GiB a device; None where the table has no such chip
   compiler: str  # the library that compiles, with its version
+  chip: Chip | None = None  # the rates of one device; None where they are not known
+  slices: int = (
+    1  # groups of devices with a slow network between them: slices of TPUs, hosts of GPUs
+  )
+
+  @property
+  def slice_of(self) -> dict[int, int]:
+    """{id of a device: its slice}; `devices` has one slice after the other."""
+    size = len(self.devices) // self.slices
+    return {device.id: place // size for place, device in enumerate(self.devices)}
 
 
-def target(topology: str | None = None, count: int | None = None) -> Target:
-  """The chips of a TPU topology such as `v5p:2x2x1`, or (None) this machine's; the first `count` of them.
+def target(topology: str | None = None, count: int | None = None, slices: int = 1) -> Target:
+  """The devices of a topology such as `v5p:2x2x1`, or (None) this machine's; the first `count` of them.
+
+  slices: as many such topologies, joined by a network.
 
   Raises:
     ValueError: a topology that does not exist, more devices than it has, or a library that is not installed.
   """
-  chips = _local() if topology is None else _tpu(topology)
+  if slices < 1 or (topology is None and slices > 1):
+    raise ValueError(f"slices={slices}: write 1 or more, of a topology")
+  where = _local() if topology is None else _named(topology, slices)
   if count is None:
-    return chips
-  if not 1 <= count <= len(chips.devices):
-    raise ValueError(f"devices={count}: {chips.name} has 1 to {len(chips.devices)}")
-  return dataclasses.replace(chips, devices=chips.devices[:count])
+    return where
+  if not 1 <= count <= len(where.devices) or slices > 1:
+    one = f"{where.name} has 1 to {len(where.devices)}" if slices == 1 else "slices are taken whole"
+    raise ValueError(f"devices={count}: {one}")
+  return dataclasses.replace(where, devices=where.devices[:count])
 
 
 def _local() -> Target:
   devices = tuple(jax.devices())
-  kind = devices[0].device_kind
-  memory = next((size for name, size in GPU_MEMORY.items() if name in kind), None)
-  compiler = f"jaxlib {importlib.metadata.version('jaxlib')}"
-  return Target(kind, devices[0].platform, devices, memory, compiler)
+  kind, platform = devices[0].device_kind, devices[0].platform
+  chip = chips.of_kind(kind)
+  memory = None if chip is None else chip.memory
+  return Target(kind, platform, devices, memory, _jaxlib(), chip)
 
 
-def _tpu(topology: str) -> Target:
-  named = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", topology)
-  if named is None or named[1] not in TPU_MEMORY:
+def _named(topology: str, slices: int) -> Target:
+  kind, _, shape = topology.partition(":")
+  if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
+    raise ValueError(f"topology={topology!r}: {WORDS}")
+  sizes = tuple(map(int, shape.split("x")))
+  if kind == "cpu" and len(sizes) == 1:
+    return _cpu(topology, sizes[0], slices)
+  if kind in chips.TPUS:
+    return _tpu(topology, chips.TPUS[kind], sizes, slices)
+  if kind in chips.GPUS and len(sizes) == 2:
+    return _gpu(topology, chips.GPUS[kind], (sizes[0] * slices, sizes[1]))
+  raise ValueError(f"topology={topology!r}: {WORDS}")
+
+
+def _cpu(topology: str, size: int, slices: int) -> Target:
+  """Virtual devices: what the partitioner does with as many, and not what a CPU takes for it."""
+  count = size * slices
+  virtual(count)
+  devices = jax.devices("cpu")
+  if len(devices) < count:
     raise ValueError(
-      f"topology={topology!r}: write a generation and its shape in chips, such as v5p:2x2x1 or v5e:4x4; "
-      f"generations: {', '.join(TPU_MEMORY)}"
+      f"topology={topology}: JAX has begun with {len(devices)} CPU devices; set "
+      f"XLA_FLAGS=--xla_force_host_platform_device_count={count} before it is imported"
     )
+  return Target(topology, "cpu", tuple(devices[:count]), None, _jaxlib(), None, slices)
+
+
+def virtual(count: int) -> None:
+  """As many CPU devices, where JAX has not looked for its devices yet."""
+  with contextlib.suppress(RuntimeError):  # where it has, what there is decides
+    jax.config.update("jax_num_cpu_devices", count)
+
+
+def _tpu(topology: str, chip: Chip, sizes: tuple[int, ...], slices: int) -> Target:
   if not has_libtpu():
     raise ValueError(f"topology={topology}: libtpu is not installed; {INSTALL}")
   for name, value in ENVIRONMENT.items():
     os.environ.setdefault(name, value)
+  several = {"num_slices": slices} if slices > 1 else {}
   try:
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **several)
   except jax.errors.JaxRuntimeError as error:
     raise ValueError(f"topology={topology}: libtpu knows no such TPU: {error}") from None
-  generation, shape = named.groups()
-  chips = math.prod(map(int, shape.split("x")))
-  # a v4 chip counts as two devices with half the memory each
-  memory = TPU_MEMORY[generation] * chips / len(devices)
-  version = importlib.metadata.version("libtpu")
-  return Target(topology, "tpu", tuple(devices), memory, f"libtpu {version}")
+  devices = tuple(described.devices)
+  cores = len(devices) // (math.prod(sizes) * slices)  # a chip of v4 counts as two devices
+  version = f"libtpu {importlib.metadata.version('libtpu')}"
+  return _target(topology, "tpu", devices, _share(chip, cores), version, slices)
+
+
+def _gpu(topology: str, chip: Chip, sizes: tuple[int, int]) -> Target:
+  """hosts x GPUs; the hosts are the slices."""
+  if not has_cuda():
+    raise ValueError(f"topology={topology}: jax's CUDA plugin is not installed; {INSTALL}")
+  hosts, each = sizes
+  jax.devices()  # a backend has to be there before the plugin's topologies are
+  devices = topologies.get_topology_desc(
+    topology,
+    platform="cuda",
+    topology=f"1x{hosts}x{each}",
+    target_config=chips.target_config(chip),
+  ).devices
+  version = f"{CUDA} {importlib.metadata.version(CUDA.replace('_', '-'))}"
+  return _target(topology, "gpu", tuple(devices), chip, version, hosts)
+
+
+def _target(name, platform, devices, chip, compiler, slices) -> Target:
+  return Target(name, platform, devices, chip.memory, compiler, chip, slices)
+
+
+def _share(chip: Chip, devices: int) -> Chip:
+  """What one of the devices of a chip has of it."""
+  rates = ("memory", "flops", "bandwidth", "links", "network", "host")
+  return dataclasses.replace(chip, **{name: vars(chip)[name] / devices for name in rates})
+
+
+def _jaxlib() -> str:
+  return f"jaxlib {importlib.metadata.version('jaxlib')}"
 
 
 def has_libtpu() -> bool:
   return importlib.util.find_spec("libtpu") is not None
+
+
+def has_cuda() -> bool:
+  return importlib.util.find_spec(CUDA) is not None

@@ -134,7 +134,12 @@ FIELDS: Mapping[str, Field] = {
     Text("a name"),
   ),
   "model.remat": Field(
-    "what the backward pass recomputes", Choice(("auto", "none", "names", "dots", "full"))
+    "what the backward pass recomputes; host: as full, with the layers' inputs in host memory",
+    Choice(("auto", "none", "names", "dots", "full", "host")),
+  ),
+  "model.offload": Field(
+    "what of a frozen base lives in host memory: its layers, fetched one at a time",
+    Choice(("none", "layers")),
   ),
   # --- batch, mesh, evaluation, checkpoints
   "batch.rows": Field("rows in an optimizer batch, over all devices", _whole(1, MOST_ROWS)),

@@ -114,7 +114,7 @@ INSTEAD: Mapping[str, str] = {
   "report_to": "--config.log.wandb=PROJECT, --config.log.mlflow=EXPERIMENT or --config.log.trackio=PROJECT",
   "logging_dir": "--workdir=DIR has metrics.jsonl and TensorBoard's files",
   "resume_from_checkpoint": "the same command with the same --workdir continues a run",
-  "gradient_checkpointing": "--config.model.remat=full (or auto, none, names, dots)",
+  "gradient_checkpointing": "--config.model.remat=full (or auto, none, names, dots, host)",
   "bf16": "--config.model.dtype=bfloat16",
   "fp16": "--config.model.dtype=float16",
   "fsdp": "--config.mesh.fsdp=N counts the devices that share the parameters; -1: all that are left",

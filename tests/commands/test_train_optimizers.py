@@ -59,6 +59,21 @@ def test_an_offloaded_run_goes_on_as_if_never_stopped(shared, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("more", [",base=nf4", ",adapter=dora"])
+def test_a_base_on_the_host_changes_nothing(more, shared, tmp_path):
+  """Base, adapter, moments and the layers' inputs there."""
+  there = dict(model__offload="layers", optimizer__offload="params", model__remat="host")
+  for name, options in (("here", {}), ("there", there)):
+    assert run(shared, tmp_path / name, more=more, **options) == 0
+  losses = [
+    [line["loss"] for line in lines(tmp_path / name) if "loss" in line]
+    for name in ("here", "there")
+  ]
+  np.testing.assert_allclose(*losses, rtol=1e-5)
+  assert losses[0][-1] < losses[0][0]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "more", [dict(optimizer__name="adamw8bit"), dict(optimizer__name="galore", optimizer__rank=2)]
 )
@@ -74,7 +89,8 @@ def test_adapters_train_with_them_too(more, shared, tmp_path):
   ("wrong", "message"),
   [
     (dict(optimizer__offload="stat"), "optimizer.offload='stat': known are none, state, params"),
-    (dict(optimizer__offload="params", more=""), "offload=params is for full fine-tuning"),
+    (dict(model__offload="layers"), "model.offload=layers is for a frozen base"),
+    (dict(model__offload="layers", more="", model__remat="none"), "would keep every layer"),
     (
       dict(optimizer__offload="params", model__remat="none"),
       "model.remat=none would keep every layer",

@@ -13,7 +13,7 @@ from posttrain_jax.build import optimizer as optimizer_build
 from posttrain_jax.core import tree
 from posttrain_jax.models import decoder, shapes
 from posttrain_jax.objectives import Context
-from posttrain_jax.plan import estimate, program, topology
+from posttrain_jax.plan import arithmetic, estimate, program, report, topology
 from posttrain_jax.train import state as state_lib
 from tests.marks import slow
 
@@ -80,7 +80,7 @@ def test_abstract_trees_are_those_of_a_run(arguments):
 def test_arithmetic_counts_the_bytes_of_real_arrays(arguments):
   c = config(arguments)
   state, context = jax.eval_shape(lambda: real(c))
-  found = estimate.arithmetic(program.build(c, one_cpu()))
+  found = arithmetic.arithmetic(program.build(c, one_cpu()))
   assert found["base"] == tree.nbytes((context.base, state.carried))
   assert found["trained"] == tree.nbytes(state.trainable)
   assert found["optimizer"] == tree.nbytes(state.optimizer)
@@ -89,7 +89,7 @@ def test_arithmetic_counts_the_bytes_of_real_arrays(arguments):
 def test_arguments_as_compiled_are_the_bytes_of_state_base_and_batch():
   built = program.build(config(",base=nf4"), one_cpu())
   compiled = program.compile(built)
-  given = sum(map(estimate.bytes_a_device, (built.state, built.context, built.batch)))
+  given = sum(map(program.bytes_a_device, (built.state, built.context, built.batch)))
   # the compiler leaves out what the step does not read, and rounds small buffers up
   assert 0.98 * given < compiled.arguments < 1.02 * given
   assert compiled.aliased > 0.95 * tree.nbytes(real(config(",base=nf4"))[0].trainable)
@@ -99,7 +99,7 @@ def test_arguments_as_compiled_are_the_bytes_of_state_base_and_batch():
 def test_eight_devices_share_what_one_holds():
   one = program.build(config(), one_cpu())
   eight = program.build(config(), topology.target(count=8))
-  alone, shared = estimate.arithmetic(one), estimate.arithmetic(eight)
+  alone, shared = arithmetic.arithmetic(one), arithmetic.arithmetic(eight)
   assert shared["activations"] * 8 == alone["activations"]
   assert alone["base"] / 8 <= shared["base"] < alone["base"] / 6  # norms are whole everywhere
 
@@ -119,7 +119,7 @@ def test_temporaries_grow_with_depth_by_what_is_counted(remat):
   def compiled_and_counted(layers):
     shapes.SHAPES["tiny"] = dataclasses.replace(TINY, num_layers=layers)
     built = program.build(config(",base=nf4", **{"model.remat": remat}), one_cpu())
-    counted = estimate.arithmetic(built)
+    counted = arithmetic.arithmetic(built)
     return program.compile(built).temporaries, counted["activations"] + counted["gradients"]
 
   (few, counted_few), (many, counted_many) = compiled_and_counted(2), compiled_and_counted(12)
@@ -141,7 +141,7 @@ def test_command_prints_and_writes_the_same_figures(tmp_path, capsys):
 @pytest.mark.slow
 def test_too_little_memory_is_a_failure(monkeypatch, capsys):
   small = dataclasses.replace(one_cpu(), memory=1e-3)
-  monkeypatch.setattr(estimate, "target", lambda name, count: small)
+  monkeypatch.setattr(estimate, "target", lambda *_: small)
   assert __main__.main([*PLAN, "--config.data.length=64", "--devices=1"]) == 1
   assert "DOES NOT FIT" in capsys.readouterr().out
 
@@ -149,10 +149,12 @@ def test_too_little_memory_is_a_failure(monkeypatch, capsys):
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ("--topology=v5p", "write a generation and its shape"),
-    ("--topology=v9:2x2", "generations: v4, v5e, v5p, v6e"),
+    ("--topology=v5p", "write chips and their shape"),
+    ("--topology=v9:2x2", "Chips: v4, v5e, v5p, v6e, tpu7x, a100, h100, h200, b200"),
     ("--devices=9", "devices=9"),
     ("--devices=0", "devices=0"),
+    ("--slices=2", "slices=2: write 1 or more, of a topology"),
+    ("--topology=h100:8", "hosts and GPUs of each"),
   ],
 )
 def test_mistakes_are_named(changes, message, capsys):
@@ -162,13 +164,20 @@ def test_mistakes_are_named(changes, message, capsys):
 
 def test_missing_libtpu_says_how_to_install_it(monkeypatch):
   monkeypatch.setattr(topology, "has_libtpu", lambda: False)
-  with pytest.raises(ValueError, match=r"pip install .* libtpu"):
+  with pytest.raises(ValueError, match=r"make \.venv-tpu/ready"):
     topology.target("v5p:2x2x1")
 
 
 def test_nf4_cannot_be_trained():
   with pytest.raises(settings.ConfigError, match="frozen"):
     program.build(config(",base=nf4,adapter=none"), one_cpu())
+
+
+def test_what_is_changed_beside_the_update_stays_on_the_device():
+  on_host = settings.override("optimizer.offload", "params")
+  refused = settings.load("configs/sft.py:model=tiny,adapter=adalora", [on_host])
+  with pytest.raises(settings.ConfigError, match="adalora changes its parameters beside"):
+    program.build(refused, one_cpu())
 
 
 def test_llama_shapes_have_the_published_sizes():
@@ -193,10 +202,33 @@ def test_how_many_steps_epochs_are_changes_nothing_of_what_is_needed(capsys):
   by_steps, by_epochs = (
     program.build(config(**length), one_cpu()) for length in ({}, {"epochs": 3})
   )
-  assert estimate.arithmetic(by_steps) == estimate.arithmetic(by_epochs)
-  shown = {"compiled": None, "out_of_memory": "", "device_gib": None, "arithmetic_gib": {}}
+  assert arithmetic.arithmetic(by_steps) == arithmetic.arithmetic(by_epochs)
+  shown = {
+    "slices": 1,
+    "compiled": None,
+    "out_of_memory": "",
+    "device_gib": None,
+    "arithmetic_gib": {},
+  }
   facts = dict.fromkeys(
     ("model", "base", "adapter", "remat", "rows", "length", "devices", "target")
   )
-  said = estimate.report({**facts, **shown, "epochs": 3.0})
+  said = report.written({**facts, **shown, "epochs": 3.0})
   assert "epochs=3: how many steps these are changes nothing\n" in said
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+  not topology.has_cuda(), reason="jax's CUDA plugin is not installed: PYTHONPATH=.venv-tpu/site"
+)
+def test_compiles_for_gpus_that_are_not_here():
+  """Between the two hosts an adapter's gradient travels, and no weight."""
+  fields = {"mesh.data": 2, "adapter.target_modules": ".*q_proj"}
+  found = estimate.figures(config(",base=nf4", **fields), topology="h100:2x2")
+  assert (found["devices"], found["slices"], found["fits"]) == (4, 2, True)
+  kinds = found["by_kind_gib"]
+  peak = sum(kinds.values()) - kinds["host"]
+  assert peak == pytest.approx(found["compiled"]["peak_gib"], abs=2e-3)
+  gathered = [one for one in found["collectives"] if one["kind"] == "all-gather"]
+  assert {one["axis"] for one in gathered} == {"fsdp"}
+  assert 0 < found["network_bytes"] <= 4 * found["trained"] + 4096

@@ -107,3 +107,19 @@ def test_a_reference_of_another_folder_is_planned(folder):
   pieces = runs.build(c, None)
   assert pieces.trees.context.reference is not None
   assert described(planned.context) == described(pieces.trees.context)
+
+
+@pytest.mark.parametrize(("fields", "kinds"), [
+  ({"model.offload": "layers"}, ["base"]),
+  ({"optimizer.offload": "state"}, ["optimizer"]),
+  ({"optimizer.offload": "params"}, ["optimizer", "trained"]),
+  ({"optimizer.offload": "params", "model.offload": "layers"}, ["base", "optimizer", "trained"]),
+])  # fmt: skip
+def test_what_lies_on_the_host_is_counted_there(folder, fields, kinds):
+  """By the config, as the shardings say where they can."""
+  built = program.build(load(folder, "sft", "text", ",base=nf4", fields), topology.target(count=1))
+  by_kind = program.on_host(built)
+  assert [kind for kind, size in sorted(by_kind.items()) if size] == kinds
+  arrays = jax.tree.leaves((built.state, built.context))
+  hosted = [x for x in arrays if x.sharding.memory_kind == "pinned_host"]
+  assert sum(by_kind.values()) == program.bytes_a_device(hosted)

@@ -7,7 +7,7 @@ import pytest
 
 from posttrain_jax import settings
 from posttrain_jax.core import tree
-from posttrain_jax.plan import estimate, program, topology, writing
+from posttrain_jax.plan import estimate, program, report, topology, writing
 from tests import tiny
 
 
@@ -40,7 +40,7 @@ def test_what_writes_is_counted_beside_what_trains(folder):
   assert len(writes["programs"]) == 2
   peaks = [sizes["peak_gib"] for sizes in writes["programs"].values()]
   assert found["peak_gib"] >= max(peaks) > 0
-  printed = estimate.report(found)
+  printed = report.written(found)
   assert "to write 8 answers at once, of 100 tokens with their prompts" in printed
   assert "does not run" not in printed
 
@@ -50,7 +50,7 @@ def test_a_pod_that_no_run_can_write_on_is_told(folder, monkeypatch):
   monkeypatch.setattr(estimate, "hosts", lambda devices: 2)
   found = estimate.figures(config(folder), devices=1)
   told = "does not run on these 2 hosts: online learning writes its answers in one process"
-  assert told in estimate.report(found)
+  assert told in report.written(found)
 
 
 def bytes_of(params):

@@ -1,0 +1,77 @@
+"""Bytes that a program sends: from its text, and equal to arithmetic where the program is known."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from posttrain_jax.core import sharding
+from posttrain_jax.plan import collectives
+from posttrain_jax.plan.collectives import Collective
+
+MESH = functools.partial(sharding.mesh, data=2, fsdp=2, tensor=2)
+# a loop of five over an asynchronous gather, as the CUDA plugin prints one
+LOOP = """
+%body (p: (s32[], bf16[4,8])) -> (s32[], bf16[4,8]) {
+  %start = ((bf16[2,8]), (bf16[4,8]{1,0})) all-gather-start(%x), channel_id=3, replica_groups=[4,2]<=[4,2]T(1,0)
+  %done = (bf16[4,8]{1,0}) all-gather-done(%start)
+}
+
+%cond (p: (s32[], bf16[4,8])) -> pred[] {
+  %bound = s32[]{:T(128)} constant(5)
+}
+
+ENTRY %main (x: bf16[4,8]) -> bf16[4,8] {
+  %loop = (s32[], bf16[4,8]) while(%start), condition=%cond, body=%body
+  %send = (f32[7,8]{1,0}, u32[], token[]) send(%x, %token), attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+}
+"""
+
+
+def compiled(spec, out, f, mesh):
+  x = jax.ShapeDtypeStruct((16, 16), jnp.float32, sharding=NamedSharding(mesh, spec))
+  return jax.jit(f, out_shardings=NamedSharding(mesh, out)).lower(x).compile().as_text()
+
+
+def test_a_gather_sends_what_the_others_have_not():
+  mesh = MESH()
+  (one,) = collectives.read(compiled(P("fsdp"), P(), lambda x: x * 2, mesh), mesh)
+  assert one == Collective("all-gather", "fsdp", 1, 16 * 16 * 4 // 2, 0)
+
+
+@pytest.mark.parametrize(("axes", "slices", "sent", "network"), [
+  ("data", 1, 1, 0), ("data", 2, 0, 1), (("data", "fsdp"), 2, 1, 0.5), ("fsdp", 2, 1, 0),
+])  # fmt: skip
+def test_a_sum_sends_its_array_once_each_way(axes, slices, sent, network):
+  """2 (n - 1) / n of it among two; from slice to slice half of it, where two devices share that."""
+  mesh = MESH()
+  summed = compiled(P(axes), P(), lambda x: x.sum(0), mesh)
+  slice_of = {d.id: i * slices // 8 for i, d in enumerate(mesh.devices.flat)}
+  (one,) = collectives.read(summed, mesh, slice_of)
+  names = axes if isinstance(axes, str) else "+".join(axes)
+  size = 16 * 4
+  assert one == Collective("all-reduce", names, 1, int(sent * size), int(network * size))
+
+
+def test_loops_and_what_crosses_slices_are_counted():
+  found = collectives.read(LOOP, MESH())
+  # the groups are (0, 2), (4, 6), ...
+  assert Collective("all-gather", "fsdp", 5, 5 * 4 * 8 * 2 // 2, 0) in found
+  assert Collective("send all-reduce", "slices", 1, 0, 7 * 8 * 4) in found
+
+
+@pytest.mark.parametrize(("text", "groups"), [
+  ("replica_groups={{0,2},{1,3}}, x", [[0, 2], [1, 3]]),
+  ("replica_groups=[2,2]<=[4], x", [[0, 1], [2, 3]]),
+  ("replica_groups=[2,2]<=[2,2]T(1,0), x", [[0, 2], [1, 3]]),
+  ("replica_groups=mesh['a'=2,'b'=2] {'a'}, x", [[0, 2], [1, 3]]),
+  ("replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'a'}, x", [[0, 1], [2, 3]]),
+  ("source_target_pairs={{0,1},{1,0}}, x", [[0, 1], [1, 0]]),
+  ("replica_groups={}, x", [[0, 1, 2, 3]]),
+])  # fmt: skip
+def test_every_way_to_write_groups_is_read(text, groups):
+  np.testing.assert_array_equal(collectives._groups(text, 4), groups)

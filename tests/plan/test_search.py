@@ -1,0 +1,49 @@
+"""The search finds the largest batch that fits, whatever the compiler says fits."""
+
+import dataclasses
+
+import pytest
+
+from posttrain_jax.plan import chips, estimate, search, topology
+from tests.plan.test_estimate import config
+
+NEEDS = {"none": 8.0, "dots": 4.0, "names": 3.0, "full": 1.0}  # GiB a row
+SPEED = {"none": 4.0, "dots": 4.0, "names": 4.0, "full": 3.0}
+
+
+def facts(changed, target, *, advise):
+  """A step that needs so much for each row beside 5 GiB."""
+  assert not advise
+  rows, remat = changed.batch.rows, changed.model.remat
+  between = NEEDS[remat] * rows
+  return {
+    "fits": 5 + between <= target.memory,
+    "peak_gib": 5 + between,
+    "by_kind_gib": {"activations": between},
+    "roofline": {"tokens_per_second": SPEED[remat]},
+  }
+
+
+@pytest.mark.parametrize(("memory", "wanted"), [
+  (16.0, [("names", 2), ("dots", 2), ("none", 1), ("full", 8)]),
+  (7.0, [("full", 2)]),
+  (5.5, []),
+])  # fmt: skip
+def test_the_largest_batch_of_each_mode(memory, wanted, monkeypatch):
+  monkeypatch.setattr(estimate, "of", facts)
+  target = dataclasses.replace(topology.target(count=1), memory=memory, chip=chips.TPUS["v5e"])
+  tried = search.search(config(), target)
+  assert sorted((one["remat"], one["rows"]) for one in tried) == sorted(wanted)
+  assert [one["remat"] for one in tried[-1:]] == [mode for mode, _ in wanted[-1:]]
+  said = search.written(config(), tried)
+  if wanted:
+    assert (
+      f"--config.model.remat={tried[0]['remat']} --config.batch.rows={tried[0]['rows']}" in said
+    )
+  else:
+    assert "nothing fits" in said
+
+
+def test_memory_has_to_be_known():
+  with pytest.raises(ValueError, match="its memory is not known"):
+    search.search(config(), topology.target(count=1))
