@@ -237,13 +237,9 @@ def _targeted(names_at: dict[str, list[str]], config: AdapterConfig) -> dict[str
 def modules(params: Any) -> dict[str, list[str]]:
   """path -> expanded module names, for every matrix; the tied head among them."""
   standing = (before.PROMPT, before.PREFIX)
-  leaves = {path: leaf for path, leaf in tree.items(params) if path not in standing}
-  layers = next(
-    weight.shape(leaf)[0] for path, leaf in leaves.items() if path.startswith("layers/")
-  )
-  dimensions = lambda path, leaf: len(weight.shape(leaf)) - path.startswith("layers/")
-  paths = [path for path, leaf in leaves.items() if dimensions(path, leaf) == 2]
-  return {path: tree.expand(path, layers) for path in dict.fromkeys([*paths, HEAD])}
+  shapes = {p: weight.shape(leaf) for p, leaf in tree.items(params) if p not in standing}
+  paths = [path for path, shape in shapes.items() if len(shape) - tree.leads(path) == 2]
+  return {path: tree.expand(path, shapes.get(path, ())) for path in dict.fromkeys([*paths, HEAD])}
 
 
 def _check(config: AdapterConfig, names: list[str]) -> None:

@@ -362,8 +362,8 @@ def bits(w: Any) -> Bfloat16:
   return Bfloat16(jax.lax.bitcast_convert_type(dense(w, jnp.bfloat16), BITS))
 
 
-def layer(w: AnyWeight, index: int) -> AnyWeight:
-  """One layer's matrix of a stacked weight."""
+def layer(w: AnyWeight, index: Any) -> AnyWeight:
+  """The matrix at an index of a stacked weight: a layer, or (layer, expert)."""
   of_layer = lambda leaf: leaf if is_shared(leaf) else leaf[index]
   return jax.tree.map(of_layer, w, is_leaf=is_shared)
 
