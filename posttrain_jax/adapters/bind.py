@@ -261,6 +261,12 @@ def _check(config: AdapterConfig, names: list[str]) -> None:
     )
   if config.method == "ia3":
     ia3.check(adapted, config)
+  of_experts = next((name for name in adapted if ".mlp.experts." in name), None)
+  if of_experts and METHODS[config.method] is not inits.init:
+    raise ValueError(
+      f"method={config.method!r} does not adapt experts, such as {of_experts!r}; LoRA and its kinds do: write "
+      'target_modules=("q_proj", "k_proj", "v_proj", "o_proj") for attention alone, or another method'
+    )
   layers = {int(name.split(".")[1]) for name in names if name.startswith("layers.")}
   if set(config.layers_to_transform or ()) - layers:
     raise ValueError(

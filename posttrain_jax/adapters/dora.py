@@ -38,7 +38,7 @@ class DoRA(LoRA):
   x @ W + dropped @ (magnitude * V / ||V|| - W).  A layer of rank 0 is its base.
   """
 
-  magnitude: Any = None  # [layers, out] or [out]
+  magnitude: Any = None  # [out], [layers, out] or [layers, experts, out]
   norm: Any = None  # ||W|| of each column of the base, likewise
   TRAINED = ("a", "b", "magnitude")
 
@@ -100,11 +100,13 @@ class DoRA(LoRA):
 
 def over(node: LoRA, base: Any) -> DoRA:
   """The DoRA of node's factors on base, its magnitude that of W + scale a b."""
-  if node.a.ndim == 2:
+  lead = node.a.shape[:-2]
+  if not lead:
     norm, magnitude = _columns(base, node)
   else:
-    layers = [_columns(weight.layer(base, i), weight.layer(node, i)) for i in range(len(node.a))]
-    norm, magnitude = (jnp.stack(columns) for columns in zip(*layers))
+    of = lambda at: _columns(weight.layer(base, at), weight.layer(node, at))
+    columns = zip(*[of(at) for at in np.ndindex(lead)])
+    norm, magnitude = (jnp.stack(x).reshape(*lead, -1) for x in columns)
   fields: Any = {f.name: vars(node)[f.name] for f in dataclasses.fields(LoRA)}
   return DoRA(**fields, magnitude=magnitude, norm=norm)
 

@@ -186,7 +186,7 @@ def _read(
   tensors, others = naming.of_text(_read_tensors(path / TENSORS))
   if others:
     log.info("%s: %d modules left unread (this is the text model)", path, len(others))
-  class_names = naming.of_tensors(tensors, codec.wrapped)
+  class_names = naming.of_tensors(tensors, codec.wrapped, model_config.family)
   folder = Folder(path, tensors, described, record, class_names, others)
   return codec.read(folder, params, model_config)
 

@@ -35,17 +35,18 @@ def loss(params, tokens, config):
 @pytest.mark.parametrize("name", KINDS)
 def test_logits_and_gradients_equal_transformers(tmp_path, tiny_model, torch_logits, name, chosen):
   model = tiny_model(name, num_experts_per_tok=chosen, norm_topk_prob=chosen == 2)
-  with (
-    torch.no_grad()
-  ):  # an expert that nobody chooses: its logit is far below the others' for every token
-    for layer in model.model.layers:
-      layer.mlp.gate.weight[3] = 0
-      layer.mlp.gate.weight *= 2
-      layer.post_attention_layernorm.weight[:] = 1
+  with torch.no_grad():
+    for layer in model.model.layers:  # of three pairs a logit each is above 0, which expert 3's is
+      router = layer.mlp.gate.weight
+      router[[0, 2, 5]] = -router[[1, 4, 6]]
+      router[3] = 0
   model.save_pretrained(tmp_path)
   params, config = hf.load(tmp_path)
   tokens = families.tokens(2, 40)
   found = jax.jit(lambda p: decoder.forward(p, tokens, config))(params)
+  _, load = decoder.hidden_and_load(params, tokens, config)
+  assert load.chosen.sum(1).tolist() == [80 * chosen] * 3
+  assert chosen == 4 or load.chosen[:, 3].tolist() == [0] * 3
   np.testing.assert_allclose(found, torch_logits(model, tokens), rtol=0, atol=1e-4)
   wanted = gradients(model, tokens)
   ours = dict(tree.items(jax.jit(jax.grad(loss), static_argnums=2)(params, tokens, config)))
