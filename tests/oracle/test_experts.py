@@ -5,12 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from posttrain_jax import adapters
+from posttrain_jax.adapters import AdapterConfig, peft_format
 from posttrain_jax.core import tree
 from posttrain_jax.models import decoder, hf
+from tests.adapters import cases
 from tests.models import families
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: run `make oracle`")
-pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.oracle
 
 KINDS = ["mixtral", "qwen3_moe"]
@@ -66,3 +70,56 @@ def test_logits_and_gradients_equal_transformers(tmp_path, tiny_model, torch_log
         theirs = wanted[name if name.startswith("lm_head") else f"model.{name}"]
       one = one.T if tree.turned(path) else one
       np.testing.assert_allclose(one, theirs, rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+CHOSEN = {
+  "all": dict(r=3, lora_alpha=6),
+  "attention": dict(r=2, target_modules=("q_proj", "v_proj")),
+  "down": dict(r=2, lora_alpha=3, target_modules=("down_proj",)),
+  "router": dict(r=2, target_modules=("gate", "k_proj")),
+}
+
+
+def bound_logits(params, adapter, tokens, config):
+  run = jax.jit(decoder.forward, static_argnums=2)
+  return np.asarray(run(adapters.bind(params, adapter), tokens, config))
+
+
+@pytest.mark.parametrize("chosen", CHOSEN)
+@pytest.mark.parametrize("name", KINDS)
+def test_adapters_go_to_peft_and_come_back_fused(tmp_path, folders, torch_logits, name, chosen):
+  folder, params, config = folders(name)
+  chosen = AdapterConfig(**CHOSEN[chosen])
+  _, adapter = adapters.init(jax.random.key(0), params, chosen)
+  adapter, tokens = cases.trained(adapter), families.tokens(2, 20)
+  peft_format.save(tmp_path / "ours", adapter, chosen, config)
+  base = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+  model = peft.PeftModel.from_pretrained(base, tmp_path / "ours").eval()
+  wanted = torch_logits(model, tokens)
+  found = bound_logits(params, adapter, tokens, config)
+  np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-4)
+  model.save_pretrained(tmp_path / "theirs")
+  again, _ = peft_format.load(tmp_path / "theirs", params, config)
+  np.testing.assert_allclose(bound_logits(params, again, tokens, config), wanted, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("parameters", [("gate_up_proj", "down_proj"), ("gate_up_proj",)])
+@pytest.mark.parametrize("name", KINDS)
+def test_adapters_that_peft_made_of_fused_experts_are_read(
+  tmp_path, folders, torch_logits, name, parameters
+):
+  folder, params, config = folders(name)
+  base = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+  targets = [f"mlp.experts.{parameter}" for parameter in parameters]
+  chosen = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["o_proj"], target_parameters=targets)
+  model = peft.get_peft_model(base, chosen).eval()
+  generator = torch.Generator().manual_seed(0)
+  with torch.no_grad():
+    for key, parameter in model.named_parameters():
+      if "lora_B" in key:
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+  model.save_pretrained(tmp_path)
+  adapter, _ = peft_format.load(tmp_path, params, config)
+  tokens = families.tokens(2, 20)
+  found = bound_logits(params, adapter, tokens, config)
+  np.testing.assert_allclose(found, torch_logits(model, tokens), rtol=0, atol=2e-4)
