@@ -24,21 +24,28 @@ def make(config: Config, model: Model, channels: Sequence[str]) -> Scorer:
   """The objective that config.objective names; a model planned without files has no tokenizer."""
   how = _how(config, model)
   if config.objective.name == "sft":
-    special = () if model.tokenizer is None else model.tokenizer.all_special_ids
-    return objectives.Sft(
-      model.config,
-      channels=tuple(channels),
-      special_tokens=tuple(sorted(set(special))),
-      markers=() if model.tokenizer is None else markers(model.tokenizer),
-      **how,
-    )
-  parts = _PARTS[config.objective.name](config, model, how)
+    parts: Parts = (("sft", _supervised(model, channels, how), 1.0),)
+  else:
+    parts = _PARTS[config.objective.name](config, model, how)
   if "sft_weight" in config.objective and config.objective.sft_weight:
     imitation = objectives.Imitation(model.config, kind=config.data.kind, **how)
     parts = (*parts, ("sft", imitation, float(config.objective.sft_weight)))
+  if weight := decisions.balance(config, model.config):
+    parts = (*parts, ("balance", objectives.Balance(model.config, **how), weight))
   if len(parts) == 1 and parts[0][2] == 1:
     return parts[0][1]
   return objectives.Sum(model.config, parts=parts, **how)
+
+
+def _supervised(model: Model, channels: Sequence[str], how: Mapping[str, Any]) -> Scorer:
+  special = () if model.tokenizer is None else model.tokenizer.all_special_ids
+  return objectives.Sft(
+    model.config,
+    channels=tuple(channels),
+    special_tokens=tuple(sorted(set(special))),
+    markers=() if model.tokenizer is None else markers(model.tokenizer),
+    **how,
+  )
 
 
 # What marks the end of a turn, a call of a tool and its result, and the thinking before an answer, in any template.

@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from posttrain_jax import adapters
+from posttrain_jax.core import metrics as metrics_lib
 from posttrain_jax.core import struct, tree
-from posttrain_jax.losses import logprob
-from posttrain_jax.models import decoder
+from posttrain_jax.losses import balance, logprob
+from posttrain_jax.models import decoder, experts
 from posttrain_jax.models.config import ModelConfig
 
 Array = jax.Array
@@ -98,6 +99,7 @@ class Forward:
 
   params: Any
   hidden: Array
+  load: Any = None  # of a mixture of experts: what its routers did, a layer each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +149,8 @@ class Scorer(abc.ABC):
     training: bool,
   ) -> tuple[Array, Metrics]:
     forward = self.forward(trainable, context, batch, key, training=training)
-    return self.contribution(forward, context, batch, totals, training=training)
+    loss, metrics = self.contribution(forward, context, batch, totals, training=training)
+    return loss, metrics if forward.load is None else {**metrics, **measured_load(forward.load)}
 
   @abc.abstractmethod
   def totals(
@@ -171,10 +174,13 @@ class Scorer(abc.ABC):
     self, trainable: Any, context: Context, batch: Batch, key: Array | None, *, training: bool
   ) -> Forward:
     params = policy(trainable, context, key if training else None)
-    return Forward(params, self.hidden(params, batch, training=training))
+    return Forward(params, *self._hidden(params, batch, training=training))
 
   def hidden(self, params: Any, batch: Batch, *, training: bool = False) -> Array:
-    return decoder.hidden(
+    return self._hidden(params, batch, training=training)[0]
+
+  def _hidden(self, params: Any, batch: Batch, *, training: bool) -> tuple[Array, Any]:
+    return decoder.hidden_and_load(
       decoder.multiplied_in(params, self.products),
       batch["tokens"],
       self.model,
@@ -202,6 +208,22 @@ class Scorer(abc.ABC):
       kept=following(batch["kept"]) if "kept" in batch else None,
       **options,
     )
+
+
+def measured_load(load: experts.Load) -> Metrics:
+  """What runs record of the routers, over the tokens of a micro-batch; 1 is even."""
+  load = jax.lax.stop_gradient(load)
+  count = jnp.maximum(load.tokens, 1)
+  share = load.chosen / count[:, None]
+  each = jnp.maximum(jnp.sum(share, axis=-1), 1e-9)  # experts a token
+  even = load.chosen.shape[-1] / each
+  mean = lambda values: metrics_lib.Mean(jnp.mean(values) * load.tokens[0], load.tokens[0])
+  imbalance = balance.load_balance(load.chosen, load.probability, load.tokens)
+  return {
+    "router/imbalance": mean(imbalance / each),
+    "router/busiest": mean(jnp.max(share, axis=-1) * even),
+    "router/idle": mean(load.chosen == 0),
+  }
 
 
 def following(values: Array) -> Array:

@@ -136,6 +136,10 @@ FIELDS: Mapping[str, Field] = {
   "model.remat": Field(
     "what the backward pass recomputes", Choice(("auto", "none", "names", "dots", "full"))
   ),
+  "model.router_aux_loss_coef": Field(
+    "of a mixture of experts: weight of the loss that spreads tokens over them evenly; 0 for none",
+    _NOT_NEGATIVE,
+  ),
   # --- batch, mesh, evaluation, checkpoints
   "batch.rows": Field("rows in an optimizer batch, over all devices", _whole(1, MOST_ROWS)),
   "batch.accumulate": Field(

@@ -8,6 +8,7 @@ import pytest
 from posttrain_jax import adapters
 from posttrain_jax.adapters import AdapterConfig, peft_format
 from posttrain_jax.core import tree
+from posttrain_jax.losses import balance
 from posttrain_jax.models import decoder, hf
 from tests.adapters import cases
 from tests.models import families
@@ -70,6 +71,34 @@ def test_logits_and_gradients_equal_transformers(tmp_path, tiny_model, torch_log
         theirs = wanted[name if name.startswith("lm_head") else f"model.{name}"]
       one = one.T if tree.turned(path) else one
       np.testing.assert_allclose(one, theirs, rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_loss_of_balance_equals_transformers(tmp_path, tiny_model, name):
+  """Value and gradient, right padding left out."""
+  model = tiny_model(name)
+  model.save_pretrained(tmp_path)
+  params, config = hf.load(tmp_path)
+  tokens, lengths = families.tokens(2, 20), np.asarray([20, 13])
+  mask = (np.arange(20) < lengths[:, None]).astype(np.int32)
+  out = model(
+    input_ids=torch.tensor(tokens, dtype=torch.long),
+    attention_mask=torch.tensor(mask),
+    output_router_logits=True,
+  )
+  model.zero_grad()
+  out.aux_loss.backward()
+
+  def loss(params):
+    _, load = decoder.hidden_and_load(params, tokens, config, segment_ids=mask)
+    return balance.load_balance(load.chosen, load.probability, load.tokens)
+
+  value, gradient = jax.jit(jax.value_and_grad(loss))(params)
+  np.testing.assert_allclose(value, out.aux_loss.item(), rtol=1e-5)
+  for layer in range(3):
+    wanted = model.model.layers[layer].mlp.gate.weight.grad.numpy().T
+    found = gradient["layers"]["mlp"]["gate"]["weight"][layer]
+    np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-6)
 
 
 CHOSEN = {
