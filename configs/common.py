@@ -204,6 +204,7 @@ def run(arg):
   c.mesh = ml_collections.ConfigDict()
   c.mesh.data = 1
   c.mesh.fsdp = -1  # -1: all the devices that are left
+  c.mesh.expert = 1  # devices that share the experts of a mixture
   c.mesh.tensor = 1
 
   c.eval = ml_collections.ConfigDict()

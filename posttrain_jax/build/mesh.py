@@ -17,17 +17,17 @@ def make(
   """The mesh of config.mesh over the devices, all of this program's by default; None on a single one."""
   devices = jax.devices() if devices is None else devices
   m = config.mesh
-  mesh = sharding.mesh(data=m.data, fsdp=m.fsdp, tensor=m.tensor, devices=devices)
+  mesh = sharding.mesh(**m.to_dict(), devices=devices)
   if len(devices) == 1:
     return None
-  shares = mesh.shape["data"] * mesh.shape["fsdp"]
+  shares = sharding.row_shares(mesh)
   for field, rows, unit in (
     ("batch.rows", config.batch.rows, shares * config.batch.accumulate),
     ("eval.rows", config.eval.rows, shares),
   ):
     if rows % unit:
       raise ConfigError(
-        f"{field}={rows}: the mesh {dict(mesh.shape)} splits the rows of each micro-batch over data x fsdp; "
+        f"{field}={rows}: the mesh {dict(mesh.shape)} splits the rows of each micro-batch over data x fsdp x expert; "
         f"write a multiple of {unit}, or a larger mesh.tensor"
       )
   return mesh

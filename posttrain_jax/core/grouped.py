@@ -18,7 +18,10 @@ from posttrain_jax.core import struct
 from posttrain_jax.core.weight import PRODUCT, Adapted, AnyWeight, linear
 
 Array = jax.Array
-SMALLEST, LARGEST = 8, 256  # rows of a block
+SMALLEST, LARGEST = (
+  8,
+  256,
+)  # rows of a block: the power of two next below the mean, so that little is computed in vain
 
 
 @struct.dataclass
@@ -34,19 +37,13 @@ class Groups:
   block: int = struct.field(pytree_node=False, default=SMALLEST)
 
 
-def groups(sizes: Array, rows: int) -> Groups:
-  """The groups of so many rows; sizes: [groups] of integers whose sum is at most that."""
+def groups(sizes: Array, mean: int) -> Groups:
+  """The groups of these sizes, [groups] of integers; mean: rows of a group as expected, which blocks are made for."""
   sizes = jnp.asarray(sizes)
-  block = _block(rows, len(sizes))
+  block = min(max(2 ** int(math.log2(max(mean, 1))), SMALLEST), LARGEST)
   each = -(-sizes // block)
   first = jnp.concatenate([jnp.zeros(1, sizes.dtype), jnp.cumsum(each)])
   return Groups(sizes, jnp.cumsum(sizes), first, block)
-
-
-def _block(rows: int, count: int) -> int:
-  """The power of two next below the rows that a group has on average: half a block a group is computed for nothing."""
-  mean = max(rows // max(count, 1), 1)
-  return min(max(2 ** int(math.log2(mean)), SMALLEST), LARGEST)
 
 
 def product(x: Array, w: AnyWeight, of: Groups) -> Array:

@@ -1,4 +1,4 @@
-"""Sharding is data: a mesh with axes `data fsdp tensor`, and (pattern, PartitionSpec) rules that cover every path.
+"""Sharding is data: a mesh with axes `AXES`, and (pattern, PartitionSpec) rules that cover every path.
 
 Models name logical axes (`constrain(x, "batch time embed")`), never meshes; without an ambient mesh that does nothing.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,12 +16,12 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from posttrain_jax.core.leaf import Leaf
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "expert", "tensor")
 Rules = Sequence[tuple[str, PartitionSpec]]
 
 # Where the logical axes of an activation live: entries of a PartitionSpec.
 ACTIVATIONS: dict[str, Any] = {
-  "batch": ("data", "fsdp"),
+  "batch": ("data", "fsdp", "expert"),
   "time": None,
   "embed": None,
   "heads": "tensor",
@@ -32,15 +32,15 @@ ACTIVATIONS: dict[str, Any] = {
 
 
 def mesh(
-  *, data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Any = None
+  *, data: int = 1, fsdp: int = 1, expert: int = 1, tensor: int = 1, devices: Any = None
 ) -> jax.sharding.Mesh:
-  """A mesh of data x fsdp x tensor devices; one axis may be -1: all the devices that are left.
+  """A mesh of data x fsdp x expert x tensor devices; one axis may be -1: all the devices that are left.
 
   Raises:
     ValueError: for sizes below 1, and when the product is not the number of devices.
   """
   devices = np.asarray(jax.devices() if devices is None else devices)
-  sizes = [data, fsdp, tensor]
+  sizes = [data, fsdp, expert, tensor]
   if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
     raise ValueError(
       f"mesh {dict(zip(AXES, sizes))}: sizes must be 1 or more, and one axis may be -1"
@@ -52,18 +52,30 @@ def mesh(
     sizes[sizes.index(-1)] = devices.size // known
   if math.prod(sizes) != devices.size:
     raise ValueError(
-      f"mesh data={sizes[0]} x fsdp={sizes[1]} x tensor={sizes[2]} needs {math.prod(sizes)} devices, "
+      f"mesh {' x '.join(f'{axis}={size}' for axis, size in zip(AXES, sizes))} needs {math.prod(sizes)} devices, "
       f"found {devices.size}; write -1 for one axis to take all that are left"
     )
   return jax.make_mesh(
-    tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=list(devices.ravel())
+    tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=list(devices.ravel())
   )
 
 
+def row_shares(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:
+  """Over how many devices the rows of a batch are spread."""
+  return math.prod(mesh.shape[axis] for axis in ACTIVATIONS["batch"])
+
+
 def active() -> bool:
-  """True inside `jax.set_mesh` of a mesh with more than one device."""
+  """True inside `jax.set_mesh` of a mesh with more than one device; what `by_device` runs sees its own alone."""
   ambient = jax.sharding.get_abstract_mesh()
-  return not ambient.empty and ambient.size > 1
+  return not ambient.empty and ambient.size > 1 and not ambient.manual_axes
+
+
+def by_device(
+  function: Callable[..., Any], inputs: tuple[Any, ...], outputs: PartitionSpec
+) -> Callable[..., Any]:
+  """function on each device's own parts, with collectives of its own; inputs, outputs: PartitionSpecs."""
+  return jax.shard_map(function, in_specs=inputs, out_specs=outputs, check_vma=False)
 
 
 def constrain(x: jax.Array, axes: str) -> jax.Array:

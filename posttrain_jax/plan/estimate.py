@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from posttrain_jax.build import checks, decisions, online
-from posttrain_jax.core import tree
+from posttrain_jax.core import sharding, tree
 from posttrain_jax.core.weight import Weight
 from posttrain_jax.losses import logprob
 from posttrain_jax.models.config import ModelConfig
@@ -183,4 +183,4 @@ def _row_shards(built: Program) -> int:
   """Over how many devices the rows are spread."""
   if built.mesh is None:
     return 1
-  return built.mesh.shape["data"] * built.mesh.shape["fsdp"]
+  return sharding.row_shares(built.mesh)
