@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from posttrain_jax.adapters.dropout import dropout
-from posttrain_jax.adapters.lora import LoRA
+from posttrain_jax.adapters.lora import LoRA, of_rows
 from posttrain_jax.core import sharding, struct, weight
 from posttrain_jax.core.weight import Adapted, embed, linear, linear32
 
@@ -49,6 +49,16 @@ class DoRA(LoRA):
     dropped = dropout(x, self.dropout, key)
     whole, part = linear(jnp.stack([x, dropped]), base)  # one product: the base is decoded once
     return whole + (factor * self._direction(dropped, part) - part).astype(x.dtype)
+
+  def ragged(self, x: Array, sizes: Array, base: Any, key: Array | None = None) -> Array:
+    factor = jax.vmap(lambda node, base: node.factor(base, x.dtype))(self, base)
+    factor = of_rows(factor, sizes, len(x))
+    whole = weight.ragged(x, base, sizes)
+    if key is None or self.dropout == 0.0:
+      return (factor * (whole + self._change(x, sizes))).astype(x.dtype)
+    dropped = dropout(x, self.dropout, key[0])
+    part = weight.ragged(dropped, base, sizes)
+    return whole + (factor * (part + self._change(dropped, sizes)) - part).astype(x.dtype)
 
   def _direction(self, x: Array, from_base: Array) -> Array:
     """x @ V.  The magnitude's gradient reads it, so the backward pass keeps it or computes x @ W again."""

@@ -57,6 +57,15 @@ class LoRA(Change):
     down = checkpoint_name(linear(dropout(x, self.dropout, key), self.a), "down")
     return linear(x, base) + linear(down * self._scales().astype(x.dtype), self.b)
 
+  def ragged(self, x: Array, sizes: Array, base: Any, key: Array | None = None) -> Array:
+    dropped = dropout(x, self.dropout, None if key is None else key[0])
+    return weight.ragged(x, base, sizes) + self._change(dropped, sizes)
+
+  def _change(self, x: Array, sizes: Array) -> Array:
+    """What the experts' factors add to sorted rows."""
+    down = weight.ragged(x, self.a, sizes) * of_rows(self._scales(), sizes, len(x)).astype(x.dtype)
+    return weight.ragged(down, self.b, sizes)
+
   def rows(self, ids: Array, base: Any, key: Array | None = None) -> Array:
     """An adapted embedding; as in PEFT it has no dropout."""
     rows = embed(ids, base)
@@ -195,6 +204,11 @@ def join(
   uneven = None if (ranks == largest).all() else jnp.asarray(mask)
   node = LoRA(a, b, jnp.asarray(scales, jnp.float32), uneven, dropout=dropout)
   return _stack(node, lead)
+
+
+def of_rows(values: Array, sizes: Array, rows: int) -> Array:
+  """[rows, ...]: of each sorted row its group's value."""
+  return jnp.repeat(values, sizes, axis=0, total_repeat_length=rows)
 
 
 def _stack(node: LoRA, lead: tuple[int, ...]) -> LoRA:

@@ -37,6 +37,9 @@ class Replaced(Change):
     is_rounded = weight.multiplied(x.dtype, base.dtype) != x.dtype
     return linear(x, weight.Bfloat16(value) if is_rounded else value)
 
+  def ragged(self, x: Array, sizes: Array, base: Any, key: Array | None = None) -> Array:
+    return weight.ragged(x, self._of(base).astype(base.dtype), sizes)
+
   def rows(self, ids: Array, base: Any, key: Array | None = None) -> Array:
     # in the base's dtype, which sets that of the computation
     return embed(ids, self._of(base)).astype(base.dtype)

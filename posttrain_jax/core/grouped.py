@@ -1,7 +1,8 @@
 """Products of rows with the matrices of their groups: y[i] = x[i] @ w[g(i)], rows sorted by group.
 
 The rows are cut into blocks of one group each, and the blocks that have rows are multiplied: what a group costs follows
-its rows, on any backend and for any weight, which sees a matrix of its own.
+its rows, for any weight, which sees a matrix of its own.  A TPU has `jax.lax.ragged_dot` instead; elsewhere that is a
+dense product of every row with every matrix, whose temporaries on a GPU are groups x rows x columns.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from posttrain_jax.core import struct
-from posttrain_jax.core.weight import PRODUCT, Adapted, AnyWeight, linear
+from posttrain_jax.core.weight import PRODUCT, Adapted, AnyWeight, linear, ragged
 
 Array = jax.Array
 SMALLEST, LARGEST = (
@@ -54,14 +55,26 @@ def product(x: Array, w: AnyWeight, of: Groups) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(structure: Any, x: Array, leaves: list[Any], of: Groups) -> Array:
-  return _blocks(structure, x, leaves, of)
+  y = jax.lax.platform_dependent(
+    x,
+    leaves,
+    of,
+    tpu=functools.partial(_ragged, structure),
+    default=functools.partial(_blocks, structure),
+  )
+  return jnp.where(jnp.arange(len(x))[:, None] < of.ends[-1], y, 0)
 
 
 def _forward(structure, x, leaves, of):
+  """Kept for the backward pass: x, the matrices as they are stored, and which of their arrays train."""
   values = [leaf.value for leaf in leaves]
-  of = jax.tree.map(lambda leaf: leaf.value, of, is_leaf=lambda leaf: hasattr(leaf, "perturbed"))
-  trained = tuple(i for i, leaf in enumerate(leaves) if leaf.perturbed)
-  return _product(structure, x.value, values, of), (x.value, values, of, _Static(trained))
+  of = jax.tree.map(lambda leaf: leaf.value, of, is_leaf=_is_primal)
+  trained = _Static(tuple(i for i, leaf in enumerate(leaves) if leaf.perturbed))
+  return _product(structure, x.value, values, of), (x.value, values, of, trained)
+
+
+def _is_primal(leaf: Any) -> bool:
+  return isinstance(leaf, jax.custom_derivatives.CustomVJPPrimal)
 
 
 @struct.dataclass
@@ -71,16 +84,39 @@ class _Static:
 
 def _backward(structure, kept, g):
   x, leaves, of, trained = kept
-  nothing = [None] * len(leaves)
+  gradients = [None] * len(leaves)
   if isinstance(g, jax.custom_derivatives.SymbolicZero):
-    return None, nothing, None
-  d_x, d_trained = _pulled(structure, x, leaves, of, g, trained.value)
+    return None, gradients, None
+  d_x, d_trained = jax.lax.platform_dependent(
+    x,
+    leaves,
+    of,
+    jnp.where(jnp.arange(len(x))[:, None] < of.ends[-1], g, 0),
+    tpu=functools.partial(_ragged_backward, structure, trained.value),
+    default=functools.partial(_blocks_backward, structure, trained.value),
+  )
   for i, d in zip(trained.value, d_trained):
-    nothing[i] = d.astype(leaves[i].dtype)
-  return d_x, nothing, None
+    gradients[i] = d.astype(leaves[i].dtype)
+  return jnp.where(jnp.arange(len(x))[:, None] < of.ends[-1], d_x, 0), gradients, None
 
 
 _product.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _ragged(structure: Any, x: Array, leaves: list[Any], of: Groups) -> Array:
+  return ragged(x, structure.unflatten(leaves), of.sizes)
+
+
+def _ragged_backward(structure, trained, x, leaves, of, g):
+  def multiplied(x, values):
+    changed = list(leaves)
+    for k, value in zip(trained, values):
+      changed[k] = value
+    return _ragged(structure, x, changed, of)
+
+  _, pull = jax.vjp(multiplied, x, [leaves[k] for k in trained])
+  d_x, d_trained = pull(g)
+  return d_x, [d.astype(jnp.float32) for d in d_trained]
 
 
 def _blocks(structure: Any, x: Array, leaves: list[Any], of: Groups) -> Array:
@@ -96,11 +132,10 @@ def _blocks(structure: Any, x: Array, leaves: list[Any], of: Groups) -> Array:
 
   shape = jax.eval_shape(lambda: linear(rows[: of.block], _matrix(structure, leaves, 0, 0)))
   y = jnp.zeros((len(rows), shape.shape[-1]), shape.dtype)
-  y = jax.lax.fori_loop(0, of.first[-1], body, y)[: len(x)]
-  return jnp.where(jnp.arange(len(x))[:, None] < of.ends[-1], y, 0)
+  return jax.lax.fori_loop(0, of.first[-1], body, y)[: len(x)]
 
 
-def _pulled(structure, x, leaves, of, g, trained):
+def _blocks_backward(structure, trained, x, leaves, of, g):
   """(the gradient of x, those of the trained leaves in float32)."""
   rows = jnp.pad(x, ((0, of.block), (0, 0)))
   g = jnp.pad(g, ((0, of.block), (0, 0)))

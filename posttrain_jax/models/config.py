@@ -75,6 +75,11 @@ class ModelConfig:
   source: str = "{}"  # the config.json it came from, as JSON
 
   @property
+  def mlp_width(self) -> int:
+    """Numbers that a token has between the MLP's products: of all its experts."""
+    return self.intermediate_size * max(self.experts_per_token, 1)
+
+  @property
   def softmax_scale(self) -> float:
     return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
 

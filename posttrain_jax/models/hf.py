@@ -182,7 +182,7 @@ def save(
     )
   tied = config.tied if config.scores else "lm_head/weight" not in leaves
   _check(leaves, dataclasses.replace(config, tied=tied and config.tied))
-  storage = quantised.config(leaves, tied)
+  storage = quantised.config(leaves, tied, config.family)
   if tokenizer_from is not None and not Path(tokenizer_from).is_dir():
     raise FileNotFoundError(f"tokenizer_from={str(tokenizer_from)!r} is not a folder")
   with files.publish(folder) as new:

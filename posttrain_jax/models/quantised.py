@@ -13,6 +13,7 @@ import numpy as np
 
 from posttrain_jax import quant
 from posttrain_jax.core import files, tree
+from posttrain_jax.models.names import theirs
 from posttrain_jax.quant import bnb, fourbit, int8, stack
 
 log = logging.getLogger(__name__)
@@ -135,7 +136,7 @@ def _matrix(reader, name, shape, turn, dtype):
   return weight if dtype is None else dataclasses.replace(weight, dtype=jnp.dtype(dtype))
 
 
-def config(leaves: Mapping[str, Any], tied: bool) -> dict[str, Any]:
+def config(leaves: Mapping[str, Any], tied: bool, family: str) -> dict[str, Any]:
   """The `quantization_config` of these leaves; {} where all are plain.
 
   Raises:
@@ -152,5 +153,6 @@ def config(leaves: Mapping[str, Any], tied: bool) -> dict[str, Any]:
     raise ValueError("embed_tokens/weight is quantised: a file has it plain")
   linear = [p for p in leaves if tree.turned(p) and p != "score/weight"]
   plain = [p for p in linear if p not in stored] + (["lm_head/weight"] if tied else [])
-  endings = [p.removeprefix("layers/").removesuffix("/weight").replace("/", ".") for p in plain]
+  endings = [p.removeprefix("layers").removesuffix("/weight").replace("/", ".") for p in plain]
+  endings = [theirs(ending, family).removeprefix(".") for ending in endings]
   return {"quantization_config": bnb.config(next(iter(stored.values())), endings)}

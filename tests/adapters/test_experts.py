@@ -9,7 +9,7 @@ import pytest
 
 from posttrain_jax import adapters, quant
 from posttrain_jax.adapters import AdapterConfig, peft_format
-from posttrain_jax.core import tree
+from posttrain_jax.core import grouped, tree, weight
 from posttrain_jax.models import decoder
 from tests.adapters import cases
 from tests.models import families
@@ -75,6 +75,30 @@ def test_files_hold_each_expert_apart_and_are_read_again(tmp_path, family, name)
   bind = lambda adapter: adapters.merge(params, adapter)
   for path, leaf in tree.items(bind(again)):
     np.testing.assert_allclose(leaf, tree.get(bind(adapter), path), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "uneven"])
+def test_the_product_of_tpus_is_that_of_blocks(name):
+  """Of one layer's stack under an adapter, on a quantised base; gradients too."""
+  config = families.config("qwen3_moe", hidden_size=64, moe_intermediate_size=64)
+  params = quant.quantize_params(families.params(config), exclude=["self_attn.*"])
+  params, adapter = adapters.init(jax.random.key(0), params, CONFIGS[name])
+  bound = adapters.bind(params, cases.trained(adapter))
+  stack = weight.layer(bound["layers"]["mlp"]["experts"]["up_proj"]["weight"], 1)
+  x = jnp.asarray(np.random.default_rng(0).standard_normal((30, 64)), jnp.float32)
+  sizes = jnp.asarray([3, 0, 9, 1, 0, 4, 8, 2])  # three rows of nobody
+  of = grouped.groups(sizes, 8)
+  blocks = lambda x, w: grouped.product(x, w, of)[:27]
+  ragged = lambda x, w: weight.ragged(x, w, sizes)[:27]
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def run(product, x, node):
+    value = lambda x, a: jnp.sum(jnp.sin(product(x, stack.replace(node=node.replace(a=a)))))
+    return jax.value_and_grad(value, argnums=(0, 1))(x, node.a)
+
+  got, wanted = (run(product, x, stack.node) for product in (ragged, blocks))
+  for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(wanted)):
+    np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4 * float(jnp.abs(other).max()))
 
 
 def test_dropout_is_drawn_anew_for_each_row():
