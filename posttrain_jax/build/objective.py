@@ -24,7 +24,7 @@ def make(config: Config, model: Model, channels: Sequence[str]) -> Scorer:
   """The objective that config.objective names; a model planned without files has no tokenizer."""
   how = _how(config, model)
   if config.objective.name == "sft":
-    parts: Parts = (("sft", _supervised(model, channels, how), 1.0),)
+    parts: Parts = (("rows", _supervised(model, channels, how), 1.0),)
   else:
     parts = _PARTS[config.objective.name](config, model, how)
   if "sft_weight" in config.objective and config.objective.sft_weight:

@@ -561,7 +561,7 @@ ROUTERS = Group(
       "The part of the loss that model.router_aux_loss_coef weighs: imbalance times the experts of a token.",
       "Balance",
     ),
-    Metric("loss/sft", "of the rows", LOWER, "The loss without that part.", "Loss of the rows"),
+    Metric("loss/rows", "of the rows", LOWER, "The loss without that part.", "Loss of the rows"),
   ),
   "Of a mixture of experts. A load that grows more uneven while the routers train wastes experts: give "
   "model.router_aux_loss_coef a weight such as 0.001. Under an adapter that leaves routers frozen, little moves.",
