@@ -203,6 +203,7 @@ def run(arg):
   c.mesh = ml_collections.ConfigDict()
   c.mesh.data = 1
   c.mesh.fsdp = -1  # -1: all the devices that are left
+  c.mesh.context = 1  # devices that share each row, for rows too long for one
   c.mesh.tensor = 1
 
   c.eval = ml_collections.ConfigDict()

@@ -17,7 +17,7 @@ def make(
   """The mesh of config.mesh over the devices, all of this program's by default; None on a single one."""
   devices = jax.devices() if devices is None else devices
   m = config.mesh
-  mesh = sharding.mesh(data=m.data, fsdp=m.fsdp, tensor=m.tensor, devices=devices)
+  mesh = sharding.mesh(**m.to_dict(), devices=devices)
   if len(devices) == 1:
     return None
   shares = mesh.shape["data"] * mesh.shape["fsdp"]

@@ -1,4 +1,4 @@
-"""Sharding is data: a mesh with axes `data fsdp tensor`, and (pattern, PartitionSpec) rules that cover every path.
+"""Sharding is data: a mesh with axes `AXES`, and (pattern, PartitionSpec) rules that cover every path.
 
 Models name logical axes (`constrain(x, "batch time embed")`), never meshes; without an ambient mesh that does nothing.
 """
@@ -16,31 +16,34 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from posttrain_jax.core.leaf import Leaf
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "context", "tensor")
 Rules = Sequence[tuple[str, PartitionSpec]]
 
 # Where the logical axes of an activation live: entries of a PartitionSpec.
 ACTIVATIONS: dict[str, Any] = {
   "batch": ("data", "fsdp"),
-  "time": None,
+  "time": "context",
   "embed": None,
   "heads": "tensor",
   "mlp": "tensor",
   "vocab": "tensor",
   "head_dim": None,
+  "-": None,  # whole on every device
 }
+# of rows that are cut along time, their parts below one another (`zigzag.parts`)
+ACTIVATIONS["parts"] = ("context", *ACTIVATIONS["batch"])
 
 
 def mesh(
-  *, data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Any = None
+  *, data: int = 1, fsdp: int = 1, context: int = 1, tensor: int = 1, devices: Any = None
 ) -> jax.sharding.Mesh:
-  """A mesh of data x fsdp x tensor devices; one axis may be -1: all the devices that are left.
+  """A mesh of data x fsdp x context x tensor devices; one axis may be -1: all the devices that are left.
 
   Raises:
     ValueError: for sizes below 1, and when the product is not the number of devices.
   """
   devices = np.asarray(jax.devices() if devices is None else devices)
-  sizes = [data, fsdp, tensor]
+  sizes = [data, fsdp, context, tensor]
   if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
     raise ValueError(
       f"mesh {dict(zip(AXES, sizes))}: sizes must be 1 or more, and one axis may be -1"
@@ -52,11 +55,11 @@ def mesh(
     sizes[sizes.index(-1)] = devices.size // known
   if math.prod(sizes) != devices.size:
     raise ValueError(
-      f"mesh data={sizes[0]} x fsdp={sizes[1]} x tensor={sizes[2]} needs {math.prod(sizes)} devices, "
+      f"mesh {' x '.join(f'{axis}={size}' for axis, size in zip(AXES, sizes))} needs {math.prod(sizes)} devices, "
       f"found {devices.size}; write -1 for one axis to take all that are left"
     )
   return jax.make_mesh(
-    tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=list(devices.ravel())
+    tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=list(devices.ravel())
   )
 
 
@@ -66,16 +69,24 @@ def active() -> bool:
   return not ambient.empty and ambient.size > 1
 
 
+def size(axes: Any) -> int:
+  """Devices of the ambient mesh along an entry of a PartitionSpec; 1 without a mesh."""
+  sizes = jax.sharding.get_abstract_mesh().shape if active() else {}
+  names = axes if isinstance(axes, tuple) else (axes,)
+  return math.prod(sizes[name] for name in names if name is not None and sizes)
+
+
 def constrain(x: jax.Array, axes: str) -> jax.Array:
   """x with its logical axes pinned to the ambient mesh; x itself where there is none.
 
-  Without it eight-way fsdp was seen to all-reduce full activations.
+  Without it eight-way fsdp was seen to all-reduce full activations.  A time that the context axis does not divide, as
+  the one token of a decoding step, lies whole on every device.
   """
   if not active():
     return x
-  names = axes.split()
-  spec = PartitionSpec(*[ACTIVATIONS[name] for name in names])
-  return jax.lax.with_sharding_constraint(x, spec)
+  whole = x.shape[axes.split().index("time")] % size("context") if "time" in axes.split() else 0
+  spec = [None if whole and axis == "context" else axis for axis in logical(axes)]
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
 def pinned(x: jax.Array, axes: str) -> jax.Array:
@@ -88,7 +99,7 @@ def pinned(x: jax.Array, axes: str) -> jax.Array:
 
 def logical(axes: str) -> PartitionSpec:
   """Of an activation with those axes, `-` for one that lies whole on every device."""
-  return PartitionSpec(*[None if name == "-" else ACTIVATIONS[name] for name in axes.split()])
+  return PartitionSpec(*[ACTIVATIONS[name] for name in axes.split()])
 
 
 def gather(tree: Any, spec: PartitionSpec) -> Any:

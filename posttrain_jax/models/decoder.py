@@ -182,6 +182,10 @@ def hidden(
       raise ValueError(
         f"attention_group={attention_group}: shifted groups have no room for a soft prompt, a prefix or prefix_ids"
       )
+    if sharding.size("context") > 1:
+      raise ValueError(
+        f"attention_group={attention_group}: shifted groups read rows in their order, which a context axis cuts"
+      )
     look = functools.partial(attention.attend_shifted, group=attention_group)
   look = _seeing(look, queries, keys)
   shared = _by_kind(config, queries.positions, _reach(config, keys.positions.shape[1]))

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from posttrain_jax import adapters
-from posttrain_jax.core import struct, tree
+from posttrain_jax.core import struct, tree, zigzag
 from posttrain_jax.losses import logprob
 from posttrain_jax.models import decoder
 from posttrain_jax.models.config import ModelConfig
@@ -94,10 +94,10 @@ def policy(trainable: Any, context: Context, key: Array | None = None) -> Any:
 
 @struct.dataclass
 class Forward:
-  """The policy on a batch: its bound parameters, and the hidden states [rows, time, embed] before the head."""
+  """The policy on a batch: its bound parameters, and the hidden states before the head."""
 
   params: Any
-  hidden: Array
+  hidden: Array  # [rows, time, embed] as `zigzag.cut` has rows; all else of a batch is in its own order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,13 +174,14 @@ class Scorer(abc.ABC):
     return Forward(params, self.hidden(params, batch, training=training))
 
   def hidden(self, params: Any, batch: Batch, *, training: bool = False) -> Array:
+    prefix_ids = batch.get("prefix_ids")
     return decoder.hidden(
       decoder.multiplied_in(params, self.products),
-      batch["tokens"],
+      zigzag.cut(batch["tokens"]),
       self.model,
-      positions=batch["positions"],
-      segment_ids=batch["segment_ids"],
-      prefix_ids=batch.get("prefix_ids"),
+      positions=zigzag.cut(batch["positions"]),
+      segment_ids=zigzag.cut(batch["segment_ids"]),
+      prefix_ids=None if prefix_ids is None else zigzag.cut(prefix_ids),
       dtype=self.dtype,
       remat=self.remat,
       attention_group=self.attention_group if training else 0,
@@ -193,15 +194,16 @@ class Scorer(abc.ABC):
   def scores(self, forward: Forward, batch: Batch, mask: Array, **options: Any) -> logprob.Scores:
     """The scores of the token after each position, where the mask says so; [rows, time]."""
     labels, _ = targets(batch)
-    return logprob.score(
+    scores = logprob.score(
       forward.hidden,
       self.head(forward),
-      labels,
-      mask=mask,
+      zigzag.cut(labels),
+      mask=zigzag.cut(mask),
       softcap=self.model.final_softcap,
-      kept=following(batch["kept"]) if "kept" in batch else None,
+      kept=zigzag.cut(following(batch["kept"])) if "kept" in batch else None,
       **options,
     )
+    return jax.tree.map(lambda x: zigzag.whole(x, mask.shape[1]), scores)
 
 
 def following(values: Array) -> Array:

@@ -143,6 +143,10 @@ FIELDS: Mapping[str, Field] = {
   ),
   "mesh.data": Field("devices along data; -1: all that are left", _whole(1, also=(-1,))),
   "mesh.fsdp": Field("devices along fsdp; -1: all that are left", _whole(1, also=(-1,))),
+  "mesh.context": Field(
+    "devices that share each row, a part of its tokens each; -1: all that are left",
+    _whole(1, also=(-1,)),
+  ),
   "mesh.tensor": Field("devices along tensor; -1: all that are left", _whole(1, also=(-1,))),
   "eval.every": Field("steps from one evaluation to the next; 0: after the last alone", _whole(0)),
   "eval.best": Field(
