@@ -135,10 +135,17 @@ def spec_for(path: str, rules: Rules) -> PartitionSpec:
 def fitted(
   spec: PartitionSpec, shape: Sequence[int], mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
 ) -> PartitionSpec:
-  """spec with the axes dropped that do not divide the dimension (a 9-head model on tensor=2, say)."""
+  """spec with the axes dropped that do not divide the dimension (a 9-head model on tensor=2, say).
+
+  What a spec has along fsdp alone, weights and what is of their shape, lies along context too: the devices that share a
+  row would hold it as often otherwise.
+  """
   sizes = dict(mesh.shape)
   kept = []
   for dim, axis in zip(shape, [*spec, *[None] * (len(shape) - len(spec))]):
+    shared = sizes.get("context", 1)
+    if axis == "fsdp" and shared > 1 and dim % (sizes["fsdp"] * shared) == 0:
+      axis = ("fsdp", "context")
     names = axis if isinstance(axis, tuple) else () if axis is None else (axis,)
     kept.append(axis if dim % math.prod([sizes[n] for n in names]) == 0 else None)
   return PartitionSpec(*kept)

@@ -53,6 +53,14 @@ def test_axes_that_do_not_divide_a_dimension_are_dropped():
   assert fitted(P(None, "tensor"), 3, 4) == P(None, "tensor")
 
 
+def test_weights_are_shared_by_the_devices_of_a_row():
+  mesh = sharding.mesh(fsdp=2, context=2, tensor=2)
+  fitted = lambda spec, *shape: sharding.fitted(spec, shape, mesh)
+  assert fitted(P("fsdp", "tensor"), 8, 4) == P(("fsdp", "context"), "tensor")
+  assert fitted(P("fsdp", "tensor"), 6, 4) == P("fsdp", "tensor")
+  assert fitted(P(("data", "fsdp"), None, "context"), 8, 4, 4) == P(("data", "fsdp"), None, "context")
+
+
 def test_named_places_an_array():
   mesh = sharding.mesh(fsdp=4, tensor=2)
   x = jax.device_put(np.ones((8, 6)), sharding.named(mesh, P("fsdp", "tensor"), (8, 6)))
