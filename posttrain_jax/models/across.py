@@ -1,7 +1,7 @@
 """Attention over the devices of a mesh: each has its rows and heads, and along `context` its queries.
 
-A device gathers the keys and values of the row for its queries, forward and again backward, so that no layer keeps them;
-what gradients of them become is added up and scattered.  Its loops skip the blocks that its own rows leave out.
+A device gathers the keys and values of the row for its queries, forward and again backward, so that no layer keeps
+them; what gradients of them become is added up and scattered.  Its loops skip the blocks that its own rows leave out.
 """
 
 from __future__ import annotations

@@ -229,8 +229,8 @@ def _attend_forward(q, k, v, where, softcap, dtype):
     return _by_length(q, lies.is_cut, _forward, softcap)(q, k, v, where)
 
   inputs = (lies.queries, lies.keys, lies.keys, lies.where())
-  run = across.mapped(run, inputs, (lies.queries, lies.queries))
-  out, normaliser = run(q, k, v, where)
+  outputs = (lies.queries, lies.queries)
+  out, normaliser = across.mapped(run, inputs, outputs)(q, k, v, where)
   out = checkpoint_name(out.astype(dtype), "context")
   return out, (q, k, v, where, out, checkpoint_name(normaliser, "normaliser"))
 
@@ -245,8 +245,8 @@ def _attend_backward(softcap, dtype, kept, gradient):
     return dq, *lies.added(*slopes)
 
   inputs = (lies.queries, lies.keys, lies.keys)
-  run = across.mapped(run, (*inputs, lies.where(), *[lies.queries] * 3), inputs)
-  return *run(*kept, gradient), None
+  more = (lies.where(), *[lies.queries] * 3)
+  return *across.mapped(run, (*inputs, *more), inputs)(*kept, gradient), None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

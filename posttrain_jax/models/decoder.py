@@ -187,6 +187,8 @@ def hidden(
         f"attention_group={attention_group}: shifted groups read rows in their order, which a context axis cuts"
       )
     look = functools.partial(attention.attend_shifted, group=attention_group)
+  # places of keys are on every device once, and not gathered in each layer
+  keys = jax.tree.map(lambda x: constrain(x, "batch -"), keys)
   look = _seeing(look, queries, keys)
   shared = _by_kind(config, queries.positions, _reach(config, keys.positions.shape[1]))
 

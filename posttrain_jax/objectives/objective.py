@@ -97,7 +97,9 @@ class Forward:
   """The policy on a batch: its bound parameters, and the hidden states before the head."""
 
   params: Any
-  hidden: Array  # [rows, time, embed] as `zigzag.cut` has rows; all else of a batch is in its own order
+  hidden: (
+    Array  # [rows, time, embed] as `zigzag.cut` has rows; all else of a batch is in its own order
+  )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -58,7 +58,9 @@ def test_weights_are_shared_by_the_devices_of_a_row():
   fitted = lambda spec, *shape: sharding.fitted(spec, shape, mesh)
   assert fitted(P("fsdp", "tensor"), 8, 4) == P(("fsdp", "context"), "tensor")
   assert fitted(P("fsdp", "tensor"), 6, 4) == P("fsdp", "tensor")
-  assert fitted(P(("data", "fsdp"), None, "context"), 8, 4, 4) == P(("data", "fsdp"), None, "context")
+  assert fitted(P(("data", "fsdp"), None, "context"), 8, 4, 4) == P(
+    ("data", "fsdp"), None, "context"
+  )
 
 
 def test_named_places_an_array():

@@ -1,19 +1,23 @@
 """Attention on a mesh is attention on one device; no token sees another document or its own future."""
 
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from posttrain_jax.core import sharding, zigzag
+from posttrain_jax.core import distributed, sharding, zigzag
 from posttrain_jax.models import attention, decoder
 from posttrain_jax.models.attention import Places
 from posttrain_jax.objectives import Sft
+from posttrain_jax.train import step
 from tests import tiny
 from tests.marks import few
 from tests.models.test_attention import drawn, packed_rows, pairs_that_share
+from tests.objectives.batches import placed
 
 
 def value_and_gradients(window, softcap, queries, keys):
@@ -102,3 +106,31 @@ def test_a_token_reaches_its_own_document_from_there_on_and_nothing_else(sizes):
   wanted = np.asarray(attention.visible(places, places))[0].T
   found = reached(sizes, places)
   np.testing.assert_array_equal(found[:, is_token], wanted[:, is_token])
+
+
+def collectives(text):
+  """[(kind, shape, whether attention asks for it)] of a compiled program."""
+  pattern = (
+    r"= \w+\[([\d,]*)\]\S* (all-gather|all-reduce|reduce-scatter|all-to-all)(?:-start)?\((.*)"
+  )
+  return [
+    (kind, tuple(map(int, shape.split(","))), "shard_map" in rest)
+    for shape, kind, rest in re.findall(pattern, text)
+    if shape
+  ]
+
+
+def test_a_step_gathers_keys_and_values_and_no_other_activation():
+  """Rows of 72 tokens over four devices: keys and values once forward and once backward, their gradients scattered."""
+  model, trainable, context = tiny.setup("lora")
+  mesh = sharding.mesh(fsdp=2, context=4)
+  with jax.set_mesh(mesh):
+    trainable, context = placed(trainable, context, mesh)
+    batch = distributed.global_batch(mesh, tiny.batch(72))
+    run = jax.jit(functools.partial(step.gradient, Sft(model, remat="names")))
+    every = collectives(run.lower(trainable, context, batch, jax.random.key(0)).compile().as_text())
+  whole, part = (4, 2, 72, 16), (4, 2, 18, 16)  # rows of a device, heads of keys, tokens, dim
+  asked = sorted((kind, shape) for kind, shape, is_attention in every if is_attention)
+  assert asked == [("all-gather", whole)] * 4 + [("reduce-scatter", part)] * 2
+  others = [shape for _, shape, is_attention in every if not is_attention and {72, 18} & {*shape}]
+  assert all(math.prod(shape) <= 4 * 72 for shape in others), others  # a number of each token
