@@ -1,8 +1,8 @@
 """Rows cut over the `context` axis of the ambient mesh, so that every device has as much to attend to.
 
 Of 2 c pieces of a row device i of c has the pieces i and 2 c - 1 - i: an early one, whose queries see little, and a
-late one.  What a token sees follows from its position and segment, so that attention, and whatever looks at one token at
-a time, is the same in any order.  What reads neighbours (the next token, sums along an answer) is of rows in their own
+late one.  What a token sees follows from its position and segment, so that attention, and whatever looks at one token
+at a time, is the same in any order.  What reads neighbours (the next token, sums along an answer) is of rows in their own
 order: they are `cut` for the network and made `whole` behind it.  Without that axis both do nothing.
 """
 
@@ -41,9 +41,21 @@ def whole(x: Array, time: int) -> Array:
   if shares == 1:
     return x
   x = sharding.constrain(x, "batch" + " -" * (x.ndim - 1))
-  pieces = x.reshape(x.shape[0], 2 * shares, -1, *x.shape[2:])
-  own = np.argsort(order(shares))
-  return jnp.concatenate([pieces[:, i] for i in own], axis=1)[:, :time]
+  return in_order(x, 1)[:, :time]
+
+
+def in_order(x: Array, axis: int) -> Array:
+  """x, which a device has whole, with what `cut` put along an axis in a row's own order."""
+  shares = sharding.size("context")
+  pieces = jnp.split(x, 2 * shares, axis=axis)
+  return jnp.concatenate([pieces[i] for i in np.argsort(order(shares))], axis=axis)
+
+
+def numbers(time: int) -> Array:
+  """[time]: where in its row each of a device's tokens stands; inside a `shard_map` over context."""
+  device, last = jax.lax.axis_index("context"), 2 * sharding.size("context") - 1
+  inside = jnp.arange(time // 2)
+  return jnp.concatenate([device * (time // 2) + inside, (last - device) * (time // 2) + inside])
 
 
 def order(shares: int) -> np.ndarray:

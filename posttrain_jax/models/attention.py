@@ -369,7 +369,7 @@ class _Spans:
 
 
 class _Tiles:
-  """A long row: tiles of queries by keys, of which those are computed that `_seen` tells."""
+  """A long row: tiles of queries by keys, of which those are computed that `seen` tells."""
 
   def __init__(self, height, width, q, k, where):
     queries, keys, self.window = where
@@ -377,9 +377,9 @@ class _Tiles:
     self.height, self.width = _even(self.time, height), _even(self.keys, width)
     self.queries = jax.tree.map(lambda x: _padded(x, 1, self.height), queries)
     self.places = jax.tree.map(lambda x: _padded(x, 1, self.width), keys)
-    seen = _seen(self.queries, self.places, self.window, self.height, self.width)
+    computed = seen(self.queries, self.places, self.window, self.height, self.width)
     # first those keys that some query of the block sees
-    self.order, self.count = jnp.argsort(~seen, axis=1, stable=True), jnp.sum(seen, axis=1)
+    self.order, self.count = jnp.argsort(~computed, axis=1, stable=True), jnp.sum(computed, axis=1)
 
   def rows(self, x, i):
     return _slice(_padded(x, 3, self.height), 3, i, self.height)
@@ -414,7 +414,7 @@ def _slice(x, axis, number, size):
   return jax.lax.dynamic_slice_in_dim(x, number * size, size, axis)
 
 
-def _seen(queries, keys, window, height, width):
+def seen(queries, keys, window, height, width):
   """[blocks of queries, blocks of keys]: False where no query of any row sees a key, as far as bounds tell."""
   in_blocks = lambda places, size: jax.tree.map(lambda x: x.reshape(x.shape[0], -1, size), places)
   queries, keys = in_blocks(queries, height), in_blocks(keys, width)
