@@ -191,6 +191,7 @@ def run(arg):
   # chat template: the tokenizer's own, or chatml llama3 llama2 mistral vicuna gemma
   c.model.template = "tokenizer"
   c.model.remat = "auto"  # what the backward pass recomputes: none, names, dots, full
+  c.model.attention = "auto"  # what computes it: xla, splash (TPU), cudnn (GPU)
 
   c.adapter = adapter(arg.adapter)
 

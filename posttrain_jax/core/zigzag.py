@@ -2,8 +2,8 @@
 
 Of 2 c pieces of a row device i of c has the pieces i and 2 c - 1 - i: an early one, whose queries see little, and a
 late one.  What a token sees follows from its position and segment, so that attention, and whatever looks at one token
-at a time, is the same in any order.  What reads neighbours (the next token, sums along an answer) is of rows in their own
-order: they are `cut` for the network and made `whole` behind it.  Without that axis both do nothing.
+at a time, is the same in any order.  What reads neighbours (the next token, sums along an answer) is of rows in their
+own order: they are `cut` for the network and made `whole` behind it.  Without that axis both do nothing.
 """
 
 from __future__ import annotations

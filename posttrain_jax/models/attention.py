@@ -59,6 +59,7 @@ def attend(
   keys: Places,
   window: Array | int | None = None,
   *,
+  windows: tuple[int, ...] = (),
   scale: float,
   softcap: float | None = None,
   dtype: Any = None,
@@ -76,6 +77,7 @@ def attend(
     queries, keys: where they stand; the last keys are the queries, in their order, and none sees a later one (over a
       `context` axis they may stand in any order).
     window: how many positions back a query sees, its own among them; None for all.
+    windows: for `backends` that have to know what a traced window may be; not read here.
     scale: multiplies the scores.
     softcap: cap * tanh(score / cap) (Gemma 2), None for none.
     dtype: of the result; None: q's.
@@ -83,6 +85,7 @@ def attend(
   Returns:
     [batch, time, heads, head_dim]; scores and softmax in float32.
   """
+  del windows
   batch, time, heads, dim = q.shape
   dtype = dtype or q.dtype
   k, v = across.repeated(q, k, v)

@@ -34,7 +34,7 @@ from posttrain_jax.core.weight import (
   multiplied,
   unadapted,
 )
-from posttrain_jax.models import attention, before, rotary
+from posttrain_jax.models import attention, backends, before, rotary
 from posttrain_jax.models.attention import Places
 from posttrain_jax.models.cache import Cache, empty_cache, written
 from posttrain_jax.models.config import SLIDING, ModelConfig
@@ -152,6 +152,7 @@ def hidden(
   dtype: Any = None,
   remat: str = "none",
   attention_group: int = 0,
+  attention_by: str = "xla",
 ) -> Array:
   """What the head reads: [batch, time, embed], for the given tokens alone.
 
@@ -167,6 +168,7 @@ def hidden(
     dtype: of the computation; default the embedding's.
     remat: what the backward pass recomputes, a key of `REMAT`.
     attention_group: tokens of a group of shifted sparse attention (LongLoRA, in training); 0 for full attention.
+    attention_by: a key of `backends.ATTEND`; where tokens are seen by several documents it is "xla".
   """
   x = _inputs(params, tokens, embeddings, config, dtype)
   batch, time = x.shape[:2]
@@ -176,9 +178,13 @@ def hidden(
     segment_ids = jnp.ones((batch, time), jnp.int32)
   places = Places(positions, segment_ids, prefix_ids)
   x, keys, queries = before.put(params, x, places)
-  look = attention.attend
+  is_shared = x.shape[1] > time or keys is not queries or prefix_ids is not None
+  look = functools.partial(
+    backends.ATTEND["xla" if is_shared else attention_by],
+    windows=(config.window,) if SLIDING in config.kinds else (),
+  )
   if attention_group:
-    if x.shape[1] > time or keys is not queries or prefix_ids is not None:
+    if is_shared:
       raise ValueError(
         f"attention_group={attention_group}: shifted groups have no room for a soft prompt, a prefix or prefix_ids"
       )

@@ -114,6 +114,7 @@ class Scorer(abc.ABC):
   products: Any = None  # the dtype that they are computed in; None: dtype
   remat: str = "none"
   attention_group: int = 0  # of shifted attention, in training only; 0: full attention
+  attention_by: str = "xla"  # what computes it: `models.backends`
 
   @property
   def needs_reference(self) -> bool:
@@ -187,6 +188,7 @@ class Scorer(abc.ABC):
       dtype=self.dtype,
       remat=self.remat,
       attention_group=self.attention_group if training else 0,
+      attention_by=self.attention_by,
     )
 
   def head(self, forward: Forward) -> Any:

@@ -136,6 +136,10 @@ FIELDS: Mapping[str, Field] = {
   "model.remat": Field(
     "what the backward pass recomputes", Choice(("auto", "none", "names", "dots", "full"))
   ),
+  "model.attention": Field(
+    "what computes attention: a kernel of the TPU (splash) or GPU (cudnn) where it has all that the run needs, or xla",
+    Choice(("auto", "xla", "splash", "cudnn")),
+  ),
   # --- batch, mesh, evaluation, checkpoints
   "batch.rows": Field("rows in an optimizer batch, over all devices", _whole(1, MOST_ROWS)),
   "batch.accumulate": Field(
