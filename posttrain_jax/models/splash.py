@@ -22,6 +22,7 @@ from posttrain_jax.models.attention import Places
 
 Array = jax.Array
 BLOCK, LANES = 512, 128  # queries and keys of a block at most; blocks are multiples of the second
+INTERPRET = False  # whether XLA runs the kernel's steps one by one, as tests have it where there is no TPU
 
 
 def attend(
@@ -130,7 +131,7 @@ def _row(blocks, sees, softcap, numbers, is_local, window, q, k, v, queries, key
     attn_logits_soft_cap=softcap,
     residual_checkpoint_name="context",
     mask_function=sees,
-    interpret=False,
+    interpret=INTERPRET,
   )
   return kernel(q, k, v, kernels.SegmentIds(queries.segments, keys.segments))
 

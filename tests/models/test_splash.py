@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import NamedSharding, PartitionSpec
 
 from posttrain_jax.core import sharding, zigzag
@@ -34,19 +33,23 @@ def assert_close(found, wanted):
     assert error < 3e-6 * np.linalg.norm(expected)
 
 
+def interpreted(monkeypatch):
+  monkeypatch.setattr(splash, "BLOCK", 128)
+  monkeypatch.setattr(splash, "INTERPRET", True)
+
+
 CASES = ((WINDOW, 1.5), (250, None), (None, None))
 
 
 @pytest.mark.parametrize(("window", "softcap"), few(CASES, CASES[0]))
 def test_it_is_plain_attention(window, softcap, monkeypatch):
   """Two documents, padding within a block and behind it, and a row that is one document."""
-  monkeypatch.setattr(splash, "BLOCK", 128)
+  interpreted(monkeypatch)
   q, k, v = drawn(250, heads=4, kv_heads=2, dim=16)
   places = jax.tree.map(jnp.asarray, packed_rows(250))
   reach = None if window is None else jnp.int32(window)
   wanted = run(attention.attend, places, softcap)(q, k, v, reach)
-  with pltpu.force_tpu_interpret_mode():
-    found = run(splash.attend, places, softcap, windows=(WINDOW,))(q, k, v, reach)
+  found = run(splash.attend, places, softcap, windows=(WINDOW,))(q, k, v, reach)
   assert_close(found, wanted)
 
 
@@ -54,7 +57,7 @@ def test_it_is_plain_attention(window, softcap, monkeypatch):
 @pytest.mark.parametrize("sizes", [dict(context=2, tensor=4), dict(data=2, context=4)], ids=str)
 def test_it_is_plain_attention_on_a_mesh(sizes, monkeypatch):
   """Rows that are cut in zigzag order, and heads of keys that two devices share."""
-  monkeypatch.setattr(splash, "BLOCK", 128)
+  interpreted(monkeypatch)
   q, k, v = drawn(512, heads=8, kv_heads=2, dim=16)
   places = jax.tree.map(jnp.asarray, packed_rows(512))
   wanted = run(attention.attend, places, 1.5)(q, k, v, jnp.int32(WINDOW))
@@ -64,7 +67,7 @@ def test_it_is_plain_attention_on_a_mesh(sizes, monkeypatch):
     both = run(splash.attend, where, 1.5, windows=(WINDOW,))(*inputs, jnp.int32(WINDOW))
     return jax.tree.map(lambda x: zigzag.whole(x, 512), both)
 
-  with jax.set_mesh(sharding.mesh(**sizes)), pltpu.force_tpu_interpret_mode():
+  with jax.set_mesh(sharding.mesh(**sizes)):
     found = jax.jit(found)(q, k, v)
   assert_close(found, wanted)
 
