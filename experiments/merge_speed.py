@@ -4,7 +4,7 @@
 
 The models are random, of Llama-3.2-1B's shapes in bfloat16 (2.5 GB each), made where they are not there yet.  Each
 merge is a process of its own, in turn; seconds and peak memory are the whole process's.  Both compute in float32.
-Results: experiments/results/merge_speed.{md,json}.
+Results: experiments/results/merge_speed.{md,json}; what the page has from its first `## ` on is kept as it is.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def commands(folder: Path, method: str, out: Path) -> dict[str, list[str]]:
 
 
 def timed(command: list[str], out: Path) -> dict[str, float]:
-  """Wall seconds of the process, and its peak resident bytes."""
+  """Wall seconds of the process, those of its CPUs, and its peak resident bytes."""
   for path in (out, Path(f"{out}.copy")):
     shutil.rmtree(path, ignore_errors=True)
     path.unlink(missing_ok=True)
@@ -124,7 +124,8 @@ def timed(command: list[str], out: Path) -> dict[str, float]:
   seconds = time.monotonic() - began
   if status:
     raise RuntimeError(f"{' '.join(command)} failed:\n{error.decode()[-2000:]}")
-  return {"seconds": seconds, "peak": usage.ru_maxrss * 1024}
+  cpu = usage.ru_utime + usage.ru_stime
+  return {"seconds": seconds, "cpu": cpu, "peak": usage.ru_maxrss * 1024}
 
 
 def apart(one: Path, other: Path) -> dict[str, float]:
@@ -153,9 +154,12 @@ def aside(function: Callable[..., Any], *args: Any) -> Any:
 
 def summary(runs: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
   median = lambda who, what: statistics.median(run[what] for run in runs[who])
-  ratios = [b["seconds"] / a["seconds"] for a, b in zip(runs["here"], runs["mergekit"])]
+  pairs = list(zip(runs["here"], runs["mergekit"]))
+  ratios = [b["seconds"] / a["seconds"] for a, b in pairs]
   return {
     "seconds": {who: round(median(who, "seconds"), 1) for who in runs},
+    "cpu": {who: round(median(who, "cpu"), 1) for who in runs},
+    "cpu_ratio": round(statistics.median(b["cpu"] / a["cpu"] for a, b in pairs), 2),
     "peak_gb": {who: round(median(who, "peak") / 1e9, 2) for who in runs},
     "ratio": round(statistics.median(ratios), 2),
     "ratio_range": [round(min(ratios), 2), round(max(ratios), 2)],
@@ -186,9 +190,17 @@ def main() -> int:
   found["versions"] = {p: importlib.metadata.version(p) for p in ("jax", "torch", "mergekit")}
   found["date"] = time.strftime("%Y-%m-%d")
   files.write_json(OUT.with_suffix(".json"), found)
-  files.write_text(OUT.with_suffix(".md"), page(found))
-  print(page(found))
+  text = page(found)
+  files.write_text(OUT.with_suffix(".md"), text + by_hand(OUT.with_suffix(".md")))
+  print(text)
   return 0
+
+
+def by_hand(path: Path) -> str:
+  """What people have written below the table: a page from its first `## ` on."""
+  before = path.read_text() if path.exists() else ""
+  _, heading, rest = before.partition("\n## ")
+  return heading + rest
 
 
 def page(found: dict[str, Any]) -> str:
@@ -206,8 +218,8 @@ def page(found: dict[str, Any]) -> str:
     "",
     "| method | pairs of runs"
     " | here, s | mergekit, s | ratio | copying a result's bytes, s | here over copying | peak here, GB |"
-    " peak mergekit, GB | unequal entries |",
-    "|---" * 10 + "|",
+    " peak mergekit, GB | CPU s here | CPU s mergekit | ratio | unequal entries |",
+    "|---" * 13 + "|",
   ]
   for method in RECIPES:
     f = found[method]
@@ -217,6 +229,7 @@ def page(found: dict[str, Any]) -> str:
       f"| {method} | {f['repeats']}"
       f" | {f['seconds']['here']} | {f['seconds']['mergekit']} | {f['ratio']} ({low} to {high}) |"
       f" {f['seconds']['copy']} | {f['over_copy']} | {f['peak_gb']['here']} | {f['peak_gb']['mergekit']} |"
+      f" {f['cpu']['here']} | {f['cpu']['mergekit']} | {f['cpu_ratio']} |"
       f" {apart} |"
     )
   return "\n".join(lines) + "\n"

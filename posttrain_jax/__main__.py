@@ -72,7 +72,9 @@ LEFT: Mapping[str, str] = {
   "merge": "what is merged so far is kept beside --out, and the same command goes on there",
   "fetch": "what was fetched so far is gone; run the same command again",
   "chat": "nothing was being written",
-  "sample": "every answer and its score is kept; run the same command again",
+  **dict.fromkeys(
+    ("sample", "pairs"), "every answer and its score is kept; run the same command again"
+  ),
 }
 # arguments that are paths, or names in the place of one; several have commas between
 PATHS = (
@@ -173,8 +175,9 @@ def _tell(text: str) -> None:
 
 
 def _message(error: BaseException) -> str:
-  """What went wrong; what no check has foreseen is named by its kind."""
-  if isinstance(error, ValueError | OSError) and str(error):
+  """What went wrong; what is neither ours nor of a kind that our checks raise is named by its kind."""
+  is_ours = type(error).__module__.startswith("posttrain_jax.")
+  if (is_ours or isinstance(error, ValueError | OSError)) and str(error):
     return str(error)
   text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
   if isinstance(error, KeyError) and " " in text:

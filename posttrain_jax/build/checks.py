@@ -11,6 +11,7 @@ from posttrain_jax import settings
 from posttrain_jax.build import adapter, decisions
 from posttrain_jax.data import answers, chat
 from posttrain_jax.evals import graders, meanings, tasks
+from posttrain_jax.rewards import named
 from posttrain_jax.rewards.reward import TOTAL
 from posttrain_jax.settings import ConfigError, fields
 
@@ -197,12 +198,12 @@ def _online(config: Config) -> None:
   if config.online.storage != "auto" and o.importance == "none":
     raise ConfigError(
       f"online.storage={config.online.storage}: answers are then drawn from another distribution than the one that"
-      " learns; write objective.importance=token too, which weighs each token by the ratio of the two"
+      " learns; write --config.objective.importance=token too, which weighs each token by the ratio of the two"
     )
-  part, parts = config.online.outcome, (*config.reward.parts, *config.reward.gates)
-  if part not in ("", TOTAL, *parts):
+  part, titles = config.online.outcome, named.titles((*config.reward.parts, *config.reward.gates))
+  if part not in ("", TOTAL, *titles, *titles.values()):
     raise ConfigError(
-      f"online.outcome={part!r}: the reward has the parts {', '.join(parts)}; {TOTAL} is the reward itself"
+      f"online.outcome={part!r}: the reward has the parts {', '.join(titles.values())}; {TOTAL} is the reward itself"
     )
 
 

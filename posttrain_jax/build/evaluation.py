@@ -284,21 +284,6 @@ def _task(
   return questions.make(config, model, held_out, source)
 
 
-def graded(
-  used: use.Used,
-  source: str,
-  metric: str,
-  limit: int,
-  columns: Mapping[str, Any] | None = None,
-) -> tasks.Task:
-  """The training rows of a source as a task that a metric grades; so many of them, drawn, or with 0 all."""
-  config = _grading(described(used, source, columns), metric)
-  config.eval.task_limit = limit
-  task = questions.make(config, as_model(used, used.params), None, source, "train")
-  assert task is not None
-  return task
-
-
 def _answered(
   used: use.Used,
   task: tasks.Task,

@@ -108,6 +108,7 @@ def table(
   for group in every:
     is_used = group in used
     for i, (answer, text, scored) in enumerate(zip(group.answers, group.texts, group.scored)):
+      learned = is_used and not scored.total.is_missing
       other = group.held_out[i].total.value if group.held_out else None
       row = {
         "batch": batch,
@@ -120,10 +121,10 @@ def table(
         **{f"rewards/{name}": part.value for name, part in scored.parts.items()},
         **({"holdout": other} if group.held_out else {}),
         "outcome": outcome.value(scored),
-        "advantage": float(group.advantages[i]) if is_used else None,
+        "advantage": float(group.advantages[i]) if learned else None,
         "tokens": answer.tokens,
         "ended": answer.ended,
-        "used": is_used,
+        "used": learned,
       }
       for name, values in group.columns.items():
         row[f"{LOGGED}/{name}" if name in row else name] = values[i]

@@ -13,10 +13,9 @@ import jax
 import numpy as np
 
 from posttrain_jax import settings
-from posttrain_jax.build import evaluation, export, merge_inputs, merge_meaning
+from posttrain_jax.build import merge_inputs, merge_meaning
 from posttrain_jax.build import vocabulary as vocabularies
 from posttrain_jax.core import files
-from posttrain_jax.evals import merges, tasks
 from posttrain_jax.merge import methods, stream, vocabulary
 from posttrain_jax.merge import recipe as recipes
 from posttrain_jax.merge.recipe import ModelRef, Recipe, RecipeError, Wanted
@@ -48,14 +47,12 @@ def merge(
   if out.exists():
     raise FileExistsError(f"{out} exists; name a new folder, or remove it first")
   recipe = read(recipe_path)
-  methods.check(recipe)
+  method = methods.check(recipe)
   if workers < 1:
     raise RecipeError(f"--workers={workers}: at least one tensor is computed at a time")
   measured = [source for source in evaluate.split(",") if source]
-  for source in measured:
-    if source not in tasks.TASKS and not Path(source).exists():
-      known = ", ".join(tasks.TASKS)
-      raise RecipeError(f"--evaluate={source}: no such file, and no built-in task ({known})")
+  if measured:
+    _check_sources(measured)
   folders = {model: fetch.resolve(model.name) for model in recipe.models()}
   if recipe.vocabulary is not None and recipe.vocabulary.source is not None:
     folders.setdefault(recipe.vocabulary.source, fetch.resolve(recipe.vocabulary.source.name))
@@ -73,11 +70,30 @@ def merge(
     _operator, recipe, dict(zip((w.name for w in plan.wanted), plan.dtypes))
   )
   finish = functools.partial(_finish, plan, folders, tokenizer)
-  stream.run(plan, opened, operator, out, finish=finish, workers=workers)
+  stream.run(
+    plan,
+    opened,
+    operator,
+    out,
+    finish=finish,
+    elementwise=method.elementwise,
+    workers=workers,
+  )
   log.info("written in %.1f s: %s", time.monotonic() - began, out)
   if measured:
     _report(plan, opened, out, measured, limit)
   return out
+
+
+def _check_sources(sources: Sequence[str]) -> None:
+  from posttrain_jax.evals import (
+    tasks,
+  )  # half a second that a merge which is not scored need not wait
+
+  for source in sources:
+    if source not in tasks.TASKS and not Path(source).exists():
+      known = ", ".join(tasks.TASKS)
+      raise RecipeError(f"--evaluate={source}: no such file, and no built-in task ({known})")
 
 
 def _say_twice(recipe: Recipe, folders: Mapping[ModelRef, Path]) -> None:
@@ -101,6 +117,8 @@ def _report(
   limit: int,
 ) -> None:
   """Scores of every model and of the merge, and how the task vectors meet."""
+  from posttrain_jax.evals import merges
+
   models = plan.recipe.models()
   base = plan.recipe.base or models[0]
   others = [model for model in models if model != base]
@@ -115,6 +133,8 @@ def _scores(
   model: str, adapter: str | None, sources: Sequence[str], limit: int
 ) -> dict[str, float]:
   """{measure: value} over all sources."""
+  from posttrain_jax.build import evaluation
+
   return {
     f"{Path(source).stem}, {measure}": value
     for source, measures in evaluation.scores(model, adapter, sources, limit).items()
@@ -178,6 +198,8 @@ def _finish(plan: stream.Plan, folders: Mapping[ModelRef, Path], tokenizer: Any,
     tokenizer.save_pretrained(out)
     hf.copy_tokenizer(folder, out, ("generation_config.json",))
   if recipe.chat_template not in (None, "auto"):
+    from posttrain_jax.build import export
+
     export.write_template(out, recipe.chat_template)
 
 

@@ -87,6 +87,9 @@ class _View:
   def get(self, name: str) -> np.ndarray:
     return self.reader.get(name)
 
+  def place(self, name: str) -> shards.Place | None:
+    return self.reader.place(name)
+
 
 class _Used(_View):
   """Those that a model computes with."""
@@ -117,6 +120,9 @@ class _WithHead(_View):
 
   def get(self, name: str) -> np.ndarray:
     return self.reader.get(self._of(name))
+
+  def place(self, name: str) -> shards.Place | None:
+    return self.reader.place(self._of(name))
 
   def _of(self, name: str) -> str:
     return str(self.embedding) if name == self.head else name
@@ -149,6 +155,9 @@ class _Dequantised(_View):
     if name not in self.parts:
       return self.reader.get(name)
     return np.asarray(weight.dense(jax.tree.map(jnp.asarray, self._weight(name)))).T
+
+  def place(self, name: str) -> shards.Place | None:
+    return None if name in self.parts else self.reader.place(name)
 
   def _weight(self, name: str) -> Any:
     tensors = {part: self.reader.get(tensor_name) for part, tensor_name in self.parts[name].items()}
@@ -197,6 +206,9 @@ class _WithAdapter(_View):
     layer_node = node if i is None else weight.layer(node, i)
     turn = (lambda x: x.T) if tree.turned(path) else (lambda x: x)
     return np.asarray(turn(_merged(jnp.asarray(turn(array)), layer_node)))
+
+  def place(self, name: str) -> shards.Place | None:
+    return None if name in self.places else self.reader.place(name)
 
 
 class _Names:

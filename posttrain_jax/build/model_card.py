@@ -202,21 +202,11 @@ def _online(run: runs.Run) -> dict[str, str]:
   if not online.is_one(run):
     return {}
   scored = {"reward": "reward", "held-out score": "holdout_reward"}
-  by = {name: online.scored_by(run, section, _verifier) for name, section in scored.items()}
+  by = {name: online.scored_by(run, section) for name, section in scored.items()}
   reached = online.came_to(run)
   asked = f"; on {names_of(str(run.field('data.train')))}, which it was trained on"
   said = {**by, "answers": online.samples(run), "reached": reached and reached + asked}
   return {name: text for name, text in said.items() if text}
-
-
-def _verifier(name: str) -> str:
-  """A verifier without the folders of one machine; a reward model's folder with the run that it is of.
-
-  >>> _verifier("/home/my self/mine.py:f"), _verifier("work/runs/scorer/adapter"), _verifier("number")
-  ('mine.py:f', 'scorer/adapter', 'number')
-  """
-  is_function = ".py:" in name
-  return "/".join(Path(name).parts[-1 if is_function else -2 :])
 
 
 def _losses(run: runs.Run) -> dict[str, float]:

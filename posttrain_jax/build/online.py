@@ -38,6 +38,7 @@ from posttrain_jax.rewards.ledger import Ledger
 from posttrain_jax.rewards.overlapped import Overlapped
 from posttrain_jax.rewards.reward import Result, Reward
 from posttrain_jax.rewards.verifier import Answer, TrainerState
+from posttrain_jax.rewards.workers import Interrupted
 from posttrain_jax.rollout.requests import Answer as Written
 from posttrain_jax.runs import completions
 from posttrain_jax.train.loop import Diverged
@@ -46,13 +47,19 @@ from posttrain_jax.train.state import State
 
 Config = ml_collections.ConfigDict
 UNSCORED = 3  # batches in a row without any score after which the run ends
-SECTIONS = ("reward", "holdout_reward")
-NOT_WRITTEN_BY = (*SECTIONS, *settings.LENGTH)  # sections that say nothing of how answers are drawn
+NOT_WRITTEN_BY = (
+  *scoring.SECTIONS,
+  *settings.LENGTH,
+)  # sections that say nothing of how answers are drawn
 
 
 def is_online(config: Config) -> bool:
   """Whether the run writes its own batches."""
   return "online" in config
+
+
+class Unscored(RuntimeError):
+  """No answer of several batches in a row has a score."""
 
 
 class Online:
@@ -67,11 +74,15 @@ class Online:
   ) -> None:
     self.config, self.model, self.prompts, self.say = config, model, data.examples, say
     columns = dict.fromkeys(name for prompt in self.prompts for name in prompt.row)
-    self.reward, self.holdout = scoring.make(config, list(columns))
+    self._stopping: Callable[[], bool] = lambda: False
+    self.reward, self.holdout = scoring.make(config, list(columns), lambda: self._stopping())
     if config.objective.advantage == "max_rl":
       scoring.check_not_negative(self.reward)
-    self.outcome = self.reward.outcome(config.online.outcome)
-    self._identities = [scoring.identity(settings.plain(config[name])) for name in SECTIONS]
+    outcome = config.online.outcome
+    self.outcome = self.reward.outcome(
+      scoring.titles(settings.plain(config.reward)).get(outcome, outcome)
+    )
+    self._identities = [scoring.identity(settings.plain(config[name])) for name in scoring.SECTIONS]
     self.writer = Writer(config, model, self.prompts)
     self.updates = Updates(config, model.config.vocab_size)
     self.folder: Path | None = None
@@ -80,7 +91,6 @@ class Online:
     self._left: list[Any] = []  # of the batch that was written last
     self._told: dict[str, float] = {}
     self._unscored = 0  # batches in a row without any score
-    self._stopping: Callable[[], bool] = lambda: False
     self._ended: float | None = None  # when this process had written its last batch
     self._watch = alarm.Watch()
 
@@ -102,7 +112,7 @@ class Online:
 
     Raises:
       Stopped: `stopping` said so while it was written; answers and scores that are there stay in their files.
-      Diverged: no answer of the last batches has a score.
+      Unscored: no answer of the last batches has a score.
     """
     if state is None:
       return self.updates.blank()
@@ -184,16 +194,21 @@ class Online:
       ConfigError: they do not.
       ValueError: other weights write the same.
     """
-    some = [Answer(p.asked, section.expected(p.row), p.row) for p in self.prompts[: selftest.PAIRS]]
-    for reward in self._rewards.values():
-      for sentence in selftest.check(reward, some):
-        self.say(sentence)
+    tokenizer = self.model.tokenizer
+    some = [
+      section.reference(prompt.asked, prompt.row, tokenizer)
+      for prompt in self.prompts[: selftest.PAIRS]
+    ]
+    for section_name, reward in zip(scoring.SECTIONS, (self.reward, self.holdout), strict=True):
+      if reward is not None:
+        for sentence in selftest.check(reward, some, section=section_name):
+          self.say(sentence)
     self.writer.check(state)
 
   @property
   def _rewards(self) -> dict[str, Reward]:
     """By the name of what their scores depend on, that of the section first."""
-    both = zip(SECTIONS, self._identities, (self.reward, self.holdout), strict=True)
+    both = zip(scoring.SECTIONS, self._identities, (self.reward, self.holdout), strict=True)
     return {f"{name} {by}": reward for name, by, reward in both if reward is not None}
 
   def _write(self, state: State) -> list[Mapping[str, Any]]:
@@ -314,7 +329,11 @@ class Online:
       spent["writing"] += time.monotonic() - began
       began = time.monotonic()
       with progress.announced("scoring", self.say):
-        results = [one.result() for one in scores]
+        try:
+          results = [one.result() for one in scores]
+        except Interrupted:  # scores that were there before stay in their file
+          self._go_on()
+          raise
     self._go_on()
     spent["scoring"] += time.monotonic() - began
     for i, group in enumerate(groups):
@@ -398,7 +417,7 @@ class Online:
     return told
 
   def _check_scored(self, every: Sequence[Group]) -> None:
-    """Raises Diverged after UNSCORED batches in a row without any score, whose scores are then asked for anew."""
+    """Raises Unscored after UNSCORED batches in a row without any score, whose scores are then asked for anew."""
     scored = [one.total for group in every for one in group.scored]
     reasons = Counter(total.reason for total in scored if total.is_missing)
     if sum(reasons.values()) < len(scored):
@@ -411,7 +430,7 @@ class Online:
       return
     first = self._batches - UNSCORED + 1
     completions.forget_scores(self.folder, range(first, self._batches + 1))
-    raise Diverged(
+    raise Unscored(
       f"no answer of the batches {first} to {self._batches} has a score, the last time as {why}; nothing was learned"
       " from them. With the verifier mended, run the same command again: it goes on from the last checkpoint, and what"
       " is written is kept"

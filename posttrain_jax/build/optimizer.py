@@ -29,7 +29,7 @@ def rate(config: ml_collections.ConfigDict, steps: int, done: int) -> float:
 
 def make(
   config: ml_collections.ConfigDict, model: ModelConfig
-) -> tuple[optax.GradientTransformation, optax.Schedule]:
+) -> tuple[optax.GradientTransformation, schedules.Rate]:
   own = {field: value for field, value in config.optimizer.items() if field not in ELSEWHERE}
   return chain.chain(
     config.optimizer.name,

@@ -10,6 +10,7 @@ import ml_collections
 import numpy as np
 
 from posttrain_jax.build import data as data_lib
+from posttrain_jax.build import questions as questions_lib
 from posttrain_jax.build.data import Data
 from posttrain_jax.build.model import Model
 from posttrain_jax.data import questions
@@ -81,7 +82,7 @@ def read(config: Config, model: Model) -> Data:
       longest.origin,
       f"its prompt has {len(longest)} tokens of the {bounds.room} that the model reads{beside}, which leaves"
       f" too few for online.max_new_tokens={most}",
-      "lower online.max_new_tokens, or leave the row out",
+      f"lower online.max_new_tokens, or {questions_lib.too_many(ids, bounds.room - most)}",
     )
   share = 1 if d.share_prompt else config.online.samples
   needed = len(longest) * share + config.online.samples * (most + 1)

@@ -101,6 +101,13 @@ def _own(
   return dataclasses.replace(task, max_new_tokens=longest(config, model, asked, bool(graders)))
 
 
+def too_many(prompts: Sequence[Sequence[int]], most: int) -> str:
+  """What to do about prompts of more tokens than a model has room for: a few rows are odd, and many ask for another."""
+  count = sum(len(prompt) > most for prompt in prompts)
+  those = "the row" if count == 1 else f"the {count:,} of {len(prompts):,} rows of which that is so"
+  return f"leave out {those}, or take a model that reads more"
+
+
 def longest(
   config: ml_collections.ConfigDict,
   model: Model,
@@ -127,7 +134,8 @@ def longest(
       asked[place]["origin"],
       f"its prompt has {len(prompts[place])} tokens of the {room} that the model reads, which leaves"
       f" {max(left, 0)} for an answer",
-      f"lower {field}={wanted}" if left > 0 else "leave the row out",
+      (f"lower {field}={wanted}, or " if left > 0 else "")
+      + too_many(prompts, room - max(wanted, 1)),
     )
   if wanted:
     return wanted

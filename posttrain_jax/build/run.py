@@ -42,6 +42,7 @@ from posttrain_jax.build import (
   questions,
   reference,
   run_length,
+  scoring,
   self_checks,
   use,
 )
@@ -56,6 +57,7 @@ from posttrain_jax.data import encoded, loader
 from posttrain_jax.evals import report, tasks
 from posttrain_jax.models import decoder, hf
 from posttrain_jax.objectives import Scorer, evaluation, measured
+from posttrain_jax.optim import schedules
 from posttrain_jax.runs import folder as run_folder
 from posttrain_jax.runs import record, trackers
 from posttrain_jax.settings import fields
@@ -170,7 +172,7 @@ class Pieces:
   trees: Trees
   objective: Scorer
   optimizer: optax.GradientTransformation
-  schedule: optax.Schedule
+  schedule: schedules.Rate
   batches: loader.Loader | online.Online
   step: Any  # jitted: (state, context, batch) -> (state, metrics), the state donated
   task: tasks.Task | None  # what is asked before and after training
@@ -264,7 +266,7 @@ def build(
     optimizer=updates,
     schedule=schedule,
     batches=batches,
-    step=jitted_step(config, trees.adapter_config, loss, updates, shapes),
+    step=jitted_step(config, trees.adapter_config, loss, updates, shapes, schedule),
     task=questions.make(config, base, rows),
   )
 
@@ -275,6 +277,7 @@ def jitted_step(
   loss: Scorer,
   updates: optax.GradientTransformation,
   shapes: State,
+  rate: schedules.Rate,
 ) -> Any:
   """The training step, jitted once for all states of these shapes: its result lies as its argument does."""
   return step.jitted(
@@ -283,6 +286,7 @@ def jitted_step(
     shapes,
     accumulate=decisions.micro_batches(config, state_lib.devices(shapes)),
     seed=config.seed,
+    rate=rate,
     hooks=adapters.hooks(adapter_config, config.steps),
   )
 
@@ -370,6 +374,7 @@ class _Training:
     if checkpoints.latest() is not None:
       data.check_held_out(self.folder, config, self.pieces.data)
       state, progress = self._resumed(checkpoints, state)
+      self._note_scoring(progress)
       self._regrade()
     else:
       if told := record.last_step(self.folder):
@@ -380,6 +385,7 @@ class _Training:
         self_checks.fresh_adapter(self.pieces, self.say)
         if isinstance(self.pieces.batches, online.Online):
           self.pieces.batches.check(state)
+      self._note_scoring(progress)
       self.started.ends("checks")
       if config.eval.before and self.pieces.task is not None:
         self._evaluate_task("before", state)
@@ -515,6 +521,12 @@ class _Training:
     files.write_json(self.folder / f"evaluation-{when}.json", result.to_json())
     for line in report.told(result, when):
       self.say(line)
+
+  def _note_scoring(self, progress: loop.Progress) -> None:
+    if not isinstance(self.pieces.batches, online.Online) or not distributed.is_main():
+      return
+    if told := scoring.note_changes(self.folder, self.pieces.config, progress.step):
+      self.say(f"warning: {told}")
 
   def _regrade(self) -> None:
     """The answers before training are graded as those after it will be, where a metric's code has changed since."""

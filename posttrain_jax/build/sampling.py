@@ -82,12 +82,12 @@ def write(wanted: Wanted, load: Callable[[], use.Used]) -> Summary:
   writer = use.writer(used)
   asked, longest = _asked(used, wanted)
   with scoring.told_of_files(wanted.scored_by):
-    reward = scoring.of(wanted.scored_by, _columns(asked))
+    reward = scoring.of(wanted.scored_by, _columns(asked), partly=_partly(asked))
   with scoring.told_of_files(wanted.scored_by):
-    for sentence in selftest.check(reward, _references(asked)):
+    for sentence in selftest.check(reward, _references(asked, used.tokenizer)):
       log.info(sentence)
   right = _right(wanted, reward)
-  _check_right(wanted.keep, right)
+  _check_right(wanted.keep, right, reward)
   plan = _plan(wanted, longest)
   prompts = writer.prompts(asked)
   weights = _weights(used)
@@ -97,18 +97,40 @@ def write(wanted: Wanted, load: Callable[[], use.Used]) -> Summary:
   with Journal(_journal(wanted.out)).begin(identity) as journal:
     drawn = _drawn(journal, writer, prompts, plan)
     groups = _scored(journal, reward, asked, drawn, plan)
-  some = [keeping.kept(wanted.keep, group, right) for group in groups]
-  lines = [
-    _line(asked[s.drawn.number], s, wanted.seed, weights) for one in some for s in one.samples
-  ]
+  lines, summary = _chosen(wanted, asked, groups, right, weights)
   if not lines:
     there = wanted.out.exists()
     before = f" ({wanted.out} is as an earlier command left it)" if there else ""
-    raise ConfigError(f"no answer is kept{before}:\n{keeping.summary(groups, some, right)}")
-  files.write_text(wanted.out, "".join(lines))
+    what = "no prompt gave a pair" if wanted.keep.rule == keeping.PAIRS else "no answer is kept"
+    raise ConfigError(f"{what}{before}:\n{summary}")
+  files.write_text(wanted.out, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in lines))
   if right is None:
     log.info("no pass@k: nothing says which score is right; write --right=SCORE")
-  return keeping.summary(groups, some, right)
+  return summary
+
+
+def _chosen(
+  wanted: Wanted,
+  asked: Sequence[Question],
+  groups: Sequence[Sequence[Sample]],
+  right: keeping.Right | None,
+  weights: str,
+) -> tuple[list[dict[str, Any]], Summary]:
+  """(the rows that are written, what the answers came to)."""
+  if wanted.keep.rule == keeping.PAIRS:
+    pairs = [
+      keeping.paired(group, right, has_gold=question["gold"] is not None)
+      for question, group in zip(asked, groups, strict=True)
+    ]
+    rows = [
+      _pair(question, pair, wanted.seed, weights)
+      for question, (pair, _) in zip(asked, pairs)
+      if pair is not None
+    ]
+    return rows, keeping.summary(groups, pairs, right)
+  some = [keeping.kept(wanted.keep, group, right) for group in groups]
+  rows = [_row(asked[s.drawn.number], s, wanted.seed, weights) for one in some for s in one.samples]
+  return rows, keeping.summary(groups, some, right)
 
 
 def _check(wanted: Wanted) -> None:
@@ -154,11 +176,14 @@ def _right(wanted: Wanted, reward: Reward) -> keeping.Right | None:
   return outcome.is_right if outcome.has_most else None
 
 
-def _check_right(keep: Keep, right: keeping.Right | None) -> None:
+def _check_right(keep: Keep, right: keeping.Right | None, reward: Reward) -> None:
   if keep.rule == keeping.ALL_RIGHT and right is None:
+    endless = [p.name for p in reward.outcome().parts if not (p.gate or p.has_ends)]
+    ranges = json.dumps({"ranges": {name: [0, 1] for name in endless}})
     raise ConfigError(
-      f"--keep={keeping.ALL_RIGHT}: a part of the reward has no highest score, so nothing says which answers are right;"
-      " write --right=SCORE, or --keep=best, top:K or above:X"
+      f"--keep={keeping.ALL_RIGHT}: {' and '.join(endless)} has no highest score, so nothing says which answers are"
+      " right; write --right=SCORE, or --keep=best, top:K or above:X, or say what its scores lie within: a verifier of"
+      f" yours `-> bool`, or in --reward=FILE.json, as {ranges}"
     )
 
 
@@ -212,10 +237,18 @@ def _columns(asked: Sequence[Question]) -> list[str]:
   return [column for column in rows[0] if all(column in row for row in rows)]
 
 
-def _references(asked: Sequence[Question]) -> list[Answer]:
+def _partly(asked: Sequence[Question]) -> dict[str, str]:
+  """{column that some rows have and not all: the first row without it}."""
+  rows = [(example(question), question["origin"]) for question in asked]
+  every = dict.fromkeys(column for row, _ in rows for column in row)
+  without = {column: next((at for row, at in rows if column not in row), "") for column in every}
+  return {column: at for column, at in without.items() if at}
+
+
+def _references(asked: Sequence[Question], tokenizer: Any) -> list[Answer]:
   """The first rows with their own right answers, "" where a row does not say."""
   some = [(q["prompt"], example(q)) for q in asked[: selftest.PAIRS]]
-  return [Answer(prompt, section.expected(row), row) for prompt, row in some]
+  return [section.reference(prompt, row, tokenizer) for prompt, row in some]
 
 
 def _weights(used: use.Used) -> str:
@@ -325,7 +358,7 @@ def _scored(
   def read(line: Mapping[str, Any]) -> tuple[int, list[Scored]] | None:
     if "scored" not in line:
       return None
-    scores = [Scored.from_json(one) for one in line["scores"]]
+    scores = [reward.renamed(Scored.from_json(one)) for one in line["scores"]]
     if len(scores) != plan.samples:
       raise ValueError(f"{len(scores)} scores of {plan.samples} answers")
     return line["scored"], scores
@@ -348,15 +381,18 @@ def _scored(
   ]
 
 
-def _line(question: Question, sample: Sample, seed: int, weights: str) -> str:
+def _said(question: Question, text: str) -> Any:
+  """An answer as the prompt is: a string to a string, else a message."""
+  return text if isinstance(question["prompt"], str) else [{"role": "assistant", "content": text}]
+
+
+def _row(question: Question, sample: Sample, seed: int, weights: str) -> dict[str, Any]:
   """A row that fine-tuning reads: prompt and completion, the tokens that were drawn, and what is known of them."""
   drawn, scored = sample.drawn, sample.scored
-  is_text = isinstance(question["prompt"], str)
-  said: Any = drawn.text if is_text else [{"role": "assistant", "content": drawn.text}]
   missing = {name: given.reason for name, given in scored.parts.items() if given.is_missing}
-  row = {
+  return {
     "prompt": question["prompt"],
-    "completion": said,
+    "completion": _said(question, drawn.text),
     chat.IDS: drawn.tokens,
     "score": sample.score,
     "parts": {name: given.value for name, given in scored.parts.items()},
@@ -368,4 +404,20 @@ def _line(question: Question, sample: Sample, seed: int, weights: str) -> str:
     "sample": drawn.sample,
     **questions_lib.carried(question),
   }
-  return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _pair(question: Question, pair: keeping.Pair, seed: int, weights: str) -> dict[str, Any]:
+  """A row that preference objectives read, and what is known of its answers; null of the expected one."""
+  chosen, rejected = pair.chosen, pair.rejected
+  return {
+    "prompt": question["prompt"],
+    "chosen": _said(question, question["gold"] if chosen is None else chosen.drawn.text),
+    "rejected": _said(question, rejected.drawn.text),
+    "score_chosen": None if chosen is None else chosen.score,
+    "score_rejected": rejected.score,
+    "weights": weights,
+    "seed": seed,
+    "number": rejected.drawn.number,
+    "samples": [None if chosen is None else chosen.drawn.sample, rejected.drawn.sample],
+    **questions_lib.carried(question),
+  }

@@ -7,7 +7,8 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Collection, Generator, Mapping
+import types
+from collections.abc import Callable, Collection, Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +17,36 @@ import ml_collections
 from posttrain_jax import settings
 from posttrain_jax.adapters import peft_format
 from posttrain_jax.build import use
+from posttrain_jax.core import files
 from posttrain_jax.evals.judge import Judge
-from posttrain_jax.rewards import section
+from posttrain_jax.rewards import named, section
 from posttrain_jax.rewards.model import Model
 from posttrain_jax.rewards.reward import Reward
 from posttrain_jax.rewards.workers import Workers
+from posttrain_jax.runs import record
 from posttrain_jax.settings import ConfigError
+
+SECTIONS = ("reward", "holdout_reward")
 
 
 def make(
-  config: ml_collections.ConfigDict, columns: Collection[str]
+  config: ml_collections.ConfigDict,
+  columns: Collection[str],
+  stopping: Callable[[], bool] = lambda: False,
 ) -> tuple[Reward, Reward | None]:
   """The reward of a run, and what scores the same answers and is not trained on, if anything does.
 
   Args:
     columns: that the rows have.
+    stopping: see `rewards.workers.Workers`.
 
   Raises:
     ConfigError: as `rewards.section.make`, or a folder that holds no reward model.
   """
-  workers = Workers()  # one call at a time: what times out says something of the verifier
-  sections = (settings.plain(config[name]) for name in ("reward", "holdout_reward"))
+  workers = Workers(
+    stopping=stopping
+  )  # one call at a time: what times out says something of the verifier
+  sections = (settings.plain(config[name]) for name in SECTIONS)
   reward, other = (of(spec, columns, workers) if spec["parts"] else None for spec in sections)
   if reward is None:
     raise ConfigError("reward.parts is empty: nothing says how good an answer is")
@@ -60,11 +70,17 @@ def check_not_negative(reward: Reward) -> None:
   )
 
 
-def of(spec: Mapping[str, Any], columns: Collection[str], workers: Workers | None = None) -> Reward:
-  """The reward that a section describes, its reward models loaded."""
+def of(
+  spec: Mapping[str, Any],
+  columns: Collection[str],
+  workers: Workers | None = None,
+  *,
+  partly: Mapping[str, str] = types.MappingProxyType({}),
+) -> Reward:
+  """The reward that a section describes, its reward models loaded; see `rewards.section.make`."""
   section.check(spec)
   given = {name: Model(_judge_named(spec, name).scores) for name in _named(spec) if _folder(name)}
-  return section.make(spec, columns, given=given, workers=workers)
+  return section.make(spec, columns, partly=partly, given=given, workers=workers)
 
 
 def _folder(name: str) -> Path | None:
@@ -90,24 +106,60 @@ def _judge_named(spec: Mapping[str, Any], name: str) -> Judge:
 def identity(spec: Mapping[str, Any]) -> str:
   """A name for what a section's scores depend on, beside the answers: its fields, and the files that it names."""
   models = [path for name in _named(spec) if (path := _folder(name))]
-  stated = [
-    (str(file), status.st_size, status.st_mtime_ns)
-    for path in models
-    for file in sorted([*path.glob("*.*"), *path.glob("adapter/*")])
-    for status in [file.stat()]
-  ]
-  return _digest([spec, sources(spec), stated])
+  return _digest([spec, sources(spec), [state for path in models for state in _stated(path)]])
+
+
+def _stated(model: Path) -> list[tuple[str, int, int]]:
+  """(name, size, time of its last change) of each file of a reward model."""
+  every = sorted([*model.glob("*.*"), *model.glob("adapter/*")])
+  return [(str(file), at.st_size, at.st_mtime_ns) for file in every for at in [file.stat()]]
+
+
+def scored_with(config: ml_collections.ConfigDict) -> dict[str, str]:
+  """{name: a digest} of the user's files and of the reward models that score a run's answers."""
+  names = [name for section in SECTIONS for name in _named(settings.plain(config[section]))]
+  own = [path for name in names if (path := name.rpartition(":")[0]).endswith(".py")]
+  models = {name: _digest(_stated(path)) for name in names if (path := _folder(name))}
+  return {path: _digest(Path(path).expanduser().read_text()) for path in own} | models
+
+
+def note_changes(folder: Path, config: ml_collections.ConfigDict, step: int) -> str:
+  """What is to be said where a run goes on with other scoring files than it had; "" where they are the same.
+
+  Its record has what it scores with, and at which steps that changed: curves go on, and their scale is another.
+  """
+  written, now = files.read_json(folder / record.CONFIG), scored_with(config)
+  was = written.get(record.SCORED_WITH)
+  changed = [name for name, digest in now.items() if step and was and digest != was.get(name)]
+  changes = [*written.get(record.RESCORED, ())] if step else []
+  if changed:
+    changes.append({"step": step, "changed": changed})
+  told = {record.SCORED_WITH: now} | ({record.RESCORED: changes} if changes else {})
+  if now:
+    kept = {name: value for name, value in written.items() if name != record.RESCORED}
+    files.write_json(folder / record.CONFIG, kept | told)
+  if not changed:
+    return ""
+  return (
+    f"{', '.join(changed)} has changed since this run scored with it: from step {step} on answers are scored by what is"
+    " there now, and rewards before and after are not of one scale"
+  )
 
 
 def sources(spec: Mapping[str, Any]) -> str:
   """A digest of the user's files that score."""
   paths = {name.rpartition(":")[0] for name in _named(spec)}
-  files = sorted(path for path in paths if path.endswith(".py"))
-  return _digest([Path(path).expanduser().read_text() for path in files]) if files else ""
+  named = sorted(path for path in paths if path.endswith(".py"))
+  return _digest([Path(path).expanduser().read_text() for path in named]) if named else ""
 
 
 def _named(spec: Mapping[str, Any]) -> list[str]:
   return [name for field in ("parts", "gates") for name in section.names(spec.get(field, ()))]
+
+
+def titles(spec: Mapping[str, Any]) -> Mapping[str, str]:
+  """{name in the section: what the part or gate is called}."""
+  return named.titles(_named(spec))
 
 
 def _digest(value: Any) -> str:
@@ -115,37 +167,43 @@ def _digest(value: Any) -> str:
   return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def spec(parts: str, gates: str = "", *, unsafe_code: bool = False) -> dict[str, Any]:
+def spec(
+  parts: str, gates: str = "", *, untested: str = "", unsafe_code: bool = False
+) -> dict[str, Any]:
   """The section that command-line options stand for.
 
   Args:
     parts: names with commas between, "" for none, or a .json file with fields of the section.
-    gates: names with commas between.
+    gates, untested: names with commas between.
 
   Raises:
     ConfigError: the file cannot be read, or a gate has nothing to multiply.
   """
   if not parts and gates:
     raise ConfigError("--gate multiplies a reward: write --reward, too")
+  if not parts and untested:
+    raise ConfigError("--untested names parts of a reward: write --reward, too")
   asked = _written(parts) if parts.endswith(".json") else {}
   if parts and not asked:
     asked = {"parts": section.names(parts)}
   return (
     asked
     | ({"gates": section.names(gates)} if gates else {})
+    | ({"untested": section.names(untested)} if untested else {})
     | ({"unsafe_code": True} if unsafe_code else {})
   )
 
 
 @contextlib.contextmanager
 def told_of_files(spec: Mapping[str, Any]) -> Generator[None]:
-  """What fields are to be written is said as commands without a config take them: --reward=FILE.json."""
+  """What fields are to be written is said as commands without a config take them: options, or --reward=FILE.json."""
   try:
     yield
   except ConfigError as error:
     text = str(error).replace("reward.unsafe_code=true", "--unsafe_code")
+    text = text.replace("--config.reward.untested=", "--untested=")
     fields = [field for field in re.findall(r"\breward\.(\w+)", text) if field in section.SHAPES]
-    if fields:
+    if fields and fields[0] not in ("parts", "gates", "untested"):
       parts = json.dumps([*section.names(spec.get("parts", ()))])
       value = "{...}" if fields[0] in ("options", "ranges") else "[...]"
       text += (

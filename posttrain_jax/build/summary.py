@@ -16,7 +16,7 @@ import rich.table
 import rich.text
 
 from posttrain_jax.core import files
-from posttrain_jax.evals import compare, figures, meanings, report
+from posttrain_jax.evals import compare, figures, meanings, online, report
 
 # What is compared: the first that finished points have and that is of one thing in all of them; else the first that is
 # no loss, which across betas (or data) says nothing of which point is better.
@@ -35,6 +35,7 @@ METRICS = (
   "rewards/margins",
   "kl",
 )
+ANSWERED = ("pass@1", "reward")  # of runs that write their own answers; their loss says nothing
 BESIDE = "eval_kl"  # what an accuracy was bought with
 
 
@@ -79,7 +80,9 @@ def write(
 def _compared(known, configs) -> str | None:
   """The first of METRICS, or of the points' scores, that compares between them; else the first that is not a loss."""
   scores = [name for name in known if meanings.SCORE.covers(meanings.base(name))]
-  there = [name for name in (METRICS[0], *scores, *METRICS[1:]) if name in known]
+  is_online = compare.kind_of(configs) == meanings.ONLINE
+  ordered = (METRICS[0], *scores, *(ANSWERED if is_online else ()), *METRICS[1:])
+  there = [n for n in ordered if n in known and not (is_online and "loss" in n)]
   fair = (name for name in there if not meanings.obstacles(name, configs))
   unfair = (name for name in there if "loss" not in name)
   return next(fair, next(unfair, None))
@@ -112,6 +115,8 @@ def _explained(known, metric, configs) -> list[str]:
   meaning = (
     "" if metric.startswith(meanings.ANSWERS) else f" {meanings.meaning(kind, metric).meaning}"
   )
+  if kind == meanings.ONLINE and online.is_of_answers(metric):
+    meaning += " The mean of the run's last fifth."
   return [
     f"{metric}: {f'{way} is better, * is the best.' if way else 'neither way is better.'}{meaning}"
   ]

@@ -74,27 +74,31 @@ class Updates:
   def blank(self) -> Batch:
     """A batch of the largest shape, for a program that is compiled and not run."""
     o, length = self.config.online, self.config.data.length
-    example = dataclasses.replace(
-      answers.blank("scored", with_ref_logps=False, with_companion=False),
-      sampling_logps=np.zeros(2, np.float32),
-      kept=np.zeros((2, self.words), np.uint32) if self.words else None,
-    )
     rows = [[0]] * self.config.batch.rows
-    batch = pack_answers([example], rows, length, o.samples, shares=self.config.data.share_prompt)
+    shares = self.config.data.share_prompt
+    batch = pack_answers([self._one_token], rows, length, o.samples, shares=shares)
     if o.minibatches * o.passes > 1:
       batch["old_logps"] = np.zeros((len(rows), length), np.float32)
     return batch
 
-  def _packed(self, examples: Sequence[answers.Answers], order: np.ndarray) -> list[Batch]:
-    """The examples in that order, in batches of one update."""
+  @functools.cached_property
+  def _one_token(self) -> answers.Answers:
+    """An answer of one token."""
+    return dataclasses.replace(
+      answers.blank("scored", with_ref_logps=False, with_companion=False),
+      sampling_logps=np.zeros(2, np.float32),
+      kept=np.zeros((2, self.words), np.uint32) if self.words else None,
+    )
+
+  def _packed(self, examples: Sequence[answers.Answers | None], order: np.ndarray) -> list[Batch]:
+    """The examples in that order, in batches of one update; an empty row where there is none."""
     rows, shares = self.config.batch.rows, self.config.data.share_prompt
-    edge = next(e for e in self._edges if max(map(len, examples)) <= e)
-    parts = [order[start : start + rows] for start in range(0, len(order), rows)]
+    known = [self._one_token if example is None else example for example in examples]
+    edge = next(e for e in self._edges if max(map(len, known)) <= e)
+    filled = [[] if examples[i] is None else [int(i)] for i in order]
+    parts = [filled[start : start + rows] for start in range(0, len(filled), rows)]
     return [
-      pack_answers(
-        examples, [[int(i)] for i in part], edge, self.config.online.samples, shares=shares
-      )
-      for part in parts
+      pack_answers(known, part, edge, self.config.online.samples, shares=shares) for part in parts
     ]
 
   def _divergences(self, groups: Sequence[Group], state: State) -> np.ndarray:
@@ -118,10 +122,12 @@ class Updates:
       dict.fromkeys(min(length, -(-length * i // EDGES // 64) * 64) for i in range(1, EDGES + 1))
     )
 
-  def _example(self, group: Group, advantages: np.ndarray) -> answers.Answers:
-    """The group as a row; what could not be scored is left out."""
+  def _example(self, group: Group, advantages: np.ndarray) -> answers.Answers | None:
+    """The group as a row; what could not be scored is left out, and None is left of a group without any score."""
     scores, o = group.scores, self.config.online
     places = scored_places(group)
+    if not places:
+      return None
     prompt = group.prompt.tokens
     parts = []
     for i in places:
@@ -132,7 +138,7 @@ class Updates:
     deviation = float(known.std(ddof=1)) if len(known) > 1 else 0.0
     values = {
       "score": [float(scores[i]) for i in places],
-      "advantage": [0.0 if np.isnan(scores[i]) else float(advantages[i]) for i in places],
+      "advantage": [float(advantages[i]) for i in places],
       "deviation": [deviation] * len(places),
     }
     joined = answers.join(parts, share=self.config.data.share_prompt, values=values)
@@ -165,5 +171,5 @@ class Updates:
 
 
 def scored_places(group: Group) -> list[int]:
-  """Of the answers that are a row's; of a group without any score the first, so that its place is kept."""
-  return [i for i, score in enumerate(group.scores) if not np.isnan(score)] or [0]
+  """Of the answers that are a row's."""
+  return [i for i, score in enumerate(group.scores) if not np.isnan(score)]

@@ -12,7 +12,7 @@ import tokenizers
 from posttrain_jax.data import chat
 from posttrain_jax.merge import vocabulary
 from posttrain_jax.merge.recipe import ModelRef, Recipe, RecipeError
-from posttrain_jax.merge.stream import Tensors
+from posttrain_jax.merge.tensors import Tensors
 from posttrain_jax.merge.vocabulary import Layout
 
 log = logging.getLogger(__name__)

@@ -133,6 +133,12 @@ def add_reward(parser: argparse.ArgumentParser) -> None:
     "--gate", default="", metavar="NAME[,NAME...]", help="verifiers that multiply the sum, as tags"
   )
   parser.add_argument(
+    "--untested",
+    default="",
+    metavar="NAME[,NAME...]",
+    help="verifiers of yours that do not ask whether an answer is right, as of style: no row tries them",
+  )
+  parser.add_argument(
     "--unsafe_code",
     action="store_true",
     help="run programs that the model wrote where nothing isolates them",

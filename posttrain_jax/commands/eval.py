@@ -101,7 +101,7 @@ def _best_of(args: argparse.Namespace) -> dict[str, Any]:
     raise ValueError(
       f"--columns={args.columns[0]} names a column of rows; --best_of=N asks a built-in task"
     )
-  judge.check_best_of(args.data, args.best_of)
+  judge.check_best_of(args.data, args.best_of, args.seed)
   liked = scoring.judge(args.reward)  # before the long part
   used = use.load(args.model, args.adapter, base=args.base, template=args.template)
   return judge.best_of(

@@ -13,7 +13,9 @@ def add(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--workdir", metavar="DIR", help="the folder of all points, a run each")
   parser.add_argument("--jobs", type=int, default=1, help="points at the same time")
   parser.add_argument(
-    "--metric", metavar="NAME", help="what the summary compares; default accuracy or loss"
+    "--metric",
+    metavar="NAME",
+    help="what the summary compares; default accuracy or loss, of online runs pass@1 or the reward",
   )
 
 

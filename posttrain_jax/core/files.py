@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import glob
+import io
 import json
 import logging
 import math
@@ -19,7 +20,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from posttrain_jax.core import ending
+from posttrain_jax.core import direct, ending
 
 log = logging.getLogger(__name__)
 
@@ -189,6 +190,20 @@ def write_safetensors(
   Raises:
     ValueError: a number is not finite, or becomes infinite in the dtype that it is written in; names the tensor.
   """
+  with direct.appending(path) as f:
+    f.write(np.frombuffer(safetensors_head(tensors, metadata), np.uint8))
+    for name, (shape, dtype, make) in tensors.items():
+      array = narrowed(name, make(), dtype)
+      if array.shape != tuple(shape):
+        raise ValueError(f"{name}: declared {tuple(shape)}, made {array.shape}")
+      f.write(array.reshape(-1).view(np.uint8))
+
+
+def safetensors_head(
+  tensors: Mapping[str, tuple[tuple[int, ...], str, Callable[[], np.ndarray]]],
+  metadata: Mapping[str, str] | None = None,
+) -> bytes:
+  """What stands before the data of a safetensors file, which follow in the order of the tensors."""
   header: dict[str, object] = {"__metadata__": dict(metadata or {"format": "pt"})}
   end = 0
   for name, (shape, dtype, _) in tensors.items():
@@ -199,15 +214,7 @@ def write_safetensors(
     header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
   head = json.dumps(header, separators=(",", ":")).encode()
   head += b" " * (-len(head) % 8)  # the data must start on a multiple of 8
-  with Path(path).open("wb") as f:
-    f.write(len(head).to_bytes(8, "little") + head)
-    for name, (shape, dtype, make) in tensors.items():
-      array = narrowed(name, make(), dtype)
-      if array.shape != tuple(shape):
-        raise ValueError(f"{name}: declared {tuple(shape)}, made {array.shape}")
-      f.write(array.reshape(-1).view(np.uint8).data)
-    f.flush()
-    os.fsync(f.fileno())
+  return len(head).to_bytes(8, "little") + head
 
 
 def narrowed(name: str, array: Any, dtype: str) -> np.ndarray:
@@ -221,9 +228,7 @@ def narrowed(name: str, array: Any, dtype: str) -> np.ndarray:
     result = np.asarray(whole, numpy_dtype(dtype), order="C")
   power = largest_power(result)
   if power < math.inf:
-    if power >= HUGE:
-      said = "%s holds a number of 2^%d or more, whose products end in infinity: fetch its file again, or train anew"
-      log.warning(said, name, power)
+    say_huge(name, power)
     return result
   if is_finite(whole):
     largest = float(np.abs(whole.astype(np.float64)).max())
@@ -232,6 +237,13 @@ def narrowed(name: str, array: Any, dtype: str) -> np.ndarray:
       f"{name} holds {largest:.6g}, and {dtype} ends at {limit:.6g}: write it as bfloat16 or float32"
     )
   raise ValueError(f"{name} holds {worst(result)}")
+
+
+def say_huge(name: str, power: float) -> None:
+  """Warns of a tensor whose largest number reaches 2^power, where that is no weight's."""
+  if power >= HUGE:
+    said = "%s holds a number of 2^%d or more, whose products end in infinity: fetch its file again, or train anew"
+    log.warning(said, name, power)
 
 
 HUGE = 126  # a number of 2^126 or more is no weight's: four of them added are beyond float32
@@ -314,13 +326,24 @@ def read_array(path: str | Path, start: int, shape: tuple[int, ...], dtype: str)
     ValueError: the file ends before.
   """
   array = room(shape, numpy_dtype(dtype))
-  held, wanted = array.reshape(-1).view(np.uint8), array.nbytes
-  with Path(path).open("rb") as f:
-    f.seek(start)
-    count = f.readinto(held.data)
-  if count != wanted:
-    raise ValueError(f"{path} ends after {start + count} bytes of {start + wanted}: fetch it again")
+  with Path(path).open("rb", buffering=0) as f:
+    read_into(array, f, start)
   return array
+
+
+def read_into(array: np.ndarray, file: io.FileIO, start: int) -> None:
+  """Fills a contiguous array with the bytes that begin at `start`; several threads may read one file.
+
+  Raises:
+    ValueError: the file ends before.
+  """
+  held, count = array.reshape(-1).view(np.uint8), 0
+  while count < held.size:
+    size = os.preadv(file.fileno(), [held[count:].data], start + count)
+    if not size:
+      end = f"{start + count} bytes of {start + held.size}"
+      raise ValueError(f"{file.name} ends after {end}: fetch it again")
+    count += size
 
 
 def numpy_dtype(name: str) -> np.dtype:

@@ -129,10 +129,14 @@ def announced(what: str, say: Callable[[str], None]) -> Generator[None]:
 
 
 def lines(what: str, say: Callable[[str], None] | None = None) -> Callable[[int, int | None], None]:
-  """A function of (how many are done, of how many), which says so every now and then, on stderr by default."""
+  """A function of (how many are done, of how many), which says so every now and then, on stderr by default.
+
+  How long the rest takes is said from the second time on, by what came since the first: until then programs compile,
+  and what is done side by side, or was done by an earlier command, says nothing of the pace.
+  """
   say = say or _print
-  began = time.monotonic()
-  last = [began]
+  last = [time.monotonic()]
+  first: list[tuple[float, int]] = []
 
   def count(done: int, total: int | None) -> None:
     now = time.monotonic()
@@ -140,8 +144,11 @@ def lines(what: str, say: Callable[[str], None] | None = None) -> Callable[[int,
       return
     last[0] = now
     left = ""
-    if total and done:
-      left = f", {took((now - began) / done * (total - done))} left"
+    if not first:
+      first.append((now, done))
+    elif total and done > first[0][1]:
+      pace = (now - first[0][0]) / (done - first[0][1])
+      left = f", {took(pace * (total - done))} left"
     say(f"{what}: {done}{'' if total is None else f' of {total}'}{left}")
 
   return count

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from posttrain_jax.core.leaf import Leaf
@@ -111,8 +112,20 @@ def gather(tree: Any, spec: PartitionSpec) -> Any:
     return tree
   spec = PartitionSpec(*[None if axis == "fsdp" else axis for axis in spec])
   ambient = jax.sharding.get_abstract_mesh()
-  pin = lambda x, spec: jax.lax.with_sharding_constraint(x, fitted(spec, x.shape, ambient))
+
+  def pin(x: Any, spec: PartitionSpec) -> jax.Array:
+    return jax.lax.with_sharding_constraint(_movable(x, ambient), fitted(spec, x.shape, ambient))
+
   return jax.tree.map(pin, tree, specs(tree, spec))
+
+
+def _movable(x: Any, mesh: jax.sharding.AbstractMesh) -> Any:
+  """x, from the host where it lies on other devices than the mesh's or in another way: a constraint takes no such."""
+  if not isinstance(x, jax.Array) or isinstance(x, Tracer) or not x.is_fully_addressable:
+    return x
+  where = x.sharding
+  lies_there = isinstance(where, NamedSharding) and where.mesh.abstract_mesh == mesh
+  return x if lies_there else np.asarray(x)
 
 
 def specs(leaf: Any, spec: PartitionSpec) -> Any:

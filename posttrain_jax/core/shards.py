@@ -22,6 +22,15 @@ SHARD_BYTES = 5_000_000_000
 Entry = tuple[tuple[int, ...], str, Callable[[], np.ndarray]]
 
 
+@dataclasses.dataclass(frozen=True)
+class Place:
+  """Where a tensor's bytes lie: in which file, from which on, and as what dtype."""
+
+  path: Path
+  start: int
+  dtype: np.dtype
+
+
 class Reader:
   """Every tensor of a folder's safetensors files by name, read when it is asked for.
 
@@ -94,11 +103,20 @@ class Reader:
     Raises:
       ValueError: no array has its dtype.
     """
+    place = self.place(name)
+    return files.read_array(place.path, place.start, self.shape(name), str(place.dtype))
+
+  def place(self, name: str) -> Place:
+    """Where the tensor lies.
+
+    Raises:
+      ValueError: no array has its dtype.
+    """
     path, stored = self.where[name], self.stored(name)
     if stored not in files.STORED:
       raise ValueError(f"{path}: {name!r} is stored as {stored}, of which no array can be made")
     start = self.held[path].start + self._entry(name)["data_offsets"][0]
-    return files.read_array(path, start, self.shape(name), files.STORED[stored])
+    return Place(path, start, files.numpy_dtype(files.STORED[stored]))
 
   def _entry(self, name: str) -> Mapping[str, Any]:
     return self.held[self.where[name]].tensors[name]

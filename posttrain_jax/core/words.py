@@ -20,6 +20,15 @@ def shown(value: Any, length: int = 100) -> str:
     text = " ".join(line.strip() for line in short.repr(value).split("\n"))  # of arrays: many lines
   except ValueError:  # a number of more digits than Python writes
     text = "a number of thousands of digits"
+  return cut(text, length)
+
+
+def cut(text: str, length: int) -> str:
+  """The text, at most so long.
+
+  >>> cut("a" * 1000, 12), cut("a", 12)
+  ('aaaaaaaaa...', 'a')
+  """
   return text if len(text) <= length else text[: length - 3] + "..."
 
 

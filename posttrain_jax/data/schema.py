@@ -168,14 +168,17 @@ class _Reads:
     self._unread: dict[forms.Form, dict[str, None]] = {}
     self._seen: set[tuple[int, tuple[str, ...]]] = set()
 
-  def add(self, form: forms.Form, raw: Mapping[str, Any]) -> None:
+  def add(self, form: forms.Form, raw: Mapping[str, Any], usual: Collection[str] = ()) -> None:
+    """usual: the parts that stand in columns of their own names, beside those that were named."""
     key = id(form), tuple(raw)
     if key in self._seen:
       return
     self._seen.add(key)
     parts, read = self._parts.setdefault(form, {}), set()
     for name, part in form.parts.items():
-      for column in self._of.get(name, [name] if not self._of or name in CARRIED else []):
+      for column in self._of.get(
+        name, [name] if not self._of or name in (*CARRIED, *usual) else []
+      ):
         if column in raw:
           parts.setdefault(part, {})[column] = None
           read.add(column)
@@ -244,15 +247,24 @@ def check_row(
       origin,
       f"expected an object with named columns, found {messages.shown(raw)}",
     )
-  fields = dict(raw) if columns is None else _renamed(raw, columns, origin)
+  fields, usual = dict(raw), ()
+  if columns is not None:
+    fields = _renamed(raw, columns, origin)
+    usual = _usual(columns, raw, kinds)
+    fields |= {name: raw[name] for name in usual}
   if in_text:
     fields = tables.typed(fields, origin)
   for alias, name in forms.ALIASES.items():
     if alias in fields and name not in fields:
       fields[name] = fields.pop(alias)
+  is_prompt_enough = kinds is None or "prompt" in kinds
+  if columns and not any(
+    form.kind != "prompt" or is_prompt_enough for form in forms.fitting(frozenset(fields))
+  ):
+    raise _unfinished(fields, raw, origin, kinds)
   form = forms.of(fields.keys(), origin, kinds, KNOWN)
   if reads is not None:
-    reads.add(form, raw)
+    reads.add(form, raw, usual)
   return validate(forms.written(fields, form, origin, chat), origin)
 
 
@@ -349,6 +361,48 @@ def _renamed(raw, columns, origin):
         raise messages.wrong_type(column, part, "a string (several columns are joined)", origin)
     renamed[name] = "\n".join(part for part in parts if part)
   return renamed
+
+
+def _usual(
+  columns: Mapping[str, str | Sequence[str]], raw: Mapping[str, Any], kinds: Collection[str] | None
+) -> tuple[str, ...]:
+  """The parts that a row has in columns of their own names, where those that were named make no row alone.
+
+  Whoever names all parts of a form leaves the others out.
+
+  >>> _usual({"completion": "answer"}, {"prompt": "a", "answer": "b", "text": "c"}, None)
+  ('prompt',)
+  >>> _usual({"chosen": "good", "rejected": "bad"}, {"prompt": "a", "good": "b", "bad": "c"}, None)
+  ()
+  """
+  if any(form.kind != "prompt" for form in forms.fitting(frozenset(columns))):
+    return ()
+  taken = {name for of in columns.values() for name in ([of] if isinstance(of, str) else of)}
+  usable = [form for form in forms.FORMS if kinds is None or form.kind in kinds]
+  needed = [
+    form.needs
+    for form in usable
+    if {*columns} <= {*form.needs}
+    and all(name in raw and name not in taken for name in {*form.needs} - {*columns})
+  ]
+  most = [needs for needs in needed if not any({*needs} < {*other} for other in needed)]
+  return tuple(name for name in most[0] if name not in columns) if len(most) == 1 else ()
+
+
+def _unfinished(fields, raw, origin, kinds):
+  """The error of a row of which too few parts were named: which others go with them."""
+  rest = dict.fromkeys(
+    tuple(name for name in form.needs if name not in fields)
+    for form in forms.FORMS
+    if (kinds is None or form.kind in kinds) and {*form.needs} & {*fields}
+  )
+  ways = (" ".join(f"--config.data.columns.{name}=COLUMN" for name in names) for names in rest)
+  cure = f"write {', or '.join(ways)}, too" if rest else f"name those of one of\n{KNOWN}"
+  return RowError(
+    "unknown columns",
+    origin,
+    f"data.columns names {messages.names(fields)}, which make no row alone; the row has {messages.names(raw)}: {cure}",
+  )
 
 
 def _text(fields, origin):

@@ -15,7 +15,7 @@ import numpy as np
 from posttrain_jax import settings
 from posttrain_jax.core import files
 from posttrain_jax.data import questions
-from posttrain_jax.evals import charts, figures, meanings, page, panels, report
+from posttrain_jax.evals import charts, figures, meanings, online, page, panels, report
 from posttrain_jax.evals.charts import Line
 from posttrain_jax.evals.meanings import ANSWERS, EVAL, NEITHER, Named
 from posttrain_jax.runs import record
@@ -196,14 +196,14 @@ def kind_of(configs: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 def finals(run: Run) -> dict[str, float]:
-  """What `Run.given` says, and the accuracies of the built-in task's evaluations."""
+  """What `Run.given` says, of online runs over their last fifth, and the accuracies of the task's evaluations."""
   results = {f"{ANSWERS}before": run.before, f"{ANSWERS}after": run.after}
   known = {
     name: result.accuracy
     for name, result in results.items()
     if result is not None and result.is_share
   }
-  return {**known, **run.given()}
+  return {**known, **run.given(), **online.finals(run)}
 
 
 def _configs(runs: Sequence[Run]) -> list[Mapping[str, Any]]:
@@ -261,6 +261,8 @@ def _columns(kind: str | None, final: Sequence[Mapping[str, float]]) -> list[str
 def _notes(runs: Sequence[Run]) -> list[str]:
   """What does not compare, and why."""
   configs, said = _configs(runs), {}
+  is_online = kind_of(configs) == meanings.ONLINE
+  instead = "pass@1, the reward and entropies" if is_online else "accuracies and the KL"
   for name, what in (("eval_loss", "losses"), ("rewards/margins", "margins and rewards")):
     has = any(n.endswith(name.removeprefix(EVAL)) for run in runs for n in run.names())
     fields = meanings.obstacles(name, configs) if has else []
@@ -269,7 +271,7 @@ def _notes(runs: Sequence[Run]) -> list[str]:
   return [
     f"The {what} of these runs do not compare: the runs differ in {', '.join(fields[:6])}"
     f"{' and more' if len(fields) > 6 else ''}, so their heights are not of one function. Read their shapes, and"
-    " compare accuracies and the KL."
+    f" compare {instead}."
     for what, fields in said.items()
   ]
 

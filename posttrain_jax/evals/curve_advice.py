@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,6 +13,7 @@ from posttrain_jax.evals import figures, online
 from posttrain_jax.runs.record import Run
 
 END = 0.1  # of a series, over which its start and its end are taken
+UNSCORED = 0.05  # a share of answers without a reward above this is worth a look
 STILL = 0.02  # a change below this share of the value is none
 SPIKE = 6.0  # times the usual distance to the mean around it
 TIE = 0.55  # an accuracy below this is hardly more than chance
@@ -86,7 +88,7 @@ def read(run: Run) -> list[str]:
   if kind == "reward":
     said += _accuracy(run, "accuracy")
   if kind == "grouped":
-    said += [*_groups(run), *_distance(run)]
+    said += [*_unscored(run), *_groups(run), *_distance(run)]
   said += [*_channels(run, kind), *_special(run), *_spiking(run)]
   if said:
     return said
@@ -317,6 +319,28 @@ def _reward(run: Run) -> list[str]:
       " gamed. Read what is written, and change the reward."
     ]
   return [f"The reward rose, {over}."]
+
+
+def _unscored(run: Run) -> list[str]:
+  """Of an online run: answers that have no reward, of which nothing is learned."""
+  share = online.ends(run, "rewards/missing") if online.is_one(run) else None
+  if share is None or share.last < UNSCORED:
+    return []
+  parts = [name for name in run.names() if re.fullmatch(r"rewards/.+/missing", name)]
+  lost = [
+    name.removeprefix("rewards/").removesuffix("/missing")
+    for name in parts
+    if (one := online.ends(run, name)) is not None and one.last >= UNSCORED
+  ]
+  why = (
+    f"On them {', '.join(lost)} failed: the column missing of completions/ says why; mend the verifier, or raise"
+    " reward.seconds"
+    if lost
+    else "No part of the reward applies to their rows: leave these rows out, or add a part that applies"
+  )
+  return [
+    f"{share.last:.0%} of the answers have no reward, and nothing is learned from them. {why}."
+  ]
 
 
 def _groups(run: Run) -> list[str]:

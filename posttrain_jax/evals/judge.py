@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from posttrain_jax.core import progress
+from posttrain_jax.core import progress, seeds
 from posttrain_jax.data import answers as answer_lib
 from posttrain_jax.data import bounds, held_out, schema, turns
 from posttrain_jax.data.errors import SHORTEN, RowError
@@ -200,8 +200,9 @@ def agreement(kind: str, rows: Sequence[schema.Row], rewards: list[list[float]])
   return float(np.mean(right))
 
 
-def check_best_of(task: str, samples: int) -> None:
-  """Raises ValueError where samples is below 2, or there is no such task."""
+def check_best_of(task: str, samples: int, seed: int) -> None:
+  """Raises ValueError where samples is below 2, there is no such task, or a seed is none."""
+  seeds.check(seed)
   if samples < 2:
     raise ValueError(f"samples={samples}: draw at least two answers to choose among")
   if task not in tasks.TASKS:

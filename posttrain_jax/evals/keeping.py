@@ -15,7 +15,8 @@ from posttrain_jax.rewards.reward import Scored
 Right = Callable[[Scored], bool]
 
 BEST, ALL_RIGHT, ALL, TOP, ABOVE = "best", "all_right", "all", "top", "above"
-RULES = f"{BEST}, {ALL_RIGHT}, {ALL}, {TOP}:K or {ABOVE}:X"
+PAIRS = "pairs"
+RULES = f"{BEST}, {ALL_RIGHT}, {ALL}, {PAIRS}, {TOP}:K or {ABOVE}:X"
 SAME, CUT, EMPTY, MISSING, RULED_OUT, BEYOND = (
   "the same tokens again",
   "cut by max_new_tokens",
@@ -23,6 +24,12 @@ SAME, CUT, EMPTY, MISSING, RULED_OUT, BEYOND = (
   "without a score",
   "not what --keep asks for",
   "beyond --per_prompt",
+)
+# why a prompt has no pair
+NO_WRONG, NO_BETTER, NO_SCORES = (
+  "without a wrong answer",
+  "whose answers are none better than another",
+  "without a score",
 )
 
 
@@ -47,7 +54,9 @@ def parse(text: str, per_prompt: int = 0) -> Keep:
   if per_prompt < 0:
     raise ValueError(f"--per_prompt={per_prompt}: it is a count, or 0 for all")
   rule, colon, number = text.partition(":")
-  if rule in (BEST, ALL_RIGHT, ALL) and not colon:
+  if rule == PAIRS and per_prompt:
+    raise ValueError(f"--per_prompt={per_prompt}: a prompt has one pair at most")
+  if rule in (BEST, ALL_RIGHT, ALL, PAIRS) and not colon:
     return Keep(rule, per_prompt=per_prompt)
   try:
     value = float(number)
@@ -91,6 +100,44 @@ def kept(keep: Keep, samples: Sequence[Sample], right: Right | None) -> Kept:
   some = chosen[: keep.per_prompt or None]
   left_out[BEYOND] += len(chosen) - len(some)
   return Kept(tuple(sorted(some, key=lambda sample: sample.drawn.sample)), +left_out)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+  """A better answer over a worse one; chosen is None where it is the expected answer."""
+
+  chosen: Sample | None
+  rejected: Sample
+
+
+def paired(
+  samples: Sequence[Sample], right: Right | None, *, has_gold: bool
+) -> tuple[Pair | None, str]:
+  """(the pair that a prompt's answers make, or None and why there is none).
+
+  Chosen is the best right answer, the first of equals; where none is right the expected one, and without that the best
+  of all, if it is better than another.  Rejected is the worst wrong answer that ended by itself, or else the worst
+  wrong one.  What has no score and what is empty is in no pair.
+
+  Args:
+    right: whether an answer is right; None where nothing says so: then the best and the worst make the pair.
+    has_gold: whether the prompt has an expected answer.
+  """
+  value = lambda sample: -math.inf if sample.score is None else sample.score
+  some = [s for s in samples if s.score is not None and s.drawn.text.strip()]
+  if not some:
+    return None, NO_SCORES
+  wrong = [s for s in some if not is_right(s, right)]
+  if not wrong:
+    return None, NO_WRONG
+  fits = [s for s in some if is_right(s, right)]
+  worst = min(wrong, key=lambda s: (not s.drawn.finished, value(s)))
+  if not fits and right is not None and has_gold:
+    return Pair(None, worst), ""
+  best = max(fits or wrong, key=lambda s: (s.drawn.finished, value(s)))
+  if not fits and value(best) <= value(worst):
+    return None, NO_BETTER
+  return Pair(best, worst), ""
 
 
 def _unfit(keep: Keep, sample: Sample, seen: set[tuple[int, ...]]) -> str:
@@ -159,8 +206,11 @@ class Summary:
   none_right: int
   unscored: int
   missing: dict[tuple[str, str], int]
-  kept: int
+  kept: int  # answers, or pairs
   left_out: dict[str, int]
+  gold: int | None = (
+    None  # of so many pairs the expected answer is the chosen one; None: no pairs were asked for
+  )
 
   def __str__(self) -> str:
     lines = [f"{self.answers} answers to {self.prompts} prompts"]
@@ -170,7 +220,11 @@ class Summary:
       told = ", ".join(f"pass@{k} {value:.1%}" for k, value in self.passes.items())
       lines.append(f"{told}; {self.none_right} prompts had no right answer")
     why = ", ".join(f"{count} {reason}" for reason, count in self.left_out.items())
-    lines.append(f"{self.kept} kept" + (f"; left out: {why}" if why else ""))
+    if self.gold is None:
+      lines.append(f"{self.kept} kept" + (f"; left out: {why}" if why else ""))
+    else:
+      lines.append(f"{self.kept} pairs, in {self.gold} the expected answer for want of a right one")
+      lines += [f"no pair of {count} prompts {reason}" for reason, count in self.left_out.items()]
     if self.missing:
       lines.append(f"{self.answers - self.scored} answers have no score:")
       lines += [f"  {count} {part}: {why}" for (part, why), count in self.missing.items()]
@@ -178,16 +232,21 @@ class Summary:
 
 
 def summary(
-  groups: Sequence[Sequence[Sample]], some: Sequence[Kept], right: Right | None
+  groups: Sequence[Sequence[Sample]],
+  some: Sequence[Kept] | Sequence[tuple[Pair | None, str]],
+  right: Right | None,
 ) -> Summary:
-  """What the answers to each prompt came to, and what is kept of them."""
+  """What the answers to each prompt came to, and what is kept of them, as `kept` or `paired` gives it."""
   every = [sample for group in groups for sample in group]
   scores = [sample.score for sample in every if sample.score is not None]
   counts = [
     (sum(s.score is not None for s in group), sum(is_right(s, right) for s in group))
     for group in groups
   ]
-  left_out = sum((one.left_out for one in some), Counter())
+  told = [one for one in some if isinstance(one, Kept)]
+  pairs = [pair for one in some if not isinstance(one, Kept) and (pair := one[0]) is not None]
+  left_out = sum((one.left_out for one in told), Counter())
+  left_out += Counter(one[1] for one in some if not isinstance(one, Kept) and one[1])
   return Summary(
     prompts=len(groups),
     answers=len(every),
@@ -197,8 +256,9 @@ def summary(
     none_right=0 if right is None else sum(n > 0 and not c for n, c in counts),
     unscored=sum(not n for n, _ in counts),
     missing=dict(_missing(every).most_common()),
-    kept=sum(len(one.samples) for one in some),
+    kept=sum(len(one.samples) for one in told) + len(pairs),
     left_out=dict(left_out.most_common()),
+    gold=sum(pair.chosen is None for pair in pairs) if len(told) < len(some) else None,
   )
 
 
@@ -218,16 +278,11 @@ def passes(counts: Sequence[tuple[int, int]], wanted: Sequence[int]) -> dict[int
 
 
 def _missing(samples: Sequence[Sample]) -> Counter[tuple[str, str]]:
-  lost: Counter[tuple[str, str]] = Counter()
-  first: dict[tuple[str, str], str] = {}
-  for sample in samples:
-    parts = {name: p for name, p in sample.scored.parts.items() if p.is_missing and p.applies}
-    if sample.score is None and not parts:
-      parts = {"reward": sample.scored.total}
-    for name, given in parts.items():
-      reason = (name, rewards.kind(given.reason))
-      lost[reason] += 1
-      first.setdefault(reason, given.reason)
+  scored = [sample.scored for sample in samples]
+  first = rewards.reasons(scored)
   return Counter(
-    {(name, rewards.counted(why, first[name, why])): times for (name, why), times in lost.items()}
+    {
+      (name, rewards.counted(why, first[name, why])): times
+      for (name, why), times in rewards.missing(scored).items()
+    }
   )

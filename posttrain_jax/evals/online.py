@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from posttrain_jax import settings
 from posttrain_jax.evals import meanings
+from posttrain_jax.rewards import named
 from posttrain_jax.runs.record import Run
 
 PART = 5  # the ends that are compared are fifths of the run
@@ -54,6 +55,17 @@ def ends(run: Run, name: str) -> Ends | None:
   return Ends(mean(known[:each]), mean(known[-each:]), noise, len(known), each)
 
 
+def is_of_answers(name: str) -> bool:
+  """Whether a metric says how good the answers of one batch are, so that a single value is mostly chance."""
+  return name in ("reward", "holdout/reward") or name.startswith("pass@")
+
+
+def finals(run: Run) -> dict[str, float]:
+  """Of an online run {metric: its mean over the last fifth}, of those that say how good answers are; {} of others."""
+  names = [name for name in run.names() if is_of_answers(name)] if is_one(run) else []
+  return {name: one.last for name in names if (one := ends(run, name)) is not None}
+
+
 def came_to(run: Run) -> str | None:
   """What became of the reward, of right answers and of the second score, in a sentence; None before the first batch."""
   reward = ends(run, "reward")
@@ -92,16 +104,14 @@ def compares(run: Run) -> bool:
   return bool(o.get("kl_weight") or in_reward or o.get("old") == "reference")
 
 
-def scored_by(run: Run, section: str = "reward", called: Callable[[str], str] = str) -> str | None:
-  """Verifiers with their weights, and the gates that multiply; None where nothing scores.
-
-  called: what is written for the name of a verifier.
-  """
+def scored_by(run: Run, section: str = "reward") -> str | None:
+  """Verifiers with their weights, and the gates that multiply; None where nothing scores."""
   spec: Mapping[str, Any] = run.field(section) or {}
-  parts = [called(name) for name in spec.get("parts") or ()]
+  called = named.titles([*(spec.get("parts") or ()), *(spec.get("gates") or ())])
+  parts = [called[name] for name in spec.get("parts") or ()]
   weights = list(spec.get("weights") or ()) or [1.0] * len(parts)
   terms = [name if w == 1 else f"{w:g} x {name}" for name, w in zip(parts, weights)]
-  gates = [called(name) for name in spec.get("gates") or ()]
+  gates = [called[name] for name in spec.get("gates") or ()]
   multiplied = (
     f", times the gate{'s' if len(gates) > 1 else ''} {' and '.join(gates)}" if gates else ""
   )
@@ -137,10 +147,14 @@ def rows(run: Run) -> list[tuple[str, str, str]]:
     "completions/clipped_ratio",
   )
   names = [name for kind in kinds for name in run.names() if name.startswith(kind)]
+  bare = lambda name: name.removeprefix("holdout/")
   names = [
     n
     for n in dict.fromkeys(names)
-    if n == "reward" or n.endswith("/mean") or not n.startswith("reward")
+    if bare(n) == "reward" or n.endswith("/mean") or not bare(n).startswith("reward")
+  ]
+  names += [
+    name for name in ("rewards/missing", "holdout/rewards/missing") if any(run.series(name)[1])
   ]
   shown = []
   for name in [*names, "entropy"]:

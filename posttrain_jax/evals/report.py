@@ -250,8 +250,9 @@ def use_command(run: Run) -> str | None:
 
 
 def _state(run: Run) -> str:
-  """How far the run is, what its result is of, and what it was told of its length before."""
-  return " ".join([_how_far(run), *_given(run), *map(_former, run.history)])
+  """How far the run is, what its result is of, and what changed on its way."""
+  changes = [*map(_former, run.history), *map(_rescored, run.rescored)]
+  return " ".join([_how_far(run), *_given(run), *changes])
 
 
 def _how_far(run: Run) -> str:
@@ -281,6 +282,13 @@ def _former(former: Mapping[str, Any]) -> str:
   return (
     f"Up to step {former['step']:,} it was a run of {former['steps']:,} steps; from there on the learning rate follows"
     " the new number."
+  )
+
+
+def _rescored(change: Mapping[str, Any]) -> str:
+  return (
+    f"After step {change['step']:,} answers were scored by another {', '.join(change['changed'])}: rewards before and"
+    " after are not of one scale."
   )
 
 

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+from posttrain_jax.core import seeds
 from posttrain_jax.data import questions as questions_lib
 from posttrain_jax.data.templates import Template
 from posttrain_jax.models import before
@@ -64,6 +65,7 @@ class Plan:
   def __post_init__(self) -> None:
     if self.samples < 1:
       raise ValueError(f"{self.samples} answers to each prompt: draw at least 1")
+    seeds.check(self.seed)
     if self.rows < 1:
       raise ValueError(f"batch_size={self.rows}: it is at least 1")
 

@@ -8,6 +8,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 Array = jax.Array
+NAMES = ("group", "batch", "none", "leave_one_out", "whitened", "max_rl")  # as `named` takes them
 EPSILON = 1e-4  # added to a standard deviation, as TRL does
 # of the largest value: what lies no further apart is equal but for float32's rounding, in whatever order it was added
 ROUNDING = 4 * float(jnp.finfo(jnp.float32).eps)
@@ -22,12 +23,14 @@ def named(how: str, rewards: ArrayLike) -> np.ndarray:
   group, then whitened over all groups (REINFORCE++ with a baseline; Hu 2025).
 
   Raises:
-    ValueError: "max_rl" of a reward below 0.
+    ValueError: "max_rl" of a reward below 0, or another name.
 
   >>> named("max_rl", jnp.array([[1.0, -1.0]]))
   Traceback (most recent call last):
   ValueError: advantage=max_rl divides by the mean reward: rewards are from 0 on, found -1
   """
+  if how not in NAMES:
+    raise ValueError(f"advantage={how!r}: write {', '.join(NAMES[:-1])} or {NAMES[-1]}")
   with jax.enable_x64(True):
     return np.asarray(_named(how, jnp.asarray(rewards, jnp.float64)))
 

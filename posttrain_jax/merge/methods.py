@@ -31,6 +31,7 @@ class Method:
   models: int | None = None  # how many it takes, base not counted; None: any
   # where the base is one of the models and no origin of task vectors
   base_is_model: bool = False
+  elementwise: bool = False  # a number of the result follows from the models' numbers at its place
 
 
 def _sparse(normalize: bool | None = DEFAULT, draws: bool = False, **per_model: Any) -> Method:
@@ -46,16 +47,19 @@ def _sparse(normalize: bool | None = DEFAULT, draws: bool = False, **per_model: 
 
 
 METHODS: Mapping[str, Method] = {
-  "linear": Method({"weight": REQUIRED}, {"normalize": True}, base_is_model=True),
+  "linear": Method({"weight": REQUIRED}, {"normalize": True}, base_is_model=True, elementwise=True),
   "slerp": Method({}, {"t": REQUIRED}, needs_base=True, models=1),
   "nuslerp": Method(
     {"weight": REQUIRED}, {"nuslerp_flatten": True, "nuslerp_row_wise": False}, models=2
   ),
   "multislerp": Method({"weight": REQUIRED}, {"normalize_weights": True}),
   "karcher": Method({}, {"max_iter": 10, "tol": 1e-5}, base_is_model=True),
-  "passthrough": Method({"scale": DEFAULT}, {}, models=1),
+  "passthrough": Method({"scale": DEFAULT}, {}, models=1, elementwise=True),
   "task_arithmetic": Method(
-    {"weight": REQUIRED}, {"normalize": False, "lambda": 1.0, "int8_mask": False}, needs_base=True
+    {"weight": REQUIRED},
+    {"normalize": False, "lambda": 1.0, "int8_mask": False},
+    needs_base=True,
+    elementwise=True,
   ),
   "ties": _sparse(density=1.0),
   "dare_linear": _sparse(density=1.0, draws=True),

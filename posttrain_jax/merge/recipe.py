@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from posttrain_jax.core import words
+from posttrain_jax.core import seeds, words
 
 FIELDS = (
   "merge_method",
@@ -211,8 +211,10 @@ def read(data: Any) -> Recipe:
     if data.get(name) is not None and data[name] not in DTYPES:
       raise RecipeError(f"{name}={words.shown(data[name])}: known are {', '.join(DTYPES)}")
   seed = data.get("random_seed", 0)
-  if isinstance(seed, bool) or not isinstance(seed, int):
-    raise RecipeError(f"random_seed={words.shown(seed)}: write a whole number")
+  try:
+    seeds.check(seed, "random_seed")
+  except ValueError as error:
+    raise RecipeError(str(error)) from None
   if not isinstance(data.get("chat_template", ""), str | None):
     raise RecipeError(
       f"chat_template={words.shown(data['chat_template'])}: write a template's name, or auto"

@@ -6,40 +6,28 @@ import collections
 import concurrent.futures
 import dataclasses
 import hashlib
-import itertools
 import json
 import logging
 import os
 import shutil
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from posttrain_jax.core import files, progress, shards
+from posttrain_jax.merge import blocks, tensors
 from posttrain_jax.merge import recipe as recipes
 from posttrain_jax.merge.recipe import ModelRef, Recipe, RecipeError, Wanted
+from posttrain_jax.merge.tensors import Operator, Tensors
 
 log = logging.getLogger(__name__)
 
 RECORD = "merge.json"  # in the scratch folder: what it is the beginning of
-
-
-class Tensors(Protocol):
-  """A model's tensors by the names of its files."""
-
-  @property
-  def where(self) -> Mapping[str, Path]: ...
-  def shape(self, name: str) -> tuple[int, ...]: ...
-  def stored(self, name: str) -> str: ...
-  def get(self, name: str) -> np.ndarray: ...
-
-
-# (the tensor wanted, its inputs in the order of its sources) -> the merged tensor
-Operator = Callable[[Wanted, Sequence[np.ndarray]], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +149,7 @@ def run(
   out: Path,
   *,
   finish: Callable[[Path], None],
+  elementwise: bool = False,
   workers: int = 1,
   shard_bytes: int | None = None,
 ) -> None:
@@ -170,6 +159,7 @@ def run(
 
   Args:
     operator: the arithmetic of a tensor.
+    elementwise: it is that of each number by itself, so that any stretch of a tensor may be given to it.
     workers: tensors computed at once; the next is read and the last written meanwhile.
     finish: writes what else belongs into the folder it is given: config, tokenizer.
 
@@ -198,9 +188,16 @@ def run(
   by_name = {wanted.name: wanted for wanted in plan.wanted}
   try:
     with progress.counter("merging tensors") as count:
-      counted = _counted(operator, count, sum(map(len, left.values())))
+      ended = _ended(count, sum(map(len, left.values())))
       for file, part in left.items():
-        _write(scratch, file, part, by_name, opened, counted, workers)
+        wanted = [by_name[name] for name in part]
+        places = blocks.places(wanted, opened) if elementwise else None
+        partial = scratch / f"{file}.partial"
+        if places is None:
+          _write(partial, part, by_name, opened, operator, ended, workers)
+        else:
+          _write_blocks(partial, part, wanted, places, opened, operator, ended, workers)
+        partial.rename(scratch / file)
   except ValueError:  # no call of this recipe on these files will do better
     shutil.rmtree(scratch, ignore_errors=True)
     raise
@@ -210,16 +207,16 @@ def run(
   scratch.rename(out)
 
 
-def _counted(operator: Operator, count: Callable[[int, int | None], None], total: int) -> Operator:
-  """The operator, told after each tensor."""
-  done = itertools.count(1)
+def _ended(count: Callable[[int, int | None], None], total: int) -> Callable[[int], None]:
+  """A function that is told how many more tensors are whole."""
+  done, lock = [0], threading.Lock()
 
-  def applied(wanted: Wanted, arrays: Sequence[np.ndarray]) -> Any:
-    result = operator(wanted, arrays)
-    count(next(done), total)
-    return result
+  def ended(more: int) -> None:
+    with lock:
+      done[0] += more
+    count(done[0], total)
 
-  return applied
+  return ended
 
 
 def _digest(plan: Plan, opened: Mapping[ModelRef, Tensors], parts) -> str:
@@ -249,25 +246,41 @@ def _check_disk(scratch: Path, wanted: int) -> None:
     )
 
 
+def _write_blocks(
+  partial: Path,
+  part: Mapping[str, shards.Entry],
+  wanted: Sequence[Wanted],
+  places: Sequence[Sequence[shards.Place]],
+  opened: Mapping[ModelRef, Tensors],
+  operator: Operator,
+  ended: Callable[[int], None],
+  workers: int,
+) -> None:
+  """One file, a block of it at a time; while one waits for the disk another is computed."""
+  try:
+    blocks.write(partial, part, wanted, places, operator, ended, workers=workers + 1)
+  except blocks.NotFinite as error:  # which is then said of the whole tensor
+    tensor = error.wanted
+    arrays = tensors.read(tensor, opened)
+    _check_finite(tensor, np.asarray(operator(tensor, arrays)), opened)
+    raise
+
+
 def _write(
-  scratch: Path,
-  file: str,
+  partial: Path,
   part: Mapping[str, shards.Entry],
   by_name: Mapping[str, Wanted],
   opened: Mapping[ModelRef, Tensors],
   operator: Operator,
+  ended: Callable[[int], None],
   workers: int,
 ) -> None:
-  """One file, under its name when it is whole."""
-  partial = scratch / f"{file}.partial"
+  """One file, tensor by tensor."""
 
   def make(name: str, inputs: concurrent.futures.Future) -> np.ndarray:
     merged = np.asarray(operator(by_name[name], inputs.result()))
-    if not files.is_finite(merged):
-      # read anew, since the operator may have been given the arrays' own memory
-      arrays = _read(by_name[name], opened)
-      largest = max(float(np.abs(x.astype(np.float32)).max(initial=0)) for x in arrays)
-      raise RecipeError(_not_finite(name, merged.dtype, largest))
+    _check_finite(by_name[name], merged, opened)
+    ended(1)
     return merged
 
   with ThreadPoolExecutor(1) as readers, ThreadPoolExecutor(workers) as makers:
@@ -275,7 +288,9 @@ def _write(
     def results():
       waiting = collections.deque()
       for name in part:
-        waiting.append(makers.submit(make, name, readers.submit(_read, by_name[name], opened)))
+        waiting.append(
+          makers.submit(make, name, readers.submit(tensors.read, by_name[name], opened))
+        )
         # of those to come so many are computed while one is written, and one is read
         if len(waiting) > workers + 1:
           yield waiting.popleft().result()
@@ -283,22 +298,26 @@ def _write(
         yield waiting.popleft().result()
 
     arrays = results()
-    tensors = {
+    entries = {
       name: (shape, dtype, lambda: next(arrays)) for name, (shape, dtype, _) in part.items()
     }
     try:
-      files.write_safetensors(partial, tensors)
+      files.write_safetensors(partial, entries)
     finally:
       for pool in (readers, makers):
         pool.shutdown(wait=False, cancel_futures=True)
-  partial.rename(scratch / file)
+
+
+def _check_finite(wanted: Wanted, merged: np.ndarray, opened: Mapping[ModelRef, Tensors]) -> None:
+  if files.is_finite(merged):
+    return
+  # read anew, since the operator may have been given the arrays' own memory
+  arrays = tensors.read(wanted, opened)
+  largest = max(float(np.abs(x.astype(np.float32)).max(initial=0)) for x in arrays)
+  raise RecipeError(_not_finite(wanted.name, merged.dtype, largest))
 
 
 def _not_finite(name: str, dtype: np.dtype, largest: float) -> str:
   limit = float(ml_dtypes.finfo(dtype).max)
   cure = "write dtype: bfloat16 or float32" if dtype == np.float16 else "look at its weights"
   return f"{name} is not finite when merged: {dtype} ends at {limit:.4g}, its inputs go up to {largest:.4g}; {cure}"
-
-
-def _read(wanted: Wanted, opened: Mapping[ModelRef, Tensors]) -> list[np.ndarray]:
-  return [opened[source.model].get(name) for source, name in wanted.inputs]

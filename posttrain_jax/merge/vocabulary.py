@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
+from posttrain_jax.core import shards
 from posttrain_jax.merge.recipe import ModelRef, RecipeError, TokenRow, Vocabulary
-from posttrain_jax.merge.stream import Tensors
+from posttrain_jax.merge.tensors import Tensors
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +91,9 @@ class LaidOut:
     if not has_rows(name):
       return self.opened[self.model].get(name)
     return self.layout.lay(self.model, lambda model: self.opened[model].get(name))
+
+  def place(self, name: str) -> shards.Place | None:
+    return None if has_rows(name) else self.opened[self.model].place(name)
 
 
 def layout(

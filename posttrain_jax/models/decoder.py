@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from posttrain_jax.core import memory, sharding, tree
+from posttrain_jax.core import memory, sharding, tree, weight, words
 from posttrain_jax.core.sharding import constrain
 from posttrain_jax.core.weight import (
   PRODUCT,
@@ -105,6 +105,26 @@ def abstract(config: ModelConfig, dtype: Any = jnp.float32) -> Params:
   return tree.unflatten(
     (path, jax.ShapeDtypeStruct(spec.shape, dtype)) for path, spec in tree.items(specs(config))
   )
+
+
+def check(params: Params, config: ModelConfig) -> None:
+  """Raises ValueError where params, adapters bound or not, are not those of such a model."""
+  leaves = tree.flatten(params) if isinstance(params, Mapping) else {}
+  if isinstance(layers := leaves.pop("layers", None), tuple):  # apart
+    leaves |= {f"layers/{path}": leaf for path, leaf in tree.items(layers[0])}
+  for path, spec in tree.items(specs(config)):
+    if path not in leaves:
+      names = words.shown(sorted(leaves), 200) if leaves else f"a {type(params).__name__}"
+      raise ValueError(
+        f"these are no parameters of this model: it reads {path}, here are {names}; load them with its config"
+      )
+    wanted = (
+      spec.shape[1:] if isinstance(layers, tuple) and path.startswith("layers/") else spec.shape
+    )
+    if weight.shape(leaves[path]) != wanted:
+      raise ValueError(
+        f"{path} has the shape {weight.shape(leaves[path])}, this model's has {wanted}: the parameters are another's"
+      )
 
 
 def init(key: Array, config: ModelConfig, dtype: Any = jnp.float32, std: float = 0.02) -> Params:

@@ -37,7 +37,7 @@ def chain(
   offloaded: bool = False,
   axes: Mapping[str, str] | None = None,
   head_dim: int = 1,
-) -> tuple[optax.GradientTransformation, optax.Schedule]:
+) -> tuple[optax.GradientTransformation, schedules.Rate]:
   """(transformation, schedule).
 
   Args:
@@ -59,7 +59,7 @@ def chain(
       "embedding" are read from.
     head_dim: entries of a `heads` axis in one head.
   """
-  rate = schedules.learning_rate(lr, steps=steps, warmup=warmup, schedule=schedule)
+  rate = schedules.Rate(schedules.learning_rate(lr, steps=steps, warmup=warmup, schedule=schedule))
   axes = axes or {}
   small = lambda path: embeddings_in_float32 and paths.is_embedding(path, axes)
   adam: dict[str, Any] = dict(b1=b1, b2=b2, weight_decay=weight_decay)

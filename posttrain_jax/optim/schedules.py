@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Generator
+from typing import Any
 
 import optax
 
@@ -30,3 +33,30 @@ def learning_rate(lr: float, *, steps: int, warmup: float, schedule: str) -> opt
   return optax.join_schedules(
     [optax.linear_schedule(lr / rising, lr, rising - 1 or 1), after], [rising]
   )
+
+
+class Rate:
+  """A schedule whose value may be given to a program, so that its numbers are none of the program's constants.
+
+  >>> rate = Rate(lambda count: 0.5 * count)
+  >>> with rate.given(3.0):
+  ...   rate(1)
+  3.0
+  >>> rate(1)
+  0.5
+  """
+
+  def __init__(self, schedule: optax.Schedule):
+    self._schedule, self._given = schedule, None
+
+  def __call__(self, count: Any) -> Any:
+    return self._schedule(count) if self._given is None else self._given
+
+  @contextlib.contextmanager
+  def given(self, value: Any) -> Generator[None]:
+    """Inside, whatever asks for the rate is told this, as where an update is traced."""
+    self._given = value
+    try:
+      yield
+    finally:
+      self._given = None

@@ -119,9 +119,9 @@ def build(config: ml_collections.ConfigDict, target: Target) -> Program:
   model = Model(Path(), None, model_config, None, None, dtype, products=products)
   loss = objective.make(config, model, (), target.platform)
   trainable, carried, context = parameters(config, model_config, loss, mesh, target.devices[0])
-  updates, _ = optimizer.make(config, model_config)
+  updates, rate = optimizer.make(config, model_config)
   state = state_lib.abstract(trainable, updates, carried, loss, mesh)
-  jitted = runs.jitted_step(config, adapter_config, loss, updates, state)
+  jitted = runs.jitted_step(config, adapter_config, loss, updates, state, rate)
   batch = _batch(config, model_config, loss, mesh, target.devices[0])
   return Program(config, model_config, jitted, state, context, batch, mesh, target.devices[0])
 

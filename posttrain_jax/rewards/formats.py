@@ -7,7 +7,7 @@ import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
-from posttrain_jax.core import patterns
+from posttrain_jax.core import patterns, words
 from posttrain_jax.rewards import json_values, score
 from posttrain_jax.rewards.matching import RIGHT, without_thoughts
 from posttrain_jax.rewards.score import Score
@@ -86,7 +86,7 @@ class Schema:
         return score.missing(f"the row's {self.column} is no JSON: {error}")
       reason = _wrong_schema(schema)
       if reason:
-        return score.missing(f"the row's {self.column}: {reason}")
+        return score.missing(f"the row's {self.column} {reason}")
     value = _read(completion)
     if isinstance(value, Score):
       return value
@@ -97,20 +97,20 @@ class Schema:
       return score.missing("the schema refers to itself without an end")
     except referencing.exceptions.Unresolvable as absent:
       return score.missing(f"the schema refers to what it does not hold: {absent.ref}")
-    return Score(float(error is None), RIGHT if error is None else error.message[:200])
+    return Score(float(error is None), RIGHT if error is None else words.cut(error.message, 200))
 
 
 def _wrong_schema(schema: Any) -> str:
   import jsonschema
 
   if not isinstance(schema, Mapping | bool):
-    return f"is no JSON Schema: {str(schema)[:200]!r} is neither an object nor true or false"
+    return f"is no JSON Schema: {words.shown(schema)} is neither an object nor true or false"
   if isinstance(schema, Mapping) and not isinstance(schema.get("$schema", ""), str):
-    return f"is no JSON Schema: its $schema is {str(schema['$schema'])[:200]}, not an address"
+    return f"is no JSON Schema: its $schema is {words.shown(schema['$schema'])}, not an address"
   try:
     jsonschema.validators.validator_for(schema).check_schema(schema)
   except jsonschema.SchemaError as error:
-    return f"is no JSON Schema: {error.message[:200]}"
+    return f"is no JSON Schema: at {error.json_path}, {words.cut(error.message, 200)}"
   return ""
 
 

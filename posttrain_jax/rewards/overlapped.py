@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 from collections.abc import Mapping, Sequence
 from concurrent import futures
 from typing import Self
@@ -86,5 +87,11 @@ class Overlapped:
       number: self._ledger.known(self._identity, number, answers)
       for number, answers in groups.items()
     }
-    known = {number: result for number, result in every.items() if result is not None}
+    known = {
+      number: dataclasses.replace(
+        result, answers=tuple(self._reward.renamed(one) for one in result.answers)
+      )
+      for number, result in every.items()
+      if result is not None
+    }
     return known if self._reward.is_per_answer or len(known) == len(groups) else {}

@@ -1,7 +1,8 @@
 """A program is right when it passes its row's tests, in the sandbox.
 
 Rows are HumanEval's (`prompt`, `test`, `entry_point`), or have `tests`: assert statements, as MBPP's `test_list`, or
-pairs of what is read and what is to be written (`{"input": "3 4", "output": "7"}`).
+pairs of what is read and what is to be written (`{"input": "3 4", "output": "7"}`).  What cannot be read as one of
+them, and a test that no program fails, is missing and no score.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from posttrain_jax.rewards import sandbox
+from posttrain_jax.core import words
+from posttrain_jax.rewards import asserting, sandbox
 from posttrain_jax.rewards.sandbox import Checks, Limits, Outcome
 from posttrain_jax.rewards.score import Score
 from posttrain_jax.rewards.verifier import Known, Prompt, Tried
@@ -76,12 +78,13 @@ def python(
   """
   code = extract(completion)
   options: dict[str, Any] = dict(limits=limits, deadline=deadline, unsafe=unsafe)
-  pairs = _pairs(example)
-  if pairs:
-    return _all_written(code, pairs, options)
-  tests, whole = _tests(code, example)
+  try:
+    pairs = _pairs(example)
+    tests, whole = (None, code) if pairs else _tests(code, example)
+  except ValueError as error:
+    return Score(None, str(error))
   if tests is None:
-    return Score(None, "the row has no tests: give it `test` and `entry_point`, or `tests`")
+    return _all_written(code, pairs, options)
   return of(sandbox.run(whole, tests=tests, **options))
 
 
@@ -103,19 +106,52 @@ def extract(text: str) -> str:
   return (named or [block for _, block in blocks] or [text])[-1]
 
 
-def _tests(code: str, example: Mapping[str, Any]) -> tuple[Checks | None, str]:
-  """(tests, the program) of a row; a completion may be a whole function or the body that HumanEval asks for."""
+def _tests(code: str, example: Mapping[str, Any]) -> tuple[Checks, str]:
+  """(tests, the program) of a row; a completion may be a whole function or the body that HumanEval asks for.
+
+  Raises:
+    ValueError: the row has no test that a program could fail.
+  """
   if example.get("test") and example.get("entry_point"):
     entry, start = str(example["entry_point"]), _text(example.get("prompt"))
     name = entry.partition("(")[0].partition(".")[0]  # of `Solution().sum`
     whole = f"{start}\n{code}" if _defines(code, name) else start + code
     case = f"{example['test']}\ncheck({entry})"
-    return Checks(cases=(case,), setup=_helpers(start, name), names=(name,)), whole
-  cases = example.get("tests") or example.get("test_list")
-  if not isinstance(cases, Sequence) or isinstance(cases, str) or not cases:
-    return None, code
+    helpers = _helpers(start, name)
+    _check_candidates(str(example["test"]), helpers)
+    return Checks(cases=(case,), setup=helpers, names=(name,)), whole
+  column = "tests" if example.get("tests") else "test_list"
+  cases, setup = _cases(column, example.get(column)), _text(example.get("test_setup_code"))
+  for i, case in enumerate(cases):
+    wrong = asserting.fault(case, setup)
+    if wrong:
+      raise ValueError(f"the row's {column}: test {i + 1} of {len(cases)}, {wrong}")
   names = (str(example["entry_point"]),) if example.get("entry_point") else ()
-  return Checks([str(c) for c in cases], _text(example.get("test_setup_code")), names), code
+  return Checks(cases, setup, names), code
+
+
+def _cases(column: str, value: Any) -> list[str]:
+  """The tests of a list, or of one text."""
+  if not value:
+    raise ValueError("the row has no tests: give it `test` and `entry_point`, or `tests`")
+  listed = [value] if isinstance(value, str) else value
+  if isinstance(listed, Sequence) and all(isinstance(case, str) for case in listed):
+    return list(listed)
+  raise ValueError(
+    f"the row's {column} is {words.shown(value, 60)}: write assert statements, as a list or one text, or a list of"
+    ' {"input": TEXT, "output": TEXT}'
+  )
+
+
+def _check_candidates(test: str, helpers: str) -> None:
+  """Raises ValueError where what HumanEval calls `check` is not there, or passes whatever it is given."""
+  if not _defines(test, "check"):
+    raise ValueError(
+      "the row's test defines no check(candidate), which `entry_point` is given to; tests without one are `tests`"
+    )
+  wrong = asserting.fault(test, helpers)
+  if wrong:
+    raise ValueError(f"the row's test: {wrong}")
 
 
 def _text(value: Any) -> str:
@@ -141,12 +177,34 @@ def _helpers(start: str, name: str) -> str:
 
 
 def _pairs(example: Mapping[str, Any]) -> list[tuple[str, str]]:
+  """(what is read, what is to be written); none where the row's tests are of another form.
+
+  Raises:
+    ValueError: one is without the other, or is no text.
+  """
   tests = example.get("tests")
   if isinstance(tests, Mapping) and "inputs" in tests and "outputs" in tests:
-    return [(str(i), str(o)) for i, o in zip(tests["inputs"], tests["outputs"], strict=True)]
-  if isinstance(tests, Sequence) and tests and all(isinstance(t, Mapping) for t in tests):
-    return [(str(t["input"]), str(t["output"])) for t in tests]
-  return []
+    lists = (tests["inputs"], tests["outputs"])
+    if any(isinstance(one, str) or not isinstance(one, Sequence) for one in lists):
+      raise ValueError("the row's tests: `inputs` and `outputs` are lists of texts")
+    if len(lists[0]) != len(lists[1]):
+      raise ValueError(f"the row's tests: {len(lists[0])} inputs and {len(lists[1])} outputs")
+    tests = [{"input": given, "output": wanted} for given, wanted in zip(*lists, strict=True)]
+  if not isinstance(tests, Sequence) or not all(isinstance(test, Mapping) for test in tests):
+    return []
+  where = [f"the row's tests: test {i + 1} of {len(tests)}" for i in range(len(tests))]
+  return [
+    (_said(test, "input", place), _said(test, "output", place))
+    for test, place in zip(tests, where, strict=True)
+  ]
+
+
+def _said(test: Mapping[str, Any], key: str, place: str) -> str:
+  if key not in test:
+    raise ValueError(f"{place} has no {key!r}; it has {', '.join(map(str, test)) or 'nothing'}")
+  if not isinstance(test[key], str | int | float):
+    raise ValueError(f"{place} has {words.shown(test[key], 60)} as {key!r}, which is no text")
+  return str(test[key])
 
 
 def _all_written(code: str, pairs: Sequence[tuple[str, str]], options: Mapping[str, Any]) -> Score:

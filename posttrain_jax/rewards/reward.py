@@ -57,12 +57,17 @@ class Part:
       raise ValueError(
         f"reward: the weight of {self.name} is {self.weight}; it is a finite number that float32 holds"
       )
+    low, high = self.range
+    if not low < high:
+      raise ValueError(
+        f"reward: the scores of {self.name} would lie within {low:g} and {high:g}, so that no two differ, and others"
+        " are missing; name a lower and a higher end in reward.ranges"
+      )
     if self.gate and self.weight != 1:
       raise ValueError(
         f"reward: {self.name} is a gate, which multiplies: its weight {self.weight:g} would mean nothing"
       )
-    if self.gate and self.range != score.ANY and not 0 <= self.range[0] <= self.range[1] <= 1:
-      low, high = self.range
+    if self.gate and self.range != score.ANY and not 0 <= low <= high <= 1:
       raise ValueError(
         f"reward: {self.name} is a gate, and its scores lie within {low:g} and {high:g}; a gate multiplies the sum and"
         " is within 0 and 1, so name it in reward.parts, where it is added"
@@ -73,6 +78,11 @@ class Part:
     """What its scores lie in; of a gate at most 0 to 1."""
     low, high = self.range
     return (max(low, 0.0), min(high, 1.0)) if self.gate else (low, high)
+
+  @property
+  def has_ends(self) -> bool:
+    """Whether its scores have a lowest and a highest."""
+    return all(map(math.isfinite, self.within))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,8 +120,8 @@ class Result:
 
   @property
   def missing(self) -> Mapping[tuple[str, str], int]:
-    """How often each part was missing in the end, by (part, reason)."""
-    return _missing(self.answers)
+    """How often each part was missing in the end, by (part, reason); "reward" where no part applies."""
+    return missing(self.answers)
 
   @property
   def why(self) -> Mapping[tuple[str, str], str]:
@@ -153,6 +163,10 @@ class Reward:
       raise ValueError(f"reward: two parts are called {twice[0]}; give each a name of its own")
     if all(part.gate for part in parts):
       raise ValueError("reward: it has no part that is not a gate, so there is nothing to multiply")
+    if all(part.gate or not part.weight for part in parts):
+      raise ValueError(
+        "reward: every part has the weight 0, so that all answers get the same; give one another"
+      )
     if retries < 0:
       raise ValueError(f"reward: retries={retries}; it is 0 or more")
     self.parts, self.retries = tuple(parts), retries
@@ -160,6 +174,12 @@ class Reward:
   @property
   def names(self) -> tuple[str, ...]:
     return tuple(part.name for part in self.parts)
+
+  def renamed(self, scored: Scored) -> Scored:
+    """A score of an earlier version, to which parts were called by whole paths, by the names that they have now."""
+    if scored.parts.keys() == {*self.names} or len(scored.parts) != len(self.names):
+      return scored
+    return Scored(scored.total, dict(zip(self.names, scored.parts.values(), strict=True)))
 
   def bounds(self, applying: Collection[str] | None = None) -> tuple[float, float]:
     """The lowest and the highest total that there are; infinite where a part has no bound.
@@ -308,22 +328,23 @@ def _without_gaps(by_part: Mapping[str, list[Score]], answers: Sequence[Answer])
         )
 
 
-def _missing(scored: Sequence[Scored]) -> Mapping[tuple[str, str], int]:
-  return Counter(
-    (name, kind(given.reason))
-    for one in scored
-    for name, given in one.parts.items()
-    if given.is_missing and given.applies
-  )
+def lost(one: Scored) -> Mapping[str, Score]:
+  """The parts that are missing of an answer, by name; "reward" where no part applies, so that there is none."""
+  parts = {name: p for name, p in one.parts.items() if p.is_missing and p.applies}
+  return parts or ({"reward": one.total} if one.total.is_missing else {})
+
+
+def missing(scored: Sequence[Scored]) -> Counter[tuple[str, str]]:
+  """{(part, reason as it is counted): how often}."""
+  return Counter((name, kind(given.reason)) for one in scored for name, given in lost(one).items())
 
 
 def reasons(scored: Sequence[Scored]) -> Mapping[tuple[str, str], str]:
   """{(part, reason as it is counted): the first such reason in full}."""
   first: dict[tuple[str, str], str] = {}
   for one in scored:
-    for name, given in one.parts.items():
-      if given.is_missing and given.applies:
-        first.setdefault((name, kind(given.reason)), given.reason)
+    for name, given in lost(one).items():
+      first.setdefault((name, kind(given.reason)), given.reason)
   return first
 
 
@@ -337,15 +358,28 @@ def counted(why: str, full: str) -> str:
 
 
 def kind(reason: str) -> str:
-  """What a reason is counted under: without the place, and without numbers and quotations that differ.
+  """What a reason is counted under: without the place, and without numbers, quotations and lists that differ.
 
   >>> kind("mine.py:7: raised KeyError: 'gold'"), kind("returned 7.5, which is not within 0 and 1")
   ('raised KeyError', 'returned N, which is not within N and N')
+  >>> kind("the row's answer 'one' is no number")
+  "the row's answer '…' is no number"
+  >>> kind("returned <generator object f at 0x7f01>, a generator"), kind("returned [1, 2.5], a list")
+  ('returned <generator object f at N>, a generator', 'returned […], a list')
   """
-  found = re.search(r"raised \w+", reason)
-  if found:
-    return found[0]
-  return re.sub(r"-?\d+(\.\d+)?(e[-+]?\d+)?", "N", re.sub(r"'[^']*'", "'…'", reason))
+  plain = _QUOTED.sub("'…'", reason)
+  if raised := _RAISED.search(plain):
+    return raised[1]
+  return _LISTED.sub("…", _NUMBER.sub("N", plain))
+
+
+# An apostrophe stands behind a letter, and a quotation does not; one that was cut short (`words.shown`) has no end.
+_QUOTED = re.compile(
+  r"""(?<!\w)(?:'(?:[^'\\]|\\.)*'(?!\w)|"(?:[^"\\]|\\.)*"(?!\w)|['"](?:[^'"\\]|\\.)*?\.\.\.)"""
+)
+_RAISED = re.compile(r"(?:^|: )(raised \w+)")
+_NUMBER = re.compile(r"0x[0-9a-f]+|-?\d+(\.\d+)?(e[-+]?\d+)?")
+_LISTED = re.compile(r"(?<=[\[({])((?:'…': )?)('…'|N)(?:, \1\2)*(?:,? ?\.\.\.)?(?=[\])}]|,|$)")
 
 
 def _metrics(scored: Sequence[Scored]) -> dict[str, float]:

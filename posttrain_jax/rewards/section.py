@@ -19,7 +19,7 @@ from posttrain_jax.rewards import named, score, trl
 from posttrain_jax.rewards.judge import Judge
 from posttrain_jax.rewards.reward import Part, Reward
 from posttrain_jax.rewards.table import UNSAFE, VERIFIERS, BuiltIn
-from posttrain_jax.rewards.verifier import Batch, Known, Tried, Verifier
+from posttrain_jax.rewards.verifier import Answer, Batch, Known, Prompt, Tried, Verifier
 from posttrain_jax.rewards.workers import SECONDS, Apart, Workers
 from posttrain_jax.settings import ConfigError
 
@@ -36,10 +36,17 @@ def expected(row: Mapping[str, Any]) -> str:
   return next((str(row[name]) for name in EXPECTED if row.get(name) is not None), "")
 
 
+def reference(prompt: Prompt, row: Mapping[str, Any], tokenizer: Any) -> Answer:
+  """The row's own right answer as a model would have given it, with its token ids."""
+  text = expected(row)
+  return Answer(prompt, text, row, tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
 def make(
   spec: Mapping[str, Any],
   columns: Collection[str],
   *,
+  partly: Mapping[str, str] = types.MappingProxyType({}),
   given: Mapping[str, Verifier | Batch] | None = None,
   workers: Workers | None = None,
 ) -> Reward:
@@ -50,12 +57,14 @@ def make(
   [('number', False), ('tags', True)]
 
   Args:
-    spec: parts: names of verifiers, a list or a text with commas, `FILE.py:name` for one's own; weights: one each,
-      1 where there are none; gates: names of those that multiply; options: {name: the verifier's options};
-      ranges: {name: (low, high)}; untested: names of those that do not ask whether an answer is right (`selftest`);
-      seconds: the deadline of a call in a worker, None: each verifier's own; unsafe_code: programs that the model
-      wrote are run where nothing isolates them; retries: how often a missing score is asked for again.
+    spec: parts: names of verifiers, a list or a text with commas, `FILE.py:name` for one's own, which is called by
+      its title (`named.titles`) in other fields, too; weights: one each, 1 where there are none; gates: names of those
+      that multiply; options: {name: the verifier's options}; ranges: {name: (low, high)}; untested: names of those
+      that do not ask whether an answer is right (`selftest`); seconds: the deadline of a call in a worker, None: each
+      verifier's own; unsafe_code: programs that the model wrote are run where nothing isolates them; retries: how
+      often a missing score is asked for again.
     columns: that the rows have.
+    partly: {column that some rows have and not all: the first row without it}.
     given: verifiers that the caller made, by the names that parts give them, as a reward model.
     workers: the processes that verifiers run in; None: as many as there are cores.
 
@@ -63,7 +72,7 @@ def make(
     ConfigError: there is no such verifier or option, or the rows do not have what one reads.
   """
   asked = _read(spec)
-  room = _Room(columns, given or {}, workers)
+  room = _Room(columns, partly, given or {}, workers)
   try:
     return Reward([room.part(asked, name) for name in asked.names], retries=asked.retries)
   except ConfigError:
@@ -89,6 +98,10 @@ class _Spec:
   @property
   def names(self) -> tuple[str, ...]:
     return (*self.parts, *self.gates)
+
+  @property
+  def titles(self) -> Mapping[str, str]:
+    return named.titles(self.names)
 
   def weight(self, name: str) -> float:
     weights = self.weights or (1.0,) * len(self.parts)
@@ -122,12 +135,28 @@ def _read(spec: Mapping[str, Any]) -> _Spec:
     raise ConfigError(
       f"reward.gates: {both[0]!r} is a part, too; a gate multiplies the sum and is not in it, so name it in one of them"
     )
+  written = {title: name for name, title in asked.titles.items()} | {n: n for n in asked.names}
   named_there = {"options": asked.options, "ranges": asked.ranges, "untested": asked.untested}
   for field, there in named_there.items():
     for name in there:
-      if name not in asked.names:
-        raise ConfigError(f"reward.{field}: {name!r} is neither a part nor a gate of this reward")
-  return asked
+      if name not in written:
+        raise ConfigError(
+          f"reward.{field}: {name!r} is neither a part nor a gate of this reward{_those(asked)}"
+        )
+  return dataclasses.replace(
+    asked,
+    options={written[name]: value for name, value in asked.options.items()},
+    ranges={written[name]: value for name, value in asked.ranges.items()},
+    untested=tuple(written[name] for name in asked.untested),
+  )
+
+
+def _those(asked: _Spec) -> str:
+  """What a reward has, for who named something else."""
+  titles = asked.titles
+  parts = ", ".join(titles[name] for name in asked.parts) or "none"
+  gates = ", ".join(titles[name] for name in asked.gates)
+  return f"; its parts are {parts}{f', and its gates {gates}' if gates else ''}"
 
 
 def _are(count: int, what: str) -> str:
@@ -175,7 +204,7 @@ def _are_options(value: Any) -> bool:
 
 def _are_ranges(value: Any) -> bool:
   return isinstance(value, Mapping | ConfigDict) and all(
-    _is_list(one, float) and len(one) == 2 and one[0] <= one[1] for one in value.values()
+    _is_list(one, float) and len(one) == 2 and one[0] < one[1] for one in value.values()
   )
 
 
@@ -195,7 +224,7 @@ SHAPES: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
   "weights": ("a list of numbers, one a part", lambda value: _is_list(value, float)),
   "gates": NAMES,
   "options": ("{name: {option: value}}", _are_options),
-  "ranges": ("{name: (low, high)}", _are_ranges),
+  "ranges": ("{name: (low, high)}, the low end below the high one", _are_ranges),
   "untested": NAMES,
   "seconds": (
     "a number of seconds above 0, or None",
@@ -224,16 +253,31 @@ def names(value: str | Sequence[str]) -> tuple[str, ...]:
   return tuple(name.strip() for name in listed if name.strip())
 
 
+def _said_by(verifier: Verifier | Batch) -> tuple[float, float]:
+  """The range that a function's annotation says: what returns `bool` gives 0 or 1."""
+  function: Any = verifier
+  if isinstance(verifier, Apart):
+    function = verifier.verifier
+  elif isinstance(verifier, trl.Function):
+    function = verifier.function
+  if not callable(function):
+    return score.ANY
+  annotation = inspect.signature(function).return_annotation
+  is_true_or_false = annotation is bool or str(annotation) in ("bool", "list[bool]")
+  return (0.0, 1.0) if is_true_or_false else score.ANY
+
+
 class _Room:
   """What all parts of a reward are made with."""
 
   def __init__(
     self,
     columns: Collection[str],
+    partly: Mapping[str, str],
     given: Mapping[str, Verifier | Batch],
     workers: Workers | None,
   ):
-    self.columns, self.given = columns, given
+    self.columns, self.partly, self.given = columns, partly, given
     self._workers = workers
 
   @property
@@ -252,11 +296,19 @@ class _Room:
       raise ConfigError(f"reward.options: {name} takes none here")
     else:
       verifier = self.given[name] if name in self.given else self._own(name, asked.seconds)
-    low, high = asked.ranges.get(name) or (score.ANY if built_in is None else built_in.range)
+    own = score.ANY if built_in is None else built_in.range
+    if built_in is None and name not in self.given:
+      own = _said_by(verifier)
+    low, high = asked.ranges.get(name) or own
+    if built_in is not None and own not in (score.ANY, (low, high)):
+      raise ConfigError(
+        f"reward.ranges: the scores of {name} lie within {own[0]:g} and {own[1]:g}, and ({low:g}, {high:g}) is another"
+        " range; leave it out, it is for functions of yours"
+      )
     if name in asked.gates and isinstance(verifier, Judge) and (low, high) == score.ANY:
       low, high = verifier.low, verifier.high
     return Part(
-      name,
+      asked.titles[name],
       verifier,
       asked.weight(name),
       name in asked.gates,
@@ -300,6 +352,9 @@ class _Room:
     if "gold" in there or len(there) == 1:
       return there[0]
     listed = ", ".join(self.columns)
+    for column in EXPECTED:
+      if column in self.partly and not there:
+        self._has(name, column)
     what = f"{' and '.join(there)} may be it" if there else "none has a name that says so"
     raise ConfigError(
       f"reward.options: {name} compares with the expected answer, and of the data's columns ({listed}) {what}; write"
@@ -308,10 +363,8 @@ class _Room:
 
   def _has(self, name: str, column: str) -> str:
     if column not in self.columns:
-      listed = ", ".join(self.columns)
-      raise ConfigError(
-        f"reward: {name} reads the column {column!r}, which the data does not have; its columns are {listed}"
-      )
+      absent = trl.absent(column, self.columns, self.partly)
+      raise ConfigError(f"reward: {name} reads the column {column!r}, {absent}")
     return column
 
   def _has_one(self, name: str, reads: Sequence[tuple[str, ...]]) -> None:
@@ -320,6 +373,8 @@ class _Room:
       for column in reads[0]:
         self._has(name, column)
     elif reads and not any({*columns} <= {*self.columns} for columns in reads):
+      for column in (column for columns in reads for column in columns if column in self.partly):
+        self._has(name, column)
       listed = ", ".join(self.columns)
       wanted = ", or ".join(" and ".join(columns) for columns in reads)
       raise ConfigError(
@@ -349,7 +404,7 @@ class _Room:
         " TRL's form (prompts, completions, **columns) may be async"
       )
     if trl.is_one(called):
-      trl.check(called, str(own), self.columns)
+      trl.check(called, str(own), self.columns, self.partly)
       return trl.Function(own, str(own), self.workers, seconds or SECONDS)
     try:
       inspect.signature(called).bind("prompt", "completion", {})

@@ -7,6 +7,7 @@ looks like a hard task.
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Sequence
 
 from posttrain_jax.core import words
@@ -15,11 +16,12 @@ from posttrain_jax.rewards.score import Score
 from posttrain_jax.rewards.verifier import Answer
 from posttrain_jax.settings import ConfigError
 
-UNTESTED = "reward.untested"  # the field of a config; commands without one say how they write it
 PAIRS = 8  # rows whose own answer and another row's are tried
 
 
-def check(reward: Reward, references: Sequence[Answer] = ()) -> list[str]:
+def check(
+  reward: Reward, references: Sequence[Answer] = (), *, section: str = "reward"
+) -> list[str]:
   """Raises ConfigError, with two answers and their scores, where a part cannot tell right from wrong.
 
   What it returns is to be said: of a part that told right from wrong in some of the rows, in how many.
@@ -29,7 +31,9 @@ def check(reward: Reward, references: Sequence[Answer] = ()) -> list[str]:
   an answer to at least one row.
 
   Args:
-    references: rows of the data, each with its own right answer as the completion, or with any where that is not known.
+    references: rows of the data, each with its own right answer as the completion, or with any where that is not known,
+      and with that answer's token ids, which verifiers are given.
+    section: of the config that describes the reward; commands without one say how they write its fields.
   """
   pairs, told = _pairs(references), []
   for part in reward.parts:
@@ -38,7 +42,9 @@ def check(reward: Reward, references: Sequence[Answer] = ()) -> list[str]:
     if part.known or part.gate or part.untested or not pairs:
       _can_read(part, references[:PAIRS], reward.retries)
     else:
-      told += _on_rows(part, pairs, reward.retries)
+      names = [one.name for one in reward.parts if one.untested and not one.gate] + [part.name]
+      flag = shlex.quote(f"--config.{section}.untested={','.join(names)}")
+      told += _on_rows(part, pairs, reward.retries, flag)
   return told
 
 
@@ -78,8 +84,13 @@ def _has_none(given: Score) -> bool:
   return given.is_missing and given.applies
 
 
-def _on_rows(part: Part, pairs: Sequence[tuple[Answer, Answer]], retries: int) -> list[str]:
-  """What is to be said: in how many rows it tells right from wrong, where that is not all of them."""
+def _on_rows(
+  part: Part, pairs: Sequence[tuple[Answer, Answer]], retries: int, flag: str
+) -> list[str]:
+  """What is to be said: in how many rows it tells right from wrong, where that is not all of them.
+
+  flag: by which it is not tried.
+  """
   scores = _scores(part, [answer for pair in pairs for answer in pair], retries)
   tried = [
     (one, other)
@@ -97,7 +108,7 @@ def _on_rows(part: Part, pairs: Sequence[tuple[Answer, Answer]], retries: int) -
   if len(alike) == len(tried):
     # what failed on every right answer has a fault to be mended first
     is_judging = any(one[1].value is not None for one, _ in tried)
-    advice = f"; where it does not ask whether an answer is right, name it in {UNTESTED}"
+    advice = f"; where it does not ask whether an answer is right, write {flag}"
     raise ConfigError(
       f"reward: {_told(part, *example)} (and so of all {len(tried)} rows that were tried)"
       f"{advice if is_judging else ''}"
@@ -112,10 +123,11 @@ def _pairs(references: Sequence[Answer]) -> list[tuple[Answer, Answer]]:
   """(the row's own answer, the next different one as an answer to the same row)."""
   pairs = []
   for i, own in enumerate(references[:PAIRS]):
-    others = (a.completion for a in (*references[i + 1 :], *references[:i]))
-    wrong = next((text for text in others if text != own.completion), None)
-    if wrong is not None:
-      pairs.append((own, dataclasses.replace(own, completion=wrong, tokens=None)))
+    others = (*references[i + 1 :], *references[:i])
+    other = next((a for a in others if a.completion != own.completion), None)
+    if other is not None:
+      text, tokens = other.completion, other.tokens
+      pairs.append((own, dataclasses.replace(own, completion=text, tokens=tokens)))
   return pairs
 
 
@@ -144,7 +156,6 @@ def _both(right: tuple[Answer, Score], wrong: tuple[Answer, Score]) -> str:
 def _shown(answer: Answer, given: Score) -> str:
   reason = f" ({given.reason})" if given.reason else ""
   value = "no score" if given.value is None else f"{given.value:g}"
-  text = words.shown(answer.completion, 60)
-  return (
-    f"{text if not answer.tokens else f'answer of {len(answer.tokens)} tokens'} {value}{reason}"
-  )
+  is_a_length = answer.tokens and not answer.completion
+  text = f"answer of {len(answer.tokens or ())} tokens" if is_a_length else ""
+  return f"{text or words.shown(answer.completion, 60)} {value}{reason}"

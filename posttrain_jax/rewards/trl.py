@@ -12,6 +12,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, ValuesView
 from concurrent import futures
+from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
 from posttrain_jax.core import words
@@ -36,8 +37,16 @@ def is_one(function: Callable[..., Any]) -> bool:
   return not {*GIVEN}.isdisjoint(parameters) or kinds == {inspect.Parameter.VAR_KEYWORD}
 
 
-def check(function: Callable[..., Any], name: str, columns: Collection[str]) -> None:
-  """Raises ValueError where the function reads a column that the data does not have."""
+def check(
+  function: Callable[..., Any],
+  name: str,
+  columns: Collection[str],
+  partly: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+  """Raises ValueError where the function reads a column that the data does not have.
+
+  partly: {column that some rows have and not all: the first row without it}.
+  """
   there = {*columns} - NOT_PASSED
   needed = [
     parameter.name
@@ -45,12 +54,19 @@ def check(function: Callable[..., Any], name: str, columns: Collection[str]) -> 
     if parameter.default is parameter.empty
     and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
   ]
-  absent = [column for column in needed if column not in {*GIVEN, *HELPERS, *there}]
-  if absent:
-    listed = ", ".join(sorted(there)) or "none beside prompt and completion"
+  unknown = [column for column in needed if column not in {*GIVEN, *HELPERS, *there}]
+  if unknown:
+    listed = sorted(there) or ["none beside prompt and completion"]
     raise ValueError(
-      f"{name} reads the column {absent[0]!r}, which the data does not have; its columns are {listed}"
+      f"{name} reads the column {unknown[0]!r}, {absent(unknown[0], listed, partly)}"
     )
+
+
+def absent(column: str, columns: Collection[str], partly: Mapping[str, str]) -> str:
+  """What is said of a column that no row has, or not every one; see `check`."""
+  if column in partly:
+    return f"which not all rows have; the first without it is {partly[column]}"
+  return f"which the data does not have; its columns are {', '.join(columns)}"
 
 
 @dataclasses.dataclass(frozen=True)

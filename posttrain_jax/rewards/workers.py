@@ -30,11 +30,16 @@ from posttrain_jax.rewards.verifier import Answer, Context, Verifier, called
 SECONDS = 10.0  # for one call
 LOADING = 120.0  # seconds for a process to start and to import what it calls
 ENDS = 3  # processes a slot that may end before they call anything
+LOOKS = 0.3  # seconds after which it is looked whether anybody still waits for what runs
 MEMORY = 8 << 30  # bytes of address space of one process; 0: without a limit
 
 
 class WorkerError(RuntimeError):
   """Nothing can be run: what is to be called cannot be sent, or cannot be loaded."""
+
+
+class Interrupted(RuntimeError):
+  """Nobody waits for the calls any more; they have been ended, and nothing is known of them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,13 +54,21 @@ class Workers:
 
   Args:
     count: of processes; at most one a core, since a time-out should say something of the call.
+    stopping: asked while calls run, from their thread; once it says so, they are ended.
   """
 
-  def __init__(self, count: int | None = None, *, memory: int = MEMORY):
+  def __init__(
+    self,
+    count: int | None = None,
+    *,
+    memory: int = MEMORY,
+    stopping: Callable[[], bool] = lambda: False,
+  ):
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     if count is not None and not 1 <= count <= cores:
       raise ValueError(f"workers={count}: there are {cores} cores; name a number from 1 to {cores}")
     self._slots = [_Slot(memory) for _ in range(count or cores)]
+    self._stopping = stopping
     self._tasks: dict[bytes, int] = {}
     self._lock = threading.Lock()
     self._ending = weakref.finalize(self, _end_all, self._slots)
@@ -71,12 +84,13 @@ class Workers:
 
     Raises:
       WorkerError: no process can load the task.
+      Interrupted: `stopping` said so.
     """
     with self._lock:
       body = _pickled(task)
       key = self._tasks.setdefault(body, len(self._tasks))
       try:
-        return _Round(self._slots, key, body, calls, seconds).results()
+        return _Round(self._slots, key, body, calls, seconds, self._stopping).results()
       except BaseException:  # an interrupt: nobody asks for what they would answer
         _end_all([slot for slot in self._slots if slot.state != IDLE])
         raise
@@ -177,7 +191,9 @@ class _Round:
     body: bytes,
     calls: Sequence[tuple[Any, ...]],
     seconds: Sequence[float],
+    stopping: Callable[[], bool] = lambda: False,
   ):
+    self.stopping = stopping
     self.slots, self.key, self.body = slots, key, body
     self.calls, self.seconds = calls, seconds
     self.waiting = collections.deque(range(len(calls)))
@@ -186,6 +202,8 @@ class _Round:
 
   def results(self) -> list[Any]:
     while self.waiting or any(slot.state in (SENT, RUNS) for slot in self.slots):
+      if self.stopping():
+        raise Interrupted("ended while verifiers ran")
       for slot in self.slots:
         loading = sum(s.state == LOADS_TASK and s.key == self.key for s in self.slots)
         if slot.state == IDLE and len(self.waiting) > (0 if self.key in slot.loaded else loading):
@@ -205,7 +223,7 @@ class _Round:
       self._ended_early(slot)
 
   def _wait(self) -> None:
-    """Until a busy slot says something, or the first deadline."""
+    """Until a busy slot says something, the first deadline, or it is time to look whether it goes on."""
     busy = [slot for slot in self.slots if slot.state != IDLE]
     if not busy:
       return
@@ -215,7 +233,7 @@ class _Round:
         assert slot.process.stdout is not None
         selector.register(slot.process.stdout, selectors.EVENT_READ, slot)
       first = min(slot.deadline for slot in busy)
-      ready = selector.select(max(0.0, first - time.monotonic()))
+      ready = selector.select(min(LOOKS, max(0.0, first - time.monotonic())))
     for key, _ in ready:
       self._read(key.data)
     now = time.monotonic()

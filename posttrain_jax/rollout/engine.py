@@ -10,7 +10,7 @@ import collections
 import dataclasses
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import numpy as np
 
 from posttrain_jax.adapters import layout
 from posttrain_jax.core import files, sharding, struct, tree, weight
-from posttrain_jax.models import before, cache
+from posttrain_jax.models import before, cache, decoder
 from posttrain_jax.models.config import ModelConfig, as_ids
 from posttrain_jax.rollout import programs, requests
 from posttrain_jax.rollout import sampling as samplers
@@ -158,10 +158,11 @@ class Engine:
       reuses_written: what a row wrote itself counts as read where a prompt begins with it, as in a dialogue; then a
         text depends, by rounding, on how its beginning was read.
     """
-    if rows < 1:
-      raise ValueError(f"an engine has at least 1 row, found rows={rows}")
-    if window < 1:
-      raise ValueError(f"a window has at least 1 token, found window={window}")
+    requests.check_whole(rows, "rows", 1, "texts under way at once")
+    requests.check_whole(window, "window", 1, "tokens drawn between two looks of the host")
+    requests.check_whole(
+      top, "top", 0, "most likely tokens", config.vocab_size, "of the vocabulary"
+    )
     self.config, self.rows, self.length, self.width = config, rows, length, window
     self.dtype, self.tokenizer, self.reuses_written = dtype, tokenizer, reuses_written
     self.records_kept, self.top = records_kept, top
@@ -172,8 +173,12 @@ class Engine:
     self._waiting: collections.deque[tuple[int, Request]] = collections.deque()
     self._busy: dict[int, _Row] = {}
     self._held: list[_Held | None] = [None] * rows
-    self._spoilt: set[int] = set()  # rows whose keys and values may not be finite
+    self._finished: dict[int, Answer] = {}  # that nobody was given yet
+    self._of_runs: set[int] = set()  # tickets whose answers `run` gives
+    self._cut: set[int] = set()  # rows that are free, and still draw on the device
+    self._spoilt: set[int] = set()  # free rows whose keys and values may not be finite
     self.load(params)
+    self._check_length(length)
     embedding = self._ready.stacked["embed_tokens"]["weight"].dtype
     self._cache_dtype = cache_dtype or dtype or embedding
     self._slots = self._empty()
@@ -184,12 +189,30 @@ class Engine:
     make = lambda: programs.empty(self.config, self.rows, room, self._cache_dtype, self._plan({}))
     return jax.jit(make)()
 
+  def _check_length(self, length: int) -> None:
+    """Raises ValueError for room that holds no text, or that the model has no positions for."""
+    least = self._bound + 2  # a prompt and an answer of a token each
+    positions = self.config.max_length
+    requests.check_whole(
+      length,
+      "length",
+      least,
+      "tokens of a prompt and its answer",
+      positions,
+      "positions of the model",
+    )
+
   def load(self, params: Params | Ready) -> None:
     """Other weights of the same shapes: no program is compiled anew.
 
     Rows under way go on with them and with the keys and values that they have; what is read later is read anew.
+
+    Raises:
+      ValueError: they are not this model's; the engine keeps those that it had.
     """
-    self._ready = prepare(params, self.config)
+    ready = prepare(params, self.config)
+    decoder.check(ready.stacked, self.config)
+    self._ready = ready
     self._held = [None] * self.rows
     self._bound = before.slots(self._ready.stacked)
     self._bound_rows = weight.batch_rows(self._ready.stacked)
@@ -215,45 +238,89 @@ class Engine:
 
   @property
   def is_idle(self) -> bool:
-    return not self._waiting and not self._busy
+    """Whether there is nothing to be written, and no answer that nobody was given."""
+    return not self._waiting and not self._busy and next(self._left(), None) is None
+
+  def _left(self) -> Iterator[int]:
+    """The tickets of answers that nobody was given, but for those that `run` gives."""
+    return (ticket for ticket in self._finished if ticket not in self._of_runs)
 
   def answers(self) -> Iterator[tuple[int, Answer]]:
-    """(ticket, answer) of everything submitted, each when it is whole; more may be submitted meanwhile."""
-    while not self.is_idle:
-      for progress in self.advance():
-        if progress.answer is not None:
-          yield progress.ticket, progress.answer
+    """(ticket, answer) of everything submitted, each when it is whole; more may be submitted meanwhile.
+
+    Whoever stops reading loses nothing: the next to ask for answers is given those that are left.
+    """
+    while True:
+      if (ticket := next(self._left(), None)) is not None:
+        yield ticket, self._finished.pop(ticket)
+      elif self._waits_for(lambda ticket: ticket not in self._of_runs):
+        self._write()
+      else:
+        return
 
   def run(
     self, asked: Iterable[Request], before_window: Callable[[], None] | None = None
   ) -> Iterator[tuple[int, Answer]]:
     """(place in `asked`, answer), each when it is whole; requests are taken as rows fall free.
 
+    What was submitted beside goes on meanwhile, and `answers` gives it.  Where the iterator is closed or dropped,
+    nothing more is written for it.
+
     before_window: called before each window; it may raise, where nobody waits for the rest.
     """
     left, places = enumerate(asked), {}
-    while True:
-      room = max(0, self.rows + 1 - len(self._busy) - len(self._waiting))
-      for place, request in itertools.islice(left, room):
-        places[self.submit(request)] = place
-      if self.is_idle:
-        return
-      if before_window is not None:
-        before_window()
-      for progress in self.advance():
-        if progress.answer is not None:
-          yield places.pop(progress.ticket), progress.answer
+    try:
+      while True:
+        room = self.rows + 1 - len(self._busy) - len(self._waiting)
+        for place, request in itertools.islice(left, max(room, 0 if places else 1)):
+          ticket = self.submit(request)
+          places[ticket] = place
+          self._of_runs.add(ticket)
+        if (ticket := next((t for t in self._finished if t in places), None)) is not None:
+          self._of_runs.remove(ticket)
+          yield places.pop(ticket), self._finished.pop(ticket)
+        elif self._waits_for(places.__contains__):
+          if before_window is not None:
+            before_window()
+          self._write()
+        else:
+          return
+    finally:
+      self._drop(places)
+      self._of_runs -= places.keys()
+
+  def _waits_for(self, is_wanted: Callable[[int], bool]) -> bool:
+    """Whether one of those tickets is waiting or under way."""
+    under_way = (row.ticket for row in self._busy.values())
+    return any(map(is_wanted, under_way)) or any(is_wanted(ticket) for ticket, _ in self._waiting)
+
+  def _write(self) -> None:
+    """The next window; what it ended is kept until somebody is given it."""
+    for progress in self._advance(None):
+      if progress.answer is not None:
+        self._finished[progress.ticket] = progress.answer
 
   def advance(self, most: int | None = None) -> list[Progress]:
     """What the next window brings: `most` tokens of each row at most, fewer where rows ended that others wait for.
 
-    What interrupts it (Ctrl-C) ends every row under way: what their last window drew is known to nobody.
+    First the answers that `answers` left, without new tokens.  What interrupts it (Ctrl-C) ends every row under way:
+    what their last window drew is known to nobody.
     """
+    left = [Progress(ticket, [], self._finished.pop(ticket)) for ticket in list(self._left())]
+    told = self._advance(most)
+    for progress in told:
+      if progress.answer is not None and progress.ticket in self._of_runs:
+        self._finished[progress.ticket] = progress.answer
+    return left + told
+
+  def _advance(self, most: int | None) -> list[Progress]:
     try:
+      self._settle()
       self._admit()
       return self._collect(self._window(most)) if self._busy else []
     except BaseException:
       self._busy, self._held = {}, [None] * self.rows
+      self._cut, self._spoilt = set(), set()
       self._slots = self._empty()
       raise
 
@@ -278,13 +345,29 @@ class Engine:
 
   def drop(self, ticket: int) -> None:
     """Forgets a request, waiting or under way; nothing comes of it."""
-    self._waiting = collections.deque(pair for pair in self._waiting if pair[0] != ticket)
-    if indices := {index for index, row in self._busy.items() if row.ticket == ticket}:
-      self._end(indices)
-      self._free(indices)
+    self._drop([ticket])
+
+  def _drop(self, tickets: Collection[int]) -> None:
+    """As `drop`.  Nothing runs on the device: an iterator may be collected anywhere, at the end of the process too."""
+    self._waiting = collections.deque(pair for pair in self._waiting if pair[0] not in tickets)
+    for ticket in tickets:
+      self._finished.pop(ticket, None)
+    indices = {index for index, row in self._busy.items() if row.ticket in tickets}
+    self._cut |= indices
+    self._free(indices)
+
+  def _settle(self) -> None:
+    """On the device too the rows that are free draw no more and hold nothing that would spoil the next."""
+    if self._cut:
+      self._end(self._cut)
+      self._cut = set()
+    for index in self._spoilt:  # 0 * NaN would reach whoever has the row next
+      self._clear(index)
+    self._spoilt = set()
 
   def grow(self, length: int) -> None:
     """Room for texts of `length` tokens; what is held stays.  The programs are compiled anew."""
+    self._check_length(length)
     slots_then = cache.fitting(length + SPARE)
     self.length = max(self.length, length)
     if slots_then <= self._slots.cache.slots:
@@ -433,7 +516,7 @@ class Engine:
 
   def _collect(self, drawn: programs.Drawn) -> list[Progress]:
     """What a window drew, row by row; rows that ended are free."""
-    told, ended, cut = [], set(), set()
+    told, ended = [], set()
     for index, row in self._busy.items():
       count = int(drawn.counts[index])
       new = drawn.tokens[index, :count].tolist()
@@ -453,11 +536,7 @@ class Engine:
       told.append(Progress(row.ticket, new[: count - beyond], _answer(row, why, length)))
       ended.add(index)
       if drawn.live[index]:
-        cut.add(index)
-      if not np.isfinite(np.concatenate(row.logps)).all():
-        self._spoilt.add(index)
-    if cut:
-      self._end(cut)
+        self._cut.add(index)
     self._free(ended)
     return told
 
@@ -480,12 +559,12 @@ class Engine:
     self._slots = self._call(programs.end, "end of rows", self._slots, mask)
 
   def _free(self, indices: set[int]) -> None:
-    for index in indices & self._spoilt:  # 0 * NaN would reach whoever has the row next
-      self._clear(index)
-      self._held[index] = None
-      self._spoilt.remove(index)
     for index in indices:
-      row, held = self._busy.pop(index), self._held[index]
+      row = self._busy.pop(index)
+      if not all(np.isfinite(logps).all() for logps in row.logps):
+        self._spoilt.add(index)
+        self._held[index] = None
+      held = self._held[index]
       if held is not None and self.reuses_written:
         # the last token drawn was not read
         held.tokens = [*map(int, row.request.prompt), *row.tokens][:-1]
@@ -498,7 +577,7 @@ class Engine:
     for index, request in chosen.items():
       stops[index, : len(request.stop_tokens)] = list(request.stop_tokens)
     of = lambda name: jnp.asarray([getattr(request, name) for request in each], jnp.int32)
-    identity = [(r.seed % 2**32, r.number % 2**32, r.sample % 2**32) for r in each]
+    identity = [(r.seed, r.number, r.sample) for r in each]
     return programs.Plan(
       how=samplers.Rows.of([request.sampling for request in each]),
       least=of("min_new_tokens"),
@@ -684,6 +763,7 @@ def prepare(params: Params | Ready, config: ModelConfig, storage: str = storage_
   """
   if isinstance(params, Ready):
     return params
+  decoder.check(params, config)
   if sharding.active():
     whole = lambda path, leaf: sharding.gather(leaf, sharding.spec_for(path, layout.RULES))
     params = tree.unflatten((path, whole(path, leaf)) for path, leaf in tree.items(params))

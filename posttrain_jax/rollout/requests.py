@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
+from posttrain_jax.core import seeds, words
 from posttrain_jax.models.config import ModelConfig
 from posttrain_jax.rollout.sampling import GREEDY, Sampling
 
@@ -23,7 +25,8 @@ class Request:
   min_new_tokens: so many are drawn before one that ends the text, a stop token or the end of a stop string.
   stop_tokens: ids that end the text; the one drawn is its last token.
   stop_strings: the text ends with the token by which it holds one of them.
-  number, sample: which prompt of a run it is, and which of the answers to it.
+  seed, number, sample: each from 0 to 2^32 - 1; the latter two say which prompt of a run it is, and which of the
+    answers to it.
   row: which entry of the parameters' rows it is for, where they are bound with rows; else 0.
   """
 
@@ -72,6 +75,7 @@ def check(request: Request, config: ModelConfig, length: int, bound: int, rows: 
   """
   name = f"prompt {request.number}"
   check_ids(request.prompt, config, name)
+  _check_kinds(request, name)
   if request.max_new_tokens < 1:
     raise ValueError(f"max_new_tokens must be at least 1, found {request.max_new_tokens}")
   if not 0 <= request.min_new_tokens <= request.max_new_tokens:
@@ -99,14 +103,69 @@ def check(request: Request, config: ModelConfig, length: int, bound: int, rows: 
     )
 
 
+def _check_kinds(request: Request, name: str) -> None:
+  """Raises ValueError where a field holds no value of its kind."""
+  for field, value in (
+    ("seed", request.seed),
+    ("number", request.number),
+    ("sample", request.sample),
+  ):
+    seeds.check(value, field)
+  for field, value in (
+    ("max_new_tokens", request.max_new_tokens),
+    ("min_new_tokens", request.min_new_tokens),
+    ("row", request.row),
+  ):
+    if not seeds.is_whole(value):
+      raise ValueError(f"{name} has {field}={words.shown(value, 40)}: write a whole number")
+  if not isinstance(request.sampling, Sampling):
+    how = words.shown(request.sampling, 40)
+    raise ValueError(f"{name} has sampling={how}: write Sampling(temperature=...)")
+  several = (("stop_tokens", request.stop_tokens), ("stop_strings", request.stop_strings))
+  for field, value in several:
+    if isinstance(value, str) or not isinstance(value, Iterable):
+      raise ValueError(
+        f"{name} has {field}={words.shown(value, 40)}: write several, as ({value!r},)"
+      )
+  if not all(map(seeds.is_whole, request.stop_tokens)):
+    stops = words.shown(list(request.stop_tokens), 40)
+    raise ValueError(f"{name} has stop_tokens={stops}: they are token ids, texts are stop_strings")
+  if not all(isinstance(text, str) for text in request.stop_strings):
+    stops = words.shown(list(request.stop_strings), 40)
+    raise ValueError(f"{name} has stop_strings={stops}: they are texts, ids are stop_tokens")
+
+
 def check_ids(prompt: Sequence[int], config: ModelConfig, name: str = "the prompt") -> None:
-  """Raises ValueError where a prompt is empty, or a token has no row in the embedding."""
-  if len(prompt) == 0:
+  """Raises ValueError where a prompt is empty, no list of token ids, or one has no row in the embedding."""
+  if isinstance(prompt, str | bytes):
+    text = words.shown(prompt, 40)
+    raise ValueError(f"{name} is the text {text}: give its token ids, tokenizer(text)['input_ids']")
+  tokens = np.asarray(prompt).tolist() if isinstance(prompt, np.ndarray | jax.Array) else prompt
+  if not isinstance(tokens, Sequence):
+    raise ValueError(f"{name} is {words.shown(prompt, 40)}: give a list of token ids")
+  if len(tokens) == 0:
     raise ValueError(f"{name} is empty; give it at least the token that starts a text")
+  for at, token in enumerate(tokens):
+    if not seeds.is_whole(token):
+      raise ValueError(
+        f"{name} holds {words.shown(token, 40)} at place {at}: token ids are whole numbers"
+      )
   if min(prompt) < 0 or max(prompt) >= config.vocab_size:
     raise ValueError(
       f"{name} holds ids outside 0..{config.vocab_size - 1}: {min(prompt)}..{max(prompt)}"
     )
+
+
+def check_whole(
+  value: int, name: str, low: int, of: str, high: int | None = None, whose: str = ""
+) -> None:
+  """Raises ValueError unless value is a whole number from low to high; `of` and `whose` say what each bound counts."""
+  if not seeds.is_whole(value):
+    raise ValueError(f"{name}={value!r}: write a whole number")
+  if value < low:
+    raise ValueError(f"{name}={value}: write at least {low} ({of})")
+  if high is not None and value > high:
+    raise ValueError(f"{name}={value} is more than the {high} {whose} ({of})")
 
 
 def text_of(tokenizer: Any, tokens: Sequence[int]) -> str:

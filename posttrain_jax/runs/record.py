@@ -11,6 +11,8 @@ from typing import Any
 
 from posttrain_jax.core import files
 
+# in config.json: digests of the files that score answers, and [{"step", "changed"}] where a run went on with others
+SCORED_WITH, RESCORED = "scored_with", "rescored"
 HISTORY = "history"  # in config.json: the lengths that a run had before it was given another
 CONFIG, METRICS, DONE = "config.json", "metrics.jsonl", "done.json"
 LOG = "log.txt"  # what a sweep's point printed
@@ -120,6 +122,11 @@ class Run:
   def history(self) -> Sequence[Mapping[str, Any]]:
     """The lengths that the run had before: {"step": up to which, "steps", "epochs", "command"}."""
     return self.record.get(HISTORY, [])
+
+  @property
+  def rescored(self) -> Sequence[Mapping[str, Any]]:
+    """Where other files scored from then on: {"step", "changed": their names}."""
+    return self.record.get(RESCORED, [])
 
   @property
   def given_step(self) -> int | None:

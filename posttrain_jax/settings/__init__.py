@@ -289,10 +289,24 @@ def points(config: str) -> list[tuple[str, dict[str, Any]]]:
   with _opened(path) as loaded:
     sweep = vars(loaded).get("sweep")
     if sweep is None:
-      raise ConfigError(
-        f"{path} has no sweep(): write one that yields (arguments, {{field: value}}) pairs"
-      )
+      raise ConfigError(_how_to_sweep(path, _file(path)))
     return list(sweep())
+
+
+def _how_to_sweep(path: str, file: Path) -> str:
+  """What to write where a config file has no points."""
+  points = '  def sweep():\n    for lr in (1e-5, 1e-4):\n      yield "", {"optimizer.lr": lr}'
+  if file.parent.resolve() != SHIPPED.resolve():
+    where = f"as in\n\n{points}"
+  else:
+    where = (
+      "in a file of your own, as in sweep.py\n\n"
+      f"  from posttrain_jax.configs.{file.stem} import get_config\n\n{points}\n\n"
+      f"and name it in its place: --config=sweep.py:ARGUMENTS, those of {file.stem}"
+    )
+  return (
+    f"{path} has no sweep(): write one that yields (arguments, {{field: value}}) pairs, {where}"
+  )
 
 
 def about(config: str, width: int = 80) -> str:

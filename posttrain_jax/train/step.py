@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -15,9 +16,9 @@ from posttrain_jax import adapters
 from posttrain_jax.adapters import node
 from posttrain_jax.core import memory as memory_lib
 from posttrain_jax.core import metrics as metrics_lib
-from posttrain_jax.core import sharding, tree
+from posttrain_jax.core import seeds, sharding, tree
 from posttrain_jax.objectives import Batch, Context, Objective
-from posttrain_jax.optim import offload
+from posttrain_jax.optim import offload, schedules
 from posttrain_jax.train import state as state_lib
 from posttrain_jax.train.state import State
 
@@ -43,8 +44,10 @@ def make(
     accumulate: micro-batches in an optimizer batch; divides its rows.
     hooks: what the adapter's method adds: a penalty on its parameters, once a batch, and a change after each update.
   """
-  step = _keyed(objective, optimizer, accumulate, hooks)
-  return lambda state, context, batch: step(state, context, batch, jax.random.key(seed))
+  step = _keyed(objective, optimizer, accumulate, hooks, lambda value: contextlib.nullcontext())
+  return lambda state, context, batch: step(
+    state, context, batch, jax.random.key(seeds.check(seed)), None
+  )
 
 
 def _keyed(
@@ -52,12 +55,13 @@ def _keyed(
   optimizer: optax.GradientTransformation,
   accumulate: int,
   hooks: adapters.Hooks | None,
-) -> Callable[[State, Context, Batch, Array], tuple[State, dict[str, Any]]]:
-  """The step with the run's key as an argument."""
+  given: Callable[[Any], contextlib.AbstractContextManager[None]],
+) -> Callable[[State, Context, Batch, Array, Any], tuple[State, dict[str, Any]]]:
+  """The step with the run's key, and the learning rate that is `given` to the optimizer, as arguments."""
   update = optax.with_extra_args_support(optimizer).update
 
   def step(
-    state: State, context: Context, batch: Batch, key: Array
+    state: State, context: Context, batch: Batch, key: Array, rate: Any
   ) -> tuple[State, dict[str, Any]]:
     key = jax.random.fold_in(key, state.step)
     gradient, totals, metrics = _gradient(
@@ -72,9 +76,10 @@ def _keyed(
       metrics = dict(metrics, penalty=penalty)
     norm = offload.global_norm(gradient)
     finite = jnp.isfinite(norm)
-    updates, optimizer_state = update(
-      gradient, state.optimizer, state.trainable, norm=norm, finite=finite
-    )
+    with given(rate):
+      updates, optimizer_state = update(
+        gradient, state.optimizer, state.trainable, norm=norm, finite=finite
+      )
     # a gradient may be finite and the update not: the rate, or a moment next to 0
     finite = finite & jnp.isfinite(offload.global_norm(updates))
     trainable, carried = offload.apply(state.trainable, updates, finite), state.carried
@@ -104,17 +109,22 @@ def _keyed(
 
 
 class Jitted:
-  """A jitted step with the seed it was given: an argument, so that runs of another seed compile nothing."""
+  """A jitted step with the seed and the rate it was given: arguments, so that runs of others compile nothing."""
 
-  def __init__(self, function: Any, seed: int):
+  def __init__(self, function: Any, seed: int, rate: schedules.Rate | None):
     self.function = function
-    self.key = np.asarray(jax.random.key_data(jax.random.key(seed)))
+    self.key = np.asarray(jax.random.key_data(jax.random.key(seeds.check(seed))))
+    # the optimizer counts the updates that were not skipped
+    now = lambda step, skipped: None if rate is None else jnp.float32(rate(step - skipped))
+    self.rate = jax.jit(now)
 
   def __call__(self, state: State, context: Context, batch: Batch) -> tuple[State, dict[str, Any]]:
-    return self.function(state, context, batch, self.key)
+    rate = self.rate(state.step, state.skipped)
+    return self.function(state, context, batch, self.key, rate)
 
   def lower(self, state: State, context: Context, batch: Batch) -> jax.stages.Lowered:
-    return self.function.lower(state, context, batch, self.key)
+    rate = jax.eval_shape(self.rate, state.step, state.skipped)
+    return self.function.lower(state, context, batch, self.key, rate)
 
 
 def jitted(
@@ -124,18 +134,24 @@ def jitted(
   *,
   accumulate: int = 1,
   seed: int = 0,
+  rate: schedules.Rate | None = None,
   hooks: adapters.Hooks | None = None,
 ) -> Jitted:
-  """`make`, jitted once for all states that lie as this one (or these shapes) does; the state is donated."""
-  function = _keyed(objective, optimizer, accumulate, hooks)
+  """`make`, jitted once for all states that lie as this one (or these shapes) does; the state is donated.
+
+  Args:
+    rate: the optimizer's learning rate, where it is to be no part of the program.
+  """
+  given = (lambda value: contextlib.nullcontext()) if rate is None else rate.given
+  function = _keyed(objective, optimizer, accumulate, hooks, given)
 
   def step(
-    state: State, context: Context, batch: Batch, key: Array
+    state: State, context: Context, batch: Batch, key: Array, rate: Any
   ) -> tuple[State, dict[str, Any]]:
-    return function(state, context, batch, jax.random.wrap_key_data(key))
+    return function(state, context, batch, jax.random.wrap_key_data(key), rate)
 
   where = jax.tree.map(lambda x: x.sharding, state)
-  return Jitted(jax.jit(step, donate_argnums=0, out_shardings=(where, None)), seed)
+  return Jitted(jax.jit(step, donate_argnums=0, out_shardings=(where, None)), seed, rate)
 
 
 def begin(

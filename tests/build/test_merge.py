@@ -16,9 +16,9 @@ from posttrain_jax.__main__ import main
 from posttrain_jax.adapters import peft_format
 from posttrain_jax.build import merge as merging
 from posttrain_jax.build import merge_meaning
-from posttrain_jax.core import shards, tree
+from posttrain_jax.core import direct, shards, tree
 from posttrain_jax.data import chat
-from posttrain_jax.merge import methods, stream
+from posttrain_jax.merge import blocks, methods, stream
 from posttrain_jax.models import decoder, hf
 from tests import tiny
 from tests.adapters.cases import trained
@@ -395,6 +395,66 @@ def test_the_bytes_do_not_depend_on_the_workers(method, tmp_path, models):
     assert run(tmp_path, models, text, f"--workers={workers}", out=workers) == 0
   assert contents(tmp_path / "1") == contents(tmp_path / "3")
   assert run(tmp_path, models, text, "--workers=0", out="none") == 1
+
+
+# --- block by block --------------------------------------------------------------------------------------------------
+
+ELEMENTWISE = {
+  "linear": "merge_method: linear\nmodels:\n  - {model: @a, parameters: {weight: 0.6}}\n"
+  "  - {model: @b, parameters: {weight: 0.3}}\n",
+  "task_arithmetic": "merge_method: task_arithmetic\nbase_model: @base\nmodels:\n"
+  "  - {model: @a, parameters: {weight: 0.6}}\n  - {model: @b, parameters: {weight: 0.3}}\n",
+  "passthrough": "merge_method: passthrough\nmodels:\n  - {model: @a, parameters: {scale: 0.7}}\n",
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", ELEMENTWISE)
+def test_block_by_block_has_the_bytes_of_tensor_by_tensor(
+  method, dtype, tmp_path, models, monkeypatch
+):
+  text = f"{ELEMENTWISE[method]}dtype: {dtype}\n"
+  monkeypatch.setattr(blocks, "places", lambda *a: None)
+  assert run(tmp_path, models, text, out="tensors") == 0
+  monkeypatch.undo()
+  monkeypatch.setattr(direct, "BLOCK", 3 * direct.ALIGNED + 1)  # which cuts tensors, and numbers
+  monkeypatch.setattr(blocks, "NUMBERS", 1000)
+  assert run(tmp_path, models, text, out="blocks") == 0
+  assert contents(tmp_path / "blocks") == contents(tmp_path / "tensors")
+
+
+def test_every_elementwise_method_is_compared(models):
+  assert set(ELEMENTWISE) == {name for name, m in methods.METHODS.items() if m.elementwise}
+
+
+def test_a_nan_in_a_block_is_said_of_its_tensor(tmp_path, models, capsys):
+  shutil.copytree(models / "a", tmp_path / "a")
+  rewrite(tmp_path / "a", lambda t: t["model.norm.weight"].__setitem__(3, np.nan))
+  text = ELEMENTWISE["task_arithmetic"].replace("@a", str(tmp_path / "a")).replace("0.6", "0.0")
+  assert run(tmp_path, models, text) == 1
+  assert "tensor 'model.norm.weight' holds 1 NaN of 64 numbers" in capsys.readouterr().err
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "recipe.yml"]
+
+
+@pytest.mark.parametrize("method", ELEMENTWISE)
+def test_a_killed_blockwise_merge_goes_on(method, tmp_path, models, monkeypatch):
+  monkeypatch.setattr(shards, "SHARD_BYTES", 60_000)
+  text = ELEMENTWISE[method]
+  assert run(tmp_path, models, text, out="whole") == 0
+  write, files_written = blocks.write, []
+
+  def killed(path, *args, **options):
+    files_written.append(path.name)
+    if len(files_written) == 3:
+      raise KeyboardInterrupt
+    write(path, *args, **options)
+
+  monkeypatch.setattr(blocks, "write", killed)
+  assert run(tmp_path, models, text) == 130
+  assert not (tmp_path / "out").exists()
+  assert run(tmp_path, models, text) == 0
+  assert len(set(files_written)) == len(files_written) - 1  # the third alone was begun twice
+  assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 # --- refused ---------------------------------------------------------------------------------------------------------

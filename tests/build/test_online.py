@@ -1,5 +1,6 @@
 """The source of an online run's batches, where what writes and what updates is replaced."""
 
+import functools
 import pathlib
 import types
 
@@ -7,12 +8,16 @@ import numpy as np
 import pytest
 
 from posttrain_jax import settings
-from posttrain_jax.build import online
+from posttrain_jax.__main__ import main
+from posttrain_jax.build import checks, online
 from posttrain_jax.build.data import Data
 from posttrain_jax.build.prompts import Prompt
+from posttrain_jax.commands import report
+from posttrain_jax.rewards import workers
 from posttrain_jax.rollout.requests import Answer, Request
 from posttrain_jax.runs import completions
-from posttrain_jax.train.loop import Diverged
+from posttrain_jax.settings import ConfigError
+from posttrain_jax.train import loop
 from posttrain_jax.train.signals import Stopped
 from tests import tiny
 
@@ -88,10 +93,29 @@ def test_batches_without_any_score_are_told_and_end_the_run(tmp_path):
     " compared with: no number): nothing is learned from it"
     for number in (1, 2)
   ]
-  with pytest.raises(Diverged, match="no answer of the batches 1 to 3 has a score"):
+  with pytest.raises(online.Unscored, match="no answer of the batches 1 to 3 has a score"):
     made.batch(STATE)
   assert not [*tmp_path.glob("completions/scores_*")]  # they are asked for anew
   assert len([*tmp_path.glob("completions/answers_*")]) == 3
+
+
+def test_what_ends_a_run_by_decision_is_told_in_its_own_words(capsys, monkeypatch):
+  for kind in (online.Unscored, loop.Diverged, workers.WorkerError):
+    monkeypatch.setattr(report, "run", functools.partial(fails, kind("no answer has a score")))
+    assert main(["report", "runs/a"]) == 1
+    assert capsys.readouterr().err == "posttrain report: no answer has a score\n"
+
+
+def fails(error, *_):
+  raise error
+
+
+def test_answers_to_which_no_part_applies_are_told(tmp_path):
+  path = tmp_path / "mine.py"
+  path.write_text("def mine(completions, **columns):\n  return [None for c in completions]\n")
+  made, said = source(tmp_path, "7", **{"reward.parts": f"('{path}:mine',)"})
+  made.batch(STATE)
+  assert "batch 1: reward was missing 4 times: no part applies to this row" in said
 
 
 def test_a_score_between_them_starts_the_count_anew(tmp_path):
@@ -112,3 +136,18 @@ def test_the_outcome_is_told_where_it_is_not_the_reward(tmp_path):
   two["reward.options"] = "{'length': {'longest': 4, 'soft': 2}}"
   told = source(tmp_path, "7", **two)[0].stats()
   assert "\noutcome: number, without length, says which answers are right and which groups" in told
+
+
+def test_the_outcome_is_named_as_the_part_is_written_or_called(tmp_path):
+  path = tmp_path / "mine.py"
+  path.write_text("def style(prompt, completion, example):\n  return 1.0\n")
+  for name in (f"{path}:style", "mine.py:style"):
+    fields = {"reward.parts": f"('number', '{path}:style')", "online.outcome": name}
+    made, _ = source(tmp_path, "7", **fields)
+    assert made.outcome.names == ("mine.py:style",)
+    checks.check(made.config)
+  made.config.online.outcome = "mine.py:other"
+  with pytest.raises(
+    ConfigError, match=r"the reward has the parts number, mine\.py:style; total is"
+  ):
+    checks.check(made.config)

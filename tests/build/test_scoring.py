@@ -36,7 +36,8 @@ def test_a_config_and_the_options_make_the_same_reward(tmp_path):
 
 
 def test_names_on_the_command_line():
-  spec = scoring.spec("number, length", "tags", unsafe_code=True)
+  spec = scoring.spec("number, length", "tags", untested="number", unsafe_code=True)
+  assert spec["untested"] == ("number",)
   assert (spec["parts"], spec["gates"], spec["unsafe_code"]) == (
     ("number", "length"),
     ("tags",),
@@ -109,8 +110,8 @@ def test_a_mean_that_is_divided_by_is_of_no_reward_below_0(spec, message):
 @pytest.mark.parametrize(
   ("told", "instead"),
   [
-    ("name it in reward.untested",
-     '; untested is a field of --reward=FILE.json, as {"parts": ["a.py:f"], "untested": [...]}'),
+    ("write '--config.reward.untested=a.py:f'", ""),
+    ("reward.untested: 'g' is no part", ""),
     ("reward.options: f", '; options is a field of --reward=FILE.json, as {"parts": ["a.py:f"], "options": {...}}'),
     ("say reward.unsafe_code=true in a run", ""),
     ("reward: there is no 'f'", ""),
@@ -119,4 +120,27 @@ def test_a_mean_that_is_divided_by_is_of_no_reward_below_0(spec, message):
 def test_fields_are_told_as_commands_without_a_config_take_them(told, instead):
   with pytest.raises(ConfigError) as error, scoring.told_of_files({"parts": ("a.py:f",)}):
     raise ConfigError(told)
-  assert str(error.value) == told.replace("reward.unsafe_code=true", "--unsafe_code") + instead
+  for field in ("reward.unsafe_code=true", "--config.reward.untested"):
+    told = told.replace(field, f"--{field.partition('=')[0].rpartition('.')[2]}")
+  assert str(error.value) == told + instead
+
+
+def test_a_verifier_that_changes_on_the_way_is_noted_with_its_step(tmp_path):
+  """Every change of it once; a run that begins again has none behind it."""
+  verifier, path = tmp_path / "mine.py", tmp_path / "config.json"
+  section = {"parts": ["exact", f"{verifier}:f"], "gates": [f"{verifier}:g"]}
+  config = ml_collections.ConfigDict({"reward": section, "holdout_reward": {"parts": []}})
+  path.write_text(json.dumps({"command": "train"}))
+
+  def goes_on(step, text):
+    verifier.write_text(text)
+    return scoring.note_changes(tmp_path, config, step)
+
+  said = [goes_on(*at) for at in ((0, "a"), (5, "a"), (5, "b"), (7, "b"), (9, "c"))]
+  assert [bool(text) for text in said] == [False, False, True, False, True]
+  assert f"{verifier} has changed since this run scored with it: from step 5 on" in said[2]
+  written = json.loads(path.read_text())
+  assert [at["step"] for at in written["rescored"]] == [5, 9]
+  assert written["command"] == "train"
+  assert goes_on(0, "d") == ""
+  assert "rescored" not in json.loads(path.read_text())

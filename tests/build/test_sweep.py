@@ -295,6 +295,26 @@ def test_nothing_is_ranked_where_nothing_compares(grid):
   assert not (grid.workdir / "summary.png").exists()
 
 
+@pytest.mark.parametrize(
+  ("fields", "has", "metric"),
+  [
+    ({"objective.loss": ("ppo", "cispo")}, ("loss", "reward", "pass@1", "pass@8"), "pass@1"),
+    ({"online.temperature": (0.7, 1.0)}, ("loss", "reward"), "reward"),
+    ({"online.temperature": (0.7, 1.0)}, ("loss", "pass@1", "accuracy/after"), "accuracy/after"),
+    ({"reward.weights": ((1.0,), (2.0,))}, ("loss", "reward", "pass@1"), "pass@1"),  # not ranked
+    ({"optimizer.lr": (0.1, 0.2)}, ("loss",), None),
+  ],
+)
+def test_runs_that_write_their_answers_are_compared_by_them_and_never_by_a_loss(
+  fields, has, metric
+):
+  ((field, values),) = fields.items()
+  section, name = field.split(".")
+  base = dict(online={}, reward={}, objective=dict(name="grouped"))
+  configs = [{**base, section: {**base.get(section, {}), name: value}} for value in values]
+  assert summary._compared(dict.fromkeys(has), configs) == metric
+
+
 @pytest.mark.parametrize("width", [80, 60])
 def test_tables_fit_the_terminal(grid, width):
   names = ("adapter.r", "optimizer.lr", "steps", "layers", "smoke")

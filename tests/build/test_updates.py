@@ -133,6 +133,17 @@ def test_a_batch_without_any_score_has_no_kl_to_tell():
   np.testing.assert_array_equal(batch["advantage"], 0)
 
 
+def test_a_group_without_any_score_counts_nowhere():
+  """Not in what a loss is divided by, in no mean, and no token of it under a KL in the loss."""
+  blank = group(2, [5, 6], (None, None, None))
+  ((alone,), _) = made().of(GROUPS, STATE, 1)
+  ((beside,), _) = made(**{"batch.rows": 3}).of([GROUPS[0], blank, GROUPS[1]], STATE, 1)
+  np.testing.assert_array_equal(beside["present"].sum(axis=1), [3, 0, 2])
+  assert not beside["segment_ids"][1].any()
+  for name, value in alone.items():
+    np.testing.assert_array_equal(beside[name][[0, 2]], value, err_msg=name)
+
+
 def test_rewards_are_not_rounded_before_their_advantage():
   offset, huge = [1000.0, 1000.001, 1000.0005], [0.0, 1e30, 3e30]
   groups = [group(0, [5, 6, 7], offset), group(1, [8, 9], huge)]

@@ -123,10 +123,10 @@ def test_samples_alone_are_shown_beside_what_was_expected(rows, tmp_path, answer
 def test_pairs_of_ones_own_rows(rows, tmp_path, answers, capsys):
   answers[:] = ["a", "c"]
   out = tmp_path / "pairs.jsonl"
-  flags = ["pairs", f"--model={rows / 'model'}", f"--out={out}", "--samples=2"]
+  flags = ["pairs", f"--model={rows / 'model'}", f"--out={out}", "--n=2", "--max_new_tokens=8"]
   assert main([*flags, f"--data={rows / 'rows.jsonl'}"]) == 1
-  assert "own rows need both" in capsys.readouterr().err
-  assert main([*flags, f"--data={rows / 'rows.jsonl'}", "--metric=exact"]) == 0
+  assert "--data needs --reward" in capsys.readouterr().err
+  assert main([*flags, f"--data={rows / 'rows.jsonl'}", "--reward=exact"]) == 0
   made = [json.loads(line) for line in out.read_text().splitlines()]
   assert len(made) == 30
   assert {row["rejected"][0]["content"] for row in made} <= {"a", "c"}
@@ -141,7 +141,7 @@ def test_columns_of_any_name_are_named_by_the_commands_own_flag(rows, tmp_path, 
   tiny.write_jsonl(tmp_path / "rows.jsonl", asked)
   model, data = f"--model={rows / 'model'}", f"--data={tmp_path / 'rows.jsonl'}"
   columns = ["--columns=prompt=ask", "--columns=completion=tell"]
-  pairs = ["pairs", model, data, "--metric=exact", f"--out={tmp_path / 'pairs.jsonl'}"]
+  pairs = ["pairs", model, data, "--reward=exact", f"--out={tmp_path / 'pairs.jsonl'}"]
   graded = ["eval", model, data, "--metric=exact", f"--out={tmp_path / 'graded.jsonl'}"]
   for command in (pairs, graded):
     assert main(command) == 1

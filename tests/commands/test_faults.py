@@ -15,7 +15,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from posttrain_jax import __main__
 from posttrain_jax.__main__ import main
+from posttrain_jax.rewards import workers
+from posttrain_jax.rollout import engine
+from posttrain_jax.train import loop
 from tests.commands import faults, test_train
 from tests.marks import slow
 
@@ -76,9 +80,14 @@ VERBS = {  # what each is told, and a function that it is in when the signal com
     "what is merged so far is kept beside --out, and the same command goes on there",
   ),
   "pairs": (
-    ["--model={shared}/model", "--out={out}/pairs.jsonl", "--template=chatml"],
-    "posttrain_jax.evals.tasks.answer",
-    "nothing was written to ",
+    [
+      "--model={shared}/model",
+      "--data={shared}/rows.jsonl",
+      "--reward=exact",
+      "--out={out}/pairs.jsonl",
+    ],
+    "posttrain_jax.build.sampling._drawn",
+    "every answer and its score is kept",
   ),
   "eval": (
     ["--model={shared}/model", "--data={shared}/rows.jsonl", "--template=chatml"],
@@ -124,7 +133,7 @@ def test_a_verb_that_is_ended_says_so_and_leaves_nothing_half(
   how = "interrupted" if name == "SIGINT" else f"ended by {name}"
   assert told["err"].splitlines()[-1].startswith(f"posttrain {verb}: {how}; {left}"), told["err"]
   assert told["out"] == ""
-  kept = [".merged.merging"] if verb == "merge" else []
+  kept = {"merge": [".merged.merging"], "pairs": ["pairs.jsonl.answers"]}.get(verb, [])
   assert [path.name for path in out.iterdir()] == kept
 
 
@@ -444,3 +453,9 @@ def test_without_a_launcher_the_other_finds_out(shared, tmp_path):
     assert time.monotonic() - began < 60
   finally:
     both[0].kill()
+
+
+@pytest.mark.parametrize("kind", [loop.Diverged, workers.WorkerError, engine.CompilationError])
+def test_an_error_of_ours_is_its_sentence_and_another_is_named_by_its_kind(kind):
+  assert __main__._message(kind("it stands still")) == "it stands still"
+  assert __main__._message(RuntimeError("boom")).startswith("RuntimeError: boom (")

@@ -63,11 +63,20 @@ def one(prompt, completion, example):
   return float("nan") if value < 0.3 else value
 
 def listed(prompts, completions, completion_ids, log_metric, log_extra, trainer_state, **columns):
-  if completion_ids[0]:
+  if trainer_state.max_steps > 1:  # not of the answers that are tried before the run
     asked(completions)
   log_metric("mine", random.SystemRandom().random())
   log_extra("at", [trainer_state.global_step / trainer_state.max_steps for _ in completions])
   return [random.SystemRandom().random() for _ in completions]
+"""
+WAITS = """
+import os, signal, time
+
+def listed(prompts, completions, trainer_state, **columns):
+  if trainer_state.max_steps > 1:  # not one of the answers that are tried before the run
+    os.kill(os.getppid(), signal.SIGTERM)
+    time.sleep(40)
+  return [0.5] * len(completions)
 """
 FILTERS = ("online.top_k=40", "online.top_p=0.9", "online.min_p=0.02")
 
@@ -135,7 +144,7 @@ def test_a_run_writes_scores_and_learns(folder, tmp_path, capsys, caplog):
     (n, s) for n in (0, 1) for s in range(3)
   ]
   assert all(len(row["tokens"]) <= 6 for row in rows)
-  name = f"rewards/{folder / 'verify.py'}:early"
+  name = "rewards/verify.py:early"
   assert [row[name] for row in rows] == [
     pytest.approx(sum(map(ord, row["completion"])) % 97 / 97) for row in rows
   ]
@@ -155,12 +164,22 @@ def test_a_run_writes_scores_and_learns(folder, tmp_path, capsys, caplog):
     ),
   ],
 )
-def test_a_run_that_is_stopped_ends_as_one_that_is_not(folder, tmp_path, changes):
-  """Stopped behind the first step, in the middle of a batch that is used four times."""
+def test_a_run_that_is_stopped_ends_as_one_that_is_not(folder, tmp_path, changes, capsys):
+  """Stopped behind the first step, in the middle of a batch that is used four times; its verifier gets a comment."""
   every = [*changes, "checkpoint.every=1", "checkpoint.keep=5"]
   assert main(command(folder, tmp_path / "whole", *every)) == 0
   assert main(command(folder, tmp_path / "parts", *every, "steps=1")) == 0
+  verifier = folder / "verify.py"
+  verifier.write_text(f"{verifier.read_text()}# {len(changes)}\n")
+  capsys.readouterr()
   assert main(command(folder, tmp_path / "parts", *every)) == 0
+  assert f"warning: {verifier} has changed since this run scored with it: from step 1 on" in (
+    capsys.readouterr().out
+  )
+  assert (
+    "After step 1 answers were scored by another"
+    in (tmp_path / "parts" / "report.html").read_text()
+  )
   same(adapter(tmp_path / "whole"), adapter(tmp_path / "parts"))
   assert all(line["sampling/logp_difference"] < 1e-4 for line in lines(tmp_path / "parts"))
   for number in (1, 2):
@@ -281,6 +300,16 @@ def test_a_signal_while_it_writes_saves_the_finished_update_and_writes_no_more(
   assert main(stopped) == 0
   assert len(count) == 18
   same(adapter(tmp_path / "whole"), adapter(tmp_path / "stopped"))
+
+
+@pytest.mark.slow
+def test_a_signal_while_a_verifier_runs_does_not_wait_for_it(folder, tmp_path, capsys):
+  (folder / "waits.py").write_text(WAITS)
+  name, began = f"{folder / 'waits.py'}:listed", time.monotonic()
+  changes = [f"reward.parts=({name!r},)", f"reward.untested=({name!r},)", "reward.seconds=60"]
+  assert main(command(folder, tmp_path / "run", *changes)) == PREEMPTED
+  assert "stopped at step 0 of 3" in capsys.readouterr().out
+  assert time.monotonic() - began < 40
 
 
 @pytest.mark.slow
@@ -438,7 +467,7 @@ def test_groups_that_agree_are_replaced_until_it_is_said(folder, tmp_path, capsy
   assert main(command(folder, tmp_path / "run", *changes, verifier="tells_nothing")) == 0
   said = capsys.readouterr().out
   assert "only 0 of 4 groups of 2 rounds have answers that differ (mean outcome 0.50)" in said
-  assert f"outcome: {name}, without length, says which answers are right" in said
+  assert "outcome: verify.py:tells_nothing, without length, says which answers are right" in said
   (line,) = lines(tmp_path / "run")
   assert line["frac_groups_dead"] == 1
   assert line["rewards/length/mean"] < 0
@@ -481,7 +510,7 @@ def test_a_sampler_of_fewer_bits_is_corrected_for(folder, tmp_path):
     (("objective.advantage=max_rl",), "early", "nothing says that its scores are from 0 on"),
     (("online.kl_in_reward_estimator=k2",), "early", "k2 is of the KL's gradient in a loss"),
     (("data.replay=x.jsonl",), "early", "data.replay='x.jsonl'"),
-    (("online.storage=int8",), "early", "write objective.importance=token too"),
+    (("online.storage=int8",), "early", "write --config.objective.importance=token too"),
     ((), "raises", "on all 8 rows that were tried"),
     ((), "too_few", "returned 1 reward for 8 completions"),
   ],

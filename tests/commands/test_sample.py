@@ -45,6 +45,8 @@ def place(tmp_path_factory):
   items = [{"prompt": f"say {i % 4}", "completion": "ab"[i % 2], "id": i} for i in range(4)]
   tiny.write_jsonl(folder / "rows.jsonl", items)
   tiny.write_jsonl(folder / "math.jsonl", [{"question": "1 + 1", "answer": "a", "level": 1}] * 2)
+  mixed = [{"answer": "1"}, {"level": 1, "tests": ["assert f"]}]
+  tiny.write_jsonl(folder / "mixed.jsonl", [{"prompt": "1?", **beside} for beside in mixed])
   tiny.write_jsonl(folder / "texts.jsonl", [{"text": "nothing is asked"}])
   tiny.write_jsonl(folder / "long.jsonl", [{"prompt": "x" * 200, "completion": "b"}] + items)
   (folder / "mine.py").write_text(VERIFIERS)
@@ -181,19 +183,20 @@ def test_missing_scores_are_counted_with_their_reasons_and_never_0(place, used, 
     wanted(place, tmp_path / "a.jsonl", reward=own, right=1.0, keep="all"), lambda: used
   )
   (((part, why), times),) = summary.missing.items()
-  assert (part, times) == (own["parts"][0], 3)
+  assert (part, times) == ("mine.py:fails", 3)
   assert why.startswith("raised KeyError, as: ")
   assert summary.scored == 13
   lost = [row for row in rows_of(tmp_path / "a.jsonl") if row["score"] is None]
   assert {row["number"] for row in lost} == {1}
-  assert all("raised KeyError" in row["missing"][own["parts"][0]] for row in lost)
+  assert all("raised KeyError" in row["missing"]["mine.py:fails"] for row in lost)
   assert "3 answers have no score" in str(summary)
 
 
 def test_a_reward_without_a_highest_score_says_nothing_of_right(place, used, written, tmp_path):
   own = f"{place / 'mine.py'}:short"
   spec = {"parts": (own,), "untested": (own,)}
-  with pytest.raises(ConfigError, match="write --right=SCORE, or --keep=best"):
+  told = r"mine\.py:short has no highest .*; write --right=SCORE, or --keep=best.*\"ranges\": \{\"mine\.py:short\": \["
+  with pytest.raises(ConfigError, match=told):
     sampling_lib.write(wanted(place, tmp_path / "a.jsonl", reward=spec), lambda: used)
   summary = sampling_lib.write(
     wanted(place, tmp_path / "a.jsonl", reward=spec, keep="best"), lambda: used
@@ -210,13 +213,20 @@ def test_a_reward_without_a_highest_score_says_nothing_of_right(place, used, wri
     (dict(data=""), "write --task=NAME"),
     (dict(reward={}), "--data needs --reward"),
     (dict(data="texts.jsonl"), "which asks nothing that could be answered"),
-    (dict(data="long.jsonl", reward={"parts": ("exact",)}), "leave the row out"),
-    (dict(max_new_tokens=120), "lower --max_new_tokens=120"),
+    (dict(data="long.jsonl", reward={"parts": ("exact",)}),
+     r"; leave out the row, or take a model that reads more$"),
+    (dict(max_new_tokens=120),
+     "lower --max_new_tokens=120, or leave out the 4 of 4 rows of which that is so, or take a model that reads more$"),
     (dict(reward={"parts": ("gym",)}), "reads the column 'gym', which the data does not have"),
     (dict(reward={"parts": ("mine.py:reads_more",)}), "reads the column 'level'"),
     (dict(limit=-1), "--limit=-1"),
+    (dict(data="mixed.jsonl", reward={"parts": ("number",)}),
+     r"number reads the column 'answer', which not all rows have; the first without it is .*mixed.jsonl:2$"),
+    (dict(data="mixed.jsonl", reward={"parts": ("mine.py:reads_more",)}),
+     r"reads the column 'level', which not all rows have; the first without it is .*mixed.jsonl:1$"),
+    (dict(data="mixed.jsonl", reward={"parts": ("python",)}), r"'tests', which not all rows have; .*mixed.jsonl:1$"),
   ],
-)
+)  # fmt: skip
 def test_what_cannot_be_asked_is_told_before_anything_is_written(
   place, used, written, tmp_path, changes, said
 ):
@@ -410,6 +420,7 @@ def test_the_command_from_a_model_to_a_file_that_trains(place, tmp_path, capsys)
   ]
   assert main(flags) == 0
   told = capsys.readouterr().out
+  assert told.splitlines()[-1] == f"written: {out}"
   assert "8 answers to 4 prompts" in told
   rows = rows_of(out)
   assert len(rows) == 8
@@ -426,3 +437,24 @@ def test_the_command_from_a_model_to_a_file_that_trains(place, tmp_path, capsys)
   assert "8 examples" in capsys.readouterr().out
   assert main([*flags[:4], "--n=0", f"--out={tmp_path / 'b.jsonl'}"]) == 1
   assert "0 answers to each prompt: draw at least 1" in capsys.readouterr().err
+
+
+def test_pairs_are_a_form_of_what_was_drawn(place, used, written, tmp_path, capsys):
+  """Answers that are there already are not drawn again, and a pair has no right answer on its worse side."""
+  out = tmp_path / "a.jsonl"
+  sampling_lib.write(wanted(place, out), lambda: used)
+  drawn = len(written)
+  told = sampling_lib.write(wanted(place, out, keep="pairs"), lambda: used)
+  assert len(written) == drawn
+  rows = rows_of(out)
+  assert (told.kept, told.gold) == (len(rows), 0) == (4, 0)
+  for row, question in zip(rows, rows_of(place / "rows.jsonl"), strict=True):
+    gold = question["completion"]
+    assert row["chosen"] == [{"role": "assistant", "content": gold}]
+    assert row["rejected"][0]["content"] != gold
+    assert (row["score_chosen"], row["score_rejected"]) == (1.0, 0.0)
+  with pytest.raises(ValueError, match="one pair at most"):
+    wanted(place, out, keep="pairs", per_prompt=2)
+  right = wanted(place, tmp_path / "b.jsonl", keep="pairs", right=-1.0)
+  with pytest.raises(ConfigError, match="no prompt gave a pair"):
+    sampling_lib.write(right, lambda: used)

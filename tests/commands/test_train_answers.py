@@ -15,7 +15,7 @@ from posttrain_jax.__main__ import main
 from posttrain_jax.adapters import peft_format
 from posttrain_jax.build import reference, scoring
 from posttrain_jax.data import schema
-from posttrain_jax.evals import judge, margins, samples, tasks
+from posttrain_jax.evals import judge, margins, samples
 from posttrain_jax.models import hf
 from posttrain_jax.rewards.verifier import Answer
 from posttrain_jax.runs.metrics_log import Journal
@@ -506,16 +506,3 @@ def test_best_of_takes_the_answer_that_the_reward_model_likes(
   assert main(["eval", *flags[:2], "--best_of=4"]) == 1
   assert main(["eval", *flags, "--best_of=4", "--columns=prompt=ask"]) == 1
   assert "asks a built-in task" in capsys.readouterr().err
-
-
-def test_pairs_are_right_answers_over_wrong_ones(folder, answering, tmp_path, capsys):
-  out = tmp_path / "made" / "pairs.jsonl"
-  flags = ["pairs", f"--model={folder / 'model'}", f"--out={out}", "--limit=6", "--samples=4"]
-  assert main(flags) == 0
-  assert "6 pairs from 6 questions" in capsys.readouterr().out
-  made = [json.loads(line) for line in out.read_text().splitlines()]
-  rows = tasks.TASKS["sql"].examples("train", n=6)
-  assert [row["chosen"][0]["content"] for row in made] == [row["gold"] for row in rows]
-  assert all(set(row["rejected"][0]["content"]) == {"z"} for row in made)
-  assert main(flags) == 1
-  assert "is there already" in capsys.readouterr().err

@@ -33,9 +33,22 @@ def test_a_log_file_gets_lines_at_intervals_and_how_long_is_left(clock, capsys):
       count(done, 40)
   assert capsys.readouterr().err.splitlines() == [
     "answering ...",
-    "answering: 15 of 40, 25.0 s left",
+    "answering: 15 of 40",
     "answering: 30 of 40, 10.0 s left",
     "answering: 40.0 s",
+  ]
+
+
+def test_how_long_is_left_goes_by_what_came_since_the_first_line(clock, capsys):
+  """Programs compile for 45 seconds; then 32 answers a second end, beside 100 that were there before."""
+  with progress.counter("answering") as count:
+    clock[0] += 45
+    for done in range(101, 901):
+      clock[0] += 1 / 32
+      count(done, 1000)
+  assert capsys.readouterr().err.splitlines()[1:3] == [
+    "answering: 101 of 1000",
+    "answering: 581 of 1000, 13.1 s left",
   ]
 
 

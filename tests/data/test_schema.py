@@ -149,6 +149,44 @@ def test_columns_rename_join_and_carry(tmp_path):
     schema.read(path, columns={"prompt": "instruction", "completion": "answer"})
 
 
+@pytest.mark.parametrize(
+  ("columns", "row", "kinds", "fields"),
+  [
+    ("completion=answer", dict(prompt="a", answer="b", text="c"), None, dict(prompt="a", completion="b")),
+    ("prompt=question", dict(question="a", completion="b", id=3), None, dict(prompt="a", completion="b")),
+    ("prompt=question", dict(question="a", answer="b"), ("prompt",), dict(prompt="a")),
+    ("prompt=question", dict(question="a", chosen="b", rejected="c", completion="d"), ("preference",),
+     dict(prompt="a", chosen="b", rejected="c")),
+    ("chosen=good", dict(prompt="a", good="b", rejected="c"), None, dict(prompt="a", chosen="b", rejected="c")),
+    ("chosen=good rejected=bad", dict(prompt="a", good="b", bad="c"), None, dict(chosen="b", rejected="c")),
+    ("completion=prompt prompt=completion", dict(prompt="a", completion="b"), None, dict(prompt="b", completion="a")),
+    ("label=good", dict(prompt="a", completion="b", good=True), None, dict(prompt="a", completion="b", label=True)),
+  ],
+)  # fmt: skip
+def test_a_part_that_is_not_named_is_the_column_of_its_name(columns, row, kinds, fields):
+  named = dict(pair.split("=") for pair in columns.split())
+  rows = schema.read([row], columns=named, kinds=kinds)
+  assert rows[0].fields == fields
+  read = {named.get(part, part) for part in fields}
+  (told,) = rows.reads
+  assert all(repr(name) in told.partition("; nobody")[0] for name in read)
+
+
+def test_too_few_named_parts_say_which_go_with_them():
+  with pytest.raises(RowError) as error:
+    schema.read(
+      [dict(question="a", answer="b")],
+      columns={"completion": "answer"},
+      kinds=("prompt", "prompt_completion"),
+    )
+  assert str(error.value).endswith(
+    "names ['completion'], which make no row alone; the row has ['answer', 'question']: write"
+    " --config.data.columns.prompt=COLUMN, too"
+  )
+  with pytest.raises(RowError, match=r"completion=COLUMN, too"):
+    schema.read([dict(question="a")], columns={"prompt": "question"}, kinds=("prompt_completion",))
+
+
 def test_chat_makes_messages_of_two_strings(tmp_path):
   path = write(tmp_path / "a.jsonl", {"prompt": "a", "completion": "b"})
   (row,) = schema.read(path, chat=True, system="Be brief.", channel="talk")

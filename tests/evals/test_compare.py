@@ -8,7 +8,7 @@ from posttrain_jax.__main__ import main
 from posttrain_jax.evals import compare, report
 from posttrain_jax.runs import record
 from tests.evals import runs
-from tests.evals.test_report import Page
+from tests.evals.test_report import ONLINE, Page, online_lines
 
 
 @pytest.fixture
@@ -64,6 +64,20 @@ def test_losses_across_betas_are_not_ranked(folders, tmp_path):
   html = (tmp_path / "c.html").read_text()
   # likelihood term, accuracies and token accuracy; neither loss nor margin
   assert html.count('class="number best"') == 5
+
+
+def test_runs_that_write_their_answers_are_compared_by_those_of_the_last_fifth(tmp_path):
+  made = []
+  for loss in ("ppo", "cispo"):
+    config = dict(ONLINE, objective=dict(ONLINE["objective"], loss=loss))
+    done = dict(steps=40, seconds=1, final={"loss": 0.1, "reward": 0.9, "pass@1": 0.9})
+    made.append(runs.write(tmp_path / loss, config=config, lines=online_lines(), done=done))
+  text = page(made, tmp_path / "c.html").text
+  assert "compare pass@1, the reward and entropies." in text
+  assert "accuracies" not in text.partition("Read their shapes")[2]
+  final = compare.finals(compare.read(made)[0])
+  assert final["pass@1"] == pytest.approx(0.102 + 0.01 * 17.5)  # of the last 4 batches of 20
+  assert final["loss"] == 0.1
 
 
 def test_every_curve_of_every_run_and_their_names(folders, tmp_path):

@@ -6,6 +6,7 @@ import pytest
 from posttrain_jax.evals import curve_advice
 from posttrain_jax.runs import record
 from tests.evals import runs
+from tests.evals.test_report import ONLINE
 
 DRAW = np.random.default_rng(0)
 T = np.arange(100)
@@ -162,3 +163,18 @@ def test_one_held_out_loss_is_not_said_to_be_none(tmp_path):
   (sentence, *_) = curve_advice.read(record.read(runs.write(tmp_path / "run", lines=lines)))
   assert "fell" in sentence
   assert sentence.endswith("two held-out losses or more: set eval.every.")
+
+
+@pytest.mark.parametrize(
+  ("lost", "sentence"),
+  [
+    ({"rewards/missing": 0.5, "rewards/mine.py:f/missing": 0.0}, "50% of the answers have no reward, and nothing is"),
+    ({"rewards/missing": 0.5, "rewards/mine.py:f/missing": 0.0}, "No part of the reward applies to their rows"),
+    ({"rewards/missing": 0.1, "rewards/mine.py:f/missing": 0.1}, "On them mine.py:f failed: the column missing"),
+    ({"rewards/missing": 0.01, "rewards/mine.py:f/missing": 0.01}, None),
+  ],
+)  # fmt: skip
+def test_answers_without_a_reward_are_said(lost, sentence, tmp_path):
+  series = {name: np.full(100, share) for name, share in lost.items()}
+  text = said(tmp_path / "a", {"reward": RISING, **series}, ONLINE)
+  assert (sentence in text) if sentence else ("no reward" not in text)

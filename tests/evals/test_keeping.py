@@ -64,10 +64,63 @@ def test_rules(rule, kept):
   "text", ["right", "top", "top:0", "top:1.5", "above:", "above:nan", "best:2", "top:inf", ""]
 )
 def test_rules_that_there_are_not(text):
-  with pytest.raises(ValueError, match=r"write best, all_right, all, top:K or above:X"):
+  with pytest.raises(ValueError, match=r"write best, all_right, all, pairs, top:K or above:X"):
     keeping.parse(text)
 
 
 def test_a_cap_below_0():
   with pytest.raises(ValueError, match="--per_prompt=-1"):
     keeping.parse("best", -1)
+
+
+PAIRED = {
+  "the best right over the worst wrong that ended": (
+    [
+      sample(0, 0.2),
+      sample(1, 1.0),
+      sample(2, 0.1),
+      sample(3, 0.0, finished=False),
+      sample(4, 1.0),
+    ],
+    (1, 2),
+  ),
+  "what was cut, where nothing else is wrong": (
+    [sample(0, 1.0), sample(1, 0.0, finished=False)],
+    (0, 1),
+  ),
+  "the expected answer where none is right": ([sample(0, 0.0), sample(1, 0.5)], (None, 0)),
+  "no wrong one": ([sample(0, 1.0), sample(1, 1.0)], keeping.NO_WRONG),
+  "missing is not wrong": ([sample(0, 1.0), sample(1, None)], keeping.NO_WRONG),
+  "nothing known": ([sample(0, None), sample(1, 0.0, text=" ")], keeping.NO_SCORES),
+}
+
+
+@pytest.mark.parametrize("name", PAIRED)
+def test_a_pair_is_right_over_wrong(name):
+  group, expected = PAIRED[name]
+  pair, why = keeping.paired(group, keeping.from_on(1.0), has_gold=True)
+  if isinstance(expected, str):
+    assert (pair, why) == (None, expected)
+    return
+  chosen = None if pair.chosen is None else pair.chosen.drawn.sample
+  assert (chosen, pair.rejected.drawn.sample) == expected
+
+
+def test_a_pair_without_an_expected_answer_or_a_bar():
+  group = [sample(0, 0.1), sample(1, 0.5), sample(2, 0.3)]
+  for right in (None, keeping.from_on(1.0)):
+    pair, _ = keeping.paired(group, right, has_gold=False)
+    assert (pair.chosen.drawn.sample, pair.rejected.drawn.sample) == (1, 0)
+    assert keeping.paired(group[:1], right, has_gold=False) == (None, keeping.NO_BETTER)
+  with_gold, _ = keeping.paired(group, None, has_gold=True)  # nothing says that it is better
+  assert with_gold.chosen.drawn.sample == 1
+
+
+def test_pairs_are_told():
+  right, wrong = sample(0, 1.0), sample(1, 0.0)
+  groups = [[right, wrong], [wrong], [right]]
+  some = [keeping.paired(group, keeping.from_on(1.0), has_gold=True) for group in groups]
+  told = keeping.summary(groups, some, keeping.from_on(1.0))
+  assert (told.kept, told.gold, told.left_out) == (2, 1, {keeping.NO_WRONG: 1})
+  assert "2 pairs, in 1 the expected answer for want of a right one" in str(told)
+  assert "no pair of 1 prompts without a wrong answer" in str(told)

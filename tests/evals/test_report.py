@@ -10,7 +10,8 @@ import pytest
 import rich.console
 
 from posttrain_jax.core import files
-from posttrain_jax.evals import report
+from posttrain_jax.evals import online, report
+from posttrain_jax.runs import record
 from tests.evals import runs
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -217,6 +218,28 @@ def test_a_change_within_what_batches_differ_by_is_told_as_that(tmp_path):
   assert "the change of the reward is within what batches differ by" in text
   assert "is within what single batches differ by: take more steps" in text
   assert "first fifth" in printed(report.summary_table(folder))
+
+
+def test_the_table_of_a_run_has_means_and_what_is_missing_and_no_rows_of_zeros(tmp_path):
+  beside = {
+    "rewards/f/mean": 0.5,
+    "rewards/f/missing": 0.25,
+    "rewards/f/std": 0.1,
+    "rewards/retried": 0.0,
+  }
+  row = {
+    "reward": 0.5,
+    **beside,
+    "rewards/missing": 0.25,
+    "holdout/reward": 0.5,
+    "holdout/rewards/missing": 0.0,
+  }
+  row |= {f"holdout/{name}": value for name, value in beside.items()}
+  lines = [{"step": i, **row} for i in range(1, 9)]
+  run = record.read(runs.write(tmp_path / "a", config=ONLINE, lines=lines))
+  assert [name for name, *_ in online.rows(run)] == [
+    "reward", "rewards/f/mean", "holdout/reward", "holdout/rewards/f/mean", "rewards/missing",
+  ]  # fmt: skip
 
 
 def test_parts_of_a_sum_are_no_channels(tmp_path):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from posttrain_jax.losses import advantage
+from posttrain_jax.settings import fields
 
 
 def test_group_relative():
@@ -166,3 +167,9 @@ def test_what_agrees_has_no_advantage_when_others_are_whitened():
   rewards = np.random.default_rng(0).uniform(size=(5, 7))
   rewards[2] = 0.3
   assert np.abs(advantage.named("whitened", rewards)[2]).max() == 0
+
+
+def test_a_name_that_is_none_is_refused_with_all_that_are():
+  with pytest.raises(ValueError, match=r"advantage='nope': write group, .*, whitened or max_rl"):
+    advantage.named("nope", np.ones((2, 2)))
+  assert fields.FIELDS["objective.advantage"].domain.names == advantage.NAMES

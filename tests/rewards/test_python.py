@@ -2,8 +2,8 @@
 
 import pytest
 
+from posttrain_jax.rewards import asserting, sandbox
 from posttrain_jax.rewards import python as module
-from posttrain_jax.rewards import sandbox
 from posttrain_jax.rewards.python import extract, python
 from posttrain_jax.rewards.sandbox import Limits
 from posttrain_jax.rewards.score import Score
@@ -60,6 +60,9 @@ def _isolated():
     ("1 / 0", SUMS, 0),
     ("print(sum(map(int, input().split())), end='  ')", dict(tests=dict(inputs=["1 2"], outputs=["3\n\n"])), 1),
     ("def add(a, b): return a + b", dict(test_list=ADD["tests"], test_setup_code="import math"), 1),
+    ("def add(a, b): return a + b", dict(tests="\n".join(ADD["tests"])), 1),
+    ("def add(a, b): return 3", dict(tests="\n".join(ADD["tests"])), 0),
+    ("def add(a, b): return 3", dict(tests=["check(add)"], test_setup_code="def check(f): assert f(1, 1) == 2"), 0),
   ],
 )  # fmt: skip
 def test_right_is_one_and_wrong_is_zero(completion, row, value):
@@ -74,12 +77,43 @@ def test_right_is_one_and_wrong_is_zero(completion, row, value):
     (BODY, {}, "the row has no tests"),
     (BODY, dict(tests=[]), "the row has no tests"),
     ("def add(a, b): return 3", dict(tests=["assert add(1"]), "tests cannot be run: SyntaxError"),
+    ("", dict(tests=["add(1, 2) == 3"]), "tests: test 1 of 1, 'add(1, 2) == 3' asserts nothing: write assert add"),
+    ("", dict(test_list="not add(1, 2)"), "test_list: test 1 of 1, 'not add(1, 2)' asserts nothing"),
+    ("", dict(tests=[*ADD["tests"], "x = add(1, 2)\nx == 3"]), "test 3 of 3, 'x == 3' asserts nothing"),
+    ("", dict(tests=["add(1, 2)"]), "'add(1, 2)' asserts nothing, so that any program"),
+    ("", dict(tests=["for i in (1, 2):\n  add(i, i) == 2 * i"]), "asserts nothing, so that any program"),
+    ("", dict(tests=["assert True"]), "'assert True' asserts nothing"),
+    ("", dict(tests=["assert (add(1, 2) == 3, 'sum')"]), "asserts a tuple, which is always true"),
+    ("", dict(tests=["# none"]), "asserts nothing"),
+    ("", dict(tests=[3]), "the row's tests is [3]: write assert statements"),
+    ("", dict(tests=dict(input="1", output="2")), "the row's tests is {'input': '1', 'output': '2'}: write"),
+    ("", dict(tests=[dict(input="1")]), "test 1 of 1 has no 'output'; it has input"),
+    ("", dict(tests=[dict(input="1", output=None)]), "test 1 of 1 has None as 'output', which is no text"),
+    ("", dict(tests=dict(inputs=["1", "2"], outputs=["1"])), "2 inputs and 1 outputs"),
+    ("", dict(tests=dict(inputs="12", outputs="12")), "`inputs` and `outputs` are lists of texts"),
+    ("", dict(test="assert add(1, 2) == 3", entry_point="add"), "the row's test defines no check(candidate)"),
+    ("", dict(test="def check(candidate):\n  return candidate(1) == 2", entry_point="f"), "asserts nothing"),
   ],
-)
+)  # fmt: skip
 def test_a_row_that_cannot_be_scored_is_missing(completion, row, reason):
   score = python("", completion, row)
   assert score.value is None
   assert reason in score.reason
+
+
+@pytest.mark.parametrize(
+  "test",
+  [
+    "import unittest as u\nclass T(u.TestCase):\n  def test(self):\n    self.assertEqual(f(1), 2)",
+    "import numpy as np\nnp.testing.assert_allclose(f(1), 2)",
+    "try:\n  f(1)\nexcept ValueError:\n  pass\nelse:\n  raise AssertionError",
+    "exec('assert f(1) == 2')",
+    "'a docstring'\nassert f",
+    "assert f(",
+  ],
+)
+def test_a_test_that_may_fail_is_taken(test):
+  assert asserting.fault(test) == ""
 
 
 def test_a_deadline_is_missing_and_used_up_time_is_wrong():

@@ -4,6 +4,8 @@ import math
 
 import pytest
 
+from posttrain_jax.core import words
+from posttrain_jax.rewards import reward as reward_lib
 from posttrain_jax.rewards import score
 from posttrain_jax.rewards.model import Model
 from posttrain_jax.rewards.reward import Part, Reward
@@ -117,6 +119,8 @@ def test_a_model_scores_in_batches():
     (lambda: Reward([]), "nothing to multiply"),
     (lambda: Reward([A], retries=-1), "retries=-1"),
     (lambda: Part("g", reads("g"), 0.5, gate=True), "its weight 0.5 would mean nothing"),
+    (lambda: Part("a", reads("a"), range=(1, 1)), "within 1 and 1, so that no two differ"),
+    (lambda: Part("a", reads("a"), range=(math.nan, 1)), "within nan and 1"),
     (lambda: Part("a", reads("a"), float("nan")), "the weight of a is nan"),
     (lambda: Part("a", reads("a"), 1e39), "the weight of a is 1e\\+39.*float32"),
   ],
@@ -186,3 +190,23 @@ def test_an_answer_is_right_whatever_shapes_its_reward():
   assert [outcome.is_right(one) for one in scored] == [True, True, False, False, True, False]
   assert [outcome.value(one) for one in scored] == [1, 1, 0, None, 2, 1]
   assert [reward.is_right(one) for one in scored[:2]] == [True, False]
+
+
+@pytest.mark.parametrize(
+  ("reasons", "counted"),
+  [
+    (["the row's answer 'one' is: none", "the row's answer \"it's\" is: none"], "the row's answer '…' is: none"),
+    ([f"the row's answer {words.shown('a' * n, 20)}, 7" for n in (3, 30)], "the row's answer '…', N"),
+    ([f"returned {words.shown(text)}, a str" for text in ("a", "a'b", "a\"b", "'\"", "a, 'b'")], "returned '…', a str"),
+    ([f"returned {[*range(n)]}, a list" for n in (1, 2, 9)], "returned […], a list"),
+    ([f"returned {words.shown([*range(n)])}, a list" for n in (9, 900)], "returned […], a list"),
+    ([f"returned {dict.fromkeys('abc'[:n], n)}, a dict" for n in (2, 3)], "returned {…}, a dict"),
+    ([f"returned <generator object f at {hex(n)}>, a generator" for n in (10**9, 10**8)],
+     "returned <generator object f at N>, a generator"),
+    (["/tmp/it's/a.py:3: raised KeyError: 'a'", "b.py:4: raised KeyError: 'raised x'"], "raised KeyError"),
+    (["the rows' answers 'a' and 'raised x' differ"], "the rows' answers '…' and '…' differ"),
+  ],
+)  # fmt: skip
+def test_reasons_that_differ_in_what_they_show_are_counted_together(reasons, counted):
+  kinds = {reward_lib.kind(reason) for reason in reasons}
+  assert kinds == {counted}

@@ -5,7 +5,8 @@ import importlib.util
 import ml_collections
 import pytest
 
-from posttrain_jax.rewards import sandbox, section
+from posttrain_jax.rewards import sandbox, score, section
+from posttrain_jax.rewards.reward import Scored
 from posttrain_jax.rewards.verifier import Answer
 from posttrain_jax.rewards.workers import Workers
 from posttrain_jax.settings import ConfigError
@@ -27,6 +28,12 @@ def metric(answer, row):
 
 def fails(prompt, completion, example):
   return example["answer"]["x"]
+
+def is_right(prompt, completion, example) -> bool:
+  return completion == example["answer"]
+
+def are_right(completions, answer, **columns) -> "list[bool]":
+  return [c == a for c, a in zip(completions, answer)]
 
 async def later(prompt, completion, example):
   return 1.0
@@ -81,9 +88,43 @@ def test_a_sum_with_a_gate_and_functions_of_ones_own(file, workers):
   first, second = result.answers
   assert first.total.value == pytest.approx(1 + 0.1 * 2 * 18)
   assert {name: given.value for name, given in second.parts.items()} == {
-    "number": 1, f"{file}:plain": 2, f"{file}:trl": 1, "tags": 0,
+    "number": 1, "mine.py:plain": 2, "mine.py:trl": 1, "tags": 0,
   }  # fmt: skip
   assert second.total.value == 0
+
+
+def test_a_file_of_ones_own_is_called_by_its_name_alone_in_every_field(file):
+  whole = f"{file}:plain"
+  for name in (whole, "mine.py:plain"):
+    spec = {"parts": (whole,), "ranges": {name: (0, 8)}, "untested": (name,)}
+    (part,) = make(spec).parts
+    assert (part.name, part.range, part.untested) == ("mine.py:plain", (0, 8), True)
+
+
+def test_what_is_true_or_false_has_a_highest_score(file):
+  reward = make({"parts": [f"{file}:{name}" for name in ("is_right", "are_right")]})
+  assert reward.bounds() == (0, 2)
+  assert make({"parts": f"{file}:is_right", "ranges": {"mine.py:is_right": (-1, 1)}}).has_most
+  assert not make({"parts": f"{file}:plain"}).has_most
+
+
+def test_files_of_one_name_are_told_apart(tmp_path):
+  for folder in "ab":
+    (tmp_path / folder).mkdir()
+    (tmp_path / folder / "mine.py").write_text("def f(prompt, completion, example):\n  return 1\n")
+  parts = [f"{tmp_path / folder / 'mine.py'}:f" for folder in "ab"]
+  assert make({"parts": parts}).names == ("a/mine.py:f", "b/mine.py:f")
+  with pytest.raises(ConfigError, match=r"two parts are called .*a/mine\.py:f"):
+    make({"parts": (parts[0], parts[0].replace("/a/", "/a/../a/"))})
+
+
+def test_scores_of_an_earlier_version_are_those_of_the_parts_in_their_order(file):
+  reward = make({"parts": (f"{file}:plain",), "gates": ("tags",)})
+  parts = {f"{file}:plain": score.of(2), "tags": score.of(1)}
+  again = reward.renamed(Scored(score.of(2), parts))
+  assert dict(again.parts) == {"mine.py:plain": score.of(2), "tags": score.of(1)}
+  assert reward.renamed(again) is again
+  assert reward.value(again) == 2
 
 
 def test_a_fault_of_ones_own_is_told_with_its_line(file, workers):
@@ -119,7 +160,9 @@ def test_what_the_caller_made_has_a_name(workers):
     (dict(parts=("number",)), ("answer", "solution"), "answer and solution may be it"),
     (dict(parts=("exact",), options={"exact": {"column": "reply"}}), ("answer",), "column 'reply', which"),
     (dict(parts=("exact",), options={"exact": {"tolerence": 1}}), ("answer",), "no option 'tolerence'; it has column"),
-    (dict(parts=("exact",), options={"number": {}}), ("answer",), "'number' is neither a part nor a gate"),
+    (dict(parts=("exact",), options={"number": {}}), ("answer",), "'number' is neither .*; its parts are exact$"),
+    (dict(parts=("exact", "number"), gates=("tags",), untested="vowels"), ("answer",),
+     "reward.untested: 'vowels' is .*; its parts are exact, number, and its gates tags$"),
     (dict(parts=("exact",), weights=(1, 2)), ("answer",),
      r"reward.weights=\(1, 2\): there is 1 part \(exact\); write one"),
     (dict(parts=("exact",), gate=("tags",)), ("answer",), "reward.gate: there is no such field; there are parts"),
@@ -130,7 +173,11 @@ def test_what_the_caller_made_has_a_name(workers):
      ("answer",), "length is a gate, and its scores lie within -1 and 0; .*reward.parts"),
     (dict(parts=("exact",), gates=("judge",), options={"judge": {"url": "http://a/v1", "model": "m"}}), ("answer",),
      "judge is a gate, and its scores lie within 1 and 10"),
-    (dict(parts=("exact",), gates=("tags",), ranges={"tags": (0, 2)}), ("answer",), "tags is a gate, .* 0 and 2"),
+    (dict(parts=("exact",), gates=("tags",), ranges={"tags": (0, 2)}), ("answer",), "tags lie within 0 and 1"),
+    (dict(parts="exact", ranges={"exact": (0.5, 0.5)}), ("answer",), "the low end below the high one"),
+    (dict(parts="exact", ranges={"exact": (0.5, 2)}), ("answer",), r"exact lie within 0 and 1, and \(0.5, 2\) is"),
+    (dict(parts="exact", weights=(0.0,)), ("answer",), "every part has the weight 0"),
+    (dict(parts="exact", weights=(-0.0,), gates="tags"), ("answer",), "every part has the weight 0"),
     (dict(parts=("regex",), options={"regex": {"pattern": "("}}), ("answer",), "is no regular expression"),
     (dict(parts=("judge",), options={"judge": {"url": "x", "model": "m"}}), ("answer",), "begins with http"),
     (dict(parts=3), (), "reward.parts=3: it is a list of names, or a text with commas"),

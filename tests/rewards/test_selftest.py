@@ -69,7 +69,16 @@ def test_rows_say_both_answers_and_scores():
   told = str(error.value)
   assert "the right 'Paris' 0.5 and the wrong 'Rome' 0.5" in told
   assert "all 3 rows that were tried" in told
-  assert "name it in reward.untested" in told
+  assert told.endswith("whether an answer is right, write --config.reward.untested=mine")
+
+
+def test_the_flag_that_is_told_keeps_what_was_named_before():
+  same = lambda p, c, e: 0.5
+  reward = Reward([Part("style", same, untested=True), Part("my own.py:f", same)], retries=0)
+  with pytest.raises(
+    ConfigError, match=r"'--config\.holdout_reward\.untested=style,my own\.py:f'$"
+  ):
+    selftest.check(reward, ROWS, section="holdout_reward")
 
 
 def test_what_is_not_about_rightness_is_not_tried():
@@ -148,3 +157,18 @@ def test_a_verifier_that_fails_on_every_row_is_told_also_where_no_answer_is_know
       selftest.check(of(lambda p, c, e: e["gold"], **options), rows)
   selftest.check(of(lambda p, c, e: e["answer"]), rows)
   selftest.check(section.make({"parts": ("length",), "options": OPTIONS}, ()), rows)
+
+
+def test_verifiers_are_given_the_token_ids_of_what_is_tried():
+  """Of a row's own answer and of another's."""
+  ids = lambda text, add_special_tokens: {"input_ids": [ord(letter) for letter in text]}
+  rows = [section.reference("?", {"answer": text}, ids) for text in ("Paris", "Rome")]
+  seen = []
+
+  def told(prompt, completion, example):
+    seen.append((completion, example["completion_ids"]))
+    return completion == example["answer"]
+
+  selftest.check(of(told), rows)
+  assert {completion for completion, _ in seen} == {"Paris", "Rome"}
+  assert all(tokens == [ord(letter) for letter in completion] for completion, tokens in seen)

@@ -205,7 +205,10 @@ def test_json_of_a_schema():
   ]
   by_row = Schema(column="schema")
   assert value(by_row, '{"a": 1}', {"schema": json.dumps(schema)}) == 1
-  assert "is no JSON Schema" in by_row("?", "1", {"schema": {"type": 3}}).reason
+  wrong = by_row("?", "1", {"schema": {"properties": {"a": {"type": "arr"}}}}).reason
+  assert wrong.startswith(
+    "the row's schema is no JSON Schema: at $.properties.a.type, 'arr' is not"
+  )
   assert by_row("?", "1", {}).is_missing
   with pytest.raises(ValueError, match="is no JSON Schema"):
     Schema({"type": 3})

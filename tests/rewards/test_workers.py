@@ -11,7 +11,7 @@ import pytest
 from posttrain_jax.rewards import workers as workers_lib
 from posttrain_jax.rewards.reward import Part, Reward
 from posttrain_jax.rewards.verifier import Answer, Context
-from posttrain_jax.rewards.workers import Apart, WorkerError, Workers
+from posttrain_jax.rewards.workers import Apart, Interrupted, WorkerError, Workers
 from tests.rewards import faulty
 
 
@@ -65,6 +65,24 @@ def test_a_reply_to_an_earlier_call_is_dropped():
   assert batch.given == [[1.0, "", True]]
   batch._take(slot, {"to": 7, "result": [0.0, "", True]})
   assert batch.given == [[1.0, "", True]]
+
+
+def test_whoever_stops_does_not_wait_for_a_verifier():
+  """And what it ran has ended, and is not taken for a fault of the verifier's."""
+  asked = []
+
+  def stopping():
+    asked.append(time.monotonic())
+    return len(asked) > 3
+
+  pool = Workers(1, stopping=stopping)
+  try:
+    with pytest.raises(Interrupted):
+      Apart(faulty.told, pool, 60).scores(answers("hang"), Context())
+    assert time.monotonic() - asked[0] < 10
+    assert [slot.process for slot in pool._slots] == [None]
+  finally:
+    pool.close()
 
 
 def test_waiting_for_a_worker_is_not_running(workers):

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from posttrain_jax import adapters
+from posttrain_jax.core import sharding
 from posttrain_jax.models import decoder
 from posttrain_jax.rollout import dialogue, engine, programs, requests
 from posttrain_jax.rollout.requests import Request
@@ -33,6 +34,12 @@ FAMILIES = ["llama3", "mistral", "qwen2", "qwen3", "gemma2", "gemma3"]
 def llama():
   config, params = families.make("llama3")
   return engine.prepare(params, config), config
+
+
+def with_positions(llama, count):
+  """The same weights as a model that has so many positions."""
+  params, config = llama
+  return params, dataclasses.replace(config, max_length=count)
 
 
 def generate(llama, prompts=PROMPTS, **options):
@@ -235,7 +242,7 @@ def test_a_text_is_the_same_in_any_order_of_refill(llama, order, window, most, s
 def test_a_window_reads_no_further_than_the_longest_row_that_is_live(llama, family):
   """What lies behind is NaN here, and would reach every row of a program that read it and hid it."""
   params, config = llama if family == "llama3" else families.make(family)[::-1]
-  engine_ = engine.Engine(params, config, rows=2, length=300, window=4)
+  engine_ = engine.Engine(*with_positions((params, config), 300), rows=2, length=300, window=4)
   ask = Request(PROMPTS[0], 9)
   ((_, plain),) = engine_.run([ask])
   held = engine_._slots.cache
@@ -273,6 +280,70 @@ def test_more_may_be_submitted_while_others_are_written(llama):
       tickets.append(engine_.submit(requests[len(tickets)]))
   expected = written(llama, requests)
   assert [seen[ticket].tokens for ticket in tickets] == [answer.tokens for answer in expected]
+
+
+def of_one_window(engine_, count=3):
+  """{ticket: number of tokens} of requests that all end in the first window."""
+  return {engine_.submit(Request(PROMPTS[i], i + 1, number=i)): i + 1 for i in range(count)}
+
+
+def lengths(answers):
+  return {ticket: len(answer.tokens) for ticket, answer in answers}
+
+
+def test_answers_that_nobody_took_come_to_whoever_asks_next(llama):
+  engine_ = engine.Engine(*llama, rows=3, length=48, window=4)
+  submitted = of_one_window(engine_)
+  seen = {}
+  while not engine_.is_idle:
+    seen |= lengths([next(engine_.answers())])
+  assert seen == submitted
+  submitted = of_one_window(engine_)
+  seen = lengths([next(engine_.answers())])
+  seen |= lengths((progress.ticket, progress.answer) for progress in engine_.advance())
+  assert seen == submitted
+  assert engine_.is_idle
+
+
+def test_a_run_that_is_left_or_not_alone_gives_every_answer_once(llama):
+  engine_ = engine.Engine(*llama, rows=3, length=48, window=4)
+  requests = asked()
+  plain = [answer.tokens for answer in written(llama, requests)]
+  submitted = of_one_window(engine_)
+  for _ in engine_.run(requests):  # left, with rows under way
+    break
+  first, second = engine_.run(requests), engine_.run(requests[:4])
+  given = [next(first), next(second), *engine_.run([]), next(first)]
+  assert lengths(engine_.answers()) == submitted
+  of_first = dict([given[0], given[2], *first])
+  of_second = dict([given[1], *second])
+  assert [of_first[i].tokens for i in range(9)] == plain
+  assert [of_second[i].tokens for i in range(4)] == plain[:4]
+  assert engine_.is_idle
+
+
+def test_what_advance_brings_a_run_is_told_that_run_too(llama):
+  engine_ = engine.Engine(*llama, rows=3, length=48, window=4)
+  requests = asked()
+  running = engine_.run(requests)
+  given = dict([next(running)])
+  while any(progress.tokens for progress in engine_.advance()):
+    pass
+  given |= dict(running)
+  assert [given[i].tokens for i in range(9)] == [a.tokens for a in written(llama, requests)]
+
+
+def test_a_row_of_nan_that_is_dropped_serves_the_next_text_as_a_fresh_one(llama):
+  params, config = llama
+  spoilt = jax.tree.map(lambda x: x * np.nan, params)
+  engine_ = engine.Engine(spoilt, config, rows=1, length=48, window=4)
+  ticket = engine_.submit(Request(PROMPTS[0], 20))
+  for _ in range(3):  # further than the piece that the next prompt is read in
+    engine_.advance()
+  engine_.drop(ticket)
+  engine_.load(params)
+  ((_, answer),) = engine_.run([Request(PROMPTS[1], 5)])
+  assert np.isfinite(answer.logps).all()
 
 
 def test_what_is_dropped_leaves_its_row_to_others(llama):
@@ -407,7 +478,7 @@ def test_what_is_not_finite_stays_with_its_text(llama):
 
 
 def test_a_program_after_the_warm_up_is_told_and_an_error_under_test(llama, monkeypatch, caplog):
-  engine_ = engine.Engine(*llama, rows=2, length=50, window=4)
+  engine_ = engine.Engine(*with_positions(llama, 200), rows=2, length=50, window=4)
   assert set(engine_.warm_up()) >= set(engine_.compiled)
   engine_.grow(200)
   with pytest.raises(engine.CompilationError, match=r"compiled after the warm-up: .* slots"):
@@ -445,7 +516,7 @@ def needs(engine_, lengths, **options):
 )
 def test_no_text_needs_a_program_that_the_warm_up_left_out(llama, rows, length, lengths):
   """They are errors under test, see conftest.py."""
-  engine_ = engine.Engine(*llama, rows=rows, length=length, window=4)
+  engine_ = engine.Engine(*with_positions(llama, 400), rows=rows, length=length, window=4)
   assert len(engine_.warm_up()) <= 5 + 2 * len(engine.PIECES)
   needs(engine_, lengths)
 
@@ -461,7 +532,7 @@ def test_what_is_bound_before_the_tokens_is_warmed_up_too(llama):
 
 
 def test_prompts_that_are_known_need_fewer_programs(llama):
-  engine_ = engine.Engine(*llama, rows=3, length=200, window=4)
+  engine_ = engine.Engine(*with_positions(llama, 200), rows=3, length=200, window=4)
   reading = [name for name in engine_.warm_up([12, 10]) if "piece of" in name]
   assert reading == [f"1 piece of 16 tokens, 3 rows of {engine_._slots.cache.slots} slots"]
   needs(engine_, (12, 10))
@@ -509,6 +580,19 @@ def test_the_kept_tokens_and_the_most_likely_are_recorded(llama):
     (Request([1], 3, stop_tokens=range(17)), "17 stop tokens: a request has 16 at most"),
     (Request([1], 3, stop_tokens=(5, 9999, -5)), r"stop_tokens .9999, -5., which are none of"),
     (Request([1], 3, stop_strings=("a",)), "needs an engine with tokenizer="),
+    (Request([1], 3, stop_strings="ab"), r"stop_strings='ab': write several, as \('ab',\)"),
+    (Request([1], 3, stop_tokens=5), r"stop_tokens=5: write several, as \(5,\)"),
+    (Request([1], 3, stop_tokens=("a",)), "they are token ids, texts are stop_strings"),
+    (Request([1], 3, stop_strings=(5,)), "they are texts, ids are stop_tokens"),
+    (Request("hello", 3), r"prompt 0 is the text 'hello': give its token ids, tokenizer\("),
+    (Request(None, 3), "prompt 0 is None: give a list of token ids"),
+    (Request([5, 1.5], 3), "prompt 0 holds 1.5 at place 1: token ids are whole numbers"),
+    (Request(np.ones((2, 2), int), 3), r"prompt 0 holds \[1, 1\] at place 0"),
+    (Request([1], 2.5), "max_new_tokens=2.5: write a whole number"),
+    (Request([1], 3, sampling=0.7), r"sampling=0.7: write Sampling\(temperature="),
+    (Request([1], 3, seed=2**32), "seed=4294967296: write a whole number from 0 to 4294967295"),
+    (Request([1], 3, number=-1), "number=-1: write a whole number from 0"),
+    (Request([1], 3, sample=2**32 + 1), "sample=4294967297: .* would draw what another draws"),
   ],
 )
 def test_what_cannot_be_answered_is_refused(llama, request_, message):
@@ -516,6 +600,62 @@ def test_what_cannot_be_answered_is_refused(llama, request_, message):
   with pytest.raises(ValueError, match=message):
     engine_.submit(request_)
   assert engine_.is_idle
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    (dict(length=10**5), "length=100000 is more than the 128 positions of the model "),
+    (dict(length=1), "length=1: write at least 2 "),
+    (dict(length=48.0), "length=48.0: write a whole number"),
+    (dict(rows=0), "rows=0: write at least 1 "),
+    (dict(rows=1.5), "rows=1.5: write a whole number"),
+    (dict(window=0), "window=0: write at least 1 "),
+    (dict(top=-1), "top=-1: write at least 0 "),
+    (dict(top=97), "top=97 is more than the 96 of the vocabulary "),
+  ],
+)
+def test_an_engine_that_could_not_write_is_refused(llama, options, message):
+  with pytest.raises(ValueError, match=message):
+    engine.Engine(*llama, **dict(rows=2, length=48) | options)
+
+
+def test_an_engine_does_not_grow_beyond_the_model(llama):
+  engine_ = engine.Engine(*llama, rows=1, length=40)
+  with pytest.raises(ValueError, match="length=129 is more than the 128 positions"):
+    engine_.grow(129)
+  assert engine_.length == 40
+
+
+def test_weights_of_another_model_are_refused_and_leave_the_engine_as_it_was(llama):
+  params, config = llama
+  engine_ = engine.Engine(params, config, rows=2, length=48)
+  another = decoder.init(jax.random.key(0), dataclasses.replace(config, hidden_size=16))
+  cases = {
+    r"it reads embed_tokens/weight, here are \['x'\]": {"x": 1},
+    "embed_tokens/weight, here are a NoneType": None,
+    r"embed_tokens/weight has the shape \(96, 16\), this model's has \(96, 32\)": another,
+  }
+  for message, weights in cases.items():
+    for form in (weights, engine.Ready(weights, weights)):
+      with pytest.raises(ValueError, match=message):
+        engine_.load(form)
+  engine_.submit(Request(PROMPTS[0], 3))
+  assert len(list(engine_.answers())) == 1
+
+
+@pytest.mark.parametrize("where", ["nowhere", "one_device", "another_mesh"])
+def test_weights_that_lie_elsewhere_come_onto_the_mesh(llama, where):
+  config, params = families.make("llama3")
+  other = jax.sharding.NamedSharding(sharding.mesh(fsdp=8), jax.sharding.PartitionSpec())
+  lie = {"nowhere": None, "one_device": jax.devices()[1], "another_mesh": other}[where]
+  params = jax.tree.map(lambda x: jax.device_put(x, lie), params)
+  with jax.set_mesh(sharding.mesh(fsdp=4, tensor=2)):
+    ready = engine.prepare(params, config)
+  moved = ready.stacked["layers"]["mlp"]["up_proj"]["weight"]
+  assert moved.sharding.spec == jax.sharding.PartitionSpec(None, None, "tensor")
+  kept = params["layers"]["mlp"]["up_proj"]["weight"]
+  np.testing.assert_array_equal(np.asarray(moved), np.asarray(kept))
 
 
 def test_streaming_gives_the_tokens_of_generate(llama):
@@ -575,8 +715,8 @@ def test_a_lower_limit_cuts_the_same_text(llama):
 
 def test_the_cache_is_updated_in_place(llama):
   """The compiled window writes into the cache it was given and holds no second one."""
-  params, config = llama
-  engine_ = engine.Engine(*llama, rows=4, length=2000)
+  params, config = with_positions(llama, 2000)
+  engine_ = engine.Engine(params, config, rows=4, length=2000)
   held = engine_._slots
   cache = 2 * np.prod(held.cache.k.shape) * 4  # keys and values
   lowered = programs.window.lower(

@@ -4,6 +4,7 @@ import contextlib
 import json
 import re
 import sys
+import textwrap
 import types
 
 import pytest
@@ -137,9 +138,21 @@ def test_a_file_that_is_not_there_or_no_config(file, tmp_path):
     settings.load(str(tmp_path / "run.txt"))
 
 
+def test_what_a_shipped_config_without_a_sweep_says_to_write_is_one(tmp_path):
+  with pytest.raises(ConfigError, match=r"those of rl$") as error:
+    settings.points("rl:method=grpo")
+  lines = str(error.value).split("\n\n", 1)[1].rpartition("\n\n")[0]
+  path = tmp_path / "sweep.py"
+  path.write_text(textwrap.dedent(lines))
+  points = settings.points(f"{path}:method=cispo")
+  assert [fields for _, fields in points] == [{"optimizer.lr": 1e-5}, {"optimizer.lr": 1e-4}]
+  assert settings.load(f"{path}:method=cispo").objective.loss == "cispo"
+
+
 def test_points_of_a_sweep(file, tmp_path):
-  with pytest.raises(ConfigError, match="has no sweep"):
+  with pytest.raises(ConfigError, match="has no sweep") as error:
     settings.points(file)
+  assert "posttrain_jax.configs" not in str(error.value)
   (tmp_path / "run.py").write_text(FILE + SWEEP)
   points = settings.points(f"{file}:argument")
   assert points == [("", {"optimizer.lr": 1}), ("", {"optimizer.lr": 2})]

@@ -75,7 +75,16 @@ class Supervisor:
       if ended or verdict not in self.selector.get_map() or len(line) > MAX_VERDICT:
         return self._lost(bytes(self.read[stderr]))
       if said := self._looked(moved):
-        return said
+        return self._said_meanwhile(verdict, said) if said[0] == "timed out" else said
+
+  def _said_meanwhile(self, verdict: int, timed_out: tuple[str, str]) -> tuple[str, str]:
+    """What the sandbox said where it is this process that was kept waiting, and so too late to read it in time."""
+    self._receive(verdict)
+    line, complete, _ = bytes(self.read[verdict]).partition(b"\n")
+    if not complete:
+      return timed_out
+    self.has_verdict = True
+    return self._verdict(line)
 
   def _moved(self) -> bool:
     """Bytes went one way or the other."""
@@ -132,7 +141,8 @@ class Supervisor:
       return "waited", f"waited for {limits.seconds} s, for nothing that comes"
     if now - self.started > self.deadline:
       return "timed out", (
-        f"timed out after {self.deadline:g} s, of which it computed {used.cpu:.1f} s and waited {self.idle:.1f} s"
+        f"timed out after {self.deadline:g} s, of which it computed {used.cpu:.1f} s and waited {self.idle:.1f} s; its"
+        f" processes were then {', '.join(dict.fromkeys(used.states)) or 'gone'}"
       )
     return None
 

@@ -9,15 +9,20 @@ from pathlib import Path
 
 TICK = 1 / os.sysconf("SC_CLK_TCK")
 PROC = Path("/proc")
+STATES = {"R": "running", "S": "asleep", "D": "held by the kernel", "Z": "ended", "T": "stopped"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
-  """Of a process and all below: bytes of memory that no file backs, CPU seconds, and whether any wants the CPU."""
+  """Of a process and all below: bytes of memory that no file backs, CPU seconds, and whether any wants the CPU.
+
+  states: of the processes, parents first; what the kernel keeps from running for a disk or a namespace is no sleeper.
+  """
 
   memory: int
   cpu: float
   is_idle: bool
+  states: tuple[str, ...] = ()
 
 
 def below(pid: int) -> list[int]:
@@ -30,7 +35,7 @@ def below(pid: int) -> list[int]:
 
 
 def usage(pid: int) -> Usage:
-  memory, cpu, idle = 0, 0.0, True
+  memory, cpu, idle, states = 0, 0.0, True, []
   for process in below(pid):
     status, stat = _read(f"/proc/{process}/status"), _read(f"/proc/{process}/stat")
     memory += sum(
@@ -40,9 +45,11 @@ def usage(pid: int) -> Usage:
     )
     if stat:
       # after the name, which may hold anything: utime, stime and those of children that were waited for
-      cpu += TICK * sum(map(int, stat.rpartition(")")[2].split()[11:15]))
+      fields = stat.rpartition(")")[2].split()
+      cpu += TICK * sum(map(int, fields[11:15]))
+      states.append(STATES.get(fields[0], fields[0]))
     idle = idle and _is_idle(process)
-  return Usage(memory, cpu, idle)
+  return Usage(memory, cpu, idle, tuple(states))
 
 
 def _is_idle(pid: int) -> bool:

@@ -192,6 +192,20 @@ def test_setup_is_not_the_programs(where):
   assert outcome.verdict == "failed"
 
 
+def test_a_verdict_that_is_read_late_is_no_time_out(where, monkeypatch):
+  """It is this process that was kept waiting, by more than the deadline."""
+  looked = supervise.Supervisor._looked
+
+  def late(supervisor, moved):
+    supervisor.process.wait()
+    supervisor.started -= 100
+    return looked(supervisor, moved)
+
+  monkeypatch.setattr(supervise.Supervisor, "_looked", late)
+  outcome = asked("def f(x): return x", "assert f(1) == 1", where=where)
+  assert (outcome.verdict, outcome.reason) == ("passed", "")
+
+
 def test_nothing_of_one_run_is_there_in_the_next(where):
   code = "import os\nprint(os.path.exists('/tmp/kept'))\nopen('/tmp/kept', 'w').close()"
   if where == "landlock":
@@ -208,6 +222,8 @@ def test_a_deadline_is_missing_and_a_limit_is_an_answer(where):
   late = sandbox.run(loop, deadline=0.4, isolation=where)
   assert (late.verdict, late.is_missing) == ("timed out", True)
   assert late.reason.startswith("timed out after 0.4 s, of which it computed 0.")
+  assert "; its processes were then " in late.reason
+  assert "running" in late.reason
   used = sandbox.run(loop, deadline=60, limits=QUICK, isolation=where)
   assert (used.verdict, used.is_missing) == ("cpu", False)
   waits = sandbox.run("import time; time.sleep(100)", limits=QUICK, isolation=where)
