@@ -2,9 +2,10 @@
 
   python experiments/long_rows.py [--name=now] [--tokens=32768] [--cases=012]
 
-The attention of a layer of SmolLM2-135M's sizes, its projections among it and an MLP of 8 beside it, on random weights in
-float32, forward and backward; sixteen rows of 2,048 tokens are what documents cost that have a row each.  Figures go to experiments/results/long_rows.{json,md}, under the
-name that is given: with PYTHONPATH at another checkout, what that one needs.
+The attention of a layer of SmolLM2-135M's sizes, its projections among it and an MLP of 8 beside it, on random weights
+in float32, forward and backward; sixteen rows of 2,048 tokens are what documents cost that have a row each.  Figures go
+to experiments/results/long_rows.{json,md}, under the name that is given: with PYTHONPATH at another checkout, what that
+one needs.
 """
 
 from __future__ import annotations
@@ -103,8 +104,8 @@ def page(results: dict[str, dict[str, dict[str, float]]]) -> str:
   lines = [
     "# Attention of a layer of SmolLM2-135M on 32,768 tokens, forward and backward, float32",
     "",
-    f"Written by `python experiments/long_rows.py`; jax {jax.__version__}, {platform.machine()}, two cores that others use"
-    " as well. Seconds of CPU, and MiB that the program takes beside its arguments.",
+    f"Written by `python experiments/long_rows.py`; jax {jax.__version__}, {platform.machine()}, two cores that others"
+    " use as well. Seconds of CPU, and MiB that the program takes beside its arguments.",
     "",
     f"| | {' | '.join(f'{name}: CPU s | MiB' for name in names)} |",
     "|---|" + "---|---|" * len(names),
