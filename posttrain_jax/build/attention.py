@@ -15,7 +15,7 @@ from posttrain_jax.models.config import ModelConfig
 from posttrain_jax.settings import ConfigError
 
 Config = ml_collections.ConfigDict
-AUTO, XLA = "auto", "xla"
+AUTO, XLA = decisions.AUTO, "xla"
 OF_PLATFORM = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}
 
 
@@ -29,7 +29,7 @@ def chosen(config: Config, model: ModelConfig, platform: str | None = None) -> t
     ConfigError: what the config asks for by name cannot be had.
   """
   platform = platform or jax.default_backend()
-  asked, kernel = config.model.attention, OF_PLATFORM.get(platform)
+  asked, kernel = decisions.attention(config), OF_PLATFORM.get(platform)
   if asked == XLA or (asked == AUTO and kernel is None):
     return XLA, "as asked" if asked == XLA else f"there is no other on {platform}"
   if asked not in (AUTO, kernel):
@@ -47,7 +47,7 @@ def chosen(config: Config, model: ModelConfig, platform: str | None = None) -> t
 def told(config: Config, model: ModelConfig) -> str | None:
   """A sentence on it; None where nobody asked and there is no choice."""
   name, why = chosen(config, model)
-  is_plain = config.model.attention == AUTO and jax.default_backend() not in OF_PLATFORM
+  is_plain = decisions.attention(config) == AUTO and jax.default_backend() not in OF_PLATFORM
   return None if is_plain else f"attention: {name} ({why})"
 
 
@@ -75,7 +75,7 @@ def _cudnn(config: Config, model: ModelConfig) -> str | None:
     return f"heads of {model.head_dim} dimensions (it has multiples of 8 to {cudnn.LARGEST})"
   if jnp.dtype(decisions.products(config, "gpu")).itemsize != 2:
     return "it has half precision alone (model.dtype=bfloat16)"
-  if config.mesh.context != 1:
+  if decisions.context(config) != 1:
     return "it takes queries in order, which mesh.context cuts"
   return _shared(config)
 

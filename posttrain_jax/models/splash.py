@@ -22,7 +22,9 @@ from posttrain_jax.models.attention import Places
 
 Array = jax.Array
 BLOCK, LANES = 512, 128  # queries and keys of a block at most; blocks are multiples of the second
-INTERPRET = False  # whether XLA runs the kernel's steps one by one, as tests have it where there is no TPU
+INTERPRET = (
+  False  # whether XLA runs the kernel's steps one by one, as tests have it where there is no TPU
+)
 
 
 def attend(

@@ -67,3 +67,12 @@ def test_shifted_attention_is_refused_where_rows_are_cut():
     ConfigError, match=r"mesh.context=2: shifted attention .* reads rows in their"
   ):
     checks.check(config)
+
+
+def test_runs_of_older_versions_have_neither_field():
+  config = settings.load(f"{CONFIGS}/sft.py")
+  with config.unlocked():
+    del config.model.attention, config.mesh.context
+  assert attention.chosen(config, tiny.config(), "gpu")[0] == "xla"
+  assert attention.chosen(config, tiny.config(), "tpu") == ("splash", "the kernel of tpu")
+  checks.check(config)
