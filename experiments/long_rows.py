@@ -84,7 +84,8 @@ def measured(length: int, rows: int, documents: int) -> dict[str, float]:
     return jnp.mean(jnp.square(decoder.hidden(params, tokens, model, **given)))
 
   program = jax.jit(jax.value_and_grad(loss)).lower(params, tokens, given).compile()
-  temporaries = program.memory_analysis().temp_size_in_bytes
+  memory: Any = program.memory_analysis()
+  temporaries = memory.temp_size_in_bytes
   before, began = _cpu(), time.monotonic()
   jax.block_until_ready(program(params, tokens, given))
   return {
