@@ -42,16 +42,18 @@ MESHES = (dict(data=2, context=4), dict(context=2, tensor=4), dict(fsdp=2, conte
 @pytest.mark.parametrize("window", [None, 7])
 @pytest.mark.parametrize("rows", [packed_rows, pairs_that_share])
 @pytest.mark.parametrize("sizes", few(MESHES, MESHES[0], MESHES[1]), ids=str)
-def test_a_mesh_changes_nothing(sizes, rows, window, softcap):
-  """Heads that four devices share in twos, rows in any order, documents that lie on several devices."""
-  q, k, v = drawn(24, heads=8, kv_heads=2)
-  places = rows(24)
+def test_a_mesh_changes_nothing(monkeypatch, sizes, rows, window, softcap):
+  """Heads that four devices share in twos, rows in zigzag order, documents on several devices, several tiles."""
+  monkeypatch.setattr(attention, "SHORT", 8)
+  monkeypatch.setattr(attention, "TILES", {"default": (8, 16)})
+  q, k, v = drawn(96, heads=8, kv_heads=2)
+  places = rows(96)
   wanted = jax.jit(value_and_gradients(window, softcap, places, places))(q, k, v)
 
   def found(q, k, v):
     where, *cut = jax.tree.map(lambda x: zigzag.cut(jnp.asarray(x)), (places, q, k, v))
     out, gradients = value_and_gradients(window, softcap, where, where)(*cut)
-    return jax.tree.map(lambda x: zigzag.whole(x, 24), (out, gradients))
+    return jax.tree.map(lambda x: zigzag.whole(x, 96), (out, gradients))
 
   with jax.set_mesh(sharding.mesh(**sizes)):
     found = jax.jit(found)(q, k, v)
