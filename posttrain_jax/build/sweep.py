@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import rich.box
 import rich.console
@@ -39,6 +39,8 @@ LOG, LOCK = runs.LOG, report.SWEEP
 LONGEST_NAME = 150  # bytes; file systems take 255
 TAIL = 12  # lines of a failed point's log
 POLL = 0.2  # seconds
+PRUNED = 256  # in the place of an exit code: ended as others did better, and left at that
+STATUS = {0: "finished", PREEMPTED: "stopped", PRUNED: "pruned"}  # any other code: failed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +59,45 @@ class _Job:
   point: Point
   process: subprocess.Popen
   started: float
+  is_pruned: bool = False
+
+
+class Source(Protocol):
+  """Which points are to be trained: those of a list, or those that a search asks for one after the other."""
+
+  @property
+  def count(self) -> int:
+    """Points in all, those that were done before among them."""
+
+  def next(self) -> Point | None:
+    """The point to start now; None where there is none, or none yet."""
+
+  def left(self) -> list[Point]:
+    """Points that are known and were not started."""
+
+  def is_hopeless(self, point: Point, folder: Path) -> bool:
+    """Whether a point that runs is to be ended as it is."""
+
+  def ended(self, point: Point, folder: Path, code: int) -> None: ...
+
+
+class Listed:
+  """Points in their order."""
+
+  def __init__(self, points: Sequence[Point], count: int) -> None:
+    self._points, self.count = list(points), count
+
+  def next(self) -> Point | None:
+    return self._points.pop(0) if self._points else None
+
+  def left(self) -> list[Point]:
+    return self._points
+
+  def is_hopeless(self, point: Point, folder: Path) -> bool:
+    return False
+
+  def ended(self, point: Point, folder: Path, code: int) -> None:
+    pass
 
 
 def run(
@@ -77,24 +118,46 @@ def run(
   Args:
     config: `FILE[:arguments]`; a point's own arguments win.
     overrides: `--config.field=value` for every point.
-    jobs: points at once; more than one only where they do not share a device.
+    jobs: points at once; more than one only where they do not share a device.  0: they run elsewhere (`posttrain
+      launch`), and what there is of them is summed up.
     metric: compared in table and figure; None for the first of `summary.METRICS` that compares between the points.
     command: what trains, before `--config=... --workdir=...`.
 
   Raises:
     ConfigError: before anything runs: no sweep, a point that is no valid config, two points of one name.
   """
-  if jobs < 1:
-    raise ConfigError(f"jobs={jobs}: at least one point must run at a time")
+  if jobs < 0:
+    raise ConfigError(
+      f"jobs={jobs}: write the points that run at a time, or 0 to sum up what there is"
+    )
   console = console or rich.console.Console()
   points, workdir = expand(config, overrides), Path(workdir)
   if command == TRAIN:  # which would refuse it, each point when its turn comes
+    points = [checked(point) for point in points]
+  states: dict[str, int] = {}
+  with claimed(workdir) as lock:
     for point in points:
-      settings.fields.check(point.resolved, settings.given(point.overrides))
-    points = [_settled(point) for point in points]
-  workdir.mkdir(parents=True, exist_ok=True)
-  with _locked(workdir) as lock, _stopping() as asked:
-    states = _run_all(points, workdir, jobs, command, lock, asked, console)
+      if run_folder.is_complete(workdir / point.name, point.resolved):
+        states[point.name] = 0
+      elif not jobs:
+        states[point.name] = PREEMPTED
+    waiting = [point for point in points if point.name not in states]
+    if jobs:
+      for name in states:
+        _say(console, name, "finished before")
+      _announce(console, points, waiting, jobs)
+      run_all(Listed(waiting, len(points)), workdir, jobs, command, lock, states, console)
+  return summed_up(points, states, workdir, metric, console)
+
+
+def summed_up(
+  points: Sequence[Point],
+  states: Mapping[str, int],
+  workdir: Path,
+  metric: str | None,
+  console: rich.console.Console,
+) -> int:
+  """The exit code of these points, with their summary written and shown.  states: {name: exit code, or PRUNED}."""
   rows = [_summary(point, states[point.name], workdir / point.name) for point in points]
   configs = [point.resolved for point in points]
   is_drawn = summary.write(rows, _swept(points), configs, workdir, metric, console)
@@ -104,14 +167,14 @@ def run(
       console.print(rich.text.Text(f"{row['point']} failed; the end of {log}:\n{_tail(log)}"))
   if PREEMPTED in states.values():
     return PREEMPTED
-  return 0 if is_drawn and not any(states.values()) else 1
+  return 0 if is_drawn and {*states.values()} <= {0, PRUNED} else 1
 
 
 def expand(config: str, overrides: Sequence[str] = ()) -> list[Point]:
   """The points of a config's sweep, every one of them resolved."""
   path, _, base = config.partition(":")
   points = [
-    _point(path, base, arguments, fields, overrides)
+    resolved(path, base, arguments, fields, overrides)
     for arguments, fields in settings.points(config)
   ]
   if not points:
@@ -122,7 +185,10 @@ def expand(config: str, overrides: Sequence[str] = ()) -> list[Point]:
   return points
 
 
-def _point(path, base, arguments, fields, overrides) -> Point:
+def resolved(
+  path: str, base: str, arguments: str, fields: Mapping[str, Any], overrides: Sequence[str]
+) -> Point:
+  """The point of these arguments and fields, resolved.  base: arguments for all points; a point's own win."""
   for text in overrides:
     field = text.removeprefix("--").removeprefix("config.").partition("=")[0]
     if field in fields:
@@ -180,38 +246,46 @@ def _name(arguments: Sequence[str], fields: Mapping[str, Any]) -> str:
 # Running
 
 
-def _run_all(points, workdir, jobs, command, lock, asked, console) -> dict[str, int]:
-  """{name: exit code}; PREEMPTED for the points that were stopped or not reached."""
-  states: dict[str, int] = {}
-  waiting, running = [], []
-  for point in points:
-    if run_folder.is_complete(workdir / point.name, point.resolved):
-      states[point.name] = 0
-      _say(console, point, "finished before")
-    else:
-      waiting.append(point)
-  _announce(console, points, waiting, jobs)
-  numbers = {point.name: i for i, point in enumerate(points, 1)}
-  try:
-    with console.status("") as status:
-      while waiting or running:
-        if asked.count and waiting:
-          states |= dict.fromkeys((point.name for point in waiting), PREEMPTED)
-          waiting = []
-        while waiting and len(running) < jobs:
-          point = waiting.pop(0)
+def run_all(
+  source: Source,
+  workdir: Path,
+  jobs: int,
+  command: Sequence[str],
+  lock: int,
+  states: dict[str, int],
+  console: rich.console.Console,
+) -> None:
+  """Trains a source's points, `jobs` at a time; states gets {name: exit code} of each.
+
+  PREEMPTED stands for those that were stopped or not reached, PRUNED for those that the source gave up.
+  """
+  started, running = len(states), []
+  with _stopping() as asked, console.status("") as status:
+    try:
+      while True:
+        while not asked.count and len(running) < jobs and (point := source.next()) is not None:
+          started += 1
           running.append(_start(point, workdir, command, lock))
-          _say(console, point, f"started, point {numbers[point.name]} of {len(points)}")
+          _say(console, point.name, f"started, point {started} of {source.count}")
+        if not running:
+          break
         _signal(running, asked)
-        status.update(_status(running, workdir, len(states), len(points), asked))
+        status.update(_status(running, workdir, len(states), source.count, asked))
         time.sleep(POLL)
+        for job in running:
+          folder = workdir / job.point.name
+          if not job.is_pruned and not asked.count and source.is_hopeless(job.point, folder):
+            job.is_pruned = True
+            job.process.terminate()
         for job in [job for job in running if job.process.poll() is not None]:
           running.remove(job)
-          states[job.point.name] = _ended(job, workdir, asked, console)
-  finally:
-    for job in running:  # only where something above failed
-      job.process.terminate()
-  return states
+          code = _ended(job, workdir, asked, console)
+          states[job.point.name] = code
+          source.ended(job.point, workdir / job.point.name, code)
+    finally:
+      for job in running:  # only where something above failed
+        job.process.terminate()
+  states |= dict.fromkeys((point.name for point in source.left()), PREEMPTED)
 
 
 def _announce(console, points, waiting, jobs) -> None:
@@ -225,8 +299,13 @@ def _announce(console, points, waiting, jobs) -> None:
   )
 
 
-def _settled(point: Point) -> Point:
-  """The point with what the adapter that it starts from decides, as its run will have it."""
+def checked(point: Point) -> Point:
+  """The point with what the adapter that it starts from decides, as its run will have it.
+
+  Raises:
+    ConfigError: `posttrain train` would refuse it.
+  """
+  settings.fields.check(point.resolved, settings.given(point.overrides))
   if not point.resolved.get("model", {}).get("adapter"):
     return point
   from posttrain_jax.build import earlier_adapter
@@ -265,15 +344,20 @@ def _ended(job, workdir, asked, console) -> int:
     code = 1
     with (workdir / job.point.name / LOG).open("a") as log:
       log.write(f"the command ended well, but left no {runs.DONE}\n")
+  if job.is_pruned and code != 0:
+    _say(console, job.point.name, f"pruned after {took}")
+    return PRUNED
   if code == PREEMPTED or (code != 0 and asked.count):
     asked.count = max(asked.count, 1)
-    _say(console, job.point, f"stopped after {took}")
+    _say(console, job.point.name, f"stopped after {took}")
     return PREEMPTED
   if code == 0:
-    _say(console, job.point, f"finished in {took}")
+    _say(console, job.point.name, f"finished in {took}")
     return 0
   _say(
-    console, job.point, f"FAILED after {took} ({_cause(code)}): {workdir / job.point.name / LOG}"
+    console,
+    job.point.name,
+    f"FAILED after {took} ({_cause(code)}): {workdir / job.point.name / LOG}",
   )
   return code
 
@@ -289,8 +373,8 @@ def _tail(path: Path) -> str:
   return "\n".join(f"  {line}" for line in lines[-TAIL:])
 
 
-def _say(console, point, what):
-  console.print(rich.text.Text(f"{point.name}: {what}"), soft_wrap=True)
+def _say(console, name, what):
+  console.print(rich.text.Text(f"{name}: {what}"), soft_wrap=True)
 
 
 def _status(running, workdir, done, total, asked) -> rich.text.Text:
@@ -360,8 +444,9 @@ def _signal(running, asked) -> None:
 
 
 @contextlib.contextmanager
-def _locked(workdir: Path) -> Generator[int]:
-  """A lock on the folder that the runs inherit."""
+def claimed(workdir: Path) -> Generator[int]:
+  """The folder is made, with a lock on it that the runs inherit."""
+  workdir.mkdir(parents=True, exist_ok=True)
   with (workdir / LOCK).open("w") as lock:
     try:
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -382,7 +467,7 @@ def _swept(points: Sequence[Point]) -> list[str]:
 
 
 def _summary(point: Point, code: int, folder: Path) -> dict[str, Any]:
-  status = {0: "finished", PREEMPTED: "stopped"}.get(code, "failed")
+  status = STATUS.get(code, "failed")
   row: dict[str, Any] = dict(point=point.name, status=status)
   row |= dict(values=dict(point.values), steps=0, metrics={})
   if code == 0:

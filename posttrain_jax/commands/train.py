@@ -53,12 +53,15 @@ def _run(
   given: Sequence[str],
   started: Started,
 ) -> int:
-  from posttrain_jax.core import distributed
+  from posttrain_jax.core import distributed, watch
 
   distributed.initialize()
   common.cache_compilations()
-  with _said("loading the trainer"):
-    from posttrain_jax.build import run as runs
+  with watch.kept():
+    with _said("loading the trainer"):
+      from posttrain_jax.build import run as runs
 
-  started.ends("imports")
-  return runs.train(config, args.workdir or "", dry_run=args.dry_run, given=given, started=started)
+    started.ends("imports")
+    return runs.train(
+      config, args.workdir or "", dry_run=args.dry_run, given=given, started=started
+    )

@@ -17,6 +17,13 @@ LONG = 1.0  # seconds from which on it is said how long something took
 
 
 _muted = [False]
+heard: list[Callable[[str], None]] = []  # told of all that begins and is counted, muted or not
+
+
+def beat(doing: str) -> None:
+  """The program gets on; `doing` is what it does from here on."""
+  for listener in heard:
+    listener(doing)
 
 
 @contextlib.contextmanager
@@ -38,10 +45,12 @@ def phase(doing: str, *, stream: TextIO | None = None) -> Generator[None]:
   """
   out = stream or sys.stderr
   began = time.monotonic()
+  beat(doing)
   if not out.isatty():
     _print(f"{doing} ...", out)
   with waiting(doing, stream=out):
     yield
+  beat(f"what follows {doing}")
   taken = time.monotonic() - began
   if taken >= LONG:
     _print(f"{doing}: {took(taken)}", out)
@@ -79,13 +88,25 @@ def counter(what: str) -> Generator[Callable[[int, int | None], None]]:
     )
     with rich.progress.Progress(*columns, console=console, transient=True) as bar:
       task = bar.add_task(what, total=None)
-      yield lambda done, total: bar.update(task, completed=done, total=total)
+      shown = lambda done, total: bar.update(task, completed=done, total=total)
+      yield _heard(what, shown)
   else:
     _print(f"{what} ...")
-    yield lines(what)
+    shown = lines(what)
+    yield _heard(what, shown)
   taken = time.monotonic() - began
   if taken >= LONG:
     _print(f"{what}: {took(taken)}")
+
+
+def _heard(
+  what: str, count: Callable[[int, int | None], None]
+) -> Callable[[int, int | None], None]:
+  def counted(done: int, total: int | None) -> None:
+    beat(what)
+    count(done, total)
+
+  return counted
 
 
 def told(items: Iterable[Any], what: str) -> Iterator[Any]:

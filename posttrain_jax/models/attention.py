@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from posttrain_jax.core import sharding, struct
-from posttrain_jax.models import across
+from posttrain_jax.models import across, cache
 
 Array = jax.Array
 NEGATIVE = -2.0e38  # finite, so that a row that may see nothing stays free of NaN
@@ -131,16 +131,21 @@ def attend_cached(
   kv_heads, block = k.shape[3], k.shape[5]
   groups = heads // kv_heads
   folded = (q * scale).reshape(rows, time, kv_heads, groups, dim).transpose(0, 2, 3, 1, 4)
-  folded = folded.astype(k.dtype).reshape(rows, kv_heads, groups * time, dim)
+  # XLA:CPU has no product of one row in bfloat16
+  part_of = functools.partial(cache.numbers, wide=groups * time == 1)
+  folded = folded.reshape(rows, kv_heads, groups * time, dim)
   places = jnp.tile(positions, (1, groups))[:, None, :, None]  # as the queries are folded
   first = 0 if window is None else jnp.maximum(jnp.min(positions) - window + 1, 0) // block
 
   def read(number, so_far):
     most, total, out = so_far
-    part = lambda x: jax.lax.dynamic_slice(
-      x, (layer, number, 0, 0, 0, 0), (1, 1, *x.shape[2:])
-    ).reshape(x.shape[2:])
-    scores = _products("rkqd,rkds->rkqs", folded, part(k))
+    part = lambda x: part_of(
+      jax.lax.dynamic_slice(x, (layer, number, 0, 0, 0, 0), (1, 1, *x.shape[2:])).reshape(
+        x.shape[2:]
+      )
+    )
+    keys, values = part(k), part(v)
+    scores = _products("rkqd,rkds->rkqs", folded.astype(keys.dtype), keys)
     if softcap is not None:
       scores = softcap * jnp.tanh(scores / softcap)
     slot = number * block + jnp.arange(block)
@@ -151,7 +156,7 @@ def attend_cached(
     higher = jnp.maximum(most, jnp.max(scores, axis=-1, keepdims=True))
     weights, kept = jnp.exp(scores - higher), jnp.exp(most - higher)
     total = total * kept + jnp.sum(weights, axis=-1, keepdims=True)
-    out = out * kept + _products("rkqs,rksd->rkqd", weights.astype(v.dtype), part(v))
+    out = out * kept + _products("rkqs,rksd->rkqd", weights.astype(values.dtype), values)
     return higher, total, out
 
   zeros = jnp.zeros((rows, kv_heads, groups * time, 1))

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from posttrain_jax.core import struct
+from posttrain_jax.core import struct, weight
 from posttrain_jax.models.config import ModelConfig
 
 Array = jax.Array
@@ -21,7 +21,8 @@ class Cache:
   k: [layers, blocks, rows, kv_heads, head_dim, block], v: [layers, blocks, rows, kv_heads, block, head_dim]; lengths:
   [rows].  Slot p is place p % block of block p // block: what attention reads at once lies together, as its products
   want it, since a strided copy of it took 85 of 390 ms of a step on two busy cores.  What lies behind a row's length is
-  seen by no query and overwritten by the tokens that come next.
+  seen by no query and overwritten by the tokens that come next.  Numbers in bfloat16 are kept as their bits on a CPU,
+  which moves no bfloat16: a step of 32 rows of SmolLM2-135M looks at them in 52 ms of a core, and in 95 in float32.
   """
 
   k: Array
@@ -59,8 +60,23 @@ def written(
   block, place = slot // k.shape[-1], slot % k.shape[-1]
   row = jnp.arange(rows)[:, None]
   put = lambda x, new: x.set(new, mode="promise_in_bounds", unique_indices=True)
-  k = put(k.at[layer, block, row, :, :, place], new_k.astype(k.dtype))
-  return k, put(v.at[layer, block, row, :, place], new_v.astype(v.dtype))
+  k = put(k.at[layer, block, row, :, :, place], _stored(new_k, k.dtype))
+  return k, put(v.at[layer, block, row, :, place], _stored(new_v, v.dtype))
+
+
+def _stored(x: Array, dtype: Any) -> Array:
+  if dtype != weight.BITS:
+    return x.astype(dtype)
+  return jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), weight.BITS)
+
+
+def numbers(stored: Array, *, wide: bool = False) -> Array:
+  """The keys or values that a part of a cache stands for; wide: bits are widened to float32, exactly."""
+  if stored.dtype != weight.BITS:
+    return stored
+  if wide:
+    return jax.lax.bitcast_convert_type(stored.astype(jnp.uint32) << 16, jnp.float32)
+  return jax.lax.bitcast_convert_type(stored, jnp.bfloat16)
 
 
 def fitting(tokens: int) -> int:

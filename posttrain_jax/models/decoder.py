@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 from posttrain_jax.core import memory, sharding, tree, weight, words
 from posttrain_jax.core.sharding import constrain
 from posttrain_jax.core.weight import (
+  BITS,
   PRODUCT,
   Adapted,
   Bfloat16,
@@ -243,7 +244,10 @@ def through(layers: Params, x: Array, config: ModelConfig) -> Array:
 
 
 def start(params: Params, config: ModelConfig, rows: int, slots: int, dtype: Any) -> Cache:
-  """A cache of `slots` a row that holds what is bound to stand before the tokens, `before.slots` of them at most."""
+  """A cache of `slots` a row that holds what is bound to stand before the tokens, `before.slots` of them at most.
+
+  dtype: of keys and values; of a soft prompt's way through the layers too, in float32 where they are kept as bits.
+  """
   cache = empty_cache(config, rows, slots, dtype)
   prefix, prompt = before.bound(params)
   if prefix is not None:
@@ -254,7 +258,8 @@ def start(params: Params, config: ModelConfig, rows: int, slots: int, dtype: Any
     )
     cache = Cache(k[:, 0], v[:, 0], _used(prefix.segments(rows)))
   if prompt is not None:
-    x = constrain(prompt.read(rows).astype(dtype), "batch time embed")
+    wide = jnp.float32 if dtype == BITS else dtype
+    x = constrain(prompt.read(rows).astype(wide), "batch time embed")
     _, cache = _read(params, x, _used(prompt.segments(rows)), config, cache)
   return cache
 

@@ -150,7 +150,7 @@ class Engine:
       length: the most tokens of a text, prompt and answer, with what is bound to stand before it.
       window: the most tokens drawn between two looks of the host.
       dtype: of the computation; default the embedding's.
-      cache_dtype: of keys and values; default the computation's.
+      cache_dtype: of keys and values; default that of the computation's products.
       records_kept: answers say which tokens the filters kept, and log-probabilities are those among the kept.  Then a
         request has no repetition penalty, which changes numbers that whoever trains computes without it.
       top: answers give the log-probabilities of so many most likely tokens at each place.
@@ -179,9 +179,17 @@ class Engine:
     self._spoilt: set[int] = set()  # free rows whose keys and values may not be finite
     self.load(params)
     self._check_length(length)
-    embedding = self._ready.stacked["embed_tokens"]["weight"].dtype
-    self._cache_dtype = cache_dtype or dtype or embedding
+    self._cache_dtype = cache_dtype or self._multiplied_in(dtype)
     self._slots = self._empty()
+
+  def _multiplied_in(self, dtype: Any) -> Any:
+    """Of keys and values: what the products of a computation in dtype are in, as those of whoever trains."""
+    dtype = dtype or self._ready.stacked["embed_tokens"]["weight"].dtype
+    layers = self._ready.stacked["layers"]
+    one = layers[0] if isinstance(layers, tuple) else layers
+    of_products = weight.multiplied(dtype, one["self_attn"]["q_proj"]["weight"].dtype)
+    in_bits = of_products == jnp.bfloat16 and jax.default_backend() == "cpu"
+    return weight.BITS if in_bits else of_products
 
   def _empty(self) -> programs.Slots:
     """Rows that hold nothing."""

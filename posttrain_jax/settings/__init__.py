@@ -293,6 +293,22 @@ def points(config: str) -> list[tuple[str, dict[str, Any]]]:
     return list(sweep())
 
 
+def search(config: str) -> dict[str, Any]:
+  """{field: domain} of a config file's `search()`.
+
+  Raises:
+    ConfigError: the file has no `search`.
+  """
+  path = config.partition(":")[0]
+  with _opened(path) as loaded:
+    space = vars(loaded).get("search")
+    if space is None:
+      raise ConfigError(
+        f'{path} has no search(): write one that returns {{"optimizer.lr": (1e-5, 1e-3, "log"), "adapter.r": [4, 16]}}'
+      )
+    return dict(space())
+
+
 def _how_to_sweep(path: str, file: Path) -> str:
   """What to write where a config file has no points."""
   points = '  def sweep():\n    for lr in (1e-5, 1e-4):\n      yield "", {"optimizer.lr": lr}'

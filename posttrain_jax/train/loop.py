@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ import jax
 from posttrain_jax.core import distributed
 from posttrain_jax.core import metrics as metrics_lib
 from posttrain_jax.core.checkpoint import Checkpoints
+from posttrain_jax.core.progress import beat
 from posttrain_jax.core.started import Started
 from posttrain_jax.objectives import Context, measured
 from posttrain_jax.runs.metrics_log import Journal
@@ -156,6 +157,10 @@ def loop(
     )
     return state, progress, False
 
+  def asked(stop: Stop) -> bool:
+    beat(f"the batch of step {progress.step + 1}")
+    return stop.is_requested()
+
   with Stop() as stop, contextlib.ExitStack() as closing:
     closing.callback(bar.close)
     if journal:
@@ -167,10 +172,12 @@ def loop(
       with bar.phase(EVALUATING):
         _evaluate(run, state, progress, journal, bar)
     while progress.step < run.steps and not run.best.gives_up(progress):
+      beat(f"the batch of step {progress.step + 1}")
       try:
-        batch = run.batches.batch(state, stop.is_requested)
+        batch = run.batches.batch(state, lambda: asked(stop))
       except Stopped as error:
         return stopped(str(error))
+      beat(f"step {progress.step + 1}")
       state, metrics = step(state, run.context, _placed(run, batch))
       progress.step += 1
       reader.put(progress, metrics)
@@ -265,9 +272,14 @@ def _evaluate(
 
   Nothing without held-out data.
   """
-  batches = (_placed(run, batch) for batch in run.eval_batches())
+
+  def placed() -> Iterator[Any]:
+    for batch in run.eval_batches():
+      beat(f"evaluating after step {progress.step}")
+      yield _placed(run, batch)
+
   context = state.context(run.context)
-  total = measured(run.evaluate, batches, state.trainable, context, state.memory)
+  total = measured(run.evaluate, placed(), state.trainable, context, state.memory)
   if not total:
     return False
   named = lambda values: {f"eval_{name}": value for name, value in values.items()}

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from posttrain_jax.core.progress import EVERY, LONG, took
+from posttrain_jax.core.progress import EVERY, LONG, beat, took
 
 CUT = "completions/clipped_ratio"
 COMPILING, EVALUATING, SAVING = "compiling", "evaluating", "saving"
@@ -98,12 +98,15 @@ class Bar:
   @contextlib.contextmanager
   def phase(self, doing: str) -> Generator[None]:
     """Something else than steps; said before where it may be long, and behind where it was."""
+    beat(doing)
+    beat(doing)
     if self.rich:
       self.rich.update(self.task, description=doing)
     elif self.took.get(doing, LONG) >= LONG:
       self.say(f"{doing} ...")
     began = time.monotonic()
     yield
+    beat(f"what follows {doing}")
     taken = time.monotonic() - began
     self.apart += taken
     self.took[doing] = min(taken, self.took.get(doing, taken))

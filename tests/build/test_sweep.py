@@ -384,3 +384,15 @@ def test_the_shipped_sweep_expands():
   points = sweep.expand(f"{pathlib.Path(__file__).parents[2]}/configs/sft.py:smoke")
   assert len({point.name for point in points}) == 9
   assert points[0].resolved["adapter"]["r"] == 4
+
+
+def test_what_ran_elsewhere_is_summed_up_and_nothing_is_started(grid):
+  grid.points([("", {"optimizer.lr": 0.1}), ("", {"behave": "fail"}), ("", {"optimizer.lr": 0.3})])
+  grid.run()
+  grid.started()
+  code, printed = grid.run(jobs=0)
+  assert (code, grid.started()) == (75, [])
+  assert [row["status"] for row in grid.summary()] == ["finished", "stopped", "finished"]
+  assert "curves and answers side by side" in printed
+  with pytest.raises(ConfigError, match="jobs=-1"):
+    grid.run(jobs=-1)

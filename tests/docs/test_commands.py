@@ -16,6 +16,12 @@ WHOLE = [
   *printed.of_configs(),
 ]
 PARTS = list(dict.fromkeys(printed.in_sentences()))
+SHOWN = {  # configs that a page shows
+  name: text
+  for path in printed.PAGES
+  for name, text in printed.files(path).items()
+  if "def sweep" in text
+}
 POSTTRAIN = [command for command in WHOLE if command.argv is not None]
 CONFIGS = ("sft", "preference", "kto", "reward", "grouped", "rl")
 EVERY = (
@@ -48,9 +54,12 @@ def loads(config, overrides):
 
 
 @pytest.mark.parametrize("command", POSTTRAIN, ids=str)
-def test_a_command_is_read_and_its_config_loads(command, monkeypatch):
+def test_a_command_is_read_and_its_config_loads(command, monkeypatch, tmp_path):
   monkeypatch.chdir(printed.ROOT)
   argv = [arg for arg in command.argv if arg != "--help"]
+  for name, text in SHOWN.items():
+    (tmp_path / name).write_text(text)
+    argv = [arg.replace(f"--config={name}", f"--config={tmp_path / name}") for arg in argv]
   argv = [re.sub(r"=FILE\b", "=sft", arg) for arg in argv]
   args, overrides = parsed(argv)
   if "config" in args and args.config is not None:

@@ -30,12 +30,15 @@ ORDER = (
   "export",
   "merging",
   "sharding",
+  "launch",
 )
 PAGES = [printed.ROOT / "README.md", *(printed.ROOT / "docs" / f"{name}.md" for name in ORDER)]
 ELSEWHERE = {  # what is not run here -> why
   "make ": "minutes, and another folder; CI runs it",
   "--topology=": "libtpu is not a part of the test environment",
   "posttrain fetch": "the network",
+  "--jobs=0": "points that ran elsewhere; tests/build/test_sweep.py",
+  "--search": "Optuna asks for points for minutes; tests/build/test_search.py",
   "beta_rank": "the pairs of an experiment, and hours",
   "posttrain pairs": "two steps teach no right answer, and so there is no pair",
 }

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from posttrain_jax.core import sharding, tree
+from posttrain_jax.core import sharding, tree, weight
+from posttrain_jax.models import attention, decoder, partition, rotary
 from posttrain_jax.models import cache as cache_lib
-from posttrain_jax.models import decoder, partition, rotary
 from posttrain_jax.models.config import Rope
 from tests.marks import few, slow
 from tests.models import families, golden
@@ -240,6 +240,27 @@ def test_attention_reads_block_by_block(monkeypatch):
     pieces.append(decoder.logits(params, x, config))
   expected = decoder.forward(params, tokens, config)
   np.testing.assert_allclose(np.concatenate(pieces, axis=1), expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_a_cache_of_bits_is_one_of_rounded_numbers(heads):
+  """A group of one head is widened, exactly; others are multiplied in bfloat16, which rounds the softmax."""
+  rng = np.random.default_rng(heads)
+  draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+  q, k, v = draw(2, 1, 2 * heads, 8), draw(2, 20, 2, 8), draw(2, 20, 2, 8)
+  rounded = lambda x: jax.lax.reduce_precision(x, 8, 7)
+  q = rounded(q)
+  looked = []
+  for dtype in (weight.BITS, jnp.float32):
+    shape = (1, 1, 2, 2)
+    keys, values = jnp.zeros((*shape, 8, 32), dtype), jnp.zeros((*shape, 32, 8), dtype)
+    at = jnp.zeros(2, jnp.int32)
+    keys, values = cache_lib.written(keys, values, rounded(k), rounded(v), 0, at)
+    assert keys.dtype == dtype
+    places = jnp.full((2, 1), 19)
+    looked.append(attention.attend_cached(q, keys, values, 0, places, 20, None, scale=1.0))
+  np.testing.assert_allclose(looked[0], looked[1], atol=1e-6 if heads == 1 else 0.02)
+  assert (heads == 1) == np.allclose(looked[0], looked[1], atol=1e-6)
 
 
 def test_a_step_in_bfloat16_keeps_the_caches_type():

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from posttrain_jax import adapters
-from posttrain_jax.core import sharding
+from posttrain_jax.core import sharding, weight
 from posttrain_jax.models import decoder
 from posttrain_jax.rollout import dialogue, engine, programs, requests
 from posttrain_jax.rollout.requests import Request
@@ -40,6 +40,23 @@ def with_positions(llama, count):
   """The same weights as a model that has so many positions."""
   params, config = llama
   return params, dataclasses.replace(config, max_length=count)
+
+
+def test_a_model_in_bfloat16_keeps_bits_and_writes_by_what_training_computes():
+  config, params = families.make("llama3")
+  params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+  ready = engine.prepare(params, config)
+  for dtype, bits in ((jnp.float32, weight.BITS), (jnp.bfloat16, weight.BITS)):
+    kept = engine.Engine(ready, config, rows=2, length=32, dtype=dtype)._slots.cache.k.dtype
+    assert kept == (bits if jax.default_backend() == "cpu" else jnp.bfloat16)
+  found = engine.generate(
+    ready, config, PROMPTS[:2], max_new_tokens=NEW, batch_size=2, dtype=jnp.float32, **sampled(3)
+  )
+  for prompt, tokens, logps in zip(PROMPTS, found.tokens, found.logps):
+    whole = jnp.asarray([[*prompt, *tokens]])
+    logits = decoder.forward(ready.stacked, whole, config, dtype=jnp.float32)[0]
+    every = jax.nn.log_softmax(logits / CHOICES.temperature)[len(prompt) - 1 : -1]
+    assert every[np.arange(NEW), np.asarray(tokens)] == pytest.approx(logps, abs=0.02)
 
 
 def generate(llama, prompts=PROMPTS, **options):

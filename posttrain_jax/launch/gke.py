@@ -1,0 +1,238 @@
+"""Kubernetes with JobSet, as GKE has it: a JobSet a point, a Job a slice, a pod a host; configs in a ConfigMap.
+
+- A pod's code that is neither 75 nor that of a process that was killed or left behind fails the JobSet at once
+  (`podFailurePolicy`, which wants `restartPolicy: Never`).  Any other end of a pod restarts all of them, up to
+  maxRestarts, as no process can go on without the others.
+- xpk's JobSets restart on 42 and 127 to 255 alone: give `xpk workload create` --restart-on-exit-codes=75.
+- The shell becomes posttrain (`exec`): as process 1 it would keep SIGTERM to itself.
+- JAX finds the hosts of a TPU slice in what GKE puts into the environment; others find host 0 by its name in the set.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from posttrain_jax.launch import jobs
+from posttrain_jax.launch.jobs import Job, Platform
+from posttrain_jax.settings import ConfigError
+
+PLATFORM = Platform(
+  tool="kubectl",
+  absent="install it (gcloud components install kubectl) and get the cluster's credentials",
+  uses=(
+    "nodes",
+    "slices",
+    "accelerator",
+    "topology",
+    "image",
+    "volume",
+    "spot",
+    "grace",
+    "restarts",
+  ),
+)
+GO_ON = (*jobs.LEFT_BEHIND, jobs.KILLED, jobs.TERMINATED)
+CONFIGS = "/posttrain"
+# chips of a host, by GKE's name of the TPU; a slice of fewer chips is one host
+TPU_HOST = {
+  "tpu-v4-podslice": 4,
+  "tpu-v5-lite-podslice": 4,
+  "tpu-v5p-slice": 4,
+  "tpu-v6e-slice": 4,
+  "tpu7x": 4,
+}
+LARGEST = 900_000  # bytes; a ConfigMap holds 1 MiB
+
+
+def files(job: Job) -> dict[str, str]:
+  """{name: text} of a job: the manifest of every point, and what submits it."""
+  o = job.options
+  if not o.image:
+    raise ConfigError("--to=gke needs --image=NAME: a container in which posttrain is installed")
+  written = {}
+  for number in sorted(job.points):
+    written[f"{_name(job, number)}.yaml"] = jobs.as_yaml(
+      [_configs(job, number), _jobset(job, number)]
+    )
+  listed = " ".join(f"--filename={name}" for name in written)
+  return {
+    **written,
+    jobs.SUBMIT: f'#!/bin/bash\nset -u\ncd "$(dirname "$0")" || exit\nkubectl apply {listed}\n',
+  }
+
+
+def _name(job: Job, number: int) -> str:
+  return f"{job.name}-{number}" if job.summary else job.name
+
+
+def _configs(job: Job, number: int) -> dict[str, Any]:
+  text = json.dumps(job.points[number].resolved)
+  if len(text) > LARGEST:
+    raise ConfigError(f"the config of {job.points[number].name} is too large for a ConfigMap")
+  return {
+    "apiVersion": "v1",
+    "kind": "ConfigMap",
+    "metadata": {"name": _name(job, number)},
+    "data": {f"{number}.json": text},
+  }
+
+
+def _jobset(job: Job, number: int) -> dict[str, Any]:
+  o, name = job.options, _name(job, number)
+  hosts = _hosts(job)
+  slices = o.slices or 1
+  pods = {
+    "parallelism": hosts,
+    "completions": hosts,
+    "completionMode": "Indexed",
+    "backoffLimit": 0,
+    "podFailurePolicy": {
+      "rules": [
+        {
+          "action": "FailJob",
+          "onExitCodes": {
+            "containerName": "posttrain",
+            "operator": "NotIn",
+            "values": sorted(GO_ON),
+          },
+        }
+      ]
+    },
+    "template": {"spec": _pod(job, number, hosts * slices)},
+  }
+  exclusive = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
+  return {
+    "apiVersion": "jobset.x-k8s.io/v1alpha2",
+    "kind": "JobSet",
+    "metadata": {"name": name, **({"annotations": exclusive} if slices > 1 else {})},
+    "spec": {
+      "failurePolicy": {
+        "maxRestarts": o.restarts,
+        "restartStrategy": "BlockingRecreate",  # none starts beside one that still saves
+        "rules": [
+          {
+            "name": "mistake",
+            "action": "FailJobSet",
+            "onJobFailureReasons": ["PodFailurePolicy"],
+          }
+        ],
+      },
+      "replicatedJobs": [{"name": "slice", "replicas": slices, "template": {"spec": pods}}],
+    },
+  }
+
+
+def _pod(job: Job, number: int, processes: int) -> dict[str, Any]:
+  o = job.options
+  mounts = [{"name": "configs", "mountPath": f"{CONFIGS}/{jobs.POINTS}"}]
+  volumes: list[dict[str, Any]] = [
+    {"name": "configs", "configMap": {"name": _name(job, number)}},
+    {"name": "memory", "emptyDir": {"medium": "Memory"}},
+  ]
+  mounts.append({"name": "memory", "mountPath": "/dev/shm"})
+  if o.volume:
+    claim, _, path = o.volume.partition(":")
+    if not path.startswith("/"):
+      raise ConfigError(f"--volume={o.volume}: write CLAIM:/path, a volume claim and where it is")
+    volumes.append({"name": "runs", "persistentVolumeClaim": {"claimName": claim}})
+    mounts.append({"name": "runs", "mountPath": path})
+  selector = dict(line.split("=", 1) for line in o.site)
+  resource, chips = _accelerator(job)
+  if o.accelerator:
+    selector = {**_selected(job), **selector}
+  if o.spot:
+    selector["cloud.google.com/gke-spot"] = "true"
+  container: dict[str, Any] = {
+    "name": "posttrain",
+    "image": o.image,
+    "command": ["/bin/bash", "-c", _shell(job, number, processes)],
+    "env": [{"name": name, "value": value} for name, value in jobs.environment(o).items()],
+    "volumeMounts": mounts,
+  }
+  if resource:
+    container["resources"] = {"requests": {resource: chips}, "limits": {resource: chips}}
+  spec: dict[str, Any] = {
+    "restartPolicy": "Never",
+    "terminationGracePeriodSeconds": o.grace,
+    "containers": [container],
+    "volumes": volumes,
+  }
+  if selector:
+    spec["nodeSelector"] = selector
+  if o.spot:
+    spot = {"key": "cloud.google.com/gke-spot", "operator": "Equal", "value": "true"}
+    spec["tolerations"] = [{**spot, "effect": "NoSchedule"}]
+  return spec
+
+
+def _shell(job: Job, number: int, processes: int) -> str:
+  o = job.options
+  lines = ["set -eu", *([o.setup] if o.setup else [])]
+  if processes > 1 and _is_tpu(job):
+    lines.append("export POSTTRAIN_DISTRIBUTED=auto")
+  elif processes > 1:
+    name = _name(job, number)
+    lines += [
+      f"export POSTTRAIN_COORDINATOR={name}-slice-0-0.{name}:{jobs.PORT}",
+      f"export POSTTRAIN_PROCESSES={processes}",
+      'export POSTTRAIN_PROCESS_ID="$JOB_COMPLETION_INDEX"',
+    ]
+  return "\n".join([*lines, f"exec {shlex.join(job.command(number, CONFIGS))}"])
+
+
+def _is_tpu(job: Job) -> bool:
+  return (job.options.accelerator or "").startswith("tpu")
+
+
+def _accelerator(job: Job) -> tuple[str, int]:
+  """(the resource that a pod asks for, how many)."""
+  accelerator = job.options.accelerator
+  if not accelerator:
+    return "", 0
+  if _is_tpu(job):
+    return "google.com/tpu", min(_chips(job), _host(accelerator))
+  count = accelerator.rpartition(":")[2]
+  if not count.isdecimal():
+    raise ConfigError(f"--accelerator={accelerator}: write nvidia-h100-80gb:8, GPUs of a host")
+  return "nvidia.com/gpu", int(count)
+
+
+def _selected(job: Job) -> Mapping[str, str]:
+  accelerator = job.options.accelerator or ""
+  if _is_tpu(job):
+    return {
+      "cloud.google.com/gke-tpu-accelerator": accelerator,
+      "cloud.google.com/gke-tpu-topology": job.options.topology or "",
+    }
+  return {"cloud.google.com/gke-accelerator": accelerator.rpartition(":")[0]}
+
+
+def _hosts(job: Job) -> int:
+  """Of a slice: a TPU's follow from its topology."""
+  o = job.options
+  if not _is_tpu(job):
+    if o.topology or (o.slices or 1) > 1:
+      raise ConfigError("--topology and --slices are a TPU's; write --nodes for hosts with GPUs")
+    return o.nodes or 1
+  if o.nodes:
+    raise ConfigError("--nodes: the hosts of a TPU slice follow from --topology; leave it out")
+  return math.ceil(_chips(job) / _host(o.accelerator or ""))
+
+
+def _host(accelerator: str) -> int:
+  if accelerator not in TPU_HOST:
+    raise ConfigError(f"--accelerator={accelerator}: GKE's TPUs here are {', '.join(TPU_HOST)}")
+  return TPU_HOST[accelerator]
+
+
+def _chips(job: Job) -> int:
+  sizes = (job.options.topology or "").split("x")
+  if len(sizes) < 2 or not all(size.isdecimal() and int(size) for size in sizes):
+    raise ConfigError(
+      f"--topology={job.options.topology}: write the slice of {job.options.accelerator}, as in 4x4"
+    )
+  return math.prod(map(int, sizes))
