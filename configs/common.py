@@ -191,6 +191,7 @@ def run(arg):
   # chat template: the tokenizer's own, or chatml llama3 llama2 mistral vicuna gemma
   c.model.template = "tokenizer"
   c.model.remat = "auto"  # what the backward pass recomputes: none, names, dots, full
+  c.model.attention = "auto"  # what computes it: xla, splash (TPU), cudnn (GPU)
   c.model.router_aux_loss_coef = 0.0  # weight of the loss that spreads tokens over experts
 
   c.adapter = adapter(arg.adapter)
@@ -205,6 +206,7 @@ def run(arg):
   c.mesh.data = 1
   c.mesh.fsdp = -1  # -1: all the devices that are left
   c.mesh.expert = 1  # devices that share the experts of a mixture
+  c.mesh.context = 1  # devices that share each row, for rows too long for one
   c.mesh.tensor = 1
 
   c.eval = ml_collections.ConfigDict()

@@ -77,6 +77,16 @@ def told(asked: str, chosen: Any, is_begun: bool) -> str | None:
   return f"{name} products: this CPU has {flag}; --config.model.dtype=float32 for full precision"
 
 
+def attention(config: ml_collections.ConfigDict) -> str:
+  """What is to compute attention, "auto" for what the device has."""
+  return config.model.get("attention", AUTO)  # runs of older versions have none
+
+
+def context(config: ml_collections.ConfigDict) -> int:
+  """How many devices share each row."""
+  return config.mesh.get("context", 1)  # runs of older versions have none
+
+
 def remat(config: ml_collections.ConfigDict) -> str:
   """What the backward pass recomputes; "auto" is what measured fastest on CPU, and not yet elsewhere."""
   return "names" if config.model.remat == "auto" else config.model.remat

@@ -9,7 +9,7 @@ from typing import Any
 import ml_collections
 
 from posttrain_jax import objectives
-from posttrain_jax.build import adapter, decisions
+from posttrain_jax.build import adapter, attention, decisions
 from posttrain_jax.build.model import Model
 from posttrain_jax.objectives import Scorer
 
@@ -20,9 +20,15 @@ REFERENCE = ("reference", "reference_base", "cache_reference")
 SUMMED = ("kto", "reward")  # of a preference's losses, those that are objectives of their own
 
 
-def make(config: Config, model: Model, channels: Sequence[str]) -> Scorer:
-  """The objective that config.objective names; a model planned without files has no tokenizer."""
-  how = _how(config, model)
+def make(
+  config: Config, model: Model, channels: Sequence[str], platform: str | None = None
+) -> Scorer:
+  """The objective that config.objective names; a model planned without files has no tokenizer.
+
+  Args:
+    platform: of the devices that compute it; None: the default one.
+  """
+  how = _how(config, model, platform)
   if config.objective.name == "sft":
     parts: Parts = (("rows", _supervised(model, channels, how), 1.0),)
   else:
@@ -70,7 +76,7 @@ def markers(tokenizer: Any) -> tuple[tuple[str, tuple[int, ...]], ...]:
   return tuple((kind, tuple(sorted(tokens))) for kind, tokens in kinds.items() if tokens)
 
 
-def _how(config: Config, model: Model) -> dict[str, Any]:
+def _how(config: Config, model: Model, platform: str | None) -> dict[str, Any]:
   """How a batch becomes scores: what all objectives have."""
   adapter_config = adapter.described(config)
   return dict(
@@ -78,6 +84,7 @@ def _how(config: Config, model: Model) -> dict[str, Any]:
     products=None if model.products == model.dtype else model.products,
     remat=decisions.remat(config),
     attention_group=0 if adapter_config is None else adapter_config.attention_group,
+    attention_by=attention.chosen(config, model.config, platform)[0],
   )
 
 

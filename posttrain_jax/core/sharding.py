@@ -17,31 +17,40 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from posttrain_jax.core.leaf import Leaf
 
-AXES = ("data", "fsdp", "expert", "tensor")
+AXES = ("data", "fsdp", "expert", "context", "tensor")
 Rules = Sequence[tuple[str, PartitionSpec]]
 
 # Where the logical axes of an activation live: entries of a PartitionSpec.
 ACTIVATIONS: dict[str, Any] = {
   "batch": ("data", "fsdp", "expert"),
-  "time": None,
+  "time": "context",
   "embed": None,
   "heads": "tensor",
   "mlp": "tensor",
   "vocab": "tensor",
   "head_dim": None,
+  "-": None,  # whole on every device
 }
+# of rows that are cut along time, their parts below one another (`zigzag.parts`)
+ACTIVATIONS["parts"] = ("context", *ACTIVATIONS["batch"])
 
 
 def mesh(
-  *, data: int = 1, fsdp: int = 1, expert: int = 1, tensor: int = 1, devices: Any = None
+  *,
+  data: int = 1,
+  fsdp: int = 1,
+  expert: int = 1,
+  context: int = 1,
+  tensor: int = 1,
+  devices: Any = None,
 ) -> jax.sharding.Mesh:
-  """A mesh of data x fsdp x expert x tensor devices; one axis may be -1: all the devices that are left.
+  """A mesh with `AXES` of these sizes; one axis may be -1: all the devices that are left.
 
   Raises:
     ValueError: for sizes below 1, and when the product is not the number of devices.
   """
   devices = np.asarray(jax.devices() if devices is None else devices)
-  sizes = [data, fsdp, expert, tensor]
+  sizes = [data, fsdp, expert, context, tensor]
   if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
     raise ValueError(
       f"mesh {dict(zip(AXES, sizes))}: sizes must be 1 or more, and one axis may be -1"
@@ -79,16 +88,23 @@ def by_device(
   return jax.shard_map(function, in_specs=inputs, out_specs=outputs, check_vma=False)
 
 
+def size(axes: Any) -> int:
+  """Devices of the ambient mesh along an entry of a PartitionSpec; 1 without a mesh; by one device too."""
+  sizes = dict(jax.sharding.get_abstract_mesh().shape)
+  return math.prod(sizes.get(name, 1) for name in (axes if isinstance(axes, tuple) else (axes,)))
+
+
 def constrain(x: jax.Array, axes: str) -> jax.Array:
   """x with its logical axes pinned to the ambient mesh; x itself where there is none.
 
-  Without it eight-way fsdp was seen to all-reduce full activations.
+  Without it eight-way fsdp was seen to all-reduce full activations.  A time that the context axis does not divide, as
+  the one token of a decoding step, lies whole on every device.
   """
   if not active():
     return x
-  names = axes.split()
-  spec = PartitionSpec(*[ACTIVATIONS[name] for name in names])
-  return jax.lax.with_sharding_constraint(x, spec)
+  whole = x.shape[axes.split().index("time")] % size("context") if "time" in axes.split() else 0
+  spec = [None if whole and axis == "context" else axis for axis in logical(axes)]
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
 def pinned(x: jax.Array, axes: str) -> jax.Array:
@@ -101,7 +117,7 @@ def pinned(x: jax.Array, axes: str) -> jax.Array:
 
 def logical(axes: str) -> PartitionSpec:
   """Of an activation with those axes, `-` for one that lies whole on every device."""
-  return PartitionSpec(*[None if name == "-" else ACTIVATIONS[name] for name in axes.split()])
+  return PartitionSpec(*[ACTIVATIONS[name] for name in axes.split()])
 
 
 def gather(tree: Any, spec: PartitionSpec) -> Any:
@@ -149,10 +165,17 @@ def spec_for(path: str, rules: Rules) -> PartitionSpec:
 def fitted(
   spec: PartitionSpec, shape: Sequence[int], mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
 ) -> PartitionSpec:
-  """spec with the axes dropped that do not divide the dimension (a 9-head model on tensor=2, say)."""
+  """spec with the axes dropped that do not divide the dimension (a 9-head model on tensor=2, say).
+
+  What a spec has along fsdp alone, weights and what is of their shape, lies along context too: the devices that share a
+  row would hold it as often otherwise.
+  """
   sizes = dict(mesh.shape)
   kept = []
   for dim, axis in zip(shape, [*spec, *[None] * (len(shape) - len(spec))]):
+    shared = sizes.get("context", 1)
+    if axis == "fsdp" and shared > 1 and dim % (sizes["fsdp"] * shared) == 0:
+      axis = ("fsdp", "context")
     names = axis if isinstance(axis, tuple) else () if axis is None else (axis,)
     kept.append(axis if dim % math.prod([sizes[n] for n in names]) == 0 else None)
   return PartitionSpec(*kept)

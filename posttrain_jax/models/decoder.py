@@ -36,7 +36,7 @@ from posttrain_jax.core.weight import (
   multiplied,
   unadapted,
 )
-from posttrain_jax.models import attention, before, experts, rotary
+from posttrain_jax.models import attention, backends, before, experts, rotary
 from posttrain_jax.models.attention import Places
 from posttrain_jax.models.cache import Cache, empty_cache, written
 from posttrain_jax.models.config import SLIDING, ModelConfig
@@ -181,6 +181,7 @@ def hidden(
   dtype: Any = None,
   remat: str = "none",
   attention_group: int = 0,
+  attention_by: str = "xla",
 ) -> Array:
   """What the head reads: [batch, time, embed], for the given tokens alone.
 
@@ -196,6 +197,7 @@ def hidden(
     dtype: of the computation; default the embedding's.
     remat: what the backward pass recomputes, a key of `REMAT`.
     attention_group: tokens of a group of shifted sparse attention (LongLoRA, in training); 0 for full attention.
+    attention_by: a key of `backends.ATTEND`; where tokens are seen by several documents it is "xla".
   """
   return hidden_and_load(
     params,
@@ -208,6 +210,7 @@ def hidden(
     dtype=dtype,
     remat=remat,
     attention_group=attention_group,
+    attention_by=attention_by,
   )[0]
 
 
@@ -223,6 +226,7 @@ def hidden_and_load(
   dtype: Any = None,
   remat: str = "none",
   attention_group: int = 0,
+  attention_by: str = "xla",
 ) -> tuple[Array, experts.Load | None]:
   """(`hidden`, what the routers of each layer did with the tokens); None for a model without experts."""
   x = _inputs(params, tokens, embeddings, config, dtype)
@@ -233,13 +237,23 @@ def hidden_and_load(
     segment_ids = jnp.ones((batch, time), jnp.int32)
   places = Places(positions, segment_ids, prefix_ids)
   x, keys, queries = before.put(params, x, places)
-  look = attention.attend
+  is_shared = x.shape[1] > time or keys is not queries or prefix_ids is not None
+  look = functools.partial(
+    backends.ATTEND["xla" if is_shared else attention_by],
+    windows=(config.window,) if SLIDING in config.kinds else (),
+  )
   if attention_group:
-    if x.shape[1] > time or keys is not queries or prefix_ids is not None:
+    if is_shared:
       raise ValueError(
         f"attention_group={attention_group}: shifted groups have no room for a soft prompt, a prefix or prefix_ids"
       )
+    if sharding.size("context") > 1:
+      raise ValueError(
+        f"attention_group={attention_group}: shifted groups read rows in their order, which a context axis cuts"
+      )
     look = functools.partial(attention.attend_shifted, group=attention_group)
+  # places of keys are on every device once, and not gathered in each layer
+  keys = jax.tree.map(lambda x: constrain(x, "batch -"), keys)
   look = _seeing(look, queries, keys)
   shared = _by_kind(config, queries.positions, _reach(config, keys.positions.shape[1]))
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from posttrain_jax import adapters
 from posttrain_jax.core import metrics as metrics_lib
-from posttrain_jax.core import struct, tree
+from posttrain_jax.core import struct, tree, zigzag
 from posttrain_jax.losses import balance, logprob
 from posttrain_jax.models import decoder, experts
 from posttrain_jax.models.config import ModelConfig
@@ -95,10 +95,12 @@ def policy(trainable: Any, context: Context, key: Array | None = None) -> Any:
 
 @struct.dataclass
 class Forward:
-  """The policy on a batch: its bound parameters, and the hidden states [rows, time, embed] before the head."""
+  """The policy on a batch: its bound parameters, and the hidden states before the head."""
 
   params: Any
-  hidden: Array
+  hidden: (
+    Array  # [rows, time, embed] as `zigzag.cut` has rows; all else of a batch is in its own order
+  )
   load: Any = None  # of a mixture of experts: what its routers did, a layer each
 
 
@@ -114,6 +116,7 @@ class Scorer(abc.ABC):
   products: Any = None  # the dtype that they are computed in; None: dtype
   remat: str = "none"
   attention_group: int = 0  # of shifted attention, in training only; 0: full attention
+  attention_by: str = "xla"  # what computes it: `models.backends`
 
   @property
   def needs_reference(self) -> bool:
@@ -180,16 +183,18 @@ class Scorer(abc.ABC):
     return self._hidden(params, batch, training=training)[0]
 
   def _hidden(self, params: Any, batch: Batch, *, training: bool) -> tuple[Array, Any]:
+    prefix_ids = batch.get("prefix_ids")
     return decoder.hidden_and_load(
       decoder.multiplied_in(params, self.products),
-      batch["tokens"],
+      zigzag.cut(batch["tokens"]),
       self.model,
-      positions=batch["positions"],
-      segment_ids=batch["segment_ids"],
-      prefix_ids=batch.get("prefix_ids"),
+      positions=zigzag.cut(batch["positions"]),
+      segment_ids=zigzag.cut(batch["segment_ids"]),
+      prefix_ids=None if prefix_ids is None else zigzag.cut(prefix_ids),
       dtype=self.dtype,
       remat=self.remat,
       attention_group=self.attention_group if training else 0,
+      attention_by=self.attention_by,
     )
 
   def head(self, forward: Forward) -> Any:
@@ -199,15 +204,16 @@ class Scorer(abc.ABC):
   def scores(self, forward: Forward, batch: Batch, mask: Array, **options: Any) -> logprob.Scores:
     """The scores of the token after each position, where the mask says so; [rows, time]."""
     labels, _ = targets(batch)
-    return logprob.score(
+    scores = logprob.score(
       forward.hidden,
       self.head(forward),
-      labels,
-      mask=mask,
+      zigzag.cut(labels),
+      mask=zigzag.cut(mask),
       softcap=self.model.final_softcap,
-      kept=following(batch["kept"]) if "kept" in batch else None,
+      kept=zigzag.cut(following(batch["kept"])) if "kept" in batch else None,
       **options,
     )
+    return jax.tree.map(lambda x: zigzag.whole(x, mask.shape[1]), scores)
 
 
 def measured_load(load: experts.Load) -> Metrics:

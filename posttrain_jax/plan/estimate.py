@@ -69,6 +69,8 @@ def arithmetic(built: Program) -> dict[str, int]:
   parts = decisions.micro_batches(built.config, state_lib.devices(built.state))
   rows = math.ceil(built.config.batch.rows / parts / _row_shards(built))
   tokens = rows * built.config.data.length
+  if built.mesh is not None:
+    tokens = math.ceil(tokens / built.mesh.shape["context"])
   return {
     "base": sum(map(bytes_a_device, fixed)),
     "trained": bytes_a_device(built.state.trainable),

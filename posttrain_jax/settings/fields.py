@@ -136,6 +136,10 @@ FIELDS: Mapping[str, Field] = {
   "model.remat": Field(
     "what the backward pass recomputes", Choice(("auto", "none", "names", "dots", "full"))
   ),
+  "model.attention": Field(
+    "what computes attention: a kernel of the TPU (splash) or GPU (cudnn) where it has all that the run needs, or xla",
+    Choice(("auto", "xla", "splash", "cudnn")),
+  ),
   "model.router_aux_loss_coef": Field(
     "of a mixture of experts: weight of the loss that spreads tokens over them evenly; 0 for none",
     _NOT_NEGATIVE,
@@ -149,6 +153,10 @@ FIELDS: Mapping[str, Field] = {
   "mesh.fsdp": Field("devices along fsdp; -1: all that are left", _whole(1, also=(-1,))),
   "mesh.expert": Field(
     "devices that share the experts of a mixture, and each have rows of their own; -1: all that are left",
+    _whole(1, also=(-1,)),
+  ),
+  "mesh.context": Field(
+    "devices that share each row, a part of its tokens each; -1: all that are left",
     _whole(1, also=(-1,)),
   ),
   "mesh.tensor": Field("devices along tensor; -1: all that are left", _whole(1, also=(-1,))),

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from posttrain_jax.core import zigzag
 from posttrain_jax.data.answers import SHARED
 
 VOCAB, EMBED = 250, 6
@@ -30,7 +31,7 @@ def params(seed: int, spread: float = 1.0) -> dict[str, Any]:
 
 def hidden(self, params, batch, *, training=False):
   del self, training
-  return jnp.asarray(params["embed_tokens"]["weight"])[batch["tokens"]]
+  return jnp.asarray(params["embed_tokens"]["weight"])[zigzag.cut(batch["tokens"])]
 
 
 @dataclasses.dataclass(frozen=True)
