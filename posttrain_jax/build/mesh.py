@@ -28,6 +28,6 @@ def make(
     if rows % unit:
       raise ConfigError(
         f"{field}={rows}: the mesh {dict(mesh.shape)} splits the rows of each micro-batch over data x fsdp x expert; "
-        f"write a multiple of {unit}, or a larger mesh.tensor"
+        f"write a multiple of {unit}, or a larger mesh.context or mesh.tensor"
       )
   return mesh

@@ -98,9 +98,8 @@ class Forward:
   """The policy on a batch: its bound parameters, and the hidden states before the head."""
 
   params: Any
-  hidden: (
-    Array  # [rows, time, embed] as `zigzag.cut` has rows; all else of a batch is in its own order
-  )
+  # [rows, time, embed] as `zigzag.cut` has rows; all else of a batch is in its own order
+  hidden: Array
   load: Any = None  # of a mixture of experts: what its routers did, a layer each
 
 
@@ -177,12 +176,14 @@ class Scorer(abc.ABC):
     self, trainable: Any, context: Context, batch: Batch, key: Array | None, *, training: bool
   ) -> Forward:
     params = policy(trainable, context, key if training else None)
-    return Forward(params, *self._hidden(params, batch, training=training))
+    return Forward(params, *self.hidden_and_load(params, batch, training=training))
 
   def hidden(self, params: Any, batch: Batch, *, training: bool = False) -> Array:
-    return self._hidden(params, batch, training=training)[0]
+    return self.hidden_and_load(params, batch, training=training)[0]
 
-  def _hidden(self, params: Any, batch: Batch, *, training: bool) -> tuple[Array, Any]:
+  def hidden_and_load(
+    self, params: Any, batch: Batch, *, training: bool = False
+  ) -> tuple[Array, experts.Load | None]:
     prefix_ids = batch.get("prefix_ids")
     return decoder.hidden_and_load(
       decoder.multiplied_in(params, self.products),

@@ -13,6 +13,7 @@ from posttrain_jax.core import sharding, tree
 from posttrain_jax.models import decoder, experts, hf
 from posttrain_jax.models.config import from_hf
 from tests.adapters import cases
+from tests.marks import few
 from tests.models import families
 
 
@@ -71,16 +72,15 @@ def loss_of(config, fixed):
   return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
-@pytest.mark.parametrize(
-  ("base", "shape"),
-  [
-    ("dense", dict(expert=4, fsdp=2)),
-    ("dense", dict(data=2, expert=2, tensor=2)),
-    ("nf4", dict(fsdp=2, expert=2, tensor=2)),
-    ("nf4", dict(fsdp=8)),
-  ],
-  ids=str,
+SPREAD = (
+  ("dense", dict(expert=4, fsdp=2)),
+  ("dense", dict(data=2, expert=2, tensor=2)),
+  ("nf4", dict(fsdp=2, expert=2, tensor=2)),
+  ("nf4", dict(fsdp=8)),
 )
+
+
+@pytest.mark.parametrize(("base", "shape"), few(SPREAD, SPREAD[1], SPREAD[2]), ids=str)
 def test_experts_on_a_mesh_are_those_of_one_device(base, shape):
   config, params, adapter = trained(base)
   trainable, fixed = tree.partition(adapter)

@@ -5,13 +5,16 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from posttrain_jax import objectives
-from posttrain_jax.core import metrics
+from posttrain_jax.adapters import layout
+from posttrain_jax.core import distributed, metrics, sharding
 from posttrain_jax.losses import balance
 from posttrain_jax.models import decoder
 from posttrain_jax.objectives import Context
 from posttrain_jax.train import step
+from tests.marks import few
 from tests.models import families
 
 CONFIG = families.config("qwen3_moe", num_hidden_layers=2)
@@ -79,3 +82,21 @@ def test_a_model_of_one_mlp_has_no_such_metrics():
   objective = objectives.Sft(plain)
   run = jax.jit(lambda p, b: step.gradient(objective, p, Context(), b, jax.random.key(0))[1])
   assert not [name for name in run(families.params(plain), batch()) if name.startswith("router")]
+
+
+ACROSS = (dict(expert=2, context=4), dict(expert=2, context=2, tensor=2), dict(fsdp=4, context=2))
+
+
+@pytest.mark.parametrize("sizes", few(ACROSS, ACROSS[0]), ids=str)
+def test_devices_that_share_rows_and_experts_are_one(sizes):
+  """A row's tokens lie on several devices, zeros behind them, and so do the experts that they choose."""
+  mesh = sharding.mesh(**sizes)
+  with jax.set_mesh(mesh):
+    there = layout.laid_out(families.params(CONFIG), mesh)
+    rows = distributed.global_batch(mesh, batch())
+    run = jax.jit(lambda p, b: step.gradient(sums(), p, Context(), b, jax.random.key(0)))
+    found, measured = run(there, rows)
+  wanted, alone = gradient(1)
+  assert metrics.read(measured) == pytest.approx(metrics.read(alone), rel=1e-5, abs=1e-6)
+  for x, one in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+    np.testing.assert_allclose(x, one, rtol=1e-3, atol=1e-5 * float(jnp.abs(one).max()))

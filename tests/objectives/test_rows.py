@@ -68,7 +68,7 @@ def test_neither_order_nor_packing_nor_a_shared_prompt_changes_anything(name):
 
 def backward_passes(monkeypatch):
   """A list that grows with each backward pass through the decoder."""
-  passes, hidden = [], Scorer.hidden
+  passes, hidden = [], Scorer.hidden_and_load
 
   @jax.custom_vjp
   def counted(x):
@@ -79,7 +79,7 @@ def backward_passes(monkeypatch):
     return (gradient,)
 
   counted.defvjp(lambda x: (x, None), back)
-  monkeypatch.setattr(Scorer, "hidden", lambda *args, **how: counted(hidden(*args, **how)))
+  monkeypatch.setattr(Scorer, "hidden_and_load", lambda *args, **how: counted(hidden(*args, **how)))
   return passes
 
 
@@ -131,7 +131,7 @@ MEASURED = {
 @pytest.mark.parametrize("name", MEASURED)
 def test_what_is_measured_is_the_same_where_rows_are_cut(name, monkeypatch):
   """What reads neighbours, ranks of tokens within an answer, means over an answer's logits and the KL among it."""
-  monkeypatch.setattr(Scorer, "hidden", bigram.hidden)
+  monkeypatch.setattr(Scorer, "hidden_and_load", bigram.hidden_and_load)
   kind, options, make = MEASURED[name]
   context, params = Context(reference=bigram.params(1)), bigram.params(0)
   measure = jax.jit(evaluation(kind(tiny.config(), **options)))
