@@ -195,6 +195,8 @@ def run(arg):
   c.model.offload = (
     "none"  # layers: a frozen base stays in host memory, its layers fetched one at a time
   )
+  c.model.attention = "auto"  # what computes it: xla, splash (TPU), cudnn (GPU)
+  c.model.router_aux_loss_coef = 0.0  # weight of the loss that spreads tokens over experts
 
   c.adapter = adapter(arg.adapter)
 
@@ -207,6 +209,8 @@ def run(arg):
   c.mesh = ml_collections.ConfigDict()
   c.mesh.data = 1
   c.mesh.fsdp = -1  # -1: all the devices that are left
+  c.mesh.expert = 1  # devices that share the experts of a mixture
+  c.mesh.context = 1  # devices that share each row, for rows too long for one
   c.mesh.tensor = 1
 
   c.eval = ml_collections.ConfigDict()

@@ -3,6 +3,7 @@
 import functools
 import gc
 import importlib.metadata
+import importlib.util
 import os
 import pathlib
 
@@ -23,8 +24,10 @@ FLAGS = {
   "xla_backend_optimization_level": 0,
   "xla_cpu_parallel_codegen_split_count": 1,
 }
-# The older emitters of fused loops compile twice as fast.  A jaxlib without them would end on the flag.
+# The older emitters of fused loops compile twice as fast.
+# A jaxlib without them would end on the flag, and libtpu does.
 KNOWN = importlib.metadata.version("jaxlib").startswith("0.10.")
+KNOWN = KNOWN and importlib.util.find_spec("libtpu") is None
 if KNOWN:
   FLAGS["xla_cpu_use_fusion_emitters"] = "false"
 asked = os.environ.get("XLA_FLAGS", "")

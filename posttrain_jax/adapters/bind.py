@@ -238,13 +238,9 @@ def _targeted(names_at: dict[str, list[str]], config: AdapterConfig) -> dict[str
 def modules(params: Any) -> dict[str, list[str]]:
   """path -> expanded module names, for every matrix; the tied head among them."""
   standing = (before.PROMPT, before.PREFIX)
-  leaves = {path: leaf for path, leaf in tree.items(params) if path not in standing}
-  layers = next(
-    weight.shape(leaf)[0] for path, leaf in leaves.items() if path.startswith("layers/")
-  )
-  dimensions = lambda path, leaf: len(weight.shape(leaf)) - path.startswith("layers/")
-  paths = [path for path, leaf in leaves.items() if dimensions(path, leaf) == 2]
-  return {path: tree.expand(path, layers) for path in dict.fromkeys([*paths, HEAD])}
+  shapes = {p: weight.shape(leaf) for p, leaf in tree.items(params) if p not in standing}
+  paths = [path for path, shape in shapes.items() if len(shape) - tree.leads(path) == 2]
+  return {path: tree.expand(path, shapes.get(path, ())) for path in dict.fromkeys([*paths, HEAD])}
 
 
 def _check(config: AdapterConfig, names: list[str]) -> None:
@@ -266,6 +262,12 @@ def _check(config: AdapterConfig, names: list[str]) -> None:
     )
   if config.method == "ia3":
     ia3.check(adapted, config)
+  of_experts = next((name for name in adapted if ".mlp.experts." in name), None)
+  if of_experts and METHODS[config.method] is not inits.init:
+    raise ValueError(
+      f"method={config.method!r} does not adapt experts, such as {of_experts!r}; LoRA and its kinds do: write "
+      'target_modules=("q_proj", "k_proj", "v_proj", "o_proj") for attention alone, or another method'
+    )
   layers = {int(name.split(".")[1]) for name in names if name.startswith("layers.")}
   if set(config.layers_to_transform or ()) - layers:
     raise ValueError(

@@ -177,16 +177,15 @@ def _from_changes(loras, weights, operator, base, rank: int) -> LoRA:
     return _halves(u, values, v, rank)
 
   nodes = [node for _, node in present]
-  if nodes[0].a.ndim == 2:
-    return _joined(*one(nodes, base))
-  layers = [
-    one(
-      [jax.tree.map(lambda x, i=i: x[i], node) for node in nodes],
-      None if base is None else weight.layer(base, i),
-    )
-    for i in range(len(nodes[0].a))
-  ]
-  return _joined(*(jnp.stack(parts) for parts in zip(*layers)))
+  of = lambda at: one(
+    [weight.layer(node, at) for node in nodes], None if base is None else weight.layer(base, at)
+  )
+  lead = nodes[0].a.shape[:-2]
+  return _stacked([of(at) for at in np.ndindex(lead)], lead) if lead else _joined(*one(nodes, base))
+
+
+def _stacked(pairs: Sequence[tuple[Array, Array]], lead: tuple[int, ...]) -> LoRA:
+  return _joined(*(jnp.stack(x).reshape(*lead, *x[0].shape) for x in zip(*pairs)))
 
 
 def _change(node: LoRA, base: Any) -> Array:
@@ -204,8 +203,12 @@ def _halves(u: Array, values: Array, v: Array, rank: int) -> tuple[Array, Array]
 
 def _layered(function, a: Array, b: Array) -> LoRA:
   """Layer after layer: two batched QR and the products behind them never end on two CPU cores (jaxlib 0.10.2)."""
-  over_layers = lambda a, b: jax.lax.map(lambda pair: function(*pair), (a, b))
-  return _joined(*jax.jit(over_layers if a.ndim == 3 else function)(a, b))
+  lead = a.shape[:-2]
+  if not lead:
+    return _joined(*jax.jit(function)(a, b))
+  one_by_one = lambda a, b: jax.lax.map(lambda pair: function(*pair), (a, b))
+  flat = (x.reshape(-1, *x.shape[-2:]) for x in (a, b))
+  return _joined(*(x.reshape(*lead, *x.shape[1:]) for x in jax.jit(one_by_one)(*flat)))
 
 
 def _joined(a: Array, b: Array) -> LoRA:
@@ -214,15 +217,13 @@ def _joined(a: Array, b: Array) -> LoRA:
 
 def _by_factor(loras: Sequence[LoRA], scales: Sequence[np.ndarray], operator: Operator) -> LoRA:
   node = loras[0]
-  if node.a.ndim == 2:
+  lead = node.a.shape[:-2]
+  if not lead:
     return _joined(*_both(loras, [float(s) for s in scales], operator))
-  layers = [
-    _both(
-      [dataclasses.replace(n, a=n.a[i], b=n.b[i]) for n in loras], [s[i] for s in scales], operator
-    )
-    for i in range(len(node.a))
-  ]
-  return _joined(*(jnp.stack(parts) for parts in zip(*layers)))
+  of = lambda at: _both(
+    [dataclasses.replace(n, a=n.a[at], b=n.b[at]) for n in loras], [s[at] for s in scales], operator
+  )
+  return _stacked([of(at) for at in np.ndindex(lead)], lead)
 
 
 def _both(nodes, scales, operator) -> tuple[Array, Array]:

@@ -81,7 +81,7 @@ class AdapterConfig:
   r: int = 8  # rank
   lora_alpha: float = 8  # the update is scaled by lora_alpha / r
   lora_dropout: float = 0.0  # of the adapter's input, in training
-  # "all-linear" (every matrix of the layers), a regular expression over whole names, or name endings
+  # "all-linear" (every matrix of the layers but a router of experts), a regular expression over whole names, or endings
   target_modules: str | tuple[str, ...] = ALL_LINEAR
   exclude_modules: str | tuple[str, ...] = ()
   layers_to_transform: tuple[int, ...] | None = None  # None: every layer
@@ -285,7 +285,7 @@ class AdapterConfig:
     ):
       return False
     if self.target_modules == ALL_LINEAR:
-      return layer is not None
+      return layer is not None and not module.endswith(".mlp.gate")
     return _matches(self.target_modules, names)
 
   def replace(self, **changes: Any) -> AdapterConfig:

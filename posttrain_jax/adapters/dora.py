@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from posttrain_jax.adapters.dropout import dropout
-from posttrain_jax.adapters.lora import LoRA
+from posttrain_jax.adapters.lora import LoRA, of_rows
 from posttrain_jax.core import sharding, struct, weight
 from posttrain_jax.core.weight import Adapted, embed, linear, linear32
 
@@ -38,7 +38,7 @@ class DoRA(LoRA):
   x @ W + dropped @ (magnitude * V / ||V|| - W).  A layer of rank 0 is its base.
   """
 
-  magnitude: Any = None  # [layers, out] or [out]
+  magnitude: Any = None  # [out], [layers, out] or [layers, experts, out]
   norm: Any = None  # ||W|| of each column of the base, likewise
   TRAINED = ("a", "b", "magnitude")
 
@@ -49,6 +49,16 @@ class DoRA(LoRA):
     dropped = dropout(x, self.dropout, key)
     whole, part = linear(jnp.stack([x, dropped]), base)  # one product: the base is decoded once
     return whole + (factor * self._direction(dropped, part) - part).astype(x.dtype)
+
+  def ragged(self, x: Array, sizes: Array, base: Any, key: Array | None = None) -> Array:
+    factor = jax.vmap(lambda node, base: node.factor(base, x.dtype))(self, base)
+    factor = of_rows(factor, sizes, len(x))
+    whole = weight.ragged(x, base, sizes)
+    if key is None or self.dropout == 0.0:
+      return (factor * (whole + self._change(x, sizes))).astype(x.dtype)
+    dropped = dropout(x, self.dropout, key[0])
+    part = weight.ragged(dropped, base, sizes)
+    return whole + (factor * (part + self._change(dropped, sizes)) - part).astype(x.dtype)
 
   def _direction(self, x: Array, from_base: Array) -> Array:
     """x @ V.  The magnitude's gradient reads it, so the backward pass keeps it or computes x @ W again."""
@@ -100,11 +110,13 @@ class DoRA(LoRA):
 
 def over(node: LoRA, base: Any) -> DoRA:
   """The DoRA of node's factors on base, its magnitude that of W + scale a b."""
-  if node.a.ndim == 2:
+  lead = node.a.shape[:-2]
+  if not lead:
     norm, magnitude = _columns(base, node)
   else:
-    layers = [_columns(weight.layer(base, i), weight.layer(node, i)) for i in range(len(node.a))]
-    norm, magnitude = (jnp.stack(columns) for columns in zip(*layers))
+    of = lambda at: _columns(weight.layer(base, at), weight.layer(node, at))
+    columns = zip(*[of(at) for at in np.ndindex(lead)])
+    norm, magnitude = (jnp.stack(x).reshape(*lead, -1) for x in columns)
   fields: Any = {f.name: vars(node)[f.name] for f in dataclasses.fields(LoRA)}
   return DoRA(**fields, magnitude=magnitude, norm=norm)
 

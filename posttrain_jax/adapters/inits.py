@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from posttrain_jax.adapters import dora, lora
 from posttrain_jax.adapters.config import AdapterConfig
@@ -50,34 +51,31 @@ def rebuild(base: Any, node: lora.LoRA, store: Store | None = None) -> Any:
     return base
   store = store or functools.partial(weight.like, base=base)
   pair = node.start.taken or (node.start.a, node.start.b)
-  if node.a.ndim == 2:
+  lead = node.a.shape[:-2]
+  if not lead:
     return store(_residual(base, *pair, node.scale))
-  return _stacked(
-    [
-      store(_residual(weight.layer(base, i), pair[0][i], pair[1][i], node.scale[i]))
-      for i in range(len(node.a))
-    ]
-  )
+  residual = lambda at: _residual(weight.layer(base, at), pair[0][at], pair[1][at], node.scale[at])
+  return _stacked([store(residual(at)) for at in np.ndindex(lead)], lead)
 
 
 def _take_out(key, base, modules, config, store):
   """(the base without its start, a LoRA that holds it)."""
   check_start(base, modules, config, store)
   rows, columns = weight.shape(base)[-2:]
-  stacked = len(weight.shape(base)) == 3
+  lead = weight.shape(base)[:-2]
   store = store or functools.partial(weight.like, base=base)
   pairs, taken, scales = [], [], []
-  for i, module in enumerate(modules):
+  for at, module in zip(np.ndindex(lead), modules):
     rank = lora.rank_of(module, config, rows, columns)
     scale = config.scale(module) if rank else 0.0
     module_key = jax.random.fold_in(key, zlib.crc32(module.encode()))
-    w = _wide(weight.layer(base, i) if stacked else base)
+    w = _wide(weight.layer(base, at) if lead else base)
     pair, out = _factors(module_key, w, rank, scale, config, store) if rank else _nothing(w)
     pairs.append(pair)
     taken.append(out)
     scales.append(scale)
-  node = lora.join(pairs, scales, stacked=stacked, dropout=config.lora_dropout)
-  out = lora.join(taken, scales, stacked=stacked) if config.init_lora_weights == "loftq" else None
+  node = lora.join(pairs, scales, lead, dropout=config.lora_dropout)
+  out = lora.join(taken, scales, lead) if config.init_lora_weights == "loftq" else None
   # copies: a step donates what trains and what is carried, and a buffer can be given away once
   start = lora.Start(jnp.copy(node.a), jnp.copy(node.b), out and (out.a, out.b))
   node = dataclasses.replace(node, start=start)
@@ -178,5 +176,6 @@ def _residual(w, a, b, scale):
   return (dense.astype(jnp.float32) - scale * (a @ b)).astype(dense.dtype)
 
 
-def _stacked(layers):
-  return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+def _stacked(matrices, lead):
+  stack = lambda *leaves: jnp.stack(leaves).reshape(*lead, *leaves[0].shape)
+  return jax.tree.map(stack, *matrices)

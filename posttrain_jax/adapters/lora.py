@@ -46,8 +46,8 @@ class LoRA(Change):
 
   a: Array
   b: Array
-  scale: Array  # [layers] or []: alpha / rank (rsLoRA: alpha / sqrt(rank))
-  mask: Array | None = None  # [layers, rank]; None: every rank is in use
+  scale: Array  # [], [layers] or [layers, experts]: alpha / rank (rsLoRA: alpha / sqrt(rank))
+  mask: Array | None = None  # [layers, rank] or so; None: every rank is in use
   start: Start | None = None  # None: the base is as it was
   dropout: float = struct.field(pytree_node=False, default=0.0)
   TRAINED = ("a", "b")  # the optimizer sees these fields and no other
@@ -56,6 +56,15 @@ class LoRA(Change):
     # narrow enough to be kept for the backward pass, which would compute it again
     down = checkpoint_name(linear(dropout(x, self.dropout, key), self.a), "down")
     return linear(x, base) + linear(down * self._scales().astype(x.dtype), self.b)
+
+  def ragged(self, x: Array, sizes: Array, base: Any, key: Array | None = None) -> Array:
+    dropped = dropout(x, self.dropout, None if key is None else key[0])
+    return weight.ragged(x, base, sizes) + self._change(dropped, sizes)
+
+  def _change(self, x: Array, sizes: Array) -> Array:
+    """What the experts' factors add to sorted rows."""
+    down = weight.ragged(x, self.a, sizes) * of_rows(self._scales(), sizes, len(x)).astype(x.dtype)
+    return weight.ragged(down, self.b, sizes)
 
   def rows(self, ids: Array, base: Any, key: Array | None = None) -> Array:
     """An adapted embedding; as in PEFT it has no dropout."""
@@ -93,9 +102,7 @@ class LoRA(Change):
 
   def split(self) -> list[tuple[np.ndarray, np.ndarray]]:
     """(a, b) of each module at its effective rank, on the host; the inverse of `join`."""
-    a, b = np.asarray(self.a), np.asarray(self.b)
-    if a.ndim == 2:
-      a, b = a[None], b[None]
+    a, b = (np.asarray(x).reshape(-1, *x.shape[-2:]) for x in (self.a, self.b))
     mask = np.ones((a.shape[0], a.shape[-1])) if self.mask is None else np.asarray(self.mask)
     used = mask.reshape(a.shape[0], -1) > 0
     return [(a[i][:, used[i]], b[i][used[i]]) for i in range(len(a))]
@@ -127,8 +134,8 @@ class LoRA(Change):
     Of LoftQ's start it does not say what was taken out of the base.
     """
     halves = [(a, b, a.shape[1] // 2) for a, b in self.split()]
-    scales = np.atleast_1d(np.asarray(self.scale)).tolist()
-    joined = lambda pairs: join(pairs, scales, stacked=self.a.ndim == 3, dropout=self.dropout)
+    scales = np.asarray(self.scale).reshape(-1).tolist()
+    joined = lambda pairs: join(pairs, scales, self.a.shape[:-2], dropout=self.dropout)
     trained = joined([(a[:, :rank], b[:rank]) for a, b, rank in halves])
     start = joined([(a[:, rank:], -b[rank:]) for a, b, rank in halves])
     return dataclasses.replace(trained, start=Start(start.a, start.b))
@@ -150,14 +157,14 @@ def init(key: Array, base: Any, modules: Sequence[str], config: AdapterConfig) -
   scales = [config.scale(module) if rank else 0.0 for module, rank in zip(modules, ranks)]
   folds = np.asarray([zlib.crc32(module.encode()) for module in modules], np.uint32)
   how = "embedding" if modules[0] == "embed_tokens" else config.init_lora_weights
-  stacked, dropped = len(weight.shape(base)) == 3, config.lora_dropout
+  lead, dropped = weight.shape(base)[:-2], config.lora_dropout
   if len({*ranks}) > 1:
     drawn = [_drawn(key, fold[None], rows, columns, r, how) for fold, r in zip(folds, ranks)]
-    return base, join([(a[0], b[0]) for a, b in drawn], scales, stacked=stacked, dropout=dropped)
+    return base, join([(a[0], b[0]) for a, b in drawn], scales, lead, dropout=dropped)
   # one program: module by module they are a thousand small ones, and seconds of a start
   a, b = _drawn(key, folds, rows, columns, ranks[0], how)
   node = LoRA(a, b, jnp.asarray(scales, jnp.float32), dropout=dropped)
-  return base, node if stacked else jax.tree.map(lambda leaf: leaf[0], node)
+  return base, _stack(node, lead)
 
 
 def rank_of(module: str, config: AdapterConfig, rows: int, columns: int) -> int:
@@ -176,11 +183,18 @@ def rank_of(module: str, config: AdapterConfig, rows: int, columns: int) -> int:
 
 
 def join(
-  pairs: Sequence[tuple[Any, Any]], scales: Sequence[float], *, stacked: bool, dropout: float = 0.0
+  pairs: Sequence[tuple[Any, Any]],
+  scales: Sequence[float],
+  lead: tuple[int, ...],
+  *,
+  dropout: float = 0.0,
 ) -> LoRA:
   """The LoRA of one (a: [in, rank], b: [rank, out]) and scale per module; ranks may differ, 0 is not adapted.
 
   Factors are zero beyond their module's rank: what the mask hides neither acts nor moves.
+
+  Args:
+    lead: the axes that the modules are stacked over, (layers,) or (layers, experts); () for one module.
   """
   ranks = np.asarray([a.shape[1] for a, _ in pairs])
   largest = int(ranks.max())
@@ -189,7 +203,16 @@ def join(
   b = jnp.stack([jnp.pad(b, ((0, largest - b.shape[0]), (0, 0))) for _, b in pairs])
   uneven = None if (ranks == largest).all() else jnp.asarray(mask)
   node = LoRA(a, b, jnp.asarray(scales, jnp.float32), uneven, dropout=dropout)
-  return node if stacked else jax.tree.map(lambda leaf: leaf[0], node)
+  return _stack(node, lead)
+
+
+def of_rows(values: Array, sizes: Array, rows: int) -> Array:
+  """[rows, ...]: of each sorted row its group's value."""
+  return jnp.repeat(values, sizes, axis=0, total_repeat_length=rows)
+
+
+def _stack(node: LoRA, lead: tuple[int, ...]) -> LoRA:
+  return jax.tree.map(lambda leaf: leaf.reshape(*lead, *leaf.shape[1:]), node)
 
 
 def _drawn(key, folds, rows, columns, rank, how):

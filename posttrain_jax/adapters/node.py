@@ -40,6 +40,10 @@ class Change(Node):
     """x: [..., in] -> [..., out], x times the changed base, in the dtype of x; key: for dropout, in training."""
     raise TypeError(f"{type(self).__name__} does not multiply")
 
+  def ragged(self, x: Array, sizes: Array, base: Any, key: Array | None = None) -> Array:
+    """`core.weight.ragged` of a stack of experts; key: one for each."""
+    raise TypeError(f"{type(self).__name__} is no change of experts")
+
   def rows(self, ids: Array, base: Any, key: Array | None = None) -> Array:
     """Rows of the changed base, in the base's dtype: ids: [...] -> [..., out]."""
     raise TypeError(f"{type(self).__name__} is no change of an embedding")

@@ -24,7 +24,7 @@ import numpy as np
 import safetensors
 
 from posttrain_jax.adapters.bind import paths
-from posttrain_jax.adapters.codecs import adalora, ia3, lora, naming, standing, vera
+from posttrain_jax.adapters.codecs import adalora, fused, ia3, lora, naming, standing, vera
 from posttrain_jax.adapters.codecs.codec import Codec, Folder, check_keys
 from posttrain_jax.adapters.combination import AnyConfig, parts_of, together
 from posttrain_jax.adapters.config import OPTIONS, AdapterConfig
@@ -180,13 +180,20 @@ def _read(
     raise ValueError(
       f"{path / CONFIG}: peft_type={words.shown(kind)} is not supported; supported: {', '.join(codecs)}"
     )
-  # those of modules_to_save are asked for when the tensors are there
   codec = codecs[kind]
+  if model_config.experts:
+    try:
+      described = fused.without(described)
+    except ValueError as error:
+      raise ValueError(f"{path / CONFIG}: {error}") from None
+  # those of modules_to_save are asked for when the tensors are there
   check_keys({**described, "modules_to_save": None}, codec.keys, path / CONFIG)
   tensors, others = naming.of_text(_read_tensors(path / TENSORS))
   if others:
     log.info("%s: %d modules left unread (this is the text model)", path, len(others))
-  class_names = naming.of_tensors(tensors, codec.wrapped)
+  if model_config.experts:
+    tensors, described = fused.apart(tensors, described, params, model_config.family)
+  class_names = naming.of_tensors(tensors, codec.wrapped, model_config.family)
   folder = Folder(path, tensors, described, record, class_names, others)
   return codec.read(folder, params, model_config)
 

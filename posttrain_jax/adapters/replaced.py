@@ -26,14 +26,19 @@ class Replaced(Change):
   A head tied to a replaced embedding keeps to the base, as in PEFT: train `lm_head` too where it should follow.
   """
 
-  value: Array  # as the base: [layers, in, out], [in, out], [layers, size] or [size]
-  mask: Array | None = None  # [layers], 1 where a layer is replaced; None: everywhere
+  value: Array  # as the base: [layers, in, out], [in, out], [layers, size], [size] or [layers, experts, in, out]
+  mask: Array | None = (
+    None  # [layers] or [layers, experts], 1 where a module is replaced; None: everywhere
+  )
   TRAINED = ("value",)
 
   def apply(self, x: Array, base: Any, key: Array | None = None) -> Array:
     value = self._of(base)
     is_rounded = weight.multiplied(x.dtype, base.dtype) != x.dtype
     return linear(x, weight.Bfloat16(value) if is_rounded else value)
+
+  def ragged(self, x: Array, sizes: Array, base: Any, key: Array | None = None) -> Array:
+    return weight.ragged(x, self._of(base).astype(base.dtype), sizes)
 
   def rows(self, ids: Array, base: Any, key: Array | None = None) -> Array:
     # in the base's dtype, which sets that of the computation
@@ -56,7 +61,7 @@ class Replaced(Change):
   def size(self) -> int:
     if self.mask is None:
       return self.value.size
-    return int(np.asarray(self.mask).sum()) * (self.value.size // len(self.mask))
+    return int(np.asarray(self.mask).sum()) * (self.value.size // self.mask.size)
 
   def partition_specs(self, spec: PartitionSpec) -> Replaced:
     mask = None if self.mask is None else PartitionSpec()
@@ -85,7 +90,8 @@ def init(
         "name it in exclude_modules, or leave it out"
       )
     value = jnp.array(weight.dense(base_at(path), jnp.float32), copy=True)
-    nodes[path] = Replaced(value, None if flags.all() else jnp.asarray(flags))
+    mask = flags.reshape(value.shape[: tree.leads(path)])
+    nodes[path] = Replaced(value, None if flags.all() else jnp.asarray(mask))
   return nodes
 
 
@@ -98,9 +104,7 @@ def _named(params: Any, config: AdapterConfig) -> dict[str, tuple[list[str], np.
   """path -> (its modules' names, 1 for each that config.modules_to_save names), of every leaf with one."""
   if not config.modules_to_save:
     return {}
-  layers = weight.shape(params["layers"]["self_attn"]["q_proj"]["weight"])[0]
-  leaves = dict.fromkeys([*tree.flatten(params), "lm_head/weight"])
-  names_at = {path: expand(path, layers) for path in leaves}
+  names_at = names(params)
   wanted = lambda name, endings: is_saved(full_name(name), endings)
   known = [name for names in names_at.values() for name in names]
   for ending in config.modules_to_save:
@@ -111,9 +115,11 @@ def _named(params: Any, config: AdapterConfig) -> dict[str, tuple[list[str], np.
   return {path: pair for path, pair in flags.items() if pair[1].any()}
 
 
-def expand(path: str, layers: int) -> list[str]:
-  """The module names of a leaf, a weight or a bias."""
-  return tree.expand(path.removesuffix("/bias"), layers)
+def names(params: Any) -> dict[str, list[str]]:
+  """path -> the names of its modules, of every leaf, a weight or a bias; the tied head among them."""
+  shapes = {path: weight.shape(leaf) for path, leaf in tree.items(params)}
+  paths = dict.fromkeys([*shapes, "lm_head/weight"])
+  return {path: tree.expand(path.removesuffix("/bias"), shapes.get(path, ())) for path in paths}
 
 
 def split(node: Replaced, names: Sequence[str]) -> dict[str, np.ndarray]:
@@ -121,7 +127,9 @@ def split(node: Replaced, names: Sequence[str]) -> dict[str, np.ndarray]:
   value = np.asarray(node.value)
   if len(names) == 1 and not names[0].startswith("layers."):
     return {names[0]: value}
-  used = np.ones(len(names)) if node.mask is None else np.asarray(node.mask)
+  lead = 1 if len(names) == len(value) else 2
+  value = value.reshape(-1, *value.shape[lead:])
+  used = np.ones(len(names)) if node.mask is None else np.asarray(node.mask).reshape(-1)
   return {name: value[i] for i, name in enumerate(names) if used[i] > 0}
 
 
@@ -130,8 +138,11 @@ def join(values: Mapping[str, Any], names: Sequence[str], base: Any) -> Replaced
   if len(names) == 1 and not names[0].startswith("layers."):
     return Replaced(jnp.asarray(values[names[0]], jnp.float32))
   whole = weight.dense(base, jnp.float32)
-  value = jnp.stack([jnp.asarray(values.get(n, whole[i])) for i, n in enumerate(names)])
-  mask = np.asarray([name in values for name in names], np.float32)
+  lead = whole.shape[: 1 if len(names) == len(whole) else 2]
+  flat = whole.reshape(-1, *whole.shape[len(lead) :])
+  value = jnp.stack([jnp.asarray(values.get(n, flat[i])) for i, n in enumerate(names)])
+  mask = np.asarray([name in values for name in names], np.float32).reshape(lead)
   return dataclasses.replace(
-    Replaced(value.astype(jnp.float32)), mask=None if mask.all() else jnp.asarray(mask)
+    Replaced(value.astype(jnp.float32).reshape(whole.shape)),
+    mask=None if mask.all() else jnp.asarray(mask),
   )

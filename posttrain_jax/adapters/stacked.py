@@ -219,6 +219,11 @@ def _matrices(path: str, nodes: Sequence[Any], params: Any) -> Stacked:
 
 
 def _check(path: str, i: int, node: Any) -> None:
+  if path.startswith(tree.EXPERTS):
+    raise ValueError(
+      f"adapter {i} has a {type(node).__name__} at {path}: the rows of a batch do not mix adapters of experts; serve "
+      "this one alone, bound or merged"
+    )
   if node is None:
     return
   if not isinstance(node, LoRA | AdaLoRA):

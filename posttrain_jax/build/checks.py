@@ -121,6 +121,11 @@ def _shifted_attention(config: Config) -> None:
     raise ConfigError(
       "data.share_prompt: shifted attention (attention_group) has no room for a shared prompt; write false"
     )
+  if decisions.context(config) != 1:
+    raise ConfigError(
+      f"mesh.context={config.mesh.context}: shifted attention (attention_group) reads rows in their order, which a"
+      " context axis cuts; write --config.mesh.context=1 or --config.adapter.longlora.attention_group=0"
+    )
   if not adapter_config.in_weights:
     raise ConfigError(
       f"adapter={adapter_config.method}: a soft prompt or prefix is seen by every token, which groups of shifted"

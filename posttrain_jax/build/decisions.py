@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
+from posttrain_jax.models.config import ModelConfig
 from posttrain_jax.settings import ConfigError
 
 AUTO = "auto"
@@ -76,9 +77,34 @@ def told(asked: str, chosen: Any, is_begun: bool) -> str | None:
   return f"{name} products: this CPU has {flag}; --config.model.dtype=float32 for full precision"
 
 
+def attention(config: ml_collections.ConfigDict) -> str:
+  """What is to compute attention, "auto" for what the device has."""
+  return config.model.get("attention", AUTO)  # runs of older versions have none
+
+
+def context(config: ml_collections.ConfigDict) -> int:
+  """How many devices share each row."""
+  return config.mesh.get("context", 1)  # runs of older versions have none
+
+
 def remat(config: ml_collections.ConfigDict) -> str:
   """What the backward pass recomputes; "auto" is what measured fastest on CPU, and not yet elsewhere."""
   return "names" if config.model.remat == "auto" else config.model.remat
+
+
+def balance(config: ml_collections.ConfigDict, model: ModelConfig) -> float:
+  """The weight of the loss that spreads tokens over experts.
+
+  Raises:
+    ConfigError: the model has none.
+  """
+  # runs of older versions have no such field
+  weight = float(config.model.router_aux_loss_coef if "router_aux_loss_coef" in config.model else 0)
+  if weight and not model.experts:
+    raise ConfigError(
+      f"model.router_aux_loss_coef={weight}: {config.model.name} is no mixture of experts; write 0.0"
+    )
+  return weight
 
 
 def micro_batches(config: ml_collections.ConfigDict, devices: Collection[jax.Device]) -> int:

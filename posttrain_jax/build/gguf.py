@@ -184,7 +184,7 @@ def _logits(tensors: gguf_write.Tensors, config: ModelConfig, text: list[int]) -
   through = jax.jit(functools.partial(decoder.through, config=alone))
 
   def leaf(path, i=None):
-    array = np.asarray(tensors.get(hf.hf_name(path, i)), np.float32)
+    array = np.asarray(tensors.get(hf.hf_name(path, () if i is None else (i,))), np.float32)
     array = array.T if tree.turned(path) else array
     return array if i is None else array[None]
 
@@ -262,10 +262,9 @@ def pairs(nodes: Any, config: ModelConfig):
         f"llama.cpp cannot tell them apart; {MERGE}"
       )
     scales = np.atleast_1d(np.asarray(node.scale))
-    layers = range(config.num_layers) if path.startswith("layers/") else [None]
-    for i, (a, b), scale in zip(layers, node.split(), scales):
+    for at, (a, b), scale in zip(hf.places(path, config), node.split(), scales):
       if a.shape[1]:
-        yield hf.hf_name(path, i), (a, b, float(scale))
+        yield hf.hf_name(path, at), (a, b, float(scale))
 
 
 def _check_factors(factors: Mapping[str, Any], found: Mapping[str, Any]) -> None:

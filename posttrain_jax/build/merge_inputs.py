@@ -181,7 +181,7 @@ def _with_adapter(reader: stream.Tensors, folder: Path, adapter: str) -> stream.
   if (
     config.tied and {HEAD, EMBEDDING} & nodes.keys()
   ):  # as in PEFT the head keeps to the embedding that was
-    reader = _WithHead(reader, names.of(HEAD, None))
+    reader = _WithHead(reader, names.of(HEAD, ()))
   return _WithAdapter(reader, names, nodes, folder, adapter)
 
 
@@ -192,8 +192,8 @@ class _WithAdapter(_View):
     super().__init__(reader, reader.where)
     self.places = {}
     for path, node in nodes.items():
-      layers = range(names.config.num_layers) if path.startswith("layers/") else [None]
-      self.places |= {names.of(path, i): (path, i, node) for i in layers}
+      at = hf.places(path, names.config)
+      self.places |= {names.of(path, i): (path, i, node) for i in at}
     lacking = sorted(set(self.places) - set(self.where))
     if lacking:
       raise RecipeError(f"{adapter} changes {lacking[0]!r}, which {folder} does not hold")
@@ -203,7 +203,7 @@ class _WithAdapter(_View):
     if name not in self.places:
       return array
     path, i, node = self.places[name]
-    layer_node = node if i is None else weight.layer(node, i)
+    layer_node = weight.layer(node, i) if i else node
     turn = (lambda x: x.T) if tree.turned(path) else (lambda x: x)
     return np.asarray(turn(_merged(jnp.asarray(turn(array)), layer_node)))
 
@@ -218,34 +218,35 @@ class _Names:
     self.where, self.config = reader.where, config
     self.prefix = hf.prefix_of(reader.where)
 
-  def of(self, path: str, layer: int | None) -> str:
-    return hf.held_name(hf.hf_name(path, layer), self.prefix, self.where)
+  def of(self, path: str, at: Sequence[int]) -> str:
+    return hf.held_name(hf.hf_name(path, at, self.config.family), self.prefix, self.where)
 
   def tree(self, reader: stream.Tensors) -> Any:
     """The parameters that the files hold, those of layers unread."""
     paths = [path for path, _ in tree.items(decoder.specs(self.config))]
-    first = lambda path: self.of(path, 0 if path.startswith("layers/") else None)
+    first = lambda path: self.of(path, hf.places(path, self.config)[0])
     held = [path for path in paths if first(path) in self.where]
     return tree.unflatten((path, self._leaf(reader, path)) for path in held)
 
   def _leaf(self, reader: stream.Tensors, path: str) -> Any:
     if path.startswith("layers/"):
-      return _Stacked(reader, path, [self.of(path, i) for i in range(self.config.num_layers)])
-    array = reader.get(self.of(path, None))
+      return _Stacked(reader, path, {at: self.of(path, at) for at in hf.places(path, self.config)})
+    array = reader.get(self.of(path, ()))
     return array.T if tree.turned(path) else array
 
 
 class _Stacked:
-  """A leaf [layers, ...] of which a layer is read when it is asked for: DoRA's norms are of its base."""
+  """A leaf [layers, ...] of which a matrix is read when it is asked for: DoRA's norms are of its base."""
 
-  def __init__(self, reader: stream.Tensors, path: str, names: Sequence[str]):
+  def __init__(self, reader: stream.Tensors, path: str, names: Mapping[tuple[int, ...], str]):
     self.reader, self.path, self.names = reader, path, names
-    shape = reader.shape(names[0])
-    self.shape = (len(names), *(shape[::-1] if tree.turned(path) else shape))
+    last = max(names)
+    shape = reader.shape(names[last])
+    self.shape = (*[i + 1 for i in last], *(shape[::-1] if tree.turned(path) else shape))
     self.dtype = np.dtype(np.float32)
 
-  def __getitem__(self, i: int) -> np.ndarray:
-    array = self.reader.get(self.names[i])
+  def __getitem__(self, at: int | tuple[int, ...]) -> np.ndarray:
+    array = self.reader.get(self.names[at if isinstance(at, tuple) else (at,)])
     return array.T if tree.turned(self.path) else array
 
 

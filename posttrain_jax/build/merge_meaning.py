@@ -33,6 +33,9 @@ STRUCTURE = {
   "sandwich_norms": "sandwich_norms",
   "scale_embeddings": "scale_embeddings",
   "labels": "scores",
+  "num_experts": "experts",
+  "num_experts_per_tok": "experts_per_token",
+  "norm_topk_prob": "norm_experts",
 }
 # what may be meant
 SAID = {

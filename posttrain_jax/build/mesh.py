@@ -25,18 +25,18 @@ def make(
     devices = sorted(devices, key=_slice)
     slices = len({_slice(device) for device in devices})
   m = config.mesh
-  mesh = sharding.mesh(data=m.data, fsdp=m.fsdp, tensor=m.tensor, devices=devices, slices=slices)
+  mesh = sharding.mesh(**m.to_dict(), devices=devices, slices=slices)
   if len(devices) == 1:
     return None
-  shares = mesh.shape["data"] * mesh.shape["fsdp"]
+  shares = sharding.row_shares(mesh)
   for field, rows, unit in (
     ("batch.rows", config.batch.rows, shares * config.batch.accumulate),
     ("eval.rows", config.eval.rows, shares),
   ):
     if rows % unit:
       raise ConfigError(
-        f"{field}={rows}: the mesh {dict(mesh.shape)} splits the rows of each micro-batch over data x fsdp; "
-        f"write a multiple of {unit}, or a larger mesh.tensor"
+        f"{field}={rows}: the mesh {dict(mesh.shape)} splits the rows of each micro-batch over data x fsdp x expert; "
+        f"write a multiple of {unit}, or a larger mesh.context or mesh.tensor"
       )
   return mesh
 

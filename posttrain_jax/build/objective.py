@@ -9,7 +9,7 @@ from typing import Any
 import ml_collections
 
 from posttrain_jax import objectives
-from posttrain_jax.build import adapter, decisions
+from posttrain_jax.build import adapter, attention, decisions
 from posttrain_jax.build.model import Model
 from posttrain_jax.objectives import Scorer
 
@@ -20,25 +20,38 @@ REFERENCE = ("reference", "reference_base", "cache_reference")
 SUMMED = ("kto", "reward")  # of a preference's losses, those that are objectives of their own
 
 
-def make(config: Config, model: Model, channels: Sequence[str]) -> Scorer:
-  """The objective that config.objective names; a model planned without files has no tokenizer."""
-  how = _how(config, model)
+def make(
+  config: Config, model: Model, channels: Sequence[str], platform: str | None = None
+) -> Scorer:
+  """The objective that config.objective names; a model planned without files has no tokenizer.
+
+  Args:
+    platform: of the devices that compute it; None: the default one.
+  """
+  how = _how(config, model, platform)
   if config.objective.name == "sft":
-    special = () if model.tokenizer is None else model.tokenizer.all_special_ids
-    return objectives.Sft(
-      model.config,
-      channels=tuple(channels),
-      special_tokens=tuple(sorted(set(special))),
-      markers=() if model.tokenizer is None else markers(model.tokenizer),
-      **how,
-    )
-  parts = _PARTS[config.objective.name](config, model, how)
+    parts: Parts = (("rows", _supervised(model, channels, how), 1.0),)
+  else:
+    parts = _PARTS[config.objective.name](config, model, how)
   if "sft_weight" in config.objective and config.objective.sft_weight:
     imitation = objectives.Imitation(model.config, kind=config.data.kind, **how)
     parts = (*parts, ("sft", imitation, float(config.objective.sft_weight)))
+  if weight := decisions.balance(config, model.config):
+    parts = (*parts, ("balance", objectives.Balance(model.config, **how), weight))
   if len(parts) == 1 and parts[0][2] == 1:
     return parts[0][1]
   return objectives.Sum(model.config, parts=parts, **how)
+
+
+def _supervised(model: Model, channels: Sequence[str], how: Mapping[str, Any]) -> Scorer:
+  special = () if model.tokenizer is None else model.tokenizer.all_special_ids
+  return objectives.Sft(
+    model.config,
+    channels=tuple(channels),
+    special_tokens=tuple(sorted(set(special))),
+    markers=() if model.tokenizer is None else markers(model.tokenizer),
+    **how,
+  )
 
 
 # What marks the end of a turn, a call of a tool and its result, and the thinking before an answer, in any template.
@@ -63,7 +76,7 @@ def markers(tokenizer: Any) -> tuple[tuple[str, tuple[int, ...]], ...]:
   return tuple((kind, tuple(sorted(tokens))) for kind, tokens in kinds.items() if tokens)
 
 
-def _how(config: Config, model: Model) -> dict[str, Any]:
+def _how(config: Config, model: Model, platform: str | None) -> dict[str, Any]:
   """How a batch becomes scores: what all objectives have."""
   adapter_config = adapter.described(config)
   return dict(
@@ -71,6 +84,7 @@ def _how(config: Config, model: Model) -> dict[str, Any]:
     products=None if model.products == model.dtype else model.products,
     remat=decisions.remat(config),
     attention_group=0 if adapter_config is None else adapter_config.attention_group,
+    attention_by=attention.chosen(config, model.config, platform)[0],
   )
 
 

@@ -26,6 +26,7 @@ from posttrain_jax.adapters import over
 from posttrain_jax.adapters.peft_format import UNDER
 from posttrain_jax.build import (
   adapter,
+  attention,
   best,
   checks,
   data,
@@ -320,6 +321,8 @@ def _introduce(pieces: Pieces, say: Say) -> None:
     say(best.describe(pieces.config))
   for note in pieces.data.notes:
     say(note)
+  if by := attention.told(pieces.config, base.config):
+    say(by)
   if pieces.task is not None:
     say(f"answers: {_asked(pieces.task, pieces.config.eval.before)}")
   example = encoded.describe(pieces.data.examples[0], base.tokenizer)

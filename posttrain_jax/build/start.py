@@ -129,10 +129,9 @@ def store(storage: str) -> Callable[[str], Callable[[Any], Any] | None]:
 
 
 def _error(leaf, base, node, keep) -> Error:
-  layers = range(len(leaf)) if leaf.ndim == 3 else [None]
   whole = stored = started = 0.0
-  for i in layers:
-    one = lambda w, i=i: w if i is None else weight.layer(w, i)
+  for at in np.ndindex(leaf.shape[:-2]):
+    one = lambda w, at=at: weight.layer(w, at) if at else w
     w, kept = jnp.asarray(one(leaf), jnp.float32), 0.0
     whole += float(_square(w))
     if keep is not None:

@@ -98,7 +98,7 @@ def shard(mesh: Mesh | None = None) -> tuple[int, int]:
   """
   if mesh is None:
     return jax.process_index(), jax.process_count()
-  rows = mesh.shape["data"] * mesh.shape["fsdp"]
+  rows = sharding.row_shares(mesh)
   held: dict[int, set[int]] = {}
   for device, (index,) in _rows(mesh).devices_indices_map((rows,)).items():
     held.setdefault(device.process_index, set()).update(range(rows)[index])
@@ -112,7 +112,7 @@ def shard(mesh: Mesh | None = None) -> tuple[int, int]:
 
 
 def global_batch(mesh: Mesh, local: Any) -> Any:
-  """One tree of global arrays from every process's own rows (`shard`), rows split over data and fsdp."""
+  """One tree of global arrays from every process's own rows (`shard`), rows split over data, fsdp and expert."""
   place = lambda x: jax.make_array_from_process_local_data(_rows(mesh), np.asarray(x))
   return jax.tree.map(place, local)
 

@@ -1,4 +1,4 @@
-"""Sharding is data: a mesh with axes `data fsdp tensor`, and (pattern, PartitionSpec) rules that cover every path.
+"""Sharding is data: a mesh with axes `AXES`, and (pattern, PartitionSpec) rules that cover every path.
 
 Models name logical axes (`constrain(x, "batch time embed")`), never meshes; without an ambient mesh that does nothing.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,25 +17,35 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from posttrain_jax.core.leaf import Leaf
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "expert", "context", "tensor")
 Rules = Sequence[tuple[str, PartitionSpec]]
 
 # Where the logical axes of an activation live: entries of a PartitionSpec.
 ACTIVATIONS: dict[str, Any] = {
-  "batch": ("data", "fsdp"),
-  "time": None,
+  "batch": ("data", "fsdp", "expert"),
+  "time": "context",
   "embed": None,
   "heads": "tensor",
   "mlp": "tensor",
   "vocab": "tensor",
   "head_dim": None,
+  "-": None,  # whole on every device
 }
+# of rows that are cut along time, their parts below one another (`zigzag.parts`)
+ACTIVATIONS["parts"] = ("context", *ACTIVATIONS["batch"])
 
 
 def mesh(
-  *, data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Any = None, slices: int = 1
+  *,
+  data: int = 1,
+  fsdp: int = 1,
+  expert: int = 1,
+  context: int = 1,
+  tensor: int = 1,
+  devices: Any = None,
+  slices: int = 1,
 ) -> jax.sharding.Mesh:
-  """A mesh of data x fsdp x tensor devices; one axis may be -1: all the devices that are left.
+  """A mesh with `AXES` of these sizes; one axis may be -1: all the devices that are left.
 
   Args:
     slices: groups of devices with a slow network between them, one after the other in devices; only data crosses it.
@@ -44,7 +54,7 @@ def mesh(
     ValueError: for sizes below 1, and when the product is not the number of devices.
   """
   devices = np.asarray(jax.devices() if devices is None else devices)
-  sizes = [data, fsdp, tensor]
+  sizes = [data, fsdp, expert, context, tensor]
   if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
     raise ValueError(
       f"mesh {dict(zip(AXES, sizes))}: sizes must be 1 or more, and one axis may be -1"
@@ -56,7 +66,7 @@ def mesh(
     sizes[sizes.index(-1)] = devices.size // known
   if math.prod(sizes) != devices.size:
     raise ValueError(
-      f"mesh data={sizes[0]} x fsdp={sizes[1]} x tensor={sizes[2]} needs {math.prod(sizes)} devices, "
+      f"mesh {' x '.join(f'{axis}={size}' for axis, size in zip(AXES, sizes))} needs {math.prod(sizes)} devices, "
       f"found {devices.size}; write -1 for one axis to take all that are left"
     )
   if sizes[0] % slices:
@@ -66,33 +76,52 @@ def mesh(
     )
   if slices == 1:
     return jax.make_mesh(
-      tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=list(devices.ravel())
+      tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=list(devices.ravel())
     )
   shape = (sizes[0] // slices, *sizes[1:])
   of_slice = lambda part: (
-    jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=list(part)).devices
+    jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=list(part)).devices
   )
   parts = devices.ravel().reshape(slices, -1)
   whole = np.concatenate([of_slice(part) for part in parts])
-  return jax.sharding.Mesh(whole, AXES, axis_types=(AxisType.Auto,) * 3)
+  return jax.sharding.Mesh(whole, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def row_shares(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:
+  """Over how many devices the rows of a batch are spread."""
+  return math.prod(mesh.shape[axis] for axis in ACTIVATIONS["batch"])
 
 
 def active() -> bool:
-  """True inside `jax.set_mesh` of a mesh with more than one device."""
+  """True inside `jax.set_mesh` of a mesh with more than one device; what `by_device` runs sees its own alone."""
   ambient = jax.sharding.get_abstract_mesh()
-  return not ambient.empty and ambient.size > 1
+  return not ambient.empty and ambient.size > 1 and not ambient.manual_axes
+
+
+def by_device(
+  function: Callable[..., Any], inputs: tuple[Any, ...], outputs: PartitionSpec
+) -> Callable[..., Any]:
+  """function on each device's own parts, with collectives of its own; inputs, outputs: PartitionSpecs."""
+  return jax.shard_map(function, in_specs=inputs, out_specs=outputs, check_vma=False)
+
+
+def size(axes: Any) -> int:
+  """Devices of the ambient mesh along an entry of a PartitionSpec; 1 without a mesh; by one device too."""
+  sizes = dict(jax.sharding.get_abstract_mesh().shape)
+  return math.prod(sizes.get(name, 1) for name in (axes if isinstance(axes, tuple) else (axes,)))
 
 
 def constrain(x: jax.Array, axes: str) -> jax.Array:
   """x with its logical axes pinned to the ambient mesh; x itself where there is none.
 
-  Without it eight-way fsdp was seen to all-reduce full activations.
+  Without it eight-way fsdp was seen to all-reduce full activations.  A time that the context axis does not divide, as
+  the one token of a decoding step, lies whole on every device.
   """
   if not active():
     return x
-  names = axes.split()
-  spec = PartitionSpec(*[ACTIVATIONS[name] for name in names])
-  return jax.lax.with_sharding_constraint(x, spec)
+  whole = x.shape[axes.split().index("time")] % size("context") if "time" in axes.split() else 0
+  spec = [None if whole and axis == "context" else axis for axis in logical(axes)]
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
 def pinned(x: jax.Array, axes: str) -> jax.Array:
@@ -105,7 +134,7 @@ def pinned(x: jax.Array, axes: str) -> jax.Array:
 
 def logical(axes: str) -> PartitionSpec:
   """Of an activation with those axes, `-` for one that lies whole on every device."""
-  return PartitionSpec(*[None if name == "-" else ACTIVATIONS[name] for name in axes.split()])
+  return PartitionSpec(*[ACTIVATIONS[name] for name in axes.split()])
 
 
 def gather(tree: Any, spec: PartitionSpec) -> Any:
@@ -153,10 +182,17 @@ def spec_for(path: str, rules: Rules) -> PartitionSpec:
 def fitted(
   spec: PartitionSpec, shape: Sequence[int], mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
 ) -> PartitionSpec:
-  """spec with the axes dropped that do not divide the dimension (a 9-head model on tensor=2, say)."""
+  """spec with the axes dropped that do not divide the dimension (a 9-head model on tensor=2, say).
+
+  What a spec has along fsdp alone, weights and what is of their shape, lies along context too: the devices that share a
+  row would hold it as often otherwise.
+  """
   sizes = dict(mesh.shape)
   kept = []
   for dim, axis in zip(shape, [*spec, *[None] * (len(shape) - len(spec))]):
+    shared = sizes.get("context", 1)
+    if axis == "fsdp" and shared > 1 and dim % (sizes["fsdp"] * shared) == 0:
+      axis = ("fsdp", "context")
     names = axis if isinstance(axis, tuple) else () if axis is None else (axis,)
     kept.append(axis if dim % math.prod([sizes[n] for n in names]) == 0 else None)
   return PartitionSpec(*kept)

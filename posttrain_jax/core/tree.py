@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,6 +19,11 @@ from posttrain_jax.core import memory, weight, words
 from posttrain_jax.core.leaf import Leaf
 
 Tree = Any
+
+ROUTER = (
+  "layers/mlp/gate/weight"  # of a mixture of experts; stays plain where matrices are quantised
+)
+EXPERTS = "layers/mlp/experts/"  # leaves with a second leading axis, the expert
 
 
 def items(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -35,7 +41,16 @@ def turned(path: str) -> bool:
   >>> turned("layers/mlp/up_proj/weight"), turned("lm_head/weight"), turned("embed_tokens/weight")
   (True, True, False)
   """
-  return path.endswith("_proj/weight") or path in ("lm_head/weight", "score/weight")
+  return path.endswith("_proj/weight") or path in ("lm_head/weight", "score/weight", ROUTER)
+
+
+def leads(path: str) -> int:
+  """Leading axes of a leaf that are no part of one module's: layers, and experts.
+
+  >>> leads("layers/mlp/experts/up_proj/weight"), leads("layers/norm/weight"), leads("norm/weight")
+  (2, 1, 0)
+  """
+  return path.startswith("layers/") + path.startswith(EXPERTS)
 
 
 def flatten(tree: Tree) -> dict[str, Any]:
@@ -137,19 +152,35 @@ def _combine(trained, fixed):
   return dataclasses.replace(fixed, **{name: vars(trained)[name] for name in trained.TRAINED})
 
 
-def expand(path: str, layers: int) -> list[str]:
-  """The Hugging Face module names of a stacked path.
+def expand(path: str, shape: Sequence[int]) -> list[str]:
+  """The Hugging Face module names of a stacked path, by the leading axes of its shape.
 
-  >>> expand("layers/mlp/up_proj/weight", 2)
+  >>> expand("layers/mlp/up_proj/weight", (2, 64, 128))
   ['layers.0.mlp.up_proj', 'layers.1.mlp.up_proj']
-  >>> expand("embed_tokens/weight", 2)
+  >>> expand("layers/mlp/experts/up_proj/weight", (1, 2, 64, 128))
+  ['layers.0.mlp.experts.0.up_proj', 'layers.0.mlp.experts.1.up_proj']
+  >>> expand("embed_tokens/weight", (96, 64))
   ['embed_tokens']
   """
   module = path.removesuffix("/weight")
-  if not module.startswith("layers/"):
-    return [module.replace("/", ".")]
-  rest = module.removeprefix("layers/").replace("/", ".")
-  return [f"layers.{i}.{rest}" for i in range(layers)]
+  return [numbered(module, at) for at in places(path, shape)]
+
+
+def places(path: str, shape: Sequence[int]) -> list[tuple[int, ...]]:
+  """The indices of a leaf's modules: (layer,) or (layer, expert), and () for what is not stacked."""
+  return list(itertools.product(*[range(size) for size in shape[: leads(path)]]))
+
+
+def numbered(path: str, at: Sequence[int]) -> str:
+  """The name of the module at an index of a stacked leaf.
+
+  >>> numbered("layers/mlp/experts/up_proj/weight", (3, 1))
+  'layers.3.mlp.experts.1.up_proj.weight'
+  """
+  name = path.replace("/", ".")
+  for word, i in zip(("layers.", "experts."), at):
+    name = name.replace(word, f"{word}{i}.", 1)
+  return name
 
 
 def size(tree: Tree) -> int:

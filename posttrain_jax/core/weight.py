@@ -50,6 +50,10 @@ class Weight(Leaf):
     """What `apply` gives, in float32; a type that can leaves out the rounding to x's dtype."""
     return self.apply(x).astype(jnp.float32)
 
+  def ragged(self, x: Array, sizes: Array) -> Array:
+    """`ragged` with self a stack [groups, in, out]."""
+    return ragged(x, self.dense(multiplied(x.dtype, self.dtype)), sizes)
+
   def rows(self, ids: Array) -> Array:
     """Embedding look-up: ids: [...] -> [..., out]."""
     raise TypeError(f"{type(self).__name__} is no table of embeddings")
@@ -68,6 +72,24 @@ def linear(x: Array, w: AnyWeight) -> Array:
   if isinstance(w, Weight):
     return w.apply(x)
   return product(x, w, 0)
+
+
+def ragged(x: Array, w: AnyWeight, sizes: Array) -> Array:
+  """Rows of x, [rows, in], sorted by group, each times the matrix of its group; w: [groups, in, out], sizes: [groups].
+
+  `jax.lax.ragged_dot`, for backends that have one: `core.grouped` says which.  What is behind the last group means
+  nothing.
+  """
+  if isinstance(w, Weight):
+    return w.ragged(x, sizes)
+  operands = multiplied(x.dtype, w.dtype)
+  y = jax.lax.ragged_dot(
+    x.astype(operands),
+    w.astype(operands),
+    sizes.astype(jnp.int32),
+    preferred_element_type=jnp.float32,
+  )
+  return y.astype(x.dtype)
 
 
 def linear32(x: Array, w: AnyWeight) -> Array:
@@ -260,6 +282,9 @@ class Adapted(Weight):
   def apply(self, x: Array) -> Array:
     return self.node.apply(x, self.base, self.key)
 
+  def ragged(self, x: Array, sizes: Array) -> Array:
+    return self.node.ragged(x, sizes, self.base, self.key)
+
   def rows(self, ids: Array) -> Array:
     return self.node.rows(ids, self.base, self.key)
 
@@ -362,8 +387,8 @@ def bits(w: Any) -> Bfloat16:
   return Bfloat16(jax.lax.bitcast_convert_type(dense(w, jnp.bfloat16), BITS))
 
 
-def layer(w: AnyWeight, index: int) -> AnyWeight:
-  """One layer's matrix of a stacked weight."""
+def layer(w: AnyWeight, index: Any) -> AnyWeight:
+  """The matrix at an index of a stacked weight: a layer, or (layer, expert)."""
   of_layer = lambda leaf: leaf if is_shared(leaf) else leaf[index]
   return jax.tree.map(of_layer, w, is_leaf=is_shared)
 

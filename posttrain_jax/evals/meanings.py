@@ -530,6 +530,42 @@ OPTIMISATION = Group(
   "optimizer.clip bounds; growth over many steps comes before divergence: lower optimizer.lr. "
   "Flat near 0: nothing is left to learn, or nothing trains.",
 )
+ROUTERS = Group(
+  "Experts",
+  (
+    Metric(
+      "router/imbalance",
+      "imbalance",
+      LOWER,
+      "Shares of tokens times the routers' probabilities, over all experts and layers; 1 where all are alike.",
+      "Load of experts",
+    ),
+    Metric(
+      "router/busiest",
+      "the busiest expert",
+      LOWER,
+      "Tokens of each layer's busiest expert beside an even share, on average over layers.",
+      "Load of experts",
+    ),
+    Metric(
+      "router/idle",
+      "idle experts",
+      NEITHER,
+      "Share of experts that no token of a micro-batch chose.",
+      "Idle experts",
+    ),
+    Metric(
+      "loss/balance",
+      "balance",
+      LOWER,
+      "The part of the loss that model.router_aux_loss_coef weighs: imbalance times the experts of a token.",
+      "Balance",
+    ),
+    Metric("loss/rows", "of the rows", LOWER, "The loss without that part.", "Loss of the rows"),
+  ),
+  "Of a mixture of experts. A load that grows more uneven while the routers train wastes experts: give "
+  "model.router_aux_loss_coef a weight such as 0.001. Under an adapter that leaves routers frozen, little moves.",
+)
 SPEED = Group(
   "Speed",
   (
@@ -568,16 +604,16 @@ SCORES = Group(
 OTHER = Group(
   "Other", (Metric("*", "", NEITHER, "Recorded by an objective or an adapter of this run.", ""),)
 )
-_COMMON = (SCORES, LENGTHS, PREDICTION, OPTIMISATION, SPEED, OTHER)
+_COMMON = (SCORES, LENGTHS, PREDICTION, ROUTERS, OPTIMISATION, SPEED, OTHER)
 GROUPS: Mapping[str, tuple[Group, ...]] = {
-  "sft": (LOSS, CHANNELS, *_COMMON),
+  "sft": (LOSS, ROUTERS, CHANNELS, *(group for group in _COMMON if group is not ROUTERS)),
   "preference": (LOSS, PARTS, PREFERENCE, DISTANCE, *_COMMON),
   "kto": (LOSS, PARTS, PREFERENCE, DISTANCE, *_COMMON),
   "reward": (LOSS, PARTS, REWARD, *_COMMON),
   "grouped": (LOSS, PARTS, SCORED, DISTANCE, *_COMMON),
   ONLINE: (
     *(REWARDED, VERIFIED, HELD_OUT, WRITTEN, VARIETY, DISTANCE_ONLINE, SAMPLER, LOSS, PARTS),
-    *(SCORES, OPTIMISATION, SPEED, OTHER),
+    *(SCORES, ROUTERS, OPTIMISATION, SPEED, OTHER),
   ),
 }
 

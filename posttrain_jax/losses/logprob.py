@@ -6,14 +6,13 @@ The one place where hidden states meet the head in training: SFT, preference, RL
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from posttrain_jax.core import bits, sharding, struct
+from posttrain_jax.core import bits, sharding, struct, zigzag
 from posttrain_jax.core.weight import linear32
 
 Array = jax.Array
@@ -82,7 +81,10 @@ def score(
   mask = jnp.ones(labels.shape, bool) if mask is None else jnp.asarray(mask, bool)
   options = (softcap, temperature, entropy, collision)
   if sharding.active():
-    return _score(hidden, head, labels, mask, kept, options)
+    time = labels.shape[1]
+    hidden, labels, mask, kept = jax.tree.map(zigzag.parts, (hidden, labels, mask, kept))
+    scores = _score(hidden, head, labels, mask, kept, options)
+    return jax.tree.map(lambda x: zigzag.joined(x, time), scores)
   flat_rows = lambda x: x.reshape(1, -1, x.shape[-1])
   flat = _score(
     flat_rows(hidden),
@@ -123,11 +125,12 @@ def kl_divergence(
     log_p, log_q = logits(hidden, head), logits(other, other_head)
     return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1) * mask
 
-  if not sharding.active():
-    flat = lambda x: x.reshape(1, -1, *x.shape[len(shape) :])
-    hidden, other_hidden, mask = flat(hidden), flat(other_hidden), flat(mask)
-  divergences = _in_chunks(one, (hidden, other_hidden, mask), mask)
-  return jax.lax.stop_gradient(divergences.reshape(shape))
+  flat = lambda x: x.reshape(1, -1, *x.shape[len(shape) :])
+  split, join = flat, lambda x: x.reshape(shape)
+  if sharding.active():
+    split, join = zigzag.parts, lambda x: zigzag.joined(x, shape[1])
+  hidden, other_hidden, mask = split(hidden), split(other_hidden), split(mask)
+  return jax.lax.stop_gradient(join(_in_chunks(one, (hidden, other_hidden, mask), mask)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -236,10 +239,7 @@ def _in_chunks(one: Callable[..., Any], arrays: Sequence[Array], mask: Array) ->
 
 def _chunk_length(batch: int, tokens: int) -> int:
   """How much of the token axis makes CHUNK tokens on a device, and at least one."""
-  shards = 1
-  if sharding.active():
-    sizes = jax.sharding.get_abstract_mesh().shape
-    shards = math.prod(sizes[axis] for axis in sharding.ACTIVATIONS["batch"])
+  shards = sharding.size(sharding.ACTIVATIONS["parts"])
   return max(1, min(CHUNK * shards // batch, tokens))
 
 
@@ -298,7 +298,7 @@ def _logits(products: Array, softcap: float | None, temperature: float) -> tuple
   if softcap is not None:
     squashed = jnp.tanh(z / softcap)
     z, chain = softcap * squashed, chain * (1.0 - squashed**2)
-  return sharding.constrain(z / temperature, "batch time vocab"), chain
+  return sharding.constrain(z / temperature, "parts - vocab"), chain
 
 
 def _among(logits: Array, kept: Array | None, mask: Array) -> Array:

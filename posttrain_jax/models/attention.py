@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from posttrain_jax.core import sharding, struct
-from posttrain_jax.models import cache
+from posttrain_jax.models import across, cache
 
 Array = jax.Array
 NEGATIVE = -2.0e38  # finite, so that a row that may see nothing stays free of NaN
@@ -59,6 +59,7 @@ def attend(
   keys: Places,
   window: Array | int | None = None,
   *,
+  windows: tuple[int, ...] = (),
   scale: float,
   softcap: float | None = None,
   dtype: Any = None,
@@ -68,13 +69,15 @@ def attend(
   A long row is computed in tiles of queries and keys, of which those are left out that nobody sees into: another
   document, the other answer, what is later or behind the window.  So time follows the documents of a row and memory its
   length.  The running maximum and sum of Dao et al. 2022 (FlashAttention), sections 3.1 and B.4; the backward pass
-  computes weights again from each query's log-sum.  A query that sees nothing gives 0.
+  computes weights again from each query's log-sum.  A query that sees nothing gives 0.  On a mesh see `across`.
 
   Args:
     q: [batch, time, heads, head_dim].
     k, v: [batch, keys, kv_heads, head_dim]; heads is a multiple of kv_heads.
-    queries, keys: where they stand; the last keys are the queries, in their order, and none sees a later one.
+    queries, keys: where they stand; the last keys are the queries, in their order, and none sees a later one (over a
+      `context` axis they may stand in any order).
     window: how many positions back a query sees, its own among them; None for all.
+    windows: for `backends` that have to know what a traced window may be; not read here.
     scale: multiplies the scores.
     softcap: cap * tanh(score / cap) (Gemma 2), None for none.
     dtype: of the result; None: q's.
@@ -82,8 +85,10 @@ def attend(
   Returns:
     [batch, time, heads, head_dim]; scores and softmax in float32.
   """
+  del windows
   batch, time, heads, dim = q.shape
   dtype = dtype or q.dtype
+  k, v = across.repeated(q, k, v)
   # [batch, kv_heads, groups, time, dim]: plain batched products, twice as fast as the grouped einsum on XLA:CPU
   folded = (q * scale).reshape(batch, time, k.shape[2], -1, dim).transpose(0, 2, 3, 1, 4)
   k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
@@ -225,21 +230,38 @@ def _attend(q, k, v, where, softcap, dtype):
 
 
 def _attend_forward(q, k, v, where, softcap, dtype):
-  out, normaliser = _by_length(q, _forward, softcap)(q, k, v, where)
+  lies = across.layout(q, k)
+
+  def run(q, k, v, where):
+    k, v = lies.gathered(k, v)
+    return _by_length(q, lies.is_cut, _forward, softcap)(q, k, v, where)
+
+  inputs = (lies.queries, lies.keys, lies.keys, lies.where())
+  outputs = (lies.queries, lies.queries)
+  out, normaliser = across.mapped(run, inputs, outputs)(q, k, v, where)
   out = checkpoint_name(out.astype(dtype), "context")
   return out, (q, k, v, where, out, checkpoint_name(normaliser, "normaliser"))
 
 
 def _attend_backward(softcap, dtype, kept, gradient):
   del dtype
-  return *_by_length(kept[0], _backward, softcap)(*kept, gradient), None
+  lies = across.layout(*kept[:2])
+
+  def run(q, k, v, where, *along):
+    k, v = lies.gathered(k, v)
+    dq, *slopes = _by_length(q, lies.is_cut, _backward, softcap)(q, k, v, where, *along)
+    return dq, *lies.added(*slopes)
+
+  inputs = (lies.queries, lies.keys, lies.keys)
+  more = (lies.where(), *[lies.queries] * 3)
+  return *across.mapped(run, (*inputs, *more), inputs)(*kept, gradient), None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _by_length(q, run, softcap):
-  if q.shape[3] <= SHORT_ROW:
+def _by_length(q, is_cut, run, softcap):
+  if q.shape[3] <= SHORT_ROW and not is_cut:
     return functools.partial(run, softcap, _Spans)
   tiled = {
     name: functools.partial(run, softcap, functools.partial(_Tiles, *size))
@@ -355,7 +377,7 @@ class _Spans:
 
 
 class _Tiles:
-  """A long row: tiles of queries by keys, of which those are computed that `_seen` tells."""
+  """A long row: tiles of queries by keys, of which those are computed that `seen` tells."""
 
   def __init__(self, height, width, q, k, where):
     queries, keys, self.window = where
@@ -363,9 +385,9 @@ class _Tiles:
     self.height, self.width = _even(self.time, height), _even(self.keys, width)
     self.queries = jax.tree.map(lambda x: _padded(x, 1, self.height), queries)
     self.places = jax.tree.map(lambda x: _padded(x, 1, self.width), keys)
-    seen = _seen(self.queries, self.places, self.window, self.height, self.width)
+    computed = seen(self.queries, self.places, self.window, self.height, self.width)
     # first those keys that some query of the block sees
-    self.order, self.count = jnp.argsort(~seen, axis=1, stable=True), jnp.sum(seen, axis=1)
+    self.order, self.count = jnp.argsort(~computed, axis=1, stable=True), jnp.sum(computed, axis=1)
 
   def rows(self, x, i):
     return _slice(_padded(x, 3, self.height), 3, i, self.height)
@@ -400,7 +422,7 @@ def _slice(x, axis, number, size):
   return jax.lax.dynamic_slice_in_dim(x, number * size, size, axis)
 
 
-def _seen(queries, keys, window, height, width):
+def seen(queries, keys, window, height, width):
   """[blocks of queries, blocks of keys]: False where no query of any row sees a key, as far as bounds tell."""
   in_blocks = lambda places, size: jax.tree.map(lambda x: x.reshape(x.shape[0], -1, size), places)
   queries, keys = in_blocks(queries, height), in_blocks(keys, width)

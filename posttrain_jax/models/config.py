@@ -65,11 +65,19 @@ class ModelConfig:
   bos_token_id: int | None = None
   eos_token_ids: tuple[int, ...] = ()
   pad_token_id: int | None = None
+  experts: int = 0  # of each layer's mixture, `intermediate_size` wide each; 0: one MLP, which every token passes
+  experts_per_token: int = 0
+  norm_experts: bool = False  # the weights of a token's experts sum to 1
   scores: int = 0  # of a reward model: numbers a token, in place of logits
   writes: bool = False  # of a reward model: it has a head for logits of its own, too
   # the model_type of a larger model whose text model this is: its classes call the modules otherwise
   part_of: str = ""
   source: str = "{}"  # the config.json it came from, as JSON
+
+  @property
+  def mlp_width(self) -> int:
+    """Numbers that a token has between the MLP's products: of all its experts."""
+    return self.intermediate_size * max(self.experts_per_token, 1)
 
   @property
   def softmax_scale(self) -> float:
@@ -92,6 +100,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
   "qwen3": dict(qk_norm=True),
   "gemma2": dict(norm_plus_one=True, sandwich_norms=True, scale_embeddings=True),
   "gemma3_text": dict(norm_plus_one=True, sandwich_norms=True, scale_embeddings=True, qk_norm=True),
+  "mixtral": {},
+  "qwen3_moe": dict(qk_norm=True),
+}
+# mixtures of experts that other libraries run and this one does not: what their decoders need besides
+LATER = {
+  "gpt_oss": "attention sinks, biases of experts and MXFP4 files",
+  "deepseek_v3": "latent attention, shared experts and a router by groups",
 }
 
 # family -> what a key means that its config.json leaves out (null is a value).  Gemma 3's own files leave out most.
@@ -131,6 +146,27 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     rope_local_base_freq=10_000.0,
     sliding_window_pattern=6,
   ),
+  "mixtral": _ANY
+  | dict(
+    rms_norm_eps=1e-5,
+    rope_theta=1_000_000.0,
+    num_key_value_heads=8,
+    max_position_embeddings=131_072,
+    sliding_window=None,
+    num_local_experts=8,
+    num_experts_per_tok=2,
+    router_jitter_noise=0.0,
+  ),
+  "qwen3_moe": _ANY
+  | _QWEN
+  | dict(
+    num_key_value_heads=4,
+    moe_intermediate_size=768,
+    num_experts_per_tok=8,
+    norm_topk_prob=False,
+    decoder_sparse_step=1,
+    mlp_only_layers=(),
+  ),
 }
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 SCORED = "ForSequenceClassification"
@@ -141,6 +177,8 @@ ARCHITECTURES = {
   "qwen3": "Qwen3ForCausalLM",
   "gemma2": "Gemma2ForCausalLM",
   "gemma3_text": "Gemma3ForCausalLM",
+  "mixtral": "MixtralForCausalLM",
+  "qwen3_moe": "Qwen3MoeForCausalLM",
 }
 
 
@@ -153,6 +191,10 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
   family = config.get("model_type")
   if family == "gemma3" and isinstance(config.get("text_config"), Mapping):
     return dataclasses.replace(from_hf(_text_model(config)), part_of=family)
+  if family in tuple(LATER):
+    raise ValueError(
+      f"model_type {family!r} is a mixture of experts that comes after mixtral and qwen3_moe: it needs {LATER[family]}"
+    )
   if family not in tuple(FAMILIES):
     raise ValueError(
       f"model_type {words.shown(family)} is not supported; supported: {', '.join(FAMILIES)}"
@@ -171,7 +213,7 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
       family=family,
       vocab_size=said["vocab_size"],
       hidden_size=said["hidden_size"],
-      intermediate_size=said["intermediate_size"],
+      intermediate_size=said[_WIDTH.get(family, "intermediate_size")],
       num_layers=layers,
       num_heads=heads,
       num_kv_heads=said["num_key_value_heads"] or heads,
@@ -197,11 +239,39 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
       bos_token_id=said.get("bos_token_id"),
       eos_token_ids=as_ids(said.get("eos_token_id")),
       pad_token_id=said.get("pad_token_id"),
+      **_experts(family, said),
       scores=_scores(config),
       source=json.dumps(dict(config)),
     )
   except KeyError as error:
     raise ValueError(f"the config of a {family} model lacks the key {error}") from None
+
+
+_WIDTH = {"qwen3_moe": "moe_intermediate_size"}  # family -> the key of an expert's width
+# family -> the key of the count of its experts; transformers 5 writes the first one's for both
+_COUNT = {"mixtral": "num_local_experts", "qwen3_moe": "num_experts"}
+
+
+def _experts(family: str, said: Mapping[str, Any]) -> dict[str, Any]:
+  """The fields of a mixture of experts, {} for a family of one MLP a layer."""
+  if family not in _COUNT:
+    return {}
+  if said.get("mlp_only_layers") or said.get("decoder_sparse_step", 1) != 1:
+    raise ValueError(
+      f"mlp_only_layers={words.shown(said.get('mlp_only_layers'))}, "
+      f"decoder_sparse_step={words.shown(said.get('decoder_sparse_step'))}: layers without experts among layers with "
+      "them are not supported; write [] and 1"
+    )
+  if said.get("router_jitter_noise"):
+    raise ValueError(
+      f"router_jitter_noise={words.shown(said['router_jitter_noise'])} is not supported; write 0.0"
+    )
+  count = said.get(_COUNT[family], said.get(_COUNT["mixtral"], 128))
+  chosen = said["num_experts_per_tok"]
+  if chosen > count:
+    raise ValueError(f"num_experts_per_tok={chosen} of {_COUNT[family]}={count} experts")
+  norm = family == "mixtral" or bool(said["norm_topk_prob"])
+  return dict(experts=count, experts_per_token=chosen, norm_experts=norm)
 
 
 # keys of a config.json -> the least and the most that they may say; those of OPTIONAL may be null
@@ -211,12 +281,17 @@ _WHOLE = {
   **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim"), (1, 2**20)),
   **dict.fromkeys(("num_hidden_layers", "sliding_window_pattern", "num_labels"), (1, 2**16)),
   "max_window_layers": (0, 2**16),
+  **dict.fromkeys(("num_experts", "num_local_experts", "num_experts_per_tok"), (1, 2**16)),
+  "moe_intermediate_size": (1, 2**31 - 1),
 }
 _POSITIVE = (
   *("rms_norm_eps", "rope_theta", "rope_local_base_freq", "query_pre_attn_scalar"),
   *("attn_logit_softcapping", "final_logit_softcapping", "partial_rotary_factor"),
 )
-_SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
+_SWITCHES = (
+  *("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"),
+  "norm_topk_prob",
+)
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _OPTIONAL = (
   *("num_key_value_heads", "head_dim", "sliding_window", "num_labels", "query_pre_attn_scalar"),
@@ -364,14 +439,14 @@ def _layer_types(
   if family == "gemma3_text":
     period = said["sliding_window_pattern"]
     return tuple(FULL if (i + 1) % period == 0 else SLIDING for i in range(layers))
-  if family == "mistral":
+  if family in ("mistral", "mixtral", "qwen3_moe"):
     return (SLIDING,) * layers
   full = said["max_window_layers"]  # Qwen
   return tuple(FULL if i < full else SLIDING for i in range(layers))
 
 
 def _window(family: str, said: Mapping[str, Any]) -> int | None:
-  if family == "llama" or (family in ("qwen2", "qwen3") and not said.get("use_sliding_window")):
+  if family == "llama" or (family.startswith("qwen") and not said.get("use_sliding_window")):
     return None
   return said["sliding_window"]
 
@@ -421,15 +496,23 @@ def _described(config: ModelConfig) -> dict[str, Any]:
   if config.family not in (
     "llama",
     "mistral",
+    "mixtral",
   ):  # a Mistral that lists them is a Ministral to transformers
     described["layer_types"] = list(config.kinds)
-  if config.family in ("qwen2", "qwen3"):
+  if config.family.startswith("qwen"):
     described["use_sliding_window"] = config.window is not None
   if config.family.startswith("gemma"):
     described["hidden_activation"] = described.pop("hidden_act")
     described["attn_logit_softcapping"] = config.attention_softcap
     described["final_logit_softcapping"] = config.final_softcap
     described["query_pre_attn_scalar"] = round(config.softmax_scale**-2)
+  if config.experts:
+    described[_WIDTH.get(config.family, "intermediate_size")] = config.intermediate_size
+    described[_COUNT[config.family]] = config.experts
+    described["num_experts_per_tok"] = config.experts_per_token
+  if config.family == "qwen3_moe":
+    described["norm_topk_prob"] = config.norm_experts
+    described.pop("layer_types")  # its transformers class has no such key
   return described
 
 

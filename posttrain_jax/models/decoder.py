@@ -1,7 +1,8 @@
 """The decoder: embeddings, one scan over stacked layers, a norm; then the head.
 
-Families (Llama, Mistral, Qwen 2/3, Gemma 2/3) differ by `ModelConfig` alone.  Parameters are nested dicts named as in
-Hugging Face files, matrices stored `[in, out]`, every per-layer leaf with a leading `layers` axis.
+Families (Llama, Mistral, Qwen 2/3, Gemma 2/3; with experts Mixtral and Qwen 3 MoE) differ by `ModelConfig` alone.
+Parameters are nested dicts named as in Hugging Face files, matrices stored `[in, out]`, every per-layer leaf with a
+leading `layers` axis, and every expert's with an `experts` axis behind it.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from posttrain_jax.core.weight import (
   multiplied,
   unadapted,
 )
-from posttrain_jax.models import attention, before, rotary
+from posttrain_jax.models import attention, backends, before, experts, rotary
 from posttrain_jax.models.attention import Places
 from posttrain_jax.models.cache import Cache, empty_cache, written
 from posttrain_jax.models.config import SLIDING, ModelConfig
@@ -55,7 +56,7 @@ class Spec:
   """One parameter: its shape, the name of each axis, and how a fresh one is drawn.
 
   Axes: vocab, embed (the residual stream), heads (whole heads of queries or keys), values (of the heads), mlp, norm
-  (the scales of a norm), layers.
+  (the scales of a norm), experts, layers.
   """
 
   shape: tuple[int, ...]
@@ -86,13 +87,20 @@ def specs(config: ModelConfig) -> Params:
   if c.sandwich_norms:
     layer["pre_feedforward_layernorm/weight"] = norm(c.hidden_size)
     layer["post_feedforward_layernorm/weight"] = norm(c.hidden_size)
-  dense("mlp/gate_proj", c.hidden_size, c.intermediate_size, "embed mlp", c.mlp_bias)
-  dense("mlp/up_proj", c.hidden_size, c.intermediate_size, "embed mlp", c.mlp_bias)
-  dense("mlp/down_proj", c.intermediate_size, c.hidden_size, "mlp embed", c.mlp_bias)
+  mlp = "mlp"
+  if c.experts:
+    dense("mlp/gate", c.hidden_size, c.experts, "embed experts", False)
+    mlp = "mlp/experts"
+  dense(f"{mlp}/gate_proj", c.hidden_size, c.intermediate_size, "embed mlp", c.mlp_bias)
+  dense(f"{mlp}/up_proj", c.hidden_size, c.intermediate_size, "embed mlp", c.mlp_bias)
+  dense(f"{mlp}/down_proj", c.intermediate_size, c.hidden_size, "mlp embed", c.mlp_bias)
 
   leaves = {"embed_tokens/weight": Spec((c.vocab_size, c.hidden_size), "vocab embed", "normal")}
   for path, spec in layer.items():
-    leaves[f"layers/{path}"] = Spec((c.num_layers, *spec.shape), f"layers {spec.axes}", spec.init)
+    lead, axes = (c.num_layers,), f"layers {spec.axes}"
+    if f"layers/{path}".startswith(tree.EXPERTS):
+      lead, axes = (c.num_layers, c.experts), f"layers experts {spec.axes}"
+    leaves[f"layers/{path}"] = Spec((*lead, *spec.shape), axes, spec.init)
   leaves["norm/weight"] = norm(c.hidden_size)
   if c.scores:
     leaves["score/weight"] = Spec((c.hidden_size, c.scores), "embed scores", "normal")
@@ -173,6 +181,7 @@ def hidden(
   dtype: Any = None,
   remat: str = "none",
   attention_group: int = 0,
+  attention_by: str = "xla",
 ) -> Array:
   """What the head reads: [batch, time, embed], for the given tokens alone.
 
@@ -188,7 +197,38 @@ def hidden(
     dtype: of the computation; default the embedding's.
     remat: what the backward pass recomputes, a key of `REMAT`.
     attention_group: tokens of a group of shifted sparse attention (LongLoRA, in training); 0 for full attention.
+    attention_by: a key of `backends.ATTEND`; where tokens are seen by several documents it is "xla".
   """
+  return hidden_and_load(
+    params,
+    tokens,
+    config,
+    positions=positions,
+    segment_ids=segment_ids,
+    prefix_ids=prefix_ids,
+    embeddings=embeddings,
+    dtype=dtype,
+    remat=remat,
+    attention_group=attention_group,
+    attention_by=attention_by,
+  )[0]
+
+
+def hidden_and_load(
+  params: Params,
+  tokens: Array | None,
+  config: ModelConfig,
+  *,
+  positions: Array | None = None,
+  segment_ids: Array | None = None,
+  prefix_ids: Array | None = None,
+  embeddings: Array | None = None,
+  dtype: Any = None,
+  remat: str = "none",
+  attention_group: int = 0,
+  attention_by: str = "xla",
+) -> tuple[Array, experts.Load | None]:
+  """(`hidden`, what the routers of each layer did with the tokens); None for a model without experts."""
   x = _inputs(params, tokens, embeddings, config, dtype)
   batch, time = x.shape[:2]
   if positions is None:
@@ -197,21 +237,33 @@ def hidden(
     segment_ids = jnp.ones((batch, time), jnp.int32)
   places = Places(positions, segment_ids, prefix_ids)
   x, keys, queries = before.put(params, x, places)
-  look = attention.attend
+  is_shared = x.shape[1] > time or keys is not queries or prefix_ids is not None
+  look = functools.partial(
+    backends.ATTEND["xla" if is_shared else attention_by],
+    windows=(config.window,) if SLIDING in config.kinds else (),
+  )
   if attention_group:
-    if x.shape[1] > time or keys is not queries or prefix_ids is not None:
+    if is_shared:
       raise ValueError(
         f"attention_group={attention_group}: shifted groups have no room for a soft prompt, a prefix or prefix_ids"
       )
+    if sharding.size("context") > 1:
+      raise ValueError(
+        f"attention_group={attention_group}: shifted groups read rows in their order, which a context axis cuts"
+      )
     look = functools.partial(attention.attend_shifted, group=attention_group)
+  # places of keys are on every device once, and not gathered in each layer
+  keys = jax.tree.map(lambda x: constrain(x, "batch -"), keys)
   look = _seeing(look, queries, keys)
   shared = _by_kind(config, queries.positions, _reach(config, keys.positions.shape[1]))
 
   def layer(x, p, kind):
-    return _layer(x, p, _pick(shared, kind), config, before.extend(p, batch), look)
+    return _layer(
+      x, p, _pick(shared, kind), config, before.extend(p, batch), look, queries.segments != 0
+    )
 
-  x = _over_layers(REMAT[remat](layer), x, params["layers"], config)
-  return _norm(x[:, x.shape[1] - time :], params["norm"]["weight"], config)
+  x, load = _over_layers(REMAT[remat](layer), x, params["layers"], config)
+  return _norm(x[:, x.shape[1] - time :], params["norm"]["weight"], config), load
 
 
 def through(layers: Params, x: Array, config: ModelConfig) -> Array:
@@ -226,9 +278,11 @@ def through(layers: Params, x: Array, config: ModelConfig) -> Array:
   shared = _by_kind(config, positions, _reach(config, time))
 
   def layer(x, p, kind):
-    return _layer(x, p, _pick(shared, kind), config, before.extend(p, batch), look)
+    return _layer(
+      x, p, _pick(shared, kind), config, before.extend(p, batch), look, places.segments != 0
+    )
 
-  return _over_layers(layer, x, layers, config)
+  return _over_layers(layer, x, layers, config)[0]
 
 
 def start(params: Params, config: ModelConfig, rows: int, slots: int, dtype: Any) -> Cache:
@@ -276,6 +330,7 @@ def _read(params, x, counts, config, cache):
   """(hidden, cache) after reading the first counts of x: [rows, time, embed]."""
   positions = cache.lengths[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)
   lengths = cache.lengths + counts
+  read = jnp.arange(x.shape[1]) < counts[:, None]
   end = jnp.max(jnp.where(counts > 0, lengths, 0))
   shared = _by_kind(config, positions, _reach(config, cache.slots))
 
@@ -290,11 +345,11 @@ def _read(params, x, counts, config, cache):
     def look(q, k, v, window, **how):
       return attention.attend_cached(q, k, v, index, positions, end, window, **how)
 
-    x = _layer(x, p, _pick(shared, kind), config, extend, look)
-    return x, keys, values
+    x, load = _layer(x, p, _pick(shared, kind), config, extend, look, read)
+    return (x, keys, values), load
 
   carry = (x, cache.k, cache.v)
-  x, keys, values = _over_layers(layer, carry, params["layers"], config, indexed=True)
+  (x, keys, values), _ = _over_layers(layer, carry, params["layers"], config, indexed=True)
   return _norm(x, params["norm"]["weight"], config), Cache(keys, values, lengths)
 
 
@@ -405,12 +460,14 @@ REMAT: dict[str, Callable] = {
 
 
 def _over_layers(layer, carry, layers, config, indexed=False):
-  """carry after every layer: one scan over the stack, or a loop over layers that are apart (`unstack`)."""
+  """(carry after every layer, what each says): a scan over the stack, or a loop over layers apart (`unstack`)."""
   kinds = np.asarray([config.sliding(i) for i in range(config.num_layers)], np.int32)
   if isinstance(layers, tuple):
+    said = []
     for index, (p, kind) in enumerate(zip(layers, kinds)):
-      carry = layer(carry, p, kind, index) if indexed else layer(carry, p, kind)
-    return carry
+      carry, one = layer(carry, p, kind, index) if indexed else layer(carry, p, kind)
+      said.append(one)
+    return carry, jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *said)
 
   leaves, structure = jax.tree.flatten(layers, is_leaf=is_shared)
   stacked = [None if is_shared(leaf) else leaf for leaf in leaves]
@@ -418,10 +475,9 @@ def _over_layers(layer, carry, layers, config, indexed=False):
   def body(carry, xs):
     slices, kind, index = xs
     p = structure.unflatten(leaf if mine is None else mine for mine, leaf in zip(slices, leaves))
-    return (layer(carry, p, kind, index) if indexed else layer(carry, p, kind)), None
+    return layer(carry, p, kind, index) if indexed else layer(carry, p, kind)
 
-  carry, _ = jax.lax.scan(body, carry, (stacked, kinds, np.arange(config.num_layers)))
-  return carry
+  return jax.lax.scan(body, carry, (stacked, kinds, np.arange(config.num_layers)))
 
 
 def _inputs(params, tokens, embeddings, config, dtype):
@@ -458,8 +514,12 @@ def _pick(by_kind, kind):
   return jax.tree.map(lambda full, sliding: jnp.where(kind, sliding, full), *by_kind)
 
 
-def _layer(x, p, shared, config, extend, look):
-  """One block; `extend(k, v)` returns all keys and values there are to look at, `look` is the attention."""
+def _layer(x, p, shared, config, extend, look, valid):
+  """(x behind one block, the load of its experts or None).
+
+  `extend(k, v)` returns all keys and values there are to look at, `look` is the attention; valid: [batch, time], false
+  for padding.
+  """
   window, cos, sin = shared
   x = checkpoint_name(x, "entering")  # named within the layer: what a scan carries is not moved
   p = _gathered(memory.fetch(p))
@@ -472,10 +532,14 @@ def _layer(x, p, shared, config, extend, look):
   else:
     x, before = x + h, after
   x = checkpoint_name(constrain(x, "batch time embed"), "middle")
-  h = _mlp(_norm(x, before, config), p["mlp"], config)
+  h, load = _norm(x, before, config), None
+  if config.experts:
+    h, load = experts.mlp(h, p["mlp"], config, valid)
+  else:
+    h = _mlp(h, p["mlp"], config)
   if config.sandwich_norms:
     h = _norm(h, p["post_feedforward_layernorm"]["weight"], config)
-  return constrain(x + h, "batch time embed")
+  return constrain(x + h, "batch time embed"), load
 
 
 def _gathered(p):
@@ -511,8 +575,7 @@ def _attention(h, p, window, cos, sin, config, extend, look):
 def _mlp(h, p, config):
   gate = constrain(checkpoint_name(_project(h, p["gate_proj"]), "gate"), "batch time mlp")
   up = constrain(checkpoint_name(_project(h, p["up_proj"]), "up"), "batch time mlp")
-  act = jax.nn.silu(gate) if config.activation == "silu" else jax.nn.gelu(gate, approximate=True)
-  return _project(act * up, p["down_proj"])
+  return _project(experts.ACTIVATIONS[config.activation](gate) * up, p["down_proj"])
 
 
 def _project(x, p):

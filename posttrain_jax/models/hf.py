@@ -24,6 +24,7 @@ import numpy as np
 from posttrain_jax.core import files, shards, tree
 from posttrain_jax.models import decoder, fetch, quantised
 from posttrain_jax.models.config import ModelConfig, from_hf, to_hf
+from posttrain_jax.models.names import theirs
 from posttrain_jax.quant import bnb
 
 log = logging.getLogger(__name__)
@@ -181,7 +182,7 @@ def save(
     )
   tied = config.tied if config.scores else "lm_head/weight" not in leaves
   _check(leaves, dataclasses.replace(config, tied=tied and config.tied))
-  storage = quantised.config(leaves, tied)
+  storage = quantised.config(leaves, tied, config.family)
   if tokenizer_from is not None and not Path(tokenizer_from).is_dir():
     raise FileNotFoundError(f"tokenizer_from={str(tokenizer_from)!r} is not a folder")
   with files.publish(folder) as new:
@@ -216,18 +217,28 @@ def _check(leaves: Mapping[str, Any], config: ModelConfig) -> None:
       raise ValueError(f"{path} has shape {leaf.shape}, the config asks for {wanted[path]}")
 
 
-def hf_name(path: str, layer: int | None = None) -> str:
-  """The Hugging Face tensor name of a parameter path.
+def hf_name(path: str, at: Sequence[int] = (), family: str = "") -> str:
+  """The Hugging Face tensor name of a parameter path, of one module of a stacked one.
 
-  >>> hf_name("layers/self_attn/q_proj/weight", 3)
+  >>> hf_name("layers/self_attn/q_proj/weight", (3,))
   'model.layers.3.self_attn.q_proj.weight'
+  >>> hf_name("layers/mlp/experts/up_proj/weight", (3, 1), "mixtral")
+  'model.layers.3.block_sparse_moe.experts.1.w3.weight'
   >>> hf_name("lm_head/weight")
   'lm_head.weight'
   """
-  name = path.replace("/", ".")
-  if layer is not None:
-    name = name.replace("layers.", f"layers.{layer}.", 1)
+  name = theirs(tree.numbered(path, at), family)
   return name if path.startswith(HEADS) else f"model.{name}"
+
+
+def hf_names(path: str, config: ModelConfig) -> list[str]:
+  """The Hugging Face tensor names of all modules of a leaf."""
+  return [hf_name(path, at, config.family) for at in places(path, config)]
+
+
+def places(path: str, config: ModelConfig) -> list[tuple[int, ...]]:
+  """The indices of a leaf's modules, as `tree.places` has them."""
+  return tree.places(path, (config.num_layers, config.experts))
 
 
 def _check_stored(reader: shards.Reader, name: str, wanted: tuple[int, ...]) -> None:
@@ -251,9 +262,7 @@ def _match(
   prefix = prefix_of(reader.where)
   located: dict[str, list[str]] = {}
   for path in specs:
-    stacked = path.startswith("layers/")
-    parts = [hf_name(path, i) for i in range(config.num_layers)] if stacked else [hf_name(path)]
-    located[path] = [held_name(name, prefix, reader.where) for name in parts]
+    located[path] = [held_name(name, prefix, reader.where) for name in hf_names(path, config)]
   weights = {name for names in located.values() for name in names}
   wanted = {part for name in weights for part in bnb.parts(name, reader.where).values()}
   missing = sorted(wanted - set(reader.where))
@@ -306,7 +315,7 @@ def held_name(name: str, prefix: str, held: Mapping[str, Any]) -> str:
 
 def _stored_shape(path: str, spec: decoder.Spec) -> tuple[int, ...]:
   """The shape that each of the file's tensors of a leaf must have."""
-  shape = spec.shape[1:] if path.startswith("layers/") else spec.shape
+  shape = spec.shape[tree.leads(path) :]
   return shape[::-1] if tree.turned(path) else shape
 
 
@@ -340,9 +349,9 @@ def _stack(
 ) -> np.ndarray:
   """The leaf that the tensors make, matrices turned to [in, out]; filled layer by layer."""
   result = files.room(spec.shape, jnp.dtype(dtype or _widest(reader, names)))
-  for i, name in enumerate(names):
+  for at, name in zip(tree.places(path, spec.shape), names):
     tensor = files.narrowed(name, reader.get(name), str(result.dtype))
-    result[i if path.startswith("layers/") else ...] = tensor.T if tree.turned(path) else tensor
+    result[at or ...] = tensor.T if tree.turned(path) else tensor
   return result
 
 
@@ -356,23 +365,17 @@ def _tensors(leaves: Mapping[str, Any], config: ModelConfig):
     if isinstance(leaf, quantised.TYPES):
       yield from _quantised_tensors(path, leaf, config)
       continue
-    dtype = str(leaf.dtype)
-    turn = tree.turned(path)
-    if not path.startswith("layers/"):
-      shape = leaf.shape[::-1] if turn else leaf.shape
-      yield hf_name(path), (shape, dtype, lambda leaf=leaf, turn=turn: _host(leaf, turn))
-      continue
-    shape = leaf.shape[:0:-1] if turn else leaf.shape[1:]
-    for i in range(config.num_layers):
-      make = lambda leaf=leaf, turn=turn, i=i: _host(leaf[i], turn)
-      yield hf_name(path, i), (shape, dtype, make)
+    dtype, turn, lead = str(leaf.dtype), tree.turned(path), tree.leads(path)
+    shape = leaf.shape[lead:][::-1] if turn else leaf.shape[lead:]
+    for at in places(path, config):
+      make = lambda leaf=leaf, turn=turn, at=at: _host(leaf[at] if at else leaf, turn)
+      yield hf_name(path, at, config.family), (shape, dtype, make)
 
 
 def _quantised_tensors(path: str, leaf: Any, config: ModelConfig):
-  stacked = path.startswith("layers/")
-  for i in range(config.num_layers) if stacked else (None,):
-    for part, entry in bnb.write(leaf, i).items():
-      yield bnb.tensor(hf_name(path, i), part), entry
+  for at in places(path, config):
+    for part, entry in bnb.write(leaf, at).items():
+      yield bnb.tensor(hf_name(path, at, config.family), part), entry
 
 
 def _host(leaf, turn):

@@ -16,6 +16,10 @@ DECODER = (
   (r"layers/mlp/down_proj/weight", P(None, "tensor", "fsdp")),
   (r"layers/self_attn/[qkv]_proj/bias", P(None, "tensor")),
   (r"layers/mlp/(gate|up)_proj/bias", P(None, "tensor")),
+  # an expert's matrix is never cut by `tensor`: the axis has experts of its own
+  (r"layers/mlp/experts/(gate|up)_proj/weight", P(None, ("expert", "tensor"), "fsdp", None)),
+  (r"layers/mlp/experts/down_proj/weight", P(None, ("expert", "tensor"), None, "fsdp")),
+  (r"layers/mlp/gate/weight", P()),
   (r"layers/.*(bias|norm/weight)", P()),
   (r"norm/weight", P()),
 )

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from posttrain_jax import quant
-from posttrain_jax.core import files
+from posttrain_jax.core import files, tree
+from posttrain_jax.models.names import theirs
 from posttrain_jax.quant import bnb, fourbit, int8, stack
 
 log = logging.getLogger(__name__)
@@ -100,7 +101,7 @@ def load(
   dtype: Any,
   storage: str,
 ) -> Any:
-  """The leaf at path in host memory: [in, out] or [layers, in, out], plain or of a type of `quant.STORAGES`.
+  """The leaf at path in host memory: [in, out] or a stack of such, plain or of a type of `quant.STORAGES`.
 
   No more than one matrix is there besides the leaf itself.
 
@@ -118,7 +119,7 @@ def load(
   if len(shape) == 2:
     return next(kept)
   try:
-    return stack.fill(kept, len(names))
+    return stack.fill(kept, shape[:-2])
   except stack.Unlike as problem:
     raise ValueError(f"{path}: {problem}; write dtype= to have them alike") from None
 
@@ -135,7 +136,7 @@ def _matrix(reader, name, shape, turn, dtype):
   return weight if dtype is None else dataclasses.replace(weight, dtype=jnp.dtype(dtype))
 
 
-def config(leaves: Mapping[str, Any], tied: bool) -> dict[str, Any]:
+def config(leaves: Mapping[str, Any], tied: bool, family: str) -> dict[str, Any]:
   """The `quantization_config` of these leaves; {} where all are plain.
 
   Raises:
@@ -150,7 +151,8 @@ def config(leaves: Mapping[str, Any], tied: bool) -> dict[str, Any]:
     raise ValueError(f"{pairs}: a folder says one type for all; quantise them alike")
   if "embed_tokens/weight" in stored:
     raise ValueError("embed_tokens/weight is quantised: a file has it plain")
-  linear = [p for p in leaves if p.endswith("_proj/weight") or p == "lm_head/weight"]
+  linear = [p for p in leaves if tree.turned(p) and p != "score/weight"]
   plain = [p for p in linear if p not in stored] + (["lm_head/weight"] if tied else [])
-  endings = [p.removeprefix("layers/").removesuffix("/weight").replace("/", ".") for p in plain]
+  endings = [p.removeprefix("layers").removesuffix("/weight").replace("/", ".") for p in plain]
+  endings = [theirs(ending, family).removeprefix(".") for ending in endings]
   return {"quantization_config": bnb.config(next(iter(stored.values())), endings)}

@@ -1,6 +1,7 @@
 """Objectives join model, data and loss, and add up exactly: one file a kind of rows."""
 
 from posttrain_jax.core.metrics import read
+from posttrain_jax.objectives.balance import Balance
 from posttrain_jax.objectives.groups import Grouped
 from posttrain_jax.objectives.imitation import Imitation
 from posttrain_jax.objectives.labels import Labelled
@@ -21,6 +22,7 @@ from posttrain_jax.objectives.sum import Sum
 from posttrain_jax.objectives.supervised import Sft
 
 __all__ = [
+  "Balance",
   "Batch",
   "Context",
   "Forward",

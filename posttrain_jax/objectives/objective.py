@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from posttrain_jax import adapters
-from posttrain_jax.core import struct, tree
-from posttrain_jax.losses import logprob
-from posttrain_jax.models import decoder
+from posttrain_jax.core import metrics as metrics_lib
+from posttrain_jax.core import struct, tree, zigzag
+from posttrain_jax.losses import balance, logprob
+from posttrain_jax.models import decoder, experts
 from posttrain_jax.models.config import ModelConfig
 
 Array = jax.Array
@@ -94,10 +95,12 @@ def policy(trainable: Any, context: Context, key: Array | None = None) -> Any:
 
 @struct.dataclass
 class Forward:
-  """The policy on a batch: its bound parameters, and the hidden states [rows, time, embed] before the head."""
+  """The policy on a batch: its bound parameters, and the hidden states before the head."""
 
   params: Any
+  # [rows, time, embed] as `zigzag.cut` has rows; all else of a batch is in its own order
   hidden: Array
+  load: Any = None  # of a mixture of experts: what its routers did, a layer each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +115,7 @@ class Scorer(abc.ABC):
   products: Any = None  # the dtype that they are computed in; None: dtype
   remat: str = "none"
   attention_group: int = 0  # of shifted attention, in training only; 0: full attention
+  attention_by: str = "xla"  # what computes it: `models.backends`
 
   @property
   def needs_reference(self) -> bool:
@@ -147,7 +151,8 @@ class Scorer(abc.ABC):
     training: bool,
   ) -> tuple[Array, Metrics]:
     forward = self.forward(trainable, context, batch, key, training=training)
-    return self.contribution(forward, context, batch, totals, training=training)
+    loss, metrics = self.contribution(forward, context, batch, totals, training=training)
+    return loss, metrics if forward.load is None else {**metrics, **measured_load(forward.load)}
 
   @abc.abstractmethod
   def totals(
@@ -171,19 +176,26 @@ class Scorer(abc.ABC):
     self, trainable: Any, context: Context, batch: Batch, key: Array | None, *, training: bool
   ) -> Forward:
     params = policy(trainable, context, key if training else None)
-    return Forward(params, self.hidden(params, batch, training=training))
+    return Forward(params, *self.hidden_and_load(params, batch, training=training))
 
   def hidden(self, params: Any, batch: Batch, *, training: bool = False) -> Array:
-    return decoder.hidden(
+    return self.hidden_and_load(params, batch, training=training)[0]
+
+  def hidden_and_load(
+    self, params: Any, batch: Batch, *, training: bool = False
+  ) -> tuple[Array, experts.Load | None]:
+    prefix_ids = batch.get("prefix_ids")
+    return decoder.hidden_and_load(
       decoder.multiplied_in(params, self.products),
-      batch["tokens"],
+      zigzag.cut(batch["tokens"]),
       self.model,
-      positions=batch["positions"],
-      segment_ids=batch["segment_ids"],
-      prefix_ids=batch.get("prefix_ids"),
+      positions=zigzag.cut(batch["positions"]),
+      segment_ids=zigzag.cut(batch["segment_ids"]),
+      prefix_ids=None if prefix_ids is None else zigzag.cut(prefix_ids),
       dtype=self.dtype,
       remat=self.remat,
       attention_group=self.attention_group if training else 0,
+      attention_by=self.attention_by,
     )
 
   def head(self, forward: Forward) -> Any:
@@ -193,15 +205,32 @@ class Scorer(abc.ABC):
   def scores(self, forward: Forward, batch: Batch, mask: Array, **options: Any) -> logprob.Scores:
     """The scores of the token after each position, where the mask says so; [rows, time]."""
     labels, _ = targets(batch)
-    return logprob.score(
+    scores = logprob.score(
       forward.hidden,
       self.head(forward),
-      labels,
-      mask=mask,
+      zigzag.cut(labels),
+      mask=zigzag.cut(mask),
       softcap=self.model.final_softcap,
-      kept=following(batch["kept"]) if "kept" in batch else None,
+      kept=zigzag.cut(following(batch["kept"])) if "kept" in batch else None,
       **options,
     )
+    return jax.tree.map(lambda x: zigzag.whole(x, mask.shape[1]), scores)
+
+
+def measured_load(load: experts.Load) -> Metrics:
+  """What runs record of the routers, over the tokens of a micro-batch; 1 is even."""
+  load = jax.lax.stop_gradient(load)
+  count = jnp.maximum(load.tokens, 1)
+  share = load.chosen / count[:, None]
+  each = jnp.maximum(jnp.sum(share, axis=-1), 1e-9)  # experts a token
+  even = load.chosen.shape[-1] / each
+  mean = lambda values: metrics_lib.Mean(jnp.mean(values) * load.tokens[0], load.tokens[0])
+  imbalance = balance.load_balance(load.chosen, load.probability, load.tokens)
+  return {
+    "router/imbalance": mean(imbalance / each),
+    "router/busiest": mean(jnp.max(share, axis=-1) * even),
+    "router/idle": mean(load.chosen == 0),
+  }
 
 
 def following(values: Array) -> Array:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from posttrain_jax.core import metrics as metrics_lib
-from posttrain_jax.core import struct
+from posttrain_jax.core import struct, zigzag
 from posttrain_jax.core.metrics import Mean
 from posttrain_jax.core.weight import linear32
 from posttrain_jax.losses import logprob, preference, supervised
@@ -340,10 +340,10 @@ class Preference(Compared):
       self.head(forward),
       theirs.hidden,
       self.head(theirs),
-      mask=mask,
+      mask=zigzag.cut(mask),
       softcap=self.model.final_softcap,
     )
-    return ref_logps, divergence
+    return ref_logps, zigzag.whole(divergence, mask.shape[1])
 
   def _mean_logits(self, forward: Forward, at: Spans) -> Array | None:
     """[rows, slots]: over the vocabulary and an answer's scored tokens, which a linear head gives of their mean."""
@@ -351,7 +351,7 @@ class Preference(Compared):
       return None
     where = jax.nn.one_hot(at.answer, at.present.shape[1], dtype=forward.hidden.dtype)
     where = where * at.mask[..., None] / at.lengths[:, None, :]
-    means = jnp.einsum("rts,rte->rse", where, forward.hidden)
+    means = jnp.einsum("rts,rte->rse", zigzag.cut(where), forward.hidden)
     return jnp.mean(linear32(means, self.head(forward)), axis=-1)
 
   def _sums(self, logps: Array, at: Spans) -> Array:

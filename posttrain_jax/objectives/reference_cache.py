@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import safetensors
 
-from posttrain_jax.core import distributed, files, tree
+from posttrain_jax.core import distributed, files, sharding, tree
 from posttrain_jax.data.answers import Answers
 from posttrain_jax.data.packing import bucket_edges, pack_answers
 from posttrain_jax.objectives.objective import Batch, Forward, Scorer
@@ -144,7 +144,7 @@ def _batches(
   lengths = np.array([len(e.tokens) for e in bare])
   edges = bucket_edges(lengths)
   slots = max(e.count for e in bare)
-  shares = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+  shares = 1 if mesh is None else sharding.row_shares(mesh)
   bucket = np.searchsorted(edges, lengths)
   for at, edge in enumerate(edges):
     here = np.flatnonzero(bucket == at).tolist()

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from posttrain_jax.core import metrics as metrics_lib
+from posttrain_jax.core import zigzag
 from posttrain_jax.losses import reward
 from posttrain_jax.losses.spans import Spans
 from posttrain_jax.models import decoder
@@ -49,13 +50,13 @@ class Reward(Scorer):
 
   def of_tokens(self, params: Any, batch: Batch) -> Array:
     """The reward of the text up to each token, [rows, time]; where a step ends, the step's."""
-    return _of_tokens(Forward(params, self.hidden(params, batch)))
+    return _of_tokens(Forward(params, self.hidden(params, batch)), batch)
 
   def _of_answers(self, forward: Forward, batch: Batch) -> Array:
     answer = jnp.where(batch["loss_mask"], batch["answer"], -1)
     is_last = (answer >= 0) & (following(answer).at[:, -1].set(-1) != answer)
     at = Spans(is_last, batch["answer"], batch["present"])
-    return at.per_answer(_of_tokens(forward))
+    return at.per_answer(_of_tokens(forward, batch))
 
   def totals(
     self,
@@ -83,7 +84,7 @@ class Reward(Scorer):
     else:
       present = ~jnp.isnan(batch["steps"])
       labels = jnp.where(present, batch["steps"], 0.0)
-      losses, metrics = _judged(_of_tokens(forward), labels, present)
+      losses, metrics = _judged(_of_tokens(forward, batch), labels, present)
     loss = jnp.sum(jnp.where(present, losses, 0.0)) / jnp.maximum(totals["count"], 1)
     metrics["loss"] = metrics_lib.mean(jax.lax.stop_gradient(losses), present)
     metrics["tokens"] = jnp.sum(batch["segment_ids"] > 0)
@@ -106,8 +107,9 @@ class Reward(Scorer):
     return losses, present, metrics
 
 
-def _of_tokens(forward: Forward) -> Array:
-  return decoder.scores(forward.params, forward.hidden)[..., 0]
+def _of_tokens(forward: Forward, batch: Batch) -> Array:
+  rewards = decoder.scores(forward.params, forward.hidden)[..., 0]
+  return zigzag.whole(rewards, batch["tokens"].shape[1])
 
 
 def _judged(rewards: Array, labels: Array, present: Array) -> tuple[Array, Metrics]:

@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from posttrain_jax.build import decisions
-from posttrain_jax.core import tree
+from posttrain_jax.core import sharding, tree
 from posttrain_jax.core.weight import Weight
 from posttrain_jax.losses import logprob
 from posttrain_jax.models.config import ModelConfig
@@ -24,6 +24,8 @@ def arithmetic(built: Program) -> dict[str, int]:
   parts = decisions.micro_batches(built.config, state_lib.devices(built.state))
   rows = math.ceil(built.config.batch.rows / parts / _row_shards(built))
   tokens = rows * built.config.data.length
+  if built.mesh is not None:
+    tokens = math.ceil(tokens / built.mesh.shape["context"])
   other = built.context.reference
   compared = {} if other is None else {"reference": program.bytes_a_device(other)}
   return {
@@ -45,7 +47,7 @@ def saved(model: ModelConfig, remat: str, itemsize: int) -> int:
   """
   heads, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
   inputs, attention = model.hidden_size, heads + 2 * kv
-  mlp = 2 * model.intermediate_size
+  mlp = 2 * model.mlp_width
   softmax = 2 * model.num_heads * 4 // itemsize  # a query's maximum and sum, float32
   kept = {
     "full": 0,
@@ -73,4 +75,4 @@ def _row_shards(built: Program) -> int:
   """Over how many devices the rows are spread."""
   if built.mesh is None:
     return 1
-  return built.mesh.shape["data"] * built.mesh.shape["fsdp"]
+  return sharding.row_shares(built.mesh)

@@ -32,7 +32,7 @@ def flops(built: Program) -> dict[str, float]:
   config, model = built.config, built.model
   tokens = config.batch.rows * config.data.length
   full = decisions.is_full(config)
-  matrices = float(_matrices(built))
+  matrices = _matrices(built)
   adapter = 0.0 if full else float(numbers(built.state.trainable))
   passes = 3 if full else 2
   compares = int(built.context.reference is not None or _asks_base(built))
@@ -66,12 +66,16 @@ def _asks_base(built: Program) -> bool:
   )
 
 
-def _matrices(built: Program) -> int:
-  """Numbers of the matrices that every token is multiplied with, a tied head included."""
+def _matrices(built: Program) -> float:
+  """Numbers of the matrices that a token is multiplied with, a tied head included; of experts those that it chooses."""
   params = built.state.trainable if built.context.base is None else built.context.base
   sizes = {path: math.prod(shape(leaf)) for path, leaf in tree.items(params)}
+  model = built.model
+  active = model.experts_per_token / model.experts if model.experts else 1.0
   layers = sum(
-    size for path, size in sizes.items() if path.startswith("layers/") and tree.turned(path)
+    size * (active if "/experts/" in path else 1.0)
+    for path, size in sizes.items()
+    if path.startswith("layers/") and tree.turned(path)
   )
   head = sizes.get("lm_head/weight", sizes["embed_tokens/weight"])
   return layers + head

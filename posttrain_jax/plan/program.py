@@ -120,7 +120,7 @@ def build(config: ml_collections.ConfigDict, target: Target) -> Program:
   products = decisions.products(config)
   dtype = decisions.between(products, target.platform)
   model = Model(Path(), None, model_config, None, None, dtype, products=products)
-  loss = objective.make(config, model, ())
+  loss = objective.make(config, model, (), target.platform)
   trainable, carried, context = parameters(config, model_config, loss, mesh, target.devices[0])
   updates, rate = optimizer.make(config, model_config)
   state = state_lib.abstract(trainable, updates, carried, loss, mesh)

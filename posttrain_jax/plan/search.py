@@ -33,10 +33,10 @@ def search(config: Any, chips: Target) -> list[dict[str, Any]]:
 
 
 def unit(config: Any, chips: Target) -> int:
-  """The fewest rows that the mesh takes: data x fsdp devices with a row each in every micro-batch."""
+  """The fewest rows that the mesh takes: data x fsdp x expert devices with a row each in every micro-batch."""
   m = config.mesh
   devices = len(chips.devices)
-  known = m.tensor if m.tensor > 0 else 1
+  known = max(m.tensor, 1) * max(m.context, 1)
   return max(1, devices // known) * config.batch.accumulate
 
 

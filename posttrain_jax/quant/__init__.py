@@ -59,11 +59,14 @@ def abstract(path: str, leaf: Any, storage: str) -> Any:
 
 
 def is_linear(path: str, leaf: Any) -> bool:
-  return path.startswith("layers/") and path.endswith("/weight") and len(weight.shape(leaf)) == 3
+  """Whether the leaf is a stack of matrices that a type can store; a mixture's router is none: it is read exactly."""
+  lead = tree.leads(path)
+  is_stack = bool(lead) and path.endswith("/weight") and len(weight.shape(leaf)) == lead + 2
+  return is_stack and path != tree.ROUTER
 
 
 def quantize(path: str, leaf: Any, storage: str, **options: Any) -> Any:
-  """The weight at path, [in, out] or [layers, in, out], in a type of `STORAGES`; errors name the path."""
+  """The weight at path, [in, out] or a stack of such, in a type of `STORAGES`; errors name the path."""
   if isinstance(leaf, weight.Weight):
     raise ValueError(
       f"cannot quantise {path}: it is a {type(leaf).__name__} already; quantise the plain base, once, "
@@ -89,8 +92,7 @@ def _matches(pattern: str, leaves: Mapping[str, Any]) -> list[str]:
   is_kept = functools.partial(patterns.fullmatch, rf"(?:.*[./])?(?:{pattern})")
   paths = []
   for path, leaf in leaves.items():
-    shape = weight.shape(leaf)
-    names = tree.expand(path, shape[0] if shape else 0)
+    names = tree.expand(path, weight.shape(leaf))
     hits = [is_kept(name) for name in names]
     if is_kept(path) or (hits and all(hits)):
       paths.append(path)

@@ -245,12 +245,12 @@ def _same(part: str, tensors: Mapping[str, np.ndarray], wanted: np.ndarray) -> N
 # Writing
 
 
-def write(weight: Any, layer: int | None = None) -> dict[str, Entry]:
-  """part -> (shape, dtype, maker) of a matrix [in, out], or of one layer of a stack.
+def write(weight: Any, at: tuple[int, ...] = ()) -> dict[str, Entry]:
+  """part -> (shape, dtype, maker) of a matrix [in, out], or of the one at an index of a stack.
 
   The makers take the arrays from the device, when the file is written.
   """
-  of_layer = lambda x: np.asarray(x if layer is None else x[layer])
+  of_layer = lambda x: np.asarray(x[at] if at else x)
   rows, out = weight.shape[-2:]
   if isinstance(weight, int8.Int8):
     return {

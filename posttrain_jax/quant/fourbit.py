@@ -27,7 +27,7 @@ Kind = TypeVar("Kind", bound="FourBit")
 
 @struct.dataclass
 class FourBit(weight.Weight):
-  """w[i, o] = CODEBOOK[code[i, o]] * scale[i // block_size, o], with an optional leading [layers] axis.
+  """w[i, o] = CODEBOOK[code[i, o]] * scale[i // block_size, o], with optional leading axes of a stack.
 
   Two codes share a byte, the even row in the high half.  With double quantisation a scale is
   map[scales] * nested_absmax[block] + offset (`blockwise`, signed map), where blocks of 256 run over the scales of one
@@ -181,7 +181,7 @@ _apply.defvjp(_apply_forward, _apply_backward)
 
 
 def quantize(kind: type[Kind], w: Any, block_size: int, double_quant: bool) -> Kind:
-  """w, [in, out] or stacked [layers, in, out], as `kind`; blocks run along `in`.
+  """w, [in, out] or a stack of such, as `kind`; blocks run along `in`.
 
   Layers are quantised one after the other, each as a matrix of its own.  Subnormal numbers count as zero.
 
@@ -214,9 +214,8 @@ def _quantize(
   w: Array, kind: type[Kind], block_size: int, double_quant: bool
 ) -> tuple[Kind, Array]:
   """(`kind`, largest absolute value; NaN if any value is)."""
-  if w.ndim == 3:
-    q, largest = jax.lax.map(lambda w: _quantize(w, kind, block_size, double_quant), w)
-    return q, stack.largest(largest)
+  if w.ndim > 2:
+    return stack.over(lambda w: _quantize(w, kind, block_size, double_quant), w)
   rows, out = w.shape
   blocks = w.astype(jnp.float32).reshape(rows // block_size, block_size, out)
   absmax = jnp.max(jnp.abs(blocks), axis=1)

@@ -92,7 +92,7 @@ _apply.defvjp(_apply_forward, _apply_backward)
 
 
 def quantize(w: Any) -> Int8:
-  """The Int8 of w: [in, out] or stacked [layers, in, out]; one scale per output channel.
+  """The Int8 of w: [in, out] or a stack of such; one scale per output channel.
 
   Raises:
     ValueError: for a shape, dtype or value that it cannot hold.
@@ -104,9 +104,8 @@ def quantize(w: Any) -> Int8:
 @jax.jit
 def _quantize(w: Array) -> tuple[Int8, Array]:
   """(Int8, largest absolute value; NaN if any value is)."""
-  if w.ndim == 3:
-    q, largest = jax.lax.map(_quantize, w)
-    return q, stack.largest(largest)
+  if w.ndim > 2:
+    return stack.over(_quantize, w)
   wide = w.astype(jnp.float32)
   return Int8(*codes_of(wide), dtype=jnp.dtype(w.dtype)), stack.largest(wide)
 

@@ -1,8 +1,9 @@
-"""Stacks of quantised matrices: [layers, in, out] handled one matrix at a time, whatever the type that stores it."""
+"""Stacks of quantised matrices: [layers, in, out] and [layers, experts, in, out], one matrix at a time, of any type."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -27,13 +28,14 @@ class Unlike(ValueError):
 
 
 def quantize(name: str, w: Any, one: Quantizer) -> Any:
-  """`one` of w, [in, out] or [layers, in, out]; a stack on the host goes to the device layer by layer.
+  """`one` of w, [in, out] or a stack of such; a stack on the host goes to the device layer by layer.
 
   Raises:
     Damaged: a value is not finite, or too large.
   """
-  if isinstance(w, np.ndarray) and w.ndim == 3:
-    stacked = fill((quantize(name, layer, one) for layer in w), len(w))
+  if isinstance(w, np.ndarray) and w.ndim > 2:
+    matrices = w.reshape(-1, *w.shape[-2:])
+    stacked = fill((quantize(name, matrix, one) for matrix in matrices), w.shape[:-2])
     return jax.tree.map(jnp.asarray, stacked)
   q, top = one(jnp.asarray(w))
   if not isinstance(top, Tracer) and not float(top) < LARGEST:
@@ -50,8 +52,14 @@ def largest(x: Array) -> Array:
   return jnp.where(jnp.any(jnp.isnan(x)), jnp.nan, jnp.max(jnp.abs(x)).astype(jnp.float32))
 
 
-def fill(matrices: Iterable[Any], layers: int) -> Any:
-  """The [layers, ...] weight of matrices that are made one after the other, in host memory that is taken once.
+def over(one: Callable[[Array], tuple[Any, Array]], w: Array) -> tuple[Any, Array]:
+  """`one` of each matrix of a stack, in turn, and the largest of their values."""
+  q, tops = jax.lax.map(one, w)
+  return q, largest(tops)
+
+
+def fill(matrices: Iterable[Any], lead: Sequence[int]) -> Any:
+  """The [*lead, ...] weight of matrices that are made one after the other, in host memory that is taken once.
 
   Raises:
     Unlike: the matrices are not stored alike.
@@ -60,26 +68,27 @@ def fill(matrices: Iterable[Any], layers: int) -> Any:
   for i, matrix in enumerate(matrices):
     if stacked is None:
       structure = jax.tree.structure(matrix)
-      stacked = jax.tree.map(lambda x: np.empty((layers, *x.shape), x.dtype), matrix)
+      stacked = jax.tree.map(lambda x: np.empty((math.prod(lead), *x.shape), x.dtype), matrix)
     if (form := jax.tree.structure(matrix)) != structure:
-      raise Unlike(f"layer {i} is stored as {form}, layer 0 as {structure}")
+      raise Unlike(f"matrix {i} is stored as {form}, matrix 0 as {structure}")
     jax.tree.map(lambda whole, x, i=i: _set(whole, i, x), stacked, matrix)
-  return stacked
+  return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), stacked)
 
 
 def _set(whole: np.ndarray, i: int, x: Any) -> None:
   if whole.shape[1:] != x.shape or whole.dtype != x.dtype:
     raise Unlike(
-      f"layer {i} holds {x.dtype} {tuple(x.shape)}, layer 0 {whole.dtype} {whole.shape[1:]}"
+      f"matrix {i} holds {x.dtype} {tuple(x.shape)}, matrix 0 {whole.dtype} {whole.shape[1:]}"
     )
   whole[i] = x
 
 
 def check(name: str, shape: tuple[int, ...], dtype: Any) -> None:
   """Raises ValueError for what is no matrix, or no stack of them, of floating-point numbers."""
-  if len(shape) not in (2, 3):
+  if len(shape) not in (2, 3, 4):
     raise ValueError(
-      f"cannot quantise shape {tuple(shape)} to {name}; expected [in, out] or stacked [layers, in, out]"
+      f"cannot quantise shape {tuple(shape)} to {name}; expected [in, out], or stacked [layers, in, out] or "
+      "[layers, experts, in, out]"
     )
   if jnp.dtype(dtype) not in DTYPES:
     raise ValueError(

@@ -132,7 +132,9 @@ def store(params: Params, config: ModelConfig, storage: str) -> Params:
     leaves["lm_head/weight"] = jnp.swapaxes(weight.dense(table), -1, -2)
   if is_trained:
     leaves["embed_tokens/weight"] = table.stored
-  multiplies = lambda path: tree.turned(path) and not path.startswith("score/")
+  # a router chooses by small differences
+  apart = ("score/weight", *((tree.ROUTER,) if storage != AUTO else ()))
+  multiplies = lambda path: tree.turned(path) and path not in apart
   kept = lambda path, leaf: matrix(leaf, storage) if multiplies(path) else leaf
   return tree.unflatten((path, kept(path, leaf)) for path, leaf in leaves.items())
 

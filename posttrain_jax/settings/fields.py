@@ -141,6 +141,14 @@ FIELDS: Mapping[str, Field] = {
     "what of a frozen base lives in host memory: its layers, fetched one at a time",
     Choice(("none", "layers")),
   ),
+  "model.attention": Field(
+    "what computes attention: a kernel of the TPU (splash) or GPU (cudnn) where it has all that the run needs, or xla",
+    Choice(("auto", "xla", "splash", "cudnn")),
+  ),
+  "model.router_aux_loss_coef": Field(
+    "of a mixture of experts: weight of the loss that spreads tokens over them evenly; 0 for none",
+    _NOT_NEGATIVE,
+  ),
   # --- batch, mesh, evaluation, checkpoints
   "batch.rows": Field("rows in an optimizer batch, over all devices", _whole(1, MOST_ROWS)),
   "batch.accumulate": Field(
@@ -148,6 +156,14 @@ FIELDS: Mapping[str, Field] = {
   ),
   "mesh.data": Field("devices along data; -1: all that are left", _whole(1, also=(-1,))),
   "mesh.fsdp": Field("devices along fsdp; -1: all that are left", _whole(1, also=(-1,))),
+  "mesh.expert": Field(
+    "devices that share the experts of a mixture, and each have rows of their own; -1: all that are left",
+    _whole(1, also=(-1,)),
+  ),
+  "mesh.context": Field(
+    "devices that share each row, a part of its tokens each; -1: all that are left",
+    _whole(1, also=(-1,)),
+  ),
   "mesh.tensor": Field("devices along tensor; -1: all that are left", _whole(1, also=(-1,))),
   "eval.every": Field("steps from one evaluation to the next; 0: after the last alone", _whole(0)),
   "eval.best": Field(

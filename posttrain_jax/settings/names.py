@@ -119,6 +119,7 @@ INSTEAD: Mapping[str, str] = {
   "fp16": "--config.model.dtype=float16",
   "fsdp": "--config.mesh.fsdp=N counts the devices that share the parameters; -1: all that are left",
   "tensor_parallel_size": "--config.mesh.tensor=N",
+  "context_parallel_size": "--config.mesh.context=N",
   "push_to_hub": "posttrain export --workdir=DIR --out=DIR --push=ORG/NAME",
   "hub_model_id": "posttrain export --workdir=DIR --out=DIR --push=ORG/NAME",
 }

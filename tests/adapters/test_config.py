@@ -10,7 +10,9 @@ from posttrain_jax.adapters.config import full_name
 from posttrain_jax.core import tree
 from tests.models import families
 
-NAMES = [name for path in tree.flatten(families.make("llama")[1]) for name in tree.expand(path, 3)]
+NAMES = [
+  name for path in tree.flatten(families.make("llama")[1]) for name in tree.expand(path, (3,))
+]
 MATRICES = [name for name in NAMES if "norm" not in name]
 QV = {f"layers.{i}.self_attn.{p}_proj" for i in range(3) for p in "qv"}
 

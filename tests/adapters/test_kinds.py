@@ -216,7 +216,7 @@ def test_gradients_reach_the_adapted_layers_alone_and_remat_keeps_them(name):
   plain, again = gradient("none"), gradient("names")
   jax.tree.map(lambda a, b: close(a, b), again, plain)
   for path, node in tree.items(plain):
-    names = tree.expand(path, model.num_layers)
+    names = tree.expand(path, (model.num_layers,))
     for leaf in jax.tree.leaves(node):
       there = [bool(layer.any()) for layer in leaf]
       assert there == [config.targets(module) for module in names], path

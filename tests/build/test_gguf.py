@@ -139,14 +139,13 @@ def test_an_adapter_is_the_change_that_was_trained(tmp_path, base, loaded, optio
   pairs = gguf_read.read_adapter(out, config)
   changed = dict(tree.items(params))
   for path, leaf in changed.items():
-    layers = range(config.num_layers) if path.startswith("layers/") else [None]
-    for i in layers:
+    for i in hf.places(path, config):
       if hf.hf_name(path, i) in pairs:
         a, b = pairs.pop(hf.hf_name(path, i))
         change = (b @ a).T if tree.turned(path) else b @ a
-        lora = tree.get(node, path) if i is None else weight.layer(tree.get(node, path), i)
+        lora = weight.layer(tree.get(node, path), i) if i else tree.get(node, path)
         assert relative(change, lora.dense(0 * change)) < 1e-3
-        leaf = leaf + change if i is None else leaf.at[i].add(change)
+        leaf = leaf.at[i].add(change) if i else leaf + change
     changed[path] = leaf
   assert not pairs
   found = logits(tree.unflatten(changed), config)

@@ -556,9 +556,10 @@ def test_drift_between_sampler_and_trainer_ends_the_run(folder, tmp_path, capsys
 
 
 @pytest.mark.slow
-def test_eight_devices_learn_the_same_on_a_mesh(folder, tmp_path, monkeypatch):
-  """Two rows of data by four of tensor write the answers that one device writes, and take the same step."""
-  changes = ["steps=2", "mesh.fsdp=2", "mesh.tensor=4", *FILTERS]
+@pytest.mark.parametrize("axis", ["tensor", "context"])
+def test_eight_devices_learn_the_same_on_a_mesh(folder, tmp_path, monkeypatch, axis):
+  """Two rows of data by four of another axis write the answers that one device writes, and take the same step."""
+  changes = ["steps=2", "mesh.fsdp=2", f"mesh.{axis}=4", *FILTERS]
   assert main(command(folder, tmp_path / "mesh", *changes)) == 0
   devices = jax.devices()[:1]
   monkeypatch.setattr(jax, "devices", lambda *args: devices)

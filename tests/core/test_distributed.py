@@ -71,7 +71,7 @@ def test_one_process_holds_every_row():
   assert distributed.shard(mesh) == (0, 1)
   local_rows = {"x": np.arange(24).reshape(8, 3), "y": np.arange(8)}
   batch = distributed.global_batch(mesh, local_rows)
-  assert batch["x"].sharding.spec == PartitionSpec(("data", "fsdp"))
+  assert batch["x"].sharding.spec == PartitionSpec(("data", "fsdp", "expert"))
   assert {shard.data.shape for shard in batch["x"].addressable_shards} == {(2, 3)}
   assert jax.tree.all(jax.tree.map(np.array_equal, batch, local_rows))
   assert distributed.broadcast(3) == 3

@@ -11,18 +11,20 @@ from posttrain_jax.core import sharding
 RULES = ((r"a/.*", P("fsdp")), (r"a/b", P("tensor")), (r"c", P()))
 
 
-def test_a_mesh_has_the_three_axes_and_takes_what_is_left():
-  assert dict(sharding.mesh(data=2, fsdp=2, tensor=2).shape) == dict(data=2, fsdp=2, tensor=2)
-  assert dict(sharding.mesh(fsdp=-1, tensor=2).shape) == dict(data=1, fsdp=4, tensor=2)
+def test_a_mesh_has_all_axes_and_takes_what_is_left():
+  shape = lambda **sizes: dict(sharding.mesh(**sizes).shape)
+  alone = dict.fromkeys(sharding.AXES, 1)
+  assert shape(data=2, context=2, tensor=2) == alone | dict(data=2, context=2, tensor=2)
+  assert shape(fsdp=-1, tensor=2) == alone | dict(fsdp=4, tensor=2)
   one = sharding.mesh(devices=jax.devices()[3:4])
-  assert dict(one.shape) == dict(data=1, fsdp=1, tensor=1)
+  assert dict(one.shape) == alone
   assert list(one.devices.flat) == jax.devices()[3:4]
 
 
 @pytest.mark.parametrize(
   ("sizes", "says"),
   [
-    (dict(fsdp=3), "data=1 x fsdp=3 x tensor=1 needs 3 devices, found 8; write -1"),
+    (dict(fsdp=3), "data=1 x fsdp=3 x .*tensor=1 needs 3 devices, found 8; write -1"),
     (dict(), "needs 1 devices, found 8"),
     (dict(data=-1, tensor=3), "does not divide 8 devices"),
     (dict(data=-1, fsdp=-1), "one axis may be -1"),
@@ -49,6 +51,16 @@ def test_axes_that_do_not_divide_a_dimension_are_dropped():
   assert fitted(P(("data", "fsdp")), 8, 3) == P(("data", "fsdp"), None)
   assert fitted(P(("data", "fsdp")), 6, 3) == P(None, None)
   assert fitted(P(None, "tensor"), 3, 4) == P(None, "tensor")
+
+
+def test_weights_are_shared_by_the_devices_of_a_row():
+  mesh = sharding.mesh(fsdp=2, context=2, tensor=2)
+  fitted = lambda spec, *shape: sharding.fitted(spec, shape, mesh)
+  assert fitted(P("fsdp", "tensor"), 8, 4) == P(("fsdp", "context"), "tensor")
+  assert fitted(P("fsdp", "tensor"), 6, 4) == P("fsdp", "tensor")
+  assert fitted(P(("data", "fsdp"), None, "context"), 8, 4, 4) == P(
+    ("data", "fsdp"), None, "context"
+  )
 
 
 def test_named_places_an_array():

@@ -117,12 +117,12 @@ def test_gradients_pass_through_the_split():
 
 
 def test_expand_names_every_layer():
-  assert tree.expand("layers/mlp/up_proj/weight", 2) == [
+  assert tree.expand("layers/mlp/up_proj/weight", (2,)) == [
     "layers.0.mlp.up_proj",
     "layers.1.mlp.up_proj",
   ]
-  assert tree.expand("layers/self_attn/q_proj", 1) == ["layers.0.self_attn.q_proj"]
-  assert tree.expand("lm_head/weight", 5) == ["lm_head"]
+  assert tree.expand("layers/self_attn/q_proj", (1,)) == ["layers.0.self_attn.q_proj"]
+  assert tree.expand("lm_head/weight", (5,)) == ["lm_head"]
 
 
 def test_size_is_logical_and_nbytes_is_stored():

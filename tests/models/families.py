@@ -97,6 +97,22 @@ FAMILIES: dict[str, dict[str, Any]] = {
   ),
 }
 
+# Mixtures of experts: k of 8, weights that sum to 1 and weights that do not.
+FAMILIES |= {
+  "mixtral": dict(
+    _SIZES, model_type="mixtral", num_local_experts=8, num_experts_per_tok=2, sliding_window=WINDOW
+  ),
+  "qwen3_moe": dict(
+    _SIZES,
+    model_type="qwen3_moe",
+    head_dim=16,
+    moe_intermediate_size=24,
+    num_experts=8,
+    num_experts_per_tok=4,
+    norm_topk_prob=False,
+  ),
+}
+
 
 def config(name: str, **changes: Any) -> ModelConfig:
   """The ModelConfig of a family, with keys of its `config.json` changed."""

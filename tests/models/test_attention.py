@@ -148,7 +148,7 @@ def naive_attention(q, k, v, mask, scale, softcap):
 
 def tiles_seen(queries, keys, window, size):
   """(whether a tile is computed, whether some query of it sees a key), [tiles, tiles] each."""
-  computed = np.asarray(attention._seen(queries, keys, window, size, size))
+  computed = np.asarray(attention.seen(queries, keys, window, size, size))
   mask = np.asarray(attention.visible(queries, keys, window)).any(axis=0)
   needed = mask.reshape(len(mask) // size, size, -1, size).any(axis=(1, 3))
   return computed, needed

@@ -1,7 +1,7 @@
 """A model so small that its log-probabilities are one line: a token's hidden state is a row of a table.
 
-Its parameters are a decoder's without layers.  `hidden` stands in for `Scorer.hidden`, so that an objective runs from
-its batch to its loss as it does in training, and compiles in a fraction of a second.
+Its parameters are a decoder's without layers.  `hidden_and_load` stands in for that of `Scorer`, so that an objective
+runs from its batch to its loss as it does in training, and compiles in a fraction of a second.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from posttrain_jax.core import zigzag
 from posttrain_jax.data.answers import SHARED
 
 VOCAB, EMBED = 250, 6
@@ -28,9 +29,9 @@ def params(seed: int, spread: float = 1.0) -> dict[str, Any]:
   }
 
 
-def hidden(self, params, batch, *, training=False):
+def hidden_and_load(self, params, batch, *, training=False):
   del self, training
-  return jnp.asarray(params["embed_tokens"]["weight"])[batch["tokens"]]
+  return jnp.asarray(params["embed_tokens"]["weight"])[zigzag.cut(batch["tokens"])], None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -57,7 +57,7 @@ def known(examples):
 @pytest.mark.parametrize("loss", few(["ppo", "gspo"], "gspo"))
 def test_what_is_told_of_groups(loss, monkeypatch):
   """Means over answers, or over their tokens; an answer that has no score counts for the reward's mean alone."""
-  monkeypatch.setattr(Scorer, "hidden", bigram.hidden)
+  monkeypatch.setattr(Scorer, "hidden_and_load", bigram.hidden_and_load)
   examples = batches.scored()
   last = examples[-1]
   unscored = (*last.values["score"][:-1], float("nan"))
@@ -110,7 +110,7 @@ def sampled(example, logps, mask):
 @pytest.mark.parametrize("level", few(CORRECTIONS, "token", "sequence"))
 def test_what_is_told_of_a_sampler_that_is_another(level, monkeypatch):
   """verl's metrics, by a loop over answers in float64."""
-  monkeypatch.setattr(Scorer, "hidden", bigram.hidden)
+  monkeypatch.setattr(Scorer, "hidden_and_load", bigram.hidden_and_load)
   low, high, outside = CORRECTIONS[level]
   examples = batches.scored()
   _, log_rho, alone = known(examples)

@@ -37,7 +37,7 @@ CASES = {  # kind: (examples, which answers are imitated, in order)
 
 @pytest.mark.parametrize("kind", CASES)
 def test_the_better_answers_are_imitated_and_no_other(kind, monkeypatch):
-  monkeypatch.setattr(Scorer, "hidden", bigram.hidden)
+  monkeypatch.setattr(Scorer, "hidden_and_load", bigram.hidden_and_load)
   examples, better = CASES[kind]
   params = bigram.params(0)
   alone = bigram.of_answers(examples)
@@ -51,7 +51,7 @@ def test_the_better_answers_are_imitated_and_no_other(kind, monkeypatch):
 
 
 def test_rows_without_a_better_answer_have_no_loss(monkeypatch):
-  monkeypatch.setattr(Scorer, "hidden", bigram.hidden)
+  monkeypatch.setattr(Scorer, "hidden_and_load", bigram.hidden_and_load)
   examples = batches.groups(2, (2,), advantage=ALL(0.0, -1.0))
   objective = Imitation(tiny.config(), kind="scored")
   given = batches.rows_of(examples, [[0], [1]], 48)

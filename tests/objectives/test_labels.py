@@ -23,7 +23,7 @@ def ratios(examples):
 @pytest.mark.parametrize("sign", [1, -1])
 def test_rewards_and_the_kl(sign, monkeypatch):
   """The KL is that of other prompts' answers, and never below 0: one of two policies has it at 0."""
-  monkeypatch.setattr(Scorer, "hidden", bigram.hidden)
+  monkeypatch.setattr(Scorer, "hidden_and_load", bigram.hidden_and_load)
   policy, other = (PARAMS, REFERENCE)[::sign]
   objective = Labelled(tiny.config(), beta=0.2)
   given = batches.rows_of(EXAMPLES, [[0, 1], [2, 3, 4], [5], [6], []], 96)

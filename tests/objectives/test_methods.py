@@ -439,7 +439,7 @@ def ids(value):
   ("config", "fields"), FAST + [slow(*one) for one in METHODS if one not in FAST], ids=ids
 )
 def test_a_method_is_its_formula(config, fields, monkeypatch):
-  monkeypatch.setattr(Scorer, "hidden", bigram.hidden)
+  monkeypatch.setattr(Scorer, "hidden_and_load", bigram.hidden_and_load)
   config = load(config, fields)
   examples = examples_of(config)
   params, ref_params = bigram.params(0, 0.7), bigram.params(0, 0.72)

@@ -142,7 +142,7 @@ def test_mistakes_are_named(options, message):
 @pytest.mark.parametrize("loss", few(["dpo", "orpo"], "dpo"))
 def test_what_is_told_of_pairs(loss, monkeypatch):
   """Means over pairs, and over the chosen answers' tokens; ORPO has no reference, and tells of log-odds."""
-  monkeypatch.setattr(Scorer, "hidden", bigram.hidden)
+  monkeypatch.setattr(Scorer, "hidden_and_load", bigram.hidden_and_load)
   params, ref_params = bigram.params(0, 0.5), bigram.params(1, 0.5)
   examples = pairs(9)
   objective = Preference(tiny.config(), losses=((loss, 1.0), ("sft", 0.2)), beta=0.3)

@@ -98,7 +98,7 @@ def test_two_layers_that_change_places_are_another_model(tmp_path):
 @pytest.mark.parametrize("shape", [None, dict(data=2, fsdp=4)])
 def test_every_example_of_many_batches_has_its_own(shape, tmp_path, monkeypatch):
   """More rows than one batch holds, of two lengths, the last batch part empty; on a mesh likewise."""
-  monkeypatch.setattr(Scorer, "hidden", bigram.hidden)
+  monkeypatch.setattr(Scorer, "hidden_and_load", bigram.hidden_and_load)
   monkeypatch.setattr(reference_cache, "TOKENS", 512)
   params = bigram.params(0)
   examples = [*batches.pairs(9, seed=1), *batches.groups(10, (12,), seed=2)]

@@ -16,7 +16,7 @@ ROWS = [[0, 1], [2, 3], []]
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-  monkeypatch.setattr(Scorer, "hidden", bigram.hidden)
+  monkeypatch.setattr(Scorer, "hidden_and_load", bigram.hidden_and_load)
 
 
 def sigmoid(x):

@@ -1,23 +1,28 @@
 """Objectives on answers: nothing depends on how a batch is divided, packed, ordered or laid out."""
 
 import dataclasses
+import itertools
 
 import jax
 import numpy as np
 import pytest
 
 from posttrain_jax.core import distributed, sharding
+from posttrain_jax.core import metrics as metrics_lib
 from posttrain_jax.data import answers
 from posttrain_jax.data.packing import best_fit
 from posttrain_jax.objectives import (
   Context,
   Grouped,
   Preference,
+  Reward,
   Scorer,
+  evaluation,
 )
 from posttrain_jax.objectives import rows as rows_lib
 from tests import tiny
 from tests.marks import few
+from tests.objectives import bigram
 from tests.objectives.batches import (
   CASES,
   FAST,
@@ -63,7 +68,7 @@ def test_neither_order_nor_packing_nor_a_shared_prompt_changes_anything(name):
 
 def backward_passes(monkeypatch):
   """A list that grows with each backward pass through the decoder."""
-  passes, hidden = [], Scorer.hidden
+  passes, hidden = [], Scorer.hidden_and_load
 
   @jax.custom_vjp
   def counted(x):
@@ -74,7 +79,7 @@ def backward_passes(monkeypatch):
     return (gradient,)
 
   counted.defvjp(lambda x: (x, None), back)
-  monkeypatch.setattr(Scorer, "hidden", lambda *args, **how: counted(hidden(*args, **how)))
+  monkeypatch.setattr(Scorer, "hidden_and_load", lambda *args, **how: counted(hidden(*args, **how)))
   return passes
 
 
@@ -97,17 +102,45 @@ def test_answers_that_agree_need_no_backward_pass(name, monkeypatch):
   assert metrics == pytest.approx(wanted, rel=1e-5, abs=1e-6)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
-def test_eight_devices_are_one(name):
+@pytest.mark.parametrize(
+  ("name", "sizes"),
+  few(
+    itertools.product(CASES, (dict(data=2, fsdp=2, tensor=2), dict(fsdp=2, context=4))),
+    *((name, dict(fsdp=2, context=4)) for name in FAST),
+  ),
+  ids=str,
+)
+def test_eight_devices_are_one(name, sizes):
   objective, trainable, context, examples = setup(name)
-  mesh = sharding.mesh(data=2, fsdp=2, tensor=2)
+  mesh = sharding.mesh(**sizes)
   with jax.set_mesh(mesh):
     trainable, moved = placed(trainable, context, mesh)
     there = distributed.global_batch(mesh, batch(examples))
     grads, metrics = gradient(objective, trainable, moved, there, accumulate=2)
   assert_same(jax.device_get(grads), whole(name)[0])
   assert metrics["loss"] == pytest.approx(whole(name)[1]["loss"], rel=1e-5)
+
+
+MEASURED = {
+  "dpo": (Preference, dict(ld_alpha=0.3), pairs),
+  "orpo": (Preference, dict(losses=(("orpo", 1.0), ("sft_with_prompt", 1.0))), pairs),
+  "reward": (Reward, {}, pairs),
+}
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_what_is_measured_is_the_same_where_rows_are_cut(name, monkeypatch):
+  """What reads neighbours, ranks of tokens within an answer, means over an answer's logits and the KL among it."""
+  monkeypatch.setattr(Scorer, "hidden_and_load", bigram.hidden_and_load)
+  kind, options, make = MEASURED[name]
+  context, params = Context(reference=bigram.params(1)), bigram.params(0)
+  measure = jax.jit(evaluation(kind(tiny.config(), **options)))
+  rows = batch(make())
+  wanted = metrics_lib.read(measure(params, context, None, rows))
+  mesh = sharding.mesh(fsdp=2, context=4)
+  with jax.set_mesh(mesh):
+    found = measure(params, context, None, distributed.global_batch(mesh, rows))
+  assert metrics_lib.read(found) == pytest.approx(wanted, rel=1e-5, abs=1e-6)
 
 
 def test_sums_are_those_of_each_answer_alone():

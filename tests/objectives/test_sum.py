@@ -15,7 +15,7 @@ from tests.objectives import batches, bigram
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-  monkeypatch.setattr(Scorer, "hidden", bigram.hidden)
+  monkeypatch.setattr(Scorer, "hidden_and_load", bigram.hidden_and_load)
 
 
 MODEL = tiny.config()

@@ -77,6 +77,8 @@ def test_eight_micro_batches_are_one_batch(kind):
     slow("full", dict(data=2, fsdp=2, tensor=2), 2),
     slow("lora", dict(fsdp=8), 1),
     slow("qlora", dict(fsdp=4, tensor=2), 2),
+    slow("full", dict(fsdp=2, context=2, tensor=2), 1),
+    ("lora", dict(data=2, context=4), 1),
   ],
   ids=str,
 )

@@ -119,7 +119,7 @@ def test_dpo_from_an_adapter_is_trls(is_moved, models, tokenizer, begun, tmp_pat
     assert values["loss"] == pytest.approx(np.log(2), abs=1e-6)
   compared = 0
   for path, node in tree.items(gradient):
-    for layer, module in enumerate(tree.expand(path, 2)):
+    for layer, module in enumerate(tree.expand(path, (2,))):
       for field, named in NAMES.items():
         wanted = their_gradient[f"base_model.model.model.{module}.{named}.default.weight"]
         found = np.asarray(vars(node)[field][layer]).T

@@ -217,7 +217,7 @@ def test_gradients_equal_peft(base, name, tmp_path):
     for key, parameter in model.named_parameters()
     if parameter.requires_grad
   }
-  names_at = {path: tree.expand(path, config.num_layers) for path in tree.flatten(adapter)}
+  names_at = {path: tree.expand(path, (config.num_layers,)) for path in tree.flatten(adapter)}
   seen = 0
   for path, node in tree.items(tree.combine(gradients, tree.partition(adapter)[1])):
     for module, part in zip(names_at[path], codec._split(node)):

@@ -173,7 +173,7 @@ def test_gradients_equal_pefts(name, case, tmp_path):
 
   part, fixed = tree.partition(adapter)
   slopes = tree.flatten(gradient(part, fixed))
-  names_at = {path: tree.expand(path, config.num_layers) for path in slopes}
+  names_at = {path: tree.expand(path, (config.num_layers,)) for path in slopes}
   theirs = {k: p.grad.numpy() for k, p in model.named_parameters() if p.requires_grad}
   tensors = {"lambda_b": "vera_lambda_b", "lambda_d": "vera_lambda_d", "gain": "ia3_l"}
   tensors |= {"a": "lora_A", "b": "lora_B", "e": "lora_E"}
@@ -332,7 +332,7 @@ def test_the_rank_trajectory_is_pefts(name, schedule, folders):
     adapter = after(tree.combine(part, fixed), gradient, step - 1)
     pattern = model.peft_config["default"].rank_pattern
     for path, node in tree.items(adapter):
-      for layer, module in enumerate(tree.expand(path, config.num_layers)):
+      for layer, module in enumerate(tree.expand(path, (config.num_layers,))):
         key = f"{full_name(module)}.lora_E.default"
         if not node.adapted[layer]:
           assert not node.mask[layer].any()
@@ -356,7 +356,7 @@ def from_torch(adapter, model, read):
   def one(path, node):
     fields = {"a": np.array(node.a), "b": np.array(node.b), "e": np.array(node.e)}
     layers = len(node.adapted)
-    for layer, module in enumerate(tree.expand(path, layers)):
+    for layer, module in enumerate(tree.expand(path, (layers,))):
       for field, array in fields.items():
         key = f"{full_name(module)}.lora_{field.upper()}.default"
         if key in theirs:
@@ -378,7 +378,7 @@ def check_penalty(model, ours, adapter):
   by_name = {n.removeprefix("base_model.model."): g.numpy() for (n, _), g in zip(factors, grads)}
   seen = 0
   for path, node in tree.items(ours):
-    for layer, module in enumerate(tree.expand(path, len(tree.get(adapter, path).adapted))):
+    for layer, module in enumerate(tree.expand(path, (len(tree.get(adapter, path).adapted),))):
       for field in "ab":
         key = f"{full_name(module)}.lora_{field.upper()}.default"
         array = np.asarray(getattr(node, field)[layer]).T

@@ -102,6 +102,9 @@ def test_eight_devices_share_what_one_holds():
   alone, shared = arithmetic.arithmetic(one), arithmetic.arithmetic(eight)
   assert shared["activations"] * 8 == alone["activations"]
   assert alone["base"] / 8 <= shared["base"] < alone["base"] / 6  # norms are whole everywhere
+  parts = program.build(config(**{"mesh.context": 4}), topology.target(count=8))
+  assert estimate.arithmetic(parts)["activations"] == shared["activations"]
+  assert estimate.arithmetic(parts)["base"] == shared["base"]
 
 
 @pytest.mark.slow

@@ -13,10 +13,10 @@ ROWS, OUT = 128, 6
 W = np.random.default_rng(0).normal(size=(2, ROWS, OUT)).astype(np.float32)  # two layers
 
 
-def stored(weight, layer=None):
+def stored(weight, *at):
   """{part: array} as a file holds it, each of the shape and dtype that is announced."""
   tensors = {}
-  for part, (shape, dtype, make) in bnb.write(weight, layer).items():
+  for part, (shape, dtype, make) in bnb.write(weight, at).items():
     tensors[part] = make()
     assert (tensors[part].shape, str(tensors[part].dtype)) == (shape, dtype), part
   return tensors
@@ -26,7 +26,7 @@ def stored(weight, layer=None):
 @pytest.mark.parametrize("kind", few(TYPES, TYPES[0], TYPES[4]), ids=str)
 def test_a_matrix_returns_and_says_its_shape(kind, layer):
   weight = kind.quantize(jnp.asarray(W if layer is not None else W[1]))
-  tensors = stored(weight, layer)
+  tensors = stored(weight, *(() if layer is None else (layer,)))
   assert bnb.storage(tensors) == kind.name.split("_")[0]
   assert bnb.shape(tensors) == (OUT, ROWS)
   found = bnb.read("q.weight", tensors, (OUT, ROWS))

@@ -27,7 +27,7 @@ PROMPTS = [families.tokens(n, seed=n).tolist() for n in LENGTHS]
 NEW = 20
 BATCH = 3  # five prompts in two batches, one row of them filling up
 CHOICES = Sampling(temperature=1.5, top_k=30, top_p=0.95)
-FAMILIES = ["llama3", "mistral", "qwen2", "qwen3", "gemma2", "gemma3"]
+FAMILIES = ["llama3", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "mixtral", "qwen3_moe"]
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def full_logps(config, params, prompt, tokens, temperature=1.0):
   return jax.nn.log_softmax(logits / temperature)[len(prompt) - 1 : len(text) - 1]
 
 
-@pytest.mark.parametrize("name", few(FAMILIES, "llama3", "gemma3"))
+@pytest.mark.parametrize("name", few(FAMILIES, "llama3", "gemma3", "mixtral"))
 def test_greedy_is_the_argmax_of_the_full_forward_pass(name):
   config, params = families.make(name)
   # compiles sooner; all other tests decode with layers apart

@@ -6,10 +6,10 @@ import pytest
 
 from posttrain_jax import settings
 from posttrain_jax.adapters.config import OPTIONS
-from posttrain_jax.build import decisions, objective
+from posttrain_jax.build import attention, decisions, objective
 from posttrain_jax.configs import common, rl
 from posttrain_jax.data import answers, chat
-from posttrain_jax.models import decoder
+from posttrain_jax.models import backends, decoder
 from posttrain_jax.objectives import groups, preference
 from posttrain_jax.optim import chain, galore, offload, schedules
 from posttrain_jax.quant import STORAGES
@@ -69,6 +69,7 @@ def test_its_choices_are_the_codes():
   choices = {
     "model.base": ("dense", *STORAGES),
     "model.remat": ("auto", *decoder.REMAT),
+    "model.attention": (attention.AUTO, *backends.ATTEND),
     "data.truncate": {*chat.TRUNCATE, *answers.TRUNCATE},
     "data.train_on": chat.TRAIN_ON,
     "optimizer.schedule": schedules.SCHEDULES,

@@ -82,7 +82,7 @@ def write(adapter: Any, config: AdapterConfig, model_config: ModelConfig) -> Wri
   config = config.for_layers(model_config.num_layers)
   parts, nodes = modules.collect(adapter, model_config, (lora.LoRA,), _split, _shape)
   ranks = {name: fields["a"].shape[1] for name, fields in parts.items()}
-  scales = {name: np.atleast_1d(node.scale)[layer] for name, (node, layer) in nodes.items()}
+  scales = {name: np.ravel(node.scale)[i] for name, (node, i) in nodes.items()}
   described = dict(
     lora_dropout=config.lora_dropout,
     bias="none",
@@ -129,9 +129,13 @@ def _split(node: lora.LoRA) -> list[dict[str, np.ndarray]]:
   original = node.on_the_original()
   parts = [dict(a=a, b=b) if a.shape[1] else {} for a, b in original.split()]
   if isinstance(node, dora.DoRA):
-    for part, magnitude in zip(parts, np.atleast_2d(node.magnitude)):
+    for part, magnitude in zip(parts, _rows(node.magnitude)):
       part.update(dict(magnitude=magnitude) if part else {})
   return parts
+
+
+def _rows(magnitude: Any) -> np.ndarray:
+  return np.asarray(magnitude).reshape(-1, magnitude.shape[-1])
 
 
 def _shape(node: lora.LoRA) -> tuple[int, ...]:
@@ -213,15 +217,15 @@ def _node(matrix, names, parts, config, path) -> lora.LoRA:
       continue
     pairs.append(_pair(name, parts[name], rows, columns, config.rank(name), path))
     scales.append(config.scale(name))
-  stacked = len(weight.shape(matrix)) == 3
-  node = lora.join(pairs, scales, stacked=stacked, dropout=config.lora_dropout)
+  lead = weight.shape(matrix)[:-2]
+  node = lora.join(pairs, scales, lead, dropout=config.lora_dropout)
   return _with_magnitudes(node, matrix, names, parts, path) if config.use_dora else node
 
 
 def _with_magnitudes(node, matrix, names, parts, path) -> dora.DoRA:
   """The DoRA of node; a module that is not adapted has the magnitude of its base."""
   dora_node = dora.over(node, matrix)
-  magnitudes = list(jnp.atleast_2d(dora_node.magnitude))
+  magnitudes = list(_rows(dora_node.magnitude))
   tensor = MAGNITUDE["magnitude"][0]
   for i, name in enumerate(names):
     if name in parts:

@@ -43,12 +43,12 @@ def collect(
   split: Callable[[Any], Sequence[dict[str, np.ndarray]]],
   shape: Callable[[Any], tuple[int | None, ...]],
 ) -> tuple[Parts, dict[str, tuple[Any, int]]]:
-  """({module: its tensors}, {module: (its node, its layer)}) of every module that is adapted.
+  """({module: its tensors}, {module: (its node, its place in it)}) of every module that is adapted.
 
   Args:
     kinds: the types of node that can be written.
     split: node -> the tensors of each of its modules, {} for one that is not adapted.
-    shape: node -> the shape of the base that it fits, [layers,] in, out; None where the node does not say.
+    shape: node -> the shape of the base that it fits, [layers, [experts,]] in, out; None where the node does not say.
   """
   params = decoder.abstract(model_config)
   names_at = modules_of(params)
@@ -69,9 +69,9 @@ def collect(
       raise ValueError(
         f"adapter at {path} fits a base of {node_shape}, model_config says {base_shape}"
       )
-    for layer, (name, tensors) in enumerate(zip(names_at[path], split(node))):
+    for place, (name, tensors) in enumerate(zip(names_at[path], split(node))):
       if tensors:
-        parts[name], nodes[name] = tensors, (node, layer)
+        parts[name], nodes[name] = tensors, (node, place)
   if not parts:
     raise ValueError("the adapter has rank 0 everywhere: there is nothing to write")
   return parts, nodes
@@ -91,17 +91,19 @@ def targets(adapted: Sequence[str], model_config: ModelConfig) -> dict[str, Any]
   """target_modules, and layers where it takes them, that make PEFT adapt these modules and no other."""
   known = all_names(decoder.abstract(model_config))
   full = naming.of_model(model_config).full
-  kinds = {_short(name) for name in adapted}
+  kind = lambda name: _short(full(name))
+  kinds = {kind(name) for name in adapted}
   everywhere = dict(layers_to_transform=None, layers_pattern=None)
   if model_config.part_of:  # an ending would name modules of the other parts too
     return dict(everywhere, target_modules=[full(name) for name in adapted])
-  if {name for name in known if _short(name) in kinds} == set(adapted):
+  if {name for name in known if kind(name) in kinds} == set(adapted):
     return dict(everywhere, target_modules=sorted(kinds))
   layered = [name for name in adapted if name.startswith("layers.")]
   layers = sorted({int(name.split(".")[1]) for name in layered})
   apart = [full(name) for name in adapted if name not in layered]
-  kinds = {_short(name) for name in layered}
-  if len(layered) == len(kinds) * len(layers):
+  kinds = {kind(name) for name in layered}
+  of_kinds = [n for n in known if kind(n) in kinds and n.startswith("layers.")]
+  if set(layered) == {name for name in of_kinds if int(name.split(".")[1]) in layers}:
     targets = sorted(kinds) + apart  # to PEFT a full name counts in spite of layers_to_transform
     return dict(layers_to_transform=layers, layers_pattern="layers", target_modules=targets)
   return dict(everywhere, target_modules=[full(name) for name in adapted])

@@ -6,6 +6,8 @@
 | Gemma3ForConditionalGeneration, and its classifier | `model.language_model.layers.0.mlp.up_proj` |
 | the same, of transformers before 4.52 | `language_model.model.layers.0.mlp.up_proj` |
 | ...Model, which has no head | `layers.0.mlp.up_proj` |
+
+An expert of Mixtral, `layers.0.mlp.experts.1.up_proj`, is `model.layers.0.block_sparse_moe.experts.1.w3` there.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from posttrain_jax.adapters.config import HEADS
+from posttrain_jax.models import names
 from posttrain_jax.models.config import ModelConfig
 
 TEXT, PART = "model.", "model.language_model."
@@ -33,17 +36,19 @@ class Naming:
 
   inside: str = TEXT
   before_heads: str = ""
+  family: str = ""  # whose names of modules those are
 
   def full(self, module: str) -> str:
-    return f"{self.before_heads if module in HEADS else self.inside}{module}"
+    called = f"{self.before_heads if module in HEADS else self.inside}{module}"
+    return names.theirs(called, self.family)
 
 
 def of_model(config: ModelConfig) -> Naming:
   """Those of the class that AutoModelForCausalLM loads the model's folder with."""
-  return Naming(PART if config.part_of else TEXT)
+  return Naming(PART if config.part_of else TEXT, family=config.family)
 
 
-def of_tensors(keys: Iterable[str], wrapped: str) -> Naming:
+def of_tensors(keys: Iterable[str], wrapped: str, family: str) -> Naming:
   """Those of the class that a file's tensors are named by; the usual ones where they name no module.
 
   Args:
@@ -61,7 +66,7 @@ def of_tensors(keys: Iterable[str], wrapped: str) -> Naming:
     if is_head or re.match(r"layers\.|embed_tokens\.|norm\.", module):
       places[is_head][inside] += 1
   commonest = lambda counts, usual: counts.most_common(1)[0][0] if counts else usual
-  return Naming(commonest(places[False], TEXT), commonest(places[True], ""))
+  return Naming(commonest(places[False], TEXT), commonest(places[True], ""), family)
 
 
 def class_name(key: str) -> str:
@@ -79,7 +84,7 @@ def bare(key: str) -> str:
   >>> bare("base_model.model.model.language_model.layers.0.mlp.up_proj.lora_A.weight")
   'layers.0.mlp.up_proj.lora_A.weight'
   """
-  return re.sub(f"^{INSIDE}", "", class_name(key))
+  return names.ours(re.sub(f"^{INSIDE}", "", class_name(key)))
 
 
 def of_text(tensors: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:

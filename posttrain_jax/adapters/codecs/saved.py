@@ -38,6 +38,7 @@ def write(
   """
   nodes = {path: node for path, node in tree.items(adapter) if isinstance(node, Replaced)}
   params, full = decoder.abstract(model_config), naming.of_model(model_config).full
+  names_at = replaced.names(params)
   tensors, names = {}, []
   for path, node in nodes.items():
     if node.value.shape != weight.shape(base_at(params, path)):
@@ -45,7 +46,7 @@ def write(
         f"adapter at {path} is {node.value.shape}, model_config says {weight.shape(base_at(params, path))}"
       )
     leaf = path.rpartition("/")[2]
-    for name, value in replaced.split(node, _names(path, model_config.num_layers)).items():
+    for name, value in replaced.split(node, names_at[path]).items():
       names.append(name)
       tensors[f"{prefix}{full(name)}.{leaf}"] = _stored(name, value)
   rest = tree.unflatten((path, node) for path, node in tree.items(adapter) if path not in nodes)
@@ -61,10 +62,8 @@ def read(
   Raises:
     ValueError: a name that matches no module, or a tensor that is missing or of another shape.
   """
-  paths = [*tree.flatten(params), *([] if "lm_head" in params else ["lm_head/weight"])]
-  endings, full = _named(folder, paths), folder.naming.full
-  layers = weight.shape(params["layers"]["self_attn"]["q_proj"]["weight"])[0]
-  names_at = {path: _names(path, layers) for path in paths}
+  names_at = replaced.names(params)
+  endings, full = _named(folder, list(names_at)), folder.naming.full
   known = [*(full(name) for names in names_at.values() for name in names), *folder.others]
   for ending in endings:
     if not any(is_saved(name, (ending,)) for name in known):
@@ -88,8 +87,8 @@ def read(
     ours = tuple(sorted(map(full_name, names)))
   for path, arrays in arrays_at.items():
     matrix = base_at(params, path)
-    _check_shapes(folder, arrays, matrix)
-    nodes[path] = replaced.join(arrays, _names(path, layers), matrix)
+    _check_shapes(folder, arrays, weight.shape(matrix)[tree.leads(path) :])
+    nodes[path] = replaced.join(arrays, names_at[path], matrix)
   described = {**folder.described, "modules_to_save": None}
   rest_of_it = dataclasses.replace(folder, tensors=rest, described=described)
   return rest_of_it, nodes, {"modules_to_save": ours}
@@ -141,19 +140,15 @@ def _named(folder: Folder, paths: Sequence[str]) -> tuple[str, ...]:
   return tuple(e for e in dict.fromkeys(endings) if not (is_classifier and lacks(e)))
 
 
-def _names(path: str, layers: int) -> list[str]:
-  return replaced.expand(path, layers)
-
-
 def _stored(name: str, value: np.ndarray) -> np.ndarray:
   """A linear layer is stored [out, in], an embedding and a vector as they are here; its own inverse."""
   return value.T if value.ndim == 2 and name != "embed_tokens" else value
 
 
-def _check_shapes(folder: Folder, values: Mapping[str, np.ndarray], matrix: Any) -> None:
+def _check_shapes(
+  folder: Folder, values: Mapping[str, np.ndarray], wanted: tuple[int, ...]
+) -> None:
   for name, value in values.items():
-    shape = weight.shape(matrix)
-    wanted = shape[1:] if name.startswith("layers.") else shape
     if name in ("embed_tokens", "lm_head") and value.ndim == 2 and value.shape != wanted:
       tokens, rows = (_stored(name, x).shape[0] for x in (value, np.empty(wanted, bool)))
       raise ValueError(
@@ -180,9 +175,7 @@ def _endings(
 
   In a model that also sees, an ending would name modules of the other parts too: SigLIP's post_layernorm is a norm.
   """
-  layers = weight.shape(params["layers"]["self_attn"]["q_proj"]["weight"])[0]
-  paths = dict.fromkeys([*tree.flatten(params), "lm_head/weight"])
-  known = {name for path in paths for name in _names(path, layers)}
+  known = {name for names_of_leaf in replaced.names(params).values() for name in names_of_leaf}
   matched = {name for name in known if is_saved(full(name), config.modules_to_save)}
   exact = matched == set(names) and not inside
   return list(config.modules_to_save) if exact else sorted(map(full, names))
