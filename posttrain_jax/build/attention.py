@@ -17,6 +17,9 @@ from posttrain_jax.settings import ConfigError
 Config = ml_collections.ConfigDict
 AUTO, XLA = decisions.AUTO, "xla"
 OF_PLATFORM = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}
+UNTRIED = (
+  "cudnn"  # no GPU has run it yet, and it cannot be compiled without one: only who names it has it
+)
 
 
 def chosen(config: Config, model: ModelConfig, platform: str | None = None) -> tuple[str, str]:
@@ -36,6 +39,8 @@ def chosen(config: Config, model: ModelConfig, platform: str | None = None) -> t
     raise ConfigError(
       f"model.attention={asked}: {platform} has {' and '.join(filter(None, (XLA, kernel)))}; write auto"
     )
+  if asked == AUTO and kernel == UNTRIED:
+    return XLA, f"{kernel} has not been tried on a device: model.attention={kernel} asks for it"
   hindrance = _HINDRANCE[OF_PLATFORM[platform]](config, model)
   if hindrance is None:
     return OF_PLATFORM[platform], "as asked" if asked != AUTO else f"the kernel of {platform}"

@@ -143,7 +143,10 @@ def _gpu(topology: str, chip: Chip, sizes: tuple[int, int]) -> Target:
   if not has_cuda():
     raise ValueError(f"topology={topology}: jax's CUDA plugin is not installed; {INSTALL}")
   hosts, each = sizes
-  jax.devices()  # a backend has to be there before the plugin's topologies are
+  # a backend has to be there before the plugin's topologies are: the CPU's, since looking for a card makes the plugin
+  # give up where there is none
+  jax.config.update("jax_platforms", "cpu")
+  jax.devices()
   devices = topologies.get_topology_desc(
     topology,
     platform="cuda",

@@ -142,7 +142,7 @@ FIELDS: Mapping[str, Field] = {
     Choice(("none", "layers")),
   ),
   "model.attention": Field(
-    "what computes attention: a kernel of the TPU (splash) or GPU (cudnn) where it has all that the run needs, or xla",
+    "what computes attention: xla, a TPU's splash, which auto takes where it fits the run, or a GPU's cudnn",
     Choice(("auto", "xla", "splash", "cudnn")),
   ),
   "model.router_aux_loss_coef": Field(

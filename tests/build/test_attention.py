@@ -10,7 +10,7 @@ from posttrain_jax.settings import ConfigError
 from tests import tiny
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
-ALONE = ("data.packing=false", "model.dtype=bfloat16")
+ALONE = ("data.packing=false", "model.dtype=bfloat16", "model.attention=cudnn")
 
 
 def chosen(platform, name, *fields, model=None):
@@ -29,10 +29,8 @@ def chosen(platform, name, *fields, model=None):
     ("tpu", "sft.py:adapter=prompt", (), "xla", "not splash: a row's documents share what adap"),
     ("tpu", "preference.py", (), "xla", "not splash: answers in a row share their prompt"),
     ("tpu", "preference.py", ("data.share_prompt=false",), "splash", "the kernel of tpu"),
-    ("gpu", "sft.py", ALONE, "cudnn", "the kernel of gpu"),
-    ("gpu", "sft.py", ("data.packing=true",), "xla", "not cudnn: its call has no documents"),
-    ("gpu", "sft.py", (*ALONE, "model.dtype=float32"), "xla", "not cudnn: it has half precision"),
-    ("gpu", "sft.py", (*ALONE, "mesh.context=2"), "xla", "not cudnn: it takes queries in order"),
+    ("gpu", "sft.py", ALONE[:2], "xla", "cudnn has not been tried"),
+    ("gpu", "sft.py", ALONE, "cudnn", "as asked"),
   ],
 )
 def test_the_choice_and_why(platform, name, fields, by, why):
@@ -43,9 +41,10 @@ def test_the_choice_and_why(platform, name, fields, by, why):
 
 def test_cudnn_has_no_soft_cap_and_no_large_heads():
   capped = tiny.config("gemma2", attn_logit_softcapping=50.0, query_pre_attn_scalar=16, head_dim=16)
-  assert chosen("gpu", "sft.py", *ALONE, model=capped) == ("xla", "not cudnn: it has no soft-cap")
   wide = tiny.config(head_dim=136)
-  assert "heads of 136 dimensions" in chosen("gpu", "sft.py", *ALONE, model=wide)[1]
+  for model, says in ((capped, "it has no soft-cap"), (wide, "heads of 136 dimensions")):
+    with pytest.raises(ConfigError, match=says):
+      chosen("gpu", "sft.py", *ALONE, model=model)
 
 
 @pytest.mark.parametrize(
@@ -54,6 +53,8 @@ def test_cudnn_has_no_soft_cap_and_no_large_heads():
     ("cpu", ("model.attention=splash",), "splash: cpu has xla; write auto"),
     ("tpu", ("model.attention=cudnn",), "cudnn: tpu has xla and splash; write auto"),
     ("gpu", ("model.attention=cudnn", "data.packing=true"), "no documents within a row"),
+    ("gpu", (*ALONE, "model.dtype=float32"), "it has half precision"),
+    ("gpu", (*ALONE, "mesh.context=2"), "it takes queries in order"),
   ],
 )
 def test_what_cannot_be_had_is_refused(platform, fields, says):
