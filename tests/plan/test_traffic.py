@@ -33,14 +33,15 @@ OBJECTIVES = {
   "kto": ("kto", "", {}, 1),  # answers to other prompts, for the KL
   "reward": ("reward", "", {}, 0),
   "steps": ("reward", ",kind=steps", {}, 0),
-  "grpo": (
-    "grouped",
-    "",
-    {},
-    1,
-  ),  # the other side of its branch, where no answer teaches, is counted too
+  # the other side of their branch, where no answer teaches, is counted too
+  "grpo": ("grouped", "", {}, 1),
+  "rl": ("rl", ",reward=number", {"online.samples": 4, "online.max_new_tokens": 16}, 1),
 }
-ADAPTED = ("kto", "grpo")  # whose other forward pass has the adapter, which a reference has not
+ADAPTED = (
+  "kto",
+  "grpo",
+  "rl",
+)  # whose other forward pass has the adapter, which a reference has not
 FAST = {"fsdp": "dpo, reference in the step", "slices": "sft", "expert": "sft"}
 MESHES = {
   "fsdp": (dict(fsdp=8), 1),
