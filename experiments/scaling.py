@@ -32,7 +32,7 @@ GROUP = 64  # devices that share the weights, where not all do
 LENGTH = 2048
 # (training, devices, devices along fsdp)
 CASES = [
-  *((training, n, min(n, GROUP)) for n in SLICES for training in TRAININGS),
+  *((training, n, min(n, GROUP)) for training in TRAININGS for n in SLICES),
   *(("8B LoRA", n, n) for n in SLICES if n > GROUP),
 ]
 

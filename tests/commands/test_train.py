@@ -326,6 +326,7 @@ def test_two_processes_are_one(axis, shared, tmp_path):
     optimizer__lr=0.5,
     batch__accumulate=1,
     checkpoint__every=0,
+    model__dtype="float32",  # of processes that know nothing of what is patched here
   )
   assert train(shared, tmp_path / "one", **fields, mesh__fsdp=-1) == 0
   fields |= {"mesh__fsdp": 1, f"mesh__{axis}": 2}
