@@ -105,7 +105,7 @@ def active() -> bool:
 
 
 def by_device(
-  function: Callable[..., Any], inputs: tuple[Any, ...], outputs: PartitionSpec
+  function: Callable[..., Any], inputs: tuple[Any, ...], outputs: Any
 ) -> Callable[..., Any]:
   """function on each device's own parts, with collectives of its own; inputs, outputs: PartitionSpecs."""
   return jax.shard_map(function, in_specs=inputs, out_specs=outputs, check_vma=False)

@@ -67,13 +67,14 @@ def read(
 def _transfer(line: str) -> str | None:
   """What names a transfer whose parts are printed as an instruction each; None where an instruction is all of it.
 
-  Parts of an asynchronous one on a TPU have one chain, others one channel; but channel 1 is that of everything that a
-  `shard_map` sends.
+  Parts of an asynchronous one have one channel.  Channel 1 is that of everything that a `shard_map` sends: there parts
+  have one chain, on a TPU.
   """
-  if (chain := re.search(r'chain_id="(\d+)"', line)) is not None:
-    return f"chain {chain[1]}"
   channel = re.search(r"channel_id=(\d+)", line)
-  return None if channel is None or channel[1] == "1" else channel[1]
+  if channel is not None and channel[1] != "1":
+    return channel[1]
+  chain = re.search(r'chain_id="(\d+)"', line)
+  return None if chain is None else f"chain {chain[1]}"
 
 
 def _instructions(text: str) -> Iterator[tuple[str, int, str]]:
