@@ -63,6 +63,6 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
   for path in start.write(job, args.to):
     print(path)
   if args.dry_run:
-    print(f"to hand them over: bash {job.folder}/{jobs.SUBMIT}")
+    print(f"to hand them over: {start.by_hand(job)}")
     return 0
   return start.submit(job, args.to)

@@ -80,17 +80,21 @@ def mesh(
       f"mesh.data={sizes[0]} on {slices} slices: between slices only gradients should travel; write mesh.data={slices}"
       " or a multiple of it"
     )
-  if slices == 1:
-    return jax.make_mesh(
-      tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=list(devices.ravel())
-    )
   shape = (sizes[0] // slices, *sizes[1:])
-  of_slice = lambda part: (
-    jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=list(part)).devices
-  )
   parts = devices.ravel().reshape(slices, -1)
-  whole = np.concatenate([of_slice(part) for part in parts])
+  whole = np.concatenate([_arranged(part, shape) for part in parts])
   return jax.sharding.Mesh(whole, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _arranged(devices: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+  """The devices of a slice in a mesh's shape, neighbours of its axes close to each other.
+
+  Cores of a v4 are arranged in their order: jax wants its chips as one device each, as which libtpu describes none.
+  """
+  if devices[0].device_kind == "TPU v4" and any(device.core_on_chip for device in devices):
+    return devices.reshape(shape)
+  types = (AxisType.Auto,) * len(AXES)
+  return jax.make_mesh(shape, AXES, axis_types=types, devices=list(devices)).devices
 
 
 def row_shares(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:

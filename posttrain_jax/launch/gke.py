@@ -10,10 +10,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 from collections.abc import Mapping
+from pathlib import PurePosixPath
 from typing import Any
 
 from posttrain_jax.launch import jobs
@@ -70,14 +70,15 @@ def _name(job: Job, number: int) -> str:
 
 
 def _configs(job: Job, number: int) -> dict[str, Any]:
-  text = json.dumps(job.points[number].resolved)
-  if len(text) > LARGEST:
+  text = job.text(number)
+  if len(text.encode()) > LARGEST:
     raise ConfigError(f"the config of {job.points[number].name} is too large for a ConfigMap")
   return {
     "apiVersion": "v1",
     "kind": "ConfigMap",
     "metadata": {"name": _name(job, number)},
-    "data": {f"{number}.json": text},
+    "immutable": True,  # what is launched later under this name is refused, and changes no job that waits
+    "data": {PurePosixPath(job.config(number)).name: text},
   }
 
 
@@ -136,7 +137,7 @@ def _pod(job: Job, number: int, processes: int) -> dict[str, Any]:
   mounts.append({"name": "memory", "mountPath": "/dev/shm"})
   if o.volume:
     claim, _, path = o.volume.partition(":")
-    if not path.startswith("/"):
+    if not claim or not path.startswith("/"):
       raise ConfigError(f"--volume={o.volume}: write CLAIM:/path, a volume claim and where it is")
     volumes.append({"name": "runs", "persistentVolumeClaim": {"claimName": claim}})
     mounts.append({"name": "runs", "mountPath": path})
@@ -181,7 +182,8 @@ def _shell(job: Job, number: int, processes: int) -> str:
       f"export POSTTRAIN_PROCESSES={processes}",
       'export POSTTRAIN_PROCESS_ID="$JOB_COMPLETION_INDEX"',
     ]
-  return "\n".join([*lines, f"exec {shlex.join(job.command(number, CONFIGS))}"])
+  shell = "\n".join([*lines, f"exec {shlex.join(job.command(number, CONFIGS))}"])
+  return shell.replace("$", "$$")  # Kubernetes makes one of two, and reads $(NAME) itself
 
 
 def _is_tpu(job: Job) -> bool:
@@ -196,7 +198,7 @@ def _accelerator(job: Job) -> tuple[str, int]:
   if _is_tpu(job):
     return "google.com/tpu", min(_chips(job), _host(accelerator))
   count = accelerator.rpartition(":")[2]
-  if not count.isdecimal():
+  if not count.isdecimal() or not int(count):
     raise ConfigError(f"--accelerator={accelerator}: write nvidia-h100-80gb:8, GPUs of a host")
   return "nvidia.com/gpu", int(count)
 

@@ -6,6 +6,8 @@ How a job's end is read is decided here, once for all of them: 75 goes on, a mis
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -50,6 +52,7 @@ class Job:
   """Points that are trained the same way: one, or those of a sweep that are not finished."""
 
   name: str
+  root: str  # the workdir that was asked for, of all points
   folder: Path  # of the files, absolute
   home: Path  # where paths of configs and workdirs begin
   points: Mapping[int, Point]  # by their number in the sweep
@@ -59,8 +62,16 @@ class Job:
   summary: Sequence[str] | None = None  # the command that sums a sweep up
 
   def config(self, number: int) -> str:
-    """Where a point's config lies, within the folder of the files."""
-    return f"{POINTS}/{number}.json"
+    """Where a point's config lies, within the folder of the files.
+
+    The name follows what is in it: a job that waits reads what it was launched with, whatever is launched later.
+    """
+    digest = hashlib.sha256(self.text(number).encode()).hexdigest()[:8]
+    return f"{POINTS}/{number}-{digest}.json"
+
+  def text(self, number: int) -> str:
+    """What that file holds."""
+    return json.dumps(self.points[number].resolved, indent=2) + "\n"
 
   def command(self, number: int, folder: str | None = None) -> list[str]:
     """The point's training.  folder: where this job's files are there; its own by default."""
@@ -98,6 +109,10 @@ def check(to: str, platform: Platform, options: Options) -> None:
       raise ConfigError(f"--{name}={value}: write at least 1")
   if options.restarts < 0:
     raise ConfigError(f"--restarts={options.restarts}: write 0 or more")
+  for name, value in vars(options).items():
+    for text in value if isinstance(value, tuple) else (value,):
+      if name != "setup" and isinstance(text, str) and not text.isprintable():
+        raise ConfigError(f"--{name}={text!r}: write it without line breaks and control characters")
   for line in options.site:
     if "=" not in line:
       raise ConfigError(f"--site={line}: write --site=KEY=VALUE, as in --site=account=me")

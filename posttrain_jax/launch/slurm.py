@@ -22,7 +22,8 @@ PLATFORM = Platform(
   absent="launch from a login node of the cluster",
   uses=("nodes", "accelerator", "time", "at_once", "grace", "restarts"),
 )
-TIME = re.compile(r"(\d+-)?\d+(:\d\d){0,2}")
+TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d\d))?(?::(\d\d))?", re.ASCII)
+LONGEST_GRACE = 65535  # seconds; what --signal takes
 SCRIPT = """\
 #!/bin/bash
 {directives}
@@ -75,8 +76,7 @@ srun --kill-on-bad-exit=0 --wait=60 bash -c {shlex.quote(TASK)} task "${{command
 
 def files(job: Job) -> dict[str, str]:
   """{name: text} of a job: the batch script, that of a sweep's summary, and what submits them."""
-  if job.options.time and not TIME.fullmatch(job.options.time):
-    raise ConfigError(f"--time={job.options.time}: write [days-]hours:minutes:seconds")
+  _check_times(job.options)
   submit = 'job=$(sbatch --parsable job.sh) || exit\necho "job $job"\n'
   written = {"job.sh": _script(job)}
   if job.summary:
@@ -91,6 +91,56 @@ def files(job: Job) -> dict[str, str]:
   }
 
 
+def _check_times(o: jobs.Options) -> None:
+  """Raises ConfigError where a start would be told to end before it has begun, for as often as it is requeued."""
+  if o.grace > LONGEST_GRACE:
+    raise ConfigError(f"--grace={o.grace}: Slurm takes at most {LONGEST_GRACE} seconds")
+  if o.time is None:
+    return
+  limit = seconds(o.time)
+  if 0 < limit <= o.grace:
+    raise ConfigError(
+      f"--time={o.time}: the run is told to save {o.grace} seconds before the end (--grace), which leaves nothing;"
+      " write a longer time, or a shorter grace"
+    )
+
+
+def seconds(time: str) -> int:
+  """A limit as Slurm reads it; 0 is none.
+
+  >>> seconds("90"), seconds("1:30"), seconds("4:00:00"), seconds("1-4"), seconds("1-04:30")
+  (5400, 90, 14400, 100800, 102600)
+
+  Raises:
+    ConfigError: Slurm would not read it.
+  """
+  if not (match := TIME.fullmatch(time)):
+    raise ConfigError(f"--time={time}: write [days-]hours:minutes:seconds")
+  days, *parts = match.groups()
+  numbers = [int(part) for part in parts if part is not None]
+  if days is not None:
+    units = (3600, 60, 1)
+  else:
+    units = {1: (60,), 2: (60, 1), 3: (3600, 60, 1)}[len(numbers)]
+  return int(days or 0) * 86400 + sum(n * unit for n, unit in zip(numbers, units))
+
+
+def _directive(text: str) -> str:
+  """A path as an #SBATCH line has it: sbatch takes quotes as a shell does, and \\ for what makes the next one plain.
+
+  >>> _directive("/a b/it's"), _directive("/a/b")
+  ('"/a b/it\'s"', '/a/b')
+  """
+  if re.fullmatch(r"[\w./=+:@,%-]+", text):
+    return text
+  return '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'
+
+
+def _log(job: Job, name: str) -> str:
+  """Where output goes; what of the path could be one of Slurm's own patterns is written double."""
+  return _directive(f"{str(job.folder).replace('%', '%%')}/{name}")
+
+
 def _script(job: Job) -> str:
   o, nodes = job.options, job.options.nodes or 1
   lines = [
@@ -100,7 +150,7 @@ def _script(job: Job) -> str:
     "--requeue",
     "--open-mode=append",
     f"--signal=B:USR1@{o.grace}",
-    f"--output={job.folder}/log-{'%A_%a' if job.summary else '%j'}.txt",
+    f"--output={_log(job, 'log-%A_%a.txt' if job.summary else 'log-%j.txt')}",
   ]
   if o.time:
     lines.append(f"--time={o.time}")
@@ -132,8 +182,8 @@ def _several(job: Job, gpus: int) -> str:
   lines = ["", "export POSTTRAIN_DISTRIBUTED=auto"]
   if gpus:
     lines.append(f"export JAX_LOCAL_DEVICE_IDS={','.join(map(str, range(gpus)))}")
-  codes = f"{job.folder}/codes-$SLURM_JOB_ID-${{SLURM_RESTART_COUNT:-0}}"
-  return "\n".join([*lines, f'export codes="{codes}"'])
+  folder = shlex.quote(f"{job.folder}/codes")
+  return "\n".join([*lines, f'export codes={folder}"-$SLURM_JOB_ID-${{SLURM_RESTART_COUNT:-0}}"'])
 
 
 def _cases(job: Job) -> str:
@@ -152,7 +202,7 @@ def _summary(job: Job) -> str:
   lines = [
     f"--job-name={job.name}-summary",
     "--ntasks=1",
-    f"--output={job.folder}/summary.txt",
+    f"--output={_log(job, 'summary.txt')}",
     *(f"--{line}" for line in job.options.site),
   ]
   directives = "\n".join(f"#SBATCH {line}" for line in lines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,7 @@ PLATFORMS: Mapping[str, tuple[Platform, Callable[[Job], dict[str, str]]]] = {
   "gke": (gke.PLATFORM, gke.files),
   "skypilot": (skypilot.PLATFORM, skypilot.files),
 }
+OWNER = "job.json"  # in the folder of a job's files: which workdir it is for
 SHARED = ("slurm",)  # whose hosts see this machine's files, and its Python
 
 
@@ -65,6 +67,7 @@ def prepare(
     summary = [*program, "sweep", f"--config={config}", *overrides, f"--workdir={root}", "--jobs=0"]
   return Job(
     name=name,
+    root=root,
     folder=(home / (out or f"jobs/{name}")).absolute(),
     home=home,
     points=left,
@@ -81,19 +84,48 @@ def _single(config: str, overrides: Sequence[str]) -> sweep.Point:
 
 
 def write(job: Job, to: str) -> list[Path]:
-  """The files of a job, in its folder; those of an earlier launch there are gone."""
+  """The files of a job, in its folder.
+
+  Those of an earlier launch of the same workdir there are gone, but for configs, which a job that waits may read yet.
+
+  Raises:
+    ConfigError: what the platform refuses, or a folder that holds something else or the job of another workdir.
+  """
   written = PLATFORMS[to][1](job)  # which may refuse, before anything is there
   if job.folder.exists() and not (job.folder / jobs.SUBMIT).exists() and any(job.folder.iterdir()):
     raise ConfigError(f"{job.folder} holds something else than a job's files; name another --out")
-  shutil.rmtree(job.folder / jobs.POINTS, ignore_errors=True)
-  (job.folder / jobs.POINTS).mkdir(parents=True)
+  _check_own(job)
+  (job.folder / jobs.POINTS).mkdir(parents=True, exist_ok=True)
   for old in (*job.folder.glob("*.yaml"), *job.folder.glob("*.sh")):
     old.unlink()
-  for number, point in job.points.items():
-    written[job.config(number)] = json.dumps(point.resolved, indent=2) + "\n"
+  for number in job.points:
+    written[job.config(number)] = job.text(number)
+  files.write_json(job.folder / OWNER, {"workdir": job.root})
   for name, text in written.items():
     files.write_text(job.folder / name, text)
   return [job.folder / name for name in written]
+
+
+def _check_own(job: Job) -> None:
+  """Jobs of one name are one job to a scheduler, and to its files: two workdirs want two names."""
+  try:
+    owner = json.loads((job.folder / OWNER).read_text())["workdir"]
+  except FileNotFoundError:
+    return
+  except (ValueError, KeyError, TypeError):
+    raise ConfigError(
+      f"{job.folder / OWNER} is damaged; delete that folder, or name another --out"
+    ) from None
+  if owner != job.root:
+    raise ConfigError(
+      f"{job.folder} holds the job of --workdir={owner}, which may wait or go on yet; give this one a --name of its"
+      " own, or delete that folder"
+    )
+
+
+def by_hand(job: Job) -> str:
+  """The command that hands the job over."""
+  return shlex.join(["bash", str(job.folder / jobs.SUBMIT)])
 
 
 def submit(job: Job, to: str) -> int:
@@ -105,6 +137,6 @@ def submit(job: Job, to: str) -> int:
   platform, _ = PLATFORMS[to]
   if shutil.which(platform.tool) is None:
     raise ConfigError(
-      f"{platform.tool} is not on this machine: {platform.absent}; or run bash {job.folder}/{jobs.SUBMIT} where it is"
+      f"{platform.tool} is not on this machine: {platform.absent}; or run {by_hand(job)} where it is"
     )
   return subprocess.run(["bash", str(job.folder / jobs.SUBMIT)], check=False).returncode

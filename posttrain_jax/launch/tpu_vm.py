@@ -24,6 +24,10 @@ SUBMIT = """\
 # Written by posttrain launch.  75 (stopped when asked) and a lost slice go on, another code stops.
 set -u
 cd "$(dirname "$0")" || exit
+# what is launched from here later changes nothing of this job
+files=$(mktemp --directory) || exit
+trap 'rm -rf "$files"' EXIT
+cp -R {points} run.sh "$files" && cd "$files" || exit
 tpu() {{ gcloud compute tpus tpu-vm "$@" --zone={zone}; }}
 state() {{ tpu describe {name} --format='value(state)' 2>/dev/null; }}
 on_all() {{ tpu ssh {name} --worker=all --command="$1"; }}

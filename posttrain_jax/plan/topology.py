@@ -31,6 +31,9 @@ ENVIRONMENT = {
 # libtpu that jax 0.10.2 pins: with 0.0.52 programs of v6e cannot be printed, and so their collectives not be read
 LIBTPU = "libtpu==0.0.42.*"
 CUDA = "jax_cuda12_plugin"
+CHIPS_A_HOST = 4
+FLAT = {"v5e": "4x4", "v6e": "4x4"}  # whose slices lie in a plane; those of the others fill space
+LARGEST_FLAT = 16  # chips along a side of them
 INSTALL = (
   "`make .venv-tpu/ready` installs it apart, and PYTHONPATH=.venv-tpu/site JAX_PLATFORMS=cpu in front of the command "
   "finds it; inside the environment itself JAX would look for such a device in every program"
@@ -97,10 +100,25 @@ def _named(topology: str, slices: int) -> Target:
   if kind == "cpu" and len(sizes) == 1:
     return _cpu(topology, sizes[0], slices)
   if kind in chips.TPUS:
+    _check_shape(topology, kind, sizes)
     return _tpu(topology, chips.TPUS[kind], sizes, slices)
   if kind in chips.GPUS and len(sizes) == 2:
     return _gpu(topology, chips.GPUS[kind], (sizes[0] * slices, sizes[1]))
   raise ValueError(f"topology={topology!r}: {WORDS}")
+
+
+def _check_shape(topology: str, kind: str, sizes: tuple[int, ...]) -> None:
+  """libtpu compiles for shapes that no slice has: those in a plane and those in a cube are not told apart."""
+  example = FLAT.get(kind, "2x2x1")
+  wanted = example.count("x") + 1
+  if len(sizes) != wanted:
+    raise ValueError(
+      f"topology={topology}: a slice of {kind} has a shape of {wanted} numbers, as in {kind}:{example}"
+    )
+  if kind in FLAT and max(sizes) > LARGEST_FLAT:
+    raise ValueError(
+      f"topology={topology}: a slice of {kind} has {LARGEST_FLAT}x{LARGEST_FLAT} chips at most; --slices=N takes more"
+    )
 
 
 def _cpu(topology: str, size: int, slices: int) -> Target:
@@ -127,9 +145,11 @@ def _tpu(topology: str, chip: Chip, sizes: tuple[int, ...], slices: int) -> Targ
     raise ValueError(f"topology={topology}: libtpu is not installed; {INSTALL}")
   for name, value in ENVIRONMENT.items():
     os.environ.setdefault(name, value)
-  several = {"num_slices": slices} if slices > 1 else {}
+  asked: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
+  if math.prod(sizes) < CHIPS_A_HOST:  # which libtpu would take for a slice of whole hosts
+    asked["chips_per_host_bounds"] = (*sizes, 1)[:3]
   try:
-    described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **several)
+    described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **asked)
   except jax.errors.JaxRuntimeError as error:
     raise ValueError(f"topology={topology}: libtpu knows no such TPU: {error}") from None
   devices = tuple(described.devices)

@@ -76,7 +76,7 @@ def test_shells_are_sound(to, is_sweep, here):
       scripts.append("#!/bin/bash\n" + document["run"])
     elif document["kind"] == "JobSet":
       (container,) = pod(document)["containers"]
-      scripts.append("#!/bin/bash\n" + container["command"][2])
+      scripts.append("#!/bin/bash\n" + container["command"][2].replace("$$", "$"))
   assert len(scripts) >= 2
   assert any(setup in script for script in scripts) or to == "skypilot"
   for script in scripts:
@@ -130,12 +130,12 @@ def test_every_point_is_its_own_config_and_only_what_is_left_is_launched(here):
   (done / "done.json").write_text("{}")
   job, texts = written("slurm", config="grid.py", is_sweep=True, at_once=2)
   assert "#SBATCH --array=0,2%2\n" in texts["job.sh"]
-  assert json.loads(texts["2.json"])["optimizer"]["lr"] == 1e-5
-  assert sorted(name for name in texts if name.endswith(".json")) == ["0.json", "2.json"]
+  assert json.loads(texts[pathlib.Path(job.config(2)).name])["optimizer"]["lr"] == 1e-5
+  assert sorted(name[:2] for name in texts if name.endswith(".json")) == ["0-", "2-"]
   assert "--jobs=0" in texts["summary.sh"]
   assert "afterany" in texts["submit.sh"]
   # what a job trains with is what was resolved, whatever becomes of the file
-  assert job.command(0)[3:5] == ["train", f"--config={job.folder}/points/0.json"]
+  assert job.command(0)[3:5] == ["train", f"--config={job.folder}/{job.config(0)}"]
 
 
 def test_a_finished_run_is_not_launched(here, capsys):
@@ -278,14 +278,15 @@ def test_a_container_is_posttrain_and_knows_its_coordinator(here):
   tool(here, "posttrain", 'echo "$$ $POSTTRAIN_COORDINATOR $POSTTRAIN_PROCESS_ID $*"')
   path = f"{here}:{os.environ['PATH']}"
   shell = subprocess.Popen(
-    container["command"],
+    [word.replace("$$", "$") for word in container["command"]],
     env={"PATH": path, "JOB_COMPLETION_INDEX": "1"},
     stdout=subprocess.PIPE,
     text=True,
   )
   said = shell.communicate()[0].split()
   assert said[:4] == [str(shell.pid), "it-s-here-slice-0-0.it-s-here:8476", "1", "train"]
-  assert said[4:] == ["--config=/posttrain/points/0.json", "--workdir=runs/it's", "here"]
+  (name,) = next(d for d in manifests(texts) if d["kind"] == "ConfigMap")["data"]
+  assert said[4:] == [f"--config=/posttrain/points/{name}", "--workdir=runs/it's", "here"]
 
 
 def test_a_tpus_hosts_follow_from_its_topology(here):
