@@ -30,8 +30,34 @@ ONE_HOST = "online learning writes its answers in one process; start it on one h
 def check(config: Config) -> None:
   """Raises ConfigError for the first value outside its domain, or the first sections that do not fit one another."""
   fields.check_values(settings.plain(config))
+  sections(config)
+  graders.load(decisions.grades(config) if decisions.asks(config) else "")
+  if jax.process_count() > 1 and (why := alone(config)):
+    raise ConfigError(why)
+
+
+def sections(config: Config) -> None:
+  """Raises ConfigError for the first sections that do not fit one another.
+
+  It reads no file and asks for no device: what launches a run or starts it in another process may know before it.
+  """
   for check_one in CHECKS:
     check_one(config)
+
+
+def alone(config: Config) -> str:
+  """Why a run of this config is one process; "" where it may be several."""
+  if "online" in config:
+    return ONE_HOST
+  if not decisions.asks(config):
+    return ""
+  return (
+    f"eval.{_asking(config)} generates text in one process; run `posttrain eval` afterwards instead"
+  )
+
+
+def _asking(config: Config) -> str:
+  return next(name for name in ("task", "metric", "samples") if config.eval.get(name))
 
 
 def _best(config: Config) -> None:
@@ -147,17 +173,12 @@ def _answers(config: Config) -> None:
   if not decisions.asks(config):
     return
   e = config.eval
-  what = next(name for name in ("task", "metric", "samples") if e.get(name))
-  if jax.process_count() > 1:
-    raise ConfigError(
-      f"eval.{what} generates text in one process; run `posttrain eval` afterwards instead"
-    )
+  what = _asking(config)
   if not decisions.writes(config):
     raise ConfigError(
       f"eval.{what}: this run trains scores of answers, and writes none; leave it out, or train the model's own words"
       " too with --config.objective.sft_weight above 0"
     )
-  graders.load(decisions.grades(config))
   if e.task and e.task not in tasks.TASKS and what == "task" and not decisions.grades(config):
     raise ConfigError(
       f"eval.task={e.task!r} is no built-in task ({', '.join(tasks.TASKS)}), and nothing says how answers to such rows"
@@ -175,8 +196,6 @@ def _online(config: Config) -> None:
     )
   if not is_online:
     return
-  if jax.process_count() > 1:
-    raise ConfigError(ONE_HOST)
   d, o = config.data, config.objective
   for field in ("eval", "replay"):
     if d[field]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,8 @@ def domains(config: str) -> dict[str, Any]:
   for field, domain in settings.search(config).items():
     match domain:
       case [*choices] if isinstance(domain, list) and choices:
-        read[field] = distributions.CategoricalDistribution(choices)
+        with warnings.catch_warnings(action="ignore"):  # a storage of Optuna's would want no tuples
+          read[field] = distributions.CategoricalDistribution(choices)
       case (int(low), int(high), *how) if low < high and how in ([], ["log"]):
         read[field] = distributions.IntDistribution(low, high, log=bool(how))
       case (float() | int() as low, float() | int() as high, *how) if low < high and how in (
@@ -141,6 +143,7 @@ class Search:
         raise ConfigError(
           f"{self.workdir} holds a search over {', '.join(row['fields'])}; name another folder"
         )
+      row["fields"] = {name: self._drawn(name, value) for name, value in row["fields"].items()}
       point = self._point(row["fields"])
       if row["state"] == FINISHED and not self._is_done(point):
         row["state"] = RUNNING
@@ -232,7 +235,24 @@ class Search:
   def _point(self, fields: Mapping[str, Any]) -> Point:
     path, _, base = self._config.partition(":")
     point = sweep.resolved(path, base, "", fields, self._overrides)
+    point = sweep.distinct(point, {point.name: point for point in self.points})
     return sweep.checked(point) if self._checks else point
+
+  def _drawn(self, field: str, value: Any) -> Any:
+    """The value as Optuna drew it: a choice that is a tuple was written as a list.
+
+    Raises:
+      ConfigError: search() has no such value any more.
+    """
+    domain = self._space[field]
+    if not hasattr(domain, "choices"):
+      return value
+    for choice in domain.choices:
+      if sweep.spelt(choice) == sweep.spelt(value):
+        return choice
+    raise ConfigError(
+      f"{self.workdir} holds a search in which {field} was {value!r}, which search() has no more; name another folder"
+    )
 
   def _is_done(self, point: Point) -> bool:
     return run_folder.is_complete(self.workdir / point.name, point.resolved)

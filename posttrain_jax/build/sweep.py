@@ -179,10 +179,27 @@ def expand(config: str, overrides: Sequence[str] = ()) -> list[Point]:
   ]
   if not points:
     raise ConfigError(f"the sweep of {path} has no points")
-  for i, point in enumerate(points):
-    if any(point.name == other.name for other in points[:i]):
+  named: dict[str, Point] = {}
+  for point in points:
+    point = distinct(point, named)
+    if point.name in named:
       raise ConfigError(f"the sweep of {path} has two points named {point.name}: they must differ")
-  return points
+    named[point.name] = point
+  return list(named.values())
+
+
+def distinct(point: Point, named: Mapping[str, Point]) -> Point:
+  """The point under a name that is no other's: in names `a/b` and `a-b` are one, and so are `é` and `è`."""
+  other = named.get(point.name)
+  if other is None or spelt(other.values) == spelt(point.values):
+    return point
+  digest = hashlib.sha256(spelt(point.values).encode()).hexdigest()[:8]
+  return dataclasses.replace(point, name=f"{point.name}-{digest}")
+
+
+def spelt(values: Any) -> str:
+  """Fields or their values as a file has them, in which a tuple is a list."""
+  return json.dumps(values, sort_keys=True, default=str)
 
 
 def resolved(
@@ -306,6 +323,9 @@ def checked(point: Point) -> Point:
     ConfigError: `posttrain train` would refuse it.
   """
   settings.fields.check(point.resolved, settings.given(point.overrides))
+  from posttrain_jax.build import checks
+
+  checks.sections(settings.restored(point.resolved))
   if not point.resolved.get("model", {}).get("adapter"):
     return point
   from posttrain_jax.build import earlier_adapter

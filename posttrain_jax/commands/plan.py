@@ -35,6 +35,8 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
   with progress.phase("starting"):
     from posttrain_jax.plan import estimate, program, report
 
+  if args.json is not None:
+    files.check_writable(args.json)  # now, and not after minutes of compiling
   config, given = settings.load(args.config, overrides), settings.given(overrides)
   settings.fields.check(settings.plain(config), given)
   config, notes = earlier_adapter.settled(config, given, shape=program.shape)

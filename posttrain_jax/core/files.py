@@ -154,6 +154,19 @@ def write_text(path: str | Path, text: str) -> None:
     scratch.unlink(missing_ok=True)
 
 
+def check_writable(path: str | Path) -> None:
+  """Raises OSError, naming the path, where `write_text` could not put a file; nothing is left, nothing is changed."""
+  path = Path(path)
+  if path.is_dir():
+    raise IsADirectoryError(f"{path} is a folder; name a file in it")
+  scratch = path.with_name(f".{path.name}{PARTIAL}{os.getpid()}")
+  try:
+    scratch.touch()
+  except OSError as error:
+    raise OSError(f"{path} cannot be written: {error.strerror}") from None
+  scratch.unlink()
+
+
 def write_json(path: str | Path, value: object) -> None:
   write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 

@@ -17,7 +17,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from posttrain_jax.launch import jobs
-from posttrain_jax.launch.jobs import Job, Platform
+from posttrain_jax.launch.jobs import Job, Options, Platform
 from posttrain_jax.settings import ConfigError
 
 PLATFORM = Platform(
@@ -84,7 +84,7 @@ def _configs(job: Job, number: int) -> dict[str, Any]:
 
 def _jobset(job: Job, number: int) -> dict[str, Any]:
   o, name = job.options, _name(job, number)
-  hosts = _hosts(job)
+  hosts = _hosts(o)
   slices = o.slices or 1
   pods = {
     "parallelism": hosts,
@@ -173,7 +173,7 @@ def _pod(job: Job, number: int, processes: int) -> dict[str, Any]:
 def _shell(job: Job, number: int, processes: int) -> str:
   o = job.options
   lines = ["set -eu", *([o.setup] if o.setup else [])]
-  if processes > 1 and _is_tpu(job):
+  if processes > 1 and _is_tpu(job.options):
     lines.append("export POSTTRAIN_DISTRIBUTED=auto")
   elif processes > 1:
     name = _name(job, number)
@@ -186,8 +186,8 @@ def _shell(job: Job, number: int, processes: int) -> str:
   return shell.replace("$", "$$")  # Kubernetes makes one of two, and reads $(NAME) itself
 
 
-def _is_tpu(job: Job) -> bool:
-  return (job.options.accelerator or "").startswith("tpu")
+def _is_tpu(o: Options) -> bool:
+  return (o.accelerator or "").startswith("tpu")
 
 
 def _accelerator(job: Job) -> tuple[str, int]:
@@ -195,8 +195,8 @@ def _accelerator(job: Job) -> tuple[str, int]:
   accelerator = job.options.accelerator
   if not accelerator:
     return "", 0
-  if _is_tpu(job):
-    return "google.com/tpu", min(_chips(job), _host(accelerator))
+  if _is_tpu(job.options):
+    return "google.com/tpu", min(_chips(job.options), _host(accelerator))
   count = accelerator.rpartition(":")[2]
   if not count.isdecimal() or not int(count):
     raise ConfigError(f"--accelerator={accelerator}: write nvidia-h100-80gb:8, GPUs of a host")
@@ -205,7 +205,7 @@ def _accelerator(job: Job) -> tuple[str, int]:
 
 def _selected(job: Job) -> Mapping[str, str]:
   accelerator = job.options.accelerator or ""
-  if _is_tpu(job):
+  if _is_tpu(job.options):
     return {
       "cloud.google.com/gke-tpu-accelerator": accelerator,
       "cloud.google.com/gke-tpu-topology": job.options.topology or "",
@@ -213,16 +213,19 @@ def _selected(job: Job) -> Mapping[str, str]:
   return {"cloud.google.com/gke-accelerator": accelerator.rpartition(":")[0]}
 
 
-def _hosts(job: Job) -> int:
+def processes(o: Options) -> int:
+  return _hosts(o) * (o.slices or 1)
+
+
+def _hosts(o: Options) -> int:
   """Of a slice: a TPU's follow from its topology."""
-  o = job.options
-  if not _is_tpu(job):
+  if not _is_tpu(o):
     if o.topology or (o.slices or 1) > 1:
       raise ConfigError("--topology and --slices are a TPU's; write --nodes for hosts with GPUs")
     return o.nodes or 1
   if o.nodes:
     raise ConfigError("--nodes: the hosts of a TPU slice follow from --topology; leave it out")
-  return math.ceil(_chips(job) / _host(o.accelerator or ""))
+  return math.ceil(_chips(o) / _host(o.accelerator or ""))
 
 
 def _host(accelerator: str) -> int:
@@ -231,10 +234,8 @@ def _host(accelerator: str) -> int:
   return TPU_HOST[accelerator]
 
 
-def _chips(job: Job) -> int:
-  sizes = (job.options.topology or "").split("x")
+def _chips(o: Options) -> int:
+  sizes = (o.topology or "").split("x")
   if len(sizes) < 2 or not all(size.isdecimal() and int(size) for size in sizes):
-    raise ConfigError(
-      f"--topology={job.options.topology}: write the slice of {job.options.accelerator}, as in 4x4"
-    )
+    raise ConfigError(f"--topology={o.topology}: write the slice of {o.accelerator}, as in 4x4")
   return math.prod(map(int, sizes))

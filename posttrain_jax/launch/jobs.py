@@ -118,6 +118,11 @@ def check(to: str, platform: Platform, options: Options) -> None:
       raise ConfigError(f"--site={line}: write --site=KEY=VALUE, as in --site=account=me")
 
 
+def nodes(options: Options) -> int:
+  """Processes of a run, one a host, where hosts are asked for by their number."""
+  return options.nodes or 1
+
+
 def label(text: str) -> str:
   """A name that schedulers take: RFC 1123, as Kubernetes asks.
 

@@ -11,18 +11,21 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from posttrain_jax import settings
-from posttrain_jax.build import sweep
+from posttrain_jax.build import checks, sweep
 from posttrain_jax.core import files
 from posttrain_jax.launch import gke, jobs, skypilot, slurm, tpu_vm
 from posttrain_jax.launch.jobs import Job, Options, Platform
 from posttrain_jax.runs import folder as run_folder
 from posttrain_jax.settings import ConfigError
 
-PLATFORMS: Mapping[str, tuple[Platform, Callable[[Job], dict[str, str]]]] = {
-  "slurm": (slurm.PLATFORM, slurm.files),
-  "tpu-vm": (tpu_vm.PLATFORM, tpu_vm.files),
-  "gke": (gke.PLATFORM, gke.files),
-  "skypilot": (skypilot.PLATFORM, skypilot.files),
+# what a platform takes, its files of a job, and how many processes one of its runs is
+PLATFORMS: Mapping[
+  str, tuple[Platform, Callable[[Job], dict[str, str]], Callable[[Options], int]]
+] = {
+  "slurm": (slurm.PLATFORM, slurm.files, jobs.nodes),
+  "tpu-vm": (tpu_vm.PLATFORM, tpu_vm.files, tpu_vm.processes),
+  "gke": (gke.PLATFORM, gke.files, gke.processes),
+  "skypilot": (skypilot.PLATFORM, skypilot.files, jobs.nodes),
 }
 OWNER = "job.json"  # in the folder of a job's files: which workdir it is for
 SHARED = ("slurm",)  # whose hosts see this machine's files, and its Python
@@ -44,7 +47,7 @@ def prepare(
   Raises:
     ConfigError: what `posttrain train` would refuse, or what the platform has no use for.
   """
-  platform, _ = PLATFORMS[to]
+  platform, _, processes = PLATFORMS[to]
   jobs.check(to, platform, options)
   if options.at_once and not is_sweep:
     raise ConfigError("--at_once is of points: write --sweep beside it")
@@ -52,6 +55,8 @@ def prepare(
   root = str(home / Path(workdir).expanduser()) if is_shared else workdir
   points = sweep.expand(config, overrides) if is_sweep else [_single(config, overrides)]
   points = [sweep.checked(point) for point in points]
+  if processes(options) > 1:
+    _check_several(points)
   folders = [f"{root}/{point.name}" if is_sweep else root for point in points]
   left = {
     number: point
@@ -76,6 +81,12 @@ def prepare(
     options=options,
     summary=summary,
   )
+
+
+def _check_several(points: Sequence[sweep.Point]) -> None:
+  for point in points:
+    if why := checks.alone(settings.restored(point.resolved)):
+      raise ConfigError(why)
 
 
 def _single(config: str, overrides: Sequence[str]) -> sweep.Point:
@@ -134,7 +145,7 @@ def submit(job: Job, to: str) -> int:
   Raises:
     ConfigError: the tool is not on this machine.
   """
-  platform, _ = PLATFORMS[to]
+  platform, *_ = PLATFORMS[to]
   if shutil.which(platform.tool) is None:
     raise ConfigError(
       f"{platform.tool} is not on this machine: {platform.absent}; or run {by_hand(job)} where it is"

@@ -18,6 +18,7 @@ PLATFORM = Platform(
   absent="install the Google Cloud CLI and run gcloud auth login",
   uses=("accelerator", "image", "zone", "spot", "restarts"),
 )
+HOST = 8  # of what an accelerator's name counts
 THERE = "posttrain-job"  # in the home of each host
 SUBMIT = """\
 #!/bin/bash
@@ -91,6 +92,16 @@ code=$?
 echo "$code" > {there}/code
 exit "$code"
 """
+
+
+def processes(options: jobs.Options) -> int:
+  """Hosts of a slice: one has up to eight chips of v5e and v6e, or eight cores, by which the others are counted.
+
+  >>> processes(jobs.Options(accelerator="v5litepod-8")), processes(jobs.Options(accelerator="v5p-16"))
+  (1, 2)
+  """
+  count = (options.accelerator or "").rpartition("-")[2]
+  return max(1, int(count) // HOST) if count.isdecimal() else 1
 
 
 def files(job: Job) -> dict[str, str]:

@@ -46,12 +46,12 @@ def of(config: Any, chips: Target, *, advise: bool = True) -> dict[str, Any]:
     "arithmetic_gib": {name: size / GIB for name, size in arithmetic(built).items()},
     "flops": costs.flops(built),
     "trained": costs.numbers(built.state.trainable),
+    "refused": (checks.alone(config) or None) if hosts(chips.devices) > 1 else None,
   }
   try:
     compiled = program.compile(built)
     if online.is_online(config):
       facts["writing"] = writing.figures(built)
-      facts["refused"] = checks.ONE_HOST if facts["hosts"] > 1 else None
   except program.OutOfMemory as problem:
     needs = {"compiled": None, "out_of_memory": str(problem), "fits": False}
     return {**facts, **needs, "advice": advice.changes(config, chips) if advise else []}

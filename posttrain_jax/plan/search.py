@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from posttrain_jax.build import decisions
+from posttrain_jax.core import sharding
 from posttrain_jax.plan import estimate
 from posttrain_jax.plan.topology import Target
 
@@ -34,10 +35,10 @@ def search(config: Any, chips: Target) -> list[dict[str, Any]]:
 
 def unit(config: Any, chips: Target) -> int:
   """The fewest rows that the mesh takes: data x fsdp x expert devices with a row each in every micro-batch."""
-  m = config.mesh
-  devices = len(chips.devices)
-  known = max(m.tensor, 1) * max(m.context, 1)
-  return max(1, devices // known) * config.batch.accumulate
+  shares = sharding.row_shares(
+    sharding.mesh(**config.mesh.to_dict(), devices=chips.devices, slices=chips.slices)
+  )
+  return shares * config.batch.accumulate
 
 
 def _largest(config: Any, chips: Target, remat: str) -> dict[str, Any] | None:

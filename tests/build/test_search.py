@@ -117,6 +117,26 @@ def test_choices_that_are_all_tried_are_the_end(grid):
   assert sorted(grid.started()) == ["optimizer.lr=0.001", "optimizer.lr=0.002"]
 
 
+def test_choices_that_are_tuples_are_known_again(grid):
+  grid.space('{"layers": [(1,), (2, 3), (4,)]}')
+  assert grid.run(trials=3)[0] == 0
+  assert len({*grid.started()}) == 3
+  code, printed = grid.run(trials=3)
+  assert (code, grid.started()) == (0, [])
+  assert "3 of them done before" in printed
+  grid.space('{"layers": [(1,), (2, 3)]}')
+  with pytest.raises(ConfigError, match=r"layers was \[4\], which search"):
+    grid.run(trials=3)
+
+
+def test_choices_that_are_spelt_alike_are_all_tried(grid):
+  grid.space('{"optimizer.lr": [1e-3], "model": ["a/é", "a/è", "a-é"]}')
+  assert grid.run(trials=9)[0] == 0
+  assert len({*grid.started()}) == 3
+  assert grid.run(trials=9)[0] == 0
+  assert grid.started() == []
+
+
 def test_a_failure_is_told_and_the_search_goes_on(grid):
   grid.space('{"optimizer.lr": [1e-3], "behave": ["fail", "good"]}')
   code, _ = grid.run(trials=2)

@@ -372,6 +372,13 @@ def test_what_is_wrong_is_said_before_anything_runs(grid, points, overrides, mes
   assert not grid.workdir.exists()
 
 
+def test_points_that_are_spelt_alike_have_folders_of_their_own(grid):
+  grid.points([("", {"model": name}) for name in ("données/é", "données/è")])
+  assert grid.run()[0] == 0
+  assert len({row["point"] for row in grid.summary()}) == 2
+  assert all(row["point"].startswith("model=donn-es-") for row in grid.summary())
+
+
 def test_names_are_fit_for_a_file_system():
   name = sweep._name(["model=/data/my model"], {"layers": (1, 2), "data.train": "../x"})
   assert name == "model=-data-my-model__layers=-1,-2-__data.train=..-x"

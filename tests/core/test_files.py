@@ -19,6 +19,17 @@ def names(folder):
   return sorted(path.name for path in folder.iterdir())
 
 
+def test_what_cannot_be_written_is_told_beforehand(tmp_path):
+  path = tmp_path / "a.json"
+  path.write_text("before")
+  files.check_writable(path)
+  files.check_writable(tmp_path / "new.json")
+  assert (names(tmp_path), path.read_text()) == (["a.json"], "before")
+  for wrong in (tmp_path, tmp_path / "no" / "a.json", path / "b.json"):
+    with pytest.raises(OSError, match=str(wrong)):
+      files.check_writable(wrong)
+
+
 def test_publish_makes_the_folder_at_the_end(tmp_path):
   with files.publish(tmp_path / "deep" / "out") as new:
     (new / "a").write_text("1")

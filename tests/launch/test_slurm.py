@@ -57,6 +57,7 @@ def submitted(slurm, folder, does, **options):
   (folder / "train.py").write_text(TRAIN)
   job = Job(
     name="test",
+    root=str(folder),
     folder=folder / "job",
     home=folder,
     points={i: Point(f"p{i}", "", (), {"does": what}, {}) for i, what in enumerate(does)},
@@ -90,6 +91,17 @@ def test_an_array_goes_on_where_it_was_preempted_and_stops_at_a_mistake(slurm, t
   assert states[f"{number}_1"]["ExitCode"] == "1:0"
   assert states[f"{number}_2"]["JobState"] == "COMPLETED"
   assert log(job).count("stopped when asked; requeued") == 1
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_a_folder_of_any_name_is_launched_from(nodes, slurm, tmp_path):
+  folder = tmp_path / """it's "a" $(touch pwned) #b 100%j ü"""
+  folder.mkdir()
+  job, _ = submitted(slurm, folder, ["done"], nodes=nodes)
+  cluster.until(lambda: (folder / "p0/done.json").exists(), 60, "it ended")
+  cluster.until(lambda: "started" in log(job), 20, "its log is beside its files")
+  assert not list(tmp_path.rglob("pwned"))
+  assert [path.name for path in tmp_path.iterdir()] == [folder.name]
 
 
 def test_the_signal_before_the_time_limit_lets_every_process_save(slurm, tmp_path):

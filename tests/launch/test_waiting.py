@@ -106,6 +106,46 @@ def test_what_would_wait_in_vain_is_said(to, options, said, here):  # noqa: F811
   assert not (here / "jobs").exists()
 
 
+@pytest.mark.parametrize(
+  ("to", "options"),
+  [
+    ("slurm", {}),
+    ("tpu-vm", {}),
+    ("gke", {}),
+    ("gke", dict(topology="2x2")),  # in two slices
+    ("skypilot", {}),
+  ],
+)
+@pytest.mark.parametrize(
+  ("config", "said"),
+  [("rl", "start it on one host"), ("sft", "eval.samples generates text in one")],
+)
+def test_what_runs_in_one_process_is_launched_on_one_host(to, options, config, said, here):  # noqa: F811
+  asked = Options(**{**ASKED[to], **options})
+  samples = ["--config.eval.samples=2"]
+  with pytest.raises(ConfigError, match=said):
+    start.prepare(config, "/runs/a", to=to, overrides=samples, options=asked)
+
+
+@pytest.mark.parametrize(
+  ("to", "options"),
+  [
+    ("slurm", dict(nodes=None)),
+    ("tpu-vm", dict(accelerator="v5litepod-8")),
+    ("gke", dict(topology="2x2", slices=None)),
+    ("skypilot", dict(nodes=1)),
+  ],
+)
+def test_one_host_takes_what_runs_in_one_process(to, options, here):  # noqa: F811
+  assert start.prepare("rl", "/runs/a", to=to, options=Options(**{**ASKED[to], **options}))
+
+
+def test_sections_that_do_not_fit_are_refused_before_they_wait(here):  # noqa: F811
+  asked = ["--config.batch.accumulate=3"]
+  with pytest.raises(ConfigError, match=r"batch\.rows=8 does not split"):
+    start.prepare("sft", "/runs/a", to="slurm", overrides=asked, options=Options())
+
+
 def prepared_and_written(to, options):
   return start.write(prepared(to, **options), to)
 

@@ -10,7 +10,7 @@ import pytest
 from posttrain_jax import __main__, adapters, quant, settings
 from posttrain_jax.build import adapter as adapter_build
 from posttrain_jax.build import optimizer as optimizer_build
-from posttrain_jax.core import tree
+from posttrain_jax.core import sharding, tree
 from posttrain_jax.models import decoder, shapes
 from posttrain_jax.objectives import Context
 from posttrain_jax.plan import arithmetic, estimate, program, report, topology
@@ -165,6 +165,38 @@ def test_mistakes_are_named(changes, message, capsys):
   assert message in capsys.readouterr().err
 
 
+def test_a_file_that_cannot_be_written_is_told_before_anything_compiles(tmp_path, capsys):
+  assert __main__.main([*PLAN, f"--json={tmp_path}/no/plan.json"]) == 1
+  assert f"{tmp_path}/no/plan.json cannot be written" in (said := capsys.readouterr()).err
+  assert "compiling" not in said.err + said.out
+
+
+@pytest.mark.parametrize(
+  ("name", "said"),
+  [
+    ("v5e:4x4x4", "a slice of v5e has a shape of 2 numbers, as in v5e:4x4"),
+    ("v6e:256", "a slice of v6e has a shape of 2 numbers"),
+    ("v5p:4x4", "a slice of v5p has a shape of 3 numbers, as in v5p:2x2x1"),
+    ("v5e:16x32", "16x16 chips at most; --slices=N takes more"),
+  ],
+)
+def test_shapes_that_no_slice_has_are_refused(name, said):
+  with pytest.raises(ValueError, match=said):
+    topology.target(name)
+
+
+def test_what_needs_one_process_says_so_on_several_hosts(monkeypatch):
+  monkeypatch.setattr(estimate, "hosts", lambda _: 2)
+  monkeypatch.setattr(program, "compile", out_of_memory)
+  facts = estimate.of(config(**{"eval.samples": 2}), one_cpu(), advise=False)
+  assert facts["refused"].startswith("eval.samples generates text in one process")
+  assert estimate.of(config(), one_cpu(), advise=False)["refused"] is None
+
+
+def out_of_memory(_):
+  raise program.OutOfMemory("too much")
+
+
 def test_missing_libtpu_says_how_to_install_it(monkeypatch):
   monkeypatch.setattr(topology, "has_libtpu", lambda: False)
   with pytest.raises(ValueError, match=r"make \.venv-tpu/ready"):
@@ -187,6 +219,21 @@ def test_llama_shapes_have_the_published_sizes():
   count = lambda name: tree.size(decoder.abstract(shapes.SHAPES[name]))
   assert count("llama3-8b") == 8_030_261_248
   assert count("llama3-70b") == 70_553_706_496
+
+
+@pytest.mark.skipif(
+  not topology.has_libtpu(), reason="libtpu is not installed: PYTHONPATH=.venv-tpu/site"
+)
+@pytest.mark.parametrize(
+  ("name", "devices", "memory"),
+  [("v5e:1x1", 1, 16), ("v6e:1x2", 2, 32), ("v5p:1x1x1", 1, 95), ("v4:2x2x1", 8, 16)],
+)
+def test_a_part_of_a_host_and_a_chip_of_two_cores(name, devices, memory):
+  """libtpu takes fewer chips than a host has only when it is told so, and jax no cores of a v4."""
+  where = topology.target(name)
+  assert (len(where.devices), where.memory) == (devices, memory)
+  shape = sharding.mesh(fsdp=-1, devices=where.devices).shape
+  assert shape["fsdp"] == devices
 
 
 @pytest.mark.skipif(

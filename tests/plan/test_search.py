@@ -44,6 +44,18 @@ def test_the_largest_batch_of_each_mode(memory, wanted, monkeypatch):
     assert "nothing fits" in said
 
 
+@pytest.mark.parametrize(
+  ("fields", "rows"),
+  [
+    ({"mesh.fsdp": -1, "mesh.tensor": 2}, 4),
+    ({"mesh.fsdp": 1, "mesh.tensor": -1}, 1),
+    ({"mesh.fsdp": 2, "mesh.context": -1, "batch.accumulate": 2}, 4),
+  ],
+)
+def test_the_fewest_rows_are_those_that_the_mesh_takes(fields, rows):
+  assert search.unit(config(**fields), topology.target(count=8)) == rows
+
+
 def test_memory_has_to_be_known():
   with pytest.raises(ValueError, match="its memory is not known"):
     search.search(config(), topology.target(count=1))
