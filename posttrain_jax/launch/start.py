@@ -54,7 +54,7 @@ def prepare(
   home, is_shared = Path.cwd(), to in SHARED
   root = str(home / Path(workdir).expanduser()) if is_shared else workdir
   points = sweep.expand(config, overrides) if is_sweep else [_single(config, overrides)]
-  points = [sweep.checked(point) for point in points]
+  points = [sweep.fitting(point) for point in points]
   if processes(options) > 1:
     _check_several(points)
   folders = [f"{root}/{point.name}" if is_sweep else root for point in points]
