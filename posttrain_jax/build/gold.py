@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
 
 import ml_collections
 import numpy as np
@@ -13,10 +12,8 @@ from posttrain_jax.build import data as data_lib
 from posttrain_jax.build import decisions
 from posttrain_jax.build.model import Model
 from posttrain_jax.data.answers import Answers
+from posttrain_jax.data.encoded import Example
 from posttrain_jax.settings import ConfigError
-
-if TYPE_CHECKING:
-  from posttrain_jax.build.updates import Updates
 
 Config = ml_collections.ConfigDict
 ORDER = 1  # of two orders of the same rows, the prompts' is the other
@@ -41,8 +38,8 @@ class Gold:
     return self.rows[order[at]]
 
 
-def rows(config: Config, model: Model, updates: Updates) -> Gold:
-  """The answers of config.data.train, where the config asks for some.
+def rows(config: Config, model: Model, as_row: Callable[[Example], Answers]) -> Gold:
+  """The answers of config.data.train, where the config asks for some, each made a row.
 
   Raises:
     ConfigError: no row has an answer that fits.
@@ -61,5 +58,5 @@ def rows(config: Config, model: Model, updates: Updates) -> Gold:
       f"online.gold_rows={each}: no row of {d.train} has an answer of at most data.length={d.length} tokens; write 0,"
       " or rows with a completion"
     )
-  every = tuple(updates.gold(example) for example in examples)
+  every = tuple(as_row(example) for example in examples)
   return Gold(every, each * config.online.minibatches, config.seed)

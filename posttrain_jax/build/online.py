@@ -86,7 +86,7 @@ class Online:
     self._identities = [scoring.identity(settings.plain(config[name])) for name in scoring.SECTIONS]
     self.writer = Writer(config, model, self.prompts)
     self.updates = Updates(config, model.config.vocab_size)
-    self._gold = gold.rows(config, model, self.updates)
+    self.updates.gold = gold.rows(config, model, self.updates.of_data)
     self.folder: Path | None = None
     self._batches = 0  # written
     self._asked = 0  # prompts, of all rounds
@@ -254,7 +254,7 @@ class Online:
         self._say_dead(kept, dead, len(results))
       kept += dead[: wanted - len(kept)]
     every = [*kept, *(group for group in dead if group not in kept)]
-    batches, beside = self.updates.of(kept, state, self._batches, self._gold.of(self._batches))
+    batches, beside = self.updates.of(kept, state, self._batches)
     now, self._ended = time.monotonic(), self._ended or began
     spent["all"], self._ended = now - self._ended, now
     beside["dynamic_sampling/rounds"] = float(len(results))

@@ -25,7 +25,9 @@ def write(model: str, out: str | Path, *, count: int = 0, kept: Sequence[int] = 
   if folder.exists():
     raise ConfigError(f"{folder} is there already: name another --out, or remove it")
   if bool(count) == bool(kept):
-    raise ConfigError("write how many layers the student has (--layers=15), or which (--keep=0,2,4)")
+    raise ConfigError(
+      "write how many layers the student has (--layers=15), or which (--keep=0,2,4)"
+    )
   used = use.load(model, base="dense")
   total = used.config.num_layers
   if count and not 0 < count <= total:

@@ -13,6 +13,7 @@ import numpy as np
 
 from posttrain_jax.build import decisions, writer
 from posttrain_jax.build.adapter import Trees
+from posttrain_jax.build.gold import Gold
 from posttrain_jax.build.groups import Group
 from posttrain_jax.build.teacher import Teacher
 from posttrain_jax.core import bits
@@ -41,6 +42,7 @@ class Updates:
     self._old_logps, self._kl = jax.jit(self._logps), jax.jit(self._kl_of_answers)
     self._of_teacher = jax.jit(self._teacher_logps)
     self.teacher: Teacher | None = None
+    self.gold = Gold((), 0, config.seed)
 
   def bind(self, trees: Trees, objective: Scorer, teacher: Teacher | None = None) -> None:
     """What computes log-probabilities; teacher: whose are taken off the advantages, where there is one."""
@@ -52,12 +54,10 @@ class Updates:
     groups: Sequence[Group],
     state: State,
     number: int,
-    gold: Sequence[answers.Answers] = (),
   ) -> tuple[list[Batch], dict[str, float]]:
     """(batches in the order in which they are taken, what is told of them).
 
     number: of the written batch in the run.
-    gold: answers of the data, so many for each update, in the order in which they are taken.
     """
     o, told = self.config.online, {}
     rewards = np.stack([group.scores for group in groups])
@@ -76,7 +76,7 @@ class Updates:
       random = np.random.default_rng((self.config.seed, number, turn))
       orders.append(random.permutation(orders[0]))
     packed: list[Batch] = [
-      batch for order in orders for batch in self._packed(examples, order, gold)
+      batch for order in orders for batch in self._packed(examples, order, self.gold.of(number))
     ]
     if (teacher := self.teacher) is not None:
       theirs = lambda batch: np.asarray(self._of_teacher(teacher.params, batch))
@@ -192,7 +192,7 @@ class Updates:
     """Of answers whether they are the data's own, where a batch has both."""
     return {"gold": (gold,) * count} if decisions.gold_rows(self.config) else {}
 
-  def gold(self, example: Example) -> answers.Answers:
+  def of_data(self, example: Example) -> answers.Answers:
     """An answer of the data as a row."""
     values = dict.fromkeys(("score", "advantage", "deviation"), (0.0,)) | self._marked(1.0)
     joined = answers.join([example], share=False, values=values)

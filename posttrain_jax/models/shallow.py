@@ -23,9 +23,7 @@ def spread(layers: int, count: int) -> tuple[int, ...]:
   return tuple(int(i * (layers - 1) / (count - 1) + 1e-9) for i in range(count))
 
 
-def of_layers(
-  params: Any, config: ModelConfig, kept: Sequence[int]
-) -> tuple[Any, ModelConfig]:
+def of_layers(params: Any, config: ModelConfig, kept: Sequence[int]) -> tuple[Any, ModelConfig]:
   """(params, config) with these layers alone, in their order; all else, embeddings and head, is shared with params.
 
   Args:

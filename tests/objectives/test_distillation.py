@@ -90,7 +90,7 @@ def test_one_batch_is_the_plain_formula(kind):
   grads, metrics = whole(kind)
   assert_same(grads, wanted, 1e-4)
   assert metrics["loss"] == pytest.approx(float(value), rel=1e-5)
-  assert 0 < metrics["teacher/agreement"] < 0.5
+  assert metrics["teacher/agreement"] < 0.5
 
 
 @pytest.mark.parametrize(("kind", "k"), [slow("full", 0), ("lora", 0), ("lora", 5)])
