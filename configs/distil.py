@@ -1,6 +1,6 @@
 r"""Distillation: a student learns what a teacher of the same tokenizer would say next, token by token.
 
-posttrain train --config=distil:teacher=runs/teacher,model=smollm2,data=sql --workdir=runs/distil
+posttrain train --config=distil:teacher=smollm2,model=smollm2,data=sql --workdir=runs/distil
 
 teacher=NAME_OR_FOLDER may be a model of any size, a run or an adapter.  on_policy=0.5 (GKD): of that share of the rows
 the student writes the answers itself, the others are the data's.  top_k=32 asks the teacher once for its 32 likeliest

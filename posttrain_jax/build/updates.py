@@ -66,8 +66,13 @@ class Updates:
       if not np.isnan(rewards).all():
         told["reward_kl_penalty"] = float(divergences[~np.isnan(rewards)].mean())
       rewards = rewards - o.kl_in_reward * divergences
-    how = self.config.objective.get("advantage", "none")  # who distils has none
-    advantages = advantage.named(how, rewards)
+    # without a reward there is nothing to compare: a teacher alone says what is learned
+    compares = "advantage" in self.config.objective and bool(self.config.reward.parts)
+    advantages = (
+      advantage.named(self.config.objective.advantage, rewards)
+      if compares
+      else np.zeros_like(rewards)
+    )
     for group, of_group in zip(groups, advantages):
       group.advantages = of_group
     examples = [self._example(group, np.asarray(group.advantages)) for group in groups]
