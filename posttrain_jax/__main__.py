@@ -138,7 +138,7 @@ def _run(argv: list[str], guard: ending.Guard | None = None) -> int:
   logging.getLogger("posttrain_jax").setLevel(logging.INFO)
   os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns that PyTorch is not there
   try:
-    if "config" in args and args.print_config:
+    if getattr(args, "print_config", False):
       return common.print_config(args.config, overrides)
     return COMMANDS[args.command].run(args, overrides)
   except (KeyboardInterrupt, ending.Ended, Exception) as error:

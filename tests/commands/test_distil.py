@@ -73,7 +73,8 @@ def test_a_student_moves_towards_a_larger_teacher_and_is_measured_as_it_was(
   assert "Likeliest token the same" in page
 
 
-def test_the_likeliest_tokens_are_asked_for_once(folder, tmp_path, capsys):
+def test_the_likeliest_tokens_are_asked_for_once(folder, tmp_path, capsys, monkeypatch):
+  monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path / "cache"))
   how = dict(top_k=8, loss="reverse_kl")
   assert main(train(folder, tmp_path / "a", "objective.sft_weight=0.1", **how)) == 0
   assert "teacher: computing the 8 most likely tokens in 10 examples" in capsys.readouterr().out
