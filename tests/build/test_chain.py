@@ -241,3 +241,8 @@ def test_the_page_says_what_each_stage_changed():
     {"accuracy/after": 0.6},
   ]
   assert chain_page._changes(known) == ["+0.300", "", "-0.050", "", "+0.250"]
+
+
+def test_the_experiment_on_half_the_layers_is_understood(tmp_path):
+  stages = chain.expand(settings.stages(str(ROOT / "experiments" / "half_layers.py")), tmp_path)
+  assert [stage.name for stage in stages[3:]] == ["gold", "traces", "off_policy", "on_policy"]
