@@ -2,7 +2,7 @@ r"""A student with half the layers, recovered in four ways from one teacher: wha
 
   posttrain chain --config=experiments/half_layers.py --workdir=runs/half_layers
 
-The teacher is the quickstart's (SmolLM2-135M, text to SQL), the student 15 of its 30 layers, which alone answer nothing.
+The teacher is the quickstart's (SmolLM2-135M, text to SQL), the student 15 of its 30 layers, which answer nothing yet.
 Each arm trains all of the student for as many updates of as many rows:
 
   gold        fine-tuning on the data's answers

@@ -28,7 +28,6 @@ from posttrain_jax import settings
 from posttrain_jax.build import sweep
 from posttrain_jax.core import files
 from posttrain_jax.evals import chain_page
-from posttrain_jax.runs import folder as run_folder
 from posttrain_jax.runs import record
 from posttrain_jax.settings import ConfigError
 from posttrain_jax.train.signals import PREEMPTED
@@ -247,9 +246,8 @@ class _State:
 
   def is_finished(self, stage: Stage) -> bool:
     """Whether the stage is done, and what it made is there still."""
-    if stage.config is not None:
-      return run_folder.is_complete(self.folder / stage.name, stage.config)
-    return bool(self._all[stage.name].get("finished")) and stage.made.exists()
+    made = stage.made / record.DONE if stage.verb == "train" else stage.made
+    return bool(self._all[stage.name].get("finished")) and made.exists()
 
   def seconds(self, stage: Stage) -> float:
     return float(self._all[stage.name].get("seconds", 0.0))

@@ -228,8 +228,17 @@ def _distillation(config: Config) -> None:
       )
     if online is not None and online.kl_in_reward:
       raise ConfigError("online.kl_in_reward: this run has no reward to take it off; write 0.0")
+  if decisions.keeps_teacher(config) and jax.process_count() > 1:
+    raise ConfigError(
+      f"objective.top_k={o.top_k}: several processes keep nothing with the data; write 0, so that the teacher stands"
+      " beside the student"
+    )
   if online is None:
     return
+  if online.dynamic and not config.reward.parts:
+    raise ConfigError(
+      "online.dynamic replaces groups whose answers have one outcome, and nothing scores them here; write false"
+    )
   gold = decisions.gold_rows(config)
   if gold >= config.batch.rows:
     raise ConfigError(
@@ -237,7 +246,7 @@ def _distillation(config: Config) -> None:
       " it, or distil off policy (on_policy=0)"
     )
   weight = o.get("sft_weight") or 0.0
-  if o.name == "grouped" and bool(gold) != bool(weight):
+  if (weight and not gold) or (gold and not weight and o.name == "grouped"):
     raise ConfigError(
       f"online.gold_rows={gold} and objective.sft_weight={weight}: the data's own answers are rows with a weight; write"
       " both above 0, or neither"

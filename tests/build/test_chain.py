@@ -20,7 +20,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 # What a stage does: a line in calls.txt, then what its verb would leave.  A file `stop` or `fail` in the folder of
 # the chain that holds its name stops it.
 SCRIPT = """
-import json, pathlib, signal, sys, time
+import json, os, pathlib, signal, sys, time
 verb, *given = sys.argv[1:]
 where = {arg.partition("=")[0]: arg.partition("=")[2] for arg in given}
 made = pathlib.Path(where.get("--workdir") or where["--out"])
@@ -32,7 +32,8 @@ if (root / "fail").exists() and (root / "fail").read_text() == home.name:
   sys.exit("this is why it failed")
 if (root / "hang").exists() and (root / "hang").read_text() == home.name:
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
-  (root / "hangs").touch()
+  (root / "hangs.new").write_text(str(os.getpid()))
+  os.rename(root / "hangs.new", root / "hangs")
   time.sleep(60)
 if verb == "train":
   home.mkdir(exist_ok=True)
@@ -141,7 +142,8 @@ def test_a_stage_that_has_begun_may_not_be_changed_and_a_later_one_may(made):
   assert "--config.steps=5" in (folder / "calls.txt").read_text().splitlines()[-1]
 
 
-def test_asked_to_stop_it_lets_its_stage_save_and_goes_on_later(made, tmp_path):
+def hanging(made, tmp_path):
+  """A chain in a process of its own, in the middle of its second stage."""
   file, folder, command = made
   folder.mkdir()
   (folder / "chain.json").write_text('{"stages": []}')
@@ -159,12 +161,39 @@ def test_asked_to_stop_it_lets_its_stage_save_and_goes_on_later(made, tmp_path):
   while not (folder / "hangs").exists():
     time.sleep(0.05)
     assert process.poll() is None
+  return process
+
+
+def test_asked_to_stop_it_lets_its_stage_save_and_goes_on_later(made, tmp_path):
+  folder, process = made[1], hanging(made, tmp_path)
   with pytest.raises(ConfigError, match="in use by another chain"):
     run(*made)
   process.send_signal(signal.SIGTERM)
   assert process.wait(60) == 75
   (folder / "hang").unlink()
   assert run(*made)[0] == 0
+  assert calls(folder) == ["cold", "answers", "answers", "again"]
+
+
+def test_killed_it_goes_on_once_its_stage_has_ended(made, tmp_path):
+  folder, process = made[1], hanging(made, tmp_path)
+  process.kill()
+  process.wait(60)
+  stage = int((folder / "hangs").read_text())
+  with pytest.raises(ConfigError, match="by a run that one left"):
+    run(*made)
+  os.kill(stage, signal.SIGKILL)
+  (folder / "hang").unlink()
+  ends = time.monotonic() + 30
+  while True:
+    try:
+      code, said = run(*made)
+      break
+    except ConfigError:  # the stage is not gone yet
+      assert time.monotonic() < ends
+      time.sleep(0.05)
+  assert code == 0
+  assert said[0] == "cold (train, 1 of 3): finished before"
   assert calls(folder) == ["cold", "answers", "answers", "again"]
 
 

@@ -136,6 +136,16 @@ WRONG = {
     ("online.gold_rows=1",),
     "write both above 0, or neither",
   ),
+  "likelihood without gold": (
+    dict(on_policy=1.0),
+    ("online.gold_rows=0", "objective.sft_weight=0.5"),
+    "write both above 0, or neither",
+  ),
+  "groups of one outcome where nothing scores": (
+    dict(on_policy=1.0),
+    ("online.dynamic=true",),
+    "nothing scores them here",
+  ),
   "a share above 1": (dict(on_policy=1.5), (), "a share of the rows"),
   "a reward without the gradient": (dict(reward="number"), (), "write loss=policy_gradient"),
   "likeliest tokens of drawn ones": (dict(loss="policy_gradient", top_k=3), (), "drawn alone"),

@@ -14,7 +14,7 @@ from posttrain_jax.models.shapes import SHAPES
 from posttrain_jax.settings import ConfigError
 
 ROOT = pathlib.Path(__file__).parents[2]
-HELPERS = ("__init__.py", "common.py")
+HELPERS = ("__init__.py", "common.py", *(f"{name}.py" for name in settings.CHAINS))
 CONFIGS = sorted(p.name for p in (ROOT / "configs").glob("*.py") if p.name not in HELPERS)
 
 
