@@ -70,6 +70,8 @@ def test_a_student_moves_towards_a_larger_teacher_and_is_measured_as_it_was(
   measured = json.loads((run / record.METRICS).read_text().splitlines()[-1])["eval_loss"]
   assert f"{measured:.3f}" in told
   page = (run / "report.html").read_text()
+  assert "forward_kl to teacher" in page
+  assert "off the teacher&#39;s; 0 is a student" in page
   assert "Likeliest token the same" in page
 
 
