@@ -1,6 +1,7 @@
 """Divergences from a teacher: closed forms in float64, and chunks that know nothing of one another."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -208,3 +209,35 @@ def test_the_mass_of_the_likeliest_is_the_students():
   wanted = np.take_along_axis(np.exp(log_q), np.asarray(teacher.ids), -1).sum(-1)
   found = compared(x, Options(Loss("forward_kl")), teacher=teacher).mass
   np.testing.assert_allclose(found, np.where(x["mask"], wanted, 0), rtol=1e-4)
+
+
+@pytest.mark.parametrize("of", ["whole", "likeliest"])
+@pytest.mark.parametrize("trained", [False, True])
+def test_logits_of_a_chunk_exist_at_once(of, trained):
+  """Of either model, forward and backward: nothing in the compiled program has tokens times vocabulary."""
+  tokens, vocab = 1000, 977
+  floats = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+  whole = numbers(jnp.int32, tokens), numbers(jnp.bool_, tokens)
+  if of == "whole":
+    teacher, teacher_head = Whole(floats(tokens, 9)), floats(9, vocab)
+  else:
+    teacher, teacher_head = Likeliest(numbers(jnp.int32, tokens, 4), floats(tokens, 5)), None
+
+  def loss(hidden, head, teacher, teacher_head, labels, mask):
+    told = distillation.compared(
+      hidden, head, teacher, teacher_head, labels, mask=mask, options=Options(Loss("jsd"))
+    )
+    return told.divergence.sum()
+
+  wanted = jax.grad(loss, (0, 1) if trained else 0)
+  args = (floats(tokens, 6), floats(6, vocab), teacher, teacher_head, *whole)
+  text = jax.jit(wanted).lower(*args).compile().as_text()
+  found = [
+    [int(n) for n in dims.split(",") if n] for dims in re.findall(rf"\[([\d,]*){vocab}\]", text)
+  ]
+  assert found
+  assert max(int(np.prod(dims)) for dims in found) <= distillation.CHUNK
+
+
+def numbers(dtype, *shape):
+  return jax.ShapeDtypeStruct(shape, dtype)
