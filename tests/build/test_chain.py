@@ -15,6 +15,8 @@ from posttrain_jax import settings
 from posttrain_jax.build import chain
 from posttrain_jax.evals import chain_page
 from posttrain_jax.settings import ConfigError
+from tests import tiny
+from tests.commands.test_train import environment
 
 ROOT = pathlib.Path(__file__).parents[2]
 # What a stage does: a line in calls.txt, then what its verb would leave.  A file `stop` or `fail` in the folder of
@@ -275,3 +277,49 @@ def test_the_page_says_what_each_stage_changed():
 def test_the_experiment_on_half_the_layers_is_understood(tmp_path):
   stages = chain.expand(settings.stages(str(ROOT / "experiments" / "half_layers.py")), tmp_path)
   assert [stage.name for stage in stages[3:]] == ["gold", "traces", "off_policy", "on_policy"]
+
+
+REAL = """
+MODEL, ROWS, VERIFY = {model!r}, {rows!r}, {verify!r}
+SMALL = {{"data.length": 96, "batch.rows": 4, "optimizer.lr": 1e-2}}
+ANSWERS = {{"online.samples": 2, "online.max_new_tokens": 6, "batch.rows": 2, "data.length": 128}}
+
+def stages(arg=None):
+  start = f"model={{MODEL}},data={{ROWS}}"
+  rewarded = f"rl:{{start}},reward={{VERIFY}}:early"
+  free = {{"reward.untested": (f"{{VERIFY}}:early",), **ANSWERS}}
+  yield {{"name": "cold", "train": f"sft:{{start}}", "fields": {{**SMALL, "steps": 2}}}}
+  yield {{"name": "rl", "train": rewarded, "fields": {{**free, "steps": 2, "model.adapter": "{{cold}}"}}}}
+  asked = {{"model": "{{rl}}", "data": ROWS, "reward": f"{{VERIFY}}:early", "untested": f"{{VERIFY}}:early"}}
+  yield {{"name": "answers", "sample": {{**asked, "n": 2, "keep": "all", "max_new_tokens": 6}}}}
+  again = {{**SMALL, "steps": 2, "model.adapter": "{{rl}}"}}
+  yield {{"name": "again", "train": f"sft:model={{MODEL}},data={{{{answers}}}}", "fields": again}}
+  yield {{"name": "small", "student": {{"model": "{{again}}", "layers": 1}}}}
+  taught = f"distil:model={{{{small}}}},teacher={{{{again}}}},data={{ROWS}},adapter=none,on_policy=0.5"
+  yield {{"name": "student", "train": taught, "fields": {{"steps": 2, "online.max_new_tokens": 6}}}}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # six commands, each of which starts anew
+def test_real_stages_run_to_their_end(tmp_path, monkeypatch):
+  """On a tiny model: fine-tuning, reinforcement, sampling, fine-tuning, a student, distillation into it."""
+  for name, value in environment().items():  # one device
+    monkeypatch.setenv(name, value)
+  model = tiny.tiny_model_folder(tmp_path / "model")
+  rows = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.rows(12))
+  verify = tmp_path / "verify.py"
+  verify.write_text(
+    "def early(prompt, completion, example):\n  return sum(map(ord, completion)) % 97 / 97\n"
+  )
+  file, folder = tmp_path / "mine.py", tmp_path / "runs"
+  file.write_text(REAL.format(model=str(model), rows=str(rows), verify=str(verify)))
+  said = []
+  assert chain.run(str(file), folder, say=said.append) == 0, said
+  config = json.loads((folder / "small" / "model" / "config.json").read_text())
+  assert config["num_hidden_layers"] == 1
+  assert (folder / "student" / "model" / "model.safetensors").exists()
+  assert "6 of 6 stages are finished" in (folder / "report.html").read_text()
+  again = []
+  assert chain.run(str(file), folder, say=again.append) == 0
+  assert [line.endswith("finished before") for line in again[:-1]] == [True] * 6
