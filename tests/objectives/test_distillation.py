@@ -178,7 +178,8 @@ def streams():
 def test_each_stream_of_a_batch_has_its_own_count():
   objective, trainable, context = taught()
   model = objective.model
-  policy, imitation = Grouped(model), Imitation(model, kind="prompts")
+  policy = Grouped(model, aggregation="sequence_mean")  # by answers, of which gold ones are none
+  imitation = Imitation(model, kind="prompts")
   parts = (("grouped", Written(model, part=policy), 1.0), ("sft", imitation, 0.7))
   both = Sum(model, parts=(*parts, ("distil", objective, 0.2)))
   mixed, own, datas = streams()
