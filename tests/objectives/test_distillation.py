@@ -158,6 +158,14 @@ def test_likeliest_tokens_are_kept_with_each_example(tmp_path):
   assert any("is not what was written" in line for line in said)
 
 
+def test_as_many_likeliest_tokens_as_there_are_but_one_say_what_the_whole_teacher_says():
+  """The rest is then a single token; and what is kept with a token is of the place before it, as hidden states are."""
+  every = taught()[0].model.vocab_size - 1
+  grads, metrics = gradient(*taught("lora", every), with_likeliest(tiny.batch(), every))
+  assert_same(grads, whole("lora")[0], 1e-3)
+  assert metrics["loss"] == pytest.approx(whole("lora")[1]["loss"], rel=1e-4)
+
+
 def streams():
   """A batch in which two groups and two answers of the data stand, and the rows of each by themselves."""
   rng = np.random.default_rng(0)
