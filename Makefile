@@ -4,7 +4,7 @@ PYTHON ?= python3
 PIP_FLAGS = -q --disable-pip-version-check
 BIN = .venv/bin
 WORKDIR ?= runs/quickstart
-STAGE ?= sft# sft, or dpo or rl: the second stage too
+STAGE ?= sft# sft, or dpo or rl: the second stage too; chain: a chain of seven stages
 # Large pages for large arrays, where Linux leaves that to the program: 8 and 18 % of two DPO steps on CPU.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 DRAWS ?= 500# of make compose
@@ -39,9 +39,13 @@ help:
 	  jax-cuda12-plugin==0.10.2 jax-cuda12-pjrt==0.10.2
 	@touch $@
 
-quickstart: .venv/ready ## environment, embedded model, LoRA fine-tune on text-to-SQL, report; STAGE=dpo: then DPO on its mistakes; STAGE=rl: then GRPO
+quickstart: .venv/ready ## environment, embedded model, LoRA fine-tune on text-to-SQL, report; STAGE=dpo: then DPO on its mistakes; STAGE=rl: then GRPO; STAGE=chain: a chain of stages in its place
 	$(BIN)/posttrain fetch smollm2
+ifeq ($(STAGE),chain)
+	$(BIN)/posttrain chain --config=quickstart_chain --workdir=$(WORKDIR)-chain
+else
 	$(BIN)/posttrain train --config=configs/quickstart.py --workdir=$(WORKDIR)
+endif
 ifeq ($(STAGE),dpo)
 	[ -d $(WORKDIR)/merged ] || $(BIN)/posttrain export --workdir=$(WORKDIR) --out=$(WORKDIR)/merged --merge
 	[ -f $(WORKDIR)/pairs.jsonl ] || $(BIN)/posttrain pairs --model=$(WORKDIR)/merged --task=sql --out=$(WORKDIR)/pairs.jsonl

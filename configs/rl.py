@@ -4,6 +4,7 @@ posttrain train --config=rl:method=grpo,data=sql,reward=sql --workdir=runs/rl
 
 data=sql is the built-in task; data=FILE.jsonl has rows with a prompt and the columns that the verifiers read.
 storage=int8 or bfloat16 keeps the sampler's weights so, and corrects for it token by token.
+teacher=NAME adds the reverse KL to a model of the same tokenizer to each token's advantage (on-policy distillation).
 method: grpo, dr_grpo, dapo, gspo, cispo, rloo, dppo, dppo_kl, reinforce, reinforce_pp, max_rl, centred.
 """
 
@@ -31,6 +32,7 @@ def get_config(arg=None):
     reward="sql",
     storage="auto",
     holdout="",
+    teacher="",
     smoke=False,
   )
   c = common.run(arg)
@@ -45,6 +47,10 @@ def get_config(arg=None):
   o.kl_estimator = "k3"  # k2 has the gradient of the reverse KL, k3 of the forward KL
   common.reference(o)
   o.cache_reference = False  # answers are not there before training
+  o.teacher = arg.teacher  # a model whose tokens are learned beside the reward; "" for none
+  o.teacher_base = "dense"  # how its matrices are stored
+  o.teacher_weight = 1.0  # of the reverse KL to it, taken off each token's advantage
+  o.sft_weight = 0.0  # of the likelihood of the data's own answers (online.gold_rows)
   c.reward = common.reward(arg.reward)
   c.holdout_reward = common.reward(arg.holdout)  # logged beside the reward, and never trained on
   n = c.online = ml_collections.ConfigDict()
@@ -69,6 +75,7 @@ def get_config(arg=None):
   n.kl_in_reward = 0.0  # weight of an answer's KL to the reference, taken off its reward
   n.kl_in_reward_estimator = "k1"  # k1 (unbiased) or k3 (never negative), summed over the answer
   n.mask_cut = False  # answers that were cut teach nothing
+  n.gold_rows = 0  # rows of an update that are the data's own answers
   # nats a token between sampler and trainer above which the run ends.  In float32 they differ by 1e-6; in bfloat16 by
   # 0.014 on average over 384 tokens of SmolLM2-135M (0.16 at most), and 0.017 where the sampler has an adapter merged
   n.most_drift = 0.05 if arg.storage == "auto" else 0.5

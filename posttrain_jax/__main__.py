@@ -22,6 +22,7 @@ GUARD = ending.guard(__name__)  # before what takes a while to import
 
 from posttrain_jax import settings  # noqa: E402
 from posttrain_jax.commands import (  # noqa: E402
+  chain,
   chat,
   common,
   completion,
@@ -34,6 +35,7 @@ from posttrain_jax.commands import (  # noqa: E402
   plan,
   report,
   sample,
+  student,
   sweep,
   train,
 )
@@ -60,6 +62,8 @@ COMMANDS: Mapping[str, ModuleType] = {
   "export": export,
   "merge": merge,
   "sweep": sweep,
+  "chain": chain,
+  "student": student,
   "launch": launch,
   "plan": plan,
   "report": report,
@@ -71,6 +75,7 @@ COMMANDS: Mapping[str, ModuleType] = {
 LEFT: Mapping[str, str] = {
   "train": "run the same command again",
   "sweep": "finished points are kept; run the same command again",
+  "chain": "finished stages are kept; run the same command again",
   "merge": "what is merged so far is kept beside --out, and the same command goes on there",
   "fetch": "what was fetched so far is gone; run the same command again",
   "chat": "nothing was being written",
@@ -133,7 +138,7 @@ def _run(argv: list[str], guard: ending.Guard | None = None) -> int:
   logging.getLogger("posttrain_jax").setLevel(logging.INFO)
   os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns that PyTorch is not there
   try:
-    if "config" in args and args.print_config:
+    if getattr(args, "print_config", False):
       return common.print_config(args.config, overrides)
     return COMMANDS[args.command].run(args, overrides)
   except (KeyboardInterrupt, ending.Ended, Exception) as error:

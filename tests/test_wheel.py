@@ -87,7 +87,8 @@ def test_a_config_is_named_without_a_path_from_any_folder(posttrain, tmp_path):
   assert not [*tmp_path.iterdir()]
 
 
-SHIPPED = sorted({path.stem for path in (ROOT / "configs").glob("*.py")} - {"__init__", "common"})
+BESIDE = {"__init__", "common", *settings.CHAINS}
+SHIPPED = sorted({path.stem for path in (ROOT / "configs").glob("*.py")} - BESIDE)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -117,3 +118,12 @@ def test_the_quickstart_runs_from_an_empty_folder(posttrain, tmp_path):
   )
   assert not said.returncode, said.stdout + said.stderr
   assert (tmp_path / "run" / "report.html").is_file()
+
+
+def test_a_chain_is_named_without_a_path(posttrain, tmp_path):
+  """And is found where the package lies; nothing runs, as the folder holds something else."""
+  (tmp_path / "runs").mkdir()
+  (tmp_path / "runs" / "notes.txt").touch()
+  said = posttrain(tmp_path, "chain", "--config=chain", "--workdir=runs")
+  assert said.returncode == 1
+  assert "holds no chain" in said.stderr

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import ml_collections
 
-from posttrain_jax.build import decisions, reference
+from posttrain_jax.build import decisions, reference, teacher
 from posttrain_jax.core import distributed, metrics
 from posttrain_jax.evals import meanings
 from posttrain_jax.objectives import evaluation
@@ -72,6 +72,7 @@ def check(pieces: Pieces) -> None:
 def _names(pieces: Pieces) -> list[str]:
   """The names of what an evaluation gives."""
   batch = reference.blank(pieces.config, next(pieces.eval_batches()), pieces.objective)
+  batch = teacher.blank(pieces.config, batch)
   placed = batch if pieces.mesh is None else distributed.global_batch(pieces.mesh, batch)
   state = pieces.abstract_state()
   context = state.context(pieces.trees.context)

@@ -23,6 +23,7 @@ READS = {
   "kto": ("labels", "pairs", "triples"),
   "reward": ("pairs", "outcomes", "steps"),
   "grouped": ("scored", "prompts"),
+  "distil": ("text", "prompts"),
 }
 ONE_HOST = "online learning writes its answers in one process; start it on one host"
 
@@ -208,18 +209,18 @@ def _online(config: Config) -> None:
     raise ConfigError(f"data.{which} is not for prompts: leave it as configs/rl.py has it")
   if decisions.is_mixture(d.train):
     raise ConfigError("data.train: prompts come from one source; write them into one file")
-  if o.cache_reference:
+  if o.get("cache_reference"):
     raise ConfigError(
       "objective.cache_reference: answers that are yet to be written have no log-probabilities to cache; write false"
     )
-  if not 0 <= o.importance_low < o.importance_high:
+  if "importance" in o and not 0 <= o.importance_low < o.importance_high:
     raise ConfigError("objective.importance_low must be below objective.importance_high")
-  if config.online.kl_in_reward and o.advantage == "max_rl":
+  if config.online.kl_in_reward and o.get("advantage") == "max_rl":
     raise ConfigError(
       "online.kl_in_reward: advantage=max_rl divides by the mean reward, which this may make negative; write"
       " --config.objective.kl_weight"
     )
-  if config.online.storage != "auto" and o.importance == "none":
+  if config.online.storage != "auto" and o.get("importance") == "none":
     raise ConfigError(
       f"online.storage={config.online.storage}: answers are then drawn from another distribution than the one that"
       " learns; write --config.objective.importance=token too, which weighs each token by the ratio of the two"
@@ -228,6 +229,50 @@ def _online(config: Config) -> None:
   if part not in ("", TOTAL, *titles, *titles.values()):
     raise ConfigError(
       f"online.outcome={part!r}: the reward has the parts {', '.join(titles.values())}; {TOTAL} is the reward itself"
+    )
+
+
+def _distillation(config: Config) -> None:
+  """What a run with a teacher, or with rows of two sources, needs."""
+  o, online = config.objective, config.get("online")
+  if o.name == "distil":
+    if not decisions.teacher(config):
+      raise ConfigError(
+        "objective.teacher is empty: name the model to learn from, as --config=distil:teacher=NAME_OR_FOLDER"
+      )
+    if online is not None and o.top_k:
+      raise ConfigError(
+        f"objective.top_k={o.top_k} is computed once and kept with the data, and a run that writes its own answers has"
+        " others in each batch: write top_k=0, where the teacher stands beside the student"
+      )
+    if online is not None and online.kl_in_reward:
+      raise ConfigError("online.kl_in_reward: this run has no reward to take it off; write 0.0")
+  if decisions.keeps_teacher(config) and jax.process_count() > 1:
+    raise ConfigError(
+      f"objective.top_k={o.top_k}: several processes keep nothing with the data; write 0, so that the teacher stands"
+      " beside the student"
+    )
+  if online is None:
+    return
+  if online.dynamic and not config.reward.parts:
+    raise ConfigError(
+      "online.dynamic replaces groups whose answers have one outcome, and nothing scores them here; write false"
+    )
+  gold = decisions.gold_rows(config)
+  if gold >= config.batch.rows:
+    raise ConfigError(
+      f"online.gold_rows={gold} leaves no row of batch.rows={config.batch.rows} for answers of the policy's own; lower"
+      " it, or distil off policy (on_policy=0)"
+    )
+  weight = o.get("sft_weight") or 0.0
+  if (weight and not gold) or (gold and not weight and o.name == "grouped"):
+    raise ConfigError(
+      f"online.gold_rows={gold} and objective.sft_weight={weight}: the data's own answers are rows with a weight; write"
+      " both above 0, or neither"
+    )
+  if o.name == "grouped" and config.reward.parts and online.samples < 2:
+    raise ConfigError(
+      "online.samples=1: an advantage is over other answers to the prompt; write 2 or more"
     )
 
 
@@ -250,5 +295,6 @@ CHECKS: tuple[Callable[[Config], None], ...] = (
   _following_reference,
   _answers,
   _online,
+  _distillation,
   _accumulation,
 )

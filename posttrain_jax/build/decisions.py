@@ -244,3 +244,23 @@ def mixture(text: str) -> dict[str, float]:
       raise ConfigError(f"data.train={text!r}: write a mixture as FIRST*0.7+SECOND*0.3") from None
     spelt[key] = name
   return fractions
+
+
+def teacher(config: ml_collections.ConfigDict) -> str:
+  """The model that the run distils; "" for none."""
+  return config.objective.get("teacher") or ""  # most objectives have none
+
+
+def keeps_teacher(config: ml_collections.ConfigDict) -> bool:
+  """Whether the teacher's most likely tokens are computed once, before training."""
+  return config.objective.name == "distil" and config.objective.top_k > 0
+
+
+def gold_rows(config: ml_collections.ConfigDict) -> int:
+  """Rows of an online update that are answers of the data; the others the policy writes."""
+  return config.online.get("gold_rows", 0)  # runs of older versions have none
+
+
+def asked_rows(config: ml_collections.ConfigDict) -> int:
+  """Rows of an online update whose prompts the policy answers."""
+  return config.batch.rows - gold_rows(config)

@@ -16,7 +16,7 @@ import numpy as np
 from posttrain_jax import adapters, settings
 from posttrain_jax.adapters import layout
 from posttrain_jax.build import adapter as adapter_lib
-from posttrain_jax.build import checks, decisions, objective, questions, reference, use
+from posttrain_jax.build import checks, decisions, objective, questions, reference, teacher, use
 from posttrain_jax.build import data as data_lib
 from posttrain_jax.build import model as model_lib
 from posttrain_jax.build import run as runs
@@ -177,8 +177,12 @@ def _measured(
     data_lib.check_held_out(Path(workdir), config, data)
   for note in (*data.notes, *([f"left out: {data.skipped}"] if data.skipped else [])):
     log.info(note)
-  loss = objective.make(config, model, data.channels)
+  taught = teacher.load(config, model, None)
+  data = teacher.taught(config, taught, data, None, log.info)
+  read_by = None if taught is None else (taught.reader, taught.vocab)
+  loss = objective.make(config, model, data.channels, teacher=read_by)
   trainable, context, memory = _policy(config, used, params, loss, workdir if is_whole else None)
+  context = teacher.beside(config, context, taught)
   batches = loader.eval_batches(
     data.eval,
     batch_size=config.eval.rows,

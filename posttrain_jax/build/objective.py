@@ -11,30 +11,52 @@ import ml_collections
 from posttrain_jax import objectives
 from posttrain_jax.build import adapter, attention, decisions
 from posttrain_jax.build.model import Model
+from posttrain_jax.losses import distillation
 from posttrain_jax.objectives import Scorer
 
 Config = ml_collections.ConfigDict
 # of config.objective, what is not a field of the objective that the section names
-OTHER = ("name", "losses", "loss", "advantage", "sft_weight")
+OTHER = (
+  "name",
+  "losses",
+  "loss",
+  "advantage",
+  "sft_weight",
+  "teacher",
+  "teacher_base",
+  "teacher_weight",
+)
 REFERENCE = ("reference", "reference_base", "cache_reference")
 SUMMED = ("kto", "reward")  # of a preference's losses, those that are objectives of their own
 
 
 def make(
-  config: Config, model: Model, channels: Sequence[str], platform: str | None = None
+  config: Config,
+  model: Model,
+  channels: Sequence[str],
+  platform: str | None = None,
+  *,
+  teacher: tuple[Scorer, int | None] | None = None,
 ) -> Scorer:
   """The objective that config.objective names; a model planned without files has no tokenizer.
 
   Args:
     platform: of the devices that compute it; None: the default one.
+    teacher: how the config's teacher reads a batch, and the tokens that both know; see `build.teacher`.
   """
   how = _how(config, model, platform)
   if config.objective.name == "sft":
     parts: Parts = (("rows", _supervised(model, channels, how), 1.0),)
+  elif config.objective.name == "distil":
+    parts = _distilled(config, model, how, teacher)
   else:
     parts = _PARTS[config.objective.name](config, model, how)
   if "sft_weight" in config.objective and config.objective.sft_weight:
-    imitation = objectives.Imitation(model.config, kind=config.data.kind, **how)
+    imitation = (
+      _supervised(model, channels, how)
+      if config.data.kind == "text"
+      else objectives.Imitation(model.config, kind=config.data.kind, **how)
+    )
     parts = (*parts, ("sft", imitation, float(config.objective.sft_weight)))
   if weight := decisions.balance(config, model.config):
     parts = (*parts, ("balance", objectives.Balance(model.config, **how), weight))
@@ -146,10 +168,30 @@ def _grouped(config: Config, model: Model, how: Mapping[str, Any]) -> Parts:
     or not (adapter_config.lora_dropout or adapter_config.attention_group),
     loss_name=config.objective.loss,
     starts_there=_compared(config)["starts_there"],
+    teacher_weight=config.objective.teacher_weight if decisions.teacher(config) else 0.0,
     **{"max_length": config.data.length} | _own(config) | _online(config),
     **how,
   )
+  if "online" in config and decisions.gold_rows(config):
+    return (("grouped", objectives.Written(model.config, part=main, **how), 1.0),)
   return (("grouped", main, 1.0),)
+
+
+def _distilled(
+  config: Config, model: Model, how: Mapping[str, Any], teacher: tuple[Scorer, int | None] | None
+) -> Parts:
+  o = config.objective
+  assert teacher is not None
+  reader, vocab = teacher
+  main = objectives.Distilled(
+    model.config,
+    divergence=distillation.Loss(o.loss, o.get("mixture", 0.5)),
+    temperature=o.temperature,
+    teacher=None if decisions.keeps_teacher(config) else reader,
+    vocab=vocab,
+    **how,
+  )
+  return (("distil", main, 1.0),)
 
 
 def _online(config: Config) -> dict[str, Any]:
@@ -168,4 +210,4 @@ _PARTS: Mapping[str, Callable[[Config, Model, Mapping[str, Any]], Parts]] = {
   "kto": _labelled,
   "grouped": _grouped,
 }
-NAMES = ("sft", *_PARTS)  # of config.objective.name
+NAMES = ("sft", "distil", *_PARTS)  # of config.objective.name

@@ -21,13 +21,14 @@ import ml_collections
 import numpy as np
 
 from posttrain_jax import settings
+from posttrain_jax.build import decisions, gold, scoring
 from posttrain_jax.build import groups as groups_lib
-from posttrain_jax.build import scoring
 from posttrain_jax.build.adapter import Trees
 from posttrain_jax.build.data import Data
 from posttrain_jax.build.groups import Group
 from posttrain_jax.build.model import Model
 from posttrain_jax.build.prompts import Prompt
+from posttrain_jax.build.teacher import Teacher
 from posttrain_jax.build.updates import Updates
 from posttrain_jax.build.writer import Writer
 from posttrain_jax.core import progress, words
@@ -76,7 +77,7 @@ class Online:
     columns = dict.fromkeys(name for prompt in self.prompts for name in prompt.row)
     self._stopping: Callable[[], bool] = lambda: False
     self.reward, self.holdout = scoring.make(config, list(columns), lambda: self._stopping())
-    if config.objective.advantage == "max_rl":
+    if config.objective.get("advantage") == "max_rl":
       scoring.check_not_negative(self.reward)
     outcome = config.online.outcome
     self.outcome = self.reward.outcome(
@@ -85,6 +86,7 @@ class Online:
     self._identities = [scoring.identity(settings.plain(config[name])) for name in scoring.SECTIONS]
     self.writer = Writer(config, model, self.prompts)
     self.updates = Updates(config, model.config.vocab_size)
+    self.updates.gold = gold.rows(config, model, self.updates.of_data)
     self.folder: Path | None = None
     self._batches = 0  # written
     self._asked = 0  # prompts, of all rounds
@@ -94,10 +96,10 @@ class Online:
     self._ended: float | None = None  # when this process had written its last batch
     self._watch = alarm.Watch()
 
-  def bind(self, trees: Trees, objective: Scorer) -> None:
+  def bind(self, trees: Trees, objective: Scorer, teacher: Teacher | None = None) -> None:
     """What is trained, and what computes its log-probabilities."""
     self.writer.bind(trees)
-    self.updates.bind(trees, objective)
+    self.updates.bind(trees, objective, teacher)
 
   @property
   def epoch(self) -> float:
@@ -158,21 +160,26 @@ class Online:
 
   def steps(self, epochs: float) -> int:
     o = self.config.online
-    per_batch = self.config.batch.rows * o.minibatches
+    per_batch = decisions.asked_rows(self.config) * o.minibatches
     return max(1, round(epochs * len(self.prompts) / per_batch)) * o.minibatches * o.passes
 
   def epochs(self, steps: int) -> float:
     o = self.config.online
-    return steps / o.passes * self.config.batch.rows / len(self.prompts)
+    return steps / o.passes * decisions.asked_rows(self.config) / len(self.prompts)
 
   def stats(self) -> str:
-    o, rows = self.config.online, self.config.batch.rows
+    o, rows = self.config.online, decisions.asked_rows(self.config)
     written = rows * o.minibatches
     used = f", used for {o.minibatches * o.passes} updates" if o.minibatches * o.passes > 1 else ""
     return (
       f"{len(self.prompts):,} prompts; a batch is {written} prompts x {o.samples} = {written * o.samples} answers of at"
-      f" most {o.max_new_tokens} tokens{used}{self._outcome_said()}"
+      f" most {o.max_new_tokens} tokens{self._gold_said()}{used}{self._outcome_said()}"
     )
+
+  def _gold_said(self) -> str:
+    count = decisions.gold_rows(self.config)
+    beside = f" and {words.count(count, 'answer')} of the data beside them in each update"
+    return beside if count else ""
 
   def _outcome_said(self) -> str:
     """What says whether an answer is right, where that is not the reward; "" where it is."""
@@ -213,7 +220,7 @@ class Online:
 
   def _write(self, state: State) -> list[Mapping[str, Any]]:
     o, config = self.config.online, self.config
-    wanted = config.batch.rows * o.minibatches
+    wanted = decisions.asked_rows(config) * o.minibatches
     self._batches += 1
     with progress.announced("updating", self.say):
       jax.block_until_ready(state.trainable)  # of the last update
@@ -238,7 +245,10 @@ class Online:
     began: float,
   ) -> list[Mapping[str, Any]]:
     """The batches of the updates that learn from what was written, which is told and kept."""
-    o, wanted = self.config.online, self.config.batch.rows * self.config.online.minibatches
+    o, wanted = (
+      self.config.online,
+      decisions.asked_rows(self.config) * self.config.online.minibatches,
+    )
     if len(kept) < wanted:  # a batch has as many rows whatever happens
       if o.dynamic:
         self._say_dead(kept, dead, len(results))
@@ -401,6 +411,8 @@ class Online:
 
   def _scores_told(self, results: Sequence[Result]) -> dict[str, float]:
     """What each reward says of all rounds' answers; says what was missing, and whether the reward is gamed."""
+    if scoring.is_silent(self.reward):
+      return {}
     result, *others = results
     for one in results:
       for (part, why), times in one.missing.items():
@@ -436,6 +448,12 @@ class Online:
       " is written is kept"
     )
 
+  def _of_answers(self, every: Sequence[Group]) -> dict[str, float]:
+    told = groups_lib.metrics(every, self.outcome) | groups_lib.passed(every, self.outcome)
+    if not scoring.is_silent(self.reward):
+      return told
+    return {name: value for name, value in told.items() if name.startswith("completions/")}
+
   def _tell(
     self, every: Sequence[Group], spent: Mapping[str, float], beside: Mapping[str, float]
   ) -> None:
@@ -444,8 +462,7 @@ class Online:
     parts["updating"] = max(seconds - sum(parts.values()), 0.0)
     self._told = {
       **beside,
-      **groups_lib.metrics(every, self.outcome),
-      **groups_lib.passed(every, self.outcome),
+      **self._of_answers(every),
       **{f"timing_s/{name}": part for name, part in parts.items()},
       **{f"timing_share/{name}": part / seconds for name, part in parts.items()},
     }

@@ -44,11 +44,13 @@ from posttrain_jax.build import (
   run_length,
   scoring,
   self_checks,
+  teacher,
   use,
 )
 from posttrain_jax.build.adapter import Trees
 from posttrain_jax.build.data import Data
 from posttrain_jax.build.model import Model
+from posttrain_jax.build.teacher import Teacher
 from posttrain_jax.core import distributed, files, memory, metrics, tree
 from posttrain_jax.core import progress as progress_lib
 from posttrain_jax.core.checkpoint import Checkpoints
@@ -176,6 +178,7 @@ class Pieces:
   batches: loader.Loader | online.Online
   step: Any  # jitted: (state, context, batch) -> (state, metrics), the state donated
   task: tasks.Task | None  # what is asked before and after training
+  teacher: Teacher | None = None  # what is distilled
 
   def identity(self) -> dict[str, Any]:
     """What the run's record says of what its config only names: rows held out, the user's code, an earlier adapter."""
@@ -199,12 +202,13 @@ class Pieces:
     )
 
   def with_reference(self, say: Say) -> Pieces:
-    """The pieces with the reference's log-probabilities in their data, where they are computed once."""
-    scored = reference.scored(self.config, self.model, self.data, self.objective, self.mesh, say)
+    """The pieces with what reference and teacher say in their data, where it is computed once."""
+    taught = teacher.taught(self.config, self.teacher, self.data, self.mesh, say)
+    scored = reference.scored(self.config, self.model, taught, self.objective, self.mesh, say)
     if scored is self.data:
       return self
     batches = data.stream(self.config, scored, self.mesh)
-    return dataclasses.replace(self, data=scored, batches=batches)
+    return dataclasses.replace(self, data=scored, batches=batches, teacher=None)
 
   def eval_batches(self) -> Iterator[Any]:
     """One pass over the held-out examples."""
@@ -243,16 +247,22 @@ def build(
   written = online.Online(config, base, rows, _print) if online.is_online(config) else None
   batches = data.stream(config, rows, devices) if written is None else written
   config = run_length.of_data(config, batches)
+  with (
+    _phase("reading the teacher", stream) if decisions.teacher(config) else contextlib.nullcontext()
+  ):
+    taught = teacher.load(config, base, devices)
+  read_by = None if taught is None else (taught.reader, taught.vocab)
   with settings.section("objective"):
-    loss = objective.make(config, base, rows.channels)
+    loss = objective.make(config, base, rows.channels, teacher=read_by)
   if loss.needs_reference:
     reference.check(config, base)
   other = reference.in_step(config, base, devices) if loss.needs_reference else None
   with _phase("making what trains", stream), settings.section("adapter"):
     trees = adapter.make(config, base, other, devices)
+    trees = dataclasses.replace(trees, context=teacher.beside(config, trees.context, taught))
   started.ends("adapter")
   if written is not None:
-    written.bind(trees, loss)
+    written.bind(trees, loss, taught)
   with settings.section("optimizer"):
     updates, schedule = optimizer.make(config, base.config)
     shapes = state_lib.abstract(trees.trainable, updates, trees.carried, loss, devices)
@@ -268,6 +278,7 @@ def build(
     batches=batches,
     step=jitted_step(config, trees.adapter_config, loss, updates, shapes, schedule),
     task=questions.make(config, base, rows),
+    teacher=taught,
   )
 
 
@@ -344,6 +355,7 @@ def _asked(task: tasks.Task, before: bool) -> str:
 def _explain_memory(pieces: Pieces, say: Say) -> None:
   """Compiles the step and says what it needs; nothing is run."""
   batch = reference.blank(pieces.config, pieces.batches.batch(None), pieces.objective)
+  batch = teacher.blank(pieces.config, batch)
   began = time.monotonic()
   lowered = pieces.step.lower(pieces.abstract_state(), pieces.trees.context, batch)
   needed = lowered.compile().memory_analysis()

@@ -12,18 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from posttrain_jax.build import data as data_lib
-from posttrain_jax.build import evaluation, questions, scoring, use
-from posttrain_jax.core import files, progress, tree
+from posttrain_jax.build import evaluation, questions, scoring, traces, use
+from posttrain_jax.core import files, progress
 from posttrain_jax.core.journal import Journal
 from posttrain_jax.data import chat, held_out, schema
 from posttrain_jax.data import questions as questions_lib
 from posttrain_jax.evals import keeping, samples, tasks
 from posttrain_jax.evals.keeping import Keep, Summary
-from posttrain_jax.evals.samples import Drawn, Plan, Question, Sample, Writer
+from posttrain_jax.evals.samples import Drawn, Plan, Question, Sample
 from posttrain_jax.rewards import section, selftest
 from posttrain_jax.rewards.reward import Reward, Scored
 from posttrain_jax.rewards.verifier import Answer
 from posttrain_jax.rollout import requests
+from posttrain_jax.rollout.address import Address
 from posttrain_jax.rollout.sampling import Sampling
 from posttrain_jax.settings import ConfigError
 
@@ -66,36 +67,34 @@ class Wanted:
     return {**self.reward, **own}
 
 
-def write(wanted: Wanted, load: Callable[[], use.Used]) -> Summary:
+def write(wanted: Wanted, load: Callable[[], use.Used | Address]) -> Summary:
   """Writes the scored answers that are kept; goes on where the same command was ended before.
 
   Args:
-    load: the model, after what the command says has been checked.
+    load: the model, or where it is, after what the command says has been checked.
 
   Raises:
     ConfigError: another command wrote the file, nothing scores the answers, or a verifier cannot tell right from wrong.
     RowError: a row has no prompt, or one that leaves no room for an answer.
   """
   _check(wanted)
-  used = load()
-  requests.check_strings(wanted.stop_strings, used.tokenizer)
-  writer = use.writer(used)
-  asked, longest = _asked(used, wanted)
+  source, asked, longest = _who_answers_what(load(), wanted)
   with scoring.told_of_files(wanted.scored_by):
     reward = scoring.of(wanted.scored_by, _columns(asked), partly=_partly(asked))
   with scoring.told_of_files(wanted.scored_by):
-    for sentence in selftest.check(reward, _references(asked, used.tokenizer)):
+    for sentence in selftest.check(reward, _references(asked, source.tokenizer)):
       log.info(sentence)
   right = _right(wanted, reward)
   _check_right(wanted.keep, right, reward)
   plan = _plan(wanted, longest)
-  prompts = writer.prompts(asked)
-  weights = _weights(used)
-  identity = _identity(wanted, used, plan, prompts, asked, weights)
+  if isinstance(source, traces.Remote):
+    source.check(plan)
+  prompts, weights = source.prompts(asked), source.weights
+  identity = _identity(wanted, source, plan, prompts, asked, weights)
   wanted.out.parent.mkdir(parents=True, exist_ok=True)
   _check_out(wanted.out, identity)
   with Journal(_journal(wanted.out)).begin(identity) as journal:
-    drawn = _drawn(journal, writer, prompts, plan)
+    drawn = _drawn(journal, source, prompts, plan)
     groups = _scored(journal, reward, asked, drawn, plan)
   lines, summary = _chosen(wanted, asked, groups, right, weights)
   if not lines:
@@ -187,6 +186,47 @@ def _check_right(keep: Keep, right: keeping.Right | None, reward: Reward) -> Non
     )
 
 
+def _who_answers_what(
+  loaded: use.Used | Address, wanted: Wanted
+) -> tuple[traces.Source, list[Question], int]:
+  """(who answers, the questions, the most tokens of an answer)."""
+  if isinstance(loaded, Address):
+    return traces.Remote(loaded), *_asked_of_address(wanted)
+  requests.check_strings(wanted.stop_strings, loaded.tokenizer)
+  return traces.Local(loaded), *_asked(loaded, wanted)
+
+
+def _asked_of_address(wanted: Wanted) -> tuple[list[Question], int]:
+  """`_asked` where nobody knows the tokens: how many an answer may have is to be said."""
+  longest = wanted.max_new_tokens or (tasks.TASKS[wanted.task].max_new_tokens if wanted.task else 0)
+  if not longest:
+    raise ConfigError(
+      "--address: the tokens of a model behind an address are unknown here, and so is how many an answer needs; write"
+      " --max_new_tokens=N"
+    )
+  asked = _of_task(wanted) if wanted.task else _of_rows(wanted, True, None, None)
+  if not asked:
+    raise ConfigError(f"{wanted.data or wanted.task} has no rows")
+  return asked, longest
+
+
+def _of_task(wanted: Wanted) -> list[Question]:
+  task = tasks.TASKS[wanted.task]
+  return [
+    dict(row, row=row, origin=f"{task.name}/train:{i}")
+    for i, row in enumerate(task.examples("train", n=wanted.limit or None), 1)
+  ]
+
+
+def _of_rows(wanted: Wanted, as_turns: bool, system: str | None, tokenizer: Any) -> list[Question]:
+  with data_lib.told_of_columns():
+    rows = schema.read(
+      wanted.data, columns=wanted.columns or None, chat=as_turns, system=system, kinds=ASKS
+    )
+  asked: list[Question] = [questions_lib.of(row, tokenizer) for row in rows]
+  return list(held_out.limited(asked, wanted.limit, seed=0)) if wanted.limit else asked
+
+
 def _asked(used: use.Used, wanted: Wanted) -> tuple[list[Question], int]:
   """(the questions, the most tokens of an answer).
 
@@ -197,26 +237,13 @@ def _asked(used: use.Used, wanted: Wanted) -> tuple[list[Question], int]:
   model = evaluation.as_model(used, used.bound)
   asked: list[Question]
   if wanted.task:
-    task = tasks.TASKS[wanted.task]
-    asked = [
-      dict(row, row=row, origin=f"{task.name}/train:{i}")
-      for i, row in enumerate(task.examples("train", n=wanted.limit or None), 1)
-    ]
-    longest = wanted.max_new_tokens or task.max_new_tokens
+    asked = _of_task(wanted)
+    longest = wanted.max_new_tokens or tasks.TASKS[wanted.task].max_new_tokens
   else:
     longest = wanted.max_new_tokens
     as_turns = bool(config.data.chat and model.template is not None)
-    with data_lib.told_of_columns():
-      rows = schema.read(
-        wanted.data,
-        columns=wanted.columns or None,
-        chat=as_turns,
-        system=config.data.system if as_turns else None,
-        kinds=ASKS,
-      )
-    asked = [questions_lib.of(row, used.tokenizer) for row in rows]
-    if wanted.limit:
-      asked = list(held_out.limited(asked, wanted.limit, seed=0))
+    system = config.data.system if as_turns else None
+    asked = _of_rows(wanted, as_turns, system, used.tokenizer)
   if not asked:
     raise ConfigError(f"{wanted.data or wanted.task} has no rows")
   config.eval.max_new_tokens = longest
@@ -251,16 +278,11 @@ def _references(asked: Sequence[Question], tokenizer: Any) -> list[Answer]:
   return [section.reference(prompt, row, tokenizer) for prompt, row in some]
 
 
-def _weights(used: use.Used) -> str:
-  """A name for the model and its adapter."""
-  return tree.digest((used.params, list(used.nodes)))[:16]
-
-
 def _identity(
   wanted: Wanted,
-  used: use.Used,
+  source: traces.Source,
   plan: Plan,
-  prompts: Sequence[Sequence[int]],
+  prompts: Sequence[Any],
   asked: Sequence[Question],
   weights: str,
 ) -> dict[str, Any]:
@@ -269,7 +291,7 @@ def _identity(
     json.dumps(
       {
         "model": weights,
-        "prompts": _digest([prompts, list(used.ends)]),
+        "prompts": _digest([prompts, source.depends()]),
         "rows": _digest([example(question) for question in asked]),
         "reward": wanted.scored_by,
         "verifiers": scoring.sources(wanted.scored_by),
@@ -316,7 +338,7 @@ def _check_out(out: Path, identity: Mapping[str, Any]) -> None:
 
 
 def _drawn(
-  journal: Journal, writer: Writer, prompts: Sequence[Sequence[int]], plan: Plan
+  journal: Journal, source: traces.Source, prompts: Sequence[Any], plan: Plan
 ) -> list[list[Drawn]]:
   def read(line: Mapping[str, Any]) -> Drawn | None:
     if "scored" in line:
@@ -324,7 +346,8 @@ def _drawn(
     number, sample = line["answer"]
     if not (0 <= number < len(prompts) and 0 <= sample < plan.samples):
       raise ValueError(f"there is no answer {sample} to a prompt {number}")
-    return Drawn(number, sample, line["ids"], writer.text(line["ids"]), line["finished"])
+    text = line["text"] if "text" in line else source.text(line["ids"])
+    return Drawn(number, sample, line["ids"], text, line["finished"])
 
   there = [one for one in journal.each(read) if one is not None]
   every = {(one.number, one.sample): one for one in there}
@@ -334,9 +357,10 @@ def _drawn(
   if len(every) == total:
     return _in_order(every, len(prompts), plan)
   with progress.counter("answering") as count:
-    for one in samples.draw(writer, prompts, plan, done=every.keys()):
+    for one in source.draw(prompts, plan, every.keys()):
       at = (one.number, one.sample)
-      journal.write({"answer": at, "ids": one.tokens, "finished": one.finished})
+      said = {} if one.tokens else {"text": one.text}  # of an address, which tells no tokens
+      journal.write({"answer": at, "ids": one.tokens, **said, "finished": one.finished})
       every[at] = one
       count(len(every), total)
   return _in_order(every, len(prompts), plan)
@@ -393,7 +417,7 @@ def _row(question: Question, sample: Sample, seed: int, weights: str) -> dict[st
   return {
     "prompt": question["prompt"],
     "completion": _said(question, drawn.text),
-    chat.IDS: drawn.tokens,
+    **({chat.IDS: drawn.tokens} if drawn.tokens else {}),
     "score": sample.score,
     "parts": {name: given.value for name, given in scored.parts.items()},
     **({"missing": missing} if missing else {}),

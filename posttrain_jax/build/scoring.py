@@ -16,17 +16,19 @@ import ml_collections
 
 from posttrain_jax import settings
 from posttrain_jax.adapters import peft_format
-from posttrain_jax.build import use
+from posttrain_jax.build import decisions, use
 from posttrain_jax.core import files
 from posttrain_jax.evals.judge import Judge
 from posttrain_jax.rewards import named, section
 from posttrain_jax.rewards.model import Model
-from posttrain_jax.rewards.reward import Reward
+from posttrain_jax.rewards.reward import Part, Reward
 from posttrain_jax.rewards.workers import Workers
 from posttrain_jax.runs import record
 from posttrain_jax.settings import ConfigError
 
 SECTIONS = ("reward", "holdout_reward")
+# in the place of a reward where a teacher alone says what is learned
+SILENT = Part("none", lambda *_: 0.0, range=(0.0, 1.0), untested=True)
 
 
 def make(
@@ -49,8 +51,15 @@ def make(
   sections = (settings.plain(config[name]) for name in SECTIONS)
   reward, other = (of(spec, columns, workers) if spec["parts"] else None for spec in sections)
   if reward is None:
-    raise ConfigError("reward.parts is empty: nothing says how good an answer is")
+    if not decisions.teacher(config):
+      raise ConfigError("reward.parts is empty: nothing says how good an answer is")
+    reward = Reward([SILENT])
   return reward, other
+
+
+def is_silent(reward: Reward) -> bool:
+  """Whether nothing scores the answers."""
+  return reward.parts == (SILENT,)
 
 
 def check_not_negative(reward: Reward) -> None:

@@ -164,7 +164,7 @@ def summed_up(
   for row in rows:
     if row["status"] == "failed":
       log = workdir / row["point"] / LOG
-      console.print(rich.text.Text(f"{row['point']} failed; the end of {log}:\n{_tail(log)}"))
+      console.print(rich.text.Text(f"{row['point']} failed; the end of {log}:\n{tail(log)}"))
   if PREEMPTED in states.values():
     return PREEMPTED
   return 0 if is_drawn and {*states.values()} <= {0, PRUNED} else 1
@@ -277,7 +277,7 @@ def run_all(
   PREEMPTED stands for those that were stopped or not reached, PRUNED for those that the source gave up.
   """
   started, running = len(states), []
-  with _stopping() as asked, console.status("") as status:
+  with stopping() as asked, console.status("") as status:
     try:
       while True:
         while not asked.count and len(running) < jobs and (point := source.next()) is not None:
@@ -383,16 +383,16 @@ def _ended(job, workdir, asked, console) -> int:
   _say(
     console,
     job.point.name,
-    f"FAILED after {took} ({_cause(code)}): {workdir / job.point.name / LOG}",
+    f"FAILED after {took} ({cause(code)}): {workdir / job.point.name / LOG}",
   )
   return code
 
 
-def _cause(code: int) -> str:
+def cause(code: int) -> str:
   return f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
 
 
-def _tail(path: Path) -> str:
+def tail(path: Path) -> str:
   with path.open("rb") as log:
     log.seek(max(0, path.stat().st_size - 8192))
     lines = log.read().decode(errors="replace").strip().splitlines()
@@ -433,7 +433,7 @@ def _progress(job, workdir) -> str:
 
 
 @dataclasses.dataclass
-class _Asked:
+class Asked:
   """How often the sweep was asked to stop, and how often it has passed that on."""
 
   count: int = 0
@@ -441,9 +441,9 @@ class _Asked:
 
 
 @contextlib.contextmanager
-def _stopping() -> Generator[_Asked]:
+def stopping() -> Generator[Asked]:
   """Inside, SIGINT, SIGTERM and SIGHUP are counted instead of ending the process."""
-  asked = _Asked()
+  asked = Asked()
 
   def handle(*_):
     asked.count += 1
@@ -470,15 +470,15 @@ def _signal(running, asked) -> None:
 
 
 @contextlib.contextmanager
-def claimed(workdir: Path) -> Generator[int]:
-  """The folder is made, with a lock on it that the runs inherit."""
+def claimed(workdir: Path, name: str = LOCK, what: str = "sweep") -> Generator[int]:
+  """The folder is made, with a lock on it that the runs inherit; what: has it, as is said where another one does."""
   workdir.mkdir(parents=True, exist_ok=True)
-  with (workdir / LOCK).open("w") as lock:
+  with (workdir / name).open("w") as lock:
     try:
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
       raise ConfigError(
-        f"{workdir} is in use by another sweep, or by a run that one left; wait for it or end it"
+        f"{workdir} is in use by another {what}, or by a run that one left; wait for it or end it"
       ) from None
     yield lock.fileno()
 

@@ -11,15 +11,18 @@ import jax
 import ml_collections
 import numpy as np
 
-from posttrain_jax.build import writer
+from posttrain_jax.build import decisions, writer
 from posttrain_jax.build.adapter import Trees
+from posttrain_jax.build.gold import Gold
 from posttrain_jax.build.groups import Group
+from posttrain_jax.build.teacher import Teacher
 from posttrain_jax.core import bits
 from posttrain_jax.data import answers
 from posttrain_jax.data.encoded import Example
 from posttrain_jax.data.packing import pack_answers
 from posttrain_jax.losses import advantage, kl
 from posttrain_jax.objectives import Context, Scorer
+from posttrain_jax.objectives.distillation import teacher_logps
 from posttrain_jax.objectives.reference import reference_logps
 from posttrain_jax.objectives.rows import spans
 from posttrain_jax.train.state import State
@@ -37,13 +40,20 @@ class Updates:
     whole = writer.sampling(config).is_whole
     self.words = 0 if whole else bits.words(vocab)  # that say what a token was drawn among
     self._old_logps, self._kl = jax.jit(self._logps), jax.jit(self._kl_of_answers)
+    self._of_teacher = jax.jit(self._teacher_logps)
+    self.teacher: Teacher | None = None
+    self.gold = Gold((), 0, config.seed)
 
-  def bind(self, trees: Trees, objective: Scorer) -> None:
-    """What computes log-probabilities."""
+  def bind(self, trees: Trees, objective: Scorer, teacher: Teacher | None = None) -> None:
+    """What computes log-probabilities; teacher: whose are taken off the advantages, where there is one."""
     self.context, self.objective = trees.context, objective
+    self.teacher = teacher if self.config.objective.name == "grouped" else None
 
   def of(
-    self, groups: Sequence[Group], state: State, number: int
+    self,
+    groups: Sequence[Group],
+    state: State,
+    number: int,
   ) -> tuple[list[Batch], dict[str, float]]:
     """(batches in the order in which they are taken, what is told of them).
 
@@ -56,7 +66,13 @@ class Updates:
       if not np.isnan(rewards).all():
         told["reward_kl_penalty"] = float(divergences[~np.isnan(rewards)].mean())
       rewards = rewards - o.kl_in_reward * divergences
-    advantages = advantage.named(self.config.objective.advantage, rewards)
+    # without a reward there is nothing to compare: a teacher alone says what is learned
+    compares = "advantage" in self.config.objective and bool(self.config.reward.parts)
+    advantages = (
+      advantage.named(self.config.objective.advantage, rewards)
+      if compares
+      else np.zeros_like(rewards)
+    )
     for group, of_group in zip(groups, advantages):
       group.advantages = of_group
     examples = [self._example(group, np.asarray(group.advantages)) for group in groups]
@@ -64,8 +80,13 @@ class Updates:
     for turn in range(1, o.passes):
       random = np.random.default_rng((self.config.seed, number, turn))
       orders.append(random.permutation(orders[0]))
-    packed = [batch for order in orders for batch in self._packed(examples, order)]
-    if len(packed) == 1:
+    packed: list[Batch] = [
+      batch for order in orders for batch in self._packed(examples, order, self.gold.of(number))
+    ]
+    if (teacher := self.teacher) is not None:
+      theirs = lambda batch: np.asarray(self._of_teacher(teacher.params, batch))
+      packed = [{**batch, "teacher_logps": theirs(batch)} for batch in packed]
+    if len(packed) == 1 or self.config.objective.name != "grouped":
       return packed, told
     context = state.context(self.context)
     old = lambda batch: np.asarray(self._old_logps(state.trainable, context, batch))
@@ -77,26 +98,42 @@ class Updates:
     rows = [[0]] * self.config.batch.rows
     shares = self.config.data.share_prompt
     batch = pack_answers([self._one_token], rows, length, o.samples, shares=shares)
-    if o.minibatches * o.passes > 1:
+    if decisions.teacher(self.config) and self.config.objective.name == "grouped":
+      batch["teacher_logps"] = np.zeros((len(rows), length), np.float32)
+    if o.minibatches * o.passes > 1 and self.config.objective.name == "grouped":
       batch["old_logps"] = np.zeros((len(rows), length), np.float32)
     return batch
 
   @functools.cached_property
   def _one_token(self) -> answers.Answers:
     """An answer of one token."""
+    blank = answers.blank("scored", with_ref_logps=False, with_companion=False)
     return dataclasses.replace(
-      answers.blank("scored", with_ref_logps=False, with_companion=False),
+      blank,
+      values={**blank.values, **self._marked(0.0)},
       sampling_logps=np.zeros(2, np.float32),
       kept=np.zeros((2, self.words), np.uint32) if self.words else None,
     )
 
-  def _packed(self, examples: Sequence[answers.Answers | None], order: np.ndarray) -> list[Batch]:
-    """The examples in that order, in batches of one update; an empty row where there is none."""
-    rows, shares = self.config.batch.rows, self.config.data.share_prompt
+  def _packed(
+    self,
+    examples: Sequence[answers.Answers | None],
+    order: np.ndarray,
+    gold: Sequence[answers.Answers] = (),
+  ) -> list[Batch]:
+    """The examples in that order, in batches of one update, gold ones behind; an empty row where there is none."""
+    rows, shares = decisions.asked_rows(self.config), self.config.data.share_prompt
     known = [self._one_token if example is None else example for example in examples]
+    known += gold
     edge = next(e for e in self._edges if max(map(len, known)) <= e)
     filled = [[] if examples[i] is None else [int(i)] for i in order]
     parts = [filled[start : start + rows] for start in range(0, len(filled), rows)]
+    each = decisions.gold_rows(self.config)
+    behind = [[len(examples) + i] for i in range(len(gold))]
+    taken = lambda at: (
+      [behind[i % len(behind)] for i in range(at * each, at * each + each)] if gold else []
+    )
+    parts = [part + taken(at) for at, part in enumerate(parts)]
     return [
       pack_answers(known, part, edge, self.config.online.samples, shares=shares) for part in parts
     ]
@@ -140,6 +177,7 @@ class Updates:
       "score": [float(scores[i]) for i in places],
       "advantage": [float(advantages[i]) for i in places],
       "deviation": [deviation] * len(places),
+      **self._marked(0.0, len(places)),
     }
     joined = answers.join(parts, share=self.config.data.share_prompt, values=values)
     time = len(joined.tokens)
@@ -155,12 +193,33 @@ class Updates:
     recorded = dict(sampling_logps=sampling, kept=kept if self.words else None)
     return dataclasses.replace(joined, mask=mask, **recorded)
 
+  def _marked(self, gold: float, count: int = 1) -> dict[str, tuple[float, ...]]:
+    """Of answers whether they are the data's own, where a batch has both."""
+    return {"gold": (gold,) * count} if decisions.gold_rows(self.config) else {}
+
+  def of_data(self, example: Example) -> answers.Answers:
+    """An answer of the data as a row."""
+    values = dict.fromkeys(("score", "advantage", "deviation"), (0.0,)) | self._marked(1.0)
+    joined = answers.join([example], share=False, values=values)
+    time = len(joined.tokens)
+    return dataclasses.replace(
+      joined,
+      sampling_logps=np.zeros(time, np.float32),
+      kept=np.zeros((time, self.words), np.uint32) if self.words else None,
+    )
+
   def _logps(self, trainable: Any, context: Context, batch: Batch) -> jax.Array:
     """[rows, time]: log-probabilities of the answers' tokens before any update of the batch."""
     forward = self.objective.forward(trainable, context, batch, None, training=False)
     mask = spans(batch).mask
     temperature = self.config.online.temperature
     return self.objective.scores(forward, batch, mask, temperature=temperature).logp
+
+  def _teacher_logps(self, params: Any, batch: Batch) -> jax.Array:
+    """[rows, time]: of the answers' tokens, at the temperature and among the tokens that they were drawn with."""
+    assert self.teacher is not None
+    how = dict(temperature=self.config.online.temperature)
+    return teacher_logps(self.teacher.reader, params, batch, spans(batch).mask, **how)
 
   def _kl_of_answers(self, trainable: Any, context: Context, batch: Batch) -> jax.Array:
     """[rows, slots]: of what was drawn from, at its temperature and among what was kept, on both sides."""

@@ -30,6 +30,8 @@ def add_config(parser: argparse.ArgumentParser, *, required: bool = True) -> Non
 
 def asks_for_fields(argv: Sequence[str]) -> str:
   """The config whose fields `--help` is to list; "" where help is not asked for, or of no config."""
+  if argv[:1] == ["chain"]:  # whose file names a config for each stage
+    return ""
   asked = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
   asked.add_argument("--config", nargs="?", default="", const="")
   asked.add_argument("-h", "--help", action="store_true")

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from posttrain_jax import settings
 from posttrain_jax.commands import common
 from posttrain_jax.core import progress
 
@@ -32,6 +33,14 @@ def add_answers(
   """Who answers what, how often, and what scores the answers; `task` is asked where nothing else is named."""
   parser.add_argument("--model", metavar="NAME_OR_DIR", help="a model, or the folder of a run")
   parser.add_argument("--adapter", metavar="DIR")
+  parser.add_argument(
+    "--address",
+    metavar="URL",
+    help="an OpenAI-compatible API, as far as /v1, whose --model answers in the place of one loaded here",
+  )
+  parser.add_argument(
+    "--key", default="", metavar="NAME", help="the environment variable with the key of --address"
+  )
   common.add_use(parser)
   otherwise = f"; without --data {task}" if task else ""
   parser.add_argument(
@@ -82,6 +91,7 @@ def write(args: argparse.Namespace, keep: str, per_prompt: int = 0) -> int:
     common.cache_compilations()
     from posttrain_jax.build import sampling, scoring, use
     from posttrain_jax.evals import keeping
+    from posttrain_jax.rollout.address import Address
 
   columns = common.columns(args)
   reward = scoring.spec(
@@ -103,6 +113,17 @@ def write(args: argparse.Namespace, keep: str, per_prompt: int = 0) -> int:
     storage=args.storage,
     limit=args.limit,
   )
-  load = lambda: use.load(args.model, args.adapter, base=args.base, template=args.template)
+  if args.key and not args.address:
+    raise settings.ConfigError(f"--key={args.key} is of an --address; write both, or neither")
+  if args.address:
+    local = [name for name in ("adapter", "base", "template") if getattr(args, name)]
+    if local:
+      raise settings.ConfigError(
+        f"--{local[0]} is of a model that is loaded here; leave it out with --address"
+      )
+    there = Address(args.address, args.model or "", args.key)
+    load = lambda: there
+  else:
+    load = lambda: use.load(args.model, args.adapter, base=args.base, template=args.template)
   print(f"{sampling.write(wanted, load)}\nwritten: {args.out}")
   return 0

@@ -20,7 +20,11 @@ ENDING = (signal.SIGTERM, signal.SIGHUP)  # a scheduler's, and that of a termina
 INTERRUPTED = 130  # exit code: Ctrl-C, as shells have it
 PREEMPTED = 75  # exit code: stopped when asked, safe to run again (EX_TEMPFAIL)
 PATIENCE = 5.0  # seconds in which what waits in compiled code gets to end by itself
-RESUMED = ("train", "sweep")  # verbs that go on where they were, which their exit code says
+RESUMED = (
+  "train",
+  "sweep",
+  "chain",
+)  # verbs that go on where they were, which their exit code says
 WRITING: set[Path] = set()  # scratch files and folders, worthless until they are whole
 
 

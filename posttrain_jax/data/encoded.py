@@ -23,6 +23,9 @@ class Example:
     False  # the trained tokens are a model's own, and its end is the one that it drew
   )
   spans: tuple[tuple[int, int], ...] = ()  # where each answer, or step of one, begins and ends
+  # int32 [time, k] and float32 [time, k + 1]: what a teacher holds likeliest in a token's place, and the rest
+  teacher_ids: np.ndarray | None = None
+  teacher_logps: np.ndarray | None = None
 
   def __len__(self):
     return len(self.tokens)

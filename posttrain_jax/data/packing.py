@@ -8,6 +8,11 @@ A batch is a dict of arrays [batch, time], the same keys whether packed or not:
   positions    int32  from 0 in each segment
   channel      int32  index into the table of channel names, -1 for none
 
+Where a teacher's most likely tokens were computed beforehand, also [batch, time, k] and [batch, time, k + 1]:
+
+  teacher_ids    int32    the k tokens that it held likeliest in the token's place
+  teacher_logps  float32  their log-probabilities, and that of all others together
+
 Rows of answers (`data.answers`) have more, in the order of the answers of a row:
 
   prefix_ids   int32  the segment of the common beginning that the token sees too, 0 for none; only where answers share
@@ -33,6 +38,7 @@ from posttrain_jax.data.answers import Answers
 from posttrain_jax.data.encoded import Example
 
 Batch = dict[str, Any]
+TAUGHT = ("teacher_ids", "teacher_logps")
 
 
 def best_fit(lengths: ArrayLike, capacity: int) -> list[list[int]]:
@@ -86,6 +92,10 @@ def pack(
     "positions": np.zeros((len(rows), length), np.int32),
     "channel": np.full((len(rows), length), -1, np.int32),
   }
+  taught = [name for name in TAUGHT if examples and getattr(examples[0], name) is not None]
+  for name in taught:
+    given = getattr(examples[0], name)
+    batch[name] = np.zeros((len(rows), length, given.shape[1]), given.dtype)
   table = {name: at for at, name in enumerate(channels)}
   for r, row in enumerate(rows):
     start = 0
@@ -102,6 +112,8 @@ def pack(
       batch["positions"][here] = np.arange(len(example))
       if example.channel is not None:
         batch["channel"][here] = table[example.channel]
+      for name in taught:
+        batch[name][here] = getattr(example, name)
   return batch
 
 

@@ -87,10 +87,10 @@ def kept(keep: Keep, samples: Sequence[Sample], right: Right | None) -> Kept:
   """
   left_out: Counter[str] = Counter()
   fit = []
-  seen: set[tuple[int, ...]] = set()
+  seen: set[tuple[int, ...] | str] = set()
   for sample in samples:
     why = _unfit(keep, sample, seen)
-    seen.add(tuple(sample.drawn.tokens))
+    seen.add(sample.drawn.said)
     if why:
       left_out[why] += 1
     else:
@@ -140,8 +140,8 @@ def paired(
   return Pair(best, worst), ""
 
 
-def _unfit(keep: Keep, sample: Sample, seen: set[tuple[int, ...]]) -> str:
-  if tuple(sample.drawn.tokens) in seen:
+def _unfit(keep: Keep, sample: Sample, seen: set[tuple[int, ...] | str]) -> str:
+  if sample.drawn.said in seen:
     return SAME
   if not sample.drawn.text.strip():
     return EMPTY

@@ -266,6 +266,43 @@ SCORED = Group(
   "Clipped shares that rise above a fifth: the policy has left the answers that it learns from; "
   "lower the rate, or write fresh answers. A spike is one batch far from the policy.",
 )
+TAUGHT = Group(
+  "What the teacher says",
+  (
+    Metric(
+      "teacher/agreement",
+      "same likeliest token",
+      HIGHER,
+      "Share of trained tokens at which teacher and student hold the same token likeliest.",
+      "Likeliest token the same",
+    ),
+    Metric(
+      "teacher/reverse_kl",
+      "reverse KL",
+      LOWER,
+      "Nats a token of the student's own answers: its log-probability less the teacher's, on average.",
+      "Distance from the teacher",
+    ),
+    Metric(
+      "teacher/mass",
+      "teacher",
+      NEITHER,
+      "What the teacher gives to its objective.top_k likeliest tokens, which alone are told apart.",
+      "Mass of the likeliest tokens",
+    ),
+    Metric(
+      "teacher/student_mass",
+      "student",
+      HIGHER,
+      "What the student gives to the same tokens.",
+      "Mass of the likeliest tokens",
+    ),
+  ),
+  "The loss is a divergence in nats a token: 0 is a student that says what its teacher says. Agreement rises with"
+  " learning, and settles below 1 where the student is smaller. A divergence of the data's answers that falls while the"
+  " student's own answers stay poor: let it write some of the rows itself (on_policy=0.5). A teacher's mass below 0.95:"
+  " keep more of its tokens (objective.top_k).",
+)
 _RIGHT = (
   Metric(
     "pass@1", "first answer right", HIGHER, "Share of answers that are right.", "Right answers"
@@ -611,8 +648,20 @@ GROUPS: Mapping[str, tuple[Group, ...]] = {
   "kto": (LOSS, PARTS, PREFERENCE, DISTANCE, *_COMMON),
   "reward": (LOSS, PARTS, REWARD, *_COMMON),
   "grouped": (LOSS, PARTS, SCORED, DISTANCE, *_COMMON),
+  "distil": (LOSS, TAUGHT, PARTS, *_COMMON),
   ONLINE: (
-    *(REWARDED, VERIFIED, HELD_OUT, WRITTEN, VARIETY, DISTANCE_ONLINE, SAMPLER, LOSS, PARTS),
+    *(
+      REWARDED,
+      VERIFIED,
+      HELD_OUT,
+      WRITTEN,
+      VARIETY,
+      DISTANCE_ONLINE,
+      SAMPLER,
+      LOSS,
+      PARTS,
+      TAUGHT,
+    ),
     *(SCORES, ROUTERS, OPTIMISATION, SPEED, OTHER),
   ),
 }

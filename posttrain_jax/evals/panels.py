@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import markupsafe
@@ -108,6 +109,11 @@ def _loss_meaning(run: Run) -> str:
         "Nats per trained token: minus log of the right token's probability. 0.69 is a probability of one half, 0 is"
         " certainty."
       )
+    case "distil":
+      return (
+        "Nats per trained token by which the student's probabilities of the next token are off the teacher's; 0 is a"
+        " student that says what its teacher says."
+      )
     case "preference" | "kto" | "reward" | "grouped" as kind:
       if curve_advice.is_zero_by_construction(run):
         return "Minus the mean advantage, about 0 by construction: its value says nothing, its gradient trains."
@@ -146,6 +152,8 @@ def objective(run: Run) -> str | None:
     case "grouped":
       rows = "answers that the run writes" if online.is_one(run) else "scored groups"
       parts = [f"{online.method(run)} on {rows}", f"advantage {section.get('advantage')}"]
+    case "distil":
+      parts = [f"{section.get('loss')} to {Path(str(section.get('teacher'))).name}"]
     case _:
       parts = [str(name)] if name else []
   silent = () if name != "grouped" or online.compares(run) else ("reference",)

@@ -72,7 +72,8 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-  """An answer.  number: of its question.  tokens: with the stop token, where one was drawn.
+  """An answer.  number: of its question.  tokens: with the stop token, where one was drawn;
+  [] where only the text is known.
 
   finished: whether it came to an end of its own, not to that of its room.
   """
@@ -82,6 +83,11 @@ class Drawn:
   tokens: list[int]
   text: str
   finished: bool
+
+  @property
+  def said(self) -> tuple[int, ...] | str:
+    """What tells it from another answer: its tokens, or its text where nobody knows those."""
+    return tuple(self.tokens) or self.text
 
 
 @dataclasses.dataclass(frozen=True)

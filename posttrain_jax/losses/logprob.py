@@ -121,7 +121,7 @@ def kl_divergence(
   mask = jnp.ones(shape, bool) if mask is None else jnp.asarray(mask, bool)
 
   def one(hidden: Array, other: Array, mask: Array) -> Array:
-    logits = lambda x, head: jax.nn.log_softmax(_logits(linear32(x, head), softcap, 1.0)[0])
+    logits = lambda x, head: jax.nn.log_softmax(logits_of(linear32(x, head), softcap, 1.0)[0])
     log_p, log_q = logits(hidden, head), logits(other, other_head)
     return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1) * mask
 
@@ -130,7 +130,7 @@ def kl_divergence(
   if sharding.active():
     split, join = zigzag.parts, lambda x: zigzag.joined(x, shape[1])
   hidden, other_hidden, mask = split(hidden), split(other_hidden), split(mask)
-  return jax.lax.stop_gradient(join(_in_chunks(one, (hidden, other_hidden, mask), mask)))
+  return jax.lax.stop_gradient(join(in_chunks(one, (hidden, other_hidden, mask), mask)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -165,7 +165,7 @@ def _score_bwd(
   if slope is not None:
     return (slope * g[..., None].astype(slope.dtype)), None, None, None, None
   hidden, head, labels, mask, kept = inputs
-  floats, rebuild = _floating(head)
+  floats, rebuild = floating(head)
   logps = lambda hidden, floats: _recomputed(hidden, rebuild(floats), labels, mask, kept, options)
   d_hidden, d_floats = jax.vjp(logps, hidden, floats)[1](g)
   d_head = rebuild(d_floats, others=None)
@@ -175,7 +175,7 @@ def _score_bwd(
 _score.defvjp(_score_fwd, _score_bwd, symbolic_zeros=True)
 
 
-def _floating(head: Any) -> tuple[list[Array], Callable[..., Any]]:
+def floating(head: Any) -> tuple[list[Array], Callable[..., Any]]:
   """The differentiable leaves of head, and a function that puts others in their place."""
   leaves, structure = jax.tree.flatten(head)
   where = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.floating)]
@@ -202,20 +202,25 @@ def _forward(
   one = lambda hidden, labels, mask, *kept: _chunk(
     hidden, head, labels, mask, *(kept or (None,)), options, with_gradient
   )
-  return _in_chunks(one, (hidden, labels, mask, *_given(kept)), mask)
+  return in_chunks(one, (hidden, labels, mask, *_given(kept)), mask)
 
 
 def _given(kept: Array | None) -> tuple[Array, ...]:
   return () if kept is None else (kept,)
 
 
-def _in_chunks(one: Callable[..., Any], arrays: Sequence[Array], mask: Array) -> Any:
+def in_chunks(
+  one: Callable[..., Any], arrays: Sequence[Array], mask: Array, most: int | None = None
+) -> Any:
   """What `one` makes of [batch, chunk, ...] parts of the arrays, [batch, tokens, ...] each, joined.
 
   It is 0 where `one` was not called: without a mesh wanted tokens go first, and the loop ends with the last of them.
+
+  Args:
+    most: tokens of a part on each device; None: CHUNK.
   """
   batch, tokens = mask.shape
-  chunk = _chunk_length(batch, tokens)
+  chunk = chunk_length(batch, tokens, most)
   compact = not sharding.active() and batch == 1
   if compact:
     order = jnp.argsort(~mask[0], stable=True)
@@ -237,10 +242,11 @@ def _in_chunks(one: Callable[..., Any], arrays: Sequence[Array], mask: Array) ->
   return joined
 
 
-def _chunk_length(batch: int, tokens: int) -> int:
-  """How much of the token axis makes CHUNK tokens on a device, and at least one."""
+def chunk_length(batch: int, tokens: int, most: int | None = None) -> int:
+  """How much of the token axis makes `most` tokens on a device (CHUNK where not said), and at least one."""
+  most = CHUNK if most is None else most
   shards = sharding.size(sharding.ACTIVATIONS["parts"])
-  return max(1, min(CHUNK * shards // batch, tokens))
+  return max(1, min(most * shards // batch, tokens))
 
 
 def _chunk(
@@ -256,7 +262,7 @@ def _chunk(
   softcap, temperature, entropy, collision = options
   # the transpose of the product that makes the logits, whatever the head is
   products, transposed = jax.vjp(lambda x: linear32(x, head), hidden)
-  logits, chain = _logits(products, softcap, temperature)
+  logits, chain = logits_of(products, softcap, temperature)
   logits = _among(logits, kept, mask)
   top = jnp.max(logits, axis=-1)
   raised = _materialised(jnp.exp(logits - top[..., None]))
@@ -291,7 +297,7 @@ def _materialised(x: Array) -> Array:
   return jax.lax.optimization_barrier(x) if jax.default_backend() == "cpu" else x
 
 
-def _logits(products: Array, softcap: float | None, temperature: float) -> tuple[Array, Array]:
+def logits_of(products: Array, softcap: float | None, temperature: float) -> tuple[Array, Array]:
   """(logits, d logits / d products), both float32."""
   z = products.astype(jnp.float32)
   chain = jnp.float32(1.0 / temperature)
@@ -314,7 +320,7 @@ def _recomputed(
   """logp alone, by a scan whose backward pass computes each chunk's logits again: for a head that is trained."""
   softcap, temperature, *_ = options
   batch, tokens, _ = hidden.shape
-  chunk = _chunk_length(batch, tokens)
+  chunk = chunk_length(batch, tokens)
   padding = -tokens % chunk
   pad = lambda x: jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
   split = lambda x: jnp.moveaxis(pad(x).reshape(batch, -1, chunk, *x.shape[2:]), 1, 0)
@@ -322,7 +328,7 @@ def _recomputed(
   @jax.checkpoint
   def one(_: None, parts: tuple[Array, Array, Array, Array | None]) -> tuple[None, Array]:
     hidden, labels, mask, kept = parts
-    logits = _among(_logits(linear32(hidden, head), softcap, temperature)[0], kept, mask)
+    logits = _among(logits_of(linear32(hidden, head), softcap, temperature)[0], kept, mask)
     logps = jax.nn.log_softmax(logits, axis=-1)
     target = jnp.take_along_axis(logps, labels[..., None], axis=-1)[..., 0]
     return None, target * mask

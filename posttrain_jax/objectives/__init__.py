@@ -2,6 +2,7 @@
 
 from posttrain_jax.core.metrics import read
 from posttrain_jax.objectives.balance import Balance
+from posttrain_jax.objectives.distillation import Distilled
 from posttrain_jax.objectives.groups import Grouped
 from posttrain_jax.objectives.imitation import Imitation
 from posttrain_jax.objectives.labels import Labelled
@@ -18,6 +19,7 @@ from posttrain_jax.objectives.objective import (
 )
 from posttrain_jax.objectives.preference import Preference
 from posttrain_jax.objectives.reward import Reward
+from posttrain_jax.objectives.streams import Written
 from posttrain_jax.objectives.sum import Sum
 from posttrain_jax.objectives.supervised import Sft
 
@@ -25,6 +27,7 @@ __all__ = [
   "Balance",
   "Batch",
   "Context",
+  "Distilled",
   "Forward",
   "Grouped",
   "Imitation",
@@ -35,6 +38,7 @@ __all__ = [
   "Scorer",
   "Sft",
   "Sum",
+  "Written",
   "evaluation",
   "measured",
   "policy",

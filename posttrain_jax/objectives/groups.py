@@ -43,6 +43,9 @@ class Grouped(Scorer):
   the batch (`old`="batch"), or the policy itself (`old`="policy"), so that every ratio is 1.  Where the batch says what
   the sampler's program gave (`sampling_logps`), the difference is measured, and `importance` corrects for it: the loss
   of a token is multiplied by pi_old / mu, bounded.  What a bound took out stays in the denominator.
+
+  Where the batch has the teacher's log-probabilities (`teacher_logps`), teacher_weight * (log pi - log p) of each token
+  is taken off its advantage: the reverse KL to the teacher by the policy gradient (on-policy distillation).
   """
 
   loss_name: str = "ppo"
@@ -54,6 +57,7 @@ class Grouped(Scorer):
   kl_weight: float = 0.0  # of the KL to the reference
   kl_estimator: str = "k3"  # of `losses.kl`
   kl_in_reward: float = 0.0  # its weight there, which who writes the answers takes off
+  teacher_weight: float = 0.0  # of the reverse KL to the teacher, in each token's advantage
   max_length: int = 512  # of constant_length
   old: str = "policy"
   temperature: float = 1.0  # that the answers were drawn at
@@ -75,6 +79,11 @@ class Grouped(Scorer):
     ):
       if value not in known:
         raise ValueError(f"{field}={value!r}: known are {', '.join(known)}")
+    if self.teacher_weight and self.loss_name in ("gspo", "rloo"):
+      raise ValueError(
+        f"loss={self.loss_name!r} has one ratio an answer, and a teacher says something of each token: write ppo, cispo"
+        " or reinforce beside a teacher (method=grpo, cispo, centred)"
+      )
     if self.kl_weight and self.kl_estimator == "k1":
       raise ValueError(
         "kl_estimator='k1': its gradient in a loss is zero on average, so that it would hold nothing back; write k2"
@@ -133,7 +142,7 @@ class Grouped(Scorer):
 
   def teaches(self, batch: Batch) -> Array | None:
     """Without a KL every loss is a multiple of the advantage: answers that all agree have none, and no gradient."""
-    if self.kl_weight:
+    if self.kl_weight or self.teacher_weight:
       return None
     at = spans(batch)
     return jnp.any(at.mask & (at.per_token(batch["advantage"]) != 0))
@@ -153,8 +162,8 @@ class Grouped(Scorer):
       old_logps = ref_logps
     elif self.old == "batch":
       old_logps = jnp.where(at.mask, batch["old_logps"], 0.0)
-    losses, stats = self._surrogate(logps, old_logps, at.per_token(batch["advantage"]), at)
-    metrics: Metrics = {}
+    advantages, metrics = self._advantages(batch, old_logps, at)
+    losses, stats = self._surrogate(logps, old_logps, advantages, at)
     if self.old == "batch":
       metrics["kl_to_old"] = metrics_lib.mean(stop(kl.k3(old_logps, logps, at.mask)), at.mask)
     if online:
@@ -170,6 +179,16 @@ class Grouped(Scorer):
     if online or not training:
       metrics["entropy"] = metrics_lib.mean(jax.lax.stop_gradient(scores.entropy), at.mask)
     return loss, metrics
+
+  def _advantages(self, batch: Batch, old_logps: Array, at: Spans) -> tuple[Array, Metrics]:
+    """(of each token: its answer's, less the weighted reverse KL to the teacher; what is told of that)."""
+    advantages = at.per_token(batch["advantage"])
+    if not self.teacher_weight:
+      return advantages, {}
+    drawn_with = following(batch["sampling_logps"]) if "sampling_logps" in batch else old_logps
+    apart = stop(jnp.where(at.mask, drawn_with - batch["teacher_logps"], 0.0))
+    told = {"teacher/reverse_kl": metrics_lib.mean(apart, at.mask)}
+    return advantages - self.teacher_weight * apart, told
 
   def _corrected(
     self, losses: Array, old_logps: Array, sampling: Array, at: Spans

@@ -29,7 +29,8 @@ class Imitation(Scorer):
   """Token mean of -log p over the answers that are worth imitating, of the whole optimizer batch.
 
   Which these are the rows say: of `pairs` the chosen ones; of `labels` and `outcomes` those with label 1; of `scored`
-  groups those with a positive advantage; of `steps` whole solutions without a wrong step.
+  groups those with a positive advantage; of `prompts` the data's own (`gold`); of `steps` whole solutions without a
+  wrong step.
   """
 
   kind: str = "pairs"
@@ -43,6 +44,8 @@ class Imitation(Scorer):
         good = batch["label"] > 0.5
       case "scored":
         good = batch["advantage"] > 0
+      case "prompts":
+        good = batch["gold"] > 0
       case _:
         wrong = dataclasses.replace(at, mask=batch["steps"] == 0, answer=batch["answer"])
         good = wrong.per_answer(jnp.ones(at.mask.shape)) == 0

@@ -37,6 +37,7 @@ class Context:
   reference_adapter: Any = (
     None  # what the base has as the reference, where the run goes on with an adapter
   )
+  teacher: Any = None  # parameters of a model of any size that says what is to be learned
 
 
 class Objective(Protocol):

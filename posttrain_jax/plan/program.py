@@ -30,6 +30,7 @@ from posttrain_jax.build import (
   reference,
   run_length,
   start,
+  teacher,
 )
 from posttrain_jax.build import mesh as mesh_lib
 from posttrain_jax.build import run as runs
@@ -120,8 +121,14 @@ def build(config: ml_collections.ConfigDict, target: Target) -> Program:
   products = decisions.products(config)
   dtype = decisions.between(products, target.platform)
   model = Model(Path(), None, model_config, None, None, dtype, products=products)
-  loss = objective.make(config, model, (), target.platform)
+  theirs = shape(name) if (name := decisions.teacher(config)) else None
+  read_by = None if theirs is None else teacher.planned(config, theirs, model)
+  loss = objective.make(config, model, (), target.platform, teacher=read_by)
   trainable, carried, context = parameters(config, model_config, loss, mesh, target.devices[0])
+  if theirs is not None and teacher.is_in_step(config):
+    stored = base(theirs, products, config.objective.teacher_base)
+    placed = layout.abstract(stored, mesh=mesh, device=target.devices[0])
+    context = dataclasses.replace(context, teacher=placed)
   updates, rate = optimizer.make(config, model_config)
   state = state_lib.abstract(trainable, updates, carried, loss, mesh)
   jitted = runs.jitted_step(config, adapter_config, loss, updates, state, rate)
@@ -278,6 +285,7 @@ def _batch(config, model, loss, mesh, device):
   if kind == "text":
     example = Example(np.zeros(2, np.int32), np.asarray([False, True]))
     packed = packing.pack([example], rows, d.length, ())
+    packed = teacher.blank(config, packed)
   elif online.is_online(config):
     packed = Updates(config, model.vocab_size).blank()
   else:

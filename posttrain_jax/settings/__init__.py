@@ -25,7 +25,8 @@ from posttrain_jax.settings.errors import ConfigError
 __all__ = ["ConfigError", "fields", "listing", "load", "names", "section"]
 UNREADABLE = (ValueError, SyntaxError, TypeError, MemoryError, RecursionError)  # of a literal
 SHIPPED = Path(__file__).parents[1] / "configs"
-NO_CONFIGS = ("__init__", "common")  # beside them
+CHAINS = ("chain", "quickstart_chain")  # of stages, each of which names a config
+NO_CONFIGS = ("__init__", "common", *CHAINS)  # beside them
 NO_ARGUMENT = "unknown config argument "  # how config files begin to say so
 LENGTH = ("steps", "epochs")  # of which one says how long a run is
 LISTED = "posttrain train --config=FILE --help lists all of them"
@@ -309,6 +310,17 @@ def search(config: str) -> dict[str, Any]:
     return dict(space())
 
 
+def stages(config: str) -> list[dict[str, Any]]:
+  """What a chain's file says of its stages, `stages(arg)`: dicts, in their order; see `build.chain`.
+
+  Raises:
+    ConfigError: no such file, an unknown argument, or it has no `stages`.
+  """
+  path, _, arguments = config.partition(":")
+  with _opened(path, needs="stages") as loaded:
+    return [dict(stage) for stage in loaded.stages(arguments or None)]
+
+
 def _how_to_sweep(path: str, file: Path) -> str:
   """What to write where a config file has no points."""
   points = '  def sweep():\n    for lr in (1e-5, 1e-4):\n      yield "", {"optimizer.lr": lr}'
@@ -409,14 +421,22 @@ def function(path: str, name: str) -> Callable[..., Any]:
 
 
 @contextlib.contextmanager
-def _opened(path: str) -> Generator[Any]:
+def _opened(path: str, needs: str = "get_config") -> Generator[Any]:
   """The config file as a module, whose mistakes inside are ConfigErrors that name their line."""
   file = _file(path)
   with _told(file), beside(file.parent):
     loaded = _executed(file, f"config file {path}", _shipped_hint(file))
-    if not callable(vars(loaded).get("get_config")):
-      raise ConfigError(f"{path} has no get_config(arg): it is not a config file")
+    if not callable(vars(loaded).get(needs)):
+      what = "a config file" if needs == "get_config" else "a chain of stages"
+      raise ConfigError(f"{path} has no {needs}(arg): it is not {what}{_other(loaded, needs)}")
     yield loaded
+
+
+def _other(loaded: Any, needs: str) -> str:
+  """Which command reads the file, where it is of another kind."""
+  commands = {"stages": "posttrain chain", "get_config": "posttrain train"}
+  kinds = [kind for kind in commands if kind != needs and callable(vars(loaded).get(kind))]
+  return "".join(f"; `{commands[kind]}` reads it" for kind in kinds)
 
 
 @contextlib.contextmanager
@@ -433,7 +453,7 @@ def _told(file: Path, *, always: bool = False) -> Generator[None]:
 def _file(path: str) -> Path:
   """Where a config file is; a bare name is that of one that comes with the package."""
   shipped = SHIPPED / f"{path}.py"
-  return shipped if path in shipped_names() else Path(path).expanduser()
+  return shipped if path in (*shipped_names(), *CHAINS) else Path(path).expanduser()
 
 
 def shipped_names() -> list[str]:

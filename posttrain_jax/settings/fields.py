@@ -69,6 +69,7 @@ _GRADES = ("eval.task or eval.metric", bool, "set")
 _HAS_EARLIER = ("model.adapter", bool, "a folder")
 _CORRECTS = ("objective.importance", lambda level: level != "none", "token, sequence or geometric")
 _ELSEWHERE = ("objective.reference", lambda name: name != "base", "an adapter or another model")
+_TAUGHT = ("objective.teacher", bool, "a model")
 
 _REWARD: Mapping[str, Field] = {
   "reward.parts": Field(
@@ -275,7 +276,9 @@ FIELDS: Mapping[str, Field] = {
     for name, field in _REWARD.items()
   },
   # --- answers that the model writes itself
-  "online.samples": Field("answers to a prompt", _whole(2, MOST_ROWS)),
+  "online.samples": Field(
+    "answers to a prompt; a method that compares them needs two", _whole(1, MOST_ROWS)
+  ),
   "online.max_new_tokens": Field("tokens of an answer at most", _whole(1, MOST_TOKENS)),
   "online.temperature": Field(
     "of the softmax that answers are drawn from, and that the loss is of", Number(1e-3, 1e3)
@@ -330,6 +333,10 @@ FIELDS: Mapping[str, Field] = {
     ),
     ("online.kl_in_reward", bool, "above 0"),
   ),
+  "online.gold_rows": Field(
+    "rows of an update that are the data's own answers and not the policy's, to be imitated or distilled",
+    _whole(0, MOST_ROWS),
+  ),
   "online.mask_cut": Field("answers that max_new_tokens cut teach nothing", Flag()),
   "online.most_drift": Field(
     "nats a token by which the sampler's log-probabilities may be off the trainer's on average; above, the run ends",
@@ -377,7 +384,7 @@ FIELDS: Mapping[str, Field] = {
   # --- objective
   "objective.name": Field(
     "what is learned, of the rows that it takes",
-    Choice(("sft", "preference", "reward", "kto", "grouped")),
+    Choice(("sft", "preference", "reward", "kto", "grouped", "distil")),
   ),
   "objective.losses": Field(
     "loss -> its weight in the sum; they decide which fields there are",
@@ -421,12 +428,40 @@ FIELDS: Mapping[str, Field] = {
     "the KL is estimated from answers to other prompts; false: APO-zero on labels", Flag()
   ),
   "objective.sft_weight": Field(
-    "weight of the better answers' likelihood, beside the loss", _NOT_NEGATIVE
+    "weight of the likelihood of the better answers, or of the data's own, beside the loss",
+    _NOT_NEGATIVE,
   ),
   "objective.centering": Field("weight of the square of a pair's summed rewards", _NOT_NEGATIVE),
   "objective.loss": Field(
     "loss of a token; it decides which fields there are",
-    Choice(("reinforce", "ppo", "gspo", "rloo", "cispo", "dppo_tv", "dppo_kl")),
+    Choice(
+      (
+        *("reinforce", "ppo", "gspo", "rloo", "cispo", "dppo_tv", "dppo_kl"),
+        *("forward_kl", "reverse_kl", "jsd"),
+      )
+    ),
+  ),
+  "objective.teacher": Field(
+    "the model that is learned from: a name or a folder, a run's or an adapter's too; '' for none",
+    Text("a name", empty=True),
+  ),
+  "objective.teacher_base": Field("how the teacher's matrices are stored", _STORAGES, _TAUGHT),
+  "objective.teacher_weight": Field(
+    "weight of the reverse KL to the teacher, taken off the advantage of each token",
+    _POSITIVE,
+    _TAUGHT,
+  ),
+  "objective.mixture": Field(
+    "share of the teacher in the mixture that jsd compares both with (GKD's beta)",
+    Number(0, 1, above=True, below=True),
+  ),
+  "objective.temperature": Field(
+    "of the softmax of teacher and student that are compared", Number(1e-3, 1e3)
+  ),
+  "objective.top_k": Field(
+    "most likely tokens of the teacher that are computed once and kept with the data, all others being one; 0: the"
+    " teacher stands beside the student, and each step asks for all",
+    _whole(0, MOST_TOKENS),
   ),
   "objective.aggregation": Field(
     "how tokens add up",
@@ -614,6 +649,14 @@ GROUPED: Mapping[str, tuple[str, ...]] = {  # of objective.loss
   "reinforce": ("aggregation",),
 }
 
+_TEACHER = ("teacher", "teacher_base", "teacher_weight")
+_DISTILLED = ("loss", "teacher", "teacher_base", "temperature", "top_k", "sft_weight")
+DISTILLED: Mapping[str, tuple[str, ...]] = {  # of objective.loss
+  "forward_kl": _DISTILLED,
+  "reverse_kl": _DISTILLED,
+  "jsd": (*_DISTILLED, "mixture"),
+}
+
 
 def read_by_objective(objective: Config, kind: str) -> tuple[str, ...]:
   """The fields of config.objective that its method reads, of rows of that kind."""
@@ -628,11 +671,13 @@ def read_by_objective(objective: Config, kind: str) -> tuple[str, ...]:
     of_loss = GROUPED.get(objective.get("loss", ""), ())
     if kind == "prompts":  # answers that the policy writes
       own = (*(field for field in of_loss if field != "old"), *_IMPORTANCE)
-      return ("name", "loss", "advantage", *own, *_KL, *_REFERENCE)
+      return ("name", "loss", "advantage", *own, *_KL, *_REFERENCE, *_TEACHER, "sft_weight")
     return ("name", "loss", "advantage", *of_loss, *_KL, "sft_weight", *_REFERENCE)
   if name == "kto":
     weights = ("desirable_weight", "undesirable_weight")
     return ("name", *weights, "estimate_kl", "sft_weight", *_COMPARED)
+  if name == "distil":
+    return ("name", *DISTILLED.get(objective.get("loss", ""), ()))
   if name == "reward":
     return ("name", *(("centering",) if kind == "pairs" else ()), "sft_weight")
   return ("name",)
@@ -646,7 +691,9 @@ def read_by_optimizer(optimizer: Config) -> tuple[str, ...]:
 def readers(field: str) -> list[str]:
   """The methods that read a field which not all of its section do."""
   section, _, name = field.partition(".")
-  methods = {"optimizer": OPTIMIZERS, "objective": {**PAIRED, **GROUPED}}.get(section, {})
+  methods = {"optimizer": OPTIMIZERS, "objective": {**PAIRED, **GROUPED, **DISTILLED}}.get(
+    section, {}
+  )
   found = [method for method, fields in methods.items() if name in fields]
   return found or {"centering": ["reward models of pairs"]}.get(name, [])
 

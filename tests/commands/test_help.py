@@ -15,7 +15,9 @@ from posttrain_jax.settings import fields, listing
 from tests.settings.test_fields import METHODS
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
-SHIPPED = sorted({path.stem for path in CONFIGS.glob("*.py")} - {"__init__", "common"})
+SHIPPED = sorted(
+  {path.stem for path in CONFIGS.glob("*.py")} - {"__init__", "common", *settings.CHAINS}
+)
 SFT = f"--config={CONFIGS}/sft.py"
 VERBS = ("train", "plan", "sweep", "eval")
 

@@ -14,7 +14,7 @@ from posttrain_jax.models.shapes import SHAPES
 from posttrain_jax.settings import ConfigError
 
 ROOT = pathlib.Path(__file__).parents[2]
-HELPERS = ("__init__.py", "common.py")
+HELPERS = ("__init__.py", "common.py", *(f"{name}.py" for name in settings.CHAINS))
 CONFIGS = sorted(p.name for p in (ROOT / "configs").glob("*.py") if p.name not in HELPERS)
 
 
@@ -35,7 +35,7 @@ def test_its_docstring_holds_its_command(name):
   text = settings.module(str(ROOT / "configs" / name)).__doc__
   makefile = (ROOT / "Makefile").read_text()
   for target in re.findall(r"make (\w+)", text):
-    text += re.search(rf"^{target}:.*\n((\t|ifeq|endif).*\n)+", makefile, re.MULTILINE)[0]
+    text += re.search(rf"^{target}:.*\n((\t|ifeq|else|endif).*\n)+", makefile, re.MULTILINE)[0]
   shipped = name.removesuffix(".py")
   assert re.search(rf"--config=(configs/{re.escape(name)}|{shipped}\b)", text)
 
@@ -135,5 +135,5 @@ def test_a_config_is_named_without_its_path(tmp_path, monkeypatch):
   assert settings.points("sft") == settings.points(str(ROOT / "configs" / "sft.py"))
   with pytest.raises(ConfigError, match=r"comes with posttrain is --config=sft$"):
     settings.load("configs/sft.py")
-  with pytest.raises(ConfigError, match="without a path there are beta_rank, grouped, kto"):
+  with pytest.raises(ConfigError, match="without a path there are beta_rank, distil, grouped, kto"):
     settings.load("common")

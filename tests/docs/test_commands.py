@@ -7,6 +7,7 @@ import pytest
 
 from posttrain_jax import __main__ as program
 from posttrain_jax import settings
+from posttrain_jax.build import chain
 from posttrain_jax.settings import fields
 from tests.docs import printed
 
@@ -23,7 +24,7 @@ SHOWN = {  # configs that a page shows
   if "def sweep" in text
 }
 POSTTRAIN = [command for command in WHOLE if command.argv is not None]
-CONFIGS = ("sft", "preference", "kto", "reward", "grouped", "rl")
+CONFIGS = ("sft", "preference", "kto", "reward", "grouped", "rl", "distil")
 EVERY = (
   *CONFIGS,
   *(f"sft:adapter={name}" for name in ("adalora", "vera", "prompt+longlora")),
@@ -62,7 +63,9 @@ def test_a_command_is_read_and_its_config_loads(command, monkeypatch, tmp_path):
     argv = [arg.replace(f"--config={name}", f"--config={tmp_path / name}") for arg in argv]
   argv = [re.sub(r"=FILE\b", "=sft", arg) for arg in argv]
   args, overrides = parsed(argv)
-  if "config" in args and args.config is not None:
+  if args.command == "chain":
+    assert chain.expand(settings.stages(args.config), tmp_path / "runs")
+  elif "config" in args and args.config is not None:
     loads(args.config, overrides)
   else:
     assert not overrides

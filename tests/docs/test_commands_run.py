@@ -25,6 +25,8 @@ ORDER = (
   "preferences",
   "adapters",
   "rl",
+  "distillation",
+  "chain",
   "reports",
   "evaluation",
   "export",
@@ -41,6 +43,10 @@ ELSEWHERE = {  # what is not run here -> why
   "--search": "Optuna asks for points for minutes; tests/build/test_search.py",
   "beta_rank": "the pairs of an experiment, and hours",
   "posttrain pairs": "two steps teach no right answer, and so there is no pair",
+  "posttrain student": "half of thirty layers, of a model that has two here; tests/commands/test_distil.py",
+  "model=small": "the same",
+  "posttrain chain": "minutes; tests/build/test_chain.py",
+  "traces.jsonl": "two steps teach no right answer, and so nothing is kept",
 }
 LAYERS = dict(
   hidden_size=64,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from posttrain_jax import settings
-from posttrain_jax.build import reference
+from posttrain_jax.build import reference, teacher
 from posttrain_jax.build import run as runs
 from posttrain_jax.plan import program, topology
 from tests import tiny
@@ -107,6 +107,19 @@ def test_a_reference_of_another_folder_is_planned(folder):
   pieces = runs.build(c, None)
   assert pieces.trees.context.reference is not None
   assert described(planned.context) == described(pieces.trees.context)
+
+
+@pytest.mark.parametrize("more", ["", ",top_k=5"])
+def test_a_teacher_is_planned_beside_the_student_or_what_it_says_beside_the_rows(folder, more):
+  tiny.tiny_model_folder(folder / "teacher")
+  c = load(folder, "distil", "text", f",teacher={folder / 'teacher'}{more}", {})
+  planned = program.build(c, topology.target(count=1))
+  pieces = runs.build(c, None)
+  batch = teacher.blank(c, reference.blank(c, next(pieces.batches), pieces.objective))
+  assert (pieces.trees.context.teacher is None) == bool(more)
+  assert described(planned.context) == described(pieces.trees.context)
+  assert described(planned.batch) == described(dict(batch))
+  assert program.compile(planned).arguments > 0
 
 
 @pytest.mark.parametrize(("fields", "kinds"), [

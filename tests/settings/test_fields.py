@@ -7,8 +7,9 @@ import pytest
 from posttrain_jax import settings
 from posttrain_jax.adapters.config import OPTIONS
 from posttrain_jax.build import attention, decisions, objective
-from posttrain_jax.configs import common, rl
+from posttrain_jax.configs import common, distil, rl
 from posttrain_jax.data import answers, chat
+from posttrain_jax.losses import distillation
 from posttrain_jax.models import backends, decoder
 from posttrain_jax.objectives import groups, preference
 from posttrain_jax.optim import chain, galore, offload, schedules
@@ -38,6 +39,8 @@ METHODS = (
     )
   ),
   *(f"rl.py:method={method}" for method in rl.METHODS),
+  *(f"distil.py:teacher=x,loss={loss}" for loss in (*distil.LOSSES, distil.BY_GRADIENT)),
+  "distil.py:teacher=x,on_policy=0.5",
   *(f"sft.py:optimizer={name}" for name in fields.OPTIMIZERS),
   *(f"sft.py:adapter={name}" for name in ("none", *OPTIONS, "prompt+lora", "vera+ia3")),
 )
@@ -77,7 +80,7 @@ def test_its_choices_are_the_codes():
     "optimizer.projection": galore.PROJECTIONS,
     "objective.name": objective.NAMES,
     "objective.divergence": preference.DIVERGENCES,
-    "objective.loss": groups.POLICY_LOSSES,
+    "objective.loss": (*groups.POLICY_LOSSES, *distillation.LOSSES),
     "objective.aggregation": groups.AGGREGATIONS,
   }
   for name, known in choices.items():
@@ -89,6 +92,7 @@ def test_its_choices_are_the_codes():
   assert fields.ADAPTERS == common.ADAPTERS
   assert {"none", *OPTIONS} <= {*fields.ADAPTERS}
   assert set(fields.GROUPED) == {*groups.POLICY_LOSSES}
+  assert set(fields.DISTILLED) == {*distillation.LOSSES} == {*distil.LOSSES}
   with pytest.raises(ValueError, match="known are") as error:
     chain.chain("none", lr=0.1, steps=1)
   assert all(name in str(error.value) for name in fields.OPTIMIZERS)
