@@ -360,6 +360,20 @@ def _speech(
   return tokenizer, template
 
 
+def speech(
+  folder: Path, home: Path, name: str | None = None
+) -> tuple[Any, templates.Template | None, Manner]:
+  """(tokenizer, template, manner) of an adapter in `home` on the base in `folder`.
+
+  name: of a template, as for `load`.
+  """
+  manner = manner_at(home)
+  tokenizer, template = _speech(folder, [home], name, manner)
+  if name is not None:
+    manner = dataclasses.replace(manner, chat=name != NONE)
+  return tokenizer, template, manner
+
+
 def tokenizer_folder(folder: Path, home: Path | None) -> Path:
   """Where the tokenizer is: beside the adapter in `home`, else in the base's folder."""
   return home if home is not None and (home / "tokenizer.json").exists() else folder

@@ -177,6 +177,4 @@ def _tokens(ids: Sequence[int], logps: Any, top: Any) -> list[Token]:
   if top is None or not np.size(top[0]):
     return [Token(int(token), logp, []) for token, logp in zip(ids, plain)]
   pairs = zip(np.asarray(top[0]).tolist(), np.asarray(top[1], np.float32).tolist())
-  return [
-    Token(int(token), logp, list(zip(*pair))) for token, logp, pair in zip(ids, plain, pairs)
-  ]
+  return [Token(int(token), logp, list(zip(*pair))) for token, logp, pair in zip(ids, plain, pairs)]

@@ -1,7 +1,7 @@
 """The application: each route of the wire, from a body to an answer.
 
-Nothing here touches the device.  What takes a while (a template, a tokenizer, a schema, an adapter's files) runs in a few
-threads, the answers come from the worker, and the event loop carries bytes.
+Nothing here touches the device.  What takes a while (a template, a tokenizer, a schema, an adapter's files) runs in a
+few threads, the answers come from the worker, and the event loop carries bytes.
 """
 
 from __future__ import annotations
@@ -15,9 +15,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.routing import Route
+from starlette.routing import Route, Router
 
 from posttrain_jax.serve import asked as asking
 from posttrain_jax.serve import guard, streams, wire, wire_chat, wire_completions, wire_tokens
@@ -69,8 +67,7 @@ class App:
     }
     routes = [Route(path, _Endpoint(do), methods=["POST"]) for path, do in post.items()]
     routes += [Route(path, _Endpoint(do), methods=["GET"]) for path, do in get.items()]
-    made = Starlette(routes=routes, exception_handlers={HTTPException: _not_there})
-    made.router.redirect_slashes = False
+    made = Router(routes, redirect_slashes=False)
     return guard.Guard(made, keys=keys, local=local, limits=self.limits, metrics=self.metrics)
 
   async def in_thread(self, work: Callable[..., Any], *args: Any) -> Any:
@@ -88,7 +85,9 @@ class App:
     finally:
       self._under_way -= 1
 
-  async def _asked(self, receive: guard.Receive, *, needs_model: bool = True) -> tuple[Fields, Model]:
+  async def _asked(
+    self, receive: guard.Receive, *, needs_model: bool = True
+  ) -> tuple[Fields, Model]:
     """(the body, the model that it names)."""
     self._check_state()
     body = Fields(parsed(await guard.body(receive, self.limits)))
@@ -133,20 +132,19 @@ class App:
           choices,
           lambda: [wire_chat.choice(one, chat, model.voice) for one in choices],
           dict(head, object="chat.completion"),
+          chat.wanted.n,
         )
         return
       pieces = {one.index: wire_chat.Pieces(one, chat, model.voice) for one in choices}
       chunk = dict(head, object="chat.completion.chunk")
       first = [part.first() for part in pieces.values()]
       told = lambda news: pieces[news.choice.index].of(news)
-      await self._streamed(receive, send, choices, first, told, chunk, chat.wanted.usage)
+      await self._streamed(receive, send, choices, first, told, chunk, chat.wanted)
 
   def _conversation(self, chat: wire_chat.Chat, model: Model) -> list[int]:
     return model.voice.conversation(chat.messages, chat.tools, model.room, **chat.variables)
 
-  async def completions(
-    self, scope: guard.Scope, receive: guard.Receive, send: guard.Send
-  ) -> None:
+  async def completions(self, scope: guard.Scope, receive: guard.Receive, send: guard.Send) -> None:
     with self._counted():
       body, model = await self._asked(receive)
       asked = wire_completions.read(body, self.limits, model.voice)
@@ -162,10 +160,10 @@ class App:
       head = dict(_head("cmpl", model.name), object="text_completion")
       if not wanted.stream:
         whole = lambda: [texts[one.index].whole() for one in choices]
-        await self._whole(receive, send, choices, whole, head)
+        await self._whole(receive, send, choices, whole, head, wanted.n)
         return
       told = lambda news: texts[news.choice.index].of(news)
-      await self._streamed(receive, send, choices, [], told, head, wanted.usage)
+      await self._streamed(receive, send, choices, [], told, head, wanted)
 
   def _texts(
     self, one: Choice, asked: wire_completions.Completion, model: Model
@@ -245,6 +243,7 @@ class App:
     choices: list[Choice],
     told: Callable[[], list[dict]],
     head: dict[str, Any],
+    n: int,
   ) -> None:
     answering = await self._submitted(choices)
 
@@ -257,7 +256,7 @@ class App:
     finally:
       answering.cancel()
       self.metrics.dropped(choices)
-    await guard.respond(send, 200, dict(head, choices=told(), usage=_usage(choices)))
+    await guard.respond(send, 200, dict(head, choices=told(), usage=_usage(choices, n)))
 
   async def _streamed(
     self,
@@ -267,8 +266,9 @@ class App:
     first: list[dict],
     told: Callable[[Any], list[dict]],
     head: dict[str, Any],
-    with_usage: bool,
+    wanted: wire.Wanted,
   ) -> None:
+    n, with_usage = wanted.n, wanted.usage
     answering = await self._submitted(choices)
     empty = dict(usage=None) if with_usage else {}
 
@@ -279,7 +279,7 @@ class App:
         for piece in told(news):
           yield dict(head, choices=[piece], **empty)
       if with_usage:
-        yield dict(head, choices=[], usage=_usage(choices))
+        yield dict(head, choices=[], usage=_usage(choices, n))
 
     try:
       await streams.attended(receive, streams.events(send, pieces()))
@@ -312,7 +312,9 @@ class App:
     body.take("base_model_name")
     body.close()
     if not path:
-      raise wrong("lora_path is missing: the adapter's folder, under the server's root", "lora_path")
+      raise wrong(
+        "lora_path is missing: the adapter's folder, under the server's root", "lora_path"
+      )
     if name == self.models.name:
       raise wrong(f"{name!r} is the base's own name: an adapter needs another", "lora_name")
     try:
@@ -338,7 +340,8 @@ class App:
   async def _named_adapter(self, receive: guard.Receive) -> tuple[str, Fields]:
     if not self.allow_loading:
       raise Refused(
-        403, "adapters are loaded and unloaded by requests only with posttrain serve --allow_loading"
+        403,
+        "adapters are loaded and unloaded by requests only with posttrain serve --allow_loading",
       )
     self._check_state()
     body = Fields(parsed(await guard.body(receive, self.limits)))
@@ -347,9 +350,7 @@ class App:
       raise wrong("lora_name is missing: the name under which requests ask for it", "lora_name")
     return name, body
 
-  async def list_models(
-    self, scope: guard.Scope, receive: guard.Receive, send: guard.Send
-  ) -> None:
+  async def list_models(self, scope: guard.Scope, receive: guard.Receive, send: guard.Send) -> None:
     await guard.respond(send, 200, dict(object="list", data=self.models.cards()))
 
   async def show_model(self, scope: guard.Scope, receive: guard.Receive, send: guard.Send) -> None:
@@ -378,24 +379,14 @@ class _Endpoint:
     await self._do(scope, receive, send)
 
 
-async def _not_there(request: Any, error: Any) -> Any:
-  """No route, or not with this method."""
-  allowed = (error.headers or {}).get("Allow", "")
-  what = f"{request.url.path[:200]} is no route of this server"
-  if error.status_code == 405:
-    what = f"{request.url.path[:200]} takes {allowed}"
-  raise Refused(error.status_code, what, None, MISSING if error.status_code == 404 else "invalid_request_error")
-
-
 def _head(kind: str, model: str) -> dict[str, Any]:
   """What every piece of an answer says."""
   return dict(id=f"{kind}-{secrets.token_hex(16)}", created=int(time.time()), model=model)
 
 
-def _usage(choices: list[Choice]) -> dict[str, Any]:
+def _usage(choices: list[Choice], n: int) -> dict[str, Any]:
   """Each prompt counts once, however many answers it has."""
-  prompts = {id(one.asked.prompt): one for one in choices}
-  firsts = {one.asked.prompt: one for one in reversed(choices)}
-  read = sum(len(one.asked.prompt) for one in prompts.values())
-  cached = sum(one.cached for one in firsts.values())
+  firsts = choices[::n]
+  read = sum(len(one.asked.prompt) for one in firsts)
+  cached = sum(one.cached for one in firsts)
   return wire.usage(read, sum(one.drawn for one in choices), cached)

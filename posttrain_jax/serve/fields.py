@@ -33,7 +33,7 @@ def parsed(body: bytes) -> dict[str, Any]:
   except ValueError as error:
     raise wrong(f"the body is not JSON: {words.cut(str(error), 200)}") from None
   if not isinstance(value, dict):
-    raise wrong("the body is no JSON object: write {\"model\": ...}")
+    raise wrong('the body is no JSON object: write {"model": ...}')
   _check_depth(value)
   return value
 

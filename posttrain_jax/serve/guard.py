@@ -1,8 +1,8 @@
 """What stands between the network and the application: who may ask, how much is read, what leaves when something fails.
 
-Browsers: a page of a stranger's may send requests to this machine's loopback.  Bodies are read as JSON by their type alone,
-which such a page cannot set without asking first, and nobody answers that question; and on loopback only requests whose Host
-is this machine are answered, so that a name that was made to point here opens nothing.
+Browsers: a page of a stranger's may send requests to this machine's loopback.  A body is read where its type is JSON
+alone, which such a page cannot set without asking first, and nobody answers that question; and on loopback only
+requests whose Host is this machine are answered, so that a name that was made to point here opens nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ import logging
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from posttrain_jax.serve.errors import AUTHENTICATION, Refused, failed, wrong
+from starlette.exceptions import HTTPException
+
+from posttrain_jax.core import words
+from posttrain_jax.serve.errors import AUTHENTICATION, MISSING, Refused, failed, wrong
 from posttrain_jax.serve.limits import Limits
 from posttrain_jax.serve.metrics import Metrics
 
@@ -54,7 +57,10 @@ class Guard:
 
     try:
       self._check(scope)
+      scope["app"] = self._app  # by which Starlette's router raises what it has no route for
       await self._app(scope, receive, watched)
+    except HTTPException as error:
+      await self.answer(_no_route(scope, error), send)
     except Refused as refused:
       if not started:
         await self.answer(refused, send)
@@ -71,7 +77,7 @@ class Guard:
     await respond(send, refused.status, refused.body, refused.headers)
 
   def _check(self, scope: Scope) -> None:
-    headers = {name: value for name, value in scope["headers"]}
+    headers = dict(scope["headers"])
     if self._local and not is_local(headers.get(b"host", b"localhost").decode("latin-1")):
       raise Refused(403, "this server answers under the names of this machine alone", code="host")
     if self._keys and scope["path"] not in OPEN:
@@ -92,8 +98,17 @@ class Guard:
     # every key is compared, each in a time that does not depend on how much of it is right
     same = [hmac.compare_digest(given, key) for key in self._keys]
     if kind.lower() != b"bearer" or not any(same):
-      what = "is not one of this server's" if given else "is missing: write Authorization: Bearer KEY"
+      what = (
+        "is not one of this server's" if given else "is missing: write Authorization: Bearer KEY"
+      )
       raise Refused(401, f"the key {what}", None, AUTHENTICATION, "invalid_api_key")
+
+
+def _no_route(scope: Scope, error: HTTPException) -> Refused:
+  path = words.cut(scope["path"], 200)
+  if error.status_code == 405:
+    return wrong(f"{path} takes {(error.headers or {}).get('Allow', 'another method')}", status=405)
+  return Refused(404, f"{path} is no route of this server", None, MISSING)
 
 
 def too_large(limits: Limits) -> Refused:
@@ -106,7 +121,9 @@ def is_local(host: str) -> bool:
   >>> is_local("localhost:8000"), is_local("[::1]:80"), is_local("127.0.0.9"), is_local("evil.example:8000")
   (True, True, True, False)
   """
-  name = host.rsplit(":", 1)[0] if host.rpartition(":")[2].isdigit() and host.count(":") != 7 else host
+  name = (
+    host.rsplit(":", 1)[0] if host.rpartition(":")[2].isdigit() and host.count(":") != 7 else host
+  )
   name = name.strip().rstrip(".").lower()
   if name in LOCAL or name.endswith(".localhost"):
     return True

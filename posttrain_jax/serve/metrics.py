@@ -1,7 +1,7 @@
 """What /metrics tells, in Prometheus' text, under vLLM's names with another prefix.
 
-A dashboard made for vLLM reads it when `vllm:` is replaced by `posttrain:`.  Times are of one monotonic clock.  There is
-no label of an adapter: names come from requests, and each would be a series for ever.
+A dashboard made for vLLM reads it when `vllm:` is replaced by `posttrain:`.  Times are of one monotonic clock.  There
+is no label of an adapter: names come from requests, and each would be a series for ever.
 """
 
 from __future__ import annotations
@@ -43,9 +43,7 @@ class Metrics:
     self._first_at: dict[int, float] = {}
 
   def _counter(self, name: str, what: str, *labels: str) -> Any:
-    made = prometheus.Counter(
-      PREFIX + name, what, ("model_name", *labels), registry=self.registry
-    )
+    made = prometheus.Counter(PREFIX + name, what, ("model_name", *labels), registry=self.registry)
     return made if labels else made.labels(self._model)
 
   def _times(self, name: str, what: str) -> Any:

@@ -10,10 +10,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from posttrain_jax.adapters import peft_format
 from posttrain_jax.serve import asked
-from posttrain_jax.serve.errors import Refused, unknown_model, wrong
+from posttrain_jax.serve.errors import unknown_model, wrong
 from posttrain_jax.serve.voice import Voice
 
+# of an adapter's folder, what decides how it is spoken to
+SPOKEN = (
+  "tokenizer.json",
+  "tokenizer_config.json",
+  "chat_template.jinja",
+  "posttrain.json",
+)
 KEPT = 64  # voices of adapters; one holds a tokenizer, some MB
 
 
@@ -48,7 +56,7 @@ class Models:
     self.created = int(time.time())
     self._speak = speak
     self._lock = threading.Lock()
-    self._voices: collections.OrderedDict[tuple[str, str], Voice] = collections.OrderedDict()
+    self._voices: collections.OrderedDict[Any, Voice] = collections.OrderedDict()
 
   def find(self, name: str) -> Model:
     """The model of that name; of an adapter that was not used before the folder is read.
@@ -58,13 +66,17 @@ class Models:
     """
     if name == self.name:
       return Model(name, None, self.voice, self.length)
+    adapters = self.worker.adapters
     try:
-      version = self.worker.adapters.find(name)
+      version = adapters.acquire(name)
+      bound = version.bound
+      adapters.release(version)
+      folder = adapters.folder(name)
     except asked.UnknownAdapter:
       raise unknown_model(name, self.names()) from None
     except asked.BadAdapter as error:
       raise wrong(f"the adapter {name!r} cannot be served: {error}", "model") from None
-    return Model(name, name, self._voice(version), self.length - version.bound)
+    return Model(name, name, self._voice(folder), self.length - bound)
 
   def is_at_hand(self, name: str) -> bool:
     """Whether `find` reads nothing from the disk."""
@@ -90,19 +102,28 @@ class Models:
       max_model_len=self.length,
     )
 
-  def _voice(self, version: Any) -> Voice:
-    """By the adapter's content, so that one that was loaded anew is spoken to as its new files say."""
-    key = (str(version.home), version.digest)
+  def _voice(self, folder: Path) -> Voice:
+    """Of the adapter's folder, made anew where a file of it that says how to speak has changed."""
+    home = peft_format.locate(folder)
+    key = (home, *(_stamp(home / name) for name in SPOKEN))
     with self._lock:
       if key in self._voices:
         self._voices.move_to_end(key)
         return self._voices[key]
     try:
-      voice = self._speak(Path(version.home))
-    except ValueError as error:
-      raise Refused(400, f"the adapter's tokenizer or template cannot be used: {error}", "model") from None
+      voice = self._speak(home)
+    except (ValueError, OSError) as error:
+      raise wrong(f"the adapter's tokenizer or template cannot be used: {error}", "model") from None
     with self._lock:
       self._voices[key] = voice
       while len(self._voices) > KEPT:
         self._voices.popitem(last=False)
     return voice
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+  try:
+    stat = path.stat()
+  except OSError:
+    return None
+  return stat.st_mtime_ns, stat.st_size

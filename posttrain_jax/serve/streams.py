@@ -53,7 +53,8 @@ async def ended(task: asyncio.Future) -> None:
 async def events(send: Send, pieces: AsyncIterator[Any]) -> None:
   """Sends each piece as an event as soon as it is there; an error becomes the last one.
 
-  Where the client reads slowly `send` waits, and nobody else does: what is drawn meanwhile waits in this request's queue.
+  Where the client reads slowly `send` waits, and nobody else does: what is drawn meanwhile waits in the queue of this
+  request.
   """
   await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
   try:

@@ -11,7 +11,6 @@ from posttrain_jax.serve.errors import wrong
 from posttrain_jax.serve.fields import Fields, whole_text
 from posttrain_jax.serve.limits import Limits
 
-
 # Names that say who asks or how a bill is written, and nothing of the answer.
 LABELS = ("user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
 
@@ -39,7 +38,9 @@ class Wanted:
   usage: bool
 
 
-def wanted(body: Fields, limits: Limits, *, vocab: int, max_new: int | None, top: int | None) -> Wanted:
+def wanted(
+  body: Fields, limits: Limits, *, vocab: int, max_new: int | None, top: int | None
+) -> Wanted:
   """The shared fields of a body.
 
   Raises:

@@ -88,7 +88,7 @@ def _max_new(body: Fields) -> int | None:
 
 
 def _refuse_others(body: Fields) -> None:
-  body.only("functions", why="write tools", *([[]]))
+  body.only("functions", why="write tools")
   body.only("function_call", why="write tool_choice")
   body.only("audio", why="answers are text")
   body.only("prediction", why="nothing is predicted")

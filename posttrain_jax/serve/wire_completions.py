@@ -1,7 +1,7 @@
 """/v1/completions: prompts as text or tokens, and the log-probabilities of what they hold.
 
-lm-evaluation-harness scores a continuation by `echo` with `logprobs`: it takes the sum over the prompt's last tokens, and
-calls it greedy where each of them has the highest log-probability told beside it, the same number.
+lm-evaluation-harness scores a continuation by `echo` with `logprobs`: it takes the sum over the prompt's last tokens,
+and calls it greedy where each of them has the highest log-probability told beside it, the same number.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ def read(body: Fields, limits: Limits, voice: Voice) -> Completion:
 
 def _prompts(body: Fields, voice: Voice) -> list[str | list[int]]:
   given = body.take("prompt")
-  if isinstance(given, str):
-    given = [given]
-  elif isinstance(given, list) and given and not isinstance(given[0], str | list):
+  if isinstance(given, str) or (
+    isinstance(given, list) and given and not isinstance(given[0], str | list)
+  ):
     given = [given]
   if not isinstance(given, list) or not given:
     raise body.error("prompt", "a text, a list of texts, tokens' ids, or a list of those")
@@ -82,7 +82,8 @@ def tokens(prompt: str | list[int], voice: Voice, room: int) -> list[int]:
   ids = voice.encode(prompt, room) if isinstance(prompt, str) else list(prompt)
   if not ids:
     raise wrong(
-      "the prompt is empty, and this model has no token that starts a text: write at least one", "prompt"
+      "the prompt is empty, and this model has no token that starts a text: write at least one",
+      "prompt",
     )
   return ids
 

@@ -1,0 +1,108 @@
+"""From a command's options to a server that answers: the base read, its adapters registered, its programs compiled."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from posttrain_jax.build import use
+from posttrain_jax.core import progress
+from posttrain_jax.rollout import engine
+from posttrain_jax.serve import server
+from posttrain_jax.serve.app import App
+from posttrain_jax.serve.limits import Limits
+from posttrain_jax.serve.metrics import Metrics
+from posttrain_jax.serve.models import Models
+from posttrain_jax.serve.voice import Voice
+from posttrain_jax.serve.worker import Worker
+from posttrain_jax.settings import ConfigError
+
+log = logging.getLogger(__name__)
+RUN = "adapter"  # the name of a run's own adapter, where nobody gives it another
+
+
+def serve(args: argparse.Namespace, *, keys: tuple[str, ...], named: Mapping[str, str]) -> int:
+  """Serves until it is told to end; the exit code."""
+  named, model = dict(named), args.model
+  if args.workdir:
+    made, adapter = use.produced(Path(args.workdir).expanduser())
+    model = model or made
+    if adapter is not None:
+      named.setdefault(RUN, adapter)
+  if model is None:
+    raise ConfigError("write --model=NAME_OR_DIR, or --workdir=DIR")
+  used = use.load(model, base=args.base, template=args.template)
+  used.check_writes()
+  name = args.name or _name(model)
+  length = min(args.length, used.config.max_length)
+  sock = server.listening(args.host, args.port)
+  with progress.phase("preparing the weights"):
+    worker = Worker(
+      used.params,
+      used.config,
+      tokenizer=used.tokenizer,
+      rows=args.rows,
+      length=length,
+      dtype=used.dtype,
+      waiting=args.waiting,
+      slots=args.slots,
+      max_rank=args.max_rank,
+      root=Path(args.adapters).expanduser() if args.adapters else None,
+      reserved=(name,),
+      prefix_bytes=args.prefix_cache << 20,
+      storage=args.storage,
+    )
+  for adapter, folder in named.items():
+    worker.adapters.load(adapter, Path(folder).expanduser())
+  voice = _voice(used.tokenizer, used.template if used.manner.chat else None, used)
+  speak = lambda home: _adapters_voice(home, used, args.template)
+  models = Models(worker, name, voice, length, speak)
+  limits = Limits()
+  app = App(models, limits=limits, metrics=Metrics(name), allow_loading=args.allow_loading)
+  asgi = app.asgi(keys=keys, local=args.host in ("127.0.0.1", "::1", "localhost"))
+  worker.start()
+  ready = lambda: print(_opening(sock.getsockname(), models, keys), flush=True)
+  return server.run(asgi, worker, sock, limits=limits, drain_seconds=args.drain, ready=ready)
+
+
+def _name(model: str) -> str:
+  """What requests call a base: its name, or its folder's."""
+  path = Path(model).expanduser()
+  return path.resolve().name if path.exists() else model
+
+
+def _voice(tokenizer: Any, template: Any, used: use.Used) -> Voice:
+  ends = engine_ends(used, tokenizer, template)
+  return Voice(tokenizer, template, ends, used.config.vocab_size, used.manner.system)
+
+
+def engine_ends(used: use.Used, tokenizer: Any, template: Any) -> tuple[int, ...]:
+  return use.ends(used.config, tokenizer, template, used.folder)[: engine.requests.MOST_STOPS]
+
+
+def _adapters_voice(home: Path, used: use.Used, named: str | None) -> Voice:
+  """How an adapter was spoken to when it was trained, as its folder or its run says."""
+  tokenizer, template, manner = use.speech(used.folder, home, named)
+  ends = engine_ends(used, tokenizer, template)
+  spoken = template if manner.chat else None
+  return Voice(tokenizer, spoken, ends, used.config.vocab_size, manner.system)
+
+
+def _opening(address: tuple, models: Models, keys: tuple[str, ...]) -> str:
+  """Where it listens, what it serves, and a first request."""
+  host, port = address[:2]
+  host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+  key = " -H 'authorization: Bearer KEY'" if keys else ""
+  names = models.names()
+  has_template = models.voice.template is not None
+  route = "chat/completions" if has_template else "completions"
+  text = '"messages": [{"role": "user", "content": "Hi!"}]' if has_template else '"prompt": "Once"'
+  return (
+    f"serving at http://{host}:{port}/v1\n"
+    f"models: {', '.join(names)}\n"
+    f"  curl http://{host}:{port}/v1/{route}{key} -H 'content-type: application/json' \\\n"
+    f'    -d \'{{"model": "{names[-1]}", {text}, "max_tokens": 64}}\''
+  )
