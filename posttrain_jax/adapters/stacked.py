@@ -7,7 +7,7 @@ module, a rank, slots of a prompt) is zeros, so one program serves every index.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -190,6 +190,118 @@ def stack(adapters: Sequence[Any], params: Any = None) -> Any:
     else:
       stacked[path] = _matrices(path, nodes, params)
   return tree.unflatten(stacked)
+
+
+@dataclasses.dataclass(frozen=True)
+class Room:
+  """What a stack has room for, made before its adapters are known: so each is put in without a new program.
+
+  rank: the largest of a module; prompt, prefix: the most slots of a soft prompt and of a prefix, 0 for none.
+  """
+
+  adapters: int
+  rank: int
+  paths: tuple[str, ...]  # of the matrices
+  prompt: int = 0
+  prefix: int = 0
+
+
+def empty(params: Any, room: Room, embed: int, dtype: Any = jnp.float32) -> dict[str, Any]:
+  """{path: node} of a stack whose adapters are all none, for `put` to fill.
+
+  Args:
+    embed: the width of the residual stream.
+  """
+  nodes: dict[str, Any] = {}
+  count = room.adapters + 1
+  for path in room.paths:
+    *lead, rows, columns = weight.shape(base(params, path))
+    nodes[path] = Stacked(
+      jnp.zeros((*lead, count, rows, room.rank), dtype),
+      jnp.zeros((*lead, count, room.rank, columns), dtype),
+      jnp.ones((*lead, count, columns), jnp.float32),
+    )
+  if room.prompt:
+    used = jnp.zeros((count, room.prompt), jnp.int32)
+    nodes[before.PROMPT] = StackedPrompts(jnp.zeros((count, room.prompt, embed)), used)
+  if room.prefix:
+    layers, _, width = weight.shape(base(params, "layers/self_attn/k_proj/weight"))
+    k, v = (jnp.zeros((layers, count, room.prefix, width)) for _ in range(2))
+    nodes[before.PREFIX] = StackedPrefixes(k, v, jnp.zeros((layers, count, room.prefix), jnp.int32))
+  return nodes
+
+
+def entry(adapter: Any, params: Any, room: Room, like: Mapping[str, Any]) -> dict[str, Any]:
+  """{path: arrays} of one adapter on the host, as `put` takes them; what it lacks is zeros.
+
+  Raises:
+    ValueError: it is of a kind that rows do not mix, or the room is too small for it; the message names the path.
+  """
+  nodes = tree.flatten(adapter)
+  for path, node in nodes.items():
+    _check_room(path, node, room)
+  stacked = tree.flatten(stack([adapter], params))
+  made: dict[str, Any] = {}
+  for path, slots in like.items():
+    arrays = _arrays(slots)
+    given = _arrays(stacked[path]) if path in stacked else {}
+    made[path] = {name: _filled(x, given.get(name), slots, name) for name, x in arrays.items()}
+  return made
+
+
+def put(nodes: Mapping[str, Any], index: Array, entry: Mapping[str, Any]) -> dict[str, Any]:
+  """The stack with that adapter at an index; jitted by whoever owns the stack, which is donated."""
+  return {
+    path: dataclasses.replace(
+      node,
+      **{
+        name: jax.lax.dynamic_update_index_in_dim(x, entry[path][name].astype(x.dtype), index, axis)
+        for name, x in _arrays(node).items()
+        for axis in (_axis(node, name),)
+      },
+    )
+    for path, node in nodes.items()
+  }
+
+
+def _check_room(path: str, node: Any, room: Room) -> None:
+  if path in (before.PROMPT, before.PREFIX):
+    kind, most = ("prompt", room.prompt) if path == before.PROMPT else ("prefix", room.prefix)
+    if node.slots > most:
+      raise ValueError(
+        f"it is a {'soft prompt' if kind == 'prompt' else 'prefix'} of {node.slots} slots; there is room for {most}"
+      )
+    return
+  _check(path, 0, node)
+  if path not in room.paths:
+    raise ValueError(
+      f"it has a {type(node).__name__} at {path}; there is room at {', '.join(room.paths)} alone"
+    )
+  if (rank := node.a.shape[-1]) > room.rank:
+    raise ValueError(f"its rank at {path} is {rank}; there is room for rank {room.rank}")
+
+
+def _arrays(node: Any) -> dict[str, Array]:
+  """The fields of a stack that hold adapters."""
+  names = ("a", "b", "columns", "embeddings", "k", "v", "used")
+  return {name: vars(node)[name] for name in names if vars(node).get(name) is not None}
+
+
+def _axis(node: Any, name: str) -> int:
+  """Of the adapters, in a field of a stack."""
+  behind = 1 if name in ("columns", "used") else 2
+  return vars(node)[name].ndim - behind - 1
+
+
+def _filled(slots: Array, given: Array | None, node: Any, name: str) -> np.ndarray:
+  """One adapter's part of a field, padded to the room that there is."""
+  shape = list(slots.shape)
+  del shape[_axis(node, name)]
+  whole = np.full(shape, 1 if name == "columns" else 0, np.int32 if name == "used" else np.float32)
+  if given is not None:
+    one = np.take(np.asarray(given), 0, axis=_axis(node, name))
+    whole[tuple(slice(size) for size in one.shape)] = one
+  return whole
 
 
 def _matrices(path: str, nodes: Sequence[Any], params: Any) -> Stacked:

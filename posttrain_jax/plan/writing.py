@@ -97,4 +97,5 @@ def _plan(rows: int) -> programs.Plan:
     stops=jnp.zeros((rows, requests.MOST_STOPS), jnp.int32),
     identity=jnp.zeros((rows, 3), jnp.uint32),
     row=none,
+    tops=none.astype(bool),
   )

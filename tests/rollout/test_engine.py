@@ -169,7 +169,8 @@ def test_a_row_that_waits_for_another_is_no_source_yet(llama):
     1: engine._Reading(1, 0, prompt, 64, source=0),
     0: engine._Reading(0, 0, prompt, 0),
   }
-  engine_._read(readings)
+  engine_._readings = readings
+  engine_._read()
   held = np.asarray(engine_._slots.cache.k)[:, 0, :, :, :, :64]
   assert np.abs(held[:, 0]).min() > 0
   np.testing.assert_array_equal(held[:, 1], held[:, 0])

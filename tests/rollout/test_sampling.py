@@ -79,7 +79,8 @@ def test_a_repetition_is_dearer_whatever_the_sign_of_its_logit():
   text = np.asarray([[3, 7, 3, 250], [0, 0, 0, 0], [9, 8, 7, 6], [1, 2, 3, 4]])
   lengths = np.asarray([3, 0, 1, 4])
   hows = [Sampling(repetition_penalty=p) for p in (1.5, 2.0, 1.0, 0.5)]
-  found = sampling.penalised(jnp.asarray(LOGITS), text, lengths, sampling.Rows.of(hows))
+  none = jnp.zeros_like(lengths)
+  found = sampling.penalised(jnp.asarray(LOGITS), text, lengths, none, sampling.Rows.of(hows))
   expected = LOGITS.copy()
   for row, how in enumerate(hows):
     for token in set(text[row, : lengths[row]]):
