@@ -49,7 +49,13 @@ def add(parser: argparse.ArgumentParser) -> None:
   )
   parser.add_argument("--rows", type=int, default=8, help="answers that are written at once")
   parser.add_argument("--slots", type=int, default=8, help="adapters on the device at once")
-  parser.add_argument("--max_rank", type=int, default=64, help="of an adapter")
+  parser.add_argument("--max_rank", type=int, default=16, help="of an adapter")
+  parser.add_argument(
+    "--prompt_slots", type=int, default=0, help="virtual tokens of an adapter by prompt tuning"
+  )
+  parser.add_argument(
+    "--prefix_slots", type=int, default=0, help="virtual tokens of an adapter by prefix tuning"
+  )
   parser.add_argument(
     "--length",
     type=int,
@@ -68,7 +74,6 @@ def add(parser: argparse.ArgumentParser) -> None:
     help="for answers under way after SIGTERM; then they are cut",
   )
   common.add_use(parser)
-  common.add_storage(parser)
 
 
 def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:

@@ -94,7 +94,7 @@ class App:
     name = body.text("model")
     if name is None and needs_model:
       raise wrong("the body names no model; GET /v1/models lists them", "model")
-    return body, await self._model(name or self.models.name)
+    return body, await self._model(self.models.name if name is None else name)
 
   async def _model(self, name: str) -> Model:
     if self.models.is_at_hand(name):

@@ -16,6 +16,7 @@ from posttrain_jax.data import templates
 from posttrain_jax.data.template_sandbox import TemplateError
 
 _NAME, _KEY, _VALUE = "probe_name", "probe_key", "probe_value"
+_WORDS = "\N{SECTION SIGN}"  # no opening of a call begins with it
 _TOOL = dict(
   type="function",
   function=dict(
@@ -93,15 +94,17 @@ def form(template: templates.Template) -> Form | None:
     return None
   asked = [{"role": "user", "content": "PROBE"}]
   answered = [*asked, {"role": "assistant", "content": "", "tool_calls": [_CALL]}]
+  spoke = [*asked, {"role": "assistant", "content": _WORDS}]
   try:
     before = template.render(asked, tools=[_TOOL], add_generation_prompt=True)
     whole = template.render(answered, tools=[_TOOL])
+    words = template.render(spoke, tools=[_TOOL])
     none = template.render(asked, add_generation_prompt=True)
   except TemplateError:
     return None
   if before == none:  # it never tells the model which tools there are
     return None
-  said = whole[_common(before, whole) :]
+  said = whole[_common(words, whole) :]  # from where an answer of words would begin
   span = _json_around(said, _NAME)
   if span is None:
     return None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from posttrain_jax.core import words
+
 INVALID, MISSING, AUTHENTICATION = (
   "invalid_request_error",
   "not_found_error",
@@ -60,7 +62,7 @@ def unknown_model(name: str, known: list[str]) -> Refused:
   listed = ", ".join(known[:8]) + (f" and {len(known) - 8} more" if len(known) > 8 else "")
   return Refused(
     404,
-    f"the model {name!r} does not exist here; there are {listed}",
+    f"the model {words.shown(name, 80)} does not exist here; there are {listed}",
     "model",
     MISSING,
     UNKNOWN_MODEL,

@@ -28,8 +28,6 @@ class Metrics:
   def __init__(self, model: str) -> None:
     self.registry = prometheus.CollectorRegistry()
     self._model = model
-    self.prompt_tokens = self._counter("prompt_tokens", "tokens of prompts that were read")
-    self.generation_tokens = self._counter("generation_tokens", "tokens that were drawn")
     self.success = self._counter("request_success", "answers that ended", "finished_reason")
     self.failures = self._counter("request_failure", "answers that came to nothing")
     self.refused = self._counter("request_refused", "requests that were refused", "status")
@@ -62,12 +60,10 @@ class Metrics:
     """A row is its own: it has left the queue."""
     self.queued.observe(event.waited)
     self.prompts.observe(len(choice.asked.prompt))
-    self.prompt_tokens.inc(len(choice.asked.prompt))
 
   def tokens(self, choice: Choice, count: int, now: float, since: float) -> None:
     if not count:
       return
-    self.generation_tokens.inc(count)
     if choice.latest is None:
       self.first.observe(now - since)
       self._first_at[id(choice)] = now
@@ -111,13 +107,20 @@ class _OfWorker:
     "running": ("num_requests_running", "answers being written"),
     "waiting": ("num_requests_waiting", "answers that wait for a row"),
     "cache_usage": ("kv_cache_usage_perc", "part of the rows' positions in use, 0 to 1"),
-    "compiled": ("compiled_programs", "programs compiled; constant after the warm-up"),
+    "compiled_programs": (
+      "compiled_programs",
+      "programs that were run; constant after the warm-up",
+    ),
     "rows": ("rows", "answers that can be written at once"),
+    "prefix_bytes": ("prefix_cache_bytes", "keys and values kept of what prompts begin with"),
+    "adapter_host_bytes": ("adapter_host_bytes", "adapters on the host"),
   }
   COUNTERS = {  # noqa: RUF012
+    "prompt_tokens": ("prompt_tokens", "tokens of prompts that were read"),
+    "generation_tokens": ("generation_tokens", "tokens that were drawn"),
     "prefix_queries": ("prefix_cache_queries", "tokens of prompts looked for in the prefix cache"),
     "prefix_hits": ("prefix_cache_hits", "tokens of prompts found in the prefix cache"),
-    "evictions": ("adapter_evictions", "adapters that made room for another in a slot"),
+    "adapter_evictions": ("adapter_evictions", "adapters that made room for another in a slot"),
   }
 
   def __init__(self, worker: Any, model: str) -> None:
@@ -130,16 +133,12 @@ class _OfWorker:
     numbers = self._worker.numbers()
     for kinds, family in ((self.GAUGES, GaugeMetricFamily), (self.COUNTERS, CounterMetricFamily)):
       for field, (name, what) in kinds.items():
-        value = getattr(numbers, field, None)
-        if value is not None:
-          made = family(PREFIX + name, what, labels=["model_name"])
-          made.add_metric([self._model], float(value))
-          yield made
-    states = getattr(numbers, "adapters", None)
-    if states:
-      made = GaugeMetricFamily(
-        PREFIX + "adapters", "adapters by state", labels=["model_name", "state"]
-      )
-      for state, count in states.items():
-        made.add_metric([self._model, state], float(count))
-      yield made
+        made = family(PREFIX + name, what, labels=["model_name"])
+        made.add_metric([self._model], float(getattr(numbers, field)))
+        yield made
+    made = GaugeMetricFamily(
+      PREFIX + "adapters", "adapters by state", labels=["model_name", "state"]
+    )
+    for state in ("registered", "on_host", "in_slots", "in_use"):
+      made.add_metric([self._model, state], float(getattr(numbers, f"adapters_{state}")))
+    yield made

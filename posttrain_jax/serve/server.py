@@ -60,21 +60,7 @@ def run(
 
   ready: called once requests are answered.
   """
-  config = uvicorn.Config(
-    app,
-    http=_protocol(limits),
-    ws="none",
-    lifespan="off",
-    log_config=None,
-    access_log=False,
-    server_header=False,
-    proxy_headers=False,
-    h11_max_incomplete_event_size=limits.header,
-    timeout_keep_alive=int(limits.idle_seconds),
-    timeout_graceful_shutdown=int(drain_seconds + AFTER) or 1,
-  )
-  logging.getLogger("uvicorn").setLevel(logging.ERROR)
-  server = _Server(config)
+  server = Server(app, worker, limits, drain_seconds)
   asked = 0
 
   def receive(number: int, frame: FrameType | None) -> None:
@@ -106,11 +92,27 @@ def run(
   return 0 if server.ends.is_set() else 1
 
 
-class _Server(uvicorn.Server):
+class Server(uvicorn.Server):
   """uvicorn's, which leaves signals to us: its own handling would end the process by the signal, and not with 0."""
 
-  def __init__(self, config: uvicorn.Config) -> None:
-    super().__init__(config)
+  def __init__(self, app: Any, worker: Any, limits: Limits, drain_seconds: float) -> None:
+    logging.getLogger("uvicorn").setLevel(logging.ERROR)
+    super().__init__(
+      uvicorn.Config(
+        app,
+        http=_protocol(limits),
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        h11_max_incomplete_event_size=limits.header,
+        timeout_keep_alive=int(limits.idle_seconds),
+        timeout_graceful_shutdown=int(drain_seconds + AFTER) or 1,
+      )
+    )
+    self._worker = worker
     self.ends = threading.Event()
 
   async def serve(self, sockets: list[socket.socket] | None = None) -> None:
@@ -120,6 +122,9 @@ class _Server(uvicorn.Server):
     if self.ends.is_set():  # who connects now is refused by the system, not left waiting
       for server in self.servers:
         server.close()
+    elif self._worker.state == "closed":
+      log.error("the worker has ended, and nothing can be answered any more")
+      self.should_exit = True
     return await super().on_tick(counter)
 
 

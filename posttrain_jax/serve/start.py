@@ -49,14 +49,16 @@ def serve(args: argparse.Namespace, *, keys: tuple[str, ...], named: Mapping[str
       dtype=used.dtype,
       waiting=args.waiting,
       slots=args.slots,
-      max_rank=args.max_rank,
+      rank=args.max_rank,
+      prompt_slots=args.prompt_slots,
+      prefix_slots=args.prefix_slots,
       root=Path(args.adapters).expanduser() if args.adapters else None,
       reserved=(name,),
       prefix_bytes=args.prefix_cache << 20,
-      storage=args.storage,
     )
   for adapter, folder in named.items():
-    worker.adapters.load(adapter, Path(folder).expanduser())
+    with progress.phase(f"reading {adapter}"):
+      worker.adapters.load(adapter, Path(folder).expanduser())
   voice = _voice(used.tokenizer, used.template if used.manner.chat else None, used)
   speak = lambda home: _adapters_voice(home, used, args.template)
   models = Models(worker, name, voice, length, speak)

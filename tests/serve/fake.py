@@ -9,18 +9,12 @@ import numpy as np
 
 from posttrain_jax.serve import asked as asking
 from posttrain_jax.serve.asked import Ended, Prompt, Started, Tokens, UnknownAdapter
+from posttrain_jax.serve.numbers import Numbers
 
 
 @dataclasses.dataclass
 class Version:
   bound: int = 0
-
-
-@dataclasses.dataclass
-class Numbers:
-  running: int = 0
-  waiting: int = 0
-  compiled: int = 7
 
 
 class Adapters:
@@ -72,7 +66,8 @@ class Worker:
     self.under_way = 0
 
   def numbers(self):
-    return Numbers(running=self.under_way)
+    zeros = {field.name: 0 for field in dataclasses.fields(Numbers)}
+    return Numbers(**{**zeros, "running": self.under_way, "compiled_programs": 7})
 
   def submit(self, asked, deliver):
     if self.state != "ready":
