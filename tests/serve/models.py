@@ -47,9 +47,7 @@ def worker(**options):
   """One that has started."""
   settings = dict(rows=3, length=96, window=4, slots=2, rank=8, prompt_slots=6, prefix_slots=4)
   pieces = dict(pieces=(16,), at_once=32, prefix_bytes=2**20)
-  made = workers.Worker(
-    params(), CONFIG, tokenizer=tiny.tokenizer(), **settings | pieces | options
-  )
+  made = workers.Worker(params(), CONFIG, tokenizer=tiny.tokenizer(), **settings | pieces | options)
   made.start()
   return made
 
