@@ -11,7 +11,7 @@ import contextlib
 import functools
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -75,7 +75,7 @@ class App:
     return await loop.run_in_executor(self._threads, functools.partial(work, *args))
 
   @contextlib.contextmanager
-  def _counted(self) -> Iterator[None]:
+  def _counted(self) -> Generator[None]:
     """A request under way; the next beyond the bound is told to come again."""
     if self._under_way >= self.limits.requests:
       raise Refused(429, "too many requests are under way", None, BUSY, None, 1.0)
@@ -315,14 +315,7 @@ class App:
       raise wrong(
         "lora_path is missing: the adapter's folder, under the server's root", "lora_path"
       )
-    if name == self.models.name:
-      raise wrong(f"{name!r} is the base's own name: an adapter needs another", "lora_name")
-    try:
-      await self.in_thread(self.worker.adapters.load, name, path)
-    except asking.UnknownAdapter as error:
-      raise Refused(404, str(error), "lora_path", MISSING) from None
-    except (ValueError, OSError) as error:
-      raise wrong(f"the adapter {name!r} cannot be served: {error}", "lora_path") from None
+    await self.in_thread(self.models.load, name, path)
     await guard.respond(send, 200, f"Success: LoRA adapter '{name}' added successfully.".encode())
 
   async def unload_adapter(

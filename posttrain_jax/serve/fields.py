@@ -45,8 +45,8 @@ def _no_number(constant: str) -> None:
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
   found = dict(pairs)
   if len(found) < len(pairs):
-    seen: set[str] = set()
-    again = next(key for key, _ in pairs if key in seen or seen.add(key))
+    names = [key for key, _ in pairs]
+    again = next(key for at, key in enumerate(names) if key in names[:at])
     raise ValueError(f"{words.shown(again, 60)} stands there twice")
   return found
 

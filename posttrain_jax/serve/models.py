@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain_jax.adapters import peft_format
+from posttrain_jax.core import words
 from posttrain_jax.serve import asked
 from posttrain_jax.serve.errors import unknown_model, wrong
 from posttrain_jax.serve.voice import Voice
@@ -57,6 +58,7 @@ class Models:
     self._speak = speak
     self._lock = threading.Lock()
     self._voices: collections.OrderedDict[Any, Voice] = collections.OrderedDict()
+    self._latest: collections.OrderedDict[Path, Voice] = collections.OrderedDict()
 
   def find(self, name: str) -> Model:
     """The model of that name; of an adapter that was not used before the folder is read.
@@ -77,6 +79,33 @@ class Models:
     except asked.BadAdapter as error:
       raise wrong(f"the adapter {name!r} cannot be served: {error}", "model") from None
     return Model(name, name, self._voice(folder), self.length - bound)
+
+  def load(self, name: str, path: str) -> None:
+    """Registers a folder under the server's folder of adapters under a name.
+
+    Raises:
+      Refused: it leads out of there, or cannot be served; what was served under the name still is.
+    """
+    if name == self.name:
+      raise wrong(f"{name!r} is the base's own name: an adapter needs another", "lora_name")
+    root = self.worker.adapters.root
+    if root is None:
+      raise wrong(
+        "adapters are loaded from the server's folder of them, --adapters=DIR", "lora_path"
+      )
+    try:
+      home = (root / path).resolve()
+      is_inside = all(at.resolve().is_relative_to(root) for at in (home, *home.rglob("*")))
+    except (OSError, ValueError, RuntimeError):  # no name of a file, or links in a circle
+      is_inside = False
+    if not is_inside:
+      raise wrong("lora_path leads out of the server's folder of adapters", "lora_path")
+    try:
+      self.worker.adapters.load(name, home)
+    except (ValueError, OSError) as error:
+      raise wrong(
+        f"the adapter {words.shown(name, 80)} cannot be served: {error}", "lora_path"
+      ) from None
 
   def is_at_hand(self, name: str) -> bool:
     """Whether `find` reads nothing from the disk."""
@@ -103,21 +132,32 @@ class Models:
     )
 
   def _voice(self, folder: Path) -> Voice:
-    """Of the adapter's folder, made anew where a file of it that says how to speak has changed."""
-    home = peft_format.locate(folder)
+    """Of the adapter's folder, made anew where a file of it that says how to speak has changed.
+
+    An adapter whose folder is gone is still served, and spoken to as it was.
+    """
+    try:
+      home = peft_format.locate(folder)
+    except FileNotFoundError:
+      if (kept := self._latest.get(folder)) is not None:
+        return kept
+      raise wrong("the adapter's folder is gone", "model") from None
     key = (home, *(_stamp(home / name) for name in SPOKEN))
     with self._lock:
       if key in self._voices:
         self._voices.move_to_end(key)
+        self._latest[folder] = self._voices[key]
         return self._voices[key]
     try:
       voice = self._speak(home)
     except (ValueError, OSError) as error:
       raise wrong(f"the adapter's tokenizer or template cannot be used: {error}", "model") from None
     with self._lock:
-      self._voices[key] = voice
+      self._voices[key] = self._latest[folder] = voice
       while len(self._voices) > KEPT:
         self._voices.popitem(last=False)
+      while len(self._latest) > KEPT:
+        self._latest.popitem(last=False)
     return voice
 
 

@@ -21,7 +21,7 @@ class Adapters:
   """Names and folders; `bad` are refused when they are asked for."""
 
   def __init__(self):
-    self.folders, self.bad, self.unknown = {}, {}, False
+    self.folders, self.bad, self.root = {}, {}, None
 
   def names(self):
     return list(self.folders)

@@ -14,7 +14,7 @@ from tests import tiny
 from tests.serve import fake
 
 TOKENIZER = tiny.tokenizer()
-END = TOKENIZER.convert_tokens_to_ids("<|im_end|>")
+END = int(TOKENIZER.eos_token_id)
 TOOLS = [
   {
     "type": "function",
