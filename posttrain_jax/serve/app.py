@@ -30,6 +30,7 @@ from posttrain_jax.serve.models import Model, Models
 from posttrain_jax.serve.spelling import Spelling
 
 THREADS = 4
+LARGE = 1 << 16  # bytes of a body that is not parsed beside the others' bytes
 
 
 class App:
@@ -45,6 +46,7 @@ class App:
     self.allow_loading = allow_loading
     self.grammars = Grammars()
     self._threads = ThreadPoolExecutor(THREADS, "posttrain-wire")
+    self._readers = ThreadPoolExecutor(THREADS, "posttrain-adapters")
     self._under_way = 0
     metrics.watch(self.worker)
 
@@ -90,16 +92,19 @@ class App:
   ) -> tuple[Fields, Model]:
     """(the body, the model that it names)."""
     self._check_state()
-    body = Fields(parsed(await guard.body(receive, self.limits)))
+    data = await guard.body(receive, self.limits)
+    body = Fields(parsed(data) if len(data) < LARGE else await self.in_thread(parsed, data))
     name = body.text("model")
     if name is None and needs_model:
       raise wrong("the body names no model; GET /v1/models lists them", "model")
     return body, await self._model(self.models.name if name is None else name)
 
   async def _model(self, name: str) -> Model:
-    if self.models.is_at_hand(name):
+    if name == self.models.name:
       return self.models.find(name)
-    return await self.in_thread(self.models.find, name)
+    # whoever waits for an adapter's files takes no thread from the others
+    threads = self._threads if self.models.is_at_hand(name) else self._readers
+    return await asyncio.get_running_loop().run_in_executor(threads, self.models.find, name)
 
   def _check_state(self) -> None:
     if self.worker.state != "ready":
@@ -220,10 +225,7 @@ class App:
     answering = Answering(self.worker, choices, self.metrics)
     adapter = choices[0].asked.adapter
     try:
-      if adapter is None or self.worker.adapters.is_at_hand(adapter):
-        answering.submit()
-      else:
-        await self.in_thread(answering.submit)
+      await self.in_thread(answering.submit)
     except asking.Full as full:
       raise Refused(429, str(full), None, BUSY, None, full.retry_after) from None
     except asking.Closed as closed:
@@ -256,7 +258,8 @@ class App:
     finally:
       answering.cancel()
       self.metrics.dropped(choices)
-    await guard.respond(send, 200, dict(head, choices=told(), usage=_usage(choices, n)))
+    body = lambda: guard.dumps(dict(head, choices=told(), usage=_usage(choices, n)))
+    await guard.respond(send, 200, await self.in_thread(body))
 
   async def _streamed(
     self,
@@ -316,7 +319,7 @@ class App:
         "lora_path is missing: the adapter's folder, under the server's root", "lora_path"
       )
     await self.in_thread(self.models.load, name, path)
-    await guard.respond(send, 200, f"Success: LoRA adapter '{name}' added successfully.".encode())
+    await guard.respond(send, 200, f"Success: LoRA adapter '{name}' added successfully.")
 
   async def unload_adapter(
     self, scope: guard.Scope, receive: guard.Receive, send: guard.Send
@@ -328,7 +331,7 @@ class App:
       await self.in_thread(self.worker.adapters.unload, name)
     except asking.UnknownAdapter:
       raise Refused(404, f"no adapter is called {name!r}", "lora_name", MISSING) from None
-    await guard.respond(send, 200, f"Success: LoRA adapter '{name}' removed successfully.".encode())
+    await guard.respond(send, 200, f"Success: LoRA adapter '{name}' removed successfully.")
 
   async def _named_adapter(self, receive: guard.Receive) -> tuple[str, Fields]:
     if not self.allow_loading:

@@ -20,6 +20,7 @@ from posttrain_jax.serve.voice import Voice
 
 Allowed = Callable[[Sequence[int]], np.ndarray]
 KEPT = 64  # compiled grammars
+VOICES = 8  # whose tokenizers are kept in llguidance's form
 
 
 class Grammars:
@@ -27,7 +28,7 @@ class Grammars:
 
   def __init__(self) -> None:
     self._lock = threading.Lock()
-    self._tokenizers: dict[int, Any] = {}
+    self._tokenizers: collections.OrderedDict[int, Any] = collections.OrderedDict()
     self._kept: collections.OrderedDict[tuple[int, str], Any] = collections.OrderedDict()
 
   def json_object(self, voice: Voice) -> Allowed:
@@ -85,6 +86,9 @@ class Grammars:
 
       made = hf.from_tokenizer(voice.tokenizer, n_vocab=voice.vocab, eos_token=list(voice.ends))
       self._tokenizers[id(voice)] = (voice, made)  # an id belongs to one voice while that is alive
+      while len(self._tokenizers) > VOICES:
+        self._tokenizers.popitem(last=False)
+    self._tokenizers.move_to_end(id(voice))
     return self._tokenizers[id(voice)][1]
 
 

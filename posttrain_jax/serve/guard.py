@@ -130,7 +130,7 @@ def is_local(host: str) -> bool:
   try:
     return ipaddress.ip_address(name.strip("[]")).is_loopback
   except ValueError:
-    return name == "testserver"
+    return False
 
 
 async def body(receive: Receive, limits: Limits) -> bytes:
@@ -165,9 +165,9 @@ class Gone(Exception):
 async def respond(
   send: Send, status: int, value: Any, headers: dict[str, str] | None = None
 ) -> None:
-  """A whole answer in JSON, or in text where the value is one."""
-  is_text = isinstance(value, bytes)
-  data = value if is_text else dumps(value)
+  """A whole answer in JSON, or in text where the value is one; bytes are JSON that was written already."""
+  is_text = isinstance(value, str)
+  data = value.encode() if is_text else value if isinstance(value, bytes) else dumps(value)
   kind = "text/plain; version=0.0.4; charset=utf-8" if is_text else "application/json"
   told = {
     "content-type": kind,

@@ -96,8 +96,8 @@ class Metrics:
     """The worker's own numbers are told too, as they are when somebody asks."""
     self.registry.register(_OfWorker(worker, self._model))
 
-  def text(self) -> bytes:
-    return prometheus.generate_latest(self.registry)
+  def text(self) -> str:
+    return prometheus.generate_latest(self.registry).decode()
 
 
 class _OfWorker:

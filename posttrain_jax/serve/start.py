@@ -60,8 +60,7 @@ def serve(args: argparse.Namespace, *, keys: tuple[str, ...], named: Mapping[str
     with progress.phase(f"reading {adapter}"):
       worker.adapters.load(adapter, Path(folder).expanduser())
   voice = _voice(used.tokenizer, used.template if used.manner.chat else None, used)
-  speak = lambda home: _adapters_voice(home, used, args.template)
-  models = Models(worker, name, voice, length, speak)
+  models = Models(worker, name, voice, length, Speech(used, voice, args.template).of)
   limits = Limits()
   app = App(models, limits=limits, metrics=Metrics(name), allow_loading=args.allow_loading)
   asgi = app.asgi(keys=keys, local=args.host in ("127.0.0.1", "::1", "localhost"))
@@ -77,20 +76,41 @@ def _name(model: str) -> str:
 
 
 def _voice(tokenizer: Any, template: Any, used: use.Used) -> Voice:
-  ends = engine_ends(used, tokenizer, template)
+  ends = _ends(used, tokenizer, template)
   return Voice(tokenizer, template, ends, used.config.vocab_size, used.manner.system)
 
 
-def engine_ends(used: use.Used, tokenizer: Any, template: Any) -> tuple[int, ...]:
+def _ends(used: use.Used, tokenizer: Any, template: Any) -> tuple[int, ...]:
   return use.ends(used.config, tokenizer, template, used.folder)[: engine.requests.MOST_STOPS]
 
 
-def _adapters_voice(home: Path, used: use.Used, named: str | None) -> Voice:
-  """How an adapter was spoken to when it was trained, as its folder or its run says."""
-  tokenizer, template, manner = use.speech(used.folder, home, named)
-  ends = engine_ends(used, tokenizer, template)
-  spoken = template if manner.chat else None
-  return Voice(tokenizer, spoken, ends, used.config.vocab_size, manner.system)
+class Speech:
+  """How adapters are spoken to: as when they were trained, by their folders or runs.
+
+  What is the base's own is shared with it, a tokenizer of the same file too.
+  """
+
+  def __init__(self, used: use.Used, base: Voice, template: str | None) -> None:
+    self._used, self._base, self._template = used, base, template
+
+  def of(self, home: Path) -> Voice:
+    """The voice of the adapter in a folder."""
+    used, base = self._used, self._base
+    tokenizer, template, manner = use.speech(used.folder, home, self._template)
+    is_own = (home / "tokenizer.json").exists() and not _same_tokenizer(tokenizer, base.tokenizer)
+    spoken = template if manner.chat else None
+    texts = [None if one is None else (one.text, one.with_tools) for one in (spoken, base.template)]
+    if not is_own and texts[0] == texts[1] and manner.system == base.system:
+      return base
+    if not is_own:
+      tokenizer = base.tokenizer
+    ends = _ends(used, tokenizer, template)
+    return Voice(tokenizer, spoken, ends, used.config.vocab_size, manner.system)
+
+
+def _same_tokenizer(one: Any, other: Any) -> bool:
+  same = one.backend_tokenizer.to_str() == other.backend_tokenizer.to_str()
+  return same and one.special_tokens_map == other.special_tokens_map
 
 
 def _opening(address: tuple, models: Models, keys: tuple[str, ...]) -> str:

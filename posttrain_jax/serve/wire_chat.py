@@ -110,7 +110,7 @@ def messages(body: Fields) -> list[dict]:
       for one in given
     ]
   try:
-    return messages_lib.checked(given, "messages", "the request")
+    return messages_lib.checked(given, "messages", "the request", trains=False)
   except RowError as error:
     raise wrong(error.detail, "messages") from None
 

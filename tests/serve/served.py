@@ -1,6 +1,9 @@
 """An application over the fake worker, on the tiny tokenizer, and clients of it."""
 
+import functools
 import json
+import pathlib
+import tempfile
 
 from starlette.testclient import TestClient
 
@@ -31,6 +34,14 @@ TOOLS = [
 ]
 
 
+@functools.cache
+def folder():
+  """Of an adapter that says nothing of how it is spoken to."""
+  path = pathlib.Path(tempfile.mkdtemp())
+  (path / "adapter_config.json").write_text("{}")
+  return path
+
+
 def ids(text):
   return TOKENIZER(text, add_special_tokens=False)["input_ids"]
 
@@ -54,7 +65,9 @@ def app(worker, *, limits=None, allow_loading=False, speak=None, template="chatm
 
 def client(worker=None, *, keys=(), **options):
   made = app(worker or fake.Worker(says("Hello")), **options)
-  return TestClient(made.asgi(keys=keys), raise_server_exceptions=False)
+  return TestClient(
+    made.asgi(keys=keys), base_url="http://localhost", raise_server_exceptions=False
+  )
 
 
 def chat(client, **fields):

@@ -3,10 +3,12 @@
 import json
 import pathlib
 import shutil
+import types
 
 import pytest
 
-from posttrain_jax.build import use
+from posttrain_jax.data import templates
+from posttrain_jax.serve import start
 from posttrain_jax.serve.voice import Voice
 from tests import tiny
 from tests.serve import fake, served
@@ -24,13 +26,12 @@ def folder(path, **files):
 
 def spoken(worker, base, **options):
   """A client whose adapters are spoken to as their folders say."""
+  return served.client(worker, speak=speech(base).of, template=None, **options)
 
-  def speak(home):
-    tokenizer, template, manner = use.speech(base, home)
-    template = template if manner.chat else None
-    return Voice(tokenizer, template, (served.END,), 261, manner.system)
 
-  return served.client(worker, speak=speak, template=None, **options)
+def speech(base, voice=None):
+  used = types.SimpleNamespace(folder=base, config=tiny.config())
+  return start.Speech(used, voice or served.voice(None), None)
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +42,23 @@ def base(tmp_path_factory):
 
 
 SHOUTS = "{% for m in messages %}!{{ m.content }}!{% endfor %}{% if add_generation_prompt %}>{% endif %}<|im_end|>"
+
+
+def test_what_is_the_bases_own_is_shared_with_it(tmp_path, base):
+  own = templates.bind(served.TOKENIZER)
+  voice = Voice(served.TOKENIZER, own, (served.END,), 261)
+  spoken_to = speech(base, voice)
+  assert spoken_to.of(folder(tmp_path / "a")) is voice
+  same = folder(tmp_path / "same")
+  tiny.tokenizer().save_pretrained(same)
+  assert spoken_to.of(same) is voice
+  loud = spoken_to.of(folder(tmp_path / "loud", chat_template_jinja=SHOUTS))
+  assert (loud.tokenizer, loud.template.text) == (served.TOKENIZER, SHOUTS)
+  other = folder(tmp_path / "other")
+  grown = tiny.tokenizer()
+  grown.add_tokens(["<mood>"])
+  grown.save_pretrained(other)
+  assert spoken_to.of(other).tokenizer is not served.TOKENIZER
 
 
 def test_an_adapters_own_template_applies_to_its_requests(tmp_path, base):
@@ -203,7 +221,5 @@ def test_no_path_leaves_the_root(tmp_path, how):
 
 
 def test_a_bases_name_is_its_own_or_its_folders():
-  from posttrain_jax.serve import start
-
   assert start._name("smollm2") == "smollm2"
   assert start._name(str(pathlib.Path(__file__).parent)) == "serve"

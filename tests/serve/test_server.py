@@ -20,7 +20,8 @@ from tests.serve import models
 
 ROOT = pathlib.Path(__file__).parents[2]
 KINDS = ("lora", "thin", "rslora", "dora", "adalora", "prompt", "prefix", "uneven")
-LONGEST = 240  # seconds, on a busy machine
+LONGEST = 600  # seconds, on a busy machine
+pytestmark = pytest.mark.timeout(2 * LONGEST)
 
 
 class Served:

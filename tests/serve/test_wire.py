@@ -400,10 +400,21 @@ def test_a_conversation_without_a_template_is_refused_and_a_text_is_continued():
   assert served.complete(client).json()["choices"][0]["text"] == "Hello"
 
 
-def test_a_template_that_takes_no_such_turns_is_a_mistake_of_the_request():
-  client = served.client(template="chatml")
-  twice = [{"role": "user", "content": "a"}] * 2
-  assert served.chat(client, messages=twice).status_code == 200
+def test_an_answer_that_was_empty_may_be_part_of_a_conversation(client):
+  said = [MESSAGES[0], {"role": "assistant", "content": ""}, MESSAGES[0]]
+  assert served.chat(client, messages=said).status_code == 200
+
+
+def test_turns_that_the_template_does_not_take_are_a_mistake_of_the_request():
+  from posttrain_jax.data import templates
+  from posttrain_jax.serve.voice import Voice
+
+  bound = templates._bound(served.TOKENIZER, "gemma")
+  voice = Voice(served.TOKENIZER, bound, (served.END,), 261)
+  worker = fake.Worker(served.says("Hello"))
+  worker.adapters.folders["a"] = served.folder()
+  client = served.client(worker, speak=lambda home: voice)
+  refused(served.chat(client, model="a", messages=MESSAGES * 2), 400, "alternate")
 
 
 def test_routes_and_methods_that_are_not_there_are_said_in_openais_shape(client):
