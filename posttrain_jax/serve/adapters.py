@@ -280,10 +280,10 @@ class Registry:
     try:
       with self._entry_context():
         levels = over.load(path, self.params, self._config)
-      (adapter, config) = levels[0] if len(levels) == 1 else over.combined(levels) or (None, None)
-      if adapter is None:
+      level = levels[0] if len(levels) == 1 else over.combined(levels)
+      if level is None:
         raise ValueError("it stands on another adapter, and both together are no LoRA of the base")
-      configs = parts_of(config)
+      adapter, configs = level[0], parts_of(level[1])
       if any(part.context_length or part.attention_group for part in configs):
         raise ValueError("it is made for another context length (LongLoRA): serve it alone, merged")
       nodes = tree.flatten(adapter)
@@ -353,5 +353,5 @@ def _digest(entry: Entry) -> str:
     for name in sorted(entry[path]):
       array = np.ascontiguousarray(entry[path][name])
       digest.update(f"{path} {name} {array.dtype} {array.shape}".encode())
-      digest.update(array)
+      digest.update(array.tobytes())
   return digest.hexdigest()
