@@ -50,7 +50,8 @@ def worker(**options):
     rows=3, length=96, window=4, slots=2, rank=8, prompt_slots=6, prefix_slots=4
   )
   pieces: dict[str, Any] = dict(pieces=(16,), at_once=32, prefix_bytes=2**20)
-  made = workers.Worker(params(), CONFIG, tokenizer=tiny.tokenizer(), **settings | pieces | options)
+  base = options.pop("params", None) or params()
+  made = workers.Worker(base, CONFIG, tokenizer=tiny.tokenizer(), **settings | pieces | options)
   made.start()
   return made
 
