@@ -54,11 +54,15 @@ def write(root: pathlib.Path, count: int, rank: int, modules: tuple[str, ...]) -
   described = AdapterConfig(r=rank, lora_alpha=rank, target_modules=modules)
   like = jax.eval_shape(lambda p: adapters.init(jax.random.key(0), p, described)[1], shapes)
   for number in range(count):
-    rng = np.random.default_rng(number)
-    drawn = lambda x: (0.02 * rng.standard_normal(x.shape)).astype(np.float32)
-    node = lambda x: x.replace(a=drawn(x.a), b=drawn(x.b), scale=np.ones(x.scale.shape, np.float32))
-    made = tree.unflatten((path, node(leaf)) for path, leaf in tree.items(like))
+    made = tree.unflatten((path, _drawn(leaf, number)) for path, leaf in tree.items(like))
     peft_format.save(root / name(number), made, described, config, base_name="smollm2")
+
+
+def _drawn(node: Any, number: int) -> Any:
+  """A LoRA of such shapes, drawn."""
+  rng = np.random.default_rng(number)
+  a, b = (0.02 * rng.standard_normal(x.shape).astype(np.float32) for x in (node.a, node.b))
+  return node.replace(a=a, b=b, scale=np.ones(node.scale.shape, np.float32))
 
 
 def name(number: int) -> str:

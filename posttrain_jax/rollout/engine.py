@@ -361,32 +361,36 @@ class Engine:
       if progress.answer is not None:
         self._finished[progress.ticket] = progress.answer
 
-  def advance(self, most: int | None = None) -> list[Progress]:
+  def advance(self, most: int | None = None, *, wanted: bool = False) -> list[Progress]:
     """What the next window brings: `most` tokens of each row at most, fewer where rows ended that others wait for.
+
+    wanted: whether somebody waits for a row who has not submitted yet.
 
     First the answers that `answers` left, without new tokens.  What interrupts it (Ctrl-C) ends every row under way:
     what their last window drew is known to nobody.
     """
     left = [Progress(ticket, [], self._finished.pop(ticket)) for ticket in list(self._left())]
-    told = self._advance(most)
+    told = self._advance(most, wanted)
     for progress in told:
       if progress.answer is not None and progress.ticket in self._of_runs:
         self._finished[progress.ticket] = progress.answer
     return left + told
 
-  def _advance(self, most: int | None) -> list[Progress]:
+  def _advance(self, most: int | None, wanted: bool = False) -> list[Progress]:
     try:
       self._settle()
       self._admit()
       is_live = len(self._busy) > len(self._readings)
-      return self._collect(self._window(most)) if is_live else []
+      return self._collect(self._window(most, wanted)) if is_live else []
     except BaseException:
       self._busy, self._held, self._readings = {}, [None] * self.rows, {}
       self._cut, self._spoilt = set(), set()
       self._slots = self._empty()
+      if self.prefixes is not None:  # whose blocks may have been on their way
+        self.prefixes.make(self._slots.cache, self.pieces[0])
       raise
 
-  def _window(self, most: int | None) -> programs.Drawn:
+  def _window(self, most: int | None, wanted: bool = False) -> programs.Drawn:
     """The next window, on the host."""
     most = self.width if most is None else min(most, self.width)
     grammars = {
@@ -396,7 +400,7 @@ class Engine:
     }
     allowed = self._allowed(grammars) if grammars else self._none_allowed
     most = min(most, 1) if grammars else most  # which the host reads token by token
-    enough = max(1, self.rows // 8) if self._waiting else self.rows
+    enough = max(1, self.rows // 8) if self._waiting or wanted else self.rows
     self._slots, drawn = self._call(
       programs.window,
       f"window of {self.width} tokens, {self.rows} rows of {self._slots.cache.slots} slots",

@@ -8,6 +8,7 @@ a block each, so what is found is bit by bit what would have been computed.
 from __future__ import annotations
 
 import collections
+import dataclasses
 import functools
 import hashlib
 from collections.abc import Hashable, Iterator, Sequence
@@ -44,6 +45,7 @@ class Prefixes:
     self.size_bytes = size_bytes
     self.pool: Pool | None = None
     self.size, self.room, self.most = 0, 0, 0
+    self.block_bytes = 0
     self.queries = self.hits = 0
     self._places: collections.OrderedDict[bytes, int] = collections.OrderedDict()
     self._owners: dict[bytes, Hashable] = {}
@@ -65,7 +67,7 @@ class Prefixes:
     """No block is known."""
     self._places.clear()
     self._owners.clear()
-    self._free = list(range(self.room if self.size_bytes >= getattr(self, "block_bytes", 0) else 0))
+    self._free = list(range(self.room if self.size_bytes >= self.block_bytes else 0))
 
   def forget(self, known_by: Hashable) -> None:
     """The blocks of those parameters are free."""
@@ -162,7 +164,7 @@ def restore(slots: Slots, pool: Pool, index: Array, places: Array, count: Array)
     return Cache(k, v, cache.lengths)
 
   cache = jax.lax.fori_loop(0, count, one, slots.cache)
-  return laid(slots.replace(cache=cache))
+  return laid(dataclasses.replace(slots, cache=cache))
 
 
 @functools.partial(jax.jit, donate_argnames=("pool",))

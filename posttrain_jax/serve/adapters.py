@@ -56,7 +56,7 @@ class Registered:
 
   path: Path
   stamp: Any  # of the files that were read
-  version: Version
+  version: Version | None  # None: not on the host, and read again when it is asked for
   loaded: float
   seconds: float  # that reading took
   is_own: bool  # found under the root, not named by the operator
@@ -74,6 +74,7 @@ class Registry:
     root: Path | None = None,
     reserved: tuple[str, ...] = (),
     most: int = 1024,
+    most_bytes: int = 8 * 2**30,
     entry_context: Callable[[], Any] = contextlib.nullcontext,
   ) -> None:
     """No name yet.
@@ -85,11 +86,12 @@ class Registry:
       reserved: the base's own names.
       entry_context: what a thread enters to compute an entry: the mesh.
       most: names there may be; of those under the root the one unused for longest is forgotten for a new one.
+      most_bytes: on the host; beyond that the contents unused for longest are dropped, and read again when asked for.
     """
     self._entry, self.params, self._config = entry, params, config
     self._entry_context = entry_context
     self.root = None if root is None else Path(root).resolve(strict=True)
-    self._reserved, self._most = reserved, most
+    self._reserved, self._most, self._most_bytes = reserved, most, most_bytes
     self._names: dict[str, Registered] = {}
     self._versions: dict[str, Version] = {}
     self._used: dict[str, float] = {}
@@ -140,14 +142,13 @@ class Registry:
       if registered is None:
         raise UnknownAdapter(f"no adapter is called {name!r}")
       self._used.pop(name, None)
-      registered.version.names -= 1
-      self._settle(registered.version)
+      self._leave(registered)
 
   def is_at_hand(self, name: str) -> bool:
     """Whether `acquire` reads nothing from the disk."""
     with self._lock:
       registered = self._names.get(name)
-    if registered is None:
+    if registered is None or registered.version is None:
       return False
     return not registered.is_own or _stamp(registered.path) in (
       registered.stamp,
@@ -160,15 +161,17 @@ class Registry:
     Raises:
       UnknownAdapter, BadAdapter: there is none, or none that can be served.
     """
-    if not self.is_at_hand(name):
-      self._look(name)
-    with self._lock:
-      registered = self._names.get(name)
-      if registered is None:
-        raise UnknownAdapter(f"no adapter is called {name!r}")
-      self._used[name] = time.monotonic()
-      registered.version.users += 1
-      return registered.version
+    while True:  # another's load may drop what was read a moment ago
+      if not self.is_at_hand(name):
+        self._look(name)
+      with self._lock:
+        registered = self._names.get(name)
+        if registered is None:
+          raise UnknownAdapter(f"no adapter is called {name!r}")
+        self._used[name] = time.monotonic()
+        if registered.version is not None:
+          registered.version.users += 1
+          return registered.version
 
   def release(self, version: Version) -> None:
     with self._lock:
@@ -176,7 +179,7 @@ class Registry:
       self._settle(version)
 
   def describe(self, name: str) -> dict[str, Any]:
-    """Path, digest, methods, rank, bytes and users of a registered name; of one only under the root, its path."""
+    """State (registered, host or in use), path, and of what is on the host digest, methods, rank, bytes and users."""
     with self._lock:
       registered = self._names.get(name)
     if registered is None:
@@ -185,10 +188,12 @@ class Registry:
         return dict(name=name, path=str(self.root / name), state="registered")
       raise UnknownAdapter(f"no adapter is called {name!r}")
     of = registered.version
+    if of is None:
+      return dict(name=name, path=str(registered.path), state="registered")
     return dict(
       name=name,
       path=str(registered.path),
-      state="host",
+      state="in use" if of.users else "host",
       digest=of.digest,
       methods=list(of.methods),
       rank=of.rank,
@@ -201,6 +206,11 @@ class Registry:
   def folder(self, name: str) -> Path:
     """Where an adapter's own template and tokenizer may be."""
     return Path(self.describe(name)["path"])
+
+  @property
+  def registered(self) -> int:
+    """Names that were used or loaded."""
+    return len(self._names)
 
   @property
   def on_host(self) -> int:
@@ -238,8 +248,10 @@ class Registry:
     known = self._names.get(name)
     if known is not None:
       try:
-        self._read(name, known.path, is_own=True)
+        self._read(name, known.path, is_own=known.is_own)
       except BadAdapter as error:
+        if known.version is None:
+          raise
         log.warning("%s: goes on with what it was: %s", name, error)
         self._failed[name] = _stamp(known.path)
       return
@@ -256,7 +268,10 @@ class Registry:
       stamp, began = _stamp(path), time.monotonic()
       with self._lock:
         known = self._names.get(name)
-      if known is not None and known.path == path and known.stamp == stamp and stamp is not None:
+      is_same = (
+        known is not None and stamp is not None and (known.path, known.stamp) == (path, stamp)
+      )
+      if known is not None and known.version is not None and is_same:
         return known.version
       if is_own and not all(self._inside(part) for part in (path, *path.rglob("*"))):
         raise BadAdapter(f"{name!r} leads out of the folder of adapters")
@@ -271,19 +286,18 @@ class Registry:
         self._failed.pop(name, None)
         self.load_seconds.append(seconds)
         if before_it is not None:
-          before_it.version.names -= 1
-          self._settle(before_it.version)
-        self._forget_some()
+          self._leave(before_it)
+        self._forget_some(name)
     return version
 
   def _version(self, name: str, path: Path) -> Version:
     try:
       with self._entry_context():
         levels = over.load(path, self.params, self._config)
-      (adapter, config) = levels[0] if len(levels) == 1 else over.combined(levels) or (None, None)
-      if adapter is None:
+      level = levels[0] if len(levels) == 1 else over.combined(levels)
+      if level is None:
         raise ValueError("it stands on another adapter, and both together are no LoRA of the base")
-      configs = parts_of(config)
+      adapter, configs = level[0], parts_of(level[1])
       if any(part.context_length or part.attention_group for part in configs):
         raise ValueError("it is made for another context length (LongLoRA): serve it alone, merged")
       nodes = tree.flatten(adapter)
@@ -327,13 +341,26 @@ class Registry:
       self._versions.pop(version.digest, None)
       self.gone.append(version.digest)
 
-  def _forget_some(self) -> None:
-    """Names under the root beyond the most there may be, those unused for longest first."""
-    own = [n for n, r in self._names.items() if r.is_own and r.version.users == 0]
-    for name in sorted(own, key=lambda n: self._used[n]):
-      if len(self._names) <= self._most:
-        return
-      self.unload(name)
+  def _leave(self, registered: Registered) -> None:
+    """A name stands for what it stood for no more."""
+    version, registered.version = registered.version, None
+    if version is not None:
+      version.names -= 1
+      self._settle(version)
+
+  def _forget_some(self, newest: str) -> None:
+    """Names under the root, and contents on the host, beyond what there may be: those unused for longest first."""
+    unused = [
+      name
+      for name, of in self._names.items()
+      if name != newest and (of.version is None or of.version.users == 0)
+    ]
+    for name in sorted(unused, key=lambda name: self._used[name]):
+      registered = self._names[name]
+      if len(self._names) > self._most and registered.is_own:
+        self.unload(name)
+      elif self.host_bytes > self._most_bytes:
+        self._leave(registered)
 
 
 def _stamp(path: Path) -> Any:
@@ -353,5 +380,5 @@ def _digest(entry: Entry) -> str:
     for name in sorted(entry[path]):
       array = np.ascontiguousarray(entry[path][name])
       digest.update(f"{path} {name} {array.dtype} {array.shape}".encode())
-      digest.update(array)
+      digest.update(array.tobytes())
   return digest.hexdigest()

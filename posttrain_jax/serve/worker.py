@@ -27,22 +27,21 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from posttrain_jax.adapters.stacked import Room
-from posttrain_jax.core import bits
 from posttrain_jax.models.config import ModelConfig
 from posttrain_jax.rollout import engine as engines
 from posttrain_jax.rollout import requests
 from posttrain_jax.rollout.prefixes import Prefixes
 from posttrain_jax.rollout.requests import Request
 from posttrain_jax.serve import asked as asking
+from posttrain_jax.serve import checking
 from posttrain_jax.serve import slots as slots_lib
 from posttrain_jax.serve.adapters import Registry, Version
 from posttrain_jax.serve.asked import (
@@ -88,6 +87,9 @@ class Ticket:
   is_told: bool = False  # of its start
   is_over: bool = False
   error: Exception | None = None  # of its grammar
+
+  def fail(self, error: Exception) -> None:
+    self.error = error
 
   @property
   def content(self) -> Hashable:
@@ -192,10 +194,10 @@ class Worker:
         raise UnknownAdapter(f"no adapter is called {asked.adapter!r}: the base is served alone")
       version = self.adapters.acquire(asked.adapter)
     try:
-      request = self._request(asked, version)
+      request = checking.request(asked, version, self.engine)
       ticket = Ticket(asked, deliver, version, request, time.monotonic())
-      request = dataclasses.replace(request, allowed=self._guarded(ticket))
-      ticket.request = request
+      allowed = checking.guarded(asked.allowed, self.config.vocab_size, ticket.fail)
+      ticket.request = dataclasses.replace(request, allowed=allowed)
       with self._lock:
         self._check_open()
         waiting = self._held - self.engine.rows
@@ -213,7 +215,7 @@ class Worker:
     """Raises as `submit` does for what can never be answered; nothing is asked."""
     version = None if asked.adapter is None else self.adapters.acquire(asked.adapter)
     try:
-      self._request(asked, version)
+      checking.request(asked, version, self.engine)
     finally:
       if version is not None:
         self.adapters.release(version)
@@ -238,11 +240,18 @@ class Worker:
     if self._thread.is_alive():
       self._thread.join()
 
+  def describe(self, name: str) -> dict[str, Any]:
+    """`Registry.describe`, whose state may be "slot": it is on the device, and no request has it."""
+    told = self.adapters.describe(name)
+    in_slot = (
+      self._turns.slot_of(told.get("digest", BASE)) is not None if "digest" in told else False
+    )
+    return {**told, "state": "slot"} if in_slot and told["state"] == "host" else told
+
   def numbers(self) -> Numbers:
     rows = list(self._under_way.values())
     held = sum(len(t.request.prompt) + (t.request.bound or 0) for t in rows)
     prefixes = self.engine.prefixes
-    names = self.adapters.names()
     in_slots = [slot.content for slot in self._turns.slots if slot.content is not BASE]
     return Numbers(
       running=len(rows),
@@ -254,13 +263,13 @@ class Worker:
       prefix_queries=0 if prefixes is None else prefixes.queries,
       prefix_hits=0 if prefixes is None else prefixes.hits,
       prefix_bytes=0 if prefixes is None else prefixes.used_bytes,
-      adapters_registered=len(names),
+      adapters_registered=self.adapters.registered,
       adapters_on_host=self.adapters.on_host,
       adapters_in_slots=len(in_slots),
       adapters_in_use=len({t.content for t in rows} - {BASE}),
       adapter_evictions=self._turns.evictions,
       adapter_host_bytes=self.adapters.host_bytes,
-      compiled_programs=len(self.engine.programs)
+      compiled_programs=len(self.engine.compiled)
       + (0 if self._slots is None else self._slots.programs()),
     )
 
@@ -273,66 +282,6 @@ class Worker:
     while self._held and self._thread.is_alive() and time.monotonic() < end:
       time.sleep(0.005)
     return not self._held
-
-  def _request(self, asked: Asked, version: Version | None) -> Request:
-    """What the engine is asked; its row is known when its turn comes.
-
-    Raises:
-      ValueError: it cannot be answered.
-    """
-    if asked.max_new == 0 and not asked.echo_logprobs:
-      raise ValueError("max_new=0 without echo_logprobs asks for nothing")
-    if not 0 <= asked.top <= self.engine.top:
-      raise ValueError(f"top={asked.top}: at most {self.engine.top} likely tokens are told")
-    ids, strings = self._stops(asked)
-    bound = 0 if version is None else version.bound
-    request = Request(
-      asked.prompt,
-      max(asked.max_new, 1),
-      asked.min_new,
-      asked.sampling,
-      tuple(sorted(ids)),
-      strings,
-      asked.seed,
-      asked.number,
-      asked.sample,
-      bound=bound,
-      whose=("base",) if version is None else ("adapter", version.digest),
-      top=asked.top,
-      scores_prompt=asked.echo_logprobs,
-    )
-    requests.check(request, self.config, self.engine.length, bound, None)
-    return request
-
-  def _stops(self, asked: Asked) -> tuple[set[int], tuple[str, ...]]:
-    """(ids, strings) that end the text: the text of a special token is its id, what no text holds is left out."""
-    ids, strings = set(asked.stop_ids), []
-    special = dict(zip(self.tokenizer.all_special_tokens, self.tokenizer.all_special_ids))
-    for string in asked.stop_strings:
-      if string in special:
-        ids.add(special[string])
-        continue
-      if not string:
-        raise ValueError("an empty stop string ends every text: leave it out")
-      with contextlib.suppress(ValueError):
-        requests.check_strings([string], self.tokenizer)
-        strings.append(string)
-    return ids, tuple(strings)
-
-  def _guarded(self, ticket: Ticket) -> Callable[[Sequence[int]], np.ndarray] | None:
-    """The request's grammar; an error in it ends the request and no other."""
-    allowed, vocab = ticket.asked.allowed, self.config.vocab_size
-    if allowed is None:
-      return None
-
-    def guarded(ids: Sequence[int]) -> np.ndarray:
-      try:
-        return requests.packed(allowed(ids), vocab)
-      except Exception as error:
-        ticket.error = error
-        return np.full(bits.words(vocab), -1, np.int32)
-
-    return guarded
 
   def _entry(self, adapter: Any) -> dict[str, Any]:
     if self._slots is None:
@@ -414,10 +363,11 @@ class Worker:
     if not self._under_way:
       return
     try:
-      progress = self.engine.advance()
+      progress = self.engine.advance(wanted=bool(self._waiting))
     except Exception as error:
       log.exception("a window failed; what was under way is lost")
       for ticket in list(self._under_way.values()):
+        self._drop(ticket)
         self._end(ticket, Failed(error))
       return
     for told in progress:

@@ -3,6 +3,7 @@
 import functools
 import queue
 import time
+from typing import Any
 
 import jax
 
@@ -45,9 +46,12 @@ def write(folder, kind="lora", seed=1):
 
 def worker(**options):
   """One that has started."""
-  settings = dict(rows=3, length=96, window=4, slots=2, rank=8, prompt_slots=6, prefix_slots=4)
-  pieces = dict(pieces=(16,), at_once=32, prefix_bytes=2**20)
-  made = workers.Worker(params(), CONFIG, tokenizer=tiny.tokenizer(), **settings | pieces | options)
+  settings: dict[str, Any] = dict(
+    rows=3, length=96, window=4, slots=2, rank=8, prompt_slots=6, prefix_slots=4
+  )
+  pieces: dict[str, Any] = dict(pieces=(16,), at_once=32, prefix_bytes=2**20)
+  base = options.pop("params", None) or params()
+  made = workers.Worker(base, CONFIG, tokenizer=tiny.tokenizer(), **settings | pieces | options)
   made.start()
   return made
 
@@ -58,6 +62,7 @@ class Heard:
   def __init__(self):
     self.events = []
     self.over = queue.Queue()
+    self.ticket: Any = None
 
   def __call__(self, event):
     self.events.append(event)

@@ -239,6 +239,23 @@ def test_two_loads_of_one_name_at_once_read_once(root):
   assert found[0].users == 4
 
 
+def test_contents_beyond_the_hosts_bytes_are_dropped_and_read_again(root):
+  models.write(root / "two", "thin", seed=2)
+  one = registry(root).acquire("one")
+  known = registry(root, most_bytes=int(1.5 * one.size_bytes))
+  first = known.acquire("one")
+  second = known.load("two", root / "two")
+  assert known.on_host == 2  # a request has the first, and the second is asked for next
+  known.release(first)
+  assert known.acquire("two") is second
+  known.load("three", models.write(root / "three", "lora", seed=3))
+  assert known.on_host == 2
+  assert known.describe("one")["state"] == "registered"
+  assert known.describe("two")["state"] == "in use"
+  assert known.take_gone() == [first.digest]
+  assert known.acquire("one").digest == first.digest
+
+
 def test_names_under_the_root_are_forgotten_where_there_are_too_many(root):
   known = registry(root, most=2)
   for i in range(4):
