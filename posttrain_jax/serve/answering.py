@@ -45,6 +45,7 @@ class Choice:
   prompt: list[Token] = dataclasses.field(default_factory=list)
   text: str = ""
   cached: int = 0
+  waited: float = 0.0
   reason: str | None = None
   latest: float | None = None  # when its last tokens came
 
@@ -125,7 +126,7 @@ class Answering:
 
   def _read(self, choice: Choice, event: Any) -> News | None:
     if isinstance(event, Started):
-      choice.cached = event.cached
+      choice.cached, choice.waited = event.cached, event.waited
       self._metrics.started(choice, event)
     elif isinstance(event, Prompt):
       choice.prompt = _of_prompt(choice.asked.prompt, event)

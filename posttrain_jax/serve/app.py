@@ -233,7 +233,7 @@ class App:
     except asking.UnknownAdapter:
       raise unknown_model(adapter or "", self.models.names()) from None
     except asking.BadAdapter as error:
-      raise wrong(f"the adapter {adapter!r} cannot be served: {error}", "model") from None
+      raise self.models.bad(error, "model") from None
     except ValueError as error:
       raise wrong(str(error)) from None
     return answering

@@ -35,10 +35,13 @@ class Metrics:
     self.between = self._times("inter_token_latency_seconds", "between tokens, mean of a window")
     self.whole = self._times("e2e_request_latency_seconds", "from the request to its end")
     self.queued = self._times("request_queue_time_seconds", "until a row was free")
+    self.reading = self._times("request_prefill_time_seconds", "from its row to the first tokens")
+    self.loading = self._times("adapter_load_seconds", "an adapter's files read")
     self.decoding = self._times("request_decode_time_seconds", "from the first token to the end")
     self.prompts = self._lengths("request_prompt_tokens", "tokens of a prompt")
     self.lengths = self._lengths("request_generation_tokens", "tokens of an answer")
     self._first_at: dict[int, float] = {}
+    self._loaded: list[float] = []
 
   def _counter(self, name: str, what: str, *labels: str) -> Any:
     made = prometheus.Counter(PREFIX + name, what, ("model_name", *labels), registry=self.registry)
@@ -66,6 +69,7 @@ class Metrics:
       return
     if choice.latest is None:
       self.first.observe(now - since)
+      self.reading.observe(max(0.0, now - since - choice.waited))
       self._first_at[id(choice)] = now
     else:
       self.between.observe((now - choice.latest) / count)
@@ -94,9 +98,12 @@ class Metrics:
 
   def watch(self, worker: Any) -> None:
     """The worker's own numbers are told too, as they are when somebody asks."""
+    self._loaded = worker.adapters.load_seconds
     self.registry.register(_OfWorker(worker, self._model))
 
   def text(self) -> str:
+    while self._loaded:
+      self.loading.observe(self._loaded.pop())
     return prometheus.generate_latest(self.registry).decode()
 
 

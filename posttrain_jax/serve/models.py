@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -11,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from posttrain_jax.adapters import peft_format
-from posttrain_jax.core import words
 from posttrain_jax.serve import asked
-from posttrain_jax.serve.errors import unknown_model, wrong
+from posttrain_jax.serve.errors import Refused, unknown_model, wrong
 from posttrain_jax.serve.voice import Voice
 
 # of an adapter's folder, what decides how it is spoken to
@@ -77,7 +77,7 @@ class Models:
     except asked.UnknownAdapter:
       raise unknown_model(name, self.names()) from None
     except asked.BadAdapter as error:
-      raise wrong(f"the adapter {name!r} cannot be served: {error}", "model") from None
+      raise self.bad(error, "model") from None
     return Model(name, name, self._voice(folder), self.length - bound)
 
   def load(self, name: str, path: str) -> None:
@@ -103,9 +103,13 @@ class Models:
     try:
       self.worker.adapters.load(name, home)
     except (ValueError, OSError) as error:
-      raise wrong(
-        f"the adapter {words.shown(name, 80)} cannot be served: {error}", "lora_path"
-      ) from None
+      raise self.bad(error, "lora_path") from None
+
+  def bad(self, error: Exception, param: str) -> Refused:
+    """An adapter that cannot be served; where the server has its folders is nobody's business."""
+    root = self.worker.adapters.root
+    told = str(error) if root is None else str(error).replace(f"{root}{os.sep}", "")
+    return wrong(f"cannot be served: {told}", param)
 
   def is_at_hand(self, name: str) -> bool:
     """Whether `find` reads nothing from the disk."""

@@ -11,7 +11,7 @@ from typing import Any
 from posttrain_jax.build import use
 from posttrain_jax.core import progress
 from posttrain_jax.rollout import engine
-from posttrain_jax.serve import server
+from posttrain_jax.serve import guard, server
 from posttrain_jax.serve.app import App
 from posttrain_jax.serve.limits import Limits
 from posttrain_jax.serve.metrics import Metrics
@@ -63,7 +63,7 @@ def serve(args: argparse.Namespace, *, keys: tuple[str, ...], named: Mapping[str
   models = Models(worker, name, voice, length, Speech(used, voice, args.template).of)
   limits = Limits()
   app = App(models, limits=limits, metrics=Metrics(name), allow_loading=args.allow_loading)
-  asgi = app.asgi(keys=keys, local=args.host in ("127.0.0.1", "::1", "localhost"))
+  asgi = app.asgi(keys=keys, local=guard.is_local(args.host))
   worker.start()
   ready = lambda: print(_opening(sock.getsockname(), models, keys), flush=True)
   return server.run(asgi, worker, sock, limits=limits, drain_seconds=args.drain, ready=ready)

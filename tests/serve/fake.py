@@ -22,6 +22,7 @@ class Adapters:
 
   def __init__(self):
     self.folders, self.bad, self.root = {}, {}, None
+    self.load_seconds = []
 
   def names(self):
     return list(self.folders)

@@ -31,8 +31,18 @@ class Served:
     self.folder = folder
     argv = [sys.executable, "-m", "posttrain_jax", "serve", f"--model={folder / 'base'}"]
     argv += [f"--adapters={folder / 'adapters'}", "--port=0", "--length=96", "--max_rank=8"]
-    argv += ["--prompt_slots=6", "--prefix_slots=4", "--rows=3", "--slots=2", *options]
-    env = dict(os.environ, PYTHONPATH=str(ROOT), JAX_PLATFORMS="cpu", XLA_FLAGS="")
+    argv += [
+      "--prompt_slots=6",
+      "--prefix_slots=4",
+      "--rows=3",
+      "--slots=2",
+      "--prefix_cache=1",
+      *options,
+    ]
+    flags = os.environ.get("XLA_FLAGS", "")
+    flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", flags)
+    env = dict(os.environ, PYTHONPATH=str(ROOT), JAX_PLATFORMS="cpu", XLA_FLAGS=flags)
+    env["JAX_COMPILATION_CACHE_DIR"] = str(ROOT / ".cache" / "jax-commands")
     self.log = open(folder / "log", "w+")  # noqa: SIM115
     self.process = subprocess.Popen(argv, stdout=self.log, stderr=subprocess.STDOUT, env=env)
     self.url = self._address()
@@ -217,7 +227,7 @@ def test_a_reload_under_one_name_is_a_new_adapter_with_a_warm_prefix_cache_too(s
 
 
 FAULTS = {
-  "another base": (lambda home: models_of_another_base(home), "shape"),
+  "another base": (lambda home: models_of_another_base(home), "base is"),
   "a rank over the limit": (lambda home: models_of_rank(home, 12), "rank"),
   "truncated": (lambda home: truncated(home), ""),
   "no weights": (lambda home: (home / "adapter_model.safetensors").unlink(), ""),
@@ -280,6 +290,7 @@ def test_a_folder_that_is_no_adapter_of_this_base_is_refused_and_the_next_is_ser
       answer(served.client(), "broken")
     assert word in str(refused.value)
     assert "Traceback" not in str(refused.value)
+    assert str(served.folder) not in str(refused.value)
     assert answer(served.client(), "lora")
   finally:
     shutil.rmtree(home)
@@ -341,6 +352,42 @@ def test_random_requests_compile_nothing(served):
   assert len(asyncio.run(all_of_them())) == 500
   assert served.metric("compiled_programs") == programs
   assert "compiled after" not in served.said()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
+def test_a_client_that_goes_leaves_its_rows_to_others(served, stream):
+  client = served.client(timeout=0.5)
+  drawn = served.metric("generation_tokens_total")
+  with pytest.raises(openai.APITimeoutError):  # noqa: PT012  (either line may be the one)
+    made = client.completions.create(
+      model="base", prompt="abc", max_tokens=90, n=50, stream=stream, extra_body={"ignore_eos": True}
+    )  # fmt: skip
+    time.sleep(0.3)
+    made.close()
+    raise openai.APITimeoutError(None)
+  end = time.monotonic() + LONGEST
+  while served.metric("num_requests_running") or served.metric("num_requests_waiting"):
+    assert time.monotonic() < end
+  assert served.metric("generation_tokens_total") - drawn < 50 * 90
+
+
+@pytest.mark.slow
+def test_a_signal_while_it_compiles_ends_it_with_0(folder, monkeypatch):
+  argv = [sys.executable, "-m", "posttrain_jax", "serve", f"--model={folder / 'base'}", "--port=0"]
+  env = dict(
+    os.environ, PYTHONPATH=str(ROOT), JAX_PLATFORMS="cpu", JAX_ENABLE_COMPILATION_CACHE="0"
+  )
+  own = subprocess.Popen(
+    [*argv, "--length=96"], stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=env, text=True
+  )
+  for line in own.stderr:
+    if re.match(r"preparing the weights: ", line):
+      break
+  time.sleep(1)
+  own.send_signal(signal.SIGTERM)
+  told, _ = own.communicate(timeout=LONGEST)
+  assert (own.returncode, told) == (0, "")
 
 
 @pytest.mark.slow
