@@ -107,6 +107,7 @@ def load(
   base: str | None = None,
   template: str | None = None,
   manner: Manner | None = None,
+  dtype: str | None = None,
 ) -> Used:
   """A model by its name or folder, a run by its folder, an adapter by its own; several adapters with commas between.
 
@@ -118,6 +119,7 @@ def load(
     template: a chat template's name, `tokenizer` for the tokenizer's own, `none` for text as it is; None: what was
       trained with.
     manner: how it was trained, where its folder does not say.
+    dtype: of products, as config.model.dtype names it; None: as it was trained.
 
   Raises:
     ConfigError: neither model nor adapter, or adapters that were trained on bases stored unlike.
@@ -132,7 +134,7 @@ def load(
   folder = fetch.resolve(name)
   manner = _manner([*homes] or [folder], manner)
   storage = base or manner.storage
-  products = decisions.dtype(manner.dtype)
+  products = decisions.dtype(dtype or manner.dtype)
   with progress.phase(f"reading {name}"):
     params, config = hf.load(folder, dtype=products, storage=storage, place=layout.place)
     if homes:

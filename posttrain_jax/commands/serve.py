@@ -73,6 +73,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     metavar="SECONDS",
     help="for answers under way after SIGTERM; then they are cut",
   )
+  parser.add_argument(
+    "--dtype",
+    choices=("auto", "float32", "bfloat16"),
+    help="of products; auto is bfloat16 where the device multiplies in it, default as the base was trained",
+  )
   common.add_use(parser)
 
 

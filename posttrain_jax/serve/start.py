@@ -34,7 +34,7 @@ def serve(args: argparse.Namespace, *, keys: tuple[str, ...], named: Mapping[str
       named.setdefault(RUN, adapter)
   if model is None:
     raise ConfigError("write --model=NAME_OR_DIR, or --workdir=DIR")
-  used = use.load(model, base=args.base, template=args.template)
+  used = use.load(model, base=args.base, template=args.template, dtype=args.dtype)
   used.check_writes()
   name = args.name or _name(model)
   length = min(args.length, used.config.max_length)

@@ -75,7 +75,7 @@ def address(place):
   }
   with open(place / "log", "w") as log:
     server = subprocess.Popen(
-      [*argv, "--length=128", "--slots=1", "--rows=4"],
+      [*argv, "--dtype=float32", "--length=128", "--slots=1", "--rows=4"],
       stdout=log,
       stderr=subprocess.STDOUT,
       env=env,
