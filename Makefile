@@ -29,7 +29,7 @@ help:
 	$(PYTHON) -m venv .venv-oracle
 	.venv-oracle/bin/python -m pip install $(PIP_FLAGS) torch==2.13.0
 	.venv-oracle/bin/python -m pip install $(PIP_FLAGS) -c constraints.txt -c oracle-constraints.txt \
-	  transformers peft trl bitsandbytes accelerate mergekit xllamacpp -e '.[dev]'
+	  transformers peft trl bitsandbytes accelerate mergekit xllamacpp 'lm-eval[api]' -e '.[dev]'
 	@touch $@
 
 # Compilers for accelerators that are not here, of the versions that jax 0.10.2 pins; no driver and no NVIDIA library.

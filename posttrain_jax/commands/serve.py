@@ -49,13 +49,16 @@ def add(parser: argparse.ArgumentParser) -> None:
   )
   parser.add_argument("--rows", type=int, default=8, help="answers that are written at once")
   parser.add_argument("--slots", type=int, default=8, help="adapters on the device at once")
-  parser.add_argument("--max_rank", type=int, default=16, help="of an adapter")
   parser.add_argument(
-    "--prompt_slots", type=int, default=0, help="virtual tokens of an adapter by prompt tuning"
+    "--max_rank", type=int, help="of an adapter; default 16, or the largest that is named"
   )
-  parser.add_argument(
-    "--prefix_slots", type=int, default=0, help="virtual tokens of an adapter by prefix tuning"
-  )
+  for kind in ("prompt", "prefix"):
+    parser.add_argument(
+      f"--{kind}_slots",
+      type=int,
+      metavar="N",
+      help=f"virtual tokens of an adapter by {kind} tuning; default the most that is named",
+    )
   parser.add_argument(
     "--length",
     type=int,
@@ -86,6 +89,10 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
   missing = [name for name in ("starlette", "uvicorn", "prometheus_client") if not _is_there(name)]
   if missing:
     raise ConfigError(f"{missing[0]} is not installed: pip install 'posttrain-jax[serve]'")
+  for name, low, high in (("port", 0, 65535), ("rows", 1, 4096), ("slots", 0, 4096),
+                          ("waiting", 0, 10**6), ("prefix_cache", 0, 10**6), ("drain", 0, 10**6)):  # fmt: skip
+    if not low <= getattr(args, name) <= high:
+      raise ConfigError(f"--{name}={getattr(args, name)}: write a number from {low} to {high}")
   keys = _keys(args)
   _check_host(args, keys)
   named = dict(_named(text) for text in args.adapter)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from posttrain_jax.adapters import peft_format
 from posttrain_jax.build import use
-from posttrain_jax.core import progress
+from posttrain_jax.core import files, progress
 from posttrain_jax.rollout import engine
 from posttrain_jax.serve import guard, server
 from posttrain_jax.serve.app import App
@@ -34,11 +35,16 @@ def serve(args: argparse.Namespace, *, keys: tuple[str, ...], named: Mapping[str
       named.setdefault(RUN, adapter)
   if model is None:
     raise ConfigError("write --model=NAME_OR_DIR, or --workdir=DIR")
-  used = use.load(model, base=args.base, template=args.template, dtype=args.dtype)
+  sock = server.listening(args.host, args.port)  # before the weights are read: it may be taken
+  homes = {at: peft_format.locate(Path(path).expanduser()) for at, path in named.items()}
+  storage, dtype = args.base, args.dtype
+  if RUN in homes and args.workdir:  # the base as the run had it
+    manner = use.manner_at(homes[RUN])
+    storage, dtype = storage or manner.storage, dtype or manner.dtype
+  used = use.load(model, base=storage, template=args.template, dtype=dtype)
   used.check_writes()
   name = args.name or _name(model)
   length = min(args.length, used.config.max_length)
-  sock = server.listening(args.host, args.port)
   with progress.phase("preparing the weights"):
     worker = Worker(
       used.params,
@@ -49,16 +55,15 @@ def serve(args: argparse.Namespace, *, keys: tuple[str, ...], named: Mapping[str
       dtype=used.dtype,
       waiting=args.waiting,
       slots=args.slots,
-      rank=args.max_rank,
-      prompt_slots=args.prompt_slots,
-      prefix_slots=args.prefix_slots,
+      **_room(args, homes.values()),
       root=Path(args.adapters).expanduser() if args.adapters else None,
       reserved=(name,),
       prefix_bytes=args.prefix_cache << 20,
     )
-  for adapter, folder in named.items():
+  for adapter, home in homes.items():
+    _say_storage(adapter, home, used)
     with progress.phase(f"reading {adapter}"):
-      worker.adapters.load(adapter, Path(folder).expanduser())
+      worker.adapters.load(adapter, home)
   voice = _voice(used.tokenizer, used.template if used.manner.chat else None, used)
   models = Models(worker, name, voice, length, Speech(used, voice, args.template).of)
   limits = Limits()
@@ -67,6 +72,47 @@ def serve(args: argparse.Namespace, *, keys: tuple[str, ...], named: Mapping[str
   worker.start()
   ready = lambda: print(_opening(sock.getsockname(), models, keys), flush=True)
   return server.run(asgi, worker, sock, limits=limits, drain_seconds=args.drain, ready=ready)
+
+
+def _room(args: argparse.Namespace, homes: Iterable[Path]) -> dict[str, int]:
+  """The largest adapter that a slot has room for: as the options say, else as those that are named need it."""
+  found = {"rank": 16, "prompt_slots": 0, "prefix_slots": 0}
+  for home in homes:
+    for name, size in sizes(files.read_json(home / peft_format.CONFIG)).items():
+      found[name] = max(found[name], size)
+  asked = dict(rank=args.max_rank, prompt_slots=args.prompt_slots, prefix_slots=args.prefix_slots)
+  return {name: found[name] if size is None else size for name, size in asked.items()}
+
+
+def sizes(described: Mapping[str, Any]) -> dict[str, int]:
+  """What an adapter's config says of its size, in the words of `Worker`.
+
+  >>> sizes({"peft_type": "LORA", "r": 4, "rank_pattern": {"q_proj": 32}})
+  {'rank': 32}
+  >>> sizes({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 20})
+  {'prompt_slots': 20}
+  """
+  kind, tokens = described.get("peft_type"), described.get("num_virtual_tokens")
+  if kind == "PROMPT_TUNING" and isinstance(tokens, int):
+    return {"prompt_slots": tokens}
+  if kind == "PREFIX_TUNING" and isinstance(tokens, int):
+    return {"prefix_slots": tokens}
+  ranks = [
+    described.get("r"),
+    described.get("init_r"),
+    *(described.get("rank_pattern") or {}).values(),
+  ]
+  return {"rank": max((rank for rank in ranks if isinstance(rank, int)), default=0)}
+
+
+def _say_storage(name: str, home: Path, used: use.Used) -> None:
+  """A line where an adapter's base was stored otherwise when it was trained."""
+  trained = use.manner_at(home).storage
+  if trained not in (None, used.storage):
+    log.warning(
+      "adapter %s was trained on the base in %s and is served on it in %s: --base=%s serves it as it was trained",
+      name, trained, used.storage, trained,
+    )  # fmt: skip
 
 
 def _name(model: str) -> str:

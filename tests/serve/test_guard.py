@@ -180,6 +180,13 @@ def test_an_adapter_is_named_with_its_folder():
     command._named("folder")
 
 
+@pytest.mark.parametrize("option", ["port=70000", "rows=0", "slots=-1", "waiting=-1", "drain=-1"])
+def test_a_number_that_cannot_be_is_refused_before_anything_is_read(option):
+  name = option.partition("=")[0]
+  with pytest.raises(ConfigError, match=f"--{name}=.*: write a number from"):
+    command.run(parsed("--model=x", f"--{option}"), ())
+
+
 def test_without_its_libraries_the_command_says_what_to_install(monkeypatch):
   monkeypatch.setattr(command, "_is_there", lambda name: name != "uvicorn")
   with pytest.raises(

@@ -220,6 +220,26 @@ def test_no_path_leaves_the_root(tmp_path, how):
   assert str(outside) not in response.text
 
 
+def test_a_slot_has_room_for_the_largest_adapter_that_is_named(tmp_path):
+  import argparse
+
+  from posttrain_jax.commands import serve as command
+
+  parser = argparse.ArgumentParser()
+  command.add(parser)
+  large, prompt = folder(tmp_path / "large"), folder(tmp_path / "prompt")
+  (large / "adapter_config.json").write_text(
+    '{"peft_type": "LORA", "r": 8, "rank_pattern": {"a": 40}}'
+  )
+  told = '{"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 20}'
+  (prompt / "adapter_config.json").write_text(told)
+  room = lambda *argv: start._room(parser.parse_args(argv), (large, prompt))
+  assert room() == {"rank": 40, "prompt_slots": 20, "prefix_slots": 0}
+  assert room("--max_rank=64", "--prompt_slots=0")["rank"] == 64
+  assert room("--max_rank=64", "--prompt_slots=0")["prompt_slots"] == 0
+  assert start._room(parser.parse_args([]), ())["rank"] == 16
+
+
 def test_a_bases_name_is_its_own_or_its_folders():
   assert start._name("smollm2") == "smollm2"
   assert start._name(str(pathlib.Path(__file__).parent)) == "serve"

@@ -66,9 +66,13 @@ class Served:
     (line,) = re.findall(rf"^posttrain:{name}{{[^}}]*}} (\S+)$", text, re.MULTILINE)
     return float(line)
 
-  def end(self, number=signal.SIGTERM):
+  def kill(self):
     if self.process.poll() is None:
-      self.process.send_signal(number)
+      self.process.kill()
+    self.end()
+
+  def end(self):
+    """The exit code."""
     code = self.process.wait(LONGEST)
     self.log.close()
     return code
@@ -94,7 +98,7 @@ def served(folder):
   try:
     yield made
   finally:
-    made.end(signal.SIGKILL)
+    made.kill()
 
 
 MESSAGES = [{"role": "user", "content": "Say something"}]
@@ -232,7 +236,7 @@ FAULTS = {
   "truncated": (lambda home: truncated(home), ""),
   "no weights": (lambda home: (home / "adapter_model.safetensors").unlink(), ""),
   "a pickle": (lambda home: pickled(home), ""),
-  "NaN": (lambda home: not_finite(home), "finite"),
+  "NaN": (lambda home: not_finite(home), "NaN"),
 }
 
 
