@@ -347,7 +347,8 @@ class App:
     return name, body
 
   async def list_models(self, scope: guard.Scope, receive: guard.Receive, send: guard.Send) -> None:
-    await guard.respond(send, 200, dict(object="list", data=self.models.cards()))
+    cards = await self.in_thread(self.models.cards)  # which looks into the folder of adapters
+    await guard.respond(send, 200, dict(object="list", data=cards))
 
   async def show_model(self, scope: guard.Scope, receive: guard.Receive, send: guard.Send) -> None:
     name = scope["path_params"]["name"]

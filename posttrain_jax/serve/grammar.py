@@ -61,6 +61,8 @@ class Grammars:
 
   def _of(self, voice: Voice, lark: str, param: str) -> Allowed:
     llguidance = _library(param)
+    if not voice.ends:
+      raise wrong(f"{param}: this model has no token that ends an answer", param)
     with self._lock:
       key = (id(voice), lark)
       matcher = self._kept.get(key)

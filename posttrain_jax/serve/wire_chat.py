@@ -57,6 +57,11 @@ def read(body: Fields, limits: Limits, voice: Voice) -> Chat:
   schema = _response_format(body.object("response_format"), limits)
   if schema is not None and forced:
     raise wrong("response_format and a tool that must be called exclude each other", "tool_choice")
+  if (schema is not None or forced) and (wanted.ignore_eos or wanted.min_new):
+    what = "ignore_eos" if wanted.ignore_eos else "min_tokens"
+    raise wrong(
+      f"{what} and an answer that is held to a form, which says its end, exclude each other", what
+    )
   own = variables(body)
   body.close({"messages"})
   return Chat(

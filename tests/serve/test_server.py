@@ -1,6 +1,7 @@
 """The command as users run it: a server in a process of its own, OpenAI's client, adapters that come and go."""
 
 import asyncio
+import concurrent.futures
 import contextlib
 import os
 import pathlib
@@ -228,6 +229,35 @@ def test_a_reload_under_one_name_is_a_new_adapter_with_a_warm_prefix_cache_too(s
   assert answer(client, "fresh", "the same beginning " * 2) == second
   shutil.rmtree(home)
   shutil.rmtree(served.folder / "adapters" / "fresh")
+
+
+def load(client, name, path):
+  return client.post("/load_lora_adapter", body={"lora_name": name, "lora_path": path}, cast_to=str)
+
+
+@pytest.mark.slow
+def test_an_adapter_that_is_unloaded_in_use_finishes_its_answers(served):
+  client = served.client()
+  load(client, "leaving", "dora")
+  asked = dict(prompt="abc", max_tokens=60, temperature=0, extra_body={"ignore_eos": True})
+  whole = client.completions.create(model="dora", **asked).choices[0].text
+  stream = client.completions.create(model="leaving", stream=True, **asked)
+  told = next(iter(stream)).choices[0].text
+  client.post("/unload_lora_adapter", body={"lora_name": "leaving"}, cast_to=str)
+  assert told + "".join(chunk.choices[0].text for chunk in stream) == whole
+  with pytest.raises(openai.NotFoundError):
+    client.completions.create(model="leaving", **asked)
+
+
+@pytest.mark.slow
+def test_loads_of_one_name_at_once_leave_one_of_them(served):
+  client = served.client()
+  kinds = ["lora", "thin", "rslora", "dora"] * 3
+  with concurrent.futures.ThreadPoolExecutor(6) as pool:
+    list(pool.map(lambda kind: load(client, "contested", kind), kinds))
+  told = answer(client, "contested")
+  assert told in [answer(client, kind) for kind in set(kinds)]
+  client.post("/unload_lora_adapter", body={"lora_name": "contested"}, cast_to=str)
 
 
 FAULTS = {

@@ -10,6 +10,7 @@ import pytest
 from posttrain_jax.core import bits
 from posttrain_jax.data import templates
 from posttrain_jax.serve import calls
+from posttrain_jax.serve.errors import Refused
 from posttrain_jax.serve.grammar import Grammars
 from tests.serve import fake, served
 
@@ -132,6 +133,20 @@ def test_an_answer_follows_its_schema_whatever_the_model_would_say():
   for choice in body["choices"]:
     jsonschema.validate(json.loads(choice["message"]["content"]), SCHEMA)
     assert choice["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize("fields", [{"ignore_eos": True}, {"min_tokens": 5}], ids=str)
+def test_what_holds_off_the_end_and_a_form_that_says_it_exclude_each_other(fields):
+  response = served.chat(served.client(), response_format={"type": "json_object"}, **fields)
+  assert response.status_code == 400
+  assert "exclude each other" in response.json()["error"]["message"]
+
+
+def test_a_model_without_an_end_is_held_to_no_form():
+  endless = served.voice()
+  endless = type(endless)(endless.tokenizer, endless.template, (), 261)
+  with pytest.raises(Refused, match="no token that ends"):
+    Grammars().json_object(endless)
 
 
 def test_json_mode_gives_an_object():
