@@ -3,12 +3,14 @@
 import asyncio
 import concurrent.futures
 import contextlib
+import http.client
 import os
 import pathlib
 import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -407,21 +409,34 @@ def test_a_client_that_goes_leaves_its_rows_to_others(served, stream):
 
 
 @pytest.mark.slow
-def test_a_signal_while_it_compiles_ends_it_with_0(folder, monkeypatch):
-  argv = [sys.executable, "-m", "posttrain_jax", "serve", f"--model={folder / 'base'}", "--port=0"]
+def test_until_it_is_warm_health_says_so_and_a_signal_ends_it_with_0(folder):
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+  argv = [sys.executable, "-m", "posttrain_jax", "serve", f"--model={folder / 'base'}"]
   env = dict(
     os.environ, PYTHONPATH=str(ROOT), JAX_PLATFORMS="cpu", JAX_ENABLE_COMPILATION_CACHE="0"
   )
   own = subprocess.Popen(
-    [*argv, "--length=96"], stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=env, text=True
+    [*argv, f"--port={port}", "--length=96"], stdout=subprocess.PIPE, env=env, text=True
   )
-  for line in own.stderr:
-    if re.match(r"preparing the weights: ", line):
-      break
-  time.sleep(1)
+  status = None
+  while status is None:
+    assert own.poll() is None
+    with contextlib.suppress(OSError):
+      status = _status(port)
+    time.sleep(0.05)
+  assert status == 503
   own.send_signal(signal.SIGTERM)
   told, _ = own.communicate(timeout=LONGEST)
   assert (own.returncode, told) == (0, "")
+
+
+def _status(port):
+  """That of /health."""
+  connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+  connection.request("GET", "/health")
+  return connection.getresponse().status
 
 
 @pytest.mark.slow
@@ -455,8 +470,6 @@ def test_what_is_not_done_by_the_deadline_is_cut_and_says_so(folder):
 
 
 def test_the_port_of_another_is_refused_in_words(tmp_path):
-  import socket
-
   from posttrain_jax.serve import server
 
   with socket.socket() as taken:
