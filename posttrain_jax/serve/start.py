@@ -45,6 +45,7 @@ def serve(args: argparse.Namespace, *, keys: tuple[str, ...], named: Mapping[str
   used.check_writes()
   name = args.name or _name(model)
   length = min(args.length, used.config.max_length)
+  room = _room(args, homes.values())
   with progress.phase("preparing the weights"):
     worker = Worker(
       used.params,
@@ -55,7 +56,9 @@ def serve(args: argparse.Namespace, *, keys: tuple[str, ...], named: Mapping[str
       dtype=used.dtype,
       waiting=args.waiting,
       slots=args.slots,
-      **_room(args, homes.values()),
+      rank=room["rank"],
+      prompt_slots=room["prompt_slots"],
+      prefix_slots=room["prefix_slots"],
       root=Path(args.adapters).expanduser() if args.adapters else None,
       reserved=(name,),
       prefix_bytes=args.prefix_cache << 20,
