@@ -14,7 +14,7 @@ export POSTTRAIN_DATA := $(abspath $(POSTTRAIN_DATA))
 endif
 WORKERS ?= 2# test processes; a file of tests stays in one, for what its tests share
 
-.PHONY: help quickstart test test-slow test-all test-newest check format oracle bench compile-70b plans memory-claims offload optimizers mutate compose fuzz docs clean
+.PHONY: help quickstart test test-slow test-all test-newest check format oracle bench compile-70b plans scaling memory-claims offload optimizers mutate compose fuzz docs clean
 help:
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 16
 
@@ -116,6 +116,9 @@ compile-70b: .venv-tpu/ready ## Llama-3-70B QLoRA compiled for TPUs that are not
 
 plans: .venv-tpu/ready ## five trainings on seven sets of accelerators that are not here: what fits, how fast; FRESH=1 begins anew
 	PYTHONPATH=.venv-tpu/site $(BIN)/python experiments/plans.py $(if $(FRESH),--fresh)
+
+scaling: .venv-tpu/ready ## what a step sends on 8 to 4,096 TPUs that are not here, and where links bind it; FRESH=1 begins anew
+	PYTHONPATH=.venv-tpu/site $(BIN)/python experiments/scaling.py $(if $(FRESH),--fresh)
 
 memory-claims: .venv-tpu/ready ## what playbooks say about memory, beside arithmetic and the compilers; FRESH=1 begins anew
 	PYTHONPATH=.venv-tpu/site $(BIN)/python experiments/memory_claims.py $(if $(FRESH),--fresh)

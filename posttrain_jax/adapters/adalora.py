@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec
 from posttrain_jax.adapters.config import AdapterConfig
 from posttrain_jax.adapters.dropout import dropout
 from posttrain_jax.adapters.node import Change
-from posttrain_jax.core import struct, weight
+from posttrain_jax.core import sharding, struct, weight
 from posttrain_jax.core.weight import embed, linear
 
 Array = jax.Array
@@ -83,7 +83,8 @@ class AdaLoRA(Change):
     return int(self.ranks().sum()) * (self.a.shape[-2] + self.b.shape[-1] + 1)
 
   def partition_specs(self, spec: PartitionSpec) -> AdaLoRA:
-    *lead, rows, columns = [*[None] * (self.a.ndim - len(spec)), *spec]
+    *lead, _, _ = [*[None] * (self.a.ndim - len(spec)), *spec]
+    rows, columns = sharding.factors(spec)
     none = PartitionSpec()
     a, b = PartitionSpec(*lead, rows, None), PartitionSpec(*lead, None, columns)
     beside = lambda factors: factors and dataclasses.replace(factors, a=a, b=b, e=none)

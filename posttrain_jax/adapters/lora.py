@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 from posttrain_jax.adapters.config import AdapterConfig
 from posttrain_jax.adapters.dropout import dropout
 from posttrain_jax.adapters.node import Change
-from posttrain_jax.core import struct, weight
+from posttrain_jax.core import sharding, struct, weight
 from posttrain_jax.core.weight import embed, linear
 
 Array = jax.Array
@@ -108,8 +108,9 @@ class LoRA(Change):
     return [(a[i][:, used[i]], b[i][used[i]]) for i in range(len(a))]
 
   def partition_specs(self, spec: PartitionSpec) -> LoRA:
-    """Specs of the fields, from the base's: its axes are inherited, the rank stays unsharded."""
-    *lead, rows, columns = [*[None] * (self.a.ndim - len(spec)), *spec]
+    """Specs of the fields, from the base's (`sharding.factors`); the rank stays unsharded."""
+    *lead, _, _ = [*[None] * (self.a.ndim - len(spec)), *spec]
+    rows, columns = sharding.factors(spec)
     none = PartitionSpec()
     a, b = PartitionSpec(*lead, rows, None), PartitionSpec(*lead, None, columns)
     start = self.start and Start(a, b, self.start.taken and (a, b))

@@ -1,14 +1,14 @@
 """Products of rows with the matrices of their groups: y[i] = x[i] @ w[g(i)], rows sorted by group.
 
 The rows are cut into blocks of one group each, and the blocks that have rows are multiplied: what a group costs follows
-its rows, for any weight, which sees a matrix of its own.  A TPU has `jax.lax.ragged_dot` instead; elsewhere that is a
-dense product of every row with every matrix, whose temporaries on a GPU are groups x rows x columns.
+its rows, for any weight, which sees a matrix of its own.  A TPU has products of its own (`core.ragged`); elsewhere
+`jax.lax.ragged_dot` is a dense product of every row with every matrix, whose temporaries on a GPU are groups x rows x
+columns.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -16,35 +16,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from posttrain_jax.core import struct
+from posttrain_jax.core.ragged import Groups
+from posttrain_jax.core.ragged import groups as groups
 from posttrain_jax.core.weight import PRODUCT, Adapted, AnyWeight, linear, ragged
 
 Array = jax.Array
-SMALLEST, LARGEST = (
-  8,
-  256,
-)  # rows of a block: the power of two next below the mean, so that little is computed in vain
-
-
-@struct.dataclass
-class Groups:
-  """Of sorted rows: how many each group has, and the blocks that they are cut into.
-
-  What is behind the last group's rows belongs to nobody, and its products are 0.
-  """
-
-  sizes: Array  # [groups]
-  ends: Array  # [groups]: the row behind a group's last
-  first: Array  # [groups + 1]: blocks of the groups before; the last is the count of all
-  block: int = struct.field(pytree_node=False, default=SMALLEST)
-
-
-def groups(sizes: Array, mean: int) -> Groups:
-  """The groups of these sizes, [groups] of integers; mean: rows of a group as expected, which blocks are made for."""
-  sizes = jnp.asarray(sizes)
-  block = min(max(2 ** int(math.log2(max(mean, 1))), SMALLEST), LARGEST)
-  each = -(-sizes // block)
-  first = jnp.concatenate([jnp.zeros(1, sizes.dtype), jnp.cumsum(each)])
-  return Groups(sizes, jnp.cumsum(sizes), first, block)
 
 
 def product(x: Array, w: AnyWeight, of: Groups) -> Array:
@@ -124,7 +100,7 @@ def _blocks(structure: Any, x: Array, leaves: list[Any], of: Groups) -> Array:
   rows = jnp.pad(x, ((0, of.block), (0, 0)))
 
   def body(i, y):
-    group, begin = _at(of, i)
+    group, begin = of.at(i)
     some = jax.lax.dynamic_slice_in_dim(rows, begin, of.block)
     return jax.lax.dynamic_update_slice_in_dim(
       y, linear(some, _matrix(structure, leaves, group, i)), begin, 0
@@ -142,8 +118,8 @@ def _blocks_backward(structure, trained, x, leaves, of, g):
 
   def body(i, carry):
     d_rows, sums = carry
-    group, begin = _at(of, i)
-    mine = (begin + jnp.arange(of.block) < of.ends[group])[:, None]
+    group, begin = of.at(i)
+    mine = of.rows(begin, group)
     some = jax.lax.dynamic_slice_in_dim(rows, begin, of.block)
 
     def multiplied(some, values):
@@ -161,12 +137,6 @@ def _blocks_backward(structure, trained, x, leaves, of, g):
   sums = [jnp.zeros(leaves[k].shape, jnp.float32) for k in trained]
   d_rows, sums = jax.lax.fori_loop(0, of.first[-1], body, (jnp.zeros_like(rows), sums))
   return d_rows[: len(x)], sums
-
-
-def _at(of: Groups, i: Array) -> tuple[Array, Array]:
-  """(the group of block i, its first row)."""
-  group = jnp.searchsorted(of.first, i, side="right") - 1
-  return group, of.ends[group] - of.sizes[group] + (i - of.first[group]) * of.block
 
 
 def _matrix(structure: Any, leaves: list[Any], group: Any, i: Any) -> AnyWeight:

@@ -19,6 +19,10 @@ from posttrain_jax.core.leaf import Leaf
 
 AXES = ("data", "fsdp", "expert", "context", "tensor")
 Rules = Sequence[tuple[str, PartitionSpec]]
+WEIGHTS = (
+  ("fsdp",),
+  ("tensor", "fsdp"),
+)  # entries of a spec that a dimension of a weight, or of a factor, lies along
 
 # Where the logical axes of an activation live: entries of a PartitionSpec.
 ACTIVATIONS: dict[str, Any] = {
@@ -31,6 +35,8 @@ ACTIVATIONS: dict[str, Any] = {
   "head_dim": None,
   "-": None,  # whole on every device
 }
+# of rows whose tokens are looked up in a table cut along fsdp, and of what is found there
+ACTIVATIONS |= {"readers": ("data", "expert"), "columns": "fsdp"}
 # of rows that are cut along time, their parts below one another (`zigzag.parts`)
 ACTIVATIONS["parts"] = ("context", *ACTIVATIONS["batch"])
 
@@ -99,7 +105,7 @@ def active() -> bool:
 
 
 def by_device(
-  function: Callable[..., Any], inputs: tuple[Any, ...], outputs: PartitionSpec
+  function: Callable[..., Any], inputs: tuple[Any, ...], outputs: Any
 ) -> Callable[..., Any]:
   """function on each device's own parts, with collectives of its own; inputs, outputs: PartitionSpecs."""
   return jax.shard_map(function, in_specs=inputs, out_specs=outputs, check_vma=False)
@@ -167,6 +173,22 @@ def specs(leaf: Any, spec: PartitionSpec) -> Any:
   return leaf.partition_specs(spec) if isinstance(leaf, Leaf) else spec
 
 
+def factors(spec: PartitionSpec) -> tuple[Any, Any]:
+  """The entries of [in, rank] and [rank, out] that change a matrix which lies as spec: fsdp cuts both of them.
+
+  Of a matrix it cuts one side alone; a factor of the other side would lie whole on every device, with its moments.
+
+  >>> factors(PartitionSpec("fsdp", "tensor"))
+  ('fsdp', ('tensor', 'fsdp'))
+  """
+  rows, columns = [None, None, *spec][-2:]
+  is_cut = "fsdp" in (rows, columns)
+  also = lambda entry: (
+    {None: "fsdp", "tensor": ("tensor", "fsdp")}.get(entry, entry) if is_cut else entry
+  )
+  return also(rows), also(columns)
+
+
 def spec_for(path: str, rules: Rules) -> PartitionSpec:
   """The PartitionSpec of the first rule whose pattern matches the whole path.
 
@@ -184,17 +206,21 @@ def fitted(
 ) -> PartitionSpec:
   """spec with the axes dropped that do not divide the dimension (a 9-head model on tensor=2, say).
 
-  What a spec has along fsdp alone, weights and what is of their shape, lies along context too: the devices that share a
-  row would hold it as often otherwise.
+  What a spec has along fsdp, weights and what is of their shape, lies along context too: the devices that share a
+  row would hold it as often otherwise.  What has tensor before it keeps tensor where the product does not divide.
   """
   sizes = dict(mesh.shape)
+  has_rows = sizes.get("context", 1) > 1 and "context" not in spec
   kept = []
   for dim, axis in zip(shape, [*spec, *[None] * (len(shape) - len(spec))]):
-    shared = sizes.get("context", 1)
-    if axis == "fsdp" and shared > 1 and dim % (sizes["fsdp"] * shared) == 0:
-      axis = ("fsdp", "context")
     names = axis if isinstance(axis, tuple) else () if axis is None else (axis,)
-    kept.append(axis if dim % math.prod([sizes[n] for n in names]) == 0 else None)
+    choices = [names]
+    if names in WEIGHTS:
+      choices += [names[:-1]]
+      choices[:0] = [(*names, "context")] if has_rows else []
+    divides = lambda names, dim=dim: dim % math.prod([sizes[n] for n in names]) == 0
+    names = next(filter(divides, choices), ())
+    kept.append(names if len(names) > 1 else next(iter(names), None))
   return PartitionSpec(*kept)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
+from posttrain_jax.core import ragged as ragged_lib
 from posttrain_jax.core import sharding, struct
 from posttrain_jax.core.leaf import Leaf
 
@@ -77,19 +78,11 @@ def linear(x: Array, w: AnyWeight) -> Array:
 def ragged(x: Array, w: AnyWeight, sizes: Array) -> Array:
   """Rows of x, [rows, in], sorted by group, each times the matrix of its group; w: [groups, in, out], sizes: [groups].
 
-  `jax.lax.ragged_dot`, for backends that have one: `core.grouped` says which.  What is behind the last group means
-  nothing.
+  `core.ragged`, for backends that have one: `core.grouped` says which.  What is behind the last group means nothing.
   """
   if isinstance(w, Weight):
     return w.ragged(x, sizes)
-  operands = multiplied(x.dtype, w.dtype)
-  y = jax.lax.ragged_dot(
-    x.astype(operands),
-    w.astype(operands),
-    sizes.astype(jnp.int32),
-    preferred_element_type=jnp.float32,
-  )
-  return y.astype(x.dtype)
+  return ragged_lib.dot(x, w, sizes, multiplied(x.dtype, w.dtype)).astype(x.dtype)
 
 
 def linear32(x: Array, w: AnyWeight) -> Array:

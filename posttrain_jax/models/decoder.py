@@ -229,7 +229,7 @@ def hidden_and_load(
   attention_by: str = "xla",
 ) -> tuple[Array, experts.Load | None]:
   """(`hidden`, what the routers of each layer did with the tokens); None for a model without experts."""
-  x = _inputs(params, tokens, embeddings, config, dtype)
+  x = _inputs(params, tokens, embeddings, config, dtype, _looked_up)
   batch, time = x.shape[:2]
   if positions is None:
     positions = jnp.broadcast_to(jnp.arange(time, dtype=jnp.int32), (batch, time))
@@ -480,13 +480,23 @@ def _over_layers(layer, carry, layers, config, indexed=False):
   return jax.lax.scan(body, carry, (stacked, kinds, np.arange(config.num_layers)))
 
 
-def _inputs(params, tokens, embeddings, config, dtype):
+def _inputs(params, tokens, embeddings, config, dtype, look_up=embed):
   if embeddings is None:
-    embeddings = embed(tokens, params["embed_tokens"]["weight"])
+    embeddings = look_up(tokens, params["embed_tokens"]["weight"])
     embeddings = embeddings if dtype is None else embeddings.astype(dtype)
     if config.scale_embeddings:
       embeddings *= jnp.asarray(config.hidden_size**0.5, embeddings.dtype)
   return constrain(embeddings, "batch time embed")
+
+
+def _looked_up(tokens, table):
+  """Rows of the table, which is cut along fsdp: devices along it read each other's tokens, and exchange what they find.
+
+  Left to itself the compiler had every device read the tokens of all, and sent what it found from slice to slice too.
+  """
+  found = embed(sharding.pinned(tokens, "readers -"), table)
+  # along one axis after the other: over both at once the compiler makes them whole first
+  return sharding.pinned(sharding.pinned(found, "readers - columns"), "readers time columns")
 
 
 def _reach(config, length):

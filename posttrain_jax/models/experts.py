@@ -8,6 +8,7 @@ et al. 2024; Qwen 3: Yang et al. 2025.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -78,7 +79,7 @@ def _among_devices(
 def route(x: Array, router: Any, config: ModelConfig, valid: Array) -> tuple[Array, Array, Load]:
   """(weights [batch, time, k] in float32, chosen experts [batch, time, k], load) of x: [batch, time, embed]."""
   probabilities = jax.nn.softmax(linear32(x, router), axis=-1)
-  weights, chosen = jax.lax.top_k(probabilities, config.experts_per_token)
+  weights, chosen = _likeliest(probabilities, config.experts_per_token)
   if config.norm_experts:
     weights /= jnp.sum(weights, axis=-1, keepdims=True)
   counted = jax.nn.one_hot(chosen, config.experts) * valid[..., None, None]
@@ -88,6 +89,19 @@ def route(x: Array, router: Any, config: ModelConfig, valid: Array) -> tuple[Arr
     tokens=jnp.sum(valid, dtype=jnp.float32),
   )
   return weights, chosen, load
+
+
+def _likeliest(probabilities: Array, count: int) -> tuple[Array, Array]:
+  """The largest, and whose they are, of each token; on a mesh where the token lies.
+
+  Left to itself the compiler gathers the probabilities of all tokens on every device, from other slices too.
+  """
+  top = functools.partial(jax.lax.top_k, k=count)
+  if not sharding.active():
+    return top(probabilities)
+  mesh = jax.sharding.get_abstract_mesh()
+  rows = sharding.fitted(sharding.logical("batch time -"), probabilities.shape, mesh)
+  return sharding.by_device(lambda p: tuple(top(p)), (rows,), (rows, rows))(probabilities)
 
 
 def through(

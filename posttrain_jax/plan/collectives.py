@@ -50,12 +50,10 @@ def read(
   sums: dict[tuple[str, str], list[int]] = {}
   seen: set[tuple[str, str]] = set()
   for kind, times, line in _instructions(text):
-    # the parts of an asynchronous transfer are printed as one each, with one channel
-    channel = re.search(r"channel_id=(\d+)", line)
-    if channel is not None and (kind, channel[1]) in seen:
-      continue
-    if channel is not None:
-      seen.add((kind, channel[1]))
+    if (transfer := _transfer(line)) is not None:
+      if (kind, transfer) in seen:
+        continue
+      seen.add((kind, transfer))
     axis, sent, network = _sizes(kind, line, mesh, slices)
     if not sent and not network:
       continue
@@ -64,6 +62,19 @@ def read(
       total[place] += times * value
   found = [Collective(kind, axis, *total) for (kind, axis), total in sums.items()]
   return sorted(found, key=lambda one: -(one.sent + one.network))
+
+
+def _transfer(line: str) -> str | None:
+  """What names a transfer whose parts are printed as an instruction each; None where an instruction is all of it.
+
+  Parts of an asynchronous one have one channel.  Channel 1 is that of everything that a `shard_map` sends: there parts
+  have one chain, on a TPU.
+  """
+  channel = re.search(r"channel_id=(\d+)", line)
+  if channel is not None and channel[1] != "1":
+    return channel[1]
+  chain = re.search(r'chain_id="(\d+)"', line)
+  return None if chain is None else f"chain {chain[1]}"
 
 
 def _instructions(text: str) -> Iterator[tuple[str, int, str]]:

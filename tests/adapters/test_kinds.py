@@ -130,7 +130,9 @@ def test_specs_have_the_structure_of_the_node(bound):
   assert jax.tree.structure(specs) == jax.tree.structure(bound.node)
   fields = {name: getattr(specs, name, None) for name in ("a", "b", "lambda_b", "gain")}
   side = "fsdp" if getattr(bound.node, "feedforward", False) else "tensor"
-  wanted = dict(a=P("fsdp", None), b=P(None, "tensor"), lambda_b=P("tensor"), gain=P(side))
+  wanted = dict(
+    a=P("fsdp", None), b=P(None, ("tensor", "fsdp")), lambda_b=P("tensor"), gain=P(side)
+  )
   assert all(spec is None or spec == wanted[name] for name, spec in fields.items())
 
 

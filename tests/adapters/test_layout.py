@@ -51,7 +51,7 @@ def test_an_adapter_lies_as_its_base(method):
   same(placed, node_tree)
   if method in ("lora", "dora", "pissa", "adalora"):
     node = tree.get(placed, DOWN)
-    assert node.a.sharding.spec == P(None, "tensor", None)
+    assert node.a.sharding.spec == P(None, ("tensor", "fsdp"), None)
     assert node.b.sharding.spec == P(None, None, "fsdp")
   shapes = layout.abstract(jax.eval_shape(lambda x: x, node_tree), mesh())
   jax.tree.map(lambda x, y: assert_lies_as(x, y), placed, shapes)

@@ -76,7 +76,7 @@ def test_only_what_trains_gets_a_gradient(bound, key):
 def test_specs_fit_the_fields(bound):
   specs = bound.node.partition_specs(P("fsdp", "tensor"))
   assert specs.a == P("fsdp", None)
-  assert specs.b == P(None, "tensor")
+  assert specs.b == P(None, ("tensor", "fsdp"))
   assert jax.tree.structure(specs) == jax.tree.structure(bound.node)
 
 
@@ -84,7 +84,7 @@ def test_specs_of_stacked_factors_keep_the_layers_unsharded():
   _, node = lora.init(jax.random.key(0), jnp.zeros((3, IN, OUT)), STACKED, AdapterConfig(r=2))
   specs = node.partition_specs(P(None, "fsdp", "tensor"))
   assert specs.a == P(None, "fsdp", None)
-  assert specs.b == P(None, None, "tensor")
+  assert specs.b == P(None, None, ("tensor", "fsdp"))
   assert node.partition_specs(P("fsdp", "tensor")) == specs
 
 

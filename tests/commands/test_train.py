@@ -314,17 +314,22 @@ def test_a_full_disk_ends_the_run_and_the_same_command_goes_on(
 
 
 @pytest.mark.slow
-def test_two_processes_are_one(shared, tmp_path):
-  """With plain gradient descent: Adam would divide the rounding of small gradients by their size."""
+@pytest.mark.parametrize("axis", ["fsdp", "context"])
+def test_two_processes_are_one(axis, shared, tmp_path):
+  """With plain gradient descent: Adam would divide the rounding of small gradients by their size.
+
+  Along context both load the same rows, and each has a part of every one.
+  """
   fields = dict(
     steps=3,
     optimizer__name="sgd",
     optimizer__lr=0.5,
     batch__accumulate=1,
     checkpoint__every=0,
-    mesh__fsdp=-1,
+    model__dtype="float32",  # of processes that know nothing of what is patched here
   )
-  assert train(shared, tmp_path / "one", **fields) == 0
+  assert train(shared, tmp_path / "one", **fields, mesh__fsdp=-1) == 0
+  fields |= {"mesh__fsdp": 1, f"mesh__{axis}": 2}
   _, *rest = arguments(shared, tmp_path / "two", **fields)
   launched = subprocess.run(
     [sys.executable, str(ROOT / "launch" / "local.py"), "--processes=2", "--", *rest],

@@ -240,6 +240,7 @@ def test_two_processes_are_one(config, folder, tmp_path):
   """One computes the reference beforehand, two at each step."""
   kind = {"preference": "pairs", "kto": "labels"}[config]
   fields = dict(optimizer__name="sgd", optimizer__lr=0.5, checkpoint__every=0, mesh__fsdp=-1)
+  fields |= {"model__dtype": "float32"}  # of processes that know nothing of what is patched here
   given = [f"--config.{name.replace('__', '.')}={value}" for name, value in fields.items()]
   assert train(folder, tmp_path / "one", config=config, kind=kind, **fields) == 0
   data = f"model={folder / 'model'},data={folder / (kind + '.jsonl')}"

@@ -13,6 +13,7 @@ import numpy as np
 Draw = dict[str, Any]
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "mistral")
+MIXTURES = ("mixtral", "qwen3_moe")
 WITH_REFERENCE = (
   *("dpo", "dpo_norm", "robust", "ipo", "hinge", "exo", "discopop", "nca", "bco", "apo_zero"),
   *("apo_down", "sppo", "aot", "aot_unpaired"),
@@ -35,14 +36,28 @@ OPTIMIZERS = (
 )
 STANDING = ("prompt", "prefix")  # which stand before the text
 NO_MATRICES = ("vera", "ia3", "prompt", "prefix")  # in whose layers GaLore has nothing to project
-MESHES = {  # devices along data, fsdp and tensor
-  "none": (1, 1, 1),
-  "data2": (2, 1, 1),
-  "fsdp2": (1, 2, 1),
-  "tensor2": (1, 1, 2),
-  "fsdp2tensor2": (1, 2, 2),
-  "data2fsdp2tensor2": (2, 2, 2),
+MESHES: dict[str, dict[str, int]] = {
+  "none": {},
+  "data2": dict(data=2),
+  "fsdp2": dict(fsdp=2),
+  "tensor2": dict(tensor=2),
+  "fsdp2tensor2": dict(fsdp=2, tensor=2),
+  "data2fsdp2tensor2": dict(data=2, fsdp=2, tensor=2),
 }
+OF_ROWS: dict[str, dict[str, int]] = {  # devices that share a row
+  "context2": dict(context=2),
+  "context4": dict(context=4),
+  "fsdp2context2": dict(fsdp=2, context=2),
+  "data2context2tensor2": dict(data=2, context=2, tensor=2),
+}
+OF_EXPERTS: dict[str, dict[str, int]] = {
+  "expert2": dict(expert=2),
+  "expert4": dict(expert=4),
+  "fsdp2expert2": dict(fsdp=2, expert=2),
+  "data2expert2tensor2": dict(data=2, expert=2, tensor=2),
+  "expert2context2": dict(expert=2, context=2),
+}
+EVERY_MESH = {**MESHES, **OF_ROWS, **OF_EXPERTS}
 STEPS = 2
 ROWS = 8  # of a batch: all the data, so that each step sees the same
 # tokens in a row: room for the answers to one prompt, or for as many prompts with an answer each
@@ -86,7 +101,27 @@ def draw(seed: int) -> Draw:
   d["fields"] |= _optimizer(d, pick, chance)
   if d["method"].partition(":")[0] in ("kto", "reward", "grouped") and chance(0.25):
     d["fields"]["objective.sft_weight"] = 0.5
-  return d
+  return d | _later(d, seed)
+
+
+def _later(d: Draw, seed: int) -> Draw:
+  """Axes that came after draws had been written down: from a generator of their own, so that the others stay."""
+  rng = np.random.default_rng((2026, seed))
+  pick = lambda *values: values[int(rng.integers(len(values)))]
+  chance = lambda share: bool(rng.random() < share)
+  new: Draw = {"held": "none", "attention": pick("auto", "auto", "xla")}
+  if chance(0.25):
+    new["family"] = pick(*MIXTURES)
+    new["balance"] = pick(0.0, 0.01)
+  if chance(0.3):
+    new["mesh"] = pick(*OF_ROWS)
+  if "family" in new and chance(0.5):
+    new["mesh"] = pick(*OF_EXPERTS)
+  if chance(0.15 if d["adapter"] != "none" else 0.03):
+    new["held"] = "layers"
+  if chance(0.15):
+    new["remat"] = "host"
+  return new
 
 
 def _method(rng, pick) -> str:
@@ -245,10 +280,11 @@ def command(d: Draw, shared: pathlib.Path) -> tuple[str, list[str]]:
   arguments = dict(model=model, data=source, adapter=d["adapter"], base=d["base"])
   if which:
     arguments[dict(preference="loss", reward="kind", grouped="method")[name]] = which
-  data, fsdp, tensor = MESHES[d["mesh"]]
+  sizes = EVERY_MESH[d["mesh"]]
+  shares = math.prod(sizes.get(axis, 1) for axis in ("data", "fsdp", "expert"))
   fields: dict[str, Any] = {
     "steps": STEPS,
-    "batch.rows": max(ROWS, data * fsdp * d["accumulate"]),
+    "batch.rows": max(ROWS, shares * d["accumulate"]),
     "batch.accumulate": d["accumulate"],
     "checkpoint.every": 1,
     "checkpoint.keep": STEPS,
@@ -258,10 +294,10 @@ def command(d: Draw, shared: pathlib.Path) -> tuple[str, list[str]]:
     "data.eval": others if d["evaluated"] != "no" else "",
     "data.eval_rows": 4 if d["evaluated"] != "no" else 0,
     "eval.every": int(d["evaluated"] == "each step"),
-    "mesh.data": data,
-    "mesh.fsdp": fsdp,
-    "mesh.tensor": tensor,
+    **{f"mesh.{axis}": size for axis, size in sizes.items()},
     "model.remat": d["remat"],
+    "model.offload": d["held"],
+    "model.attention": d["attention"],
     "optimizer.name": d["optimizer"],
     "optimizer.offload": d["offload"],
   }
@@ -269,6 +305,8 @@ def command(d: Draw, shared: pathlib.Path) -> tuple[str, list[str]]:
     fields["data.share_prompt"] = d["share_prompt"]
   if d["mixture"] == "replay":
     fields |= {"data.replay": others, "data.replay_fraction": 0.25}
+  if "balance" in d:
+    fields["model.router_aux_loss_coef"] = d["balance"]
   fields |= d["fields"]
   places = dict(MODEL=f"{model}-other", ADAPTER=f"{model}-adapter")
   given = [f"--config.{field}={places.get(str(v), v)}" for field, v in fields.items()]
@@ -277,7 +315,7 @@ def command(d: Draw, shared: pathlib.Path) -> tuple[str, list[str]]:
 
 
 def devices(d: Draw) -> int:
-  return math.prod(MESHES[d["mesh"]])
+  return math.prod(EVERY_MESH[d["mesh"]].values())
 
 
 def shown(d: Draw) -> str:

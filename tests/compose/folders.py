@@ -1,4 +1,4 @@
-"""What drawn runs train on: six tiny models with a tokenizer each, and eight rows of every kind."""
+"""What drawn runs train on: eight tiny models with a tokenizer each, and eight rows of every kind."""
 
 import contextlib
 import hashlib
@@ -34,6 +34,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
   ),
   "mistral": dict(family="mistral", sliding_window=WINDOW),
+  "mixtral": dict(family="mixtral", num_local_experts=4, num_experts_per_tok=2),
+  "qwen3_moe": dict(
+    family="qwen3_moe",
+    head_dim=16,
+    moe_intermediate_size=64,
+    num_experts=4,
+    num_experts_per_tok=2,
+    norm_topk_prob=True,
+  ),
 }
 
 
@@ -52,7 +61,7 @@ def make(parent: pathlib.Path) -> pathlib.Path:
 
 
 def _fill(folder: pathlib.Path) -> None:
-  for name in draws.FAMILIES:
+  for name in (*draws.FAMILIES, *draws.MIXTURES):
     path = folder / "models" / name
     for seed, of in enumerate((path, path.with_name(f"{name}-other"))):
       road.save_model(of, config(name), seed)

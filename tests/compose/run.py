@@ -26,7 +26,8 @@ SECONDS = 400  # of a draw, until its process is ended
 DRAWS = 25  # of a process, until another takes its place
 AXES = (
   *("method", "family", "adapter", "base", "optimizer", "offload", "remat", "accumulate"),
-  *("packing", "share_prompt", "mesh", "mixture", "truncate", "evaluated"),
+  *("packing", "share_prompt", "mesh", "mixture", "truncate", "evaluated", "held"),
+  "attention",
 )
 
 

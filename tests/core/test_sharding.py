@@ -63,6 +63,19 @@ def test_weights_are_shared_by_the_devices_of_a_row():
   )
 
 
+def test_a_factor_lies_along_tensor_where_fsdp_does_not_divide_it_too():
+  fitted = lambda spec, *shape, **sizes: sharding.fitted(spec, shape, sharding.mesh(**sizes))
+  assert sharding.factors(P(None, "tensor", "fsdp")) == (("tensor", "fsdp"), "fsdp")
+  assert sharding.factors(P(None, ("expert", "tensor"), "fsdp", None)) == ("fsdp", "fsdp")
+  assert sharding.factors(P(None, "tensor")) == (None, "tensor")  # gathered: neither side has fsdp
+  assert sharding.factors(P()) == (None, None)
+  both, sizes = P(("tensor", "fsdp")), dict(fsdp=4, tensor=2)
+  assert fitted(both, 16, **sizes) == P(("tensor", "fsdp"))
+  assert fitted(both, 12, **sizes) == P("tensor")
+  assert fitted(both, 9, **sizes) == P(None)
+  assert fitted(both, 8, fsdp=2, context=2, tensor=2) == P(("tensor", "fsdp", "context"))
+
+
 def test_named_places_an_array():
   mesh = sharding.mesh(fsdp=4, tensor=2)
   x = jax.device_put(np.ones((8, 6)), sharding.named(mesh, P("fsdp", "tensor"), (8, 6)))

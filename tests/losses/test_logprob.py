@@ -381,6 +381,39 @@ def test_logits_of_a_few_tokens_exist_at_once(shape, trained, time):
   assert most <= max(7, batch // rows)
 
 
+PODS = [  # (devices along each axis, rows of a batch, tokens of a row)
+  (dict(fsdp=256), 256, 2048),
+  (dict(fsdp=256), 1024, 2048),
+  (dict(data=4, fsdp=64), 256, 2048),
+  (dict(fsdp=64, context=4), 64, 8192),
+]
+
+
+def a_pods(sizes, rows, time, vocab):
+  """The loss of a frozen head and the shapes of its arguments."""
+  labels, g = jnp.zeros((rows, time), jnp.int32), jnp.ones((rows, time))
+  loss = lambda h, w: jnp.sum(g * logprob.token_logps(h, w, labels))
+  return loss, (
+    jax.ShapeDtypeStruct((rows, time, 8), jnp.float32),
+    jax.ShapeDtypeStruct((8, vocab), jnp.float32),
+  )
+
+
+@pytest.mark.parametrize(("sizes", "rows", "time"), PODS, ids=str)
+@pytest.mark.parametrize("trained", [False, True])
+def test_on_a_pod_a_chunk_is_of_a_devices_own_tokens(monkeypatch, trained, sizes, rows, time):
+  """Not of all devices', which would be two tokens each on 256, and a loop of a thousand turns."""
+  monkeypatch.setattr(logprob, "CHUNK", 512)
+  shape = {axis: sizes.get(axis, 1) for axis in sharding.AXES}
+  mesh = jax.sharding.AbstractMesh(tuple(shape.values()), tuple(shape))
+  loss, arguments = a_pods(sizes, rows, time, 521)
+  with jax.sharding.use_abstract_mesh(mesh):
+    made = jax.make_jaxpr(jax.grad(loss, (0, 1) if trained else 0))(*arguments)
+  logits = [shape for shape in products(made.jaxpr) if shape[-1] == 521 and 8 not in shape]
+  assert logits
+  assert {int(np.prod(shape[:-1])) for shape in logits} == {256 * logprob.CHUNK}
+
+
 @pytest.mark.parametrize("tied", few([False, True], True))
 def test_logits_of_bfloat16_operands_are_not_rounded_to_bfloat16(tied):
   keys = jax.random.split(jax.random.key(0), 3)

@@ -64,6 +64,17 @@ def test_loops_and_what_crosses_slices_are_counted():
   assert Collective("send all-reduce", "slices", 1, 0, 7 * 8 * 4) in found
 
 
+def test_parts_of_one_transfer_are_one_and_those_of_a_shard_map_are_several():
+  """As libtpu prints them: a chain of three parts; two gathers that share channel 1, as all of a shard_map do."""
+  gather = "  %%g.%d = bf16[4,8]{1,0} all-gather(%%x), channel_id=%d, replica_groups={{0,1},{2,3},{4,5},{6,7}}%s"
+  chain = ', frontend_attributes={chain_id="%d"}'
+  parts = [gather % (i, 1, chain % 11) for i in range(3)] + [gather % (3, 1, chain % 12)]
+  parts += [gather % (4, 1, ""), gather % (5, 1, ""), gather % (6, 7, ""), gather % (7, 7, "")]
+  text = "\n".join(["ENTRY %main (x: bf16[2,8]) -> bf16[4,8] {", *parts, "}"])
+  (one,) = collectives.read(text, MESH())
+  assert one == Collective("all-gather", "tensor", 5, 5 * 4 * 8 * 2 // 2, 0)
+
+
 @pytest.mark.parametrize(("text", "groups"), [
   ("replica_groups={{0,2},{1,3}}, x", [[0, 2], [1, 3]]),
   ("replica_groups=[2,2]<=[4], x", [[0, 1], [2, 3]]),
