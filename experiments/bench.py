@@ -504,8 +504,12 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def result(name: str, machine: limits.Limits) -> Path:
+  return beside(name, machine.name)
+
+
+def beside(name: str, processor: str) -> Path:
   """The file of a machine's record: named by it, so that those of two machines lie beside each other."""
-  words = re.findall(r"[a-z0-9]+", re.sub(r"\([^)]*\)", "", machine.name.lower()))
+  words = re.findall(r"[a-z0-9]+", re.sub(r"\([^)]*\)", "", processor.lower()))
   return RESULTS / f"{name}-{'-'.join(words)}.json"
 
 

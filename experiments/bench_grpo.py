@@ -2,18 +2,20 @@
 
   .venv-oracle/bin/python experiments/bench_grpo.py        (`make bench` runs it too)
 
-SmolLM2-135M-Instruct, LoRA of rank 16 on every matrix, float32; 4 prompts of the built-in task with 8 answers each, all
+SmolLM2-135M-Instruct, LoRA of rank 16 on every matrix, both in float32, or with --dtype=bfloat16 both with products of
+bfloat16 (TRL by autocast); 4 prompts of the built-in task with 8 answers each, all
 of 64 tokens, since nothing may end them sooner; the reward is a count of letters.  Both take the same prompts, compute
 no reference, and write with the weights of the step before.  Two workers take steps in turn; the first step of each,
 with what is compiled there, is left out.
 
 Shares of what the machine reaches (`limits.py`): of products, writing has a forward over the prompts and the answers
-and updating a training step over both; of reading, writing has all weights in float32 once for each of 64 tokens.
+and updating a training step over both; of reading, writing has all weights once for each of 64 tokens.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -54,6 +56,7 @@ def jax_jobs(told: Path) -> bench.Jobs:
   name = f"{Path(__file__).resolve()}:letters"
   fields = [f"batch.rows={PROMPTS}", f"online.samples={ANSWERS}", f"online.max_new_tokens={NEW}"]
   fields += [f"online.rows={PROMPTS * ANSWERS}", f"optimizer.lr={LR}", "data.length=768"]
+  fields += [f"model.dtype={bench.dtype()}"]
   fields += [f"adapter.r={bench.RANK}", f"adapter.lora_alpha={bench.ALPHA}", "steps=1000"]
   config = settings.load(
     f"rl:data={folder / 'prompts.jsonl'},reward={name}",
@@ -71,7 +74,7 @@ def jax_jobs(told: Path) -> bench.Jobs:
   needed = {
     "writing_flops": forward,
     "updating_flops": limits.training(model, rows_written * length, length, size),
-    "bytes": NEW * 4 * limits.weights(model),
+    "bytes": NEW * {"float32": 4, "bfloat16": 2}[bench.dtype()] * limits.weights(model),
   }
 
   def step() -> bench.Done:
@@ -131,7 +134,7 @@ def torch_jobs(told: Path) -> bench.Jobs:
       logging_strategy="no",
       report_to=[],
       use_cpu=True,
-      bf16=False,
+      bf16=bench.dtype() == "bfloat16",
       gradient_checkpointing=False,
       seed=0,
     ),
@@ -186,10 +189,11 @@ def compare(repeats: int, machine: limits.Limits) -> dict[str, Any]:
   parts = ("all", "writing", "updating")
   ratios = {part: [s["torch"][part] / s["jax"][part] for s in steps] for part in parts}
   needed = steps[0]["jax"]
+  products = functools.partial(machine.of_products, dtype=bench.dtype())
   shares = lambda lib: {
-    "writing, of products": machine.of_products(needed["writing_flops"], median(lib, "writing")),
+    "writing, of products": products(needed["writing_flops"], median(lib, "writing")),
     "writing, of reading": machine.of_reading(needed["bytes"], median(lib, "writing")),
-    "updating, of products": machine.of_products(needed["updating_flops"], median(lib, "updating")),
+    "updating, of products": products(needed["updating_flops"], median(lib, "updating")),
   }
   return {
     "shares": {lib: shares(lib) for lib in workers},
@@ -206,7 +210,10 @@ def main() -> None:
   parser.add_argument("--worker", choices=("jax", "torch"))
   parser.add_argument("--told", type=Path)
   parser.add_argument("--repeats", type=int, default=3)
+  parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of products")
   args = parser.parse_args()
+  if args.dtype:
+    os.environ[bench.DTYPE] = args.dtype
   if args.worker:
     bench.work({"jax": jax_jobs, "torch": torch_jobs}[args.worker](args.told))
     os._exit(0)  # TRL's loop waits for a step that nobody asks for
@@ -216,10 +223,12 @@ def main() -> None:
     "machine": machine.to_json(),
     "load": os.getloadavg()[0],
     "versions": bench.versions("jax", "torch", "peft", "trl"),
+    "dtype": bench.dtype(),
     "grpo": compare(args.repeats, machine),
   }
   print(json.dumps(record["grpo"], indent=2))
-  bench.write("bench-grpo", machine, record)
+  name = "bench-grpo" if bench.dtype() == "float32" else f"bench-grpo-{bench.dtype()}"
+  bench.write(name, machine, record)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ compiling, writing, scoring, updating, saving.  Held-out questions are answered 
 whose time is not counted, at the end and at some steps before it.  The first three write with weights in 8 bits and
 correct for it (`online.storage`, `objective.importance`).  Arms differ in their learning rates alone (ARMS).
 A finished arm and seed is skipped, one that was killed begins anew.
-Results: experiments/results/rl_learning.json as they come, and rl_learning.md.
+Results: experiments/results/rl_learning-PROCESSOR.json as they come, and .md.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ import itertools
 import json
 import math
 import os
-import platform
 import random
 import shutil
 import signal
@@ -40,11 +39,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import bench
+import limits
+
 from posttrain_jax.core import ending, files
 from posttrain_jax.runs import record
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "experiments" / "results" / "rl_learning.json"
+RESULTS = bench.beside(
+  "rl_learning", limits.processor()
+)  # equal seconds are equal on one machine alone
 MANY = 400  # steps: none comes so far; the rate rises over the first eight
 START_LR = 2e-3
 # Learning rates, constant behind eight steps; all else of a method is its config's.  At 5e-4 from the first step on,
@@ -331,7 +335,7 @@ def known() -> dict[str, Any]:
 
 
 def write(found: dict[str, Any]) -> None:
-  found["hardware"] = f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}"
+  found["hardware"] = f"{os.cpu_count()} cores, {limits.processor()}"
   found["versions"] = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")}
   files.write_json(RESULTS, found)
   files.write_text(RESULTS.with_suffix(".md"), report(found))
