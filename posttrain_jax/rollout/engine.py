@@ -22,8 +22,8 @@ from posttrain_jax.adapters import layout
 from posttrain_jax.core import bits, files, sharding, struct, tree, weight
 from posttrain_jax.models import before, cache, decoder
 from posttrain_jax.models.config import ModelConfig, as_ids
+from posttrain_jax.rollout import piecewise, programs, requests
 from posttrain_jax.rollout import prefixes as kept_prefixes
-from posttrain_jax.rollout import programs, requests
 from posttrain_jax.rollout import sampling as samplers
 from posttrain_jax.rollout import storage as storage_lib
 from posttrain_jax.rollout.prefixes import Prefixes
@@ -32,9 +32,6 @@ from posttrain_jax.rollout.sampling import GREEDY, Sampling
 
 log = logging.getLogger(__name__)
 Params = Any
-PIECES = (256, 128, 64, 32, 16)  # tokens of a prompt that are read at once
-TOGETHER = 256  # tokens of several prompts that are read at once
-SPARE = 32  # filling that the last piece may have rather than be two
 WINDOW = 16  # tokens drawn between two looks of the host
 
 
@@ -52,33 +49,6 @@ class Ready:
 
 
 @dataclasses.dataclass
-class _Held:
-  """What a row of the cache holds behind what is bound to stand before it.
-
-  ends: after how many tokens a piece that was read ends; what lies between cannot be told apart from another reading.
-  """
-
-  known_by: Hashable
-  tokens: list[int]
-  ends: list[int]
-
-  def shared(self, other: _Held, *, anywhere: bool) -> int:
-    """How many tokens of other's it holds as other's own reading would have left them.
-
-    anywhere: whether a reading may go on from any token, and not from the end of a piece alone.
-    """
-    if self.known_by != other.known_by:
-      return 0
-    both = zip(self.tokens, other.tokens)
-    same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], both))
-    if anywhere:
-      return same
-    ends = zip(self.ends, other.ends)
-    alike = itertools.takewhile(lambda pair: pair[0] == pair[1] and pair[0] <= same, ends)
-    return max((end for end, _ in alike), default=0)
-
-
-@dataclasses.dataclass
 class _Row:
   """A row under way."""
 
@@ -91,27 +61,6 @@ class _Row:
   cached: int = 0
   prompt: Scores | None = None
   is_told: bool = False  # of its prompt
-
-
-@dataclasses.dataclass
-class _Reading:
-  """A prompt on its way into a row: `at` tokens of it are read, or will be once `source` is copied.
-
-  following: the token behind each, where the prompt is scored as it is read.
-  """
-
-  index: int
-  row: int
-  prompt: list[int]
-  at: int
-  source: int | None = None
-  following: list[int] | None = None
-  logps: list[np.ndarray] = dataclasses.field(default_factory=list)
-  top: list[tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=list)
-
-  @property
-  def left(self) -> bool:
-    return self.source is not None or self.at < len(self.prompt)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +110,7 @@ class Engine:
     tokenizer: Any = None,
     reuses_written: bool = False,
     serves: bool = False,
-    pieces: Sequence[int] = PIECES,
+    pieces: Sequence[int] = piecewise.PIECES,
     at_once: int | None = None,
     prefixes: Prefixes | None = None,
   ) -> None:
@@ -201,12 +150,12 @@ class Engine:
     self._tickets = itertools.count()
     self._waiting: collections.deque[tuple[int, Request]] = collections.deque()
     self._busy: dict[int, _Row] = {}
-    self._held: list[_Held | None] = [None] * rows
+    self._held: list[piecewise.Held | None] = [None] * rows
     self._finished: dict[int, Answer] = {}  # that nobody was given yet
     self._of_runs: set[int] = set()  # tickets whose answers `run` gives
     self._cut: set[int] = set()  # rows that are free, and still draw on the device
     self._spoilt: set[int] = set()  # free rows whose keys and values may not be finite
-    self._readings: dict[int, _Reading] = {}  # rows that are not free, and not live yet
+    self._readings: dict[int, piecewise.Reading] = {}  # rows that are not free, and not live yet
     self._unbegun: set[int] = set()  # rows that wait for what stands before their tokens
     self.serves, self.pieces, self.at_once = serves, tuple(pieces), at_once
     self._none_allowed = self._allowed({}) if serves else None
@@ -230,7 +179,7 @@ class Engine:
 
   def _empty(self) -> programs.Slots:
     """Rows that hold nothing."""
-    room = cache.fitting(self.length + SPARE)
+    room = cache.fitting(self.length + piecewise.SPARE)
     make = lambda: programs.empty(self.config, self.rows, room, self._cache_dtype, self._plan({}))
     return jax.jit(make)()
 
@@ -462,7 +411,7 @@ class Engine:
   def grow(self, length: int) -> None:
     """Room for texts of `length` tokens; what is held stays.  The programs are compiled anew."""
     self._check_length(length)
-    slots_then = cache.fitting(length + SPARE)
+    slots_then = cache.fitting(length + piecewise.SPARE)
     self.length = max(self.length, length)
     if slots_then <= self._slots.cache.slots:
       return
@@ -490,7 +439,7 @@ class Engine:
       self._begin(0, 0)
       self._begin_bare(0)
     for size in self._sizes(lengths):
-      for count in _counts(size, self.rows):
+      for count in piecewise.counts(size, self.rows):
         self._read_pieces(size, count, [])
       if self.serves:
         self._score_piece(size, None)
@@ -514,7 +463,7 @@ class Engine:
     if lengths is None or self.reuses_written:  # which goes on from anywhere
       lengths = range(2, min(longest, self.pieces[0] + 2) + 1)
     # the window reads the last token
-    cut = lambda length: _pieces(0, length - 1, self.pieces)
+    cut = lambda length: piecewise.pieces(0, length - 1, self.pieces)
     return sorted({size for length in set(lengths) for _, size, _ in cut(length)})
 
   def _admit(self) -> None:
@@ -534,7 +483,7 @@ class Engine:
       del self._readings[index]
       row = self._busy[index]
       if reading.following is not None:
-        row.prompt = _scores(reading)
+        row.prompt = piecewise.scores(reading)
       elif self.prefixes is not None:
         self._keep(index, row.request.known_by, reading.prompt)
     if whole:
@@ -553,10 +502,12 @@ class Engine:
     args = (self._slots, mask, lengths, text, last, self._plan(chosen))
     self._slots = self._call(programs.admit, "admission", *args)
 
-  def _place(self, request: Request, free: list[int]) -> _Reading:
+  def _place(self, request: Request, free: list[int]) -> piecewise.Reading:
     """The row that will hold the request's prompt but for its last token, which the window reads."""
     prompt = [int(token) for token in request.prompt[:-1]]
-    wanted = _Held(request.known_by, prompt, list(_ends(len(prompt), self.pieces)))
+    wanted = piecewise.Held(
+      request.known_by, prompt, list(piecewise.ends(len(prompt), self.pieces))
+    )
     shares = [
       -1 if held is None else held.shared(wanted, anywhere=self.reuses_written)
       for held in self._held
@@ -565,13 +516,15 @@ class Engine:
       index = min(free, key=lambda index: (shares[index], index))
       self._start(index, request)
       self._held[index] = None
-      return _Reading(index, request.row, prompt, 0, following=list(map(int, request.prompt[1:])))
+      return piecewise.Reading(
+        index, request.row, prompt, 0, following=list(map(int, request.prompt[1:]))
+      )
     known = request.known_by
     alike = [index for index, held in enumerate(self._held) if held and held.known_by == known]
     source = max(alike, key=lambda index: shares[index], default=None)
     index = min(free, key=lambda index: (index != source, shares[index], index))
     kept = [] if self.prefixes is None else self.prefixes.matching(known, prompt)
-    reading = _Reading(index, request.row, prompt, 0 if source is None else shares[source])
+    reading = piecewise.Reading(index, request.row, prompt, 0 if source is None else shares[source])
     if len(kept) * self.pieces[0] > reading.at:
       self._start(index, request)
       self._restore(index, kept)
@@ -597,16 +550,16 @@ class Engine:
     """Every prompt, pieces of one size together, as far as `at_once` goes."""
     left, readings = self.at_once, self._readings
     while self._copied() and (left is None or left > 0):
-      by_size: dict[tuple[int, bool], list[_Reading]] = {}
+      by_size: dict[tuple[int, bool], list[piecewise.Reading]] = {}
       for reading in readings.values():
         if reading.source is None and reading.at < len(reading.prompt):
-          _, size, _ = next(_pieces(reading.at, len(reading.prompt), self.pieces))
+          _, size, _ = next(piecewise.pieces(reading.at, len(reading.prompt), self.pieces))
           by_size.setdefault((size, reading.following is not None), []).append(reading)
       for (size, is_scored), some in by_size.items():
-        most = 1 if is_scored else max(1, TOGETHER // size)
+        most = 1 if is_scored else max(1, piecewise.TOGETHER // size)
         for start in range(0, len(some), most):
           batch = some[start : start + most]
-          count = 1 if is_scored else _together(size, len(batch))
+          count = 1 if is_scored else piecewise.together(size, len(batch))
           for at in range(0, len(batch), count):
             if left is not None and left <= 0:
               break
@@ -628,7 +581,7 @@ class Engine:
           reading.source, waits = None, True
     return any(reading.left for reading in self._readings.values())
 
-  def _read_pieces(self, size: int, count: int, readings: list[_Reading]) -> None:
+  def _read_pieces(self, size: int, count: int, readings: list[piecewise.Reading]) -> None:
     """The next piece of each, which has that size; `count` rows in all."""
     pieces = self._cut_pieces(size, count, readings)
     self._slots = self._call(
@@ -637,20 +590,22 @@ class Engine:
       *(self._ready.stacked, self._slots, pieces, self.config, self.dtype),
     )
 
-  def _cut_pieces(self, size: int, count: int, readings: list[_Reading]) -> programs.Pieces:
+  def _cut_pieces(
+    self, size: int, count: int, readings: list[piecewise.Reading]
+  ) -> programs.Pieces:
     """The next pieces, which count as read."""
     # what only fills the batch is written to rows that there are not
     index = self.rows + np.arange(count, dtype=np.int32)
     row, start, counts = np.zeros((3, count), np.int32)
     tokens = np.zeros((count, size), np.int32)
     for i, reading in enumerate(readings):
-      at, _, length = next(_pieces(reading.at, len(reading.prompt), self.pieces))
+      at, _, length = next(piecewise.pieces(reading.at, len(reading.prompt), self.pieces))
       index[i], row[i], start[i], counts[i] = reading.index, reading.row, at, length
       tokens[i, :length] = reading.prompt[at : at + length]
       reading.at += length
     return programs.Pieces(*map(jnp.asarray, (index, row, start, counts, tokens)))
 
-  def _score_piece(self, size: int, reading: _Reading | None) -> None:
+  def _score_piece(self, size: int, reading: piecewise.Reading | None) -> None:
     """The next piece of a prompt, and what its tokens say of those behind them."""
     at = 0 if reading is None else reading.at
     pieces = self._cut_pieces(size, 1, [] if reading is None else [reading])
@@ -812,13 +767,6 @@ def _first(row: _Row) -> Scores | None:
   return row.prompt
 
 
-def _scores(reading: _Reading) -> Scores:
-  if not reading.logps:
-    return Scores(np.zeros(0, np.float32))
-  top = [np.concatenate(parts) for parts in zip(*reading.top)] if reading.top else None
-  return Scores(np.concatenate(reading.logps), None if top is None else (top[0], top[1]))
-
-
 def _penalties(how: Sampling) -> str:
   """The penalties in use, as they were asked for."""
   names = ("repetition_penalty", "presence_penalty", "frequency_penalty")
@@ -840,44 +788,6 @@ def _answer(row: _Row, why: str, length: int) -> Answer:
     if row.top
     else None,
   )
-
-
-def _pieces(start: int, end: int, sizes: Sequence[int] = PIECES) -> Iterator[tuple[int, int, int]]:
-  """(first token, size, how many of it are tokens) of the pieces in which tokens start to end are read.
-
-  >>> list(_pieces(0, 90)), list(_pieces(0, 300))
-  ([(0, 64, 64), (64, 32, 26)], [(0, 256, 256), (256, 64, 44)])
-  """
-  while start < end:
-    left = end - start
-    over = next((size for size in reversed(sizes) if size >= left), None)
-    under = next((size for size in sizes if size <= left), sizes[-1])
-    size = over if over is not None and over - left <= SPARE else under
-    count = min(size, left)
-    yield start, size, count
-    start += count
-
-
-def _together(size: int, waiting: int) -> int:
-  """How many pieces of a size are read at once where so many wait: as many as there are at most, or one by one.
-
-  Several at once are another program than one, whose sums round otherwise.  On a CPU, where several save little, it is
-  always one, so that an answer does not depend on what was read beside its prompt.
-  """
-  if jax.default_backend() == "cpu":
-    return 1
-  most = max(1, TOGETHER // size)
-  return most if 2 * waiting >= most else 1
-
-
-def _counts(size: int, rows: int) -> list[int]:
-  """Every number of pieces of a size that are read at once by an engine of so many rows."""
-  return sorted({_together(size, waiting) for waiting in range(1, rows + 1)})
-
-
-def _ends(length: int, sizes: Sequence[int] = PIECES) -> Iterator[int]:
-  """Where the pieces of so many tokens end."""
-  return (at + count for at, _, count in _pieces(0, length, sizes))
 
 
 @dataclasses.dataclass(frozen=True)

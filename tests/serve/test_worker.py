@@ -14,6 +14,7 @@ from posttrain_jax import adapters, quant
 from posttrain_jax.adapters import layout
 from posttrain_jax.core import bits, sharding
 from posttrain_jax.models import decoder
+from posttrain_jax.rollout import requests
 from posttrain_jax.rollout.sampling import Sampling
 from posttrain_jax.serve import asked as asking
 from posttrain_jax.serve.asked import Asked, Closed, Ended, Failed, Full, Tokens, UnknownAdapter
@@ -251,7 +252,7 @@ def test_what_ends_an_answer_is_told(worker, alone):
   stopped = answer(worker, Asked(prompt(0), NEW, stop_ids=frozenset([plain[3]])))
   at = plain.index(plain[3])
   assert (stopped.ids, stopped.events[-1]) == (plain[: at + 1], Ended("stop"))
-  text = tiny.tokenizer().decode(plain)
+  text = requests.text_of(tiny.tokenizer(), plain)
   string = next(letter for letter in text[1:] if letter.isascii() and letter.isprintable())
   matched = answer(worker, Asked(prompt(0), NEW, stop_strings=("never said", string)))
   assert matched.events[-1] == Ended("stop", string)
@@ -372,7 +373,7 @@ def test_loads_and_unloads_meanwhile_change_no_answer(worker, alone, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  "base", ["nf4", "fp4", "int8", "bfloat16", "data 2 tensor 2", "fsdp 4 tensor 2"]
+  "base", ["nf4", "fp4", "int8", "bfloat16", "data 4 tensor 2", "fsdp 4 tensor 2"]
 )
 def test_any_base_serves_what_it_says_with_the_adapter_bound(base, root):
   params, mesh = models.params(), None
