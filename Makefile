@@ -29,7 +29,7 @@ help:
 	$(PYTHON) -m venv .venv-oracle
 	.venv-oracle/bin/python -m pip install $(PIP_FLAGS) torch==2.13.0
 	.venv-oracle/bin/python -m pip install $(PIP_FLAGS) -c constraints.txt -c oracle-constraints.txt \
-	  transformers peft trl bitsandbytes accelerate mergekit xllamacpp -e '.[dev]'
+	  transformers peft trl bitsandbytes accelerate mergekit xllamacpp 'lm-eval[api]' -e '.[dev]'
 	@touch $@
 
 # Compilers for accelerators that are not here, of the versions that jax 0.10.2 pins; no driver and no NVIDIA library.
@@ -112,6 +112,8 @@ bench: .venv-oracle/ready ## speed and memory beside PyTorch + PEFT and TRL, on 
 	.venv-oracle/bin/python experiments/bench_dpo.py
 	.venv-oracle/bin/python experiments/bench_grpo.py
 	.venv-oracle/bin/python experiments/bench_generation.py
+	.venv-oracle/bin/python experiments/bench_serving.py
+	.venv-oracle/bin/python experiments/bench_serving.py --peer
 
 compile-70b: .venv-tpu/ready ## Llama-3-70B QLoRA compiled for TPUs that are not here
 	PYTHONPATH=.venv-tpu/site $(BIN)/python experiments/compile_70b.py

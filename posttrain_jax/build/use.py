@@ -107,6 +107,7 @@ def load(
   base: str | None = None,
   template: str | None = None,
   manner: Manner | None = None,
+  dtype: str | None = None,
 ) -> Used:
   """A model by its name or folder, a run by its folder, an adapter by its own; several adapters with commas between.
 
@@ -118,6 +119,7 @@ def load(
     template: a chat template's name, `tokenizer` for the tokenizer's own, `none` for text as it is; None: what was
       trained with.
     manner: how it was trained, where its folder does not say.
+    dtype: of products, as config.model.dtype names it; None: as it was trained.
 
   Raises:
     ConfigError: neither model nor adapter, or adapters that were trained on bases stored unlike.
@@ -132,7 +134,7 @@ def load(
   folder = fetch.resolve(name)
   manner = _manner([*homes] or [folder], manner)
   storage = base or manner.storage
-  products = decisions.dtype(manner.dtype)
+  products = decisions.dtype(dtype or manner.dtype)
   with progress.phase(f"reading {name}"):
     params, config = hf.load(folder, dtype=products, storage=storage, place=layout.place)
     if homes:
@@ -358,6 +360,20 @@ def _speech(
   if homes and template is not None and name in (None, str(written)):
     _say_template(folder, template, home)
   return tokenizer, template
+
+
+def speech(
+  folder: Path, home: Path, name: str | None = None
+) -> tuple[Any, templates.Template | None, Manner]:
+  """(tokenizer, template, manner) of an adapter in `home` on the base in `folder`.
+
+  name: of a template, as for `load`.
+  """
+  manner = manner_at(home)
+  tokenizer, template = _speech(folder, [home], name, manner)
+  if name is not None:
+    manner = dataclasses.replace(manner, chat=name != NONE)
+  return tokenizer, template, manner
 
 
 def tokenizer_folder(folder: Path, home: Path | None) -> Path:

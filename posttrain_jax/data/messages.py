@@ -36,13 +36,16 @@ REASONING = (
 MAX_DEPTH = 64  # of objects in objects, in what a template is given
 
 
-def checked(value: Any, key: str, origin: str) -> list[dict]:
-  """The messages in one form: each an object with a role, and words or calls."""
+def checked(value: Any, key: str, origin: str, *, trains: bool = True) -> list[dict]:
+  """The messages in one form: each an object with a role, and words or calls.
+
+  trains: whether an assistant's message has to say something, since it is to be learned.
+  """
   if not isinstance(value, list):
     raise wrong_type(key, value, "a list of messages", origin)
   if not value:
     raise RowError("empty messages", origin, f"{key!r} is an empty list; a conversation has a turn")
-  return [_message(message, f"{key}[{i}]", origin) for i, message in enumerate(value)]
+  return [_message(message, f"{key}[{i}]", origin, trains) for i, message in enumerate(value)]
 
 
 def tools(value: Any, origin: str) -> list[dict]:
@@ -111,7 +114,7 @@ def names(keys: Any) -> list[str]:
   return listed if len(listed) <= 12 else [*listed[:12], f"and {len(listed) - 12} more"]
 
 
-def _message(message, where, origin):
+def _message(message, where, origin, trains=True):
   if not isinstance(message, dict):
     raise wrong_type(where, message, 'a message {"role": ..., "content": ...}', origin)
   # Columnar formats fill what a message lacks with nulls.
@@ -125,7 +128,7 @@ def _message(message, where, origin):
         "tool_calls": calls if isinstance(calls, list) else [calls],
         **message,
       }
-      return _message(message, where, origin)
+      return _message(message, where, origin, trains)
     role = SHAREGPT_ROLES.get(speaker, speaker) if isinstance(speaker, str) else speaker
     message = {"role": role, "content": message.pop("value"), **message}
   role = message.get("role")
@@ -159,7 +162,8 @@ def _message(message, where, origin):
     raise RowError("message without content", origin, f"{where} has no 'content'")
   if "content" in message:
     message["content"] = _content(message["content"], where, origin)
-    if role == "assistant" and not message["content"].strip() and "tool_calls" not in message:
+    says = message["content"].strip() or "tool_calls" in message
+    if trains and role == "assistant" and not says:
       raise RowError("empty completion", origin, f"{where}, an assistant's message, is empty")
   if message.get("weight", 1) not in (0, 1):
     raise RowError(

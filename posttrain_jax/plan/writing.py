@@ -13,7 +13,7 @@ from posttrain_jax.build import adapter, decisions
 from posttrain_jax.core import sharding, tree
 from posttrain_jax.models import cache, decoder
 from posttrain_jax.plan.program import Compiled, Program, compiled
-from posttrain_jax.rollout import engine, programs, requests, sampling, storage
+from posttrain_jax.rollout import engine, piecewise, programs, requests, sampling, storage
 
 
 def figures(built: Program) -> dict[str, Any]:
@@ -42,12 +42,12 @@ def _compiled(built: Program, rows: int, length: int) -> dict[str, Compiled]:
   dtype = decisions.between(decisions.products(built.config), built.device.platform)
   params = parameters(built)
   slots = jax.eval_shape(
-    lambda: programs.empty(model, rows, cache.fitting(length + engine.SPARE), dtype, _plan(rows))
+    lambda: programs.empty(model, rows, cache.fitting(length + piecewise.SPARE), dtype, _plan(rows))
   )
   slots = programs.laid(slots, lambda x, axes: _placed(x, sharding.logical(axes), built))
   whole = lambda x: _placed(x, PartitionSpec(), built)
   number = whole(jax.ShapeDtypeStruct((), jnp.int32))
-  size = engine.PIECES[0]
+  size = piecewise.PIECES[0]
   pieces = jax.tree.map(whole, jax.eval_shape(lambda: _pieces(size)))
   drawn = (params, slots, number, number, model, engine.WINDOW, dtype, False, 0)
   return {
@@ -84,7 +84,7 @@ def _placed(x: Any, spec: PartitionSpec, built: Program) -> jax.ShapeDtypeStruct
 
 
 def _pieces(size: int) -> programs.Pieces:
-  none = jnp.zeros(engine.TOGETHER // size, jnp.int32)
+  none = jnp.zeros(piecewise.TOGETHER // size, jnp.int32)
   return programs.Pieces(none, none, none, none, jnp.zeros((len(none), size), jnp.int32))
 
 
@@ -97,4 +97,5 @@ def _plan(rows: int) -> programs.Plan:
     stops=jnp.zeros((rows, requests.MOST_STOPS), jnp.int32),
     identity=jnp.zeros((rows, 3), jnp.uint32),
     row=none,
+    tops=none.astype(bool),
   )

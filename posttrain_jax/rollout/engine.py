@@ -10,7 +10,7 @@ import collections
 import dataclasses
 import itertools
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +19,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from posttrain_jax.adapters import layout
-from posttrain_jax.core import files, sharding, struct, tree, weight
+from posttrain_jax.core import bits, files, sharding, struct, tree, weight
 from posttrain_jax.models import before, cache, decoder
 from posttrain_jax.models.config import ModelConfig, as_ids
-from posttrain_jax.rollout import programs, requests
+from posttrain_jax.rollout import piecewise, programs, requests
+from posttrain_jax.rollout import prefixes as kept_prefixes
 from posttrain_jax.rollout import sampling as samplers
 from posttrain_jax.rollout import storage as storage_lib
-from posttrain_jax.rollout.requests import Answer, Request
+from posttrain_jax.rollout.prefixes import Prefixes
+from posttrain_jax.rollout.requests import Answer, Request, Scores
 from posttrain_jax.rollout.sampling import GREEDY, Sampling
 
 log = logging.getLogger(__name__)
 Params = Any
-PIECES = (256, 128, 64, 32, 16)  # tokens of a prompt that are read at once
-TOGETHER = 256  # tokens of several prompts that are read at once
-SPARE = 32  # filling that the last piece may have rather than be two
 WINDOW = 16  # tokens drawn between two looks of the host
 
 
@@ -50,33 +49,6 @@ class Ready:
 
 
 @dataclasses.dataclass
-class _Held:
-  """What a row of the cache holds behind what is bound to stand before it.
-
-  ends: after how many tokens a piece that was read ends; what lies between cannot be told apart from another reading.
-  """
-
-  row: int
-  tokens: list[int]
-  ends: list[int]
-
-  def shared(self, other: _Held, *, anywhere: bool) -> int:
-    """How many tokens of other's it holds as other's own reading would have left them.
-
-    anywhere: whether a reading may go on from any token, and not from the end of a piece alone.
-    """
-    if self.row != other.row:
-      return 0
-    both = zip(self.tokens, other.tokens)
-    same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], both))
-    if anywhere:
-      return same
-    ends = zip(self.ends, other.ends)
-    alike = itertools.takewhile(lambda pair: pair[0] == pair[1] and pair[0] <= same, ends)
-    return max((end for end, _ in alike), default=0)
-
-
-@dataclasses.dataclass
 class _Row:
   """A row under way."""
 
@@ -86,30 +58,27 @@ class _Row:
   logps: list[np.ndarray] = dataclasses.field(default_factory=list)
   kept: list[np.ndarray] = dataclasses.field(default_factory=list)
   top: list[tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=list)
-
-
-@dataclasses.dataclass
-class _Reading:
-  """A prompt on its way into a row: `at` tokens of it are read, or will be once `source` is copied."""
-
-  index: int
-  row: int
-  prompt: list[int]
-  at: int
-  source: int | None = None
-
-  @property
-  def left(self) -> bool:
-    return self.source is not None or self.at < len(self.prompt)
+  cached: int = 0
+  prompt: Scores | None = None
+  is_told: bool = False  # of its prompt
 
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-  """What a window brought to a request: new tokens, and the answer where it is whole."""
+  """What a window brought to a request: new tokens, and the answer where it is whole.
+
+  logps, top: of the new tokens, as an answer's.
+  prompt: what its prompt's tokens were worth, with the first window, where the request asks for it.
+  cached: how many tokens of its prompt had been read before.
+  """
 
   ticket: int
   tokens: list[int]
   answer: Answer | None
+  logps: np.ndarray | None = None
+  top: tuple[np.ndarray, np.ndarray] | None = None
+  prompt: Scores | None = None
+  cached: int = 0
 
 
 class Engine:
@@ -140,6 +109,10 @@ class Engine:
     top: int = 0,
     tokenizer: Any = None,
     reuses_written: bool = False,
+    serves: bool = False,
+    pieces: Sequence[int] = piecewise.PIECES,
+    at_once: int | None = None,
+    prefixes: Prefixes | None = None,
   ) -> None:
     """Rows that hold nothing.
 
@@ -157,6 +130,11 @@ class Engine:
       tokenizer: for requests with stop strings.
       reuses_written: what a row wrote itself counts as read where a prompt begins with it, as in a dialogue; then a
         text depends, by rounding, on how its beginning was read.
+      serves: requests may have a grammar and may ask for the log-probabilities of their prompts; log-probabilities are
+        the model's own at temperature 1, before any bias, penalty or filter.
+      pieces: in how many tokens prompts are read, falling; what prompts share is shared in whole pieces of the first.
+      at_once: so many tokens of prompts are read between two windows, a piece more at most; None: all that wait.
+      prefixes: keeps what prompts begin with for those that come later.
     """
     requests.check_whole(rows, "rows", 1, "texts under way at once")
     requests.check_whole(window, "window", 1, "tokens drawn between two looks of the host")
@@ -172,15 +150,23 @@ class Engine:
     self._tickets = itertools.count()
     self._waiting: collections.deque[tuple[int, Request]] = collections.deque()
     self._busy: dict[int, _Row] = {}
-    self._held: list[_Held | None] = [None] * rows
+    self._held: list[piecewise.Held | None] = [None] * rows
     self._finished: dict[int, Answer] = {}  # that nobody was given yet
     self._of_runs: set[int] = set()  # tickets whose answers `run` gives
     self._cut: set[int] = set()  # rows that are free, and still draw on the device
     self._spoilt: set[int] = set()  # free rows whose keys and values may not be finite
+    self._readings: dict[int, piecewise.Reading] = {}  # rows that are not free, and not live yet
+    self._unbegun: set[int] = set()  # rows that wait for what stands before their tokens
+    self.serves, self.pieces, self.at_once = serves, tuple(pieces), at_once
+    self._none_allowed = self._allowed({}) if serves else None
+    self.prefixes: Prefixes | None = None
     self.load(params)
     self._check_length(length)
     self._cache_dtype = cache_dtype or self._multiplied_in(dtype)
     self._slots = self._empty()
+    self.prefixes = prefixes
+    if prefixes is not None:
+      prefixes.make(self._slots.cache, self.pieces[0])
 
   def _multiplied_in(self, dtype: Any) -> Any:
     """Of keys and values: what the products of a computation in dtype are in, as those of whoever trains."""
@@ -193,7 +179,7 @@ class Engine:
 
   def _empty(self) -> programs.Slots:
     """Rows that hold nothing."""
-    room = cache.fitting(self.length + SPARE)
+    room = cache.fitting(self.length + piecewise.SPARE)
     make = lambda: programs.empty(self.config, self.rows, room, self._cache_dtype, self._plan({}))
     return jax.jit(make)()
 
@@ -222,8 +208,17 @@ class Engine:
     decoder.check(ready.stacked, self.config)
     self._ready = ready
     self._held = [None] * self.rows
+    if self.prefixes is not None:
+      self.prefixes.clear()
     self._bound = before.slots(self._ready.stacked)
     self._bound_rows = weight.batch_rows(self._ready.stacked)
+
+  def swap(self, ready: Ready) -> None:
+    """The same parameters but for those of some rows that no request under way has: what was read is kept.
+
+    A request says by `whose` which parameters its row has; what was read under a name is read again under no other.
+    """
+    self._ready = ready
 
   def submit(self, request: Request) -> int:
     """The ticket of a request, by which its answer is known; it waits until a row is free.
@@ -232,14 +227,21 @@ class Engine:
       ValueError: it cannot be answered by this model, or in this length.
     """
     at = next(self._tickets)
-    requests.check(request, self.config, self.length, self._bound, self._bound_rows)
+    bound = self._bound if request.bound is None else request.bound
+    requests.check(request, self.config, self.length, bound, self._bound_rows)
     if request.stop_strings and self.tokenizer is None:
       raise ValueError("a request with stop_strings needs an engine with tokenizer=")
     requests.check_strings(request.stop_strings, self.tokenizer)
-    if self.records_kept and request.sampling.repetition_penalty != 1:
+    if self.records_kept and request.sampling.is_penalised:
       raise ValueError(
-        f"repetition_penalty={request.sampling.repetition_penalty:g} with records_kept: the log-probabilities would be"
+        f"{_penalties(request.sampling)} with records_kept: the log-probabilities would be"
         " those of penalised logits, which no set of kept tokens says; leave one of them out"
+      )
+    if not self.serves and (request.scores_prompt or request.allowed is not None):
+      raise ValueError("a request with scores_prompt or a grammar needs an engine with serves=True")
+    if (request.top or 0) > self.top:
+      raise ValueError(
+        f"prompt {request.number} asks for the {request.top} most likely tokens, the engine tells top={self.top}"
       )
     self._waiting.append((at, request))
     return at
@@ -308,34 +310,46 @@ class Engine:
       if progress.answer is not None:
         self._finished[progress.ticket] = progress.answer
 
-  def advance(self, most: int | None = None) -> list[Progress]:
+  def advance(self, most: int | None = None, *, wanted: bool = False) -> list[Progress]:
     """What the next window brings: `most` tokens of each row at most, fewer where rows ended that others wait for.
+
+    wanted: whether somebody waits for a row who has not submitted yet.
 
     First the answers that `answers` left, without new tokens.  What interrupts it (Ctrl-C) ends every row under way:
     what their last window drew is known to nobody.
     """
     left = [Progress(ticket, [], self._finished.pop(ticket)) for ticket in list(self._left())]
-    told = self._advance(most)
+    told = self._advance(most, wanted)
     for progress in told:
       if progress.answer is not None and progress.ticket in self._of_runs:
         self._finished[progress.ticket] = progress.answer
     return left + told
 
-  def _advance(self, most: int | None) -> list[Progress]:
+  def _advance(self, most: int | None, wanted: bool = False) -> list[Progress]:
     try:
       self._settle()
       self._admit()
-      return self._collect(self._window(most)) if self._busy else []
+      is_live = len(self._busy) > len(self._readings)
+      return self._collect(self._window(most, wanted)) if is_live else []
     except BaseException:
-      self._busy, self._held = {}, [None] * self.rows
+      self._busy, self._held, self._readings = {}, [None] * self.rows, {}
       self._cut, self._spoilt = set(), set()
       self._slots = self._empty()
+      if self.prefixes is not None:  # whose blocks may have been on their way
+        self.prefixes.make(self._slots.cache, self.pieces[0])
       raise
 
-  def _window(self, most: int | None) -> programs.Drawn:
+  def _window(self, most: int | None, wanted: bool = False) -> programs.Drawn:
     """The next window, on the host."""
     most = self.width if most is None else min(most, self.width)
-    enough = max(1, self.rows // 8) if self._waiting else self.rows
+    grammars = {
+      index: row
+      for index, row in self._busy.items()
+      if row.request.allowed is not None and index not in self._readings
+    }
+    allowed = self._allowed(grammars) if grammars else self._none_allowed
+    most = min(most, 1) if grammars else most  # which the host reads token by token
+    enough = max(1, self.rows // 8) if self._waiting or wanted else self.rows
     self._slots, drawn = self._call(
       programs.window,
       f"window of {self.width} tokens, {self.rows} rows of {self._slots.cache.slots} slots",
@@ -348,8 +362,19 @@ class Engine:
       self.dtype,
       self.records_kept,
       self.top,
+      allowed,
+      self.serves,
     )
     return jax.device_get(drawn)
+
+  def _allowed(self, grammars: dict[int, _Row]) -> programs.Allowed:
+    """What the grammars of those rows allow next."""
+    has = np.isin(np.arange(self.rows), list(grammars))
+    words = np.zeros((self.rows, bits.words(self.config.vocab_size)), np.uint32)
+    for index, row in grammars.items():
+      assert row.request.allowed is not None
+      words[index] = requests.packed(row.request.allowed(row.tokens), self.config.vocab_size)
+    return programs.Allowed(jnp.asarray(has), jnp.asarray(words))
 
   def drop(self, ticket: int) -> None:
     """Forgets a request, waiting or under way; nothing comes of it."""
@@ -362,6 +387,13 @@ class Engine:
       self._finished.pop(ticket, None)
     indices = {index for index, row in self._busy.items() if row.ticket in tickets}
     self._cut |= indices
+    for index in indices & self._readings.keys():
+      del self._readings[index]
+      self._held[index] = None
+      for other in self._readings.values():
+        if other.source == index:  # what it waits for is not read: it reads for itself
+          other.source, other.at = None, 0
+          self._unbegun.add(other.index)
     self._free(indices)
 
   def _settle(self) -> None:
@@ -372,11 +404,14 @@ class Engine:
     for index in self._spoilt:  # 0 * NaN would reach whoever has the row next
       self._clear(index)
     self._spoilt = set()
+    for index in self._unbegun & self._readings.keys():
+      self._start(index, self._busy[index].request)
+    self._unbegun = set()
 
   def grow(self, length: int) -> None:
     """Room for texts of `length` tokens; what is held stays.  The programs are compiled anew."""
     self._check_length(length)
-    slots_then = cache.fitting(length + SPARE)
+    slots_then = cache.fitting(length + piecewise.SPARE)
     self.length = max(self.length, length)
     if slots_then <= self._slots.cache.slots:
       return
@@ -402,12 +437,20 @@ class Engine:
     self._window(0)  # first, so that the others are given what a program left, as they are later on
     if self._bound:
       self._begin(0, 0)
+      self._begin_bare(0)
     for size in self._sizes(lengths):
-      for count in _counts(size, self.rows):
+      for count in piecewise.counts(size, self.rows):
         self._read_pieces(size, count, [])
+      if self.serves:
+        self._score_piece(size, None)
     if self.rows > 1:
       self._copy(0, 1)
     self._enter({})
+    if self.at_once is not None:
+      self._reserve()
+    if self.prefixes is not None:
+      self._restore(0, [])
+      self._keep(0, None, [])
     self._end(set())
     self._clear(0)
     self._window(0)
@@ -418,25 +461,35 @@ class Engine:
     """Of the pieces that prompts of these lengths are read in; what they have in common is whole pieces."""
     longest = self.length - self._bound - 1
     if lengths is None or self.reuses_written:  # which goes on from anywhere
-      lengths = range(2, min(longest, PIECES[0] + 2) + 1)
+      lengths = range(2, min(longest, self.pieces[0] + 2) + 1)
     # the window reads the last token
-    return sorted({size for length in set(lengths) for _, size, _ in _pieces(0, length - 1)})
+    cut = lambda length: piecewise.pieces(0, length - 1, self.pieces)
+    return sorted({size for length in set(lengths) for _, size, _ in cut(length)})
 
   def _admit(self) -> None:
-    """Waiting requests into the rows that are free."""
+    """Waiting requests into the rows that are free; those whose prompts are read are live."""
     free = [index for index in range(self.rows) if index not in self._busy]
-    chosen: dict[int, Request] = {}
-    readings: dict[int, _Reading] = {}
     while free and self._waiting:
       ticket, request = self._waiting.popleft()
-      reading = self._place(request, free, readings)
+      reading = self._place(request, free)
       free.remove(reading.index)
-      self._busy[reading.index] = _Row(ticket, request)
-      chosen[reading.index], readings[reading.index] = request, reading
-    if not chosen:
+      self._busy[reading.index] = _Row(ticket, request, cached=reading.at)
+      self._readings[reading.index] = reading
+    if not self._readings:
       return
-    self._read(readings)
-    self._enter(chosen)
+    self._read()
+    whole = {i: reading for i, reading in self._readings.items() if not reading.left}
+    for index, reading in whole.items():
+      del self._readings[index]
+      row = self._busy[index]
+      if reading.following is not None:
+        row.prompt = piecewise.scores(reading)
+      elif self.prefixes is not None:
+        self._keep(index, row.request.known_by, reading.prompt)
+    if whole:
+      self._enter({index: self._busy[index].request for index in whole})
+    if self._readings:
+      self._reserve()
 
   def _enter(self, chosen: dict[int, Request]) -> None:
     """The rows of those requests, whose prompts are read, are under way."""
@@ -449,71 +502,159 @@ class Engine:
     args = (self._slots, mask, lengths, text, last, self._plan(chosen))
     self._slots = self._call(programs.admit, "admission", *args)
 
-  def _place(self, request: Request, free: list[int], readings: dict[int, _Reading]) -> _Reading:
+  def _place(self, request: Request, free: list[int]) -> piecewise.Reading:
     """The row that will hold the request's prompt but for its last token, which the window reads."""
     prompt = [int(token) for token in request.prompt[:-1]]
-    wanted = _Held(request.row, prompt, list(_ends(len(prompt))))
+    wanted = piecewise.Held(
+      request.known_by, prompt, list(piecewise.ends(len(prompt), self.pieces))
+    )
     shares = [
       -1 if held is None else held.shared(wanted, anywhere=self.reuses_written)
       for held in self._held
     ]
-    alike = [index for index, held in enumerate(self._held) if held and held.row == request.row]
+    if request.scores_prompt:  # by a program of its own, from the first token on
+      index = min(free, key=lambda index: (shares[index], index))
+      self._start(index, request)
+      self._held[index] = None
+      return piecewise.Reading(
+        index, request.row, prompt, 0, following=list(map(int, request.prompt[1:]))
+      )
+    known = request.known_by
+    alike = [index for index, held in enumerate(self._held) if held and held.known_by == known]
     source = max(alike, key=lambda index: shares[index], default=None)
     index = min(free, key=lambda index: (index != source, shares[index], index))
-    reading = _Reading(index, request.row, prompt, 0 if source is None else shares[source])
-    if source is None:
-      if self._bound:
-        self._begin(index, request.row)
+    kept = [] if self.prefixes is None else self.prefixes.matching(known, prompt)
+    reading = piecewise.Reading(index, request.row, prompt, 0 if source is None else shares[source])
+    if len(kept) * self.pieces[0] > reading.at:
+      self._start(index, request)
+      self._restore(index, kept)
+      reading.at = len(kept) * self.pieces[0]
+    elif source is None:
+      self._start(index, request)
     elif source != index and (shares[source] > 0 or self._bound):
-      if source in readings:  # which is still to be read itself
+      if source in self._readings:  # which is still to be read itself
         reading.source = source
       else:
         self._copy(source, index)
     self._held[index] = wanted
     return reading
 
-  def _read(self, readings: dict[int, _Reading]) -> None:
-    """Every prompt, pieces of one size together."""
-    while any(reading.left for reading in readings.values()):
-      for reading in readings.values():
-        source = None if reading.source is None else readings[reading.source]
-        if source is not None and source.source is None and source.at >= reading.at:
-          self._copy(source.index, reading.index)
-          reading.source = None
-      by_size: dict[int, list[_Reading]] = {}
+  def _start(self, index: int, request: Request) -> None:
+    """The row of that index with what is bound to stand before the request's tokens."""
+    if self._bound and request.bound != 0:
+      self._begin(index, request.row)
+    elif self._bound:
+      self._begin_bare(index)
+
+  def _read(self) -> None:
+    """Every prompt, pieces of one size together, as far as `at_once` goes."""
+    left, readings = self.at_once, self._readings
+    while self._copied() and (left is None or left > 0):
+      by_size: dict[tuple[int, bool], list[piecewise.Reading]] = {}
       for reading in readings.values():
         if reading.source is None and reading.at < len(reading.prompt):
-          _, size, _ = next(_pieces(reading.at, len(reading.prompt)))
-          by_size.setdefault(size, []).append(reading)
-      for size, some in by_size.items():
-        most = max(1, TOGETHER // size)
+          _, size, _ = next(piecewise.pieces(reading.at, len(reading.prompt), self.pieces))
+          by_size.setdefault((size, reading.following is not None), []).append(reading)
+      for (size, is_scored), some in by_size.items():
+        most = 1 if is_scored else max(1, piecewise.TOGETHER // size)
         for start in range(0, len(some), most):
           batch = some[start : start + most]
-          count = _together(size, len(batch))
+          count = 1 if is_scored else piecewise.together(size, len(batch))
           for at in range(0, len(batch), count):
-            self._read_pieces(size, count, batch[at : at + count])
+            if left is not None and left <= 0:
+              break
+            if is_scored:
+              self._score_piece(size, batch[at])
+            else:
+              self._read_pieces(size, count, batch[at : at + count])
+            left = left if left is None else left - size * count
 
-  def _read_pieces(self, size: int, count: int, readings: list[_Reading]) -> None:
+  def _copied(self) -> bool:
+    """Whether anything is left to be read, once every row has a copy of what it waits for and what is read."""
+    waits = True
+    while waits:
+      waits = False
+      for reading in self._readings.values():
+        source = self._readings.get(-1 if reading.source is None else reading.source)
+        if source is not None and source.source is None and source.at >= reading.at:
+          self._copy(source.index, reading.index)
+          reading.source, waits = None, True
+    return any(reading.left for reading in self._readings.values())
+
+  def _read_pieces(self, size: int, count: int, readings: list[piecewise.Reading]) -> None:
     """The next piece of each, which has that size; `count` rows in all."""
+    pieces = self._cut_pieces(size, count, readings)
+    self._slots = self._call(
+      programs.read,
+      f"{count} piece{'s' if count > 1 else ''} of {size} tokens, {self._shape()}",
+      *(self._ready.stacked, self._slots, pieces, self.config, self.dtype),
+    )
+
+  def _cut_pieces(
+    self, size: int, count: int, readings: list[piecewise.Reading]
+  ) -> programs.Pieces:
+    """The next pieces, which count as read."""
     # what only fills the batch is written to rows that there are not
     index = self.rows + np.arange(count, dtype=np.int32)
     row, start, counts = np.zeros((3, count), np.int32)
     tokens = np.zeros((count, size), np.int32)
     for i, reading in enumerate(readings):
-      at, _, length = next(_pieces(reading.at, len(reading.prompt)))
+      at, _, length = next(piecewise.pieces(reading.at, len(reading.prompt), self.pieces))
       index[i], row[i], start[i], counts[i] = reading.index, reading.row, at, length
       tokens[i, :length] = reading.prompt[at : at + length]
       reading.at += length
-    pieces = programs.Pieces(*map(jnp.asarray, (index, row, start, counts, tokens)))
-    self._slots = self._call(
-      programs.read,
-      f"{count} piece{'s' if count > 1 else ''} of {size} tokens, {self.rows} rows of {self._slots.cache.slots} slots",
-      *(self._ready.stacked, self._slots, pieces, self.config, self.dtype),
+    return programs.Pieces(*map(jnp.asarray, (index, row, start, counts, tokens)))
+
+  def _score_piece(self, size: int, reading: piecewise.Reading | None) -> None:
+    """The next piece of a prompt, and what its tokens say of those behind them."""
+    at = 0 if reading is None else reading.at
+    pieces = self._cut_pieces(size, 1, [] if reading is None else [reading])
+    behind = np.zeros((1, size), np.int32)
+    if reading is not None and reading.following is not None:
+      behind[0, : reading.at - at] = reading.following[at : reading.at]
+    self._slots, logps, top = self._call(
+      programs.score,
+      f"piece of {size} tokens scored, {self._shape()}",
+      *(self._ready.stacked, self._slots, pieces, jnp.asarray(behind)),
+      *(self.config, self.dtype, self.top),
     )
+    if reading is not None:
+      part = lambda x: np.asarray(x)[0, : reading.at - at]
+      reading.logps.append(part(logps))
+      if top is not None:
+        reading.top.append((part(top[0]), part(top[1])))
+
+  def _shape(self) -> str:
+    return f"{self.rows} rows of {self._slots.cache.slots} slots"
+
+  def _reserve(self) -> None:
+    """Rows that are being read are as long as they will be, so that windows meanwhile write behind them."""
+    chosen = np.isin(np.arange(self.rows), list(self._readings))
+    lengths = np.zeros(self.rows, np.int32)
+    for index, reading in self._readings.items():
+      lengths[index] = len(reading.prompt)
+    self._slots = self._call(programs.reserve, "reservation", self._slots, chosen, lengths)
+
+  def _restore(self, index: int, blocks: Sequence[int]) -> None:
+    assert self.prefixes is not None
+    args = self.prefixes.to_restore(self._slots, index, blocks)
+    self._slots = self._call(kept_prefixes.restore, "blocks of a prefix read again", *args)
+
+  def _keep(self, index: int, known_by: Hashable, prompt: Sequence[int]) -> None:
+    """The blocks that the prompt in that row begins with, for whoever comes later; warming up (None) none."""
+    assert self.prefixes is not None
+    args = self.prefixes.to_keep(self._slots, index, known_by, prompt)
+    if args is not None or not prompt:
+      args = args or self.prefixes.nothing(self._slots)
+      self.prefixes.pool = self._call(kept_prefixes.keep, "blocks of a prefix kept", *args)
 
   def _begin(self, index: int, row: int) -> None:
     args = (self._ready.stacked, self._slots, np.int32(index), np.int32(row), self.config)
     self._slots = self._call(programs.begin, "beginning of a row", *args)
+
+  def _begin_bare(self, index: int) -> None:
+    args = (self._slots, np.int32(index))
+    self._slots = self._call(programs.begin_bare, "beginning of a bare row", *args)
 
   def _clear(self, index: int) -> None:
     self._slots = self._call(programs.clear, "clearing of a row", self._slots, np.int32(index))
@@ -526,6 +667,8 @@ class Engine:
     """What a window drew, row by row; rows that ended are free."""
     told, ended = [], set()
     for index, row in self._busy.items():
+      if index in self._readings:
+        continue
       count = int(drawn.counts[index])
       new = drawn.tokens[index, :count].tolist()
       row.tokens += new
@@ -533,15 +676,18 @@ class Engine:
       row.logps.append(part(drawn.logps))
       if drawn.kept is not None:
         row.kept.append(part(drawn.kept))
-      if drawn.top is not None:
+      if drawn.top is not None and self._wants_top(row.request):
         row.top.append((part(drawn.top[0]), part(drawn.top[1])))
       reason = self._reason(row, bool(drawn.live[index]), len(row.tokens) - count)
-      if reason is None:
-        told.append(Progress(row.ticket, new, None))
+      why, length = reason or (None, len(row.tokens))
+      left = count - (len(row.tokens) - length)
+      answer = None if why is None else _answer(row, why, length)
+      top = (row.top[-1][0][:left], row.top[-1][1][:left]) if row.top else None
+      told.append(
+        Progress(row.ticket, new[:left], answer, row.logps[-1][:left], top, _first(row), row.cached)
+      )
+      if why is None:
         continue
-      why, length = reason
-      beyond = len(row.tokens) - length
-      told.append(Progress(row.ticket, new[: count - beyond], _answer(row, why, length)))
       ended.add(index)
       if drawn.live[index]:
         self._cut.add(index)
@@ -560,6 +706,9 @@ class Engine:
       return None
     stopped = tokens[-1] in request.stop_tokens
     return (requests.STOPPED if stopped else requests.FULL), len(tokens)
+
+  def _wants_top(self, request: Request) -> bool:
+    return self.top > 0 and request.top != 0
 
   def _end(self, indices: set[int]) -> None:
     """Those rows draw no more."""
@@ -593,6 +742,7 @@ class Engine:
       stops=jnp.asarray(stops),
       identity=jnp.asarray(identity, jnp.uint32),
       row=of("row"),
+      tops=jnp.asarray([self._wants_top(request) for request in each]),
     )
 
   def _call(self, program: Any, name: str, *args: Any) -> Any:
@@ -609,6 +759,22 @@ class Engine:
     return result
 
 
+def _first(row: _Row) -> Scores | None:
+  """What the prompt's tokens were worth, where it has not been told yet."""
+  if row.is_told:
+    return None
+  row.is_told = True
+  return row.prompt
+
+
+def _penalties(how: Sampling) -> str:
+  """The penalties in use, as they were asked for."""
+  names = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+  off = dict(repetition_penalty=1)
+  used = [f"{n}={getattr(how, n):g}" for n in names if getattr(how, n) != off.get(n, 0)]
+  return ", ".join([*used, *(["bias"] if how.bias else [])])
+
+
 def _answer(row: _Row, why: str, length: int) -> Answer:
   whole = lambda parts: np.concatenate(parts)[:length]
   return Answer(
@@ -616,49 +782,12 @@ def _answer(row: _Row, why: str, length: int) -> Answer:
     tokens=row.tokens[:length],
     logps=whole(row.logps),
     ended=why,
+    prompt=row.prompt,
     kept=whole(row.kept) if row.kept else None,
     top=(whole([ids for ids, _ in row.top]), whole([lps for _, lps in row.top]))
     if row.top
     else None,
   )
-
-
-def _pieces(start: int, end: int) -> Iterator[tuple[int, int, int]]:
-  """(first token, size, how many of it are tokens) of the pieces in which tokens start to end are read.
-
-  >>> list(_pieces(0, 90)), list(_pieces(0, 300))
-  ([(0, 64, 64), (64, 32, 26)], [(0, 256, 256), (256, 64, 44)])
-  """
-  while start < end:
-    left = end - start
-    over = next((size for size in reversed(PIECES) if size >= left), None)
-    under = next((size for size in PIECES if size <= left), PIECES[-1])
-    size = over if over is not None and over - left <= SPARE else under
-    count = min(size, left)
-    yield start, size, count
-    start += count
-
-
-def _together(size: int, waiting: int) -> int:
-  """How many pieces of a size are read at once where so many wait: as many as there are at most, or one by one.
-
-  Several at once are another program than one, whose sums round otherwise.  On a CPU, where several save little, it is
-  always one, so that an answer does not depend on what was read beside its prompt.
-  """
-  if jax.default_backend() == "cpu":
-    return 1
-  most = max(1, TOGETHER // size)
-  return most if 2 * waiting >= most else 1
-
-
-def _counts(size: int, rows: int) -> list[int]:
-  """Every number of pieces of a size that are read at once by an engine of so many rows."""
-  return sorted({_together(size, waiting) for waiting in range(1, rows + 1)})
-
-
-def _ends(length: int) -> Iterator[int]:
-  """Where the pieces of so many tokens end."""
-  return (at + count for at, _, count in _pieces(0, length))
 
 
 @dataclasses.dataclass(frozen=True)

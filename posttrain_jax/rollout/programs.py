@@ -35,6 +35,7 @@ class Plan:
   stops: Array  # [rows, MOST_STOPS], -1 where there is none
   identity: Array
   row: Array  # of the parameters' rows
+  tops: Array  # whether it wants the most likely tokens told
 
 
 @struct.dataclass
@@ -62,6 +63,14 @@ class Pieces:
   start: Array
   counts: Array
   tokens: Array  # [pieces, size]
+
+
+@struct.dataclass
+class Allowed:
+  """What a grammar allows next: of rows that have one, the tokens whose bits are set."""
+
+  has: Array  # [rows]
+  words: Array  # [rows, words], `core.bits`
 
 
 @struct.dataclass
@@ -115,18 +124,69 @@ def begin(params: Params, slots: Slots, index: Array, row: Array, config: ModelC
   )
 
 
+@functools.partial(jax.jit, donate_argnames=("slots",))
+def begin_bare(slots: Slots, index: Array) -> Slots:
+  """The row of that index with nothing before its tokens."""
+  return laid(dataclasses.replace(slots, begins=slots.begins.at[index].set(0)))
+
+
 @functools.partial(jax.jit, static_argnames=("config", "dtype"), donate_argnames=("slots",))
 def read(params: Params, slots: Slots, pieces: Pieces, config: ModelConfig, dtype: Any) -> Slots:
   """The rows of `pieces` after reading them."""
+  return _read(params, slots, pieces, config, dtype)[0]
+
+
+def _read(
+  params: Params, slots: Slots, pieces: Pieces, config: ModelConfig, dtype: Any
+) -> tuple[Slots, Array]:
+  """(slots, hidden states [pieces, size, embed]) after reading them."""
   index = pieces.index
   take = lambda x, axis: jnp.take(x, index, axis=axis, mode="clip")
   lengths = take(slots.begins, 0) + pieces.start
   some = Cache(take(slots.cache.k, 2), take(slots.cache.v, 2), lengths)
   rows = weight.take_rows(params, pieces.row)
-  _, some = decoder.step(rows, pieces.tokens, config, some, counts=pieces.counts, dtype=dtype)
+  x, some = decoder.step(rows, pieces.tokens, config, some, counts=pieces.counts, dtype=dtype)
   put = lambda x, part: x.at[:, :, index].set(part, mode="drop", unique_indices=True)
   cache = Cache(put(slots.cache.k, some.k), put(slots.cache.v, some.v), slots.cache.lengths)
-  return laid(dataclasses.replace(slots, cache=cache))
+  return laid(dataclasses.replace(slots, cache=cache)), x
+
+
+@functools.partial(jax.jit, static_argnames=("config", "dtype", "top"), donate_argnames=("slots",))
+def score(
+  params: Params,
+  slots: Slots,
+  pieces: Pieces,
+  following: Array,
+  config: ModelConfig,
+  dtype: Any,
+  top: int,
+) -> tuple[Slots, Array, tuple[Array, Array] | None]:
+  """(`read`, log-probabilities of the tokens that follow, the `top` most likely instead of each).
+
+  following: [pieces, size], the token behind each.  The log-probabilities are the model's own, at temperature 1.
+  """
+  slots, x = _read(params, slots, pieces, config, dtype)
+  logits = constrain(
+    decoder.logits(weight.take_rows(params, pieces.row), x, config), "batch - vocab"
+  )
+  count, size = following.shape
+  flat = logits.reshape(count * size, -1)
+  logps = sampling.logp_of(following.reshape(-1), flat).reshape(count, size)
+  best = sampling.most_likely(flat, top) if top else None
+  shaped = lambda x: x.reshape(count, size, top)
+  everywhere = lambda x: pinned(x, "- " * x.ndim)
+  said = logps, None if best is None else jax.tree.map(shaped, best)
+  return slots, *jax.tree.map(everywhere, said)
+
+
+@functools.partial(jax.jit, donate_argnames=("slots",))
+def reserve(slots: Slots, chosen: Array, lengths: Array) -> Slots:
+  """The chosen rows are to have read `lengths` tokens, and are not live before they have.
+
+  A window writes behind every row's length, for those that are not live what nobody reads.
+  """
+  kept = jnp.where(chosen, slots.begins + lengths, slots.cache.lengths)
+  return laid(dataclasses.replace(slots, cache=dataclasses.replace(slots.cache, lengths=kept)))
 
 
 @functools.partial(jax.jit, donate_argnames=("slots",))
@@ -178,7 +238,7 @@ def end(slots: Slots, chosen: Array) -> Slots:
 
 @functools.partial(
   jax.jit,
-  static_argnames=("config", "steps", "dtype", "keeps", "top"),
+  static_argnames=("config", "steps", "dtype", "keeps", "top", "of_model"),
   donate_argnames=("slots",),
 )
 def window(
@@ -191,8 +251,14 @@ def window(
   dtype: Any,
   keeps: bool,
   top: int,
+  allowed: Allowed | None = None,
+  of_model: bool = False,
 ) -> tuple[Slots, Drawn]:
-  """`most` tokens of every live row, at most `steps`; fewer where `enough` rows have ended, or all."""
+  """`most` tokens of every live row, at most `steps`; fewer where `enough` rows have ended, or all.
+
+  keeps: what the filters kept is told, and log-probabilities are those among the kept.
+  of_model: log-probabilities are the model's own at temperature 1, and not those of the request's temperature.
+  """
   rows = slots.live.shape[0]
   params = weight.take_rows(params, slots.plan.row)
   lived, before = slots.live, slots.drawn
@@ -215,7 +281,7 @@ def window(
 
   def body(carry: tuple[Array, Slots, Drawn]) -> tuple[Array, Slots, Drawn]:
     step, slots, drawn = carry
-    slots, token, new = _draw(params, slots, config, dtype, keeps, top)
+    slots, token, new = _draw(params, slots, config, dtype, keeps, top, allowed, of_model)
     put = lambda whole, part: jax.lax.dynamic_update_slice_in_dim(whole, part[:, None], step, 1)
     kept = None if drawn.kept is None else put(drawn.kept, new["kept"])
     best = None if drawn.top is None else tuple(map(put, drawn.top, new["top"]))
@@ -235,7 +301,14 @@ def window(
 
 
 def _draw(
-  params: Params, slots: Slots, config: ModelConfig, dtype: Any, keeps: bool, top: int
+  params: Params,
+  slots: Slots,
+  config: ModelConfig,
+  dtype: Any,
+  keeps: bool,
+  top: int,
+  allowed: Allowed | None,
+  of_model: bool,
 ) -> tuple[Slots, Array, dict[str, Any]]:
   """(slots, token [rows], {"logp": ...}) after one more token of every live row."""
   plan, live = slots.plan, slots.live
@@ -244,26 +317,33 @@ def _draw(
     params, slots.last[:, None], config, slots.cache, counts=counts, dtype=dtype
   )
   logits = constrain(decoder.logits(params, x[:, 0], config), "batch vocab")
-  changed = sampling.penalised(logits, slots.text, cache.lengths - slots.begins, plan.how)
+  held = cache.lengths - slots.begins
+  changed = sampling.penalised(logits, slots.text, held, slots.drawn, plan.how)
   early = (slots.drawn < plan.least)[:, None]
   stop = jnp.where(early, plan.stops, -1)
   stop = jnp.where(stop < 0, config.vocab_size, stop)  # outside: dropped
   every = jnp.arange(live.shape[0])
   held_off = lambda x: x.at[every[:, None], stop].set(sampling.REMOVED, mode="drop")
-  changed, logits = held_off(changed), held_off(logits)
+  changed = held_off(changed)
+  if allowed is not None:
+    changed = sampling.masked(changed, allowed.has, allowed.words)
   keys = jax.vmap(sampling.key)(plan.identity, slots.drawn)
   token, filtered = sampling.sample(keys, changed, plan.how)
   heat = jnp.where(plan.how.temperature == 0, 1.0, plan.how.temperature)[:, None]
-  seen = filtered if keeps else logits / heat
+  seen = filtered if keeps else logits if of_model else held_off(logits) / heat
   new = {"logp": sampling.logp_of(token, seen)}
   if keeps:
     new["kept"] = bits.pack(filtered > sampling.REMOVED)
   if top:
-    values, ids = jax.lax.top_k(jax.nn.log_softmax(seen), top)
-    new["top"] = ids.astype(jnp.int32), values
+    none = lambda x: (
+      jnp.zeros((*live.shape, top), jnp.int32),
+      jnp.zeros((*live.shape, top), jnp.float32),
+    )
+    wanted = jnp.any(live & plan.tops)
+    new["top"] = jax.lax.cond(wanted, lambda x: sampling.most_likely(x, top), none, seen)
   drawn = slots.drawn + counts
   ended = jnp.any(token[:, None] == plan.stops, axis=1) | (drawn >= plan.most)
-  place = jnp.where(live, cache.lengths - slots.begins, slots.text.shape[1])
+  place = jnp.where(live, held, slots.text.shape[1])
   slots = dataclasses.replace(
     slots,
     cache=cache,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from posttrain_jax.core import seeds, words
+from posttrain_jax.core import bits, seeds, words
 from posttrain_jax.models.config import ModelConfig
 from posttrain_jax.rollout.sampling import GREEDY, Sampling
 
@@ -28,6 +28,12 @@ class Request:
   seed, number, sample: each from 0 to 2^32 - 1; the latter two say which prompt of a run it is, and which of the
     answers to it.
   row: which entry of the parameters' rows it is for, where they are bound with rows; else 0.
+  bound: how many slots of that entry's stand before the first token, where entries differ; None: all that there are.
+  whose: what that entry's parameters are known by, as long as they are the same: what was read under it may be read
+    again under it, whichever row has them.  None: by the row.
+  top: how many most likely tokens the answer tells at each place, None for as many as the engine can.
+  scores_prompt: the answer has the log-probabilities of the prompt's tokens, all of which are read for it.
+  allowed: which ids may come next, given those drawn: [vocab] of booleans, or their bits (`core.bits.pack`).
   """
 
   prompt: Sequence[int]
@@ -40,6 +46,24 @@ class Request:
   number: int = 0
   sample: int = 0
   row: int = 0
+  bound: int | None = None
+  whose: Hashable = None
+  top: int | None = None
+  scores_prompt: bool = False
+  allowed: Callable[[Sequence[int]], np.ndarray] | None = None
+
+  @property
+  def known_by(self) -> Hashable:
+    """What the parameters that read its prompt are known by."""
+    return ("row", self.row) if self.whose is None else self.whose
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+  """Of a prompt's tokens from the second on: logps [tokens - 1], top as an answer's."""
+
+  logps: np.ndarray
+  top: tuple[np.ndarray, np.ndarray] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +85,7 @@ class Answer:
   ended: str
   kept: np.ndarray | None = None
   top: tuple[np.ndarray, np.ndarray] | None = None
+  prompt: Scores | None = None  # where the request asks for them
 
   @property
   def finished(self) -> bool:
@@ -87,6 +112,10 @@ def check(request: Request, config: ModelConfig, length: int, bound: int, rows: 
   if outside := [int(at) for at in request.stop_tokens if not 0 <= at < config.vocab_size]:
     raise ValueError(
       f"{name} ends with stop_tokens {outside}, which are none of the vocabulary's 0..{config.vocab_size - 1}"
+    )
+  if outside := [at for at, _ in request.sampling.bias if not 0 <= at < config.vocab_size]:
+    raise ValueError(
+      f"{name} has a bias for tokens {outside}, which are none of the vocabulary's 0..{config.vocab_size - 1}"
     )
   if not 0 <= request.row < (rows or 1):
     raise ValueError(f"{name} asks for row {request.row}, the parameters have {rows or 1}")
@@ -166,6 +195,28 @@ def check_whole(
     raise ValueError(f"{name}={value}: write at least {low} ({of})")
   if high is not None and value > high:
     raise ValueError(f"{name}={value} is more than the {high} {whose} ({of})")
+
+
+def packed(allowed: Any, vocab: int) -> np.ndarray:
+  """[words] uint32: what a grammar says, booleans or bits, as `core.bits` lays them.
+
+  Raises:
+    ValueError: it is neither, or allows nothing.
+  """
+  said, count = np.asarray(allowed), bits.words(vocab)
+  if said.dtype == bool and said.shape == (vocab,):
+    padded = np.packbits(np.pad(said, (0, count * bits.WORD - vocab)), bitorder="little")
+    said = padded.view("<u4")
+  elif said.shape == (count,) and said.dtype in (np.uint32, np.int32):
+    said = said.view(np.uint32)
+  else:
+    raise ValueError(
+      f"a grammar allows by [{vocab}] booleans or [{count}] words of 32 bits, found {said.dtype} {said.shape}"
+    )
+  last = said[-1] & np.uint32(2 ** (vocab % bits.WORD or bits.WORD) - 1)
+  if not said[:-1].any() and not last:
+    raise ValueError("the grammar allows no token, and no end either")
+  return said
 
 
 def text_of(tokenizer: Any, tokens: Sequence[int]) -> str:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from posttrain_jax import adapters
 from posttrain_jax.core import sharding, weight
 from posttrain_jax.models import decoder
-from posttrain_jax.rollout import dialogue, engine, programs, requests
+from posttrain_jax.rollout import dialogue, engine, piecewise, programs, requests
 from posttrain_jax.rollout.requests import Request
 from posttrain_jax.rollout.sampling import GREEDY, Sampling
 from tests import tiny
@@ -165,11 +165,12 @@ def test_a_row_that_waits_for_another_is_no_source_yet(llama):
   prompt = (PROMPTS[0] * 20)[:64]
   engine_ = engine.Engine(*llama, rows=3, length=100)
   readings = {
-    2: engine._Reading(2, 0, prompt, 64, source=1),
-    1: engine._Reading(1, 0, prompt, 64, source=0),
-    0: engine._Reading(0, 0, prompt, 0),
+    2: piecewise.Reading(2, 0, prompt, 64, source=1),
+    1: piecewise.Reading(1, 0, prompt, 64, source=0),
+    0: piecewise.Reading(0, 0, prompt, 0),
   }
-  engine_._read(readings)
+  engine_._readings = readings
+  engine_._read()
   held = np.asarray(engine_._slots.cache.k)[:, 0, :, :, :, :64]
   assert np.abs(held[:, 0]).min() > 0
   np.testing.assert_array_equal(held[:, 1], held[:, 0])
@@ -534,7 +535,7 @@ def needs(engine_, lengths, **options):
 def test_no_text_needs_a_program_that_the_warm_up_left_out(llama, rows, length, lengths):
   """They are errors under test, see conftest.py."""
   engine_ = engine.Engine(*with_positions(llama, 400), rows=rows, length=length, window=4)
-  assert len(engine_.warm_up()) <= 5 + 2 * len(engine.PIECES)
+  assert len(engine_.warm_up()) <= 5 + 2 * len(piecewise.PIECES)
   needs(engine_, lengths)
 
 

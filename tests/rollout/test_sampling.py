@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from posttrain_jax.core import bits
 from posttrain_jax.rollout import sampling
 from posttrain_jax.rollout.sampling import GREEDY, Sampling
 
@@ -79,7 +80,8 @@ def test_a_repetition_is_dearer_whatever_the_sign_of_its_logit():
   text = np.asarray([[3, 7, 3, 250], [0, 0, 0, 0], [9, 8, 7, 6], [1, 2, 3, 4]])
   lengths = np.asarray([3, 0, 1, 4])
   hows = [Sampling(repetition_penalty=p) for p in (1.5, 2.0, 1.0, 0.5)]
-  found = sampling.penalised(jnp.asarray(LOGITS), text, lengths, sampling.Rows.of(hows))
+  none = jnp.zeros_like(lengths)
+  found = sampling.penalised(jnp.asarray(LOGITS), text, lengths, none, sampling.Rows.of(hows))
   expected = LOGITS.copy()
   for row, how in enumerate(hows):
     for token in set(text[row, : lengths[row]]):
@@ -122,3 +124,61 @@ def test_settings_that_mean_nothing_are_refused():
   ]:
     with pytest.raises(ValueError, match=message):
       Sampling(**wrong)
+
+
+def test_presence_and_frequency_penalties_count_the_answer_alone():
+  """OpenAI's: logit - count * frequency - (count > 0) * presence, of what was drawn and not of the prompt."""
+  text = np.asarray([[3, 7, 3, 3, 5], [1, 1, 1, 9, 9], [4, 4, 4, 4, 4], [2, 2, 0, 0, 0]])
+  lengths, drawn = np.asarray([5, 4, 5, 2]), np.asarray([3, 1, 5, 0])
+  how = [Sampling(presence_penalty=p, frequency_penalty=f) for p, f in PENALTIES]
+  args = (jnp.asarray(text), jnp.asarray(lengths), jnp.asarray(drawn), sampling.Rows.of(how))
+  found = sampling.penalised(jnp.asarray(LOGITS), *args)
+  expected = LOGITS.astype(np.float64).copy()
+  for row, (presence, frequency) in enumerate(PENALTIES):
+    answer = text[row, lengths[row] - drawn[row] : lengths[row]]
+    for token in set(answer.tolist()):
+      expected[row, token] -= frequency * (answer == token).sum() + presence
+  np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+  assert (np.asarray(found) != LOGITS).sum() == 2 + 1 + 1
+
+
+PENALTIES = [(0.5, 0.25), (0.0, -1.0), (2.0, 2.0), (1.0, 1.0)]
+
+
+def test_a_bias_is_added_to_its_tokens_and_twice_where_it_is_named_twice():
+  how = [Sampling(bias=((3, 2.5), (7, -100.0), (3, 1.0))), *[Sampling()] * 3]
+  none = jnp.zeros(4, jnp.int32)
+  text = jnp.zeros((4, 5), jnp.int32)
+  found = sampling.penalised(jnp.asarray(LOGITS), text, none, none, sampling.Rows.of(how))
+  expected = LOGITS.copy()
+  expected[0, 3] += 3.5
+  expected[0, 7] -= 100
+  np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_a_mask_removes_what_a_grammar_does_not_allow():
+  allowed = np.random.default_rng(0).random(LOGITS.shape) < 0.3
+  has = np.asarray([True, False, True, True])
+  found = sampling.masked(jnp.asarray(LOGITS), jnp.asarray(has), bits.pack(jnp.asarray(allowed)))
+  np.testing.assert_array_equal(found, np.where(allowed | ~has[:, None], LOGITS, -np.inf))
+
+
+def test_the_most_likely_are_told_in_order():
+  ids, logps = sampling.most_likely(jnp.asarray(LOGITS), 4)
+  every = LOGITS - np.log(np.exp(LOGITS.astype(np.float64)).sum(-1, keepdims=True))
+  np.testing.assert_array_equal(ids, np.argsort(-LOGITS, axis=-1, kind="stable")[:, :4])
+  np.testing.assert_allclose(logps, np.sort(every, axis=-1)[:, ::-1][:, :4], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  "fields",
+  [
+    dict(presence_penalty=2.1),
+    dict(frequency_penalty=float("nan")),
+    dict(bias=((1, 101.0),)),
+    dict(bias=tuple((i, 1.0) for i in range(301))),
+  ],
+)
+def test_penalties_and_biases_have_bounds(fields):
+  with pytest.raises(ValueError, match=r"penalty must be|bias of token|tokens have a bias"):
+    Sampling(**fields)
