@@ -104,7 +104,9 @@ def started(args: argparse.Namespace, root: pathlib.Path | None, slots: int) -> 
   return worker
 
 
-def load(worker: Any, asked: list[tuple[list[int], int | None]], clients: int) -> dict[str, float]:
+def load(
+  worker: Any, asked: list[tuple[list[int], int | None]], clients: int, new: int = NEW
+) -> dict[str, float]:
   """What a closed load of those requests took."""
   from posttrain_jax.serve.asked import Asked, Ended, Failed, Tokens
 
@@ -116,7 +118,7 @@ def load(worker: Any, asked: list[tuple[list[int], int | None]], clients: int) -
       at, (prompt, adapter) = left.pop(0)
       sent[at] = time.perf_counter()
       told = lambda event, at=at: events.put((at, event, time.perf_counter()))
-      worker.submit(Asked(prompt, NEW, adapter=None if adapter is None else name(adapter)), told)
+      worker.submit(Asked(prompt, new, adapter=None if adapter is None else name(adapter)), told)
 
   began, cpu = time.perf_counter(), time.process_time()
   for _ in range(clients):
@@ -144,17 +146,17 @@ def load(worker: Any, asked: list[tuple[list[int], int | None]], clients: int) -
     cpu_ms_per_token=1e3 * cpu / tokens,
     first_token_p50=at(first, 0.5),
     first_token_p99=at(first, 0.99),
-    next_token_p50=at(gaps, 0.5),
-    next_token_p99=at(gaps, 0.99),
+    next_token_p50=at(gaps or [0.0], 0.5),
+    next_token_p99=at(gaps or [0.0], 0.99),
   )
 
 
-def swap(worker: Any, root: pathlib.Path, slots: int) -> dict[str, float]:
+def swap(worker: Any, slots: int) -> dict[str, float]:
   """Seconds to the first token of one request alone."""
   (prompt, _), *_ = requests(1, 0, "uniform", 5)
 
   def first(number: int) -> float:
-    return load(worker, [(prompt, number)], 1)["first_token_p50"]
+    return load(worker, [(prompt, number)], 1, new=1)["first_token_p50"]
 
   took: dict[str, list[float]] = dict(hot=[], warm=[], cold=[])
   for at in range(slots + 1):  # one more than there are slots: the first is evicted
@@ -164,7 +166,6 @@ def swap(worker: Any, root: pathlib.Path, slots: int) -> dict[str, float]:
     took["hot"].append(first(at))
     worker.adapters.unload(name(at))
     took["cold"].append(first(at))
-  del root
   return {how: statistics.median(seconds) for how, seconds in took.items()}
 
 
@@ -186,7 +187,7 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
         for figure, value in figures.items():
           told.setdefault(f"{what}, {law}", {}).setdefault(figure, []).append(value)
         print(round_, what, law, {k: round(v, 4) for k, v in figures.items()}, flush=True)
-    swaps = swap(served, root, args.slots)
+    swaps = swap(served, args.slots)
     programs = served.numbers().compiled_programs
     for worker in (base, served):
       worker.close()
@@ -208,16 +209,15 @@ def peer(args: argparse.Namespace) -> dict[str, Any]:
   import torch
   import transformers
 
-  from posttrain_jax.models import decoder, fetch, hf
+  from posttrain_jax.models import hf
 
-  del decoder
   with tempfile.TemporaryDirectory() as folder:
     root = pathlib.Path(folder)
     most = max(args.adapters)
     write(root, most, args.rank, tuple(args.modules))
     params, config = hf.load("smollm2", dtype=np.float32)
     hf.save(root / "base", params, config)
-    del params, fetch
+    del params
     dtype = torch.bfloat16 if args.peer_dtype == "bfloat16" else torch.float32
     model = transformers.AutoModelForCausalLM.from_pretrained(root / "base", dtype=dtype)
     model = peft.PeftModel.from_pretrained(model, root / name(0), adapter_name=name(0))
