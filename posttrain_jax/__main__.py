@@ -35,8 +35,8 @@ from posttrain_jax.commands import (  # noqa: E402
   plan,
   report,
   sample,
-  student,
   serve,
+  student,
   sweep,
   train,
 )
