@@ -2,10 +2,12 @@
 
 from posttrain_jax.core.metrics import read
 from posttrain_jax.objectives.balance import Balance
+from posttrain_jax.objectives.critic import ActorCritic
 from posttrain_jax.objectives.groups import Grouped
 from posttrain_jax.objectives.imitation import Imitation
 from posttrain_jax.objectives.labels import Labelled
 from posttrain_jax.objectives.objective import (
+  CRITIC,
   Batch,
   Context,
   Forward,
@@ -13,6 +15,7 @@ from posttrain_jax.objectives.objective import (
   Scorer,
   evaluation,
   measured,
+  of_policy,
   policy,
   targets,
 )
@@ -22,6 +25,8 @@ from posttrain_jax.objectives.sum import Sum
 from posttrain_jax.objectives.supervised import Sft
 
 __all__ = [
+  "CRITIC",
+  "ActorCritic",
   "Balance",
   "Batch",
   "Context",
@@ -37,6 +42,7 @@ __all__ = [
   "Sum",
   "evaluation",
   "measured",
+  "of_policy",
   "policy",
   "read",
   "targets",

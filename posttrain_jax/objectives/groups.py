@@ -153,7 +153,7 @@ class Grouped(Scorer):
       old_logps = ref_logps
     elif self.old == "batch":
       old_logps = jnp.where(at.mask, batch["old_logps"], 0.0)
-    losses, stats = self._surrogate(logps, old_logps, at.per_token(batch["advantage"]), at)
+    losses, stats = self._surrogate(logps, old_logps, _advantages(batch, at), at)
     metrics: Metrics = {}
     if self.old == "batch":
       metrics["kl_to_old"] = metrics_lib.mean(stop(kl.k3(old_logps, logps, at.mask)), at.mask)
@@ -263,6 +263,11 @@ class Grouped(Scorer):
       "clip_ratio/high_mean": mean(stats.clipped_high, at.mask),
       "tokens": jnp.sum(batch["segment_ids"] > 0),
     }
+
+
+def _advantages(batch: Batch, at: Spans) -> Array:
+  """[rows, time]: of each token where a critic tells them apart, else of its answer."""
+  return batch["advantages"] if "advantages" in batch else at.per_token(batch["advantage"])
 
 
 def _off_policy(logps: Array, sampling: Array, at: Spans) -> Metrics:
