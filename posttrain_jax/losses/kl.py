@@ -46,7 +46,7 @@ def adapted(
 ) -> float:
   """coefficient * (1 + clip(found / target - 1, -0.2, 0.2) * answers / horizon).
 
-  It grows while the KL is above its target; both are nats an answer.  Ziegler et al. 2019, arXiv 1909.08593, section 2.2
+  It grows while the KL is above its target; both are nats an answer.  Ziegler et al. 2019, arXiv 1909.08593, 2.2.
 
   Args:
     horizon: answers over which an error of 0.2 changes it by that part.
