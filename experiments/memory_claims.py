@@ -212,8 +212,8 @@ def page(compiled: dict) -> str:
         if name.startswith("7B DPO") or "GRPO" in name or "PPO" in name
       ),
       "80 GB is bfloat16 without master weights; a reference that is the base with its adapter off costs no model; "
-      "GRPO has no critic, and RLHF that trains two models takes three times what is said; with adapters policy, critic and "
-      "reference share one base, and a reward model of 7B in bfloat16 has 13.5 GB beside what is compiled",
+      "GRPO has no critic, and RLHF that trains two models takes three times what is said; with adapters policy, critic"
+      " and reference share one base, and a reward model of 7B in bfloat16 has 13.5 GB beside what is compiled",
     ),
     (
       "7. DPO costs 2x the memory of SFT",
