@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from posttrain_jax.__main__ import main
 from posttrain_jax.runs import completions
@@ -96,6 +97,20 @@ def test_online_dpo_learns_from_the_best_and_the_worst(folder, tmp_path):
     scores = [row["reward"] for row in rows]
     by_advantage = {row["advantage"]: row["reward"] for row in rows}
     assert (by_advantage[1], by_advantage[-1]) == (max(scores), min(scores))
+
+
+@pytest.mark.slow
+def test_in_full_fine_tuning_a_critic_is_a_copy_of_the_model(folder, tmp_path):
+  """What is exported is a model without it."""
+  changes = ["steps=3", "critic.lr=3e-3", "online.kl_in_reward=0.1", "online.passes=2"]
+  run = command(folder, tmp_path / "run", *changes, method="ppo,adapter=none")
+  assert main([argument for argument in run if "adapter.r" not in argument]) == 0
+  told = lines(tmp_path / "run")
+  assert told[0]["critic/moved"] == 0 < told[2]["critic/moved"]
+  assert told[0]["reward_kl_penalty"] == pytest.approx(0, abs=1e-4)
+  assert told[2]["reward_kl_penalty"] != 0
+  names = load_file(tmp_path / "run" / "model" / "model.safetensors")
+  assert {*names} == {*load_file(folder / "model" / "model.safetensors")}
 
 
 @pytest.mark.slow
