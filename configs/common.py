@@ -295,6 +295,23 @@ def policy_loss(loss, aggregation, advantage, epsilon_high):
   return o
 
 
+def critic(arg):
+  """PPO's critic: what says how good a text is so far."""
+  v = ml_collections.ConfigDict()
+  v.trunk = "own"  # own: a copy of what trains, on the same base; shared: a head on the policy's
+  v.lr = 1e-4 if arg.adapter != "none" else 1e-5  # peak
+  v.weight = 0.5  # of its loss, which counts where the trunk is shared
+  v.epsilon = (
+    0.2  # how far a value may move from the one that its batch was made with; None: no bound
+  )
+  v.warmup = 0  # updates in which it learns alone
+  v.gamma = 1.0  # discount of a token
+  v.lam = 1.0  # of GAE, of the policy's advantages
+  v.returns_lam = config_dict.placeholder(float)  # of the critic's returns; None: lam
+  v.whiten = True  # advantages are whitened over all tokens of the batch that was written
+  return v
+
+
 def following(o):
   """TR-DPO: whether the reference follows the policy."""
   # updates from one step of the reference towards the policy to the next; 0: it stays

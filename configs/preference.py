@@ -27,7 +27,18 @@ def get_config(arg=None):
     arg, model="smollm2", data="", adapter="lora", base="dense", loss="dpo", smoke=False
   )
   c = common.run(arg)
-  names = arg.loss.split("+")
+  c.objective, names = objective(arg.loss.split("+"))
+  c.data = common.answers(arg, "triples" if "gold" in names else "pairs")
+  c.data.length = 1024
+  c.optimizer.lr = 5e-5 if arg.adapter != "none" else LEARNING_RATE.get(names[0], 5e-7)
+  c.optimizer.warmup = 0.1
+  if arg.smoke:
+    c.steps, c.batch.rows, c.eval.every, c.data.eval_rows = 2, 2, 0, 4
+  return c
+
+
+def objective(names):
+  """(config.objective of the losses that are added up, their names with what papers add to them)."""
   # what the paper adds to its loss
   if names == ["orpo"]:
     names += ["sft_with_prompt"]
@@ -35,9 +46,7 @@ def get_config(arg=None):
     names += ["sft"]
   elif names in (["tpo"], ["tpo_norm"]):
     names += ["gold"]
-  o = c.objective = ml_collections.ConfigDict(
-    {"name": "preference", "losses": dict.fromkeys(names, 1.0)}
-  )
+  o = ml_collections.ConfigDict({"name": "preference", "losses": dict.fromkeys(names, 1.0)})
   has = lambda *losses: any(name in losses for name in names)
   own = [name for name in names if name not in LIKELIHOOD]
   if own and own != ["reward"]:
@@ -60,13 +69,7 @@ def get_config(arg=None):
   if any(name not in (*WITHOUT_REFERENCE, "reward") for name in own):
     common.reference(o)
     common.following(o)
-  c.data = common.answers(arg, "triples" if "gold" in names else "pairs")
-  c.data.length = 1024
-  c.optimizer.lr = 5e-5 if arg.adapter != "none" else LEARNING_RATE.get(names[0], 5e-7)
-  c.optimizer.warmup = 0.1
-  if arg.smoke:
-    c.steps, c.batch.rows, c.eval.every, c.data.eval_rows = 2, 2, 0, 4
-  return c
+  return o, names
 
 
 def sweep():

@@ -5,12 +5,15 @@ posttrain train --config=rl:method=grpo,data=sql,reward=sql --workdir=runs/rl
 data=sql is the built-in task; data=FILE.jsonl has rows with a prompt and the columns that the verifiers read.
 storage=int8 or bfloat16 keeps the sampler's weights so, and corrects for it token by token.
 teacher=NAME adds the reverse KL to a model of the same tokenizer to each token's advantage (on-policy distillation).
-method: grpo, dr_grpo, dapo, gspo, cispo, rloo, dppo, dppo_kl, reinforce, reinforce_pp, max_rl, centred.
+method: grpo, dr_grpo, dapo, gspo, cispo, rloo, dppo, dppo_kl, reinforce, reinforce_pp, max_rl, centred; ppo, with a
+critic; online_dpo, whose pairs are the best and the worst answer to a prompt (and loss=ipo, or another of
+configs/preference.py).
 """
 
 import ml_collections
+from ml_collections import config_dict
 
-from posttrain_jax.configs import common, grouped
+from posttrain_jax.configs import common, grouped, preference
 
 # loss, aggregation, advantage, epsilon_high
 METHODS = {
@@ -18,7 +21,9 @@ METHODS = {
   "reinforce_pp": ("ppo", "token_mean", "whitened", 0.2),
   "max_rl": ("ppo", "token_mean", "max_rl", 0.2),
   "centred": ("reinforce", "token_mean", "none", 0.2),
+  "ppo": ("ppo", "token_mean", "gae", 0.2),
 }
+PAIRS = "online_dpo"
 
 
 def get_config(arg=None):
@@ -33,24 +38,26 @@ def get_config(arg=None):
     storage="auto",
     holdout="",
     teacher="",
+    loss="dpo",
     smoke=False,
   )
   c = common.run(arg)
-  method = METHODS[common.chosen("method", arg.method, METHODS)]
-  o = c.objective = common.policy_loss(*method)
-  # correction where the sampler's numbers differ from the trainer's: none, token, sequence, geometric
-  o.importance = "none" if arg.storage == "auto" else "token"
-  o.importance_high = 2.0
-  o.importance_low = 0.0
-  o.importance_outside = "truncate"  # truncate or mask
-  o.kl_weight = 0.0  # of the KL to the reference
-  o.kl_estimator = "k3"  # k2 has the gradient of the reverse KL, k3 of the forward KL
-  common.reference(o)
-  o.cache_reference = False  # answers are not there before training
-  o.teacher = arg.teacher  # a model whose tokens are learned beside the reward; "" for none
-  o.teacher_base = "dense"  # how its matrices are stored
-  o.teacher_weight = 1.0  # of the reverse KL to it, taken off each token's advantage
-  o.sft_weight = 0.0  # of the likelihood of the data's own answers (online.gold_rows)
+  common.chosen("method", arg.method, (*METHODS, PAIRS))
+  if arg.method == PAIRS:
+    if arg.teacher:
+      raise ValueError(
+        f"config argument teacher={arg.teacher!r}: pairs have no advantage it could be part of"
+      )
+    o, _ = preference.objective(arg.loss.split("+"))
+  elif arg.loss != "dpo":
+    raise ValueError(f"config argument loss={arg.loss!r}: it is of method={PAIRS}")
+  else:
+    o = _policy_gradient(arg)
+  c.objective = o
+  if "reference" in o:
+    o.cache_reference = False  # answers are not there before training
+  if arg.method == "ppo":
+    c.critic = common.critic(arg)
   c.reward = common.reward(arg.reward)
   c.holdout_reward = common.reward(arg.holdout)  # logged beside the reward, and never trained on
   n = c.online = ml_collections.ConfigDict()
@@ -69,11 +76,16 @@ def get_config(arg=None):
   n.storage = arg.storage
   n.dynamic = arg.method == "dapo"  # groups whose answers agree are replaced by others
   n.most_rounds = 10  # times that prompts are asked for one batch, with dynamic
+  n.curriculum = "none"  # or pass_rate: prompts whose answers are likely to differ come more often
   # part of the reward that says which answers are right and which groups agree; "": the total without what does not
   # ask for that (length, tags, reward.untested); total: the reward itself
   n.outcome = ""
   n.kl_in_reward = 0.0  # weight of an answer's KL to the reference, taken off its reward
   n.kl_in_reward_estimator = "k1"  # k1 (unbiased) or k3 (never negative), summed over the answer
+  # nats an answer that the weight is moved towards, over answers; None: the weight stays
+  n.kl_target = config_dict.placeholder(float)
+  n.kl_horizon = 10_000.0
+  n.cut_penalty = 0.0  # taken off the reward of an answer that max_new_tokens cut
   n.mask_cut = False  # answers that were cut teach nothing
   n.gold_rows = 0  # rows of an update that are the data's own answers
   # nats a token between sampler and trainer above which the run ends.  In float32 they differ by 1e-6; in bfloat16 by
@@ -88,6 +100,26 @@ def get_config(arg=None):
   c.checkpoint.every = 5  # a step is a batch that was written, which takes longer than saving
   c.optimizer.lr = 5e-5 if arg.adapter != "none" else 1e-6
   c.optimizer.schedule = "constant"
+  if arg.method == "ppo":
+    n.passes = 4
   if arg.smoke:
     c.steps, c.batch.rows, n.samples, n.max_new_tokens = 2, 2, 2, 8
   return c
+
+
+def _policy_gradient(arg):
+  """config.objective of a method of METHODS."""
+  o = common.policy_loss(*METHODS[arg.method])
+  # correction where the sampler's numbers differ from the trainer's: none, token, sequence, geometric
+  o.importance = "none" if arg.storage == "auto" else "token"
+  o.importance_high = 2.0
+  o.importance_low = 0.0
+  o.importance_outside = "truncate"  # truncate or mask
+  o.kl_weight = 0.0  # of the KL to the reference
+  o.kl_estimator = "k3"  # k2 has the gradient of the reverse KL, k3 of the forward KL
+  common.reference(o)
+  o.teacher = arg.teacher  # a model whose tokens are learned beside the reward; "" for none
+  o.teacher_base = "dense"  # how its matrices are stored
+  o.teacher_weight = 1.0  # of the reverse KL to it, taken off each token's advantage
+  o.sft_weight = 0.0  # of the likelihood of the data's own answers (online.gold_rows)
+  return o

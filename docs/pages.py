@@ -19,6 +19,7 @@ SECTIONS = {
   "reward": "What scores them",
   "holdout_reward": "A second score",
   "online": "Answers that the run writes",
+  "critic": "PPO's critic",
   "adapter": "Adapter",
   "eval": "Evaluation",
   "checkpoint": "Checkpoints",

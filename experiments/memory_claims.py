@@ -29,9 +29,12 @@ ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "experiments" / "results" / "memory_claims"
 GB = 1e9
 H100, B200, V5P = ("h100:1x1", 1), ("b200:1x1", 1), ("v5p:2x2x1", 1)
+H100S = ("h100:1x8", 8)
 _QLORA = "sft:model=llama3-70b,adapter=lora,base=nf4"
 _HOST = {"model.remat": "host", "optimizer.offload": "params"}
 _IN_STEP = {"objective.cache_reference": False, "model.remat": "full"}
+_WRITTEN = {"model.remat": "full", "online.samples": 4, "online.max_new_tokens": 256}
+_PPO = "rl:model=llama2-7b,reward=number,method=ppo"
 # name -> (place, config with its arguments, fields); a row of 2,048 tokens
 CASES = {
   "70B QLoRA, remat auto, H100": (H100, _QLORA, {}),
@@ -58,7 +61,17 @@ CASES = {
   "7B DPO, full": (B200, "preference:model=llama2-7b,adapter=none", _IN_STEP),
   "7B GRPO, LoRA": (
     H100, "rl:model=llama2-7b,adapter=lora,reward=number",
-    {"model.remat": "full", "online.samples": 4, "online.max_new_tokens": 256},
+    _WRITTEN,
+  ),
+  "7B PPO, LoRA": (H100, f"{_PPO},adapter=lora", _WRITTEN),
+  "7B PPO, LoRA, critic on the policy's trunk": (
+    H100, f"{_PPO},adapter=lora", {**_WRITTEN, "critic.trunk": "shared"},
+  ),
+  "7B PPO, full, 8 devices": (
+    H100S, f"{_PPO},adapter=none", {**_WRITTEN, "online.kl_in_reward": 0.05, "batch.rows": 8},
+  ),
+  "7B GRPO, full, 8 devices": (
+    H100S, "rl:model=llama2-7b,adapter=none,reward=number", {**_WRITTEN, "batch.rows": 8},
   ),
   "70B QLoRA, adapter and inputs on the host, v5p": (V5P, _QLORA, _HOST),
   "70B QLoRA, base on the host, v5p": (V5P, _QLORA, {**_HOST, "model.offload": "layers"}),
@@ -194,10 +207,13 @@ def page(compiled: dict) -> str:
       f"{8 * seven / GB:.0f} GB before anything trains, and with policy and critic trained by Adam in mixed precision "
       f"{(2 * 16 + 2 * 2) * seven / GB:.0f}",
       "; ".join(
-        f"{name}: {peak(name)}" for name in CASES if name.startswith("7B DPO") or "GRPO" in name
+        f"{name}: {peak(name)}"
+        for name in CASES
+        if name.startswith("7B DPO") or "GRPO" in name or "PPO" in name
       ),
       "80 GB is bfloat16 without master weights; a reference that is the base with its adapter off costs no model; "
-      "GRPO has no critic, and RLHF that trains two models takes three times what is said",
+      "GRPO has no critic, and RLHF that trains two models takes three times what is said; with adapters policy, critic"
+      " and reference share one base, and a reward model of 7B in bfloat16 has 13.5 GB beside what is compiled",
     ),
     (
       "7. DPO costs 2x the memory of SFT",

@@ -15,11 +15,11 @@ from posttrain_jax import adapters, settings
 from posttrain_jax.adapters import layout
 from posttrain_jax.adapters.adalora import AdaLoRA
 from posttrain_jax.adapters.node import Change
-from posttrain_jax.build import decisions
+from posttrain_jax.build import critic, decisions
 from posttrain_jax.core import memory, tree
 from posttrain_jax.data import templates
 from posttrain_jax.models import hf
-from posttrain_jax.objectives import Context
+from posttrain_jax.objectives import Context, of_policy
 
 if TYPE_CHECKING:
   from posttrain_jax.build.model import Model
@@ -49,8 +49,8 @@ class Trees:
 
   @property
   def adapter(self) -> Any:
-    """The whole adapter, trained and fixed fields together."""
-    return tree.combine(self.trainable, self.carried)
+    """The policy's whole adapter, trained and fixed fields together."""
+    return tree.combine(of_policy(self.trainable), of_policy(self.carried))
 
 
 def make(
@@ -66,7 +66,8 @@ def make(
   """
   adapter_config = described(config)
   if adapter_config is None:
-    return Trees(model.params, None, Context(reference=reference), None)
+    trained = critic.beside(config, model.params, model.config, mesh)
+    return Trees(trained, None, Context(reference=reference), None)
   text = adapter_config.prompt_tuning_init_text
   ids = None if text is None else templates.opening(model.tokenizer, text)
   if ids is not None and max(ids, default=0) >= model.config.vocab_size:
@@ -87,7 +88,8 @@ def make(
     adapter = _goes_on(adapter, earlier)
     if decisions.compares_with_start(config):
       compared_with = jax.tree.map(jnp.copy, earlier)  # what trains is donated from step to step
-  trainable, carried = tree.partition(layout.laid_out(adapter, mesh))
+  laid_out = critic.beside(config, layout.laid_out(adapter, mesh), model.config, mesh)
+  trainable, carried = tree.partition(laid_out)
   if decisions.trained_on_host(config):
     trainable = layout.hosted(trainable)
   return Trees(

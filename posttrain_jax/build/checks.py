@@ -8,7 +8,7 @@ import jax
 import ml_collections
 
 from posttrain_jax import settings
-from posttrain_jax.build import adapter, decisions
+from posttrain_jax.build import adapter, decisions, methods
 from posttrain_jax.data import answers, chat
 from posttrain_jax.evals import graders, meanings, tasks
 from posttrain_jax.rewards import named
@@ -19,7 +19,7 @@ Config = ml_collections.ConfigDict
 # kinds of rows that an objective learns from
 READS = {
   "sft": ("text",),
-  "preference": ("pairs", "triples"),
+  "preference": ("pairs", "triples", "prompts"),
   "kto": ("labels", "pairs", "triples"),
   "reward": ("pairs", "outcomes", "steps"),
   "grouped": ("scored", "prompts"),
@@ -213,8 +213,18 @@ def _online(config: Config) -> None:
     raise ConfigError(
       "objective.cache_reference: answers that are yet to be written have no log-probabilities to cache; write false"
     )
+  part, titles = config.online.outcome, named.titles((*config.reward.parts, *config.reward.gates))
+  if part not in ("", TOTAL, *titles, *titles.values()):
+    raise ConfigError(
+      f"online.outcome={part!r}: the reward has the parts {', '.join(titles.values())}; {TOTAL} is the reward itself"
+    )
+  if o.name == "preference":
+    methods.check_pairs(config)
+    return
   if "importance" in o and not 0 <= o.importance_low < o.importance_high:
     raise ConfigError("objective.importance_low must be below objective.importance_high")
+  if o.name == "grouped":
+    methods.check_advantage(config)
   if config.online.kl_in_reward and o.get("advantage") == "max_rl":
     raise ConfigError(
       "online.kl_in_reward: advantage=max_rl divides by the mean reward, which this may make negative; write"
@@ -224,11 +234,6 @@ def _online(config: Config) -> None:
     raise ConfigError(
       f"online.storage={config.online.storage}: answers are then drawn from another distribution than the one that"
       " learns; write --config.objective.importance=token too, which weighs each token by the ratio of the two"
-    )
-  part, titles = config.online.outcome, named.titles((*config.reward.parts, *config.reward.gates))
-  if part not in ("", TOTAL, *titles, *titles.values()):
-    raise ConfigError(
-      f"online.outcome={part!r}: the reward has the parts {', '.join(titles.values())}; {TOTAL} is the reward itself"
     )
 
 
@@ -269,10 +274,6 @@ def _distillation(config: Config) -> None:
     raise ConfigError(
       f"online.gold_rows={gold} and objective.sft_weight={weight}: the data's own answers are rows with a weight; write"
       " both above 0, or neither"
-    )
-  if o.name == "grouped" and config.reward.parts and online.samples < 2:
-    raise ConfigError(
-      "online.samples=1: an advantage is over other answers to the prompt; write 2 or more"
     )
 
 

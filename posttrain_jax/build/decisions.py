@@ -87,6 +87,13 @@ def context(config: ml_collections.ConfigDict) -> int:
   return config.mesh.get("context", 1)  # runs of older versions have none
 
 
+def trains_as_it_scores(adapter_config: Any) -> bool:
+  """Whether a training step computes what a measurement does: without dropout, and with one attention."""
+  return adapter_config is None or not (
+    adapter_config.lora_dropout or adapter_config.attention_group
+  )
+
+
 def remat(config: ml_collections.ConfigDict) -> str:
   """What the backward pass recomputes; "auto" is what measured fastest on CPU, and not yet elsewhere."""
   return "names" if config.model.remat == "auto" else config.model.remat

@@ -28,7 +28,7 @@ class Group:
   held_out: Sequence[Scored] = ()  # by what is not trained on, where there is such a reward
   # what functions logged of each answer, by column
   columns: dict[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
-  advantages: Sequence[float] = ()  # of what is learned from
+  advantages: Sequence[float] | np.ndarray = ()  # of what is learned from
 
   @property
   def answers(self) -> list[Answer]:

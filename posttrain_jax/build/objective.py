@@ -9,7 +9,7 @@ from typing import Any
 import ml_collections
 
 from posttrain_jax import objectives
-from posttrain_jax.build import adapter, attention, decisions
+from posttrain_jax.build import adapter, attention, critic, decisions
 from posttrain_jax.build.model import Model
 from posttrain_jax.losses import distillation
 from posttrain_jax.objectives import Scorer
@@ -60,9 +60,12 @@ def make(
     parts = (*parts, ("sft", imitation, float(config.objective.sft_weight)))
   if weight := decisions.balance(config, model.config):
     parts = (*parts, ("balance", objectives.Balance(model.config, **how), weight))
-  if len(parts) == 1 and parts[0][2] == 1:
-    return parts[0][1]
-  return objectives.Sum(model.config, parts=parts, **how)
+  is_one = len(parts) == 1 and parts[0][2] == 1
+  loss = parts[0][1] if is_one else objectives.Sum(model.config, parts=parts, **how)
+  if not critic.has(config):
+    return loss
+  as_it_scores = decisions.trains_as_it_scores(adapter.described(config))
+  return critic.beside_actor(config, loss, how, as_it_scores=as_it_scores)
 
 
 def _supervised(model: Model, channels: Sequence[str], how: Mapping[str, Any]) -> Scorer:
@@ -164,8 +167,7 @@ def _grouped(config: Config, model: Model, how: Mapping[str, Any]) -> Parts:
   adapter_config = adapter.described(config)
   main = objectives.Grouped(
     model.config,
-    trains_as_it_scores=adapter_config is None
-    or not (adapter_config.lora_dropout or adapter_config.attention_group),
+    trains_as_it_scores=decisions.trains_as_it_scores(adapter_config),
     loss_name=config.objective.loss,
     starts_there=_compared(config)["starts_there"],
     teacher_weight=config.objective.teacher_weight if decisions.teacher(config) else 0.0,

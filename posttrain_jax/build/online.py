@@ -21,15 +21,13 @@ import ml_collections
 import numpy as np
 
 from posttrain_jax import settings
-from posttrain_jax.build import decisions, gold, scoring
+from posttrain_jax.build import curriculum, decisions, gold, methods, scoring
 from posttrain_jax.build import groups as groups_lib
 from posttrain_jax.build.adapter import Trees
 from posttrain_jax.build.data import Data
 from posttrain_jax.build.groups import Group
 from posttrain_jax.build.model import Model
-from posttrain_jax.build.prompts import Prompt
 from posttrain_jax.build.teacher import Teacher
-from posttrain_jax.build.updates import Updates
 from posttrain_jax.build.writer import Writer
 from posttrain_jax.core import progress, words
 from posttrain_jax.objectives import Scorer
@@ -84,8 +82,14 @@ class Online:
       scoring.titles(settings.plain(config.reward)).get(outcome, outcome)
     )
     self._identities = [scoring.identity(settings.plain(config[name])) for name in scoring.SECTIONS]
+    o = config.online
+    self.order = curriculum.make(
+      o.curriculum, self.prompts, seed=config.seed, answers=o.samples, outcome=self.outcome
+    )
+    # of the batch under way: place of a prompt among all that were asked -> which one it is
+    self._chosen: dict[int, int] = {}
     self.writer = Writer(config, model, self.prompts)
-    self.updates = Updates(config, model.config.vocab_size)
+    self.updates = methods.make(config, model.config.vocab_size)
     self.updates.gold = gold.rows(config, model, self.updates.of_data)
     self.folder: Path | None = None
     self._batches = 0  # written
@@ -145,12 +149,17 @@ class Online:
       "told": self._told,
       "unscored": self._unscored,
       "history": [[*pair] for pair in self._watch.history],
+      "kl_coefficient": self.updates.kl_coefficient,
+      "curriculum": self.order.get_state(),
     }
 
   def set_state(self, state: dict) -> None:
     self._batches, self._asked = state["batches"], state["asked"]
     self._told = state["told"]
-    self._unscored = state.get("unscored", 0)  # which a checkpoint of an earlier version lacks
+    # which checkpoints of earlier versions lack
+    self._unscored = state.get("unscored", 0)
+    self.updates.kl_coefficient = state.get("kl_coefficient", self.updates.kl_coefficient)
+    self.order.set_state(state.get("curriculum", {}))
     self._watch = alarm.Watch([(reward, other) for reward, other in state["history"]])
     self._left = []
     if state["left"]:  # of a batch that is used several times
@@ -222,12 +231,14 @@ class Online:
     o, config = self.config.online, self.config
     wanted = decisions.asked_rows(config) * o.minibatches
     self._batches += 1
+    self._chosen = {}
     with progress.announced("updating", self.say):
       jax.block_until_ready(state.trainable)  # of the last update
     self._go_on()
     began = time.monotonic()
     self.writer.load(state.trainable, state.carried)
-    writer = f"{_digest(state.trainable)} {self._asks}"
+    asked = self.order.get_state()
+    writer = f"{_digest(state.trainable)} {self._asks}{f' {_named(asked)}' if asked else ''}"
     journal = completions.Journal(self.folder, self._batches, writer, last=self._goes_back)
     spent: dict[str, float] = {"writing": 0.0, "scoring": 0.0}
     with contextlib.closing(journal):
@@ -259,6 +270,7 @@ class Online:
     spent["all"], self._ended = now - self._ended, now
     beside["dynamic_sampling/rounds"] = float(len(results))
     beside["dynamic_sampling/kept"] = len(kept) / len(every)
+    beside |= self.order.saw([(self._chosen[g.number], g) for g in every], self.outcome)
     beside |= self._scores_told([reward_lib.together(rounds) for rounds in zip(*results)])
     self._check_scored(every)
     self._tell(every, spent, beside)
@@ -321,7 +333,9 @@ class Online:
     o, began = self.config.online, time.monotonic()
     numbers = range(self._asked, self._asked + count)
     self._asked += count
-    groups = [Group(number, self._prompt(number)) for number in numbers]
+    chosen = self.order.choose(numbers, {*self._chosen.values()})
+    self._chosen |= zip(numbers, chosen)
+    groups = [Group(number, self.prompts[i]) for number, i in zip(numbers, chosen)]
     with contextlib.ExitStack() as open_ones:
       scores = [
         open_ones.enter_context(Overlapped(reward, ledger, identity, self._trainer_state))
@@ -394,12 +408,6 @@ class Online:
       Answer(prompt.asked, text, prompt.row, answer.tokens, group.number)
       for text, answer in zip(group.texts, group.answers)
     ]
-
-  def _prompt(self, number: int) -> Prompt:
-    """The prompt that is asked in that place: every epoch has its own order."""
-    epoch, at = divmod(number, len(self.prompts))
-    order = np.random.default_rng((self.config.seed, epoch)).permutation(len(self.prompts))
-    return self.prompts[order[at]]
 
   def _say_dead(self, kept: Sequence[Group], dead: Sequence[Group], rounds: int) -> None:
     rate = groups_lib.pass_rate([*kept, *dead], self.outcome)
@@ -479,6 +487,11 @@ def check_step(config: Config, values: Mapping[str, float]) -> None:
       f" average, above online.most_drift={most:g}: the policy learns from answers of another one. Are its weights the"
       " sampler's, and both of one precision?"
     )
+
+
+def _named(state: Mapping[str, Any]) -> str:
+  """What tells the state of an order from others."""
+  return _digest([np.frombuffer(json.dumps(state).encode(), np.uint8)])
 
 
 def _digest(arrays: Any) -> str:

@@ -29,6 +29,7 @@ from posttrain_jax.build import (
   attention,
   best,
   checks,
+  critic,
   data,
   decisions,
   earlier_adapter,
@@ -58,7 +59,7 @@ from posttrain_jax.core.started import Started
 from posttrain_jax.data import encoded, loader
 from posttrain_jax.evals import report, tasks
 from posttrain_jax.models import decoder, hf
-from posttrain_jax.objectives import Scorer, evaluation, measured
+from posttrain_jax.objectives import Scorer, evaluation, measured, of_policy
 from posttrain_jax.optim import schedules
 from posttrain_jax.runs import folder as run_folder
 from posttrain_jax.runs import record, trackers
@@ -306,10 +307,14 @@ def _introduce(pieces: Pieces, say: Say) -> None:
   """What is about to run, before it does: parameters, data, and one example with its trained tokens marked."""
   trees, base = pieces.trees, pieces.model
   if trees.adapter_config is None:
-    total = tree.size(trees.trainable)
+    total = tree.size(of_policy(trees.trainable))
     say(f"trainable params: {total:,} || all params: {total:,} || trainable%: 100.0000")
+    if critic.has(pieces.config):
+      say(critic.told(pieces.config, trees.trainable))
   else:
     say(adapters.summary(trees.context.base, trees.adapter))
+    if critic.has(pieces.config):
+      say(critic.told(pieces.config, trees.trainable))
     size = tree.nbytes(trees.context.base) / 1e6
     say(f"base: {pieces.config.model.base}, {size:,.0f} MB")
   if base.earlier is not None and base.earlier.under and trees.adapter_config is not None:
@@ -480,8 +485,8 @@ class _Training:
   def _export(self, state: State, name: str) -> None:
     """The adapter as a PEFT folder, or (full fine-tuning) the model as a Hugging Face folder."""
     pieces, base = self.pieces, self.pieces.model
-    trained = _whole(state.trainable, pieces.mesh)
-    carried = _whole(state.carried, pieces.mesh)
+    trained = _whole(of_policy(state.trainable), pieces.mesh)
+    carried = _whole(of_policy(state.carried), pieces.mesh)
     if not distributed.is_main():
       return
     adapter_config = pieces.trees.adapter_config
@@ -515,9 +520,9 @@ class _Training:
     if task is None:
       return
     if pieces.trees.adapter_config is None:
-      params = decoder.multiplied_in(memory.fetch(state.trainable), base.products)
+      params = decoder.multiplied_in(memory.fetch(of_policy(state.trainable)), base.products)
     else:
-      nodes = tree.combine(state.trainable, state.carried)
+      nodes = tree.combine(of_policy(state.trainable), of_policy(state.carried))
       params = use.for_writing(pieces.trees.context.base, nodes)
     doing = f"answering {when} training"
     with settings.section("eval.task"), progress_lib.counter(doing) as count:
@@ -660,7 +665,8 @@ def _on_its_base(pieces: Pieces, state: State) -> Pieces:
   """The pieces with the base that the checkpoint's adapter belongs to, where a start was taken out of it."""
   if pieces.model.started is None:
     return pieces
-  trained, carried = (_whole(part, pieces.mesh) for part in (state.trainable, state.carried))
+  of_state = (of_policy(state.trainable), of_policy(state.carried))
+  trained, carried = (_whole(part, pieces.mesh) for part in of_state)
   # a product of sharded factors is added up otherwise
   nodes = tree.flatten(jax.device_get(tree.combine(trained, carried)))
   context = adapter.resumed(pieces.model, pieces.trees.context, nodes, pieces.mesh)

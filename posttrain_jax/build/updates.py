@@ -39,10 +39,12 @@ class Updates:
     self.config = config
     whole = writer.sampling(config).is_whole
     self.words = 0 if whole else bits.words(vocab)  # that say what a token was drawn among
+    self.slots = int(config.online.samples)  # answers of a row
     self._old_logps, self._kl = jax.jit(self._logps), jax.jit(self._kl_of_answers)
     self._of_teacher = jax.jit(self._teacher_logps)
     self.teacher: Teacher | None = None
     self.gold = Gold((), 0, config.seed)
+    self.kl_coefficient = float(config.online.kl_in_reward)  # which an adaptive one changes
 
   def bind(self, trees: Trees, objective: Scorer, teacher: Teacher | None = None) -> None:
     """What computes log-probabilities; teacher: whose are taken off the advantages, where there is one."""
@@ -60,12 +62,12 @@ class Updates:
     number: of the written batch in the run.
     """
     o, told = self.config.online, {}
-    rewards = np.stack([group.scores for group in groups])
+    rewards = self.rewards(groups)
     if o.kl_in_reward:
       divergences = self._divergences(groups, state)
-      if not np.isnan(rewards).all():
-        told["reward_kl_penalty"] = float(divergences[~np.isnan(rewards)].mean())
-      rewards = rewards - o.kl_in_reward * divergences
+      coefficient = self.kl_coefficient
+      told = self.took_off(divergences[~np.isnan(rewards)])
+      rewards = rewards - coefficient * divergences
     # without a reward there is nothing to compare: a teacher alone says what is learned
     compares = "advantage" in self.config.objective and bool(self.config.reward.parts)
     advantages = (
@@ -76,12 +78,10 @@ class Updates:
     for group, of_group in zip(groups, advantages):
       group.advantages = of_group
     examples = [self._example(group, np.asarray(group.advantages)) for group in groups]
-    orders = [np.arange(len(examples))]
-    for turn in range(1, o.passes):
-      random = np.random.default_rng((self.config.seed, number, turn))
-      orders.append(random.permutation(orders[0]))
     packed: list[Batch] = [
-      batch for order in orders for batch in self._packed(examples, order, self.gold.of(number))
+      batch
+      for order in self.orders(len(examples), number)
+      for batch in self._packed(examples, order, self.gold.of(number))
     ]
     if (teacher := self.teacher) is not None:
       theirs = lambda batch: np.asarray(self._of_teacher(teacher.params, batch))
@@ -92,12 +92,42 @@ class Updates:
     old = lambda batch: np.asarray(self._old_logps(state.trainable, context, batch))
     return [{**batch, "old_logps": old(batch)} for batch in packed], told
 
+  def rewards(self, groups: Sequence[Group]) -> np.ndarray:
+    """[groups, samples]: scores, NaN where one is missing, less what an answer that was cut is charged."""
+    scores = np.stack([group.scores for group in groups])
+    cut = [[not answer.finished for answer in group.answers] for group in groups]
+    return scores - self.config.online.cut_penalty * np.asarray(cut)
+
+  def took_off(self, divergences: np.ndarray) -> dict[str, float]:
+    """What is told of the answers' KL, in nats each; an adaptive coefficient is moved for the next batch."""
+    o = self.config.online
+    if not len(divergences):
+      return {}
+    told = {"reward_kl_penalty": float(divergences.mean())}
+    if o.kl_target is not None:
+      told["reward_kl_coefficient"] = self.kl_coefficient
+      self.kl_coefficient = kl.adapted(
+        self.kl_coefficient,
+        told["reward_kl_penalty"],
+        target=o.kl_target,
+        horizon=o.kl_horizon,
+        answers=len(divergences),
+      )
+    return told
+
+  def orders(self, count: int, number: int) -> list[np.ndarray]:
+    """The order of the rows in each pass over them."""
+    first = np.arange(count)
+    turns = range(1, self.config.online.passes)
+    random = (np.random.default_rng((self.config.seed, number, turn)) for turn in turns)
+    return [first, *(one.permutation(first) for one in random)]
+
   def blank(self) -> Batch:
     """A batch of the largest shape, for a program that is compiled and not run."""
     o, length = self.config.online, self.config.data.length
     rows = [[0]] * self.config.batch.rows
     shares = self.config.data.share_prompt
-    batch = pack_answers([self._one_token], rows, length, o.samples, shares=shares)
+    batch = pack_answers([self._one_token], rows, length, self.slots, shares=shares)
     if decisions.teacher(self.config) and self.config.objective.name == "grouped":
       batch["teacher_logps"] = np.zeros((len(rows), length), np.float32)
     if o.minibatches * o.passes > 1 and self.config.objective.name == "grouped":
@@ -134,9 +164,7 @@ class Updates:
       [behind[i % len(behind)] for i in range(at * each, at * each + each)] if gold else []
     )
     parts = [part + taken(at) for at, part in enumerate(parts)]
-    return [
-      pack_answers(known, part, edge, self.config.online.samples, shares=shares) for part in parts
-    ]
+    return [pack_answers(known, part, edge, self.slots, shares=shares) for part in parts]
 
   def _divergences(self, groups: Sequence[Group], state: State) -> np.ndarray:
     """[groups, samples]: the KL of each answer to the reference, summed over its tokens; 0 without a score."""

@@ -17,6 +17,7 @@ from posttrain_jax.build.model import Model
 from posttrain_jax.build.prompts import Prompt
 from posttrain_jax.core import progress, tree
 from posttrain_jax.models import before, decoder
+from posttrain_jax.objectives import of_policy
 from posttrain_jax.rollout import engine as engine_lib
 from posttrain_jax.rollout.requests import Answer, Request
 from posttrain_jax.rollout.sampling import Sampling
@@ -46,7 +47,7 @@ class Writer:
     self._base, self._is_full = trees.context.base, trees.adapter_config is None
 
   def load(self, trainable: Any, carried: Any) -> None:
-    ready = self._ready(self._base, trainable, carried)
+    ready = self._ready(self._base, of_policy(trainable), of_policy(carried))
     if self._engine is not None:
       self._engine.load(ready)
       return

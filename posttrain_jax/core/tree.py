@@ -98,6 +98,17 @@ def unknown(name: str, known: Iterable[str], what: str = "parameter") -> str:
   return f"no {what} matches {words.shown(name)}{example}"
 
 
+def without(tree: Tree, name: str) -> Tree:
+  """tree without the branch of that name; a tree that has none, or None, as it is.
+
+  >>> without({"layers": 1, "critic": 2}, "critic"), without(None, "critic")
+  ({'layers': 1}, None)
+  """
+  if not isinstance(tree, Mapping) or name not in tree:
+    return tree
+  return {key: branch for key, branch in tree.items() if key != name}
+
+
 def map_weights(tree: Tree, rules: Sequence[tuple[str, Callable[[Any], Any]]]) -> Tree:
   """tree with each leaf changed by the first (pattern, function) rule that matches its whole path.
 

@@ -159,6 +159,21 @@ REWARD = Group(
   "without accuracy are overconfidence: stop earlier. A mean reward that drifts is harmless for "
   "pairs.",
 )
+PAIRS = Group(
+  "Pairs",
+  (
+    Metric(
+      "pairs/tied",
+      "ties",
+      LOWER,
+      "Share of scored groups that are no pair: their answers have one score, or the best and the worst are the same.",
+      "Groups that tie",
+    ),
+    *(metric for metric in PREFERENCE.metrics if "*" not in metric.name),
+  ),
+  "Of answers that the run wrote itself. Rising accuracy is learning. Many ties: the prompts are too easy or too hard,"
+  " or the verifier says the same of all; ask for more answers (online.samples).",
+)
 DISTANCE = Group(
   "Distance from the reference",
   (
@@ -225,6 +240,74 @@ DISTANCE_ONLINE = Group(
   " updates. A KL to the reference that rises slowly is a policy that learns. Above about half a nat a token the text"
   " itself will suffer: raise that weight, or stop earlier. A KL to who wrote the answers that grows over the run:"
   " lower the rate, or use a batch for fewer updates.",
+)
+CRITIC = Group(
+  "Critic",
+  (
+    Metric(
+      "critic/vf_explained_var",
+      "explained",
+      HIGHER,
+      "Share of the returns' variance that the critic's values explain, over all tokens of a written batch: 1 is all, 0"
+      " no more than their mean does.",
+      "Explained variance",
+    ),
+    Metric(
+      "loss/value_avg",
+      "critic",
+      LOWER,
+      "Half the squared distance of values from returns, a token.",
+      "Loss of the critic",
+    ),
+    Metric("critic/values/mean", "values", NEITHER, "Mean value.", "Values and returns"),
+    Metric("critic/returns/mean", "returns", NEITHER, "Mean return.", "Values and returns"),
+    Metric(
+      "critic/moved",
+      "moved",
+      NEITHER,
+      "How far values are from those that the batch was made with, 0 on its first update.",
+      "Movement of values",
+    ),
+    Metric(
+      "val/clipfrac_avg",
+      "at the bound",
+      NEITHER,
+      "Share of tokens whose value has gone further than critic.epsilon, the worse way.",
+      "Values at their bound",
+    ),
+    Metric(
+      "reward_kl_coefficient",
+      "weight",
+      NEITHER,
+      "That of the KL in the reward, which online.kl_target moves.",
+      "Weight of the KL",
+    ),
+    Metric("loss/policy_avg", "policy", NEITHER, "The policy's loss alone.", "Loss of the policy"),
+  ),
+  "An explained variance that rises from 0 is a critic that learns; PPO is then better than its rewards alone. Below 0"
+  " after the first batches: the critic is worse than a constant; raise critic.lr, or let it learn alone first"
+  " (critic.warmup). Values that stay behind returns that rise: the same. Many values at their bound: raise"
+  " critic.epsilon, which is in the reward's own units.",
+)
+CURRICULUM = Group(
+  "Curriculum",
+  (
+    Metric(
+      "curriculum/pass_rate",
+      "of the batch",
+      NEITHER,
+      "Pass rate that the prompts of the batch were known by when they were chosen; 0.5 where nothing was.",
+      "Known pass rate",
+    ),
+    Metric(
+      "curriculum/share_seen",
+      "prompts",
+      NEITHER,
+      "Share of the prompts that were answered so far.",
+      "Prompts answered",
+    ),
+  ),
+  "A pass rate near one half is where answers differ. Towards 0 or 1 with all prompts answered: nothing else is left.",
 )
 SCORED = Group(
   "Scored answers",
@@ -650,18 +733,8 @@ GROUPS: Mapping[str, tuple[Group, ...]] = {
   "grouped": (LOSS, PARTS, SCORED, DISTANCE, *_COMMON),
   "distil": (LOSS, TAUGHT, PARTS, *_COMMON),
   ONLINE: (
-    *(
-      REWARDED,
-      VERIFIED,
-      HELD_OUT,
-      WRITTEN,
-      VARIETY,
-      DISTANCE_ONLINE,
-      SAMPLER,
-      LOSS,
-      PARTS,
-      TAUGHT,
-    ),
+    *(REWARDED, PAIRS, CRITIC, CURRICULUM, VERIFIED, HELD_OUT, WRITTEN, VARIETY, DISTANCE_ONLINE),
+    *(SAMPLER, LOSS, PARTS, TAUGHT),
     *(SCORES, ROUTERS, OPTIMISATION, SPEED, OTHER),
   ),
 }

@@ -114,7 +114,7 @@ def over_mean(rewards: Array, *, epsilon: float = 1e-6) -> Array:
 
 
 def gae(
-  rewards: Array, values: Array, mask: Array, *, gamma: float, lam: float
+  rewards: ArrayLike, values: ArrayLike, mask: ArrayLike, *, gamma: float, lam: float
 ) -> tuple[Array, Array]:
   """(advantages, returns): A_t = sum_k (gamma lam)^k delta_{t+k}, delta_t = r_t + gamma V_{t+1} - V_t; returns A + V.
 
@@ -131,6 +131,7 @@ def gae(
     keep = lambda new, old: jnp.where(is_action, new, old)
     return (keep(value, next_value), keep(advantage, next_advantage)), keep(advantage, 0.0)
 
+  rewards, values = jnp.asarray(rewards), jnp.asarray(values)
   time_first = lambda x: jnp.moveaxis(jnp.asarray(x), -1, 0)
   start = jnp.zeros(jnp.shape(rewards)[:-1], jnp.result_type(rewards, values))
   _, advantages = jax.lax.scan(
@@ -140,7 +141,23 @@ def gae(
   return advantages, jnp.where(mask, advantages + values, 0.0)
 
 
-def whiten(values: Array, mask: Array | None = None, *, shift: bool = True) -> Array:
+def explained_variance(values: ArrayLike, returns: ArrayLike, mask: ArrayLike) -> float | None:
+  """1 - Var(R - V) / Var(R) over all that the mask has; None where the returns agree, of which nothing is to explain.
+
+  1 is a critic that knows the returns, 0 one that knows their mean alone, below 0 one that is worse than that.  In
+  float64, of all of a batch at once: a mean of the parts' would be another number.
+
+  >>> explained_variance([1.0, 2.0, 9.0], [1.0, 3.0, 0.0], [True, True, False])
+  0.75
+  """
+  where = np.asarray(mask, bool)
+  v, r = np.asarray(values, np.float64)[where], np.asarray(returns, np.float64)[where]
+  if not len(r) or np.ptp(r) <= ROUNDING * np.abs(r).max():
+    return None
+  return float(1 - np.var(r - v) / np.var(r))
+
+
+def whiten(values: ArrayLike, mask: ArrayLike | None = None, *, shift: bool = True) -> Array:
   """(x - mean) / sqrt(var + 1e-8) over all that the mask has, var dividing by n - 1; 0 elsewhere.
 
   shift=False keeps the mean.  Values that lie within float32's rounding of each other agree: x - mean is 0.  The whole

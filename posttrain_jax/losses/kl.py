@@ -41,6 +41,23 @@ def k3(logps: Array, ref_logps: Array, mask: Array | None = None) -> Array:
 ESTIMATES = {"k1": k1, "k2": k2, "k3": k3}
 
 
+def adapted(
+  coefficient: float, found: float, *, target: float, horizon: float, answers: int
+) -> float:
+  """coefficient * (1 + clip(found / target - 1, -0.2, 0.2) * answers / horizon).
+
+  It grows while the KL is above its target; both are nats an answer.  Ziegler et al. 2019, arXiv 1909.08593, 2.2.
+
+  Args:
+    horizon: answers over which an error of 0.2 changes it by that part.
+
+  >>> adapted(0.1, 12.0, target=6.0, horizon=100, answers=10), adapted(0.1, 6.0, target=6.0, horizon=9, answers=9)
+  (0.10200000000000001, 0.1)
+  """
+  error = min(max(found / target - 1, -0.2), 0.2)
+  return coefficient * (1 + error * answers / horizon)
+
+
 def _log_ratio(logps: Array, ref_logps: Array, mask: Array | None) -> Array:
   """u, 0 where the mask is False."""
   u = ref_logps - logps

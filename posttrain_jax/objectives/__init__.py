@@ -2,11 +2,13 @@
 
 from posttrain_jax.core.metrics import read
 from posttrain_jax.objectives.balance import Balance
+from posttrain_jax.objectives.critic import ActorCritic
 from posttrain_jax.objectives.distillation import Distilled
 from posttrain_jax.objectives.groups import Grouped
 from posttrain_jax.objectives.imitation import Imitation
 from posttrain_jax.objectives.labels import Labelled
 from posttrain_jax.objectives.objective import (
+  CRITIC,
   Batch,
   Context,
   Forward,
@@ -14,6 +16,7 @@ from posttrain_jax.objectives.objective import (
   Scorer,
   evaluation,
   measured,
+  of_policy,
   policy,
   targets,
 )
@@ -24,6 +27,8 @@ from posttrain_jax.objectives.sum import Sum
 from posttrain_jax.objectives.supervised import Sft
 
 __all__ = [
+  "CRITIC",
+  "ActorCritic",
   "Balance",
   "Batch",
   "Context",
@@ -41,6 +46,7 @@ __all__ = [
   "Written",
   "evaluation",
   "measured",
+  "of_policy",
   "policy",
   "read",
   "targets",

@@ -182,7 +182,7 @@ class Grouped(Scorer):
 
   def _advantages(self, batch: Batch, old_logps: Array, at: Spans) -> tuple[Array, Metrics]:
     """(of each token: its answer's, less the weighted reverse KL to the teacher; what is told of that)."""
-    advantages = at.per_token(batch["advantage"])
+    advantages = _of_tokens(batch, at)
     if not self.teacher_weight:
       return advantages, {}
     drawn_with = following(batch["sampling_logps"]) if "sampling_logps" in batch else old_logps
@@ -282,6 +282,11 @@ class Grouped(Scorer):
       "clip_ratio/high_mean": mean(stats.clipped_high, at.mask),
       "tokens": jnp.sum(batch["segment_ids"] > 0),
     }
+
+
+def _of_tokens(batch: Batch, at: Spans) -> Array:
+  """[rows, time]: of each token where a critic tells them apart, else of its answer."""
+  return batch["advantages"] if "advantages" in batch else at.per_token(batch["advantage"])
 
 
 def _off_policy(logps: Array, sampling: Array, at: Spans) -> Metrics:

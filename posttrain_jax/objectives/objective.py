@@ -87,11 +87,22 @@ class Objective(Protocol):
     """Raises ValueError where the first step's metrics, of the parameters before it, are not what they must be."""
 
 
+CRITIC = (
+  "critic"  # the branch of a trainable tree that is no part of the policy (`objectives.critic`)
+)
+
+
+def of_policy(parameters: Any) -> Any:
+  """A tree of what trains, or of what is fixed beside it, without its critic's branch."""
+  return tree.without(parameters, CRITIC)
+
+
 def policy(trainable: Any, context: Context, key: Array | None = None) -> Any:
   """The parameters that are being trained, bound: the base with the adapter, or the trainable tree itself."""
-  if context.fixed is None:
+  trainable, fixed = of_policy(trainable), of_policy(context.fixed)
+  if fixed is None:
     return trainable
-  return adapters.bind(context.base, tree.combine(trainable, context.fixed), key=key)
+  return adapters.bind(context.base, tree.combine(trainable, fixed), key=key)
 
 
 @struct.dataclass
@@ -102,6 +113,7 @@ class Forward:
   # [rows, time, embed] as `zigzag.cut` has rows; all else of a batch is in its own order
   hidden: Array
   load: Any = None  # of a mixture of experts: what its routers did, a layer each
+  values: Any = None  # [rows, time] of a critic, where there is one (`objectives.critic`)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,6 +19,7 @@ from posttrain_jax.objectives.objective import (
   Scorer,
   Totals,
   following,
+  of_policy,
   policy,
 )
 
@@ -43,7 +44,7 @@ def reference(context: Context) -> Any:
     raise ValueError("full fine-tuning changes its base: give it a reference, or cache its scores")
   if context.reference_adapter is not None:
     return stop(adapters.bind(context.base, context.reference_adapter))
-  return stop(adapters.original(context.base, context.fixed or {}))
+  return stop(adapters.original(context.base, of_policy(context.fixed) or {}))
 
 
 def reference_logps(

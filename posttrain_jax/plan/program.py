@@ -22,8 +22,10 @@ from posttrain_jax.adapters import layout, over
 from posttrain_jax.build import (
   adapter,
   checks,
+  critic,
   decisions,
   earlier_adapter,
+  methods,
   objective,
   online,
   optimizer,
@@ -35,7 +37,6 @@ from posttrain_jax.build import (
 from posttrain_jax.build import mesh as mesh_lib
 from posttrain_jax.build import run as runs
 from posttrain_jax.build.model import Model
-from posttrain_jax.build.updates import Updates
 from posttrain_jax.core import sharding, tree
 from posttrain_jax.data import answers, packing
 from posttrain_jax.data.encoded import Example
@@ -149,7 +150,7 @@ def parameters(
   if adapter_config is None:
     params = placed(decoder.abstract(model, jnp.float32), on_host=decisions.base_on_host(config))
     other = _other(config, model, loss, placed, params)
-    return params, None, Context(reference=other)
+    return critic.abstract(config, params, model, placed), None, Context(reference=other)
   kind, dtype = config.model.base, decisions.products(config)
   # a start is taken out of the dense matrix, and the rest is stored
   params = base(model, dtype, "dense" if adapter_config.changes_base else kind)
@@ -168,7 +169,7 @@ def parameters(
   )
   if adapter_config.changes_base:
     params = _stored(params, kind)
-  trainable, carried = tree.partition(placed(nodes))
+  trainable, carried = tree.partition(critic.abstract(config, placed(nodes), model, placed))
   if decisions.trained_on_host(config):
     trainable = layout.hosted(trainable)
   other = _other(config, model, loss, placed, None)
@@ -287,7 +288,7 @@ def _batch(config, model, loss, mesh, device):
     packed = packing.pack([example], rows, d.length, ())
     packed = teacher.blank(config, packed)
   elif online.is_online(config):
-    packed = Updates(config, model.vocab_size).blank()
+    packed = methods.make(config, model.vocab_size).blank()
   else:
     blank = answers.blank(
       kind,

@@ -277,7 +277,8 @@ FIELDS: Mapping[str, Field] = {
   },
   # --- answers that the model writes itself
   "online.samples": Field(
-    "answers to a prompt; a method that compares them needs two", _whole(1, MOST_ROWS)
+    "answers to a prompt; a method that compares them needs two, PPO and a teacher one",
+    _whole(1, MOST_ROWS),
   ),
   "online.max_new_tokens": Field("tokens of an answer at most", _whole(1, MOST_TOKENS)),
   "online.temperature": Field(
@@ -313,6 +314,11 @@ FIELDS: Mapping[str, Field] = {
     _whole(1, MOST_ROWS),
     ("online.dynamic", bool, "true"),
   ),
+  "online.curriculum": Field(
+    "how prompts are chosen: none, each once an epoch; pass_rate, the more often the likelier it is that their answers"
+    " differ, by how many of the last ones were right (and by the column pass_rate, where rows have it)",
+    Choice(("none", "pass_rate")),
+  ),
   "online.outcome": Field(
     "part of the reward that says which answers are right and which groups agree; '': the total without parts that do"
     " not ask for that, as length, tags, is_json, schema, regex and reward.untested; total: the reward itself",
@@ -337,10 +343,47 @@ FIELDS: Mapping[str, Field] = {
     "rows of an update that are the data's own answers and not the policy's, to be imitated or distilled",
     _whole(0, MOST_ROWS),
   ),
+  "online.kl_target": Field(
+    "nats an answer that this weight is moved towards, up where the KL is above; None: it stays",
+    Number(0, above=True, also=(None,)),
+    ("online.kl_in_reward", bool, "above 0"),
+  ),
+  "online.kl_horizon": Field(
+    "answers over which an error of a fifth or more changes the weight by a fifth",
+    _POSITIVE,
+    ("online.kl_target", lambda target: target is not None, "a number"),
+  ),
+  "online.cut_penalty": Field(
+    "taken off the reward of an answer that max_new_tokens cut, before the advantage", _NOT_NEGATIVE
+  ),
   "online.mask_cut": Field("answers that max_new_tokens cut teach nothing", Flag()),
   "online.most_drift": Field(
     "nats a token by which the sampler's log-probabilities may be off the trainer's on average; above, the run ends",
     _POSITIVE,
+  ),
+  # --- PPO's critic
+  "critic.trunk": Field(
+    "what its score head stands on: own, a copy of what trains on the base that the policy has, or shared, the policy's"
+    " hidden states",
+    Choice(("own", "shared")),
+  ),
+  "critic.lr": Field("its learning rate at its peak", _NOT_NEGATIVE),
+  "critic.weight": Field(
+    "of its loss beside the policy's; with a trunk of its own it cancels in most optimizers",
+    _POSITIVE,
+  ),
+  "critic.epsilon": Field(
+    "how far a value may move from the one that its batch was made with; None: as it will",
+    Number(0, above=True, also=(None,)),
+  ),
+  "critic.warmup": Field("updates in which it learns alone, before the policy does", _whole(0)),
+  "critic.gamma": Field("discount of a reward, for each token that it is off", _SHARE),
+  "critic.lam": Field("lambda of GAE, of the policy's advantages", _SHARE),
+  "critic.returns_lam": Field(
+    "lambda of the returns that the critic learns; None: critic.lam", Number(0, 1, also=(None,))
+  ),
+  "critic.whiten": Field(
+    "advantages are whitened over all tokens of the batch that was written", Flag()
   ),
   # --- optimizer
   "optimizer.name": Field(
@@ -468,8 +511,8 @@ FIELDS: Mapping[str, Field] = {
     Choice(("token_mean", "sequence_mean", "constant_length", "sequence_sum", "prompt_mean")),
   ),
   "objective.advantage": Field(
-    "what scores are centred and divided by",
-    Choice(("group", "batch", "none", "leave_one_out", "whitened", "max_rl")),
+    "what scores are centred and divided by; gae: PPO's, of a critic",
+    Choice(("group", "batch", "none", "leave_one_out", "whitened", "max_rl", "gae")),
   ),
   "objective.importance": Field(
     "correction for a sampler of other numbers: the loss times pi / mu of a token, an answer, or its geometric mean",

@@ -73,6 +73,15 @@ SAME: Mapping[str, str] = {
   "reward_funcs": "reward.parts",
   "reward_weights": "reward.weights",
   "num_generations": "online.samples",
+  "num_ppo_epochs": "online.passes",
+  "num_mini_batches": "online.minibatches",
+  "missing_eos_penalty": "online.cut_penalty",
+  "kl_coef": "online.kl_in_reward",
+  "cliprange": "objective.epsilon",
+  "cliprange_value": "critic.epsilon",
+  "vf_coef": "critic.weight",
+  "gamma": "critic.gamma",
+  "lam": "critic.lam",
 }
 # names whose values differ here, or that are no field here -> what to write
 INSTEAD: Mapping[str, str] = {

@@ -60,7 +60,7 @@ def source(folder, gold, **fields):
       group.advantages = [0.0] * len(group.written)
     return [{"number": number}], {}
 
-  made.updates = types.SimpleNamespace(of=of)
+  made.updates = types.SimpleNamespace(of=of, kl_coefficient=0.0)
   return made, said
 
 

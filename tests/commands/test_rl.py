@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from posttrain_jax.__main__ import main
-from posttrain_jax.build import online
+from posttrain_jax.build import updates
 from posttrain_jax.core.ending import PREEMPTED
 from posttrain_jax.objectives import groups
 from posttrain_jax.objectives.reference import reference_logps
@@ -360,7 +360,7 @@ def stop_before_the_update(patch):
   def stop(*args):
     raise Killed
 
-  patch.setattr(online.Updates, "of", stop)
+  patch.setattr(updates.Updates, "of", stop)
   return {}
 
 

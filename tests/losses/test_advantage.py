@@ -86,6 +86,24 @@ def test_whitening_is_of_what_the_mask_has():
   assert kept[mask].mean() == pytest.approx(values[mask].mean(), rel=1e-5)
 
 
+def test_explained_variance_is_of_what_the_mask_has_and_of_all_at_once():
+  rng = np.random.default_rng(0)
+  returns, mask = rng.normal(7, 2, (6, 5)), rng.random((6, 5)) < 0.6
+  values = 0.5 * returns + rng.normal(0, 0.3, returns.shape) + 100  # an offset explains nothing
+  r, v = returns[mask], values[mask]
+  wanted = 1 - ((r - v - (r - v).mean()) ** 2).mean() / ((r - r.mean()) ** 2).mean()
+  assert advantage.explained_variance(values, returns, mask) == pytest.approx(wanted, rel=1e-12)
+  parts = [advantage.explained_variance(values[i], returns[i], mask[i]) for i in range(6)]
+  assert np.mean([part for part in parts if part is not None]) != pytest.approx(wanted, rel=1e-2)
+
+
+@pytest.mark.parametrize("returns", [[0.3, 0.3, 0.1 + 0.2], [0.0, 0.0, 0.0], [1.0, np.nan, 1.0]])
+def test_returns_that_agree_leave_nothing_to_explain(returns):
+  mask = ~np.isnan(returns)
+  assert advantage.explained_variance([1.0, 5.0, -2.0], np.nan_to_num(returns), mask) is None
+  assert advantage.explained_variance([1.0], [2.0], [False]) is None
+
+
 CENTRED = {
   "group": advantage.group_relative,
   "batch": functools.partial(advantage.group_relative, scale="batch"),
@@ -172,4 +190,4 @@ def test_what_agrees_has_no_advantage_when_others_are_whitened():
 def test_a_name_that_is_none_is_refused_with_all_that_are():
   with pytest.raises(ValueError, match=r"advantage='nope': write group, .*, whitened or max_rl"):
     advantage.named("nope", np.ones((2, 2)))
-  assert fields.FIELDS["objective.advantage"].domain.names == advantage.NAMES
+  assert fields.FIELDS["objective.advantage"].domain.names == (*advantage.NAMES, "gae")

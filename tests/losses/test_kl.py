@@ -74,3 +74,12 @@ def test_what_the_mask_leaves_out_has_neither_value_nor_gradient(estimate, rest)
   kept, kept_slope = jax.vjp(lambda x: estimate(x, ref[:1]), logps[:1])
   np.testing.assert_array_equal(value, [*kept, 0])
   np.testing.assert_array_equal(*slope(jnp.ones(2)), [*kept_slope(jnp.ones(1))[0], 0])
+
+
+@pytest.mark.parametrize(
+  ("found", "factor"), [(6.0, 1.0), (6.6, 1.001), (60.0, 1.002), (5.4, 0.999), (-3.0, 0.998)]
+)
+def test_a_coefficient_follows_the_kl_to_its_target(found, factor):
+  """By a tenth of what the KL is off, at most a fifth, for as many answers as the horizon has."""
+  moved = kl.adapted(0.05, found, target=6.0, horizon=3200, answers=32)
+  assert moved == pytest.approx(0.05 * factor, rel=1e-12)
