@@ -32,6 +32,7 @@ from posttrain_jax.commands import (  # noqa: E402
   merge,
   pairs,
   plan,
+  regress,
   report,
   sample,
   sweep,
@@ -54,6 +55,7 @@ COMMANDS: Mapping[str, ModuleType] = {
   "fetch": fetch,
   "train": train,
   "eval": eval,
+  "regress": regress,
   "sample": sample,
   "pairs": pairs,
   "chat": chat,
@@ -74,6 +76,7 @@ LEFT: Mapping[str, str] = {
   "merge": "what is merged so far is kept beside --out, and the same command goes on there",
   "fetch": "what was fetched so far is gone; run the same command again",
   "chat": "nothing was being written",
+  "regress": "with --out every result is kept; run the same command again",
   **dict.fromkeys(
     ("sample", "pairs"), "every answer and its score is kept; run the same command again"
   ),
@@ -90,6 +93,9 @@ PATHS = (
   "data",
   "reward",
   "evaluate",
+  "before",
+  "trained",
+  "suite",
 )
 
 
