@@ -10,13 +10,19 @@ from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import ml_collections
+
 from posttrain_jax import settings
 from posttrain_jax.build import data as data_lib
 from posttrain_jax.build import evaluation, use
+from posttrain_jax.build.model import Model
 from posttrain_jax.core import files, tree
+from posttrain_jax.core.journal import Journal
 from posttrain_jax.data import questions, schema
 from posttrain_jax.evals import gate, measure, stages, suite, verdicts
 from posttrain_jax.evals.measure import Measured
+from posttrain_jax.evals.samples import Writer
 from posttrain_jax.evals.suite import Part, Suite
 from posttrain_jax.evals.verdicts import Comparison
 from posttrain_jax.runs import manner as manners
@@ -24,7 +30,7 @@ from posttrain_jax.runs import record
 from posttrain_jax.settings import ConfigError
 
 log = logging.getLogger(__name__)
-RESULTS, INSIDE = "regress.json", "regress"
+OWN, INSIDE = "regress", "suite"  # of `posttrain regress`, and of eval.suite, in a run's folder
 TRAINED = "trained"  # the part of what a run held out
 KEPT = ".jsonl"  # a side that is a measurement of before
 
@@ -91,7 +97,7 @@ def run(wanted: Wanted) -> Found:
     over = _over(asked, measured, trained) if len(measured) > 2 else None
     if not _is_kept(wanted):
       return Found(found, None, over)
-    files.write_json(folder / RESULTS, {**found.as_json(), "stages": over})
+    files.write_json(folder / verdicts.RESULTS, {**found.as_json(), "stages": over})
     return Found(found, gate.write(folder, found, over), over)
 
 
@@ -103,7 +109,7 @@ def _is_kept(wanted: Wanted) -> bool:
 def _folder(wanted: Wanted) -> Generator[Path]:
   """Where measurements are kept, in a folder that is gone afterwards where nobody named one."""
   if _is_kept(wanted):
-    folder = Path(wanted.out or Path(wanted.after[-1]) / INSIDE).expanduser()
+    folder = Path(wanted.out or Path(wanted.after[-1]) / OWN).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     yield folder
     return
@@ -168,10 +174,12 @@ def _trained(wanted: Wanted, side: str, stage: int) -> list[Part]:
     if len(wanted.after) > 1:
       raise ConfigError("--trained names rows of one stage, and --after several: leave it out")
     kinds = data_lib.KINDS["text"]
-    return _by_channel(name, list(schema.read(wanted.trained, split="eval", kinds=kinds)), wanted)
+    rows = list(schema.read(wanted.trained, split="eval", kinds=kinds))
+    return _by_channel(name, rows, limit=wanted.limit)
   if not manners.is_run(side):
     return []
-  return _by_channel(name, held_out(Path(side).expanduser(), _used(wanted, side)), wanted)
+  rows = held_out(Path(side).expanduser(), _used(wanted, side))
+  return _by_channel(name, rows, is_one=len(wanted.after) > 1, limit=wanted.limit)
 
 
 def held_out(folder: Path, used: use.Used) -> list[schema.Row]:
@@ -187,16 +195,79 @@ def held_out(folder: Path, used: use.Used) -> list[schema.Row]:
   return data_lib.held_out_rows(config, model, rows.eval)
 
 
-def _by_channel(name: str, rows: Sequence[schema.Row], wanted: Wanted) -> list[Part]:
+def _by_channel(
+  name: str, rows: Sequence[schema.Row], *, is_one: bool = False, limit: int = 0
+) -> list[Part]:
+  """A part for each channel, or one for all; its rows are at most so many, 0 for all."""
   channels: dict[str, list[schema.Row]] = {}
   for row in rows:
-    channel = row.fields.get("channel") or questions.NO_CHANNEL
-    channels.setdefault(channel if len(wanted.after) == 1 else questions.NO_CHANNEL, []).append(row)
+    channel = None if is_one else row.fields.get("channel")
+    channels.setdefault(channel or questions.NO_CHANNEL, []).append(row)
   titled = lambda channel: name if channel == questions.NO_CHANNEL else f"{name}/{channel}"
   return [
-    Part(titled(channel), suite.TEXT, tuple(some[: wanted.limit or None]), trained=True)
+    Part(titled(channel), suite.TEXT, tuple(some[: limit or None]), trained=True)
     for channel, some in channels.items()
   ]
+
+
+# In a run
+
+
+def of_run(config: ml_collections.ConfigDict, model: Model, data: data_lib.Data) -> Suite | None:
+  """What config.eval.suite measures, with the rows that the run holds out; None where it names none.
+
+  Raises:
+    ConfigError: there is no such suite, or nothing to compare with afterwards.
+  """
+  name = config.eval.get("suite", "")  # runs of older versions have none
+  if not name:
+    return None
+  if not config.eval.before:
+    raise ConfigError(
+      "eval.suite tells what was forgotten since before training: leave eval.before=True"
+    )
+  if jax.process_count() > 1:
+    raise ConfigError(
+      "eval.suite is measured by one process; measure with `posttrain regress --after=RUN`"
+    )
+  with settings.section("eval.suite"):
+    asked = suite.load(name, limit=config.eval.suite_limit)
+  if config.data.kind != "text" or not data.eval:
+    return asked
+  rows = data_lib.held_out_rows(config, model, data.eval)
+  return asked.with_parts(_by_channel(TRAINED, rows, limit=config.eval.suite_limit))
+
+
+def described(asked: Suite) -> str:
+  """
+  >>> described(suite.load("core", limit=1))
+  '13 parts, 13 items'
+  """
+  return f"{len(asked.parts)} parts, {sum(len(part.rows) for part in asked.parts)} items"
+
+
+def measured_in(
+  folder: Path, when: str, step: int, asked: Suite, model: Model, params: Any
+) -> Measured:
+  """The suite of a run's state, kept in its folder; one of another step makes way.
+
+  params: as for `rollout.engine.Engine`.
+  """
+  path, weights = folder / INSIDE / f"{when}{KEPT}", f"step {step}"
+  if path.exists() and (Journal(path).header or {}).get("weights") != weights:
+    path.unlink()
+  writer = Writer(params, model.config, model.tokenizer, model.template, model.ends, model.dtype)
+  return measure.measure(writer, asked, model=f"{when} training", weights=weights, path=path)
+
+
+def compared_in(folder: Path, asked: Suite) -> Comparison:
+  """What became of the suite in a run, written in its folder."""
+  inside = folder / INSIDE
+  sides = [measure.read(inside / f"{when}{KEPT}") for when in ("before", "after")]
+  found = verdicts.compare(asked, *sides)
+  files.write_json(inside / verdicts.RESULTS, {**found.as_json(), "stages": None})
+  gate.write(inside, found)
+  return found
 
 
 # Stages
@@ -218,7 +289,7 @@ def _over(
     for part in asked.parts
   ]
   tasks = [parts[0].name for parts in trained if parts]
-  said = "Scores, and bits per byte below 0, so that higher is better. Forgotten: the best of earlier stages minus the last."
+  said = "Higher is better, so bits per byte stand below 0. Forgotten: the best of earlier stages minus the last."
   if len(tasks) == len(measured) - 1:
     backward = stages.backward_transfer(results[1:], tasks)
     forward = stages.forward_transfer(results[0], results[1:], tasks)

@@ -11,7 +11,7 @@ import rich.table
 import rich.text
 
 from posttrain_jax.core import files, words
-from posttrain_jax.evals import page, suite
+from posttrain_jax.evals import page, suite, verdicts
 from posttrain_jax.evals.verdicts import DROP, PASS, UNKNOWN, Comparison, Verdict
 
 NONE = "–"
@@ -127,7 +127,7 @@ def rows(found: Comparison) -> list[tuple[str, ...]]:
   return [
     (
       one.part,
-      verdict(one),
+      told(one),
       rate(one, one.before),
       rate(one, one.after),
       change(one),
@@ -138,7 +138,7 @@ def rows(found: Comparison) -> list[tuple[str, ...]]:
   ]
 
 
-def verdict(one: Verdict) -> str:
+def told(one: Verdict) -> str:
   if one.trained:
     return "gain" if one.verdict == PASS else "no gain told"
   better = ", better" if one.is_better and one.verdict == PASS else ""
@@ -158,8 +158,8 @@ def table(found: Comparison) -> rich.table.Table:
     made.add_column(head, justify="left" if i < 2 else "right")
   for one, cells in zip(found.verdicts, rows(found)):
     colour = "" if one.trained else COLOURS[one.verdict]
-    told = [rich.text.Text(cell, style=colour if i == 1 else "") for i, cell in enumerate(cells)]
-    made.add_row(*told)
+    shown = [rich.text.Text(cell, style=colour if i == 1 else "") for i, cell in enumerate(cells)]
+    made.add_row(*shown)
   return made
 
 
@@ -215,16 +215,33 @@ def _group(one: Verdict, title: str, items: Sequence[Any]) -> dict[str, Any]:
   )
 
 
+def of_run(folder: Path) -> dict[str, Any] | None:
+  """`section` of what a run's folder holds of a suite, with a link to its page; None where it holds nothing."""
+  found = results(folder)
+  if found is None:
+    return None
+  at, comparison = found
+  return {**section(comparison), "suite": comparison.suite, "address": f"{at.parent.name}/{NAME}"}
+
+
+def results(folder: Path) -> tuple[Path, Comparison] | None:
+  """(regress.json, what it says) of a run's folder: the newest of its own measurement and of `posttrain regress`."""
+  paths = [path for path in folder.glob(f"*/{verdicts.RESULTS}") if path.is_file()]
+  if not paths:
+    return None
+  newest = max(paths, key=lambda path: path.stat().st_mtime)
+  return newest, Comparison.from_json(files.read_json(newest))
+
+
 def write(folder: Path, found: Comparison, over: Mapping[str, Any] | None = None) -> Path:
   """The page of a comparison.  over: stages, as `over_stages` has them."""
-  told = section(found)
   html = page.render(
     BODY,
     macros={"gate": MACROS},
     title=f"{found.suite}: {found.before['model']} and {found.after['model']}",
     state="What was kept, gained and forgotten, item by item.",
     stages=over,
-    **told,
+    **section(found),
   )
   path = folder / NAME
   files.write_text(path, html)

@@ -12,7 +12,7 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy import optimize, special, stats
 
 LEVEL = 0.95  # of intervals
 POWER = 0.8  # with which a drop is called one that could have been seen
@@ -53,14 +53,14 @@ class Difference:
     if self.lost is not None and self.gained is not None:
       if tolerance == 0 and self.shrink == 1:
         changed = self.lost + self.gained
-        return 1.0 if not changed else float(stats.binom.cdf(self.gained, changed, 0.5))
+        return 1.0 if not changed else float(special.bdtr(self.gained, changed, 0.5))
       z = score_statistic(
         self.gained * self.shrink, self.lost * self.shrink, self.count * self.shrink, -tolerance
       )
-      return float(self._reference.cdf(z))
+      return self.below(float(z))
     if self.error == 0:
       return float(self.mean >= -tolerance)
-    return float(stats.t.cdf((self.mean + tolerance) / self.error, self.groups - 1))
+    return self.below((self.mean + tolerance) / self.error)
 
   @property
   def p_value(self) -> float:
@@ -77,15 +77,24 @@ class Difference:
     """
     if self.low is None or self.high is None:
       return None
-    error = max(self.error, (self.high - self.low) / (2 * stats.norm.ppf((1 + LEVEL) / 2)))
-    reach = self._reference.ppf(1 - alpha) + self._reference.ppf(POWER)
-    return tolerance + float(reach) * error
+    error = max(self.error, (self.high - self.low) / (2 * self.quantile((1 + LEVEL) / 2)))
+    return tolerance + (self.quantile(1 - alpha) + self.quantile(POWER)) * error
 
   @property
-  def _reference(self) -> Any:
-    """What statistics are compared with: the normal, or Student's t where groups are counted."""
+  def _freedom(self) -> float:
+    """Degrees of freedom of what statistics are compared with; infinite, the normal, where no groups are counted."""
     is_plain = self.is_binary and self.groups == self.count
-    return stats.norm() if is_plain else stats.t(max(self.groups - 1, 1))
+    return math.inf if is_plain else max(self.groups - 1, 1)
+
+  def quantile(self, level: float) -> float:
+    """Student's t, or the normal, below which it is with this probability."""
+    free = self._freedom
+    return float(special.ndtri(level) if math.isinf(free) else special.stdtrit(free, level))
+
+  def below(self, statistic: float) -> float:
+    """The probability of a lower statistic."""
+    free = self._freedom
+    return float(special.ndtr(statistic) if math.isinf(free) else special.stdtr(free, statistic))
 
 
 def difference(
@@ -122,14 +131,14 @@ def difference(
     known |= dict(shrink=_shrink(now - was, mean, error, count))
   if count < 2:
     return Difference(low=None, high=None, **known)
-  if not is_binary:
-    half = float(stats.t.ppf((1 + LEVEL) / 2, count - 1)) * error
-    return Difference(low=mean - half, high=mean + half, **known)
   made = Difference(low=None, high=None, **known)
-  z = float(made._reference.ppf((1 + LEVEL) / 2))
-  scaled = (known["gained"] * made.shrink, known["lost"] * made.shrink, was.size * made.shrink)
-  low, high = score_interval(*scaled, z=z)
-  return dataclasses.replace(made, low=float(low), high=float(high))
+  z = made.quantile((1 + LEVEL) / 2)
+  if is_binary:
+    scaled = [x * made.shrink for x in (known["gained"], known["lost"], was.size)]
+    low, high = score_interval(*scaled, z=z)
+  else:
+    low, high = mean - z * error, mean + z * error
+  return dataclasses.replace(made, low=low, high=high)
 
 
 def _numbered(groups: Sequence[Hashable]) -> np.ndarray:
@@ -178,23 +187,19 @@ def score_statistic(gained: Any, lost: Any, count: Any, difference: Any) -> Any:
     )
 
 
-def score_interval(gained: Any, lost: Any, count: Any, *, z: Any) -> tuple[Any, Any]:
-  """(low, high): the differences whose `score_statistic` is within -z and z.  Arrays broadcast.
+def score_interval(gained: float, lost: float, count: float, *, z: float) -> tuple[float, float]:
+  """(low, high): the differences whose `score_statistic` is within -z and z.
 
-  >>> [round(float(x), 4) for x in score_interval(0, 0, 96.159, z=1.96)]
+  >>> [round(x, 4) for x in score_interval(0, 0, 96.159, z=1.96)]
   [-0.0384, 0.0384]
   """
-  centre = (np.asarray(gained, np.float64) - lost) / count
-
-  def bound(far: float, limit: Any) -> Any:
-    near, beyond = centre, np.full_like(centre, far)
-    for _ in range(45):
-      middle = (near + beyond) / 2
-      inside = np.abs(score_statistic(gained, lost, count, middle)) <= limit
-      near, beyond = np.where(inside, middle, near), np.where(inside, beyond, middle)
-    return (near + beyond) / 2
-
-  return bound(-1.0, z), bound(1.0, z)
+  centre = (gained - lost) / count
+  over = lambda sign: lambda d: float(score_statistic(gained, lost, count, d)) - sign * z
+  ends = [
+    far if centre == far else optimize.brentq(over(-far), centre, far * (1 - 1e-12), xtol=1e-12)
+    for far in (-1.0, 1.0)
+  ]
+  return ends[0], ends[1]
 
 
 def mcnemar(lost: int, gained: int) -> float:

@@ -20,6 +20,9 @@ from posttrain_jax.settings import ConfigError
 DROP, PASS, UNKNOWN = "drop", "pass", "cannot tell"
 ALPHA = 0.05  # of the whole suite
 LONGEST = 2_000  # characters of an answer that are kept
+SCORE, BITS = "eval_suite/", "eval_bits_per_byte/"  # before the names of parts, as metrics of a run
+CHANGE = f"{SCORE}change"
+RESULTS = "regress.json"  # in the folder of a comparison
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,8 +97,32 @@ class Comparison:
   def unknown(self) -> list[str]:
     return [one.part for one in self.verdicts if one.verdict == UNKNOWN and not one.trained]
 
+  def finals(self) -> dict[str, float]:
+    """What sweeps and pages compare runs by: of each part the result after, and `CHANGE`, minus what was paid."""
+    name = lambda one: BITS if one.kind == suite.TEXT else SCORE
+    known = [one for one in self.verdicts if one.after["mean"] is not None]
+    paid = {} if self.tax is None else {CHANGE: -self.tax}
+    return {**{name(one) + one.part: one.after["mean"] for one in known}, **paid}
+
   def as_json(self) -> dict[str, Any]:
     return dataclasses.asdict(self)
+
+  @classmethod
+  def from_json(cls, value: Mapping[str, Any]) -> Comparison:
+    """What `as_json` gave, out of a file."""
+    fields: dict[str, Any] = {field.name: value[field.name] for field in dataclasses.fields(cls)}
+    fields["verdicts"] = tuple(map(_from_json, value["verdicts"]))
+    return cls(**fields)
+
+
+def _from_json(value: Mapping[str, Any]) -> Verdict:
+  fields: dict[str, Any] = dict(value)
+  if fields["difference"] is not None:
+    fields["difference"] = Difference(**fields["difference"])
+  for name in ("lost", "gained"):
+    fields[name] = tuple(Item(**item) for item in fields[name])
+  fields["pass_at"] = {name: tuple(pair) for name, pair in fields["pass_at"].items()}
+  return Verdict(**fields)
 
 
 def compare(asked: Suite, before: Measured, after: Measured, *, alpha: float = ALPHA) -> Comparison:
