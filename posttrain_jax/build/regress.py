@@ -230,8 +230,7 @@ def of_run(config: ml_collections.ConfigDict, model: Model, data: data_lib.Data)
     raise ConfigError(
       "eval.suite is measured by one process; measure with `posttrain regress --after=RUN`"
     )
-  with settings.section("eval.suite"):
-    asked = suite.load(name, limit=config.eval.suite_limit)
+  asked = suite.load(name, limit=config.eval.suite_limit)
   if config.data.kind != "text" or not data.eval:
     return asked
   rows = data_lib.held_out_rows(config, model, data.eval)

@@ -85,10 +85,7 @@ def _text(row: Row, writer: Writer, longest: int) -> tuple[list[Marked], list[in
   """A text in windows; of a conversation, or of a prompt with its completion, what the assistant says."""
   if row.kind == "text":
     ids = writer.tokenizer(row.fields["text"], add_special_tokens=False)["input_ids"]
-    start = likelihood.start_of(writer.tokenizer)
-    if start is None:
-      start, ids = ids[0], ids[1:]
-    cut = list(likelihood.windows(ids, start, longest))
+    cut = list(likelihood.windows(ids, likelihood.start_of(writer.tokenizer), longest))
     return cut, [len(row.fields["text"].encode())] + [0] * (len(cut) - 1)
   fields = row.fields
   if writer.template is not None:

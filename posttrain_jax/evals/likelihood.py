@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from posttrain_jax.core import sharding, zigzag
 from posttrain_jax.losses import logprob
 from posttrain_jax.models import before, decoder
 from posttrain_jax.models.config import ModelConfig
@@ -56,7 +58,8 @@ class Scores:
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
     for some, length in _batches([len(rows[i][0]) - 1 for i in order], self.longest):
       chosen = [order[i] for i in some]
-      count = max(1, TOGETHER // length)
+      shards = sharding.size(sharding.ACTIVATIONS["batch"])
+      count = -(-max(1, TOGETHER // length) // shards) * shards
       tokens = np.zeros((count, length + 1), np.int32)
       wanted = np.zeros((count, length + 1), bool)
       segments = np.zeros((count, length), np.int32)
@@ -76,10 +79,16 @@ class Scores:
 
 
 def _logps(params, tokens, segments, labels, wanted, *, config, dtype):
-  hidden = decoder.hidden(params, tokens, config, segment_ids=segments, dtype=dtype)
+  time = tokens.shape[1]
+  positions = jnp.broadcast_to(jnp.arange(time, dtype=jnp.int32), tokens.shape)
+  each = (tokens, segments, positions, labels, wanted)
+  tokens, segments, positions, labels, wanted = (zigzag.cut(jnp.asarray(x)) for x in each)
+  hidden = decoder.hidden(
+    params, tokens, config, positions=positions, segment_ids=segments, dtype=dtype
+  )
   head = decoder.head(params)
   scores = logprob.score(hidden, head, labels, mask=wanted, softcap=config.final_softcap)
-  return scores.logp, scores.correct
+  return zigzag.whole(scores.logp, time), zigzag.whole(scores.correct, time)
 
 
 def _batches(lengths: Sequence[int], longest: int) -> Iterator[tuple[range, int]]:
@@ -92,10 +101,19 @@ def _batches(lengths: Sequence[int], longest: int) -> Iterator[tuple[range, int]
     start = end
 
 
-def start_of(tokenizer: Any) -> int | None:
-  """The token that the first one of a text is scored behind: BOS, or else EOS, as lm-evaluation-harness takes it."""
+def start_of(tokenizer: Any) -> int:
+  """The token that the first one of a text is scored behind: BOS, or else EOS, as lm-evaluation-harness takes it.
+
+  Raises:
+    ValueError: the tokenizer has neither.
+  """
   bos = tokenizer.bos_token_id
-  return tokenizer.eos_token_id if bos is None else bos
+  start = tokenizer.eos_token_id if bos is None else bos
+  if start is None:
+    raise ValueError(
+      "the tokenizer has neither BOS nor EOS, and nothing to score a text's first token behind"
+    )
+  return start
 
 
 def windows(tokens: Ids, start: int, longest: int) -> Iterator[tuple[list[int], list[bool]]]:

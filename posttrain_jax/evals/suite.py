@@ -142,7 +142,7 @@ def _named(name: str) -> Suite:
   if not home.is_file():
     forms = ", ".join(f"{form}:FILE" for form in FORMS)
     raise ConfigError(
-      f"--suite={name}: there is no {home if path.is_dir() else 'such suite'}; write"
+      f"{name}: there is no {home if path.is_dir() else 'such suite'}; write"
       f" {' or '.join(built_in())}, a folder with {FILE}, or {forms}"
     )
   return _read(home)

@@ -91,7 +91,11 @@ def test_what_is_missing_is_said(place, capsys):
 def run_folder(place):
   rows = tiny.write_jsonl(place / "rows.jsonl", tiny.rows(12))
   config = f"--config=sft:model={place / 'one'},data={rows},adapter=lora,smoke"
-  fields = (f"--config.eval.suite={place / 'suite'}", "--config.data.length=64")
+  fields = (
+    f"--config.eval.suite={place / 'suite'}",
+    "--config.data.length=64",
+    "--config.mesh.fsdp=2",
+  )
   assert main(["train", config, *fields, f"--workdir={place / 'run'}"]) == 0
   return place / "run"
 
@@ -128,7 +132,7 @@ def test_a_run_is_a_side_and_brings_what_it_held_out(run_folder, place):
 def test_a_suite_of_a_run_needs_what_it_compares_with(place):
   with pytest.raises(ConfigError, match=r"leave eval\.before=True"):
     _dry(place, "--config.eval.before=False")
-  with pytest.raises(ConfigError, match=r"eval\.suite: .*nowhere"):
+  with pytest.raises(ConfigError, match="nowhere: there is no such suite"):
     _dry(place, "--config.eval.suite=nowhere")
 
 
