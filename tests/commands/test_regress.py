@@ -94,7 +94,7 @@ def run_folder(place):
   fields = (
     f"--config.eval.suite={place / 'suite'}",
     "--config.data.length=64",
-    "--config.mesh.fsdp=2",
+    "--config.batch.rows=8",
   )
   assert main(["train", config, *fields, f"--workdir={place / 'run'}"]) == 0
   return place / "run"
