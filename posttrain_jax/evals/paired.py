@@ -22,7 +22,7 @@ POWER = 0.8  # with which a drop is called one that could have been seen
 class Difference:
   """mean = sum(after - before) / sum(size), with its 95 % interval; None where there is but one group.
 
-  error: the standard error, of the groups.
+  error: the standard error, of the groups; 0 where there is but one, which says nothing of it.
   count, groups: items, and groups of them.
   lost, gained: of items that are right or wrong, how many became wrong and right; None of others.
   shrink: of right and wrong, what the groups leave of the number of items, 1 where items are independent.
@@ -147,11 +147,11 @@ def _numbered(groups: Sequence[Hashable]) -> np.ndarray:
 
 
 def cluster_error(residuals: np.ndarray, size: np.ndarray, labels: np.ndarray) -> tuple[float, int]:
-  """(sqrt(G / (G - 1) sum over groups of (sum of residuals)^2) / sum(size), G groups)."""
+  """(sqrt(G / (G - 1) sum over groups of (sum of residuals)^2) / sum(size), G groups); 0 where there is but one."""
   sums = np.bincount(labels, residuals)
   groups = sums.size
   if groups < 2:
-    return math.inf, groups
+    return 0.0, groups
   return float(np.sqrt(groups / (groups - 1) * np.sum(sums**2)) / np.sum(size)), groups
 
 
@@ -161,7 +161,7 @@ def _shrink(differences: np.ndarray, mean: float, error: float, groups: int) -> 
   if groups == n:
     return 1.0
   alone = float(np.sum((differences - mean) ** 2)) / (n * (n - 1))
-  if error == 0 or alone == 0 or not math.isfinite(error):
+  if error == 0 or alone == 0:
     return groups / n
   return min(1.0, alone / error**2)
 

@@ -28,10 +28,10 @@ BODY = """
 </table></div>
 <p class="note">Each after training, below it the change since before on the same items with its 95 % interval; \
 above 0 is better, and what dropped beyond what was agreed is coloured.</p>
-{% if suites.items %}
+{% if suites.lost %}
 <h3>Right before, wrong after</h3>
 <p class="note">Items that some run lost, those first that most of them lost.</p>
-{% for one in suites.items %}{{ page.pair(one) }}{% endfor %}
+{% for one in suites.lost %}{{ page.pair(one) }}{% endfor %}
 {% endif %}
 {% endif %}
 """
@@ -53,7 +53,7 @@ def section(runs: Sequence[Run], names: Sequence[str]) -> dict[str, Any] | None:
     + [f"{name} was measured otherwise and does not compare." for name in apart],
     heads=["run", *(one.part for one in first.verdicts)],
     rows=[dict(name=name, cells=_cells(first, found)) for name, (_, found) in alike],
-    items=_items(alike),
+    lost=_items(alike),
   )
 
 

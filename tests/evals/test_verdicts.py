@@ -1,15 +1,19 @@
 """Verdicts of two measurements: drops by name, models that are as good, and what does not compare."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 
+from posttrain_jax.core import files
 from posttrain_jax.data.schema import Row
-from posttrain_jax.evals import gate, stages, suite, verdicts
+from posttrain_jax.evals import gate, page, stages, suite, suites_page, verdicts
 from posttrain_jax.evals.measure import Measured, Result
 from posttrain_jax.evals.suite import Part, Suite
+from posttrain_jax.runs import record
 from posttrain_jax.settings import ConfigError
+from tests import tiny
 
 ITEMS = 80
 
@@ -188,3 +192,48 @@ def test_a_page_has_every_part_and_both_answers_and_runs_nothing(tmp_path):
   assert "<b>sums</b>" not in text
   assert "right before, wrong after (80)" in text
   assert "60 more are in regress.json" in text
+
+
+def test_a_comparison_is_the_same_out_of_a_file():
+  grouped = [dataclasses.replace(part("sums"), pass_at=())]
+  values = {"sums": [1] * 70 + [None] * 10}, {"sums": [0] * ITEMS}
+  found = compared(grouped, *values)
+  written = json.loads(json.dumps(found.as_json(), allow_nan=False))
+  assert verdicts.Comparison.from_json(written) == found
+  assert found.finals() == {"eval_suite/sums": 0.0, "eval_suite/change": -1.0}
+  one = measured(grouped, {"sums": [1] * ITEMS})
+  alone = {"sums": [dataclasses.replace(r, group="a") for r in one.results["sums"]]}
+  side = Measured(one.header, alone)
+  (told,) = verdicts.compare(Suite("s", tuple(grouped)), side, side).verdicts
+  assert (told.verdict, told.visible) == (verdicts.UNKNOWN, None)
+  json.dumps(dataclasses.asdict(told), allow_nan=False)
+
+
+def test_runs_beside_each_other_show_what_each_forgot(tmp_path):
+  parts = [part("sums")]
+  runs = []
+  for name, after in (("kept", [1] * ITEMS), ("lost", [0] * ITEMS)):
+    found = compared(parts, {"sums": [1] * ITEMS}, {"sums": after})
+    folder = tmp_path / name / "suite"
+    folder.mkdir(parents=True)
+    files.write_json(folder / verdicts.RESULTS, found.as_json())
+    side = measured(parts, {"sums": after}, counts={"sums": ITEMS})
+    lines = [
+      {"part": "sums", "number": i, "result": dataclasses.asdict(r)}
+      for i, r in enumerate(side.results["sums"])
+    ]
+    tiny.write_jsonl(folder / "after.jsonl", [side.header, *lines])
+    runs.append(record.Run(folder.parent, {}, [], None, None, None))
+  told = suites_page.section(runs, ["kept", "lost"])
+  assert told["sentences"][0].startswith("kept forgot nothing")
+  assert told["sentences"][1].startswith("lost forgot sums; its scores changed by -100.0 points")
+  assert [row["cells"][0]["dropped"] for row in told["rows"]] == [False, True]
+  first = told["lost"][0]
+  assert [(a["when"], a["correct"]) for a in first["answers"]] == [
+    ("before", True),
+    ("kept", True),
+    ("lost", False),
+  ]
+  html = page.render(suites_page.BODY, title="both", suites=told)
+  assert "Items that some run lost" in html
+  assert suites_page.section([record.Run(tmp_path, {}, [], None, None, None)], ["none"]) is None
