@@ -29,7 +29,7 @@ help:
 	$(PYTHON) -m venv .venv-oracle
 	.venv-oracle/bin/python -m pip install $(PIP_FLAGS) torch==2.13.0
 	.venv-oracle/bin/python -m pip install $(PIP_FLAGS) -c constraints.txt -c oracle-constraints.txt \
-	  transformers peft trl bitsandbytes accelerate mergekit xllamacpp -e '.[dev]'
+	  transformers peft trl bitsandbytes accelerate mergekit xllamacpp lm-eval -e '.[dev]'
 	@touch $@
 
 # Compilers for accelerators that are not here, of the versions that jax 0.10.2 pins; no driver and no NVIDIA library.
@@ -98,7 +98,7 @@ format: .venv/ready
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-oracle: .venv-oracle/ready ## live comparison with transformers, peft, trl, bitsandbytes, mergekit and llama.cpp; POSTTRAIN_DATA=FOLDER with humaneval/ adds HumanEval
+oracle: .venv-oracle/ready ## live comparison with transformers, peft, trl, bitsandbytes, mergekit, llama.cpp and lm-eval; POSTTRAIN_DATA=FOLDER with humaneval/ adds HumanEval
 	.venv-oracle/bin/python -m posttrain_jax fetch smollm2
 	.venv-oracle/bin/python -m pytest tests/oracle -m oracle -n $(WORKERS) --dist loadfile
 

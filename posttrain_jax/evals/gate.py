@@ -72,6 +72,10 @@ def sentences(found: Comparison) -> list[str]:
   if gains:
     told = "; ".join(f"{one.part} {change(one)}" for one in gains)
     said.append(f"What was trained for: {told}.{_paid(found)}")
+  for one in found.verdicts:
+    if one.pass_at:
+      told = ", ".join(f"{k} {was:.3f} to {now:.3f}" for k, (was, now) in one.pass_at.items())
+      said.append(f"{one.part}: {told}.")
   if found.before["weights"] == found.after["weights"]:
     said.append("Both sides have the same weights.")
   return said

@@ -164,7 +164,9 @@ def test_pass_at_k_is_of_all_answers():
   sides = measured([several], {"sums": [0.5, 0.0]})
   with_counts = [dataclasses.replace(r, right=n) for r, n in zip(sides.results["sums"], (2, 0))]
   side = Measured(sides.header, {"sums": with_counts})
-  (one,) = verdicts.compare(Suite("s", (several,)), side, side).verdicts
+  found = verdicts.compare(Suite("s", (several,)), side, side)
+  (one,) = found.verdicts
+  assert "sums: pass@1 0.250 to 0.250, pass@2 0.417 to 0.417." in gate.sentences(found)
   assert one.pass_at["pass@1"] == (0.25, 0.25)
   assert one.pass_at["pass@2"][0] == pytest.approx((1 - 1 / 6) / 2)
 
