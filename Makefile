@@ -102,7 +102,7 @@ format: .venv/ready
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-oracle: .venv-oracle/ready ## live comparison with transformers, peft, trl, bitsandbytes, mergekit and llama.cpp; POSTTRAIN_DATA=FOLDER with humaneval/ adds HumanEval
+oracle: .venv-oracle/ready ## live comparison with transformers, peft, trl, bitsandbytes, mergekit, llama.cpp and lm-eval; POSTTRAIN_DATA=FOLDER with humaneval/ adds HumanEval
 	.venv-oracle/bin/python -m posttrain_jax fetch smollm2
 	.venv-oracle/bin/python -m pytest tests/oracle -m oracle -n $(WORKERS) --dist loadfile
 

@@ -226,6 +226,8 @@ def run(arg):
   c.eval.task_limit = 0  # questions that are graded; 0 for all
   c.eval.max_new_tokens = 0  # of an answer; 0: what the longest expected answer needs
   c.eval.before = True  # answer before training too
+  c.eval.suite = ""  # what else is measured before and after: "core", or a folder with suite.json
+  c.eval.suite_limit = 0  # rows of each of its parts; 0 for all
   c.checkpoint = ml_collections.ConfigDict()
   c.checkpoint.every = 100  # steps; the last step is always kept
   c.checkpoint.keep = 2  # newest ones

@@ -33,6 +33,7 @@ from posttrain_jax.commands import (  # noqa: E402
   merge,
   pairs,
   plan,
+  regress,
   report,
   sample,
   serve,
@@ -57,6 +58,7 @@ COMMANDS: Mapping[str, ModuleType] = {
   "fetch": fetch,
   "train": train,
   "eval": eval,
+  "regress": regress,
   "sample": sample,
   "pairs": pairs,
   "chat": chat,
@@ -81,6 +83,7 @@ LEFT: Mapping[str, str] = {
   "merge": "what is merged so far is kept beside --out, and the same command goes on there",
   "fetch": "what was fetched so far is gone; run the same command again",
   "chat": "nothing was being written",
+  "regress": "with --out every result is kept; run the same command again",
   **dict.fromkeys(
     ("sample", "pairs"), "every answer and its score is kept; run the same command again"
   ),
@@ -99,6 +102,9 @@ PATHS = (
   "data",
   "reward",
   "evaluate",
+  "before",
+  "trained",
+  "suite",
 )
 
 

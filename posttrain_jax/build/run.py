@@ -42,6 +42,7 @@ from posttrain_jax.build import (
   prompts,
   questions,
   reference,
+  regress,
   run_length,
   scoring,
   self_checks,
@@ -57,7 +58,8 @@ from posttrain_jax.core import progress as progress_lib
 from posttrain_jax.core.checkpoint import Checkpoints
 from posttrain_jax.core.started import Started
 from posttrain_jax.data import encoded, loader
-from posttrain_jax.evals import report, tasks
+from posttrain_jax.evals import gate, report, tasks
+from posttrain_jax.evals.suite import Suite
 from posttrain_jax.models import decoder, hf
 from posttrain_jax.objectives import Scorer, evaluation, measured, of_policy
 from posttrain_jax.optim import schedules
@@ -180,6 +182,7 @@ class Pieces:
   step: Any  # jitted: (state, context, batch) -> (state, metrics), the state donated
   task: tasks.Task | None  # what is asked before and after training
   teacher: Teacher | None = None  # what is distilled
+  suite: Suite | None = None  # what else is measured before and after training
 
   def identity(self) -> dict[str, Any]:
     """What the run's record says of what its config only names: rows held out, the user's code, an earlier adapter."""
@@ -280,6 +283,7 @@ def build(
     step=jitted_step(config, trees.adapter_config, loss, updates, shapes, schedule),
     task=questions.make(config, base, rows),
     teacher=taught,
+    suite=regress.of_run(config, base, rows),
   )
 
 
@@ -339,6 +343,8 @@ def _introduce(pieces: Pieces, say: Say) -> None:
     say(note)
   if by := attention.told(pieces.config, base.config):
     say(by)
+  if pieces.suite is not None:
+    say(f"suite {pieces.suite.name}: {regress.described(pieces.suite)}, before and after training")
   if pieces.task is not None:
     say(f"answers: {_asked(pieces.task, pieces.config.eval.before)}")
   example = encoded.describe(pieces.data.examples[0], base.tokenizer)
@@ -407,6 +413,9 @@ class _Training:
       if config.eval.before and self.pieces.task is not None:
         self._evaluate_task("before", state)
         self.started.ends("answering before")
+      if self.pieces.suite is not None:
+        self._measure_suite("before", state, 0)
+        self.started.ends("measuring before")
     state, progress, complete = loop.loop(self._run(), state, progress, checkpoints)
     if not complete:
       checkpoints.close()
@@ -516,14 +525,10 @@ class _Training:
 
   def _evaluate_task(self, when: str, state: State) -> None:
     """Answers what the run asks, and keeps the answers with their grades beside the metrics."""
-    pieces, base, task = self.pieces, self.pieces.model, self.pieces.task
+    base, task = self.pieces.model, self.pieces.task
     if task is None:
       return
-    if pieces.trees.adapter_config is None:
-      params = decoder.multiplied_in(memory.fetch(of_policy(state.trainable)), base.products)
-    else:
-      nodes = tree.combine(of_policy(state.trainable), of_policy(state.carried))
-      params = use.for_writing(pieces.trees.context.base, nodes)
+    params = self._for_writing(state)
     doing = f"answering {when} training"
     with settings.section("eval.task"), progress_lib.counter(doing) as count:
       result = tasks.evaluate(
@@ -538,6 +543,32 @@ class _Training:
     files.write_json(self.folder / f"evaluation-{when}.json", result.to_json())
     for line in report.told(result, when):
       self.say(line)
+
+  def _for_writing(self, state: State) -> Any:
+    """The parameters of a state, as they write best."""
+    pieces = self.pieces
+    if pieces.trees.adapter_config is None:
+      return decoder.multiplied_in(
+        memory.fetch(of_policy(state.trainable)), pieces.model.products
+      )
+    nodes = tree.combine(of_policy(state.trainable), of_policy(state.carried))
+    return use.for_writing(pieces.trees.context.base, nodes)
+
+  def _measure_suite(self, when: str, state: State, step: int) -> None:
+    """What the suite says of a state, kept in the run's folder."""
+    if self.pieces.suite is not None:
+      params = self._for_writing(state)
+      regress.measured_in(self.folder, when, step, self.pieces.suite, self.pieces.model, params)
+
+  def _compare_suite(self) -> dict[str, float]:
+    """What became of the suite, said and written beside the metrics; its results, for done.json."""
+    if self.pieces.suite is None:
+      return {}
+    found = regress.compared_in(self.folder, self.pieces.suite)
+    rich.print(gate.table(found))
+    for sentence in gate.sentences(found):
+      self.say(sentence)
+    return found.finals()
 
   def _note_scoring(self, progress: loop.Progress) -> None:
     if not isinstance(self.pieces.batches, online.Online) or not distributed.is_main():
@@ -626,6 +657,7 @@ class _Training:
     with _phase("writing what was trained", sys.stdout):
       self._export(state, "adapter")
     self._evaluate_task("after", state)
+    self._measure_suite("after", state, progress.step)
     if not distributed.is_main():
       return
     done = {
@@ -635,7 +667,11 @@ class _Training:
       "tokens": progress.tokens,
       **best.reached(chosen, progress, self.pieces.config.steps),
       **({record.HISTORY: history} if (history := record.read(self.folder).history) else {}),
-      "final": record.last_values(self.folder) | report.graded(record.read(self.folder)),
+      "final": {
+        **record.last_values(self.folder),
+        **report.graded(record.read(self.folder)),
+        **self._compare_suite(),
+      },
     }
     with _phase("drawing the report", sys.stdout):
       page = report.write(self.folder, done=done)

@@ -16,7 +16,7 @@ import rich.table
 import rich.text
 
 from posttrain_jax.core import files
-from posttrain_jax.evals import compare, figures, meanings, online, report
+from posttrain_jax.evals import compare, figures, meanings, online, report, verdicts
 
 # What is compared: the first that finished points have and that is of one thing in all of them; else the first that is
 # no loss, which across betas (or data) says nothing of which point is better.
@@ -92,7 +92,9 @@ def _columns(known, metric) -> list[str]:
   """The metric, and beside an accuracy the KL that it was bought with."""
   if metric is None:
     return []
-  return [metric, BESIDE] if "accurac" in metric and BESIDE in known else [metric]
+  beside = [BESIDE] if "accurac" in metric and BESIDE in known else []
+  paid = [verdicts.CHANGE] if verdicts.CHANGE in known and metric != verdicts.CHANGE else []
+  return [metric, *beside, *paid]
 
 
 def _explained(known, metric, configs) -> list[str]:

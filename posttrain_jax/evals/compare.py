@@ -15,7 +15,7 @@ import numpy as np
 from posttrain_jax import settings
 from posttrain_jax.core import files
 from posttrain_jax.data import questions
-from posttrain_jax.evals import charts, figures, meanings, online, page, panels, report
+from posttrain_jax.evals import charts, figures, meanings, online, page, panels, report, suites_page
 from posttrain_jax.evals.charts import Line
 from posttrain_jax.evals.meanings import ANSWERS, EVAL, NEITHER, Named
 from posttrain_jax.runs import record
@@ -54,7 +54,7 @@ BODY = """
 <p class="note">Last values, held-out ones of the step that was exported; \
 * marks the best of a column where one way is better and the values compare.</p>
 {% endif %}
-<h2>Settings that differ</h2>
+{{ SUITES }}<h2>Settings that differ</h2>
 {% if table.rows %}
 <div class="scroll"><table class="settings">
 <tr>{% for head in table.heads %}<th>{{ head }}</th>{% endfor %}</tr>
@@ -105,7 +105,7 @@ def write(runs: Sequence[Run], out: str | Path) -> Path:
     raise ValueError(f"--out={out}: the page is HTML; write --out={out.with_suffix('.html')}")
   names = _names(runs)
   html = page.render(
-    BODY,
+    BODY.replace("{{ SUITES }}", suites_page.BODY),
     title=f"{len(runs)} runs compared",
     more_style=_style(len(runs)),
     state=f"{sum(run.done is not None for run in runs)} of {len(runs)} are finished.",
@@ -113,6 +113,7 @@ def write(runs: Sequence[Run], out: str | Path) -> Path:
     values=_values(runs, names),
     notes=_notes(runs),
     table=differing(runs, names),
+    suites=suites_page.section(runs, names),
     sections=_sections(runs, names),
     examples=_examples(runs, names),
   )

@@ -721,10 +721,24 @@ SCORES = Group(
   "Taken before and after training. A score that falls while the held-out loss falls too: answers "
   "no longer end or have another form; read them in the report.",
 )
+SUITES = Group(
+  "What the suite says",
+  (
+    Metric(
+      "suite/change",
+      "change of what was not trained",
+      HIGHER,
+      "The mean change of the suite's scores, those of what was trained left out; below 0 ability was paid.",
+    ),
+    Metric("suite/*", "", HIGHER, "The share of the suite's items that are right after training."),
+    Metric("bits_per_byte/*", "", LOWER, "Bits that a byte of the suite's text takes."),
+  ),
+  "Taken before and after training (eval.suite); the report has what was forgotten, item by item.",
+)
 OTHER = Group(
   "Other", (Metric("*", "", NEITHER, "Recorded by an objective or an adapter of this run.", ""),)
 )
-_COMMON = (SCORES, LENGTHS, PREDICTION, ROUTERS, OPTIMISATION, SPEED, OTHER)
+_COMMON = (SCORES, SUITES, LENGTHS, PREDICTION, ROUTERS, OPTIMISATION, SPEED, OTHER)
 GROUPS: Mapping[str, tuple[Group, ...]] = {
   "sft": (LOSS, ROUTERS, CHANNELS, *(group for group in _COMMON if group is not ROUTERS)),
   "preference": (LOSS, PARTS, PREFERENCE, DISTANCE, *_COMMON),
@@ -735,7 +749,7 @@ GROUPS: Mapping[str, tuple[Group, ...]] = {
   ONLINE: (
     *(REWARDED, PAIRS, CRITIC, CURRICULUM, VERIFIED, HELD_OUT, WRITTEN, VARIETY, DISTANCE_ONLINE),
     *(SAMPLER, LOSS, PARTS, TAUGHT),
-    *(SCORES, ROUTERS, OPTIMISATION, SPEED, OTHER),
+    *(SCORES, SUITES, ROUTERS, OPTIMISATION, SPEED, OTHER),
   ),
 }
 
@@ -879,6 +893,8 @@ def obstacles(name: str, configs: Sequence[Mapping[str, Any]]) -> list[str]:
 def _decide(name: str, fields: Sequence[Mapping[str, Any]]) -> list[str]:
   """The fields, or their sections, that say what a metric is of."""
   bare = base(name)
+  if any(metric.covers(bare) for metric in SUITES.metrics):
+    return ["eval.suite", "eval.suite_limit", "model.name", "model.template", "seed"]
   if name.startswith(ANSWERS) or SCORE.covers(bare):
     decide = ["eval.task", "eval.task_limit", "eval.max_new_tokens"]
     decide += ["eval.metric"] if name.startswith(ANSWERS) else []

@@ -6,6 +6,7 @@ Values are escaped; a page's own template is given to `render`.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 
 import jinja2
 import markupsafe
@@ -131,9 +132,18 @@ def _environment() -> jinja2.Environment:
   )
 
 
-def render(body: str, *, more_style: str = "", **values) -> str:
-  """A whole page of a template for its body; `title`, and `links` of (name, address), are the frame's."""
+def render(
+  body: str, *, more_style: str = "", macros: Mapping[str, str] | None = None, **values
+) -> str:
+  """A whole page of a template for its body; `title`, and `links` of (name, address), are the frame's.
+
+  macros: {name: further macros}, which may call those of `page`.
+  """
   imports = '{% extends "frame" %}{% import "macros" as page %}'
+  more = {
+    name: _environment().from_string('{% import "macros" as page %}' + text).module
+    for name, text in (macros or {}).items()
+  }
   text = f"{imports}{{% block body %}}{body}{{% endblock %}}"
   style = markupsafe.Markup(STYLE + more_style)  # ours: in a style element nothing is unescaped
-  return _environment().from_string(text).render(style=style, **values)
+  return _environment().from_string(text).render(style=style, **more, **values)

@@ -19,6 +19,7 @@ from posttrain_jax.core import files
 from posttrain_jax.data import questions
 from posttrain_jax.evals import (
   curve_advice,
+  gate,
   intervals,
   meanings,
   online,
@@ -54,6 +55,13 @@ BODY = """
 <tr><th>{{ name }}</th><td>{{ value }}</td></tr>
 {% endfor %}
 </table></div>
+
+{% if suite %}
+<h2>What was kept and forgotten: <a href="{{ suite.address }}">{{ suite.suite }}</a></h2>
+{% for sentence in suite.sentences %}<p class="verdict">{{ sentence }}</p>{% endfor %}
+{{ gate.table(suite.table) }}
+<details><summary>Items that changed</summary>{{ gate.items(suite.groups) }}</details>
+{% endif %}
 
 {% if scores %}
 <h2>Scores of answers: {{ scores.where }}</h2>
@@ -172,6 +180,8 @@ def write(workdir: str | Path, *, done: Mapping[str, Any] | None = None) -> Path
     facts=_facts(run),
     accuracy=_accuracy(run),
     scores=_scores(run),
+    suite=gate.of_run(run.folder),
+    macros={"gate": gate.MACROS},
     answers_note=_answers_note(run),
     findings=curve_advice.read(run),
     sections=panels.sections(run),

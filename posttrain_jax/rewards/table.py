@@ -23,6 +23,7 @@ from posttrain_jax.rewards.compared import Compared
 from posttrain_jax.rewards.formats import Json, Regex, Schema, Tags
 from posttrain_jax.rewards.judge import Judge
 from posttrain_jax.rewards.length import SoftOverlong
+from posttrain_jax.rewards.manners import Language, Refusal, Words
 from posttrain_jax.rewards.workers import SECONDS
 
 UNSAFE = "unsafe_code"  # what a verifier that runs programs is told; of the reward, not of one part
@@ -142,6 +143,14 @@ VERIFIERS: Mapping[str, BuiltIn] = {
     SoftOverlong,
     "DAPO's penalty of long answers, in tokens",
     range=(-1.0, 0.0),
+    untested=True,
+  ),
+  "words": BuiltIn(Words, "the answer has so many words", untested=True),
+  "language": BuiltIn(Language, "the answer is in a language", untested=True),
+  "refusal": BuiltIn(
+    Refusal,
+    "the answer refuses where its row says so, and only there",
+    reads=(("refuse",),),
     untested=True,
   ),
   "gym": BuiltIn(_gym, "what reasoning-gym says", reads=((gym.COLUMN,),), apart=True),

@@ -65,6 +65,8 @@ _FOLLOWS = ("objective.sync_every", lambda every: every > 0, "above 0")
 _REPLAYS = ("data.replay", bool, "a source")
 # a run that writes answers
 _ANSWERS = ("eval.task or eval.metric or eval.samples", bool, "set")
+# a run that measures something before it trains
+_BEFORE = ("eval.task or eval.metric or eval.samples or eval.suite", bool, "set")
 _GRADES = ("eval.task or eval.metric", bool, "set")
 _HAS_EARLIER = ("model.adapter", bool, "a folder")
 _CORRECTS = ("objective.importance", lambda level: level != "none", "token, sequence or geometric")
@@ -196,7 +198,17 @@ FIELDS: Mapping[str, Field] = {
     _whole(0, MOST_TOKENS),
     _ANSWERS,
   ),
-  "eval.before": Field("write answers before training too", Flag(), _ANSWERS),
+  "eval.before": Field(
+    "write answers, and measure the suite, before training too", Flag(), _BEFORE
+  ),
+  "eval.suite": Field(
+    "what else is measured before and after training, so that the report says what was forgotten: core, a folder with"
+    " suite.json, or FORM:FILE, several with commas between; '' for none",
+    Text("core, a folder, or FORM:FILE", empty=True),
+  ),
+  "eval.suite_limit": Field(
+    "rows of each part of the suite, drawn; 0 for all", _whole(0), ("eval.suite", bool, "set")
+  ),
   "checkpoint.every": Field(
     "steps from one checkpoint to the next; 0: the last alone, which is always kept", _whole(0)
   ),

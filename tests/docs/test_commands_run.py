@@ -30,6 +30,7 @@ ORDER = (
   "reports",
   "evaluation",
   "export",
+  "regress",
   "merging",
   "sharding",
   "launch",
@@ -39,6 +40,7 @@ ELSEWHERE = {  # what is not run here -> why
   "make ": "minutes, and another folder; CI runs it",
   "--topology=": "libtpu is not a part of the test environment",
   "posttrain fetch": "the network",
+  "humaneval:": "data of others; tests/evals/test_suite_data.py",
   "--jobs=0": "points that ran elsewhere; tests/build/test_sweep.py",
   "--search": "Optuna asks for points for minutes; tests/build/test_search.py",
   "beta_rank": "the pairs of an experiment, and hours",
@@ -119,6 +121,8 @@ def _few(line):
     added += ["--config.eval.task_limit=2"] if "--config=quickstart" in line else []
   if "posttrain eval" in line and "--limit" not in line:
     added += ["--limit=2"] if "=sql" in line else []
+  if "posttrain regress" in line and "--limit" not in line:
+    added += ["--limit=2"]
   if "posttrain merge" in line:
     added += ["--limit=2"]
   if "posttrain chat" in line and "|" not in line:
@@ -153,7 +157,8 @@ def _public(folder):
     "label": i % 2 == 0,
   }
   question = lambda i: {"question": f"How much is {i} and {i}?", "answer": f"#### {2 * i}"}
-  forms = {"gsm8k/train.jsonl": question, "dpo_en_demo.json": pair, "kto_en_demo.json": label}
+  forms = {"gsm8k/train.jsonl": question, "gsm8k/test.jsonl": question}
+  forms |= {"dpo_en_demo.json": pair, "kto_en_demo.json": label}
   held = pathlib.Path(os.environ.get("POSTTRAIN_DATA", "/nowhere"))
   (folder / "gsm8k").mkdir()
   for name, form in forms.items():
