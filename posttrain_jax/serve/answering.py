@@ -33,7 +33,7 @@ class Token:
 class Choice:
   """An answer so far.
 
-  drawn: every token, the one that ended it too; told: those that are part of its text.
+  drawn: every token, the one that ended it too; told: those that are part of its text; every: all that were drawn.
   reason: None while it goes on.
   """
 
@@ -41,6 +41,7 @@ class Choice:
   asked: Asked
   spelling: Spelling
   drawn: int = 0
+  every: list[Token] = dataclasses.field(default_factory=list)
   told: list[Token] = dataclasses.field(default_factory=list)
   prompt: list[Token] = dataclasses.field(default_factory=list)
   text: str = ""
@@ -146,6 +147,7 @@ class Answering:
     text, tokens = "", []
     for token in _tokens(event.ids, event.logps, event.top):
       choice.drawn += 1
+      choice.every.append(token)
       if token.id in choice.asked.stop_ids and choice.drawn >= choice.asked.min_new:
         break
       text += choice.spelling.feed(token.id)

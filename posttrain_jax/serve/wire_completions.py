@@ -27,6 +27,7 @@ class Completion:
   wanted: wire.Wanted
   prompts: list[str | list[int]]
   echo: bool
+  ids: bool  # answers are told as ids, too, with the token that ended each
 
 
 def read(body: Fields, limits: Limits, voice: Voice) -> Completion:
@@ -47,8 +48,11 @@ def read(body: Fields, limits: Limits, voice: Voice) -> Completion:
     raise wrong(
       f"{len(prompts)} prompts with n={wanted.n} are more than {limits.n} answers", "prompt"
     )
+  ids = body.flag("return_token_ids")
+  if ids and (wanted.stream or echo):
+    raise wrong("return_token_ids is for whole answers without their prompts", "return_token_ids")
   body.close()
-  return Completion(wanted, prompts, echo)
+  return Completion(wanted, prompts, echo, ids)
 
 
 def _prompts(body: Fields, voice: Voice) -> list[str | list[int]]:
@@ -111,9 +115,11 @@ class Texts:
     if self._asked.echo and not self._began:
       text, told = self._prompt + text, [*self._one.prompt, *told]
     self._began = True
-    return dict(
-      index=self._one.index, text=text, logprobs=self._logprobs(told), finish_reason=reason
+    given = self._one.every if self._asked.ids else told
+    choice = dict(
+      index=self._one.index, text=text, logprobs=self._logprobs(given), finish_reason=reason
     )
+    return {**choice, "token_ids": [token.id for token in given]} if self._asked.ids else choice
 
   def _logprobs(self, told: list[Token]) -> dict[str, Any] | None:
     top = self._asked.wanted.top

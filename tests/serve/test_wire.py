@@ -441,3 +441,19 @@ def test_a_body_that_is_not_called_json_is_not_read(client, kind):
   headers = {} if kind is None else {"content-type": kind}
   body = json.dumps({"model": "base", "messages": MESSAGES}).encode()
   refused(client.post("/v1/chat/completions", content=body, headers=headers), 415)
+
+
+def test_an_answer_is_told_in_ids_with_the_token_that_ended_it(client):
+  """As vLLM does: whoever learns from an answer reads no text again."""
+  asked = dict(prompt=[39, 72], logprobs=0, max_tokens=20)
+  body = served.complete(client, return_token_ids=True, **asked).json()
+  (choice,) = body["choices"]
+  assert len(choice["token_ids"]) == body["usage"]["completion_tokens"]
+  assert len(choice["logprobs"]["token_logprobs"]) == len(choice["token_ids"])
+  (plain,) = served.complete(client, **asked).json()["choices"]
+  assert "token_ids" not in plain
+  assert choice["finish_reason"] == "stop"
+  assert len(plain["logprobs"]["token_logprobs"]) == len(choice["token_ids"]) - 1
+  assert plain["text"] == choice["text"]
+  for also in ({"stream": True}, {"echo": True}):
+    assert served.complete(client, return_token_ids=True, **asked, **also).status_code == 400
