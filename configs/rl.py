@@ -4,6 +4,7 @@ posttrain train --config=rl:method=grpo,data=sql,reward=sql --workdir=runs/rl
 
 data=sql is the built-in task; data=FILE.jsonl has rows with a prompt and the columns that the verifiers read.
 storage=int8 or bfloat16 keeps the sampler's weights so, and corrects for it token by token.
+environment=sql or tools=python: answers of several turns, in which the model calls tools.
 method: grpo, dr_grpo, dapo, gspo, cispo, rloo, dppo, dppo_kl, reinforce, reinforce_pp, max_rl, centred.
 """
 
@@ -29,6 +30,8 @@ def get_config(arg=None):
     base="dense",
     method="grpo",
     reward="sql",
+    environment="",
+    tools="",
     storage="auto",
     holdout="",
     smoke=False,
@@ -69,9 +72,19 @@ def get_config(arg=None):
   n.kl_in_reward = 0.0  # weight of an answer's KL to the reference, taken off its reward
   n.kl_in_reward_estimator = "k1"  # k1 (unbiased) or k3 (never negative), summed over the answer
   n.mask_cut = False  # answers that were cut teach nothing
+  # answers of several turns: an environment (sql, python or FILE.py:Class), and tools (python or FILE.py:function, "+"
+  # between two)
+  n.environment = arg.environment
+  n.tools = tuple(filter(None, arg.tools.split("+")))
+  n.max_turns = 4  # of an answer, which max_new_tokens bounds as a whole, with what tools say
+  n.tool_tokens = 128  # of what is said to the model at once; beyond, it is cut
+  n.tool_seconds = 30.0  # for one answer of a tool or an environment
+  n.unparsed = 0.0  # the score of an answer with a turn that cannot be read
   # nats a token between sampler and trainer above which the run ends.  In float32 they differ by 1e-6; in bfloat16 by
   # 0.014 on average over 384 tokens of SmolLM2-135M (0.16 at most), and 0.017 where the sampler has an adapter merged
   n.most_drift = 0.05 if arg.storage == "auto" else 0.5
+  if (arg.environment or arg.tools) and arg.model == "smollm2":
+    c.model.template = "chatml"  # its own has no tools
   c.data = common.answers(arg, "prompts")
   c.data.length = 1024  # tokens of a row: a prompt with all its answers
   c.data.packing = False

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from posttrain_jax import adapters
+from posttrain_jax.build import tools
 from posttrain_jax.build.adapter import Trees
 from posttrain_jax.build.model import Model
 from posttrain_jax.build.prompts import Prompt
@@ -56,14 +57,46 @@ class Writer:
       ready,
       self.model.config,
       rows=min(o.rows, answers),
-      length=before.slots(ready.stacked) + max(map(len, self.prompts)) + o.max_new_tokens,
+      length=before.slots(ready.stacked) + self._longest + o.max_new_tokens,
       dtype=self.model.dtype,
       records_kept=not self.sampling.is_whole,
     )
     with progress.phase("compiling what writes"):
-      compiled = self._engine.warm_up(len(prompt) for prompt in self.prompts)
+      compiled = self._engine.warm_up(self._lengths)
     log.info("the engine has %d programs", len(compiled))
     log.debug("they are: %s", "; ".join(compiled))
+
+  @property
+  def _longest(self) -> int:
+    """Tokens of a prompt, what an environment says behind it included."""
+    return max(map(len, self.prompts)) + tools.room(self.config)
+
+  @property
+  def _lengths(self) -> Iterable[int] | None:
+    """Of all that will be read before something is written; None: any, as the turns of a conversation."""
+    return None if tools.is_on(self.config) else [len(prompt) for prompt in self.prompts]
+
+  @property
+  def rows(self) -> int:
+    """How many texts are under way at once."""
+    assert self._engine is not None
+    return self._engine.rows
+
+  def submit(self, request: Request) -> int:
+    """The ticket of a request that `advance` answers."""
+    assert self._engine is not None
+    return self._engine.submit(request)
+
+  def advance(self) -> list[tuple[int, Answer]]:
+    """(ticket, answer) of those that the next tokens end."""
+    assert self._engine is not None
+    told = self._engine.advance()
+    return [(one.ticket, one.answer) for one in told if one.answer is not None]
+
+  def drop(self, ticket: int) -> None:
+    """Forgets a request that was submitted."""
+    assert self._engine is not None
+    self._engine.drop(ticket)
 
   def request(self, prompt: Prompt, number: int, sample: int) -> Request:
     """number: of the prompt among all that were asked."""

@@ -63,6 +63,11 @@ class Answer:
   top: tuple[np.ndarray, np.ndarray] | None = None
 
   @property
+  def drawn(self) -> int:
+    """How many tokens the model wrote."""
+    return len(self.tokens)
+
+  @property
   def finished(self) -> bool:
     """Whether the text came to an end of its own, not to that of its room."""
     return self.ended != FULL

@@ -38,6 +38,7 @@ _DECAY = Number(0, 1, below=True)  # of a moving average
 _SHARE = Number(0, 1)
 _STORAGES = Choice(("dense", "nf4", "fp4", "int8"))
 _NAMES = Several(Text("a name"))
+_OF_TURNS = ("online.environment or online.tools", bool, "the name of one")
 _COLUMNS = Table(Text("a name"), Several(Text("a column's name")))
 
 
@@ -331,6 +332,29 @@ FIELDS: Mapping[str, Field] = {
     ("online.kl_in_reward", bool, "above 0"),
   ),
   "online.mask_cut": Field("answers that max_new_tokens cut teach nothing", Flag()),
+  "online.environment": Field(
+    "what answers of several turns are written in: sql, python, or FILE.py:Class with reset() and step(), or with"
+    " methods that are tools; '': none",
+    Text("a name or FILE.py:Class", empty=True),
+  ),
+  "online.tools": Field(
+    "functions that the model may call in its turns: python, or FILE.py:function with type hints and a docstring",
+    _NAMES,
+  ),
+  "online.max_turns": Field("turns of an answer at most", _whole(1, 4096), _OF_TURNS),
+  "online.tool_tokens": Field(
+    "tokens of what a tool or an environment says at once; beyond, it is cut",
+    _whole(1, MOST_TOKENS),
+    _OF_TURNS,
+  ),
+  "online.tool_seconds": Field(
+    "seconds that one answer of a tool or an environment may take", _POSITIVE, _OF_TURNS
+  ),
+  "online.unparsed": Field(
+    "score of an answer with a turn whose call cannot be read, instead of the reward's",
+    Number(),
+    _OF_TURNS,
+  ),
   "online.most_drift": Field(
     "nats a token by which the sampler's log-probabilities may be off the trainer's on average; above, the run ends",
     _POSITIVE,
