@@ -4,6 +4,7 @@ posttrain train --config=rl:method=grpo,data=sql,reward=sql --workdir=runs/rl
 
 data=sql is the built-in task; data=FILE.jsonl has rows with a prompt and the columns that the verifiers read.
 storage=int8 or bfloat16 keeps the sampler's weights so, and corrects for it token by token.
+engine=http://127.0.0.1:8000/v1: a server (vLLM, posttrain serve) writes the answers, one batch ahead.
 environment=sql or tools=python: answers of several turns, in which the model calls tools.
 method: grpo, dr_grpo, dapo, gspo, cispo, rloo, dppo, dppo_kl, reinforce, reinforce_pp, max_rl, centred.
 """
@@ -32,6 +33,7 @@ def get_config(arg=None):
     reward="sql",
     environment="",
     tools="",
+    engine="",
     storage="auto",
     holdout="",
     smoke=False,
@@ -40,7 +42,8 @@ def get_config(arg=None):
   method = METHODS[common.chosen("method", arg.method, METHODS)]
   o = c.objective = common.policy_loss(*method)
   # correction where the sampler's numbers differ from the trainer's: none, token, sequence, geometric
-  o.importance = "none" if arg.storage == "auto" else "token"
+  is_same = arg.storage == "auto" and not arg.engine
+  o.importance = "none" if is_same else "token"
   o.importance_high = 2.0
   o.importance_low = 0.0
   o.importance_outside = "truncate"  # truncate or mask
@@ -80,9 +83,17 @@ def get_config(arg=None):
   n.tool_tokens = 128  # of what is said to the model at once; beyond, it is cut
   n.tool_seconds = 30.0  # for one answer of a tool or an environment
   n.unparsed = 0.0  # the score of an answer with a turn that cannot be read
+  n.engine = (
+    arg.engine
+  )  # the address of a server that writes, as http://127.0.0.1:8000/v1; "": this program does
+  n.engine_folder = ""  # where the server reads adapters; "": engine/ in the run's folder
+  n.engine_key = ""  # the environment variable that holds its key; "": none
+  n.engine_patience = 300.0  # seconds for which it is asked again where it does not answer
+  # batches that are written while one is learned from, by weights that are as many batches old
+  n.ahead = int(bool(arg.engine) and not (arg.environment or arg.tools))
   # nats a token between sampler and trainer above which the run ends.  In float32 they differ by 1e-6; in bfloat16 by
   # 0.014 on average over 384 tokens of SmolLM2-135M (0.16 at most), and 0.017 where the sampler has an adapter merged
-  n.most_drift = 0.05 if arg.storage == "auto" else 0.5
+  n.most_drift = 0.05 if is_same else 0.5
   if (arg.environment or arg.tools) and arg.model == "smollm2":
     c.model.template = "chatml"  # its own has no tools
   c.data = common.answers(arg, "prompts")

@@ -8,7 +8,7 @@ import jax
 import ml_collections
 
 from posttrain_jax import settings
-from posttrain_jax.build import adapter, decisions
+from posttrain_jax.build import adapter, decisions, elsewhere
 from posttrain_jax.data import answers, chat
 from posttrain_jax.evals import graders, meanings, tasks
 from posttrain_jax.rewards import named
@@ -205,6 +205,7 @@ def _online(config: Config) -> None:
       f"online.storage={config.online.storage}: answers are then drawn from another distribution than the one that"
       " learns; write --config.objective.importance=token too, which weighs each token by the ratio of the two"
     )
+  elsewhere.check(config)
   part, titles = config.online.outcome, named.titles((*config.reward.parts, *config.reward.gates))
   if part not in ("", TOTAL, *titles, *titles.values()):
     raise ConfigError(

@@ -26,6 +26,7 @@ from posttrain_jax.build import scoring, tools
 from posttrain_jax.build import turns as turns_lib
 from posttrain_jax.build.adapter import Trees
 from posttrain_jax.build.data import Data
+from posttrain_jax.build.elsewhere import Elsewhere
 from posttrain_jax.build.groups import Group
 from posttrain_jax.build.model import Model
 from posttrain_jax.build.prompts import Prompt
@@ -88,8 +89,12 @@ class Online:
       scoring.titles(settings.plain(config.reward)).get(outcome, outcome)
     )
     self._identities = [scoring.identity(settings.plain(config[name])) for name in scoring.SECTIONS]
-    self.writer = Writer(config, model, self.prompts)
-    self.turns = Turns(config, model, self.writer) if tools.is_on(config) else None
+    self.writer = (
+      Elsewhere(config, model, self.prompts, lambda: self.folder, lambda: self._stopping())
+      if config.online.engine
+      else Writer(config, model, self.prompts)
+    )
+    self.turns = Turns(config, model) if tools.is_on(config) else None
     if self.turns is not None:
       self.turns.check_reward(self.reward.names, say)
     self.updates = Updates(config, model.config.vocab_size)
@@ -236,7 +241,22 @@ class Online:
     with contextlib.closing(journal):
       with self._ledger() as ledger:
         kept, dead, results = self._rounds(wanted, journal, ledger, spent)
+      self._begin_ahead(wanted)
       return self._learned(state, kept, dead, results, spent, began)
+
+  def _begin_ahead(self, count: int) -> None:
+    """The answers of the next batch, where an engine elsewhere writes while this program updates."""
+    o = self.config.online
+    per_batch, steps = o.minibatches * o.passes, self.config.steps
+    is_last = steps is not None and self._batches * per_batch >= steps
+    if not o.ahead or is_last or not isinstance(self.writer, Elsewhere):
+      return
+    numbers = range(self._asked, self._asked + count)
+    self.writer.ahead(
+      self.writer.request(self._prompt(number), number, sample)
+      for number in numbers
+      for sample in range(o.samples)
+    )
 
   def _learned(
     self,
@@ -394,7 +414,8 @@ class Online:
     """(place, answer) as they finish, of one turn or of several."""
     if self.turns is None:
       return self.writer.run((request for _, request in asked), self._go_on)
-    return self.turns.run(((request, group.prompt) for group, request in asked), self._go_on)
+    pairs = ((request, group.prompt) for group, request in asked)
+    return self.turns.run(self.writer.sampler, pairs, self._go_on)
 
   def _answers(self, group: Group) -> list[Answer]:
     """What verifiers are given of a group whose answers are all there."""
@@ -477,6 +498,7 @@ class Online:
       **beside,
       **groups_lib.metrics(every, self.outcome),
       **groups_lib.passed(every, self.outcome),
+      **(self.writer.told() if isinstance(self.writer, Elsewhere) else {}),
       **turns_lib.metrics([answer for group in every for answer in group.answers]),
       **{f"timing_s/{name}": part for name, part in parts.items()},
       **{f"timing_share/{name}": part / seconds for name, part in parts.items()},

@@ -63,6 +63,7 @@ def read(config: Config, model: Model) -> Data:
   if d.limit:
     order = np.random.default_rng(config.seed).permutation(len(asked))[: d.limit]
     asked = [asked[i] for i in sorted(order)]
+  tools.check(config, model.template)
   asked = tools.given(config, asked)
   ids = questions.tokens(asked, model.tokenizer, model.template)
   prompts = tuple(

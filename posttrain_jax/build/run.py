@@ -44,6 +44,7 @@ from posttrain_jax.build import (
   run_length,
   scoring,
   self_checks,
+  turns,
   use,
 )
 from posttrain_jax.build.adapter import Trees
@@ -267,7 +268,7 @@ def build(
     schedule=schedule,
     batches=batches,
     step=jitted_step(config, trees.adapter_config, loss, updates, shapes, schedule),
-    task=questions.make(config, base, rows),
+    task=turns.asked(config, base, questions.make(config, base, rows)),
   )
 
 

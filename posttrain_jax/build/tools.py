@@ -7,6 +7,8 @@ from typing import Any
 
 import ml_collections
 
+from posttrain_jax.data import tool_calls
+from posttrain_jax.data.templates import Template
 from posttrain_jax.environments import host as host_lib
 from posttrain_jax.environments import named
 from posttrain_jax.environments.host import Described, EnvironmentFailed, Source
@@ -17,8 +19,9 @@ SPARE = 8  # tokens that words may take more of in a prompt than alone
 
 
 def is_on(config: Config) -> bool:
-  """Whether answers have several turns."""
-  return bool(config.online.environment or config.online.tools)
+  """Whether answers have several turns; those of runs of an earlier version have one."""
+  o = config.online
+  return "environment" in o and bool(o.environment or o.tools)
 
 
 def source(config: Config) -> Source:
@@ -52,6 +55,25 @@ def _described(source: Source, digest: str) -> Described:
   """digest: of the user's files, which another run may find changed."""
   del digest
   return host_lib.describe(source)
+
+
+def check(config: Config, template: Template | None) -> None:
+  """Raises ConfigError where the template cannot say what the environment needs, or the reward reads what it lacks."""
+  if not is_on(config):
+    return
+  about = described(config)
+  if template is None:
+    raise ConfigError("turns need a chat template: write --config.model.template=chatml")
+  if not about.acts:
+    try:
+      tool_calls.form(template)
+    except ValueError as error:
+      raise ConfigError(str(error)) from error
+  if "environment" in config.reward.parts and not about.scores:
+    raise ConfigError(
+      "reward.parts: environment is what get_reward() of an environment or the rewards of its steps say, and"
+      f" {config.online.environment or 'a tool'} has neither; name a verifier"
+    )
 
 
 def given(config: Config, asked: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -5,24 +5,27 @@ from __future__ import annotations
 import dataclasses
 import functools
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_collections
+import numpy as np
 
 from posttrain_jax.build import tools
 from posttrain_jax.build.model import Model
 from posttrain_jax.build.prompts import Prompt
-from posttrain_jax.build.writer import Writer
 from posttrain_jax.data import questions, tool_calls
 from posttrain_jax.environments import episode as kinds
 from posttrain_jax.environments import named
 from posttrain_jax.environments.episode import Episode
-from posttrain_jax.environments.episodes import Asked, Episodes, Rules
+from posttrain_jax.environments.episodes import Asked, Episodes, InEngine, Rules, Sampler
 from posttrain_jax.environments.host import Hosts
+from posttrain_jax.evals import tasks
+from posttrain_jax.models import before
 from posttrain_jax.rewards import environment, score, trl
 from posttrain_jax.rewards.environment import COLUMN, LEFT
 from posttrain_jax.rewards.reward import Result, Reward, Scored
+from posttrain_jax.rollout import engine
 from posttrain_jax.rollout.requests import Answer, Request
 from posttrain_jax.settings import ConfigError
 
@@ -32,15 +35,13 @@ CALLS = 4  # processes of tools that keep nothing, at most
 
 
 class Turns:
-  """Episodes of a run."""
+  """Episodes of a run, whose template and reward `tools.check` has looked at."""
 
-  def __init__(self, config: Config, model: Model, writer: Writer) -> None:
-    """Raises ConfigError where the model's template cannot say what the environment needs."""
-    self.config, self.model, self.writer = config, model, writer
+  def __init__(self, config: Config, model: Model) -> None:
+    """Raises ConfigError where a turn of the template ends with no token of its own."""
+    self.config, self.model = config, model
     o, about = config.online, tools.described(config)
     self.acts, self.scores = about.acts, about.scores
-    if model.template is None:
-      raise ConfigError("turns need a chat template: write --config.model.template=chatml")
     try:
       self.rules = Rules(
         about,
@@ -71,24 +72,49 @@ class Turns:
     return f"\nturns: {what}; {bound}.{own}"
 
   def check_reward(self, parts: Sequence[str], say: Callable[[str], None]) -> None:
-    """Raises ConfigError where the reward reads one that the environment does not have; says where it reads none."""
-    reads = "environment" in parts
-    if reads and not self.scores:
-      raise ConfigError(
-        "reward.parts: environment is what get_reward() of an environment or the rewards of its steps say, and"
-        f" {self.config.online.environment or 'a tool'} has neither; name a verifier"
-      )
-    if self.scores and not reads:
+    """Says where the environment has a reward that this run does not read."""
+    if self.scores and "environment" not in parts:
       say(
         "the environment has a reward of its own, which this run does not read (reward=environment does)"
       )
 
   def run(
-    self, asked: Iterable[tuple[Request, Prompt]], before_window: Callable[[], None]
+    self,
+    sampler: Sampler,
+    asked: Iterable[tuple[Request, Prompt]],
+    before_window: Callable[[], None] | None = None,
   ) -> Iterator[tuple[int, Episode]]:
     """(place, episode) as they finish."""
-    episodes = Episodes(self.writer, self._hosts, self.rules)
+    episodes = Episodes(sampler, self._hosts, self.rules)
     return episodes.run((self._asked(*pair) for pair in asked), before_window)
+
+  def answer(
+    self,
+    params: Any,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    batch_size: int,
+    dtype: Any,
+    progress: Callable[[int, int], None] | None,
+  ) -> list[tuple[str, bool, int]]:
+    """Greedy answers to questions, as `evals.tasks.Turns` says."""
+    prompts = _prompts(self.config, self.model, rows)
+    most, room = self.config.online.max_new_tokens, tools.room(self.config)
+    ready = engine.prepare(params, self.model.config)
+    longest = before.slots(ready.stacked) + max(map(len, prompts)) + room + most
+    rows_at_once = min(batch_size, len(prompts), self.config.online.rows)
+    made = engine.Engine(ready, self.model.config, rows=rows_at_once, length=longest, dtype=dtype)
+    ends = self.model.ends
+    asked = (
+      (Request(prompt.tokens.tolist(), most, stop_tokens=ends, number=i), prompt)
+      for i, prompt in enumerate(prompts)
+    )
+    answers: dict[int, tuple[str, bool, int]] = {}
+    for place, one in self.run(InEngine(made), asked):
+      answers[place] = (one.final, one.finished, one.drawn)
+      if progress is not None:
+        progress(len(answers), len(prompts))
+    return [answers[i] for i in range(len(prompts))]
 
   def _asked(self, request: Request, prompt: Prompt) -> Asked:
     return Asked(
@@ -104,6 +130,30 @@ class Turns:
     }
     (ids,) = questions.tokens([question], self.model.tokenizer, self.model.template)
     return ids
+
+
+def _prompts(config: Config, model: Model, rows: Sequence[Mapping[str, Any]]) -> list[Prompt]:
+  """Questions of a task as prompts that have the run's tools."""
+  asked = tools.given(config, [dict(row, origin=row.get("origin", "question")) for row in rows])
+  ids = questions.tokens(asked, model.tokenizer, model.template)
+  return [
+    Prompt(
+      np.asarray(tokens, np.int32),
+      one["prompt"],
+      {**one.get("row", one), "gold": one["gold"]},
+      one["origin"],
+      variables=one.get("variables", {}),
+    )
+    for one, tokens in zip(asked, ids, strict=True)
+  ]
+
+
+def asked(config: Config, model: Model, task: tasks.Task | None) -> tasks.Task | None:
+  """The task as the run answers: in turns where its answers have several."""
+  if task is None or "online" not in config or not tools.is_on(config):
+    return task
+  most = config.online.max_new_tokens
+  return dataclasses.replace(task, turns=Turns(config, model), max_new_tokens=most)
 
 
 def columns(answer: Answer) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from posttrain_jax.build.adapter import Trees
 from posttrain_jax.build.model import Model
 from posttrain_jax.build.prompts import Prompt
 from posttrain_jax.core import progress, tree
+from posttrain_jax.environments.episodes import InEngine, Sampler
 from posttrain_jax.models import before, decoder
 from posttrain_jax.rollout import engine as engine_lib
 from posttrain_jax.rollout.requests import Answer, Request
@@ -77,26 +78,10 @@ class Writer:
     return None if tools.is_on(self.config) else [len(prompt) for prompt in self.prompts]
 
   @property
-  def rows(self) -> int:
-    """How many texts are under way at once."""
+  def sampler(self) -> Sampler:
+    """What writes the turns of episodes."""
     assert self._engine is not None
-    return self._engine.rows
-
-  def submit(self, request: Request) -> int:
-    """The ticket of a request that `advance` answers."""
-    assert self._engine is not None
-    return self._engine.submit(request)
-
-  def advance(self) -> list[tuple[int, Answer]]:
-    """(ticket, answer) of those that the next tokens end."""
-    assert self._engine is not None
-    told = self._engine.advance()
-    return [(one.ticket, one.answer) for one in told if one.answer is not None]
-
-  def drop(self, ticket: int) -> None:
-    """Forgets a request that was submitted."""
-    assert self._engine is not None
-    self._engine.drop(ticket)
+    return InEngine(self._engine)
 
   def request(self, prompt: Prompt, number: int, sample: int) -> Request:
     """number: of the prompt among all that were asked."""

@@ -21,6 +21,7 @@ from posttrain_jax.environments import host as host_lib
 from posttrain_jax.environments.episode import Episode
 from posttrain_jax.environments.host import Described, Failed, Host, Hosts
 from posttrain_jax.rollout import requests
+from posttrain_jax.rollout.engine import Engine
 from posttrain_jax.rollout.requests import Answer, Request
 
 TURN_BITS = 20  # a request's sample is that of its episode in the low bits, and its turn above
@@ -42,6 +43,27 @@ class Sampler(Protocol):
     ...
 
   def drop(self, ticket: int) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class InEngine:
+  """An engine of this program as what writes turns."""
+
+  engine: Engine
+
+  @property
+  def rows(self) -> int:
+    return self.engine.rows
+
+  def submit(self, request: Request) -> int:
+    return self.engine.submit(request)
+
+  def advance(self) -> list[tuple[int, Answer]]:
+    told = self.engine.advance()
+    return [(one.ticket, one.answer) for one in told if one.answer is not None]
+
+  def drop(self, ticket: int) -> None:
+    self.engine.drop(ticket)
 
 
 @dataclasses.dataclass(frozen=True)

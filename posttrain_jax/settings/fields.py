@@ -38,6 +38,7 @@ _DECAY = Number(0, 1, below=True)  # of a moving average
 _SHARE = Number(0, 1)
 _STORAGES = Choice(("dense", "nf4", "fp4", "int8"))
 _NAMES = Several(Text("a name"))
+_OF_ENGINE = ("online.engine", bool, "an address")
 _OF_TURNS = ("online.environment or online.tools", bool, "the name of one")
 _COLUMNS = Table(Text("a name"), Several(Text("a column's name")))
 
@@ -354,6 +355,30 @@ FIELDS: Mapping[str, Field] = {
     "score of an answer with a turn whose call cannot be read, instead of the reward's",
     Number(),
     _OF_TURNS,
+  ),
+  "online.engine": Field(
+    "address of a server that writes the answers, as far as /v1 (vLLM, posttrain serve); '': this program does",
+    Text("http://HOST:PORT/v1", empty=True),
+  ),
+  "online.engine_folder": Field(
+    "folder that the server reads adapters from; '': engine/ in the run's folder",
+    Text("a folder", empty=True),
+    _OF_ENGINE,
+  ),
+  "online.engine_key": Field(
+    "environment variable that holds the server's key; '': none is sent",
+    Text("a variable's name", empty=True),
+    _OF_ENGINE,
+  ),
+  "online.engine_patience": Field(
+    "seconds for which the server is asked again where it does not answer; then the run ends, to be run again",
+    _POSITIVE,
+    _OF_ENGINE,
+  ),
+  "online.ahead": Field(
+    "batches that are written while one is learned from, by weights that are as many batches old",
+    _whole(0, 1),
+    _OF_ENGINE,
   ),
   "online.most_drift": Field(
     "nats a token by which the sampler's log-probabilities may be off the trainer's on average; above, the run ends",

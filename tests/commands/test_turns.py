@@ -29,7 +29,8 @@ class Raises(Echo):
     raise ValueError("broken")
 
 def heard(environments, completions, **columns):
-  assert [len(e.heard) for e in environments] == [sum(m["role"] == "assistant" for m in c) for c in completions]
+  for e, c in zip(environments, completions):  # a turn that was cut is heard by nobody
+    assert 0 <= sum(m["role"] == "assistant" for m in c) - len(e.heard) <= 1
   return [sum(map(ord, "".join(e.heard))) % 89 / 89 for e in environments]
 
 def double(number: int) -> int:
@@ -140,6 +141,6 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
   folder, tmp_path, capsys, changes, how, says
 ):
   extra = ["model.template=tokenizer"] if "calls" in says else []
-  assert main(command(folder, tmp_path / "run", *extra, how=how, **changes)) == 2
+  assert main(command(folder, tmp_path / "run", *extra, how=how, **changes)) == 1
   assert says in capsys.readouterr().err
   assert not (tmp_path / "run").exists()
