@@ -205,7 +205,7 @@ def testable(reward: Reward) -> Reward | None:
   """What can be tried on rows before anything is written: parts that read no environment; None where all do."""
   of_rows = lambda part: (
     not (
-      part.verifier is environment.environment
+      isinstance(part.verifier, environment.Environment)
       or (isinstance(part.verifier, trl.Function) and part.verifier.reads_environments)
     )
   )

@@ -155,7 +155,7 @@ VERIFIERS: Mapping[str, BuiltIn] = {
     seconds=python.SECONDS,
   ),
   "environment": BuiltIn(
-    environment.made,
+    environment.Environment,
     "what the environment of an answer gave itself",
     reads=((environment.COLUMN,),),
     range=score.ANY,

@@ -132,7 +132,7 @@ def test_a_server_that_dies_and_comes_back_amid_a_run_goes_on_with_its_adapter(
 
 @pytest.mark.slow
 def test_a_batch_is_written_while_another_is_learned_from(folder, tmp_path, serve):
-  assert main(command(folder, tmp_path / "run", serve().url, "steps=4")) == 0
+  assert main(command(folder, tmp_path / "run", serve().url, "steps=4", "optimizer.lr=1e-3")) == 0
   told = lines(tmp_path / "run")
   assert [line["sampling/staleness"] for line in told] == [0, 1, 1, 1]
   apart = [line["sampling/logp_difference"] for line in told]

@@ -116,6 +116,24 @@ def test_a_run_that_was_killed_amid_turns_ends_as_one_that_was_not(folder, tmp_p
     assert both[0] == both[1]
 
 
+@pytest.mark.slow
+def test_an_answer_does_not_hang_on_what_is_written_beside_it(folder, tmp_path):
+  """Nor on whose tools are quicker: one row at a time gives what six at once give."""
+  changes = ["steps=1", "optimizer.lr=0.0"]
+  assert main(command(folder, tmp_path / "six", *changes)) == 0
+  assert main(command(folder, tmp_path / "one", *changes, "online.rows=2")) == 0
+  one, six = (table(tmp_path / name) for name in ("one", "six"))
+  assert [row["tokens"] for row in one] == [row["tokens"] for row in six]
+  assert [row["messages"] for row in one] == [row["messages"] for row in six]
+
+
+def test_held_out_questions_are_asked_in_turns_too(folder, tmp_path):
+  asked = [f"eval.task={folder / 'prompts.jsonl'}", "eval.samples=2", "eval.before=false"]
+  assert main(command(folder, tmp_path / "run", "steps=1", *asked, how="environment")) == 0
+  answers = json.loads((tmp_path / "run" / "evaluation-after.json").read_text())["answers"]
+  assert len(answers) == 2
+
+
 def test_reward_functions_of_trls_read_what_environments_were_left_as(folder, tmp_path):
   name = f"{folder / 'mine.py'}:heard"
   assert main(command(folder, tmp_path / "run", "steps=1", reward=name)) == 0
