@@ -153,7 +153,7 @@ class Updates:
       answer = group.written[i]
       here, wrote = joined.mask & (joined.answer == place), _written(answer)
       sampling[here] = answer.logps[wrote]
-      if answer.kept is not None:
+      if self.words and answer.kept is not None:
         kept[here] = answer.kept[wrote]
       if o.mask_cut and not group.written[i].finished:
         mask[here] = False

@@ -8,7 +8,7 @@ import pyarrow.parquet
 import pytest
 
 from posttrain_jax.__main__ import main
-from posttrain_jax.build import online
+from posttrain_jax.build import online, turns
 from tests import tiny
 from tests.commands.test_rl import adapter, lines, same
 
@@ -92,8 +92,8 @@ def test_a_run_learns_from_turns_that_an_environment_answers(folder, tmp_path, c
   assert told["grad_norm"] > 0
   assert told["sampling/logp_difference"] < 1e-4  # of all tokens of all turns
   assert told["reward"] == pytest.approx(np.mean([row["reward"] for row in rows]))
-  turns = json.loads(rows[0]["messages"])
-  assert [turn["role"] for turn in turns[:3]] == ["assistant", "user", "assistant"][: len(turns)]
+  said = json.loads(rows[0]["messages"])
+  assert [turn["role"] for turn in said[:3]] == ["assistant", "user", "assistant"][: len(said)]
 
 
 def test_a_run_that_was_killed_amid_turns_ends_as_one_that_was_not(folder, tmp_path, monkeypatch):
@@ -127,11 +127,23 @@ def test_an_answer_does_not_hang_on_what_is_written_beside_it(folder, tmp_path):
   assert [row["messages"] for row in one] == [row["messages"] for row in six]
 
 
-def test_held_out_questions_are_asked_in_turns_too(folder, tmp_path):
-  asked = [f"eval.task={folder / 'prompts.jsonl'}", "eval.samples=2", "eval.before=false"]
-  assert main(command(folder, tmp_path / "run", "steps=1", *asked, how="environment")) == 0
+def test_held_out_questions_are_asked_in_turns_too(folder, tmp_path, monkeypatch):
+  said = [{"role": "assistant", "content": "so"}]
+  rows = [{"prompt": [{"role": "user", "content": w}], "completion": said} for w in ("sun", "sea")]
+  held = tiny.write_jsonl(tmp_path / "held.jsonl", rows)
+  asked = [f"eval.task={held}", "eval.metric=contained", "eval.before=false"]
+  finals, answer = [], turns.Turns.answer
+
+  def kept(self, *args, **how):
+    finals.append(answer(self, *args, **how))
+    return finals[-1]
+
+  monkeypatch.setattr(turns.Turns, "answer", kept)
+  assert main(command(folder, tmp_path / "run", "steps=1", *asked)) == 0
   answers = json.loads((tmp_path / "run" / "evaluation-after.json").read_text())["answers"]
-  assert len(answers) == 2
+  assert [(one["answer"], one["finished"]) for one in answers] == [
+    (final, finished) for final, finished, _ in finals[0]
+  ]
 
 
 def test_reward_functions_of_trls_read_what_environments_were_left_as(folder, tmp_path):
