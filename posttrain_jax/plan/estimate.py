@@ -49,7 +49,7 @@ def of(config: Any, chips: Target, *, advise: bool = True) -> dict[str, Any]:
   }
   try:
     compiled = program.compile(built)
-    if online.is_online(config):
+    if online.is_online(config) and not config.online.engine:  # which a server has
       facts["writing"] = writing.figures(built)
       facts["refused"] = checks.ONE_HOST if facts["hosts"] > 1 else None
   except program.OutOfMemory as problem:
