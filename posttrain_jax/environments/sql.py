@@ -48,7 +48,7 @@ class Database:
 def _shown(connection: Any, query: str, bounds: sql.Bounds) -> str:
   """
   >>> _shown(sqlite3.connect(":memory:"), "SELECT 1, 'a' UNION SELECT 2, 'b'", sql.BUILT_IN)
-  "1 | a\\n2 | b"
+  '1 | a\\n2 | b'
   """
   rows, said = sql.asked(connection, query, bounds)
   if said != "ok":

@@ -209,6 +209,12 @@ def test_turns_are_actions_until_the_environment_is_done(episodes):
   assert one.left["episode"] != other.left["episode"]
 
 
+def test_an_answer_that_has_no_room_for_another_turn_has_no_last_words(episodes):
+  (one,) = episodes(Source(f"{FILE}:Texts"), Scripted([["y", "x"]]), room=20)
+  assert (one.ended, one.turns, one.final) == ("max_new_tokens", 1, "")
+  assert one.reward == 0.0  # of the steps that there were
+
+
 def test_an_environment_that_raises_leaves_no_reward_and_says_where(episodes):
   sampler = Scripted([["x"], ["x"]])
   one, other = episodes(Source(f"{FILE}:Raises"), sampler, rows=({"fine": True}, {}))
