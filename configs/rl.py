@@ -5,6 +5,8 @@ posttrain train --config=rl:method=grpo,data=sql,reward=sql --workdir=runs/rl
 data=sql is the built-in task; data=FILE.jsonl has rows with a prompt and the columns that the verifiers read.
 storage=int8 or bfloat16 keeps the sampler's weights so, and corrects for it token by token.
 teacher=NAME adds the reverse KL to a model of the same tokenizer to each token's advantage (on-policy distillation).
+engine=http://127.0.0.1:8000/v1: a server (vLLM, posttrain serve) writes the answers, one batch ahead.
+environment=sql or tools=python: answers of several turns, in which the model calls tools.
 method: grpo, dr_grpo, dapo, gspo, cispo, rloo, dppo, dppo_kl, reinforce, reinforce_pp, max_rl, centred; ppo, with a
 critic; online_dpo, whose pairs are the best and the worst answer to a prompt (and loss=ipo, or another of
 configs/preference.py).
@@ -35,6 +37,9 @@ def get_config(arg=None):
     base="dense",
     method="grpo",
     reward="sql",
+    environment="",
+    tools="",
+    engine="",
     storage="auto",
     holdout="",
     teacher="",
@@ -43,6 +48,7 @@ def get_config(arg=None):
   )
   c = common.run(arg)
   common.chosen("method", arg.method, (*METHODS, PAIRS))
+  is_same = arg.storage == "auto" and not arg.engine
   if arg.method == PAIRS:
     if arg.teacher:
       raise ValueError(
@@ -52,7 +58,7 @@ def get_config(arg=None):
   elif arg.loss != "dpo":
     raise ValueError(f"config argument loss={arg.loss!r}: it is of method={PAIRS}")
   else:
-    o = _policy_gradient(arg)
+    o = _policy_gradient(arg, is_same)
   c.objective = o
   if "reference" in o:
     o.cache_reference = False  # answers are not there before training
@@ -88,9 +94,26 @@ def get_config(arg=None):
   n.cut_penalty = 0.0  # taken off the reward of an answer that max_new_tokens cut
   n.mask_cut = False  # answers that were cut teach nothing
   n.gold_rows = 0  # rows of an update that are the data's own answers
+  # answers of several turns: an environment (sql, python or FILE.py:Class), and tools (python or FILE.py:function, "+"
+  # between two)
+  n.environment = arg.environment
+  n.tools = tuple(filter(None, arg.tools.split("+")))
+  n.max_turns = 4  # of an answer, which max_new_tokens bounds as a whole, with what tools say
+  n.tool_tokens = 128  # of what is said to the model at once; beyond, it is cut
+  n.tool_seconds = 30.0  # for one answer of a tool or an environment
+  n.unparsed = 0.0  # the score of an answer with a turn that cannot be read
+  # the address of a server that writes, as http://127.0.0.1:8000/v1; "": this program does
+  n.engine = arg.engine
+  n.engine_folder = ""  # where the server reads adapters; "": engine/ in the run's folder
+  n.engine_key = ""  # the environment variable that holds its key; "": none
+  n.engine_patience = 300.0  # seconds for which it is asked again where it does not answer
+  # batches that are written while one is learned from, by weights that are as many batches old
+  n.ahead = int(bool(arg.engine) and not (arg.environment or arg.tools))
   # nats a token between sampler and trainer above which the run ends.  In float32 they differ by 1e-6; in bfloat16 by
   # 0.014 on average over 384 tokens of SmolLM2-135M (0.16 at most), and 0.017 where the sampler has an adapter merged
-  n.most_drift = 0.05 if arg.storage == "auto" else 0.5
+  n.most_drift = 0.05 if is_same else 0.5
+  if (arg.environment or arg.tools) and arg.model == "smollm2":
+    c.model.template = "chatml"  # its own has no tools
   c.data = common.answers(arg, "prompts")
   c.data.length = 1024  # tokens of a row: a prompt with all its answers
   c.data.packing = False
@@ -107,11 +130,11 @@ def get_config(arg=None):
   return c
 
 
-def _policy_gradient(arg):
+def _policy_gradient(arg, is_same):
   """config.objective of a method of METHODS."""
   o = common.policy_loss(*METHODS[arg.method])
   # correction where the sampler's numbers differ from the trainer's: none, token, sequence, geometric
-  o.importance = "none" if arg.storage == "auto" else "token"
+  o.importance = "none" if is_same else "token"
   o.importance_high = 2.0
   o.importance_low = 0.0
   o.importance_outside = "truncate"  # truncate or mask

@@ -8,7 +8,7 @@ import jax
 import ml_collections
 
 from posttrain_jax import settings
-from posttrain_jax.build import adapter, decisions, methods
+from posttrain_jax.build import adapter, decisions, elsewhere, methods
 from posttrain_jax.data import answers, chat
 from posttrain_jax.evals import graders, meanings, tasks
 from posttrain_jax.rewards import named
@@ -213,6 +213,7 @@ def _online(config: Config) -> None:
     raise ConfigError(
       "objective.cache_reference: answers that are yet to be written have no log-probabilities to cache; write false"
     )
+  elsewhere.check(config)
   part, titles = config.online.outcome, named.titles((*config.reward.parts, *config.reward.gates))
   if part not in ("", TOTAL, *titles, *titles.values()):
     raise ConfigError(

@@ -20,6 +20,7 @@ from posttrain_jax.build import checks, decisions, objective, questions, referen
 from posttrain_jax.build import data as data_lib
 from posttrain_jax.build import model as model_lib
 from posttrain_jax.build import run as runs
+from posttrain_jax.build import turns as turns_lib
 from posttrain_jax.core import files, progress, tree
 from posttrain_jax.core import metrics as metrics_lib
 from posttrain_jax.core.checkpoint import Checkpoints
@@ -285,7 +286,7 @@ def _task(
   held_out = None if source or config.eval.task else data_lib.evaluated(config, model)
   if held_out is not None and data_lib.TRAINED_ON in held_out.notes:
     log.info("answers: %s", data_lib.TRAINED_ON)
-  return questions.make(config, model, held_out, source)
+  return turns_lib.asked(config, model, questions.make(config, model, held_out, source))
 
 
 def _answered(

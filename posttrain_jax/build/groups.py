@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from posttrain_jax.build.prompts import Prompt
+from posttrain_jax.environments.episode import Episode
 from posttrain_jax.evals import keeping
 from posttrain_jax.rewards.reward import LOGGED, ROUNDING, Reward, Scored
 from posttrain_jax.rollout.requests import Answer
@@ -58,6 +59,14 @@ class Group:
     return bool(known.any() and there[known].all())
 
 
+def _of_turns(answer: Answer) -> dict[str, Any]:
+  """The columns that answers of several turns have beside the others."""
+  if not isinstance(answer, Episode):
+    return {}
+  counts = {name: getattr(answer, name) for name in ("turns", "calls", "failures", "problem")}
+  return {**counts, "messages": json.dumps(list(answer.messages), ensure_ascii=False)}
+
+
 def _array(values: Iterable[float | None]) -> np.ndarray:
   return np.asarray([np.nan if value is None else value for value in values], np.float64)
 
@@ -92,8 +101,8 @@ def metrics(groups: Sequence[Group], outcome: Reward) -> dict[str, float]:
   share = lambda of: statistics.fmean(map(of, groups))
   return {
     "completions/clipped_ratio": statistics.fmean(not a.finished for a in written),
-    "completions/max_length": float(max(len(a.tokens) for a in written)),
-    "completions/min_length": float(min(len(a.tokens) for a in written)),
+    "completions/max_length": float(max(a.drawn for a in written)),
+    "completions/min_length": float(min(a.drawn for a in written)),
     "frac_groups_dead": share(lambda group: group.is_dead(outcome)),
     "frac_groups_all_worst": share(lambda group: group.agree_at(outcome, 0)),
     "frac_groups_all_best": share(lambda group: group.agree_at(outcome, 1)),
@@ -124,6 +133,7 @@ def table(
         "advantage": float(group.advantages[i]) if learned else None,
         "tokens": answer.tokens,
         "ended": answer.ended,
+        **_of_turns(answer),
         "used": learned,
       }
       for name, values in group.columns.items():

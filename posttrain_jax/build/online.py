@@ -21,15 +21,19 @@ import ml_collections
 import numpy as np
 
 from posttrain_jax import settings
-from posttrain_jax.build import curriculum, decisions, gold, methods, scoring
+from posttrain_jax.build import curriculum, decisions, gold, methods, scoring, tools
 from posttrain_jax.build import groups as groups_lib
+from posttrain_jax.build import turns as turns_lib
 from posttrain_jax.build.adapter import Trees
 from posttrain_jax.build.data import Data
+from posttrain_jax.build.elsewhere import Elsewhere
 from posttrain_jax.build.groups import Group
 from posttrain_jax.build.model import Model
 from posttrain_jax.build.teacher import Teacher
+from posttrain_jax.build.turns import Turns
 from posttrain_jax.build.writer import Writer
 from posttrain_jax.core import progress, words
+from posttrain_jax.environments.episode import Episode, restored
 from posttrain_jax.objectives import Scorer
 from posttrain_jax.rewards import alarm, section, selftest
 from posttrain_jax.rewards import reward as reward_lib
@@ -39,6 +43,7 @@ from posttrain_jax.rewards.reward import Result, Reward
 from posttrain_jax.rewards.verifier import Answer, TrainerState
 from posttrain_jax.rewards.workers import Interrupted
 from posttrain_jax.rollout.requests import Answer as Written
+from posttrain_jax.rollout.requests import Request
 from posttrain_jax.runs import completions
 from posttrain_jax.train.loop import Diverged
 from posttrain_jax.train.signals import Stopped
@@ -73,6 +78,7 @@ class Online:
   ) -> None:
     self.config, self.model, self.prompts, self.say = config, model, data.examples, say
     columns = dict.fromkeys(name for prompt in self.prompts for name in prompt.row)
+    columns |= dict.fromkeys(turns_lib.COLUMNS if tools.is_on(config) else ())
     self._stopping: Callable[[], bool] = lambda: False
     self.reward, self.holdout = scoring.make(config, list(columns), lambda: self._stopping())
     if config.objective.get("advantage") == "max_rl":
@@ -88,7 +94,14 @@ class Online:
     )
     # of the batch under way: place of a prompt among all that were asked -> which one it is
     self._chosen: dict[int, int] = {}
-    self.writer = Writer(config, model, self.prompts)
+    self.writer = (
+      Elsewhere(config, model, self.prompts, lambda: self.folder, lambda: self._stopping())
+      if o.engine
+      else Writer(config, model, self.prompts)
+    )
+    self.turns = Turns(config, model) if tools.is_on(config) else None
+    if self.turns is not None:
+      self.turns.check_reward(self.reward.names, say)
     self.updates = methods.make(config, model.config.vocab_size)
     self.updates.gold = gold.rows(config, model, self.updates.of_data)
     self.folder: Path | None = None
@@ -183,6 +196,7 @@ class Online:
     return (
       f"{len(self.prompts):,} prompts; a batch is {written} prompts x {o.samples} = {written * o.samples} answers of at"
       f" most {o.max_new_tokens} tokens{self._gold_said()}{used}{self._outcome_said()}"
+      f"{self.turns.stats() if self.turns is not None else ''}"
     )
 
   def _gold_said(self) -> str:
@@ -217,7 +231,8 @@ class Online:
     ]
     for section_name, reward in zip(scoring.SECTIONS, (self.reward, self.holdout), strict=True):
       if reward is not None:
-        for sentence in selftest.check(reward, some, section=section_name):
+        tried = turns_lib.testable(reward)
+        for sentence in selftest.check(tried, some, section=section_name) if tried else ():
           self.say(sentence)
     self.writer.check(state)
 
@@ -244,7 +259,23 @@ class Online:
     with contextlib.closing(journal):
       with self._ledger() as ledger:
         kept, dead, results = self._rounds(wanted, journal, ledger, spent)
+      self._begin_ahead(wanted)
       return self._learned(state, kept, dead, results, spent, began)
+
+  def _begin_ahead(self, count: int) -> None:
+    """The answers of the next batch, where an engine elsewhere writes while this program updates."""
+    o = self.config.online
+    per_batch, steps = o.minibatches * o.passes, self.config.steps
+    is_last = steps is not None and self._batches * per_batch >= steps
+    if not o.ahead or is_last or not isinstance(self.writer, Elsewhere):
+      return
+    numbers = range(self._asked, self._asked + count)
+    chosen = self.order.choose(numbers, ())  # prompts in turn: a curriculum does not go with this
+    self.writer.ahead(
+      self.writer.request(self.prompts[i], number, sample)
+      for number, i in zip(numbers, chosen)
+      for sample in range(o.samples)
+    )
 
   def _learned(
     self,
@@ -317,7 +348,8 @@ class Online:
     kept = {k: v for k, v in settings.plain(self.config).items() if k not in NOT_WRITTEN_BY}
     fields = np.frombuffer(json.dumps(kept).encode(), np.uint8)
     lengths = np.asarray([len(prompt) for prompt in self.prompts])
-    return _digest([fields, lengths, [prompt.tokens for prompt in self.prompts]])
+    code = [] if self.turns is None else [np.frombuffer(self.turns.digest.encode(), np.uint8)]
+    return _digest([fields, lengths, [prompt.tokens for prompt in self.prompts], *code])
 
   def _ask(
     self,
@@ -355,6 +387,9 @@ class Online:
       with progress.announced("scoring", self.say):
         try:
           results = [one.result() for one in scores]
+          if self.turns is not None:
+            every = [answer for group in groups for answer in group.answers]
+            results = [turns_lib.settled(one, every, o.unparsed) for one in results]
         except Interrupted:  # scores that were there before stay in their file
           self._go_on()
           raise
@@ -384,10 +419,10 @@ class Online:
       for sample in range(self.config.online.samples):
         request = self.writer.request(group.prompt, group.number, sample)
         if (old := journal.written(group.number, sample)) is not None:
-          yield group, sample, Written(request, **old)
+          yield group, sample, restored(request, old)
         else:
           left.append((group, request))
-    for at, answer in self.writer.run((request for _, request in left), self._go_on):
+    for at, answer in self._run(left):
       group, request = left[at]
       journal.put(
         group.number,
@@ -396,16 +431,34 @@ class Online:
         logps=answer.logps,
         ended=answer.ended,
         kept=answer.kept,
+        beside=answer.beside if isinstance(answer, Episode) else None,
       )
       yield group, request.sample, answer
+
+  def _run(self, asked: Sequence[tuple[Group, Request]]) -> Iterator[tuple[int, Written]]:
+    """(place, answer) as they finish, of one turn or of several."""
+    if self.turns is None:
+      return self.writer.run((request for _, request in asked), self._go_on)
+    pairs = ((request, group.prompt) for group, request in asked)
+    return self.turns.run(self.writer.sampler, pairs, self._go_on)
 
   def _answers(self, group: Group) -> list[Answer]:
     """What verifiers are given of a group whose answers are all there."""
     prompt = group.prompt
     decode = functools.partial(self.model.tokenizer.decode, skip_special_tokens=True)
-    group.texts = [decode(answer.tokens) for answer in group.answers]
+    group.texts = [
+      answer.final if isinstance(answer, Episode) else decode(answer.tokens)
+      for answer in group.answers
+    ]
     return [
-      Answer(prompt.asked, text, prompt.row, answer.tokens, group.number)
+      Answer(
+        prompt.asked,
+        text,
+        {**prompt.row, **turns_lib.columns(answer)},
+        answer.tokens,
+        group.number,
+        answer.messages if isinstance(answer, Episode) else None,
+      )
       for text, answer in zip(group.texts, group.answers)
     ]
 
@@ -471,6 +524,8 @@ class Online:
     self._told = {
       **beside,
       **self._of_answers(every),
+      **(self.writer.told() if isinstance(self.writer, Elsewhere) else {}),
+      **turns_lib.metrics([answer for group in every for answer in group.answers]),
       **{f"timing_s/{name}": part for name, part in parts.items()},
       **{f"timing_share/{name}": part / seconds for name, part in parts.items()},
     }

@@ -11,6 +11,7 @@ import numpy as np
 
 from posttrain_jax.build import data as data_lib
 from posttrain_jax.build import questions as questions_lib
+from posttrain_jax.build import tools
 from posttrain_jax.build.data import Data
 from posttrain_jax.build.model import Model
 from posttrain_jax.data import questions
@@ -31,6 +32,7 @@ class Prompt:
   origin: str
   channel: str | None = None
   is_chat: bool = False
+  variables: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of the chat template
 
   @property
   def mask(self) -> np.ndarray:
@@ -61,6 +63,8 @@ def read(config: Config, model: Model) -> Data:
   if d.limit:
     order = np.random.default_rng(config.seed).permutation(len(asked))[: d.limit]
     asked = [asked[i] for i in sorted(order)]
+  tools.check(config, model.template)
+  asked = tools.given(config, asked)
   ids = questions.tokens(asked, model.tokenizer, model.template)
   prompts = tuple(
     Prompt(
@@ -70,22 +74,24 @@ def read(config: Config, model: Model) -> Data:
       origin=question["origin"],
       channel=question["channel"],
       is_chat=not isinstance(question["prompt"], str),
+      variables=question.get("variables", {}),
     )
     for question, tokens in zip(asked, ids)
   )
   bounds = data_lib.bounds_of(config, model)
   longest = max(prompts, key=len)
-  if len(longest) + most > bounds.room:
+  said = tools.room(config)  # by an environment, behind each prompt
+  if len(longest) + said + most > bounds.room:
     beside = f" beside {bounds.before} of a soft prompt or prefix" if bounds.before else ""
     raise RowError(
       "too long",
       longest.origin,
       f"its prompt has {len(longest)} tokens of the {bounds.room} that the model reads{beside}, which leaves"
       f" too few for online.max_new_tokens={most}",
-      f"lower online.max_new_tokens, or {questions_lib.too_many(ids, bounds.room - most)}",
+      f"lower online.max_new_tokens, or {questions_lib.too_many(ids, bounds.room - said - most)}",
     )
   share = 1 if d.share_prompt else config.online.samples
-  needed = len(longest) * share + config.online.samples * (most + 1)
+  needed = len(longest) * share + config.online.samples * (said + most + 1)
   if needed > d.length:
     raise ConfigError(
       f"data.length={d.length}: a row holds the answers to one prompt, {config.online.samples} of {most} tokens behind"

@@ -47,6 +47,7 @@ from posttrain_jax.build import (
   scoring,
   self_checks,
   teacher,
+  turns,
   use,
 )
 from posttrain_jax.build.adapter import Trees
@@ -281,7 +282,7 @@ def build(
     schedule=schedule,
     batches=batches,
     step=jitted_step(config, trees.adapter_config, loss, updates, shapes, schedule),
-    task=questions.make(config, base, rows),
+    task=turns.asked(config, base, questions.make(config, base, rows)),
     teacher=taught,
     suite=regress.of_run(config, base, rows),
   )
@@ -548,9 +549,7 @@ class _Training:
     """The parameters of a state, as they write best."""
     pieces = self.pieces
     if pieces.trees.adapter_config is None:
-      return decoder.multiplied_in(
-        memory.fetch(of_policy(state.trainable)), pieces.model.products
-      )
+      return decoder.multiplied_in(memory.fetch(of_policy(state.trainable)), pieces.model.products)
     nodes = tree.combine(of_policy(state.trainable), of_policy(state.carried))
     return use.for_writing(pieces.trees.context.base, nodes)
 

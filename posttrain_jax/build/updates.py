@@ -20,11 +20,13 @@ from posttrain_jax.core import bits
 from posttrain_jax.data import answers
 from posttrain_jax.data.encoded import Example
 from posttrain_jax.data.packing import pack_answers
+from posttrain_jax.environments.episode import Episode
 from posttrain_jax.losses import advantage, kl
 from posttrain_jax.objectives import Context, Scorer
 from posttrain_jax.objectives.distillation import teacher_logps
 from posttrain_jax.objectives.reference import reference_logps
 from posttrain_jax.objectives.rows import spans
+from posttrain_jax.rollout.requests import Answer
 from posttrain_jax.train.state import State
 
 Config = ml_collections.ConfigDict
@@ -193,11 +195,13 @@ class Updates:
     places = scored_places(group)
     if not places:
       return None
-    prompt = group.prompt.tokens
     parts = []
     for i in places:
-      tokens = np.asarray(group.written[i].tokens, np.int32)
-      mask = np.arange(len(prompt) + len(tokens)) >= len(prompt)
+      answer = group.written[i]
+      # an environment may have said something behind the prompt of each
+      prompt = np.asarray(answer.request.prompt, np.int32)
+      tokens = np.asarray(answer.tokens, np.int32)
+      mask = np.concatenate([np.zeros(len(prompt), bool), _written(answer)])
       parts.append(Example(np.concatenate([prompt, tokens]), mask, origin=group.prompt.origin))
     known = scores[~np.isnan(scores)]
     deviation = float(known.std(ddof=1)) if len(known) > 1 else 0.0
@@ -212,10 +216,11 @@ class Updates:
     sampling, mask = np.zeros(time, np.float32), joined.mask.copy()
     kept = np.zeros((time, self.words), np.uint32)
     for place, i in enumerate(places):
-      here = joined.mask & (joined.answer == place)
-      sampling[here] = group.written[i].logps
-      if self.words:
-        kept[here] = group.written[i].kept
+      answer = group.written[i]
+      here, wrote = joined.mask & (joined.answer == place), _written(answer)
+      sampling[here] = answer.logps[wrote]
+      if self.words and answer.kept is not None:
+        kept[here] = answer.kept[wrote]
       if o.mask_cut and not group.written[i].finished:
         mask[here] = False
     recorded = dict(sampling_logps=sampling, kept=kept if self.words else None)
@@ -255,6 +260,11 @@ class Updates:
     logps = self._logps(trainable, context, batch)
     reference = reference_logps(self.objective, context, batch, at.mask, temperature=o.temperature)
     return at.per_answer(kl.ESTIMATES[o.kl_in_reward_estimator](logps, reference, at.mask))
+
+
+def _written(answer: Answer) -> np.ndarray:
+  """Which tokens of an answer the model wrote: what tools said between them is read, and never learned from."""
+  return answer.written if isinstance(answer, Episode) else np.ones(len(answer.tokens), bool)
 
 
 def scored_places(group: Group) -> list[int]:

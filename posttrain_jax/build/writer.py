@@ -12,10 +12,12 @@ import jax.numpy as jnp
 import ml_collections
 
 from posttrain_jax import adapters
+from posttrain_jax.build import tools
 from posttrain_jax.build.adapter import Trees
 from posttrain_jax.build.model import Model
 from posttrain_jax.build.prompts import Prompt
 from posttrain_jax.core import progress, tree
+from posttrain_jax.environments.episodes import InEngine, Sampler
 from posttrain_jax.models import before, decoder
 from posttrain_jax.objectives import of_policy
 from posttrain_jax.rollout import engine as engine_lib
@@ -57,14 +59,30 @@ class Writer:
       ready,
       self.model.config,
       rows=min(o.rows, answers),
-      length=before.slots(ready.stacked) + max(map(len, self.prompts)) + o.max_new_tokens,
+      length=before.slots(ready.stacked) + self._longest + o.max_new_tokens,
       dtype=self.model.dtype,
       records_kept=not self.sampling.is_whole,
     )
     with progress.phase("compiling what writes"):
-      compiled = self._engine.warm_up(len(prompt) for prompt in self.prompts)
+      compiled = self._engine.warm_up(self._lengths)
     log.info("the engine has %d programs", len(compiled))
     log.debug("they are: %s", "; ".join(compiled))
+
+  @property
+  def _longest(self) -> int:
+    """Tokens of a prompt, what an environment says behind it included."""
+    return max(map(len, self.prompts)) + tools.room(self.config)
+
+  @property
+  def _lengths(self) -> Iterable[int] | None:
+    """Of all that will be read before something is written; None: any, as the turns of a conversation."""
+    return None if tools.is_on(self.config) else [len(prompt) for prompt in self.prompts]
+
+  @property
+  def sampler(self) -> Sampler:
+    """What writes the turns of episodes."""
+    assert self._engine is not None
+    return InEngine(self._engine)
 
   def request(self, prompt: Prompt, number: int, sample: int) -> Request:
     """number: of the prompt among all that were asked."""

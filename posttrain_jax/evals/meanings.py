@@ -519,6 +519,53 @@ WRITTEN = Group(
   " online.max_new_tokens, or let the reward have the part length; an answer that is cut is seldom right. Lengths that"
   " grow while the reward does not are padding; those that shrink to nothing are what the reward pays for.",
 )
+TURNS = Group(
+  "Turns and tools",
+  (
+    Metric("turns/mean", "turns", NEITHER, "Turns of the model in an answer, on average.", "Turns"),
+    Metric(
+      "turns/unparsed",
+      "unparsed",
+      LOWER,
+      "Share of answers with a turn whose call cannot be read; each has the score online.unparsed.",
+      "How answers end",
+    ),
+    Metric(
+      "turns/failed",
+      "environment failed",
+      LOWER,
+      "Share of answers whose environment raised, died or was too slow; they have no score.",
+      "How answers end",
+    ),
+    Metric(
+      "turns/cut",
+      "out of turns",
+      LOWER,
+      "Share of answers that online.max_turns ended.",
+      "How answers end",
+    ),
+    Metric(
+      "turns/masked_share",
+      "not the model's",
+      NEITHER,
+      "Share of an answer's tokens that tools or environments wrote: they are read, and nothing is learned from them.",
+      "Tokens of others",
+    ),
+    Metric(
+      "tools/call_frequency", "calls", NEITHER, "Calls of tools in an answer, on average.", "Calls"
+    ),
+    Metric(
+      "tools/failure_frequency",
+      "calls that failed",
+      LOWER,
+      "Share of calls of a tool that is unknown, raised or was too slow.",
+      "Calls that failed",
+    ),
+  ),
+  "Calls that go to zero: the model has found that it is paid without them, or never called one; show it how by a short"
+  " fine-tuning first. Unparsed turns: the same, or the chat template is another than it was trained with. Many answers"
+  " out of turns: raise online.max_turns.",
+)
 VARIETY = Group(
   "Variety",
   (
@@ -747,8 +794,8 @@ GROUPS: Mapping[str, tuple[Group, ...]] = {
   "grouped": (LOSS, PARTS, SCORED, DISTANCE, *_COMMON),
   "distil": (LOSS, TAUGHT, PARTS, *_COMMON),
   ONLINE: (
-    *(REWARDED, PAIRS, CRITIC, CURRICULUM, VERIFIED, HELD_OUT, WRITTEN, VARIETY, DISTANCE_ONLINE),
-    *(SAMPLER, LOSS, PARTS, TAUGHT),
+    *(REWARDED, PAIRS, CRITIC, CURRICULUM, VERIFIED, HELD_OUT, WRITTEN, TURNS, VARIETY),
+    *(DISTANCE_ONLINE, SAMPLER, LOSS, PARTS, TAUGHT),
     *(SCORES, SUITES, ROUTERS, OPTIMISATION, SPEED, OTHER),
   ),
 }

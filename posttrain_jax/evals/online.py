@@ -133,6 +133,8 @@ def samples(run: Run) -> str | None:
   ]
   said += [f"{updates} updates a batch"] if updates > 1 else []
   said += ["groups that agree replaced"] if o["dynamic"] else []
+  by = [o.get("environment"), *(o.get("tools") or ())]  # which runs of an earlier version lack
+  said += [f"at most {o['max_turns']} turns with {', '.join(filter(None, by))}"] if any(by) else []
   return ", ".join(said)
 
 
@@ -145,6 +147,8 @@ def rows(run: Run) -> list[tuple[str, str, str]]:
     "rewards/",
     "completions/mean_length",
     "completions/clipped_ratio",
+    "turns/mean",
+    "tools/",
   )
   names = [name for kind in kinds for name in run.names() if name.startswith(kind)]
   bare = lambda name: name.removeprefix("holdout/")

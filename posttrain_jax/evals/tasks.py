@@ -6,7 +6,7 @@ import dataclasses
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -25,6 +25,22 @@ from posttrain_jax.runs.record import TaskResult
 Params = Any
 
 
+class Turns(Protocol):
+  """What asks questions in turns, with tools or an environment."""
+
+  def answer(
+    self,
+    params: Params,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    batch_size: int,
+    dtype: Any,
+    progress: Callable[[int, int], None] | None,
+  ) -> list[tuple[str, bool, int]]:
+    """(the words that each answer ends with, whether it came to an end of its own, tokens that the model wrote)."""
+    ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Task:
   """Questions with answers that can be graded.
@@ -36,6 +52,7 @@ class Task:
     are read and not graded.
   max_new_tokens: enough for every gold answer, and for the model to end its turn.
   system: the system message that every prompt begins with.
+  turns: what answers in several turns; None where an answer is one.
   """
 
   name: str
@@ -43,6 +60,7 @@ class Task:
   graders: tuple[Grader, ...]
   max_new_tokens: int
   system: str = ""
+  turns: Turns | None = None
 
 
 def _score_sql(answer: str, question: Mapping[str, Any]) -> tuple[float, str]:
@@ -211,6 +229,13 @@ def answer(
   if batch_size < 1:
     raise ValueError(f"batch_size must be at least 1, found {batch_size}")
   rows = asked.examples(split, n=limit)
+  if asked.turns is not None:
+    if ensemble:
+      raise ValueError(
+        "several adapters answer in one turn alone: give one, or a task without tools"
+      )
+    given = asked.turns.answer(params, rows, batch_size=batch_size, dtype=dtype, progress=progress)
+    return rows, [_answered(row, *one, asked) for row, one in zip(rows, given, strict=True)]
   if not isinstance(template, Template) and any(not isinstance(r["prompt"], str) for r in rows):
     template = chat.template(tokenizer, template)
   spoken = template if isinstance(template, Template) else None
@@ -239,14 +264,17 @@ def answer(
 
 
 def _answer(row, ids, finished, tokenizer, task):
-  text = tokenizer.decode(ids, skip_special_tokens=True)
+  return _answered(row, tokenizer.decode(ids, skip_special_tokens=True), finished, len(ids), task)
+
+
+def _answered(row, text, finished, tokens, task):
   return dict(
     question=row["question"],
     answer=text,
     gold=row["gold"],
     channel=row["channel"],
     finished=finished,
-    tokens=len(ids),
+    tokens=tokens,
     **({"origin": row["origin"]} if "origin" in row else {}),
     **_graded(text, row, task),
   )

@@ -50,7 +50,7 @@ def of(config: Any, chips: Target, *, advise: bool = True) -> dict[str, Any]:
   }
   try:
     compiled = program.compile(built)
-    if online.is_online(config):
+    if online.is_online(config) and not config.online.engine:  # which a server has
       facts["writing"] = writing.figures(built)
   except program.OutOfMemory as problem:
     needs = {"compiled": None, "out_of_memory": str(problem), "fits": False}

@@ -163,6 +163,26 @@ def extract(text: str) -> str:
   return (text[:end] if end >= 0 else text).strip()
 
 
+def connected(example: Mapping[str, Any]) -> tuple[sqlite3.Connection, Bounds]:
+  """(the database that a row asks, what a query may use of it): its own, or the built-in task's facts.
+
+  Raises:
+    ValueError: the row's own cannot be had.
+  """
+  if example.get("database") or example.get("schema"):
+    return _own(example), OWN
+  return task.database(), BUILT_IN
+
+
+def asked(connection: sqlite3.Connection, query: str, bounds: Bounds) -> tuple[list[tuple], str]:
+  """The rows of a query and "ok", or no rows and what is wrong with it; it only reads, within bounds.
+
+  >>> asked(sqlite3.connect(":memory:"), "DROP TABLE t", BUILT_IN)[1][:9]
+  'not valid'
+  """
+  return _rows(connection, extract(query), bounds)
+
+
 @contextlib.contextmanager
 def _facts() -> Generator[list[sqlite3.Connection]]:
   with (

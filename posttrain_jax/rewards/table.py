@@ -10,6 +10,7 @@ from typing import Any
 
 from posttrain_jax.rewards import (
   boxed,
+  environment,
   expressions,
   gym,
   json_values,
@@ -161,6 +162,12 @@ VERIFIERS: Mapping[str, BuiltIn] = {
     reads=(("tests",), ("test_list",), ("test", "entry_point")),
     apart=True,
     seconds=python.SECONDS,
+  ),
+  "environment": BuiltIn(
+    environment.Environment,
+    "what the environment of an answer gave itself",
+    reads=((environment.COLUMN,),),
+    range=score.ANY,
   ),
   "judge": BuiltIn(Judge, "the number that a model at an address gives", range=score.ANY),
 }

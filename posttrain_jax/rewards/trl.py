@@ -12,18 +12,20 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, ValuesView
 from concurrent import futures
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, Protocol, runtime_checkable
 
 from posttrain_jax.core import words
 from posttrain_jax.rewards import score
+from posttrain_jax.rewards.environment import LEFT
 from posttrain_jax.rewards.score import Score
 from posttrain_jax.rewards.verifier import OUTSIDE, Answer, Context, raised
 from posttrain_jax.rewards.workers import SECONDS, Failed, Workers
 
 GIVEN = ("prompts", "completions", "completion_ids")
 HELPERS = ("trainer_state", "log_extra", "log_metric")
-NOT_PASSED = {"prompt", "completion", "completion_ids"}  # columns that GIVEN stand for
+ENVIRONMENTS = "environments"  # what is left of each answer's environment: its public attributes
+NOT_PASSED = {"prompt", "completion", "completion_ids", LEFT}  # columns that others stand for
 
 
 def is_one(function: Callable[..., Any]) -> bool:
@@ -34,7 +36,9 @@ def is_one(function: Callable[..., Any]) -> bool:
   """
   parameters = inspect.signature(function).parameters
   kinds = {parameter.kind for parameter in parameters.values()}
-  return not {*GIVEN}.isdisjoint(parameters) or kinds == {inspect.Parameter.VAR_KEYWORD}
+  return not {*GIVEN, ENVIRONMENTS}.isdisjoint(parameters) or kinds == {
+    inspect.Parameter.VAR_KEYWORD
+  }
 
 
 def check(
@@ -47,7 +51,7 @@ def check(
 
   partly: {column that some rows have and not all: the first row without it}.
   """
-  there = {*columns} - NOT_PASSED
+  there = {*columns} - NOT_PASSED | ({ENVIRONMENTS} if LEFT in columns else set())
   needed = [
     parameter.name
     for parameter in inspect.signature(function).parameters.values()
@@ -81,6 +85,11 @@ class Function:
   name: str
   workers: Workers | None = None
   seconds: float = SECONDS
+
+  @property
+  def reads_environments(self) -> bool:
+    """Whether it asks what environments were left as."""
+    return ENVIRONMENTS in inspect.signature(self.function).parameters
 
   def scores(self, answers: Sequence[Answer], context: Context) -> list[Score]:
     task = Call(self.function)
@@ -186,7 +195,9 @@ def arguments(answers: Sequence[Answer]) -> dict[str, list[Any]]:
   A column that one of the rows does not have is None there.
   """
   named = {column: None for answer in answers for column in answer.example}
+  held = [SimpleNamespace(**(answer.example.get(LEFT) or {})) for answer in answers]
   return {
+    **({ENVIRONMENTS: held} if LEFT in named else {}),
     "prompts": [answer.prompt for answer in answers],
     "completions": [_completion(answer) for answer in answers],
     "completion_ids": [
@@ -201,7 +212,9 @@ def arguments(answers: Sequence[Answer]) -> dict[str, list[Any]]:
   }
 
 
-def _completion(answer: Answer) -> str | list[dict[str, str]]:
+def _completion(answer: Answer) -> str | list[Mapping[str, Any]]:
+  if answer.messages is not None:
+    return [*answer.messages]
   if isinstance(answer.prompt, str):
     return answer.completion
   return [{"role": "assistant", "content": answer.completion}]

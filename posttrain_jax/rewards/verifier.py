@@ -27,6 +27,8 @@ class Answer:
   """What is scored.  example: the row.  tokens: the ids of the completion, where they are known.
 
   group: answers of one prompt have one group; None where that is not known.
+  messages: the turns of an answer that has several, with what tools said between them; the completion is then the words
+    that it ends with.
   """
 
   prompt: Prompt
@@ -34,6 +36,7 @@ class Answer:
   example: Mapping[str, Any]
   tokens: Sequence[int] | None = None
   group: int | None = None
+  messages: Sequence[Mapping[str, Any]] | None = None
 
   @property
   def row(self) -> dict[str, Any]:

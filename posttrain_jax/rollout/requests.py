@@ -88,6 +88,11 @@ class Answer:
   prompt: Scores | None = None  # where the request asks for them
 
   @property
+  def drawn(self) -> int:
+    """How many tokens the model wrote."""
+    return len(self.tokens)
+
+  @property
   def finished(self) -> bool:
     """Whether the text came to an end of its own, not to that of its room."""
     return self.ended != FULL

@@ -173,8 +173,9 @@ class Journal:
           logps = _array(said["logps"], np.float32)
           kept = _kept(said["kept"], len(said["tokens"]))
           place = said["number"], said["sample"]
+          beside = {"beside": said["beside"]} if said.get("beside") else {}
           self._answers[place] = dict(
-            tokens=said["tokens"], ended=said["ended"], logps=logps, kept=kept
+            tokens=said["tokens"], ended=said["ended"], logps=logps, kept=kept, **beside
           )
         except (ValueError, KeyError, TypeError, zlib.error):
           break  # cut short by the kill, or damaged: what stands behind it is written again
@@ -183,7 +184,7 @@ class Journal:
       file.truncate(whole)
 
   def written(self, number: int, sample: int) -> Mapping[str, Any] | None:
-    """tokens, logps, ended and kept of an answer that is there."""
+    """tokens, logps, ended and kept of an answer that is there, and what was put beside them."""
     return self._answers.get((number, sample))
 
   def put(
@@ -195,7 +196,9 @@ class Journal:
     logps: np.ndarray,
     ended: str,
     kept: np.ndarray | None,
+    beside: Mapping[str, Any] | None = None,
   ) -> None:
+    """beside: what else is to be known of it, as JSON."""
     if self._file is None:
       return
     said = dict(
@@ -205,6 +208,7 @@ class Journal:
       ended=ended,
       logps=_text(logps, np.float32),
       kept=None if kept is None else _text(kept, np.uint32),
+      **({"beside": beside} if beside else {}),
     )
     self._file.write(json.dumps(said) + "\n")
     self._file.flush()

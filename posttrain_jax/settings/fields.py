@@ -38,6 +38,8 @@ _DECAY = Number(0, 1, below=True)  # of a moving average
 _SHARE = Number(0, 1)
 _STORAGES = Choice(("dense", "nf4", "fp4", "int8"))
 _NAMES = Several(Text("a name"))
+_OF_ENGINE = ("online.engine", bool, "an address")
+_OF_TURNS = ("online.environment or online.tools", bool, "the name of one")
 _COLUMNS = Table(Text("a name"), Several(Text("a column's name")))
 
 
@@ -369,6 +371,53 @@ FIELDS: Mapping[str, Field] = {
     "taken off the reward of an answer that max_new_tokens cut, before the advantage", _NOT_NEGATIVE
   ),
   "online.mask_cut": Field("answers that max_new_tokens cut teach nothing", Flag()),
+  "online.environment": Field(
+    "what answers of several turns are written in: sql, python, or FILE.py:Class with reset() and step(), or with"
+    " methods that are tools; '': none",
+    Text("a name or FILE.py:Class", empty=True),
+  ),
+  "online.tools": Field(
+    "functions that the model may call in its turns: python, or FILE.py:function with type hints and a docstring",
+    _NAMES,
+  ),
+  "online.max_turns": Field("turns of an answer at most", _whole(1, 4096), _OF_TURNS),
+  "online.tool_tokens": Field(
+    "tokens of what a tool or an environment says at once; beyond, it is cut",
+    _whole(1, MOST_TOKENS),
+    _OF_TURNS,
+  ),
+  "online.tool_seconds": Field(
+    "seconds that one answer of a tool or an environment may take", _POSITIVE, _OF_TURNS
+  ),
+  "online.unparsed": Field(
+    "score of an answer with a turn whose call cannot be read, instead of the reward's",
+    Number(),
+    _OF_TURNS,
+  ),
+  "online.engine": Field(
+    "address of a server that writes the answers, as far as /v1 (vLLM, posttrain serve); '': this program does",
+    Text("http://HOST:PORT/v1", empty=True),
+  ),
+  "online.engine_folder": Field(
+    "folder that the server reads adapters from; '': engine/ in the run's folder",
+    Text("a folder", empty=True),
+    _OF_ENGINE,
+  ),
+  "online.engine_key": Field(
+    "environment variable that holds the server's key; '': none is sent",
+    Text("a variable's name", empty=True),
+    _OF_ENGINE,
+  ),
+  "online.engine_patience": Field(
+    "seconds for which the server is asked again where it does not answer; then the run ends, to be run again",
+    _POSITIVE,
+    _OF_ENGINE,
+  ),
+  "online.ahead": Field(
+    "batches that are written while one is learned from, by weights that are as many batches old",
+    _whole(0, 1),
+    _OF_ENGINE,
+  ),
   "online.most_drift": Field(
     "nats a token by which the sampler's log-probabilities may be off the trainer's on average; above, the run ends",
     _POSITIVE,

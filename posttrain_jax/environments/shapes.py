@@ -1,0 +1,303 @@
+"""Environments of the shapes that people have, behind the same verbs.
+
+Tools are plain functions, or the public methods of an object with `reset` (TRL's `environment_factory`), called by
+the model's turns.  An object with `step` (OpenEnv's, GEM's, Gymnasium's) takes a whole turn as an action.  This file
+runs in the process that holds the object (`environments.child`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import inspect
+import json
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+NOT_TOOLS = ("reset", "get_reward", "step")
+DONE, REWARD, METADATA = "done", "reward", "metadata"
+MOST_LEFT = 100_000  # characters of what an environment leaves for reward functions
+
+
+class WrongShape(ValueError):
+  """What a file names is no environment and no tool."""
+
+
+@dataclasses.dataclass
+class Stepped:
+  """What an action brought: what is said to the model, None for nothing; the reward, None for none."""
+
+  said: str | None
+  reward: float | None
+  done: bool
+
+
+class Shape:
+  """An environment or a set of tools, as the process that holds it serves it."""
+
+  acts = False  # whether a turn is an action as a whole, and not words with calls
+
+  def tools(self) -> list[Callable[..., Any]]:
+    return []
+
+  def reset(self, row: Mapping[str, Any], seed: int, episode: str) -> str | None:
+    """Begins an episode for a row; what is said to the model before its first turn."""
+    return None
+
+  def act(self, text: str) -> Stepped:
+    raise NotImplementedError
+
+  @property
+  def scores(self) -> bool:
+    """Whether it has a reward of its own."""
+    return False
+
+  def reward(self) -> float | None:
+    return None
+
+  def left(self) -> dict[str, Any]:
+    """What is known of it after an episode: its public attributes that are JSON."""
+    return {}
+
+
+class Toolbox(Shape):
+  """Functions that keep nothing from one call to the next."""
+
+  def __init__(self, functions: Sequence[Callable[..., Any]]) -> None:
+    self._functions = [*functions]
+
+  def tools(self) -> list[Callable[..., Any]]:
+    return self._functions
+
+
+class Methods(Shape):
+  """TRL's: `reset(**row) -> None | str`, public methods that are tools, and perhaps `get_reward() -> float`."""
+
+  def __init__(self, held: Any, functions: Sequence[Callable[..., Any]] = ()) -> None:
+    self.held, self._functions = held, [*functions]
+
+  def tools(self) -> list[Callable[..., Any]]:
+    every = inspect.getmembers(type(self.held), predicate=inspect.isfunction)
+    own = [name for name, _ in every if name not in NOT_TOOLS and not name.startswith("_")]
+    return [*self._functions, *(getattr(self.held, name) for name in own)]
+
+  def reset(self, row: Mapping[str, Any], seed: int, episode: str) -> str | None:
+    return _said(_awaited(_taken(self.held.reset, row, seed=seed, episode_id=episode)))
+
+  @property
+  def scores(self) -> bool:
+    return callable(getattr(self.held, "get_reward", None))
+
+  def reward(self) -> float | None:
+    return None if not self.scores else _number(_awaited(self.held.get_reward()))
+
+  def left(self) -> dict[str, Any]:
+    return _attributes(self.held)
+
+
+class Actions(Shape):
+  """`reset()` and `step(action)`: OpenEnv's observations, results of its clients, or tuples of GEM and Gymnasium.
+
+  The action is the model's turn: as text where `step` takes a text or says nothing of what it takes, else an object of
+  the class that it names, made of the text where that has one field to be filled, else of a JSON object.
+  The reward of an episode is the sum of its steps'.
+  """
+
+  acts = True
+
+  def __init__(self, held: Any) -> None:
+    self.held = held
+    self._sum: float | None = None
+    self._action = _action_of(held.step)
+
+  def reset(self, row: Mapping[str, Any], seed: int, episode: str) -> str | None:
+    self._sum = None
+    return self._read(_awaited(_taken(self.held.reset, row, seed=seed, episode_id=episode))).said
+
+  def act(self, text: str) -> Stepped:
+    stepped = self._read(_awaited(self.held.step(self._action(text))))
+    if stepped.reward is not None:
+      self._sum = (self._sum or 0.0) + stepped.reward
+    return stepped
+
+  def _read(self, given: Any) -> Stepped:
+    """Of an observation, a result that has one, (observation, info) or (observation, reward, ends ..., info)."""
+    if isinstance(given, tuple):
+      if len(given) == 2:
+        return Stepped(_said(given[0]), None, False)
+      if len(given) in (4, 5):
+        return Stepped(_said(given[0]), _number(given[1]), any(map(bool, given[2:-1])))
+      raise WrongShape(
+        f"step returned a tuple of {len(given)}: (observation, reward, terminated, truncated, info) has 5"
+      )
+    inner = getattr(given, "observation", given)
+    own = lambda name: getattr(given, name, None)
+    of = lambda name: getattr(inner, name, None) if own(name) is None else own(name)
+    return Stepped(_said(inner), _number(of(REWARD)), bool(of(DONE)))
+
+  @property
+  def scores(self) -> bool:
+    return True
+
+  def reward(self) -> float | None:
+    if callable(getattr(self.held, "get_reward", None)):
+      return _number(_awaited(self.held.get_reward()))
+    return self._sum
+
+  def left(self) -> dict[str, Any]:
+    return _attributes(self.held)
+
+
+def of(environment: Callable[[], Any] | None, functions: Sequence[Callable[..., Any]]) -> Shape:
+  """What a factory makes, with tools beside it.
+
+  Raises:
+    WrongShape: it is no environment, or has tools where its turns are actions.
+  """
+  if environment is None:
+    return Toolbox(functions)
+  held = environment()
+  name = type(held).__name__
+  if not callable(getattr(held, "reset", None)):
+    raise WrongShape(
+      f"{name} has no reset(): an environment has reset(), and step() or methods that are tools"
+    )
+  if callable(getattr(held, "step", None)):
+    if functions:
+      raise WrongShape(
+        f"{name} has step(), so a turn is its action as a whole and calls no tools; leave tools out"
+      )
+    return Actions(held)
+  methods = Methods(held, functions)
+  if not methods.tools():
+    raise WrongShape(
+      f"{name} has no step() and no public method beside reset() and get_reward(): nothing can be done in it"
+    )
+  return methods
+
+
+def name_of(tool: Callable[..., Any]) -> str:
+  """What the model calls it by."""
+  return getattr(tool, "__name__", type(tool).__name__)
+
+
+def called(tool: Callable[..., Any], arguments: Mapping[str, Any]) -> tuple[str, bool]:
+  """(what a tool says, whether it failed), in TRL's words."""
+  try:
+    return str(_awaited(tool(**arguments))), False
+  except Exception as error:
+    return str({"error": str(error)}), True
+
+
+def _awaited(value: Any) -> Any:
+  return asyncio.run(_result(value)) if inspect.isawaitable(value) else value
+
+
+async def _result(awaitable: Any) -> Any:
+  return await awaitable
+
+
+def _taken(function: Callable[..., Any], row: Mapping[str, Any], **beside: Any) -> Any:
+  """The function called with what it takes of a row and of what is beside it; all of the row, where it has a `**`."""
+  parameters = inspect.signature(function).parameters.values()
+  named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+  every = any(p.kind is p.VAR_KEYWORD for p in parameters)
+  given = {k: v for k, v in row.items() if every or k in named}
+  return function(**given, **{k: v for k, v in beside.items() if k in named and k not in given})
+
+
+def _number(value: Any) -> float | None:
+  return None if value is None else float(value)
+
+
+def _said(observation: Any) -> str | None:
+  """An observation in words: text as it is, of an object the only text that it holds, else JSON of its fields."""
+  if observation is None or isinstance(observation, str):
+    return observation
+  fields = _fields(observation)
+  if fields is None:
+    return str(observation)
+  shown = {k: v for k, v in fields.items() if k not in (DONE, REWARD, METADATA) and v is not None}
+  texts = [value for value in shown.values() if isinstance(value, str)]
+  if len(shown) == 1 and texts:
+    return texts[0]
+  return json.dumps(shown, ensure_ascii=False, default=str) if shown else None
+
+
+def _fields(value: Any) -> dict[str, Any] | None:
+  if isinstance(value, Mapping):
+    return dict(value)
+  if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+  if callable(getattr(value, "model_dump", None)):  # pydantic's
+    return value.model_dump()
+  return None
+
+
+def _action_of(step: Callable[..., Any]) -> Callable[[str], Any]:
+  """What makes an action of a turn's text, as the annotation of step's first parameter says."""
+  first = next(iter(inspect.signature(step).parameters), None)
+  if first is None:
+    raise WrongShape("step() takes nothing: an environment's step takes the action")
+  try:
+    kind: Any = typing.get_type_hints(step).get(first, str)
+  except (NameError, TypeError):
+    kind = str
+  needed = _needed(kind)
+  if needed is None:
+    return lambda text: text
+  if len(needed) == 1:
+    return lambda text: kind(**{needed[0]: text})
+
+  def read(text: str) -> Any:
+    try:
+      value = json.loads(text)
+    except ValueError:
+      raise ActionError(f"an action is a JSON object with {', '.join(needed)}") from None
+    if not isinstance(value, dict):
+      raise ActionError(f"an action is a JSON object with {', '.join(needed)}")
+    try:
+      return kind(**value)
+    except (TypeError, ValueError) as error:
+      raise ActionError(" ".join(str(error).split())) from None
+
+  return read
+
+
+class ActionError(ValueError):
+  """A turn is no action of this environment."""
+
+
+def _needed(kind: Any) -> list[str] | None:
+  """The fields without a default of a class of actions; None where an action is text."""
+  if not isinstance(kind, type) or kind in (str, object):
+    return None
+  if dataclasses.is_dataclass(kind):
+    absent = dataclasses.MISSING
+    fields = dataclasses.fields(kind)
+    return [
+      f.name for f in fields if f.default is absent and f.default_factory is absent and f.init
+    ]
+  if (fields := getattr(kind, "model_fields", None)) is not None:
+    return [name for name, field in fields.items() if field.is_required()]
+  return None
+
+
+def _attributes(held: Any) -> dict[str, Any]:
+  """Public attributes and properties that JSON can hold: what reward functions of TRL's read of `environments`."""
+  names = [*vars(held)] if hasattr(held, "__dict__") else []
+  names += [name for name, _ in inspect.getmembers(type(held), lambda m: isinstance(m, property))]
+  left, size = {}, 0
+  for name in names:
+    if name.startswith("_"):
+      continue
+    try:
+      value = getattr(held, name)
+      text = json.dumps(value)
+    except Exception:  # of the user's property, or no JSON
+      continue
+    size += len(text)
+    if size <= MOST_LEFT:
+      left[name] = value
+  return left

@@ -1,0 +1,115 @@
+"""Environments of TRL's, OpenEnv's and GEM's shapes behind the same verbs."""
+
+import dataclasses
+import types
+
+import pytest
+
+from posttrain_jax.environments import shapes
+from tests.environments import made
+
+
+def test_methods_of_an_environment_are_its_tools():
+  shape = shapes.of(made.Counter, [made.double])
+  assert [tool.__name__ for tool in shape.tools()] == ["double", "add", "fail", "wait"]
+  assert not shape.acts
+  assert shape.reset({"start": 3, "other": 1}, 0, "a") == " The count is 3."
+  add = shape.tools()[1]
+  assert shapes.called(add, {"number": 4}) == ("7", False)
+  assert shape.left() == {"total": 7, "reward": 7.0}  # no private and no unspeakable attribute
+  assert not shape.scores
+  assert shape.reward() is None
+
+
+def test_a_tool_that_raises_says_so_in_trls_words():
+  shape = shapes.of(made.Counter, ())
+  fail = next(tool for tool in shape.tools() if tool.__name__ == "fail")
+  assert shapes.called(fail, {}) == (str({"error": "'no such thing'"}), True)
+  said, failed = shapes.called(fail, {"x": 1})
+  assert failed
+  assert "unexpected keyword argument" in said
+
+
+def test_an_environment_may_own_its_reward():
+  shape = shapes.of(made.Owns, ())
+  shape.reset({}, 0, "a")
+  shapes.called(shape.tools()[0], {"number": 3})
+  assert shape.scores
+  assert shape.reward() == 1.5
+  assert "get_reward" not in [tool.__name__ for tool in shape.tools()]
+
+
+def test_typed_actions_are_made_of_a_turn_and_observations_are_read():
+  shape = shapes.of(made.Guessing, ())
+  assert shape.acts
+  assert shape.reset({"prompt": "?"}, 7, "1-2") == "Guess a colour."
+  assert (shape.held.seed, shape.held.episode) == (7, "1-2")
+  assert shape.act("blue") == shapes.Stepped("wrong", -0.25, False)
+  assert shape.act("red") == shapes.Stepped("right", 1.0, True)
+  assert shape.reward() == 0.75
+  shape.reset({}, 0, "b")
+  assert shape.reward() is None
+
+
+def test_results_of_a_client_hold_observation_reward_and_done():
+  class Client:
+    def reset(self):
+      return types.SimpleNamespace(observation=made.Seen("begin"), reward=None, done=False)
+
+    def step(self, action: str):
+      return types.SimpleNamespace(observation={"a": 1, "b": "x"}, reward=2, done=True)
+
+  shape = shapes.of(Client, ())
+  assert shape.reset({}, 0, "a") == "begin"
+  assert shape.act("go") == shapes.Stepped('{"a": 1, "b": "x"}', 2.0, True)
+
+
+def test_tuples_of_gem_and_gymnasium_are_read():
+  shape = shapes.of(made.Texts, ())
+  assert shape.reset({}, 0, "a") == "say x"
+  assert shape.act("y") == shapes.Stepped("heard y", 0.0, False)
+  assert shape.act("x") == shapes.Stepped("heard x", 1.0, True)
+  four = types.SimpleNamespace(reset=lambda: None, step=lambda action: ("o", 1, True, {}))
+  assert shapes.Actions(four).act("a").done
+  three = types.SimpleNamespace(reset=lambda: None, step=lambda action: ("o", 1, True))
+  with pytest.raises(shapes.WrongShape, match="a tuple of 3"):
+    shapes.Actions(three).act("a")
+
+
+def test_actions_of_several_fields_are_json():
+  @dataclasses.dataclass
+  class Move:
+    x: int
+    y: int
+
+  class Board:
+    def reset(self):
+      return None
+
+    def step(self, action):
+      return str(action.x + action.y)
+
+  Board.step.__annotations__["action"] = Move
+  shape = shapes.of(Board, ())
+  assert shape.act('{"x": 1, "y": 2}').said == "3"
+  for text in ("left", "[1, 2]", '{"x": 1}', '{"x": 1, "y": 2, "z": 3}'):
+    with pytest.raises(shapes.ActionError):
+      shape.act(text)
+
+
+def test_what_is_no_environment_is_refused():
+  with pytest.raises(shapes.WrongShape, match="NoReset has no reset"):
+    shapes.of(made.NoReset, ())
+  with pytest.raises(shapes.WrongShape, match="nothing can be done in it"):
+    shapes.of(made.Neither, ())
+  with pytest.raises(shapes.WrongShape, match="calls no tools"):
+    shapes.of(made.Guessing, [made.double])
+  with pytest.raises(shapes.WrongShape, match="takes nothing"):
+    shapes.Actions(types.SimpleNamespace(reset=lambda: None, step=lambda: None))
+
+
+def test_async_tools_are_awaited():
+  async def later(number):
+    return number + 1
+
+  assert shapes.called(later, {"number": 1}) == ("2", False)
