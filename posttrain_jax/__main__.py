@@ -262,7 +262,7 @@ def _unknown(arguments: Sequence[str], overrides: Sequence[str]) -> str:
   if bare := next((text for text in overrides if "=" not in text), ""):
     return f"{said}; write {bare}={arguments[0]}"
   name = arguments[0].removeprefix("--").partition("=")[0]
-  meant = settings.names.elsewhere(name)
+  meant = name if name in settings.fields.FIELDS else settings.names.elsewhere(name)
   meant = meant or " or ".join(settings.names.near(name, settings.fields.FIELDS))
   meant = meant or settings.names.elsewhere(settings.names.alike(name))
   return f"{said}; a field of a config is written --config.NAME=value: {meant}" if meant else said

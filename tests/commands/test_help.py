@@ -74,7 +74,7 @@ def test_help_without_a_config_says_how_its_fields_are_listed(verb, capsys):
 @pytest.mark.parametrize(
   ("config", "argument", "words"),
   [
-    ("rl", "method", [*rl.METHODS]),
+    ("rl", "method", [*rl.METHODS, rl.PAIRS]),
     ("rl", "storage", ["auto", "bfloat16", "int8"]),
     ("grouped", "method", [*grouped.METHODS]),
     ("preference", "loss", [*fields.LOSSES_OF_PAIRS]),

@@ -144,7 +144,7 @@ def test_a_bound_weight_lies_as_its_base_and_its_node_do():
   specs = over.partition_specs(spec)
   assert jax.tree.structure(specs) == jax.tree.structure(over)
   assert specs.base.base == P("tensor", "fsdp")
-  assert (specs.node.a, specs.node.b) == (P("fsdp", None), P(None, "tensor"))
+  assert (specs.node.a, specs.node.b) == (P("fsdp", None), P(None, ("tensor", "fsdp")))
 
 
 # in bfloat16 ----------------------------------------------------------------------------------------------------------

@@ -33,7 +33,8 @@ def test_every_built_in_passes_on_answers_of_its_own(name, workers):
   if name == "python" and not sandbox.probe().isolation:
     pytest.skip(sandbox.probe().sentence)
   spec = {"parts": (name,), "options": {name: OPTIONS.get(name, {})}, "seconds": 60}
-  reward = section.make(spec, ("gold", "gym", "tests", "environment_reward"), workers=workers)
+  columns = ("gold", "gym", "tests", "environment_reward", "refuse")
+  reward = section.make(spec, columns, workers=workers)
   known = reward.parts[0].known
   assert {k.is_right for k in known} == {True, False}
   selftest.check(reward)
