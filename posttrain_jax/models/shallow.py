@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,14 +14,15 @@ from posttrain_jax.models.config import FULL, ModelConfig, from_hf
 
 
 def spread(layers: int, count: int) -> tuple[int, ...]:
-  """Which of so many layers are kept: evenly spread, the first and the last among them.
+  """Which of so many layers are kept: evenly spread, the first and the last among them; the lower of two as near.
 
   >>> spread(6, 3), spread(30, 15)[-3:], spread(4, 1)
   ((0, 2, 5), (25, 27, 29), (0,))
   """
   if count == 1:
     return (0,)
-  return tuple(int(i * (layers - 1) / (count - 1) + 1e-9) for i in range(count))
+  step = (layers - 1) / (count - 1)
+  return tuple(math.ceil(i * step - 0.5 - 1e-9) for i in range(count))
 
 
 def of_layers(params: Any, config: ModelConfig, kept: Sequence[int]) -> tuple[Any, ModelConfig]:
