@@ -126,7 +126,9 @@ def jax_jobs() -> Jobs:
 
   @jax.jit
   def serve(params, stacked, index, tokens):
-    return decoder.forward(adapters.bind(params, stacked, rows=index), tokens, config)
+    return decoder.forward(
+      adapters.bind(params, stacked, rows=index), tokens, config, dtype=between
+    )
 
   per_rank = adapters.count(fresh(0, r=1))
 

@@ -2,7 +2,7 @@
 
   POSTTRAIN_DATA=... .venv-oracle/bin/python experiments/bench_dpo.py        (`make bench` runs it too)
 
-24 of the 300 pairs of demo_pairs/dpo_en_demo.json, every 12th by length, once through, four a step.  Both compute the
+24 (or --pairs) of the 300 pairs of demo_pairs/dpo_en_demo.json, evenly by length, once through, four a step.  Both compute the
 reference (the base without its adapter) in the time that counts: TRL at each step, here once before the steps.  Here
 the prompt of a pair is computed once and pairs of like length share a batch.  There the two sequences of a pair are
 padded to the longer, and four pairs are accumulated one by one: at once they end in 24 GiB of memory being full, and
@@ -26,7 +26,9 @@ from pathlib import Path
 import bench
 import limits
 
-PAIRS, A_STEP, BETA, LONGEST = 24, 4, 0.1, 2048
+A_STEP, BETA, LONGEST = 4, 0.1, 2048
+ASKED = "POSTTRAIN_BENCH_PAIRS"  # in the environment of a worker
+PAIRS = int(os.environ.get(ASKED, "24"))
 DATA = "demo_pairs/dpo_en_demo.json"
 
 
@@ -143,7 +145,9 @@ def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--worker", choices=("jax", "torch"))
   parser.add_argument("--repeats", type=int, default=2)
+  parser.add_argument("--pairs", type=int, default=PAIRS, help="a multiple of four")
   args = parser.parse_args()
+  os.environ[ASKED] = str(args.pairs)
   if args.worker:
     bench.work({"jax": jax_jobs, "torch": torch_jobs}[args.worker]())
     return 0

@@ -3,8 +3,8 @@
   .venv-oracle/bin/python experiments/bench_generation.py --repeats=3
 
 `equal`: 1, 16 and 64 answers of 128 tokens each.  `unequal`: 64 answers of 16 to 256 tokens; here a row that ends is
-given the next prompt, there a batch of 16 goes on until its longest answer is whole.  Here in float32 and with weights
-stored in bfloat16 and int8, there in float32 (--peers=float32,bfloat16).  A ratio is the median over
+given the next prompt, there a batch of 16 goes on until its longest answer is whole.  Here in float32, with products
+in bfloat16 (`model.dtype`), and in float32 with weights stored in bfloat16 and int8 (`--storage`), there in float32 (--peers=float32,bfloat16).  A ratio is the median over
 rounds, in each of which every contender does the job once.  Compilation is left out on our side, by a first run.
 
 `share of reading`: the bytes of weights a token (a step of all rows) has to read, by the seconds it took, as a part of
@@ -27,8 +27,8 @@ import numpy as np
 
 NEW, PROMPT, SHORTEST, LONGEST, BATCH, MANY = 128, 40, 16, 256, 16, 64
 ROWS = {"equal 1": 1, "equal 16": 16, "equal 64": 64, "unequal": BATCH}
-BITS = {"auto": 32, "bfloat16": 16, "int8": 8}
-PRODUCTS = {"auto": "float32", "bfloat16": "bfloat16", "int8": "int8"}
+BITS = {"float32": 32, "products": 16, "bfloat16": 16, "int8": 8}
+PRODUCTS = {"float32": "float32", "products": "bfloat16", "bfloat16": "bfloat16", "int8": "int8"}
 Job = Callable[[], int]  # does the job once, and returns the tokens that were asked for
 
 
@@ -43,14 +43,22 @@ def lengths() -> list[int]:
 
 
 def ours(storage: str) -> dict[str, Job]:
+  import jax.numpy as jnp
+
+  from posttrain_jax.adapters import layout
+  from posttrain_jax.build import decisions
   from posttrain_jax.models import hf
   from posttrain_jax.rollout import engine
 
-  params, config = hf.load("smollm2", dtype=np.float32)
-  ready = engine.prepare(params, config, storage)
+  dtype, kept = jnp.dtype("float32"), storage
+  if storage in ("float32", "products"):  # as `model.dtype` says, all products
+    dtype, kept = jnp.dtype(PRODUCTS[storage]), "auto"
+  params, config = hf.load("smollm2", dtype=dtype, place=layout.place)
+  ready = engine.prepare(params, config, kept)
 
   def write(count: int, most: int | list[int], rows: int) -> int:
-    drawn = engine.generate(ready, config, prompts(count), max_new_tokens=most, batch_size=rows)
+    how = dict(batch_size=rows, dtype=decisions.between(dtype))
+    drawn = engine.generate(ready, config, prompts(count), max_new_tokens=most, **how)
     return sum(map(len, drawn.tokens))
 
   equal = {f"equal {n}": lambda n=n: write(n, NEW, n) for n in (1, 16, 64)}
@@ -99,7 +107,7 @@ def shares(name: str, storage: str, rate: float, machine: limits.Limits) -> dict
   steps = rate / ROWS[name]
   result = {"share of reading": machine.of_reading(steps * weights * BITS[storage] / 8, 1)}
   if (kind := PRODUCTS[storage]) in machine.products:
-    halves = 1 if storage == "auto" else 2
+    halves = 1 if storage in ("float32", "products") else 2
     result["share of products"] = machine.of_products(rate * 2 * weights * halves, 1, kind)
   return result
 
