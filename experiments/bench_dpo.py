@@ -2,11 +2,11 @@
 
   POSTTRAIN_DATA=... .venv-oracle/bin/python experiments/bench_dpo.py        (`make bench` runs it too)
 
-24 (or --pairs) of the 300 pairs of demo_pairs/dpo_en_demo.json, evenly by length, once through, four a step.  Both compute the
-reference (the base without its adapter) in the time that counts: TRL at each step, here once before the steps.  Here
-the prompt of a pair is computed once and pairs of like length share a batch.  There the two sequences of a pair are
-padded to the longer, and four pairs are accumulated one by one: at once they end in 24 GiB of memory being full, and
-would be padded further.  A worker is alone in memory, so they follow one another.
+24 (or --pairs) of the 300 pairs of demo_pairs/dpo_en_demo.json, evenly by length, once through, four a step. Both
+compute the reference (the base without its adapter) in the time that counts: TRL at each step, here once before the
+steps. Here the prompt of a pair is computed once and pairs of like length share a batch. There the two sequences of a
+pair are padded to the longer, and four pairs are accumulated one by one: at once they end in 24 GiB of memory being
+full, and would be padded further. A worker is alone in memory, so they follow one another.
 
 The share of the product rate is by what we compute: one forward for the reference and a training step, over each
 pair's prompt, once, and its two answers.

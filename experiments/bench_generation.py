@@ -2,10 +2,11 @@
 
   .venv-oracle/bin/python experiments/bench_generation.py --repeats=3
 
-`equal`: 1, 16 and 64 answers of 128 tokens each.  `unequal`: 64 answers of 16 to 256 tokens; here a row that ends is
-given the next prompt, there a batch of 16 goes on until its longest answer is whole.  Here in float32, with products
-in bfloat16 (`model.dtype`), and in float32 with weights stored in bfloat16 and int8 (`--storage`), there in float32 (--peers=float32,bfloat16).  A ratio is the median over
-rounds, in each of which every contender does the job once.  Compilation is left out on our side, by a first run.
+`equal`: 1, 16 and 64 answers of 128 tokens each. `unequal`: 64 answers of 16 to 256 tokens; here a row that ends is
+given the next prompt, there a batch of 16 goes on until its longest answer is whole. Here in float32, with products
+in bfloat16 (`model.dtype`), and in float32 with weights stored in bfloat16 and int8 (`--storage`), there in float32
+(--peers=float32,bfloat16). A ratio is the median over rounds, in each of which every contender does the job once.
+Compilation is left out on our side, by a first run.
 
 `share of reading`: the bytes of weights a token (a step of all rows) has to read, by the seconds it took, as a part of
 what this machine reads at all (`limits.py`).  `share of products`: likewise the multiplications, beside the rate of
