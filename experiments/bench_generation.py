@@ -58,7 +58,7 @@ def ours(storage: str) -> dict[str, Job]:
   ready = engine.prepare(params, config, kept)
 
   def write(count: int, most: int | list[int], rows: int) -> int:
-    how = dict(batch_size=rows, dtype=decisions.between(dtype))
+    how: dict[str, Any] = dict(batch_size=rows, dtype=decisions.between(dtype))
     drawn = engine.generate(ready, config, prompts(count), max_new_tokens=most, **how)
     return sum(map(len, drawn.tokens))
 
