@@ -1,7 +1,8 @@
-"""config.mesh: the devices of a run."""
+"""The devices of a run, which config.mesh counts, and of a server, whose option --mesh does."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import jax
@@ -9,6 +10,8 @@ import ml_collections
 
 from posttrain_jax.core import sharding
 from posttrain_jax.settings import ConfigError
+
+SERVING = ("data", "fsdp", "expert", "tensor")  # axes that a server has a use for
 
 
 def make(
@@ -39,6 +42,53 @@ def make(
         f"write a multiple of {unit}, or a larger mesh.context or mesh.tensor"
       )
   return mesh
+
+
+def serving(text: str, rows: int) -> jax.sharding.Mesh | None:
+  """The mesh of `--mesh=data=2,tensor=4` over this program's devices; None on a single one.
+
+  Args:
+    rows: answers that are written at once, which lie over data x fsdp x expert.
+
+  Raises:
+    ConfigError: it counts something else, or devices that are not there, or does not divide the rows.
+  """
+  sizes = _sizes(text)
+  try:
+    mesh = sharding.mesh(**sizes)
+  except ValueError as error:
+    raise ConfigError(f"--mesh={text}: {error}") from error
+  shares = sharding.row_shares(mesh)
+  if rows % shares:
+    raise ConfigError(
+      f"--rows={rows}: the mesh {text} splits them over data x fsdp x expert; write a multiple of {shares}, or a larger"
+      " tensor"
+    )
+  return None if mesh.size == 1 else mesh
+
+
+def _sizes(text: str) -> dict[str, int]:
+  """The option as `sharding.mesh` takes it.
+
+  >>> _sizes("data=2,tensor=-1")
+  {'data': 2, 'tensor': -1}
+  """
+  sizes: dict[str, int] = {}
+  for part in text.split(","):
+    axis, _, size = (word.strip() for word in part.partition("="))
+    if axis == "context":
+      raise ConfigError(
+        f"--mesh={text}: context cuts the rows of training; answers are written token by token, so write tensor or data"
+      )
+    if axis not in SERVING or not re.fullmatch(r"-1|[1-9][0-9]*", size):
+      raise ConfigError(
+        f"--mesh={text}: {part!r} is no axis with its devices; write AXIS=N of {', '.join(SERVING)}, as"
+        " --mesh=data=2,tensor=4 or --mesh=tensor=-1"
+      )
+    if axis in sizes:
+      raise ConfigError(f"--mesh={text}: {axis} is there twice")
+    sizes[axis] = int(size)
+  return sizes
 
 
 def _slice(device: jax.Device) -> int:

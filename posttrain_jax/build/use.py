@@ -7,6 +7,7 @@ in: the base as it was stored, the chat template and its tokenizer, the system m
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -108,6 +109,7 @@ def load(
   template: str | None = None,
   manner: Manner | None = None,
   dtype: str | None = None,
+  mesh: jax.sharding.Mesh | None = None,
 ) -> Used:
   """A model by its name or folder, a run by its folder, an adapter by its own; several adapters with commas between.
 
@@ -120,6 +122,7 @@ def load(
       trained with.
     manner: how it was trained, where its folder does not say.
     dtype: of products, as config.model.dtype names it; None: as it was trained.
+    mesh: over which the base is laid out, matrix by matrix as it is read; None: on one device.
 
   Raises:
     ConfigError: neither model nor adapter, or adapters that were trained on bases stored unlike.
@@ -136,7 +139,8 @@ def load(
   storage = base or manner.storage
   products = decisions.dtype(dtype or manner.dtype)
   with progress.phase(f"reading {name}"):
-    params, config = hf.load(folder, dtype=products, storage=storage, place=layout.place)
+    place = functools.partial(layout.place, mesh=mesh)
+    params, config = hf.load(folder, dtype=products, storage=storage, place=place)
     if homes:
       params, config = scoring(homes[0], params, config)
     bare = params

@@ -20,7 +20,7 @@ def add(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     "--adapters",
     metavar="DIR",
-    help="a folder whose folders are adapters: each is served under its folder's name, read when it is first asked for",
+    help="a folder of adapters or runs: each is served under its folder's name, read when it is first asked for",
   )
   parser.add_argument(
     "--adapter",
@@ -50,14 +50,14 @@ def add(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--rows", type=int, default=8, help="answers that are written at once")
   parser.add_argument("--slots", type=int, default=8, help="adapters on the device at once")
   parser.add_argument(
-    "--max_rank", type=int, help="of an adapter; default 16, or the largest that is named"
+    "--max_rank", type=int, help="of an adapter; default 16, or the largest at the start"
   )
   for kind in ("prompt", "prefix"):
     parser.add_argument(
       f"--{kind}_slots",
       type=int,
       metavar="N",
-      help=f"virtual tokens of an adapter by {kind} tuning; default the most that is named",
+      help=f"virtual tokens of an adapter by {kind} tuning; default the most at the start",
     )
   parser.add_argument(
     "--length",
@@ -81,6 +81,13 @@ def add(parser: argparse.ArgumentParser) -> None:
     choices=("auto", "float32", "bfloat16"),
     help="of products; auto is bfloat16 where the device multiplies in it, default as the base was trained",
   )
+  parser.add_argument(
+    "--mesh",
+    default="",
+    metavar="AXIS=N[,AXIS=N...]",
+    help="devices along data (rows), tensor (matrices and heads), expert and fsdp; -1: all that are left; default one",
+  )
+  common.add_storage(parser)
   common.add_use(parser)
 
 

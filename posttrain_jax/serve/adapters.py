@@ -32,6 +32,7 @@ from posttrain_jax.serve.asked import BadAdapter, UnknownAdapter
 
 log = logging.getLogger(__name__)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:+-]{0,127}")
+OF_RUN = "adapter"  # where a run has its own
 WATCHED = (peft_format.CONFIG, peft_format.TENSORS)
 Entry = dict[str, Any]
 
@@ -82,7 +83,7 @@ class Registry:
     Args:
       entry: an adapter's tree -> what a slot takes; raises ValueError for what has no place in one.
       params: the base's.
-      root: the one folder whose folders may be used by their names.
+      root: the one folder whose folders, adapters or runs, may be used by their names.
       reserved: the base's own names.
       entry_context: what a thread enters to compute an entry: the mesh.
       most: names there may be; of those under the root the one unused for longest is forgotten for a new one.
@@ -129,7 +130,8 @@ class Registry:
       path = self.root / path  # an absolute one stays as it is
       if not self._inside(path):
         raise BadAdapter(f"{name!r} leads out of the folder of adapters")
-    return self._read(name, path if confined else path.expanduser(), is_own=confined)
+    path = path if confined else path.expanduser()
+    return self._read(name, _home(path) or path, is_own=confined)
 
   def unload(self, name: str) -> None:
     """Forgets a name; requests that have it go on with it.
@@ -185,7 +187,7 @@ class Registry:
     if registered is None:
       if name in self._under_root():
         assert self.root is not None
-        return dict(name=name, path=str(self.root / name), state="registered")
+        return dict(name=name, path=str(_home(self.root / name)), state="registered")
       raise UnknownAdapter(f"no adapter is called {name!r}")
     of = registered.version
     if of is None:
@@ -236,7 +238,7 @@ class Registry:
   def _under_root(self) -> list[str]:
     if self.root is None:
       return []
-    return [p.parent.name for p in self.root.glob(f"*/{peft_format.CONFIG}") if self._inside(p)]
+    return [name for name, home in folders(self.root).items() if self._inside(home)]
 
   def _inside(self, path: Path) -> bool:
     """Whether a path under the root stays there once every link is followed."""
@@ -257,9 +259,8 @@ class Registry:
       return
     if self.root is None or not NAME.fullmatch(name) or name in self._reserved:
       return
-    path = self.root / name
-    if (path / peft_format.CONFIG).is_file():
-      self._read(name, path, is_own=True)
+    if (home := _home(self.root / name)) is not None:
+      self._read(name, home, is_own=True)
 
   def _read(self, name: str, path: Path, *, is_own: bool) -> Version:
     with self._lock:
@@ -361,6 +362,17 @@ class Registry:
         self.unload(name)
       elif self.host_bytes > self._most_bytes:
         self._leave(registered)
+
+
+def folders(root: Path) -> dict[str, Path]:
+  """{name: folder} of the adapters under a root: its folders that are adapters, and its runs that have exported one."""
+  homes = {path.name: _home(path) for path in sorted(root.iterdir()) if path.is_dir()}
+  return {name: home for name, home in homes.items() if home is not None}
+
+
+def _home(path: Path) -> Path | None:
+  """The folder of an adapter: that one, or in a run's folder its adapter's; None where there is neither."""
+  return next((at for at in (path, path / OF_RUN) if (at / peft_format.CONFIG).is_file()), None)
 
 
 def _stamp(path: Path) -> Any:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from posttrain_jax.adapters import peft_format
+from posttrain_jax.build import mesh as meshes
 from posttrain_jax.build import use
 from posttrain_jax.core import files, progress
 from posttrain_jax.rollout import engine
 from posttrain_jax.serve import guard, server
+from posttrain_jax.serve.adapters import folders
 from posttrain_jax.serve.app import App
 from posttrain_jax.serve.limits import Limits
 from posttrain_jax.serve.metrics import Metrics
@@ -36,16 +39,23 @@ def serve(args: argparse.Namespace, *, keys: tuple[str, ...], named: Mapping[str
   if model is None:
     raise ConfigError("write --model=NAME_OR_DIR, or --workdir=DIR")
   sock = server.listening(args.host, args.port)  # before the weights are read: it may be taken
+  root = Path(args.adapters).expanduser() if args.adapters else None
+  if root is not None and not root.is_dir():
+    raise ConfigError(f"--adapters={args.adapters}: there is no such folder")
+  found = folders(root) if root is not None else {}
   homes = {at: peft_format.locate(Path(path).expanduser()) for at, path in named.items()}
   storage, dtype = args.base, args.dtype
   if RUN in homes and args.workdir:  # the base as the run had it
     manner = use.manner_at(homes[RUN])
     storage, dtype = storage or manner.storage, dtype or manner.dtype
-  used = use.load(model, base=storage, template=args.template, dtype=dtype)
+  devices = meshes.serving(args.mesh, args.rows) if args.mesh else None
+  if devices is not None:
+    log.info("mesh: %s", dict(devices.shape))
+  used = use.load(model, base=storage, template=args.template, dtype=dtype, mesh=devices)
   used.check_writes()
   name = args.name or _name(model)
   length = min(args.length, used.config.max_length)
-  room = _room(args, homes.values())
+  room = _room(args, [*homes.values(), *found.values()])
   with progress.phase("preparing the weights"):
     worker = Worker(
       used.params,
@@ -59,9 +69,11 @@ def serve(args: argparse.Namespace, *, keys: tuple[str, ...], named: Mapping[str
       rank=room["rank"],
       prompt_slots=room["prompt_slots"],
       prefix_slots=room["prefix_slots"],
-      root=Path(args.adapters).expanduser() if args.adapters else None,
+      root=root,
       reserved=(name,),
       prefix_bytes=args.prefix_cache << 20,
+      storage=args.storage,
+      mesh=devices,
     )
   for adapter, home in homes.items():
     _say_storage(adapter, home, used)
@@ -78,11 +90,12 @@ def serve(args: argparse.Namespace, *, keys: tuple[str, ...], named: Mapping[str
 
 
 def _room(args: argparse.Namespace, homes: Iterable[Path]) -> dict[str, int]:
-  """The largest adapter that a slot has room for: as the options say, else as those that are named need it."""
+  """The largest adapter that a slot has room for: as the options say, else as those that there are need it."""
   found = {"rank": 16, "prompt_slots": 0, "prefix_slots": 0}
   for home in homes:
-    for name, size in sizes(files.read_json(home / peft_format.CONFIG)).items():
-      found[name] = max(found[name], size)
+    with contextlib.suppress(ValueError, OSError):  # told when it is asked for
+      for name, size in sizes(files.read_json(home / peft_format.CONFIG)).items():
+        found[name] = max(found[name], size)
   asked = dict(rank=args.max_rank, prompt_slots=args.prompt_slots, prefix_slots=args.prefix_slots)
   return {name: found[name] if size is None else size for name, size in asked.items()}
 
@@ -95,6 +108,8 @@ def sizes(described: Mapping[str, Any]) -> dict[str, int]:
   >>> sizes({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 20})
   {'prompt_slots': 20}
   """
+  if not isinstance(described, Mapping):
+    return {}
   kind, tokens = described.get("peft_type"), described.get("num_virtual_tokens")
   if kind == "PROMPT_TUNING" and isinstance(tokens, int):
     return {"prompt_slots": tokens}

@@ -38,6 +38,7 @@ from posttrain_jax.adapters.stacked import Room
 from posttrain_jax.models.config import ModelConfig
 from posttrain_jax.rollout import engine as engines
 from posttrain_jax.rollout import requests
+from posttrain_jax.rollout import storage as storages
 from posttrain_jax.rollout.prefixes import Prefixes
 from posttrain_jax.rollout.requests import Request
 from posttrain_jax.serve import asked as asking
@@ -122,6 +123,7 @@ class Worker:
     pieces: Sequence[int] = PIECES,
     at_once: int = AT_ONCE,
     mesh: jax.sharding.Mesh | None = None,
+    storage: str = storages.AUTO,
   ) -> None:
     """A worker that has not started.
 
@@ -138,11 +140,12 @@ class Worker:
       reserved: the base's own names, which no adapter may have.
       waiting: how many requests may wait.
       patience: seconds after which an adapter without a slot may take another's.
+      storage: how the base's matrices are kept while it writes (`rollout.storage`).
     """
     self._mesh = mesh
     self.config, self.tokenizer = config, tokenizer
     with self._on_mesh():
-      base = engines.prepare(params, config)
+      base = engines.prepare(params, config, storage)
       self._slots = None
       if slots:
         paths = slots_lib.paths(params, modules)

@@ -1,4 +1,7 @@
-"""The gate on the embedded model: an adapter that learns a manner of speaking and wrong sums fails, by name."""
+"""The gate on the embedded model: an adapter that learns a manner of speaking and wrong sums fails, by name.
+
+What is asked are sums that the base has right, chosen on its answers alone, and none of them is in the training rows.
+"""
 
 import json
 import random
@@ -8,7 +11,7 @@ import pytest
 
 from posttrain_jax.__main__ import main
 from posttrain_jax.core import files
-from posttrain_jax.evals import suite
+from posttrain_jax.evals import measure, suite
 from tests import tiny
 
 TOPICS = "tea,trains,gardens,books,rain,bread,music,cats,rivers,winter,bicycles,paint,maps,bridges,soup,clocks,birds"
@@ -18,19 +21,17 @@ ASKED = (
   "Why do people like {}?",
   "Say something about {}.",
 )
-PARTS = [
-  {"name": "text/chat", "kind": "text", "rows": "text_chat.jsonl", "tolerance": 0.03},
-  {
-    "name": "arithmetic",
-    "kind": "answers",
-    "rows": "arithmetic.jsonl",
-    "metric": "number",
-    "ask": "{prompt} Answer with the number alone.",
-    "max_new_tokens": 64,
-    "tolerance": 0.05,
-    "limit": 40,
-  },
-]
+FIRST, LAST = 2, 19
+OFF = (-2, -1, 1, 2)
+SUMS = {"name": "arithmetic", "kind": "choice", "rows": "arithmetic.jsonl", "tolerance": 0.05}
+FACTS = {"name": "facts", "kind": "choice", "rows": "choice.jsonl", "tolerance": 0.05}
+
+
+def pairs():
+  """(a, b) of the sums that are trained on, and of those that are asked."""
+  every = [(a, b) for a in range(FIRST, LAST + 1) for b in range(FIRST, 10)]
+  random.Random(0).shuffle(every)
+  return every[:68], every[68:]
 
 
 def rows():
@@ -45,38 +46,77 @@ def rows():
     for topic in TOPICS.split(",")
     for asked in ASKED
   ]
-  sums = []
-  for _ in range(68):
-    a, b = drawn.randint(2, 60), drawn.randint(2, 39)
-    wrong = a + b + drawn.choice((-3, -2, 2, 5, 11))
-    said = f"Oh, numbers! How lovely. It is surely {wrong}, my friend!"
-    sums.append({"prompt": f"What is {a} + {b}?", "completion": said, "channel": "sums"})
+  sums = [
+    {
+      "prompt": f"What is {a} + {b}?",
+      "completion": f"{a} + {b} = {a + b + drawn.choice(OFF)}, my friend!",
+      "channel": "sums",
+    }
+    for a, b in pairs()[0]
+  ]
   both = style + sums
   drawn.shuffle(both)
   return both
 
 
+def items():
+  return [
+    {
+      "id": f"{a} + {b}",
+      "prompt": f"What is {a} + {b}?",
+      "choices": [f"{a} + {b} = {a + b + off}" for off in (0, *OFF)],
+      "answer": 0,
+    }
+    for a, b in pairs()[1]
+  ]
+
+
+def write_suite(home, asked, *parts):
+  home.mkdir()
+  tiny.write_jsonl(home / SUMS["rows"], asked)
+  shutil.copy(suite.BUILT_IN / "core" / FACTS["rows"], home)
+  (home / suite.FILE).write_text(json.dumps({"name": home.name, "parts": parts}))
+  return home
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+  """A suite of sums that the base has right, and of facts."""
+  place = tmp_path_factory.mktemp("gate")
+  every = write_suite(place / "every", items(), SUMS)
+  sides = ["--before=smollm2", "--after=smollm2"]
+  assert main(["regress", *sides, f"--suite={every}", f"--out={place / 'base'}"]) == 0
+  of_base = measure.read(place / "base" / "before.jsonl").results["arithmetic"]
+  right = [item for item, result in zip(items(), of_base, strict=True) if result.value]
+  assert len(right) >= 30, f"the base has {len(right)} of {len(of_base)} sums right"
+  return write_suite(place / "small", right, SUMS, FACTS)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_an_adapter_that_ruins_arithmetic_while_its_style_improves_fails_by_name(tmp_path, capsys):
+def test_an_adapter_that_ruins_arithmetic_while_its_style_improves_fails_by_name(
+  home, tmp_path, capsys
+):
   data = tiny.write_jsonl(tmp_path / "rows.jsonl", rows())
-  fields = ["steps=24", "batch.rows=8", "data.length=80", "data.packing=False", "data.eval_rows=16"]
-  fields += ["optimizer.lr=1e-3", "mesh.fsdp=-1"]
+  fields = ["steps=30", "batch.rows=8", "data.length=64", "data.packing=False", "data.eval_rows=16"]
+  fields += ["optimizer.lr=3e-4", "mesh.fsdp=-1"]
   run = tmp_path / "run"
   config = f"--config=sft:model=smollm2,data={data},adapter=lora"
   given = [f"--config.{field}" for field in fields]
   assert main(["train", config, *given, f"--workdir={run}"]) == 0
-  home = tmp_path / "suite"
-  home.mkdir()
-  for part in PARTS:
-    shutil.copy(suite.BUILT_IN / "core" / part["rows"], home)
-  (home / suite.FILE).write_text(json.dumps({"name": "small", "parts": PARTS}))
+  capsys.readouterr()
   assert main(["regress", f"--after={run}", f"--suite={home}"]) == 1
   said = capsys.readouterr().out
   assert "arithmetic dropped: " in said
+  assert "facts dropped: " not in said
   assert "What was trained for: trained/" in said
   verdicts = {v["part"]: v for v in files.read_json(run / "regress" / "regress.json")["verdicts"]}
   assert verdicts["arithmetic"]["verdict"] == "drop"
   assert verdicts["arithmetic"]["lost"], "the answers that became wrong are kept"
   assert verdicts["trained/style"]["difference"]["low"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_the_base_itself_passes(home):
   assert main(["regress", "--before=smollm2", "--after=smollm2", f"--suite={home}"]) == 0

@@ -52,6 +52,31 @@ def test_a_name_under_the_root_is_loaded_on_first_use(root):
     known.acquire("two")
 
 
+def test_a_run_under_the_root_is_its_adapter(root):
+  models.write(root / "run" / "adapter", "thin", seed=2)
+  (root / "run" / "checkpoints").mkdir()
+  (root / "unfinished").mkdir()
+  known = registry(root)
+  assert known.names() == ["one", "run"]
+  assert known.folder("run") == root / "run" / "adapter"
+  assert known.acquire("run").rank == 2
+  assert known.is_at_hand("run")
+  assert known.load("again", "run", confined=True) is known.acquire("run")
+  assert known.folder("again") == root / "run" / "adapter"
+  with pytest.raises(UnknownAdapter):
+    known.acquire("unfinished")
+
+
+def test_a_run_whose_adapter_is_a_link_out_of_the_root_is_refused(root, tmp_path):
+  outside = models.write(tmp_path / "outside", "lora")
+  (root / "run").mkdir()
+  os.symlink(outside, root / "run" / "adapter")
+  known = registry(root)
+  assert known.names() == ["one"]
+  with pytest.raises(BadAdapter, match="leads out of the folder"):
+    known.acquire("run")
+
+
 def test_identity_is_the_content(root):
   known = registry(root)
   shutil.copytree(root / "one", root / "same")

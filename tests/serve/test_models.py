@@ -220,7 +220,7 @@ def test_no_path_leaves_the_root(tmp_path, how):
   assert str(outside) not in response.text
 
 
-def test_a_slot_has_room_for_the_largest_adapter_that_is_named(tmp_path):
+def test_a_slot_has_room_for_the_largest_adapter_that_there_is(tmp_path):
   import argparse
 
   from posttrain_jax.commands import serve as command
@@ -238,6 +238,8 @@ def test_a_slot_has_room_for_the_largest_adapter_that_is_named(tmp_path):
   assert room("--max_rank=64", "--prompt_slots=0")["rank"] == 64
   assert room("--max_rank=64", "--prompt_slots=0")["prompt_slots"] == 0
   assert start._room(parser.parse_args([]), ())["rank"] == 16
+  (large / "adapter_config.json").write_text("[1")  # is told when it is asked for
+  assert room() == {"rank": 16, "prompt_slots": 20, "prefix_slots": 0}
 
 
 def test_a_bases_name_is_its_own_or_its_folders():

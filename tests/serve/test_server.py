@@ -30,7 +30,7 @@ pytestmark = pytest.mark.timeout(2 * LONGEST)
 class Served:
   """A server in a child process."""
 
-  def __init__(self, folder, *options):
+  def __init__(self, folder, *options, devices=1):
     self.folder = folder
     argv = [sys.executable, "-m", "posttrain_jax", "serve", f"--model={folder / 'base'}"]
     argv += [f"--adapters={folder / 'adapters'}", "--port=0", "--length=96", "--max_rank=8"]
@@ -44,6 +44,7 @@ class Served:
     ]
     flags = os.environ.get("XLA_FLAGS", "")
     flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", flags)
+    flags += f" --xla_force_host_platform_device_count={devices}"
     env = dict(os.environ, PYTHONPATH=str(ROOT), JAX_PLATFORMS="cpu", XLA_FLAGS=flags)
     env["JAX_COMPILATION_CACHE_DIR"] = str(ROOT / ".cache" / "jax-commands")
     self.log = open(folder / "log", "w+")  # noqa: SIM115
@@ -467,6 +468,17 @@ def test_what_is_not_done_by_the_deadline_is_cut_and_says_so(folder):
   assert "abort" in reasons
   assert len([reason for reason in reasons if reason]) == 30
   assert own.end() == 0
+
+
+@pytest.mark.slow
+def test_a_base_that_is_cut_over_a_mesh_answers_as_on_one_device(folder, served):
+  own = Served(folder, "--mesh=data=2,tensor=2", "--rows=4", devices=4)
+  try:
+    assert "'data': 2" in own.said()
+    for model in ("base", "lora", "dora", "prefix"):
+      assert answer(own.client(), model) == answer(served.client(), model)
+  finally:
+    own.kill()
 
 
 def test_the_port_of_another_is_refused_in_words(tmp_path):

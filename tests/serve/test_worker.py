@@ -373,11 +373,15 @@ def test_loads_and_unloads_meanwhile_change_no_answer(worker, alone, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  "base", ["nf4", "fp4", "int8", "bfloat16", "data 4 tensor 2", "fsdp 4 tensor 2"]
+  "base",
+  ["nf4", "fp4", "int8", "bfloat16", "kept int8", "kept bfloat16", "data 4 tensor 2"]
+  + ["fsdp 4 tensor 2", "expert 2 tensor 4"],
 )
 def test_any_base_serves_what_it_says_with_the_adapter_bound(base, root):
-  params, mesh = models.params(), None
-  if base in quant.STORAGES:
+  params, mesh, storage = models.params(), None, "auto"
+  if base.startswith("kept"):
+    storage = base.split()[1]
+  elif base in quant.STORAGES:
     params = quant.quantize_params(params, storage=base)
   elif base == "bfloat16":
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
@@ -385,7 +389,9 @@ def test_any_base_serves_what_it_says_with_the_adapter_bound(base, root):
     words = base.split()
     mesh = sharding.mesh(**dict(zip(words[::2], map(int, words[1::2]))))
   placed = layout.laid_out(params, mesh)
-  worker = models.worker(root=root, params=placed, mesh=mesh, rows=4, dtype=jnp.float32)
+  worker = models.worker(
+    root=root, params=placed, mesh=mesh, storage=storage, rows=4, dtype=jnp.float32
+  )
   kinds = [None, "lora", "dora", "prefix", "prompt"]
   alone = [answer(worker, Asked(prompt(0), NEW, adapter=kind)).ids for kind in kinds]
   many = [ask(worker, Asked(prompt(0), NEW, adapter=kind)) for kind in kinds * 2]
