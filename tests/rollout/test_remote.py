@@ -141,7 +141,7 @@ def test_garbage_is_asked_for_a_few_times_and_told(served, reply, says):
 
 
 @pytest.mark.parametrize(
-  ("status", "says"), [(400, "400: 'bad top_k'"), (401, "online.engine_key names")]
+  ("status", "says"), [(400, "400 Bad Request: 'bad top_k'"), (401, "online.engine_key names")]
 )
 def test_a_refusal_is_told_at_once(served, status, says):
   url, asked = served((status, {"error": {"message": "bad top_k"}}))
