@@ -146,6 +146,8 @@ def asked(request: Request, model: str) -> dict[str, Any]:
     "frequency_penalty": 0.0,
     "seed": seed(request),
     "n": 1,
+    # these end it, and no other that the server knows as its model's
+    "ignore_eos": True,
     "stop_token_ids": [int(token) for token in request.stop_tokens],
     "logprobs": 0,
     "return_token_ids": True,

@@ -77,7 +77,7 @@ def test_a_prompt_goes_as_ids_and_an_answer_comes_as_ids(served):
   (path, body, _), *_ = asked
   assert path == "/v1/completions"
   assert (body["prompt"], body["model"], body["max_tokens"]) == ([5, 6], "mine", 4)
-  assert body["stop_token_ids"] == [9]
+  assert (body["stop_token_ids"], body["ignore_eos"]) == ([9], True)
   assert body["return_token_ids"]
   # what a model's generation_config.json would say otherwise
   assert (body["top_p"], body["top_k"], body["min_p"], body["repetition_penalty"]) == (1, 0, 0, 1)
