@@ -8,7 +8,7 @@ import jax
 import ml_collections
 
 from posttrain_jax import settings
-from posttrain_jax.build import adapter, decisions, elsewhere, methods
+from posttrain_jax.build import adapter, decisions, elsewhere, methods, tools
 from posttrain_jax.data import answers, chat
 from posttrain_jax.evals import graders, meanings, tasks
 from posttrain_jax.rewards import named
@@ -264,7 +264,17 @@ def _distillation(config: Config) -> None:
     raise ConfigError(
       "online.dynamic replaces groups whose answers have one outcome, and nothing scores them here; write false"
     )
+  if online.dynamic and online.samples < 2:
+    raise ConfigError(
+      "online.dynamic replaces groups whose answers agree, and one answer agrees with itself; write"
+      " online.samples=2 or more, or online.dynamic=false"
+    )
   gold = decisions.gold_rows(config)
+  if gold and tools.is_on(config):
+    raise ConfigError(
+      f"online.gold_rows={gold}: answers of the run have several turns, and the data's own have one and know nothing of"
+      " its tools; write 0, or fine-tune on conversations with calls first"
+    )
   if gold >= config.batch.rows:
     raise ConfigError(
       f"online.gold_rows={gold} leaves no row of batch.rows={config.batch.rows} for answers of the policy's own; lower"

@@ -27,6 +27,7 @@ from posttrain_jax.build.prompts import Prompt
 from posttrain_jax.build.writer import Writer
 from posttrain_jax.core import progress, tree
 from posttrain_jax.environments.episodes import Sampler
+from posttrain_jax.objectives import of_policy
 from posttrain_jax.rollout.remote import Address, Once, Refused
 from posttrain_jax.rollout.requests import Answer, Request
 from posttrain_jax.rollout.sampling import Sampling
@@ -135,6 +136,7 @@ class Elsewhere(Writer):
 
   def load(self, trainable: Any, carried: Any) -> None:
     """Writes the adapter for the server and gives it to it, unless it has these weights."""
+    trainable, carried = of_policy(trainable), of_policy(carried)
     name = f"posttrain-{_digest(trainable)}"
     number = self._versions[-1].number + 1 if self._versions else 0
     if (known := next((one for one in self._versions if one.name == name), None)) is not None:

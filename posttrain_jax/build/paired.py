@@ -10,9 +10,8 @@ import ml_collections
 import numpy as np
 
 from posttrain_jax.build.groups import Group
-from posttrain_jax.build.updates import Batch, Updates
+from posttrain_jax.build.updates import Batch, Updates, as_example
 from posttrain_jax.data import answers
-from posttrain_jax.data.encoded import Example
 from posttrain_jax.data.packing import pack_answers
 from posttrain_jax.losses.advantage import ROUNDING
 from posttrain_jax.train.state import State
@@ -67,10 +66,6 @@ class Paired(Updates):
     if is_same or spread <= ROUNDING * max(abs(known[best]), abs(known[worst])):
       return None
     chosen[[best, worst]] = 1.0, -1.0
-    prompt = group.prompt.tokens
-    parts = []
-    for i in (best, worst):
-      tokens = np.asarray(group.answers[i].tokens, np.int32)
-      mask = np.arange(len(prompt) + len(tokens)) >= len(prompt)
-      parts.append(Example(np.concatenate([prompt, tokens]), mask, origin=group.prompt.origin))
+    samples = sorted(group.written)
+    parts = [as_example(group, samples[i]) for i in (best, worst)]
     return answers.join(parts, share=self.config.data.share_prompt)

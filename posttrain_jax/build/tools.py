@@ -67,6 +67,11 @@ def check(config: Config, template: Template | None) -> None:
   if not about.acts:
     try:
       tool_calls.form(template)
+      if not tool_calls.tells(template):
+        raise ValueError(
+          f"the chat template {template.name!r} does not tell the model which tools there are; name one that does, as"
+          " --config.model.template=chatml"
+        )
     except ValueError as error:
       raise ConfigError(str(error)) from error
   if "environment" in config.reward.parts and not about.scores:

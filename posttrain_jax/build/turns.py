@@ -175,7 +175,7 @@ def settled(result: Result, answers: Sequence[Answer], unparsed: float) -> Resul
 
 def _settled(one: Scored, answer: Answer, unparsed: float) -> Scored:
   if answer.ended == kinds.UNPARSED and isinstance(answer, Episode):
-    return Scored(score.of(unparsed), one.parts)
+    return Scored(score.of(unparsed), one.parts, is_fixed=True)
   if answer.ended == kinds.FAILED and isinstance(answer, Episode):
     return Scored(score.missing(f"environment: {answer.problem}"), one.parts)
   return one

@@ -195,14 +195,7 @@ class Updates:
     places = scored_places(group)
     if not places:
       return None
-    parts = []
-    for i in places:
-      answer = group.written[i]
-      # an environment may have said something behind the prompt of each
-      prompt = np.asarray(answer.request.prompt, np.int32)
-      tokens = np.asarray(answer.tokens, np.int32)
-      mask = np.concatenate([np.zeros(len(prompt), bool), _written(answer)])
-      parts.append(Example(np.concatenate([prompt, tokens]), mask, origin=group.prompt.origin))
+    parts = [as_example(group, i) for i in places]
     known = scores[~np.isnan(scores)]
     deviation = float(known.std(ddof=1)) if len(known) > 1 else 0.0
     values = {
@@ -260,6 +253,16 @@ class Updates:
     logps = self._logps(trainable, context, batch)
     reference = reference_logps(self.objective, context, batch, at.mask, temperature=o.temperature)
     return at.per_answer(kl.ESTIMATES[o.kl_in_reward_estimator](logps, reference, at.mask))
+
+
+def as_example(group: Group, sample: int) -> Example:
+  """One of a group's answers behind its prompt, with a mask of what the model wrote."""
+  answer = group.written[sample]
+  # an environment may have said something behind the prompt of each
+  prompt = np.asarray(answer.request.prompt, np.int32)
+  tokens = np.asarray(answer.tokens, np.int32)
+  mask = np.concatenate([np.zeros(len(prompt), bool), _written(answer)])
+  return Example(np.concatenate([prompt, tokens]), mask, origin=group.prompt.origin)
 
 
 def _written(answer: Answer) -> np.ndarray:

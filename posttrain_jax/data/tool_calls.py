@@ -17,6 +17,7 @@ from posttrain_jax.data.templates import Template, TemplateError
 
 NAME, KEY, VALUE = "probe_name", "probe_key", "probe_value"
 _MARK = "PROBE"
+_WORDS = "\N{SECTION SIGN}"  # no mark of a call begins with it
 _DECODER = json.JSONDecoder()
 
 
@@ -54,8 +55,8 @@ class Form:
   arguments: str = "arguments"
   is_list: bool = False
 
-  def read(self, text: str) -> Turn:
-    """The turn's words and calls.
+  def read(self, text: str, *, needs_end: bool = True) -> Turn:
+    """The turn's words and calls; needs_end: whether a call without the mark at its end is none.
 
     >>> Form("<tool_call>", "</tool_call>").read('So: <tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>')
     Turn(text='So:', calls=({'name': 'f', 'arguments': {'x': 1}},), problem='')
@@ -75,9 +76,10 @@ class Form:
       except (ValueError, RecursionError) as error:
         return Turn(text.strip(), problem=_problem(error, text[start:]))
       rest = text[at:].lstrip()
-      if self.end and not rest.startswith(self.end):
+      ends = rest.startswith(self.end)
+      if needs_end and not ends:
         return Turn(text.strip(), problem=f"a call does not end with {self.end!r}")
-      at = len(text) - len(rest) + len(self.end)
+      at = len(text) - len(rest) + (len(self.end) if ends else 0)
     said.append(text[at:])
     return Turn("".join(said).strip(), tuple(calls))
 
@@ -128,13 +130,11 @@ def form(template: Template) -> Form:
     )
   call = {"type": "function", "id": "probeid01", "function": {"name": NAME, "arguments": {KEY: VALUE}}}  # fmt: skip
   asked = [{"role": "user", "content": _MARK}]
-  turns = [
-    *asked,
-    {"role": "assistant", "content": "", "tool_calls": [call]},
-  ]
-  text = template.render(turns, tools=[description(NAME)])
-  opening = template.render(asked, add_generation_prompt=True, tools=[description(NAME)])
-  said = text[len(opening) :] if text.startswith(opening) else text[text.rindex(_MARK) :]
+  whole, spoken = (
+    template.render([*asked, {"role": "assistant", **turn}], tools=[description(NAME)])
+    for turn in ({"content": "", "tool_calls": [call]}, {"content": _WORDS})
+  )
+  said = whole[_common(whole, spoken) :]  # from where an answer of words would begin
   said = said.split(template.turn_ending or "\0")[0]
   at, value = _json_in(said)
   if at is None:
@@ -163,6 +163,19 @@ def _json_in(text: str) -> tuple[tuple[int, int] | None, Any]:
     if isinstance(one, dict) and NAME in one.values():
       return (at, stop), value
   return None, None
+
+
+def _common(one: str, other: str) -> int:
+  """How many letters two texts begin with alike."""
+  pairs = enumerate(zip(one, other))
+  return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def tells(template: Template) -> bool:
+  """Whether the template tells the model which tools there are."""
+  asked = [{"role": "user", "content": _MARK}]
+  told = template.of(True).render(asked, tools=[description(NAME)], add_generation_prompt=True)
+  return NAME in told
 
 
 def description(name: str) -> dict[str, Any]:

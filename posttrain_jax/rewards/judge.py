@@ -6,19 +6,14 @@ A reply that cannot be read, an address that does not answer, and a number outsi
 from __future__ import annotations
 
 import dataclasses
-import http.client
-import json
-import os
-import random
+import functools
 import re
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent import futures
 from typing import Any
 
-from posttrain_jax.core import patterns, words
+from posttrain_jax.core import api, patterns, words
+from posttrain_jax.core.api import Api, Patience
 from posttrain_jax.data import questions
 from posttrain_jax.rewards import score
 from posttrain_jax.rewards.score import Score
@@ -37,7 +32,6 @@ last line of this form, with a number and nothing else:
 Score: NUMBER"""
 PATTERN = r"(?i)score[\s:=*_]{0,8}(-?\d+(?:\.\d+)?)(?![\d.]*/)"
 LARGEST = 1 << 20  # bytes of a reply
-AGAIN = {408, 409, 425, 429, 500, 502, 503, 504}  # statuses that may pass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +44,7 @@ class Judge:
     column: of the row, whose text is the {reference}; "": none.
     key: the environment variable that holds the API's key; "": none is sent.
     seconds: for one answer, with all tries.
-    tries: at most; the wait between them doubles.
+    tries: at most; the wait between them doubles, or is what the server asks for.
     at_once: requests that are open at a time.
   """
 
@@ -69,8 +63,10 @@ class Judge:
   max_tokens: int = 512
 
   def __post_init__(self):
-    if not self.url.startswith(("http://", "https://")):
-      raise ValueError(f"judge: url={self.url!r}; it begins with http:// or https://")
+    try:
+      _ = self.api
+    except ValueError as error:
+      raise ValueError(f"judge: {error}") from None
     if not re.search(r"\{completion\}", self.template):
       raise ValueError("judge: the template has no {completion}, so the judge would not see it")
     reason = patterns.wrong(self.pattern)
@@ -78,8 +74,10 @@ class Judge:
       raise ValueError(
         f"judge: pattern={self.pattern!r} {reason or 'has not one group, for the number'}"
       )
-    if self.key and self.key not in os.environ:
-      raise ValueError(f"judge: the environment has no {self.key}, which key={self.key} names")
+
+  @functools.cached_property
+  def api(self) -> Api:
+    return Api(self.url, self.key, self.seconds, LARGEST)
 
   def scores(self, answers: Sequence[Answer], context: Context) -> list[Score]:
     with futures.ThreadPoolExecutor(self.at_once) as threads:
@@ -87,32 +85,17 @@ class Judge:
 
   def judged(self, answer: Answer) -> Score:
     """What the judge says of one answer."""
-    deadline = time.monotonic() + self.seconds
-    reason = ""
-    for attempt in range(self.tries):
-      if attempt:
-        pause = self.wait * 2 ** (attempt - 1) * random.uniform(0.75, 1.25)
-        if time.monotonic() + pause >= deadline:
-          break
-        time.sleep(pause)
-      try:
-        return self.read(self._reply(self._asked(answer), deadline))
-      except urllib.error.HTTPError as error:
-        reason = f"the judge at {self._address} answered {error.code} {error.reason}"
-        if error.code not in AGAIN:
-          break
-      except _Late:
+    patience = Patience(tries=self.tries, seconds=self.seconds, cuts=True, wait=self.wait)
+    body = self._asked(answer)
+    try:
+      return self.api.asked("/chat/completions", body, self._score, patience, "chat completion")
+    except api.Failed as error:
+      if error.ended == api.LATE:
         return score.missing(f"the judge took longer than {self.seconds:g} s")
-      except (OSError, http.client.HTTPException) as error:
-        reason = f"the judge at {self._address} does not answer: {_why(error)}"
-      except (ValueError, KeyError, IndexError, TypeError) as error:
-        reason = f"the judge at {self._address} sent what is no chat completion: {type(error).__name__}: {error}"
-    return score.missing(reason)
+      return score.missing(f"the judge at {self.api.name} {error.why}")
 
-  @property
-  def _address(self) -> str:
-    """What is said of the url: reasons are stored, and a password in it is not for them."""
-    return re.sub(r"//[^/@]*@", "//", self.url)
+  def _score(self, reply: bytes) -> Score:
+    return self.read(api.completion(reply)[0])
 
   def read(self, reply: str) -> Score:
     """The score that a reply says.
@@ -152,57 +135,6 @@ class Judge:
       "temperature": 0.0,
       "max_tokens": self.max_tokens,
     }
-
-  def _reply(self, asked: Mapping[str, Any], deadline: float) -> str:
-    headers = {"Content-Type": "application/json"}
-    if self.key:
-      headers["Authorization"] = f"Bearer {os.environ[self.key]}"
-    request = urllib.request.Request(
-      f"{self.url.rstrip('/')}/chat/completions", json.dumps(asked).encode(), headers
-    )
-    try:
-      with urllib.request.urlopen(request, timeout=_left(deadline)) as response:
-        body = _within(response, deadline)
-    except TimeoutError:
-      raise _Late from None
-    except urllib.error.URLError as error:
-      if isinstance(error.reason, TimeoutError):
-        raise _Late from None
-      raise
-    text = json.loads(body)["choices"][0]["message"]["content"]
-    if not isinstance(text, str):
-      raise TypeError(f"its content is {words.shown(text, 60)}")
-    return text
-
-
-class _Late(Exception):
-  """The deadline has passed."""
-
-
-def _why(error: BaseException) -> str:
-  """What the system says of a connection, in its own words."""
-  inner = error.reason if isinstance(error, urllib.error.URLError) else error
-  if isinstance(inner, OSError) and inner.strerror:
-    return inner.strerror
-  return f"{type(inner).__name__}: {inner}" if isinstance(inner, BaseException) else str(inner)
-
-
-def _left(deadline: float) -> float:
-  left = deadline - time.monotonic()
-  if left <= 0:
-    raise _Late
-  return left
-
-
-def _within(response: Any, deadline: float) -> bytes:
-  """The body, which may come in drops: the socket's own time-out counts each of them anew."""
-  body = b""
-  while some := response.read1(1 << 16):
-    body += some
-    _left(deadline)
-    if len(body) > LARGEST:
-      raise ValueError(f"more than {LARGEST:,} bytes")
-  return body
 
 
 def _shown(value: Any) -> str:

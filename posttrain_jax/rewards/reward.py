@@ -87,10 +87,11 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-  """total and parts of one answer."""
+  """total and parts of one answer; is_fixed: a total that was said of it whatever its parts are."""
 
   total: Score
   parts: Mapping[str, Score]
+  is_fixed: bool = False
 
   def as_json(self) -> dict[str, Any]:
     flat = lambda given: [given.value, given.reason, given.applies]
@@ -179,7 +180,8 @@ class Reward:
     """A score of an earlier version, to which parts were called by whole paths, by the names that they have now."""
     if scored.parts.keys() == {*self.names} or len(scored.parts) != len(self.names):
       return scored
-    return Scored(scored.total, dict(zip(self.names, scored.parts.values(), strict=True)))
+    parts = dict(zip(self.names, scored.parts.values(), strict=True))
+    return dataclasses.replace(scored, parts=parts)
 
   def bounds(self, applying: Collection[str] | None = None) -> tuple[float, float]:
     """The lowest and the highest total that there are; infinite where a part has no bound.
@@ -223,8 +225,8 @@ class Reward:
 
   def value(self, scored: Scored) -> float | None:
     """The total by these parts of an answer that was scored by these and perhaps others; None where it has none."""
-    if scored.total.is_missing:
-      return None
+    if scored.total.is_missing or scored.is_fixed:
+      return scored.total.value
     return self._total(scored.parts).total.value
 
   def is_right(self, scored: Scored) -> bool:

@@ -8,36 +8,26 @@ until `patience` is over; a server that was started anew and knows an adapter no
 from __future__ import annotations
 
 import dataclasses
-import http.client
+import functools
 import json
-import os
-import random
-import re
 import threading
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from posttrain_jax.core import words
+from posttrain_jax.core import api, words
+from posttrain_jax.core.api import Api, Failed, Patience, Unread
 from posttrain_jax.rollout.requests import FULL, STOPPED, Answer, Request
 
-LARGEST = 1 << 26  # bytes of a reply
-AGAIN = {408, 409, 425, 429, 500, 502, 503, 504}  # statuses that may pass
 UNREAD = 4  # replies to one question that cannot be read, after which it is no use to ask again
-SLOWEST = 30.0  # seconds between two tries, at most
 SEEDS = 2**31
+MODELS = "/models"
+Read = TypeVar("Read")
 
 
 class Refused(ConnectionError):
   """The address does not answer, or not with what was asked."""
-
-
-class _Unread(ValueError):
-  """A reply that is none to the question."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,19 +49,21 @@ class Address:
   stopping: Callable[[], bool] = lambda: False
 
   def __post_init__(self) -> None:
-    if not self.url.startswith(("http://", "https://")):
-      raise ValueError(f"{words.shown(self.url)} is no address: it begins with http:// or https://")
-    if self.key and self.key not in os.environ:
-      raise ValueError(f"the environment has no {self.key}, which holds the key of {self.name}")
+    _ = self.api  # raises ValueError where it is no address
+
+  @functools.cached_property
+  def api(self) -> Api:
+    return Api(self.url, self.key, self.seconds)
 
   @property
   def name(self) -> str:
-    """What is said of the url: a password in it is for nobody."""
-    return re.sub(r"//[^/@]*@", "//", self.url)
+    return self.api.name
 
   def models(self) -> list[str]:
     """The names that it knows; the base is the first."""
-    given = self._asked("/models", None, lambda said: [str(one["id"]) for one in said["data"]])
+    given = self._asked(
+      MODELS, None, lambda said: [str(one["id"]) for one in json.loads(said)["data"]]
+    )
     if not given:
       raise Refused(f"the engine at {self.name} has no model")
     return given
@@ -79,12 +71,12 @@ class Address:
   def load(self, name: str, folder: str) -> None:
     """Gives it the adapter of a folder, which it reads itself, under a name."""
     body = {"lora_name": name, "lora_path": folder}
-    self._asked("/load_lora_adapter", body, lambda _: None, is_text=True)
+    self._asked("/load_lora_adapter", body, lambda _: None)
 
   def unload(self, name: str) -> None:
     """Takes a name from it; one that it does not know is none the less gone."""
     try:
-      self._asked("/unload_lora_adapter", {"lora_name": name}, lambda _: None, is_text=True)
+      self._asked("/unload_lora_adapter", {"lora_name": name}, lambda _: None)
     except Unknown:
       return
 
@@ -94,7 +86,7 @@ class Address:
     again: called where the server does not know the model any more; it gives it the adapter again.
     """
     body = asked(request, model)
-    read = lambda said: answered(request, said)
+    read = lambda said: answered(request, json.loads(said))
     try:
       return self._asked("/completions", body, read)
     except Unknown:
@@ -102,66 +94,36 @@ class Address:
       return self._asked("/completions", body, read)
 
   def _asked(
-    self,
-    path: str,
-    body: Mapping[str, Any] | None,
-    read: Callable[[Any], Any],
-    *,
-    is_text: bool = False,
-  ) -> Any:
+    self, path: str, body: Mapping[str, Any] | None, read: Callable[[bytes], Read]
+  ) -> Read:
     """What `read` makes of the reply.
 
     Raises:
       Unknown: it knows no such model.
       Refused: it refuses the question, or no reply was one until the patience was over.
     """
-    began, tries, unread, why = time.monotonic(), 0, 0, ""
-    while True:
-      pause = min(SLOWEST, self.wait * 2 ** min(tries, 10)) * random.uniform(0.75, 1.25)
-      try:
-        text = self._reply(path, body)
-        return read(None if is_text else json.loads(text))
-      except urllib.error.HTTPError as error:
-        said = _said(error)
-        if error.code == 404 and body is not None:
-          raise Unknown(f"the engine at {self.name} answered 404: {said}") from None
-        why = f"answered {error.code}: {said}"
-        if error.code not in AGAIN:
-          raise Refused(f"the engine at {self.name} {why}{_hint(error.code, path)}") from None
-        pause = _retry_after(error) or pause
-      except (OSError, http.client.HTTPException) as error:
-        why = f"does not answer: {_why(error)}"
-      except (ValueError, KeyError, IndexError, TypeError) as error:
-        unread += 1
-        why = f"sent what is no answer to {path}: {error if isinstance(error, _Unread) else _kind(error)}"
-        if unread >= UNREAD:
-          raise Refused(f"the engine at {self.name} {why}, {UNREAD} times") from None
-      tries += 1
-      if time.monotonic() + pause - began > self.patience:
-        raise Refused(
-          f"the engine at {self.name} {why}, for {self.patience:g} s (online.engine_patience). With the engine mended,"
-          " run the same command again: what is written is kept"
-        )
-      self._sleep(pause)
+    patience = Patience(
+      seconds=self.patience, unread=UNREAD, wait=self.wait, stopping=self.stopping
+    )
+    try:
+      return self.api.asked(path, body, read, patience, f"answer to {path}")
+    except Failed as error:
+      raise self._refused(error, path) from None
 
-  def _sleep(self, seconds: float) -> None:
-    until = time.monotonic() + seconds
-    while (left := until - time.monotonic()) > 0:
-      if self.stopping():
-        raise Refused("nobody waits for it any more")
-      time.sleep(min(left, 0.2))
-
-  def _reply(self, path: str, body: Mapping[str, Any] | None) -> str:
-    headers = {"Content-Type": "application/json"}
-    if self.key:
-      headers["Authorization"] = f"Bearer {os.environ[self.key]}"
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(f"{self.url.rstrip('/')}{path}", data, headers)
-    with urllib.request.urlopen(request, timeout=self.seconds) as response:
-      text = response.read(LARGEST + 1)
-    if len(text) > LARGEST:
-      raise _Unread(f"more than {LARGEST:,} bytes")
-    return text.decode("utf-8", "replace")
+  def _refused(self, error: Failed, path: str) -> Refused:
+    said = f"the engine at {self.name} {error.why}"
+    if error.ended == api.STOPPED:
+      return Refused(f"{said}; nobody waits for it any more")
+    if error.status == 404 and path != MODELS:
+      return Unknown(said)
+    if error.ended == api.REFUSED:
+      return Refused(f"{said}{_hint(error.status, path)}")
+    if error.ended == api.UNREAD:
+      return Refused(f"{said}, {UNREAD} times")
+    return Refused(
+      f"{said}, for {self.patience:g} s (online.engine_patience). With the engine mended, run the same command again:"
+      " what is written is kept"
+    )
 
 
 class Unknown(Refused):
@@ -184,6 +146,8 @@ def asked(request: Request, model: str) -> dict[str, Any]:
     "frequency_penalty": 0.0,
     "seed": seed(request),
     "n": 1,
+    # these end it, and no other that the server knows as its model's
+    "ignore_eos": True,
     "stop_token_ids": [int(token) for token in request.stop_tokens],
     "logprobs": 0,
     "return_token_ids": True,
@@ -205,45 +169,30 @@ def answered(request: Request, said: Any) -> Answer:
   (choice,) = said["choices"]
   tokens = choice.get("token_ids")
   if tokens is None:
-    raise _Unread(
+    raise Unread(
       "it has no token_ids, without which a text would have to be read again; is it a server that honours"
       " return_token_ids (vLLM 0.10.2 and later, posttrain serve)?"
     )
   logps = choice["logprobs"]["token_logprobs"]
   if not tokens or len(tokens) != len(logps):
-    raise _Unread(f"{len(tokens)} token ids with {len(logps)} log-probabilities")
+    raise Unread(f"{len(tokens)} token ids with {len(logps)} log-probabilities")
   if not all(isinstance(token, int) and not isinstance(token, bool) for token in tokens):
-    raise _Unread(f"token_ids are {words.shown(tokens, 60)}")
+    raise Unread(f"token_ids are {words.shown(tokens, 60)}")
   if len(tokens) > request.max_new_tokens:
-    raise _Unread(f"{len(tokens)} tokens, where {request.max_new_tokens} were asked")
+    raise Unread(f"{len(tokens)} tokens, where {request.max_new_tokens} were asked")
   values = np.asarray(logps, np.float32)
   if values.shape != (len(tokens),) or not np.isfinite(values).all() or (values > 1e-3).any():
-    raise _Unread("its log-probabilities are no numbers up to 0")
+    raise Unread("its log-probabilities are no numbers up to 0")
   reason = choice["finish_reason"]
   if reason not in ("stop", "length"):
-    raise _Unread(f"finish_reason is {words.shown(reason, 40)}")
+    raise Unread(f"finish_reason is {words.shown(reason, 40)}")
   is_stopped = tokens[-1] in request.stop_tokens
   if reason == "stop" and not is_stopped:
-    raise _Unread("it leaves out the token that ended the answer, of which is to be learned, too")
+    raise Unread("it leaves out the token that ended the answer, of which is to be learned, too")
   return Answer(request, [*tokens], values, STOPPED if is_stopped else FULL)
 
 
-def _said(error: urllib.error.HTTPError) -> str:
-  """What a server says of an error, in a line."""
-  try:
-    text = error.read(4096).decode("utf-8", "replace")
-  except (OSError, http.client.HTTPException):
-    return str(error.reason)
-  try:
-    inner = json.loads(text)
-    found = inner.get("error", inner)
-    text = found.get("message", text) if isinstance(found, Mapping) else str(found)
-  except (ValueError, AttributeError):
-    pass
-  return words.shown(" ".join(str(text).split()), 200) if text.strip() else str(error.reason)
-
-
-def _hint(code: int, path: str) -> str:
+def _hint(code: int | None, path: str) -> str:
   if code in (401, 403) and "lora" not in path:
     return "; online.engine_key names the environment variable that holds its key"
   if "lora" in path:
@@ -252,25 +201,6 @@ def _hint(code: int, path: str) -> str:
       " VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, posttrain serve --allow_loading"
     )
   return ""
-
-
-def _retry_after(error: urllib.error.HTTPError) -> float | None:
-  """Seconds that a server asks to be left alone; None where it does not say."""
-  try:
-    return min(max(float(error.headers.get("Retry-After", "")), 0.05), SLOWEST)
-  except ValueError:
-    return None
-
-
-def _why(error: BaseException) -> str:
-  inner = error.reason if isinstance(error, urllib.error.URLError) else error
-  if isinstance(inner, OSError) and inner.strerror:
-    return inner.strerror
-  return f"{type(inner).__name__}: {inner}"
-
-
-def _kind(error: BaseException) -> str:
-  return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
 
 
 class Once:

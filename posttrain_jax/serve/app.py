@@ -122,7 +122,7 @@ class App:
       ]
       keep = frozenset()
       if chat.calls is not None:  # their marks may be special tokens
-        marks = (chat.calls.opening, chat.calls.closing)
+        marks = (chat.calls.begin, chat.calls.end)
         ids = model.voice.tokenizer.convert_tokens_to_ids([mark for mark in marks if mark])
         keep = frozenset(at for at in ids if at is not None)
       choices = [

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from posttrain_jax.core import words
-from posttrain_jax.serve import calls
+from posttrain_jax.data.tool_calls import Form
 from posttrain_jax.serve.errors import wrong
 from posttrain_jax.serve.voice import Voice
 
@@ -44,17 +44,17 @@ class Grammars:
     lark = f"start: %json {json.dumps(schema)}"
     return self._of(voice, lark, param)
 
-  def tool_calls(self, voice: Voice, form: calls.Form, tools: Sequence[dict]) -> Allowed:
+  def tool_calls(self, voice: Voice, form: Form, tools: Sequence[dict]) -> Allowed:
     """A call of one of the tools, in the form of the voice's template."""
     each = [_call_schema(tool.get("function", tool), form) for tool in tools]
     one = each[0] if len(each) == 1 else {"anyOf": each}
-    whole = {"type": "array", "items": one, "minItems": 1, "maxItems": 8} if form.in_list else one
+    whole = {"type": "array", "items": one, "minItems": 1, "maxItems": 8} if form.is_list else one
     parts = [
-      _literal(voice, form.opening),
+      _literal(voice, form.begin),
       '"\\n"?',
       "call",
       '"\\n"?',
-      _literal(voice, form.closing),
+      _literal(voice, form.end),
     ]
     lark = f"start: {' '.join(part for part in parts if part)}\ncall: %json {json.dumps(whole)}"
     return self._of(voice, lark, "tools")
@@ -120,9 +120,9 @@ def _library(param: str) -> Any:
   return llguidance
 
 
-def _call_schema(function: dict[str, Any], form: calls.Form) -> dict[str, Any]:
+def _call_schema(function: dict[str, Any], form: Form) -> dict[str, Any]:
   arguments = function.get("parameters") or {"type": "object"}
-  properties = {"name": {"const": function["name"]}, form.arguments: arguments}
+  properties = {form.name: {"const": function["name"]}, form.arguments: arguments}
   return dict(
     type="object",
     properties=properties,

@@ -11,9 +11,9 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from posttrain_jax.data import templates
+from posttrain_jax.data import templates, tool_calls
 from posttrain_jax.data.template_sandbox import TemplateError
-from posttrain_jax.serve import calls, spelling
+from posttrain_jax.serve import spelling
 from posttrain_jax.serve.errors import Refused, wrong
 
 RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "room", "generates", "self")
@@ -47,9 +47,14 @@ class Voice:
     return max(len(token) for token in self.tokenizer.get_vocab())
 
   @functools.cached_property
-  def call_form(self) -> calls.Form | None:
-    """How its template writes calls of tools; None where it writes none."""
-    return None if self.template is None else calls.form(self.template)
+  def call_form(self) -> tool_calls.Form | None:
+    """How its template writes calls of tools; None where it writes none in JSON, or never tells of tools."""
+    if self.template is None:
+      return None
+    try:
+      return tool_calls.form(self.template) if tool_calls.tells(self.template) else None
+    except ValueError:  # TemplateError is one
+      return None
 
   def encode(self, text: str, room: int, *, opening: bool = True) -> list[int]:
     """The tokens of a text; opening: behind the token that starts a text, where the tokenizer writes one.

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import secrets
+from collections.abc import Mapping
 from typing import Any
 
 from posttrain_jax.core import words
 from posttrain_jax.data import messages as messages_lib
 from posttrain_jax.data.errors import RowError
-from posttrain_jax.serve import calls, spelling, wire
+from posttrain_jax.data.tool_calls import Form
+from posttrain_jax.serve import spelling, wire
 from posttrain_jax.serve.answering import Choice, News, Token
 from posttrain_jax.serve.errors import wrong
 from posttrain_jax.serve.fields import Fields
@@ -32,7 +36,7 @@ class Chat:
   messages: list[dict]
   tools: list[dict]
   variables: dict[str, Any]
-  calls: calls.Form | None
+  calls: Form | None
   form: dict[str, Any] | None  # a JSON schema
   forced: list[dict]  # tools of which one must be called
 
@@ -138,7 +142,7 @@ def _tools(body: Fields) -> list[dict]:
 
 def _chosen(
   choice: Any, tools: list[dict], voice: Voice, body: Fields
-) -> tuple[calls.Form | None, list[dict]]:
+) -> tuple[Form | None, list[dict]]:
   """(how calls are found, the tools of which one must be called)."""
   names = [tool["function"]["name"] for tool in tools]
   if not tools:
@@ -227,9 +231,30 @@ def reason(choice: Choice, called: bool) -> str | None:
   return "tool_calls" if called and choice.reason == "stop" else choice.reason
 
 
+def found(form: Form | None, text: str) -> tuple[str, list[dict[str, Any]]]:
+  """(the words before the calls, the calls in OpenAI's form); all is words where what looks like a call is none.
+
+  >>> form = Form("<tool_call>", "</tool_call>")
+  >>> said, (call,) = found(form, 'Well. <tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>')
+  >>> said, call["function"]
+  ('Well.', {'name': 'f', 'arguments': '{"x": 1}'})
+  """
+  calls = () if form is None else form.read(text, needs_end=False).calls
+  if form is None or not calls:
+    return text, []
+  before = text.partition(form.begin)[0] if form.begin else ""
+  return before.strip(), [_as_openai(call) for call in calls]
+
+
+def _as_openai(call: Mapping[str, Any]) -> dict[str, Any]:
+  arguments = json.dumps(call["arguments"], ensure_ascii=False)
+  function = dict(name=call["name"], arguments=arguments)
+  return dict(id=f"call_{secrets.token_hex(12)}", type="function", function=function)
+
+
 def choice(one: Choice, chat: Chat, voice: Voice) -> dict[str, Any]:
   """A whole answer."""
-  words_, called = (one.text, []) if chat.calls is None else chat.calls.found(one.text)
+  words_, called = found(chat.calls, one.text)
   message: dict[str, Any] = dict(role="assistant", content=words_, refusal=None)
   if called:
     message |= dict(content=words_ or None, tool_calls=called)
@@ -247,8 +272,8 @@ class Pieces:
   def __init__(self, one: Choice, chat: Chat, voice: Voice) -> None:
     self._one, self._chat, self._voice = one, chat, voice
     form = chat.calls
-    self._before = spelling.Spelling(None, (form.opening,)) if form and form.opening else None
-    self._holds = form is not None and not form.opening
+    self._before = spelling.Spelling(None, (form.begin,)) if form and form.begin else None
+    self._holds = form is not None and not form.begin
     self._told = 0  # characters
 
   def first(self) -> dict[str, Any]:
@@ -270,9 +295,8 @@ class Pieces:
     return pieces
 
   def _last(self) -> list[dict[str, Any]]:
-    one, called = self._one, []
-    if self._chat.calls is not None:
-      _, called = self._chat.calls.found(one.text)
+    one = self._one
+    _, called = found(self._chat.calls, one.text)
     pieces = []
     if called:
       numbered = [dict(index=i, **call) for i, call in enumerate(called)]

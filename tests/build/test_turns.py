@@ -15,7 +15,7 @@ from posttrain_jax.rewards.environment import Environment
 from posttrain_jax.rewards.reward import Part, Result, Reward, Scored
 from posttrain_jax.rewards.trl import Function
 from posttrain_jax.rollout.requests import Answer, Request
-from tests.build import test_updates
+from tests.build import test_paired, test_updates
 
 
 def episode(written, ended="stop_token", prompt=(5, 6), **fields):
@@ -40,6 +40,9 @@ def test_a_turn_that_cannot_be_read_has_its_own_score_and_a_failed_environment_h
   assert [one.total.value for one in result.answers] == [1.0, -2.0, None, 0.25]
   assert result.answers[2].total.reason == "environment: mine.py:3: raised ValueError: x"
   assert result.metrics["reward"] == pytest.approx((1.0 - 2.0 + 0.25) / 3)
+  asked = Reward([Part("p", Environment(), range=(0, 1))]).outcome("p")
+  assert [asked.value(one) for one in result.answers] == [1.0, -2.0, None, 0.25]
+  assert [asked.is_right(one) for one in result.answers] == [True, False, False, False]
   ((part, reason),) = result.missing
   assert (part, reason) == ("reward", "raised ValueError")
 
@@ -86,6 +89,21 @@ def test_a_batch_learns_from_what_the_model_wrote_alone_in_all_turns():
   first = joined.tokens[(joined.answer == 0) | (joined.answer < 0)].tolist()
   assert first == [5, 6, *WHOLE.tokens]
   assert joined.tokens[joined.answer == 1].tolist()[-5:] == [9, *other.tokens]
+
+
+def test_a_pair_of_episodes_learns_from_what_the_model_wrote_alone():
+  other = episode([1, 0, 1, 1], prompt=(5, 6, 9))  # an environment has spoken behind this prompt
+  prompt = Prompt(np.asarray([5, 6], np.int32), "?", {}, "row")
+  values = [Scored(score.of(v), {}) for v in (0.0, 1.0)]
+  group = Group(0, prompt, {0: WHOLE, 1: other}, ["", ""], values)
+  ((batch,), _) = test_paired.made(**{"batch.rows": 1, "online.samples": 2}).of([group], None, 1)
+  tokens, mask, answer = (batch[name][0] for name in ("tokens", "loss_mask", "answer"))
+  for slot, one in enumerate((other, WHOLE)):
+    wrote = [t for t, w in zip(one.tokens, one.written, strict=True) if w]
+    assert tokens[(answer == slot) & mask.astype(bool)].tolist() == wrote
+    here = tokens[(answer == slot) & (batch["segment_ids"][0] > 0)].tolist()
+    assert here[-len(one.tokens) :] == one.tokens
+  assert 9 in tokens[answer == 0].tolist()
 
 
 def test_the_table_of_answers_has_turns_and_messages():

@@ -106,7 +106,7 @@ def test_in_full_fine_tuning_a_critic_is_a_copy_of_the_model(folder, tmp_path):
   run = command(folder, tmp_path / "run", *changes, method="ppo,adapter=none")
   assert main([argument for argument in run if "adapter.r" not in argument]) == 0
   told = lines(tmp_path / "run")
-  assert told[0]["critic/moved"] == 0 < told[2]["critic/moved"]
+  assert told[0]["critic/moved"] == 0 < told[1]["critic/moved"]
   assert told[0]["reward_kl_penalty"] == pytest.approx(0, abs=1e-4)
   assert told[2]["reward_kl_penalty"] != 0
   names = load_file(tmp_path / "run" / "model" / "model.safetensors")
@@ -119,7 +119,8 @@ def test_pairs_that_all_tie_teach_nothing(folder, tmp_path):
   run = command(folder, tmp_path / "run", *changes, method="online_dpo", verifier="tells_nothing")
   assert main(run) == 0
   (line,) = lines(tmp_path / "run")
-  assert (line["pairs/tied"], line["grad_norm"], line["loss"]) == (1, 0, 0)
+  assert (line["pairs/tied"], line["grad_norm"]) == (1, 0)
+  assert "loss" not in line  # a mean over no pair
 
 
 REFUSED = {

@@ -102,10 +102,10 @@ def test_what_fails_is_tried_again(server):
   server.asked.clear()
   asked = judge(server, tries=2)
   given = asked.judged(answer())
-  assert given.reason == f"the judge at {asked.url} answered 503 Service Unavailable"
+  assert given.reason == f"the judge at {asked.url} answered 503 Service Unavailable: 'busy'"
   server.asked.clear()
   server.answer = lambda handler, text: handler.send("who are you?", 401)
-  assert judge(server).judged(answer()).reason.endswith("answered 401 Unauthorized")
+  assert judge(server).judged(answer()).reason.endswith("answered 401 Unauthorized: 'who are you?'")
   assert len(server.asked) == 1
   server.answer = lambda handler, text: handler.send('{"choices": []}')
   assert "what is no chat completion" in judge(server).judged(answer()).reason

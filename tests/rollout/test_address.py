@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from posttrain_jax.__main__ import main
-from posttrain_jax.rollout import address as address_lib
+from posttrain_jax.core import api
 from posttrain_jax.rollout.address import Address, Unanswered
 from tests import tiny
 
@@ -54,7 +54,7 @@ def server(answer):
 def waits(monkeypatch):
   """How long each pause was; none is waited for."""
   paused = []
-  monkeypatch.setattr(address_lib.time, "sleep", paused.append)
+  monkeypatch.setattr(api.time, "sleep", paused.append)
   return paused
 
 
@@ -104,9 +104,9 @@ def test_where_nothing_listens_it_is_said(waits):
   with socket.socket() as taken:
     taken.bind(("127.0.0.1", 0))
     port = taken.getsockname()[1]
-  with pytest.raises(Unanswered, match=r"does not answer .*, 5 times in a row"):
+  with pytest.raises(Unanswered, match=r"does not answer: Connection refused, 5 times in a row"):
     Address(f"http://user:pass@127.0.0.1:{port}/v1", "big").answer(MESSAGES)
-  assert Address("http://user:pass@host/v1", "big").said == "http://host/v1"
+  assert Address("http://user:pass@host/v1", "big").api.name == "http://host/v1"
 
 
 def test_a_server_that_says_nothing_is_not_waited_for_forever(waits):
@@ -114,7 +114,7 @@ def test_a_server_that_says_nothing_is_not_waited_for_forever(waits):
     silent.bind(("127.0.0.1", 0))
     silent.listen()
     there = Address(f"http://127.0.0.1:{silent.getsockname()[1]}/v1", "big", seconds=0.05, tries=2)
-    with pytest.raises(Unanswered, match=r"does not answer .*2 times in a row"):
+    with pytest.raises(Unanswered, match=r"does not answer: .*timed out, 2 times in a row"):
       there.answer(MESSAGES)
 
 
@@ -123,7 +123,7 @@ def test_a_server_that_says_nothing_is_not_waited_for_forever(waits):
   [
     (dict(url="host/v1", model="m"), "begins with http"),
     (dict(url="http://host/v1", model=""), "needs --model"),
-    (dict(url="http://host/v1", model="m", key="NOT_THERE"), "no such variable"),
+    (dict(url="http://host/v1", model="m", key="NOT_THERE"), "has no NOT_THERE"),
   ],
 )
 def test_what_is_no_address_is_refused(options, sentence):

@@ -77,7 +77,7 @@ def test_a_prompt_goes_as_ids_and_an_answer_comes_as_ids(served):
   (path, body, _), *_ = asked
   assert path == "/v1/completions"
   assert (body["prompt"], body["model"], body["max_tokens"]) == ([5, 6], "mine", 4)
-  assert body["stop_token_ids"] == [9]
+  assert (body["stop_token_ids"], body["ignore_eos"]) == ([9], True)
   assert body["return_token_ids"]
   # what a model's generation_config.json would say otherwise
   assert (body["top_p"], body["top_k"], body["min_p"], body["repetition_penalty"]) == (1, 0, 0, 1)
@@ -141,7 +141,7 @@ def test_garbage_is_asked_for_a_few_times_and_told(served, reply, says):
 
 
 @pytest.mark.parametrize(
-  ("status", "says"), [(400, "400: 'bad top_k'"), (401, "online.engine_key names")]
+  ("status", "says"), [(400, "400 Bad Request: 'bad top_k'"), (401, "online.engine_key names")]
 )
 def test_a_refusal_is_told_at_once(served, status, says):
   url, asked = served((status, {"error": {"message": "bad top_k"}}))

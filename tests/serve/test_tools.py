@@ -9,9 +9,10 @@ import pytest
 
 from posttrain_jax.core import bits
 from posttrain_jax.data import templates
-from posttrain_jax.serve import calls
+from posttrain_jax.data.tool_calls import Form
 from posttrain_jax.serve.errors import Refused
 from posttrain_jax.serve.grammar import Grammars
+from posttrain_jax.serve.voice import Voice
 from tests.serve import fake, served
 
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Bern"}}\n</tool_call>'
@@ -32,18 +33,22 @@ LLAMA_LIKE = (
 def form(text, tmp_path):
   path = tmp_path / "template.jinja"
   path.write_text(text)
-  return calls.form(templates._bound(served.TOKENIZER, str(path)))
+  return voiced(templates._bound(served.TOKENIZER, str(path)))
+
+
+def voiced(template):
+  return Voice(served.TOKENIZER, template, (), 261).call_form
 
 
 def test_the_form_of_calls_is_read_off_the_template(tmp_path):
-  chatml = calls.form(templates.bind(served.TOKENIZER, "chatml"))
-  assert chatml == calls.Form("<tool_call>", "</tool_call>", "arguments", False)
-  assert form(MISTRAL_LIKE, tmp_path) == calls.Form("[TOOL_CALLS]", "", "arguments", True)
-  assert form(LLAMA_LIKE, tmp_path) == calls.Form("", "", "parameters", False)
+  chatml = voiced(templates.bind(served.TOKENIZER, "chatml"))
+  assert chatml == Form("<tool_call>", "</tool_call>")
+  assert form(MISTRAL_LIKE, tmp_path) == Form("[TOOL_CALLS]", "", is_list=True)
+  assert form(LLAMA_LIKE, tmp_path) == Form("", "", arguments="parameters")
 
 
 def test_a_template_without_tools_has_no_form_and_tools_are_refused():
-  assert calls.form(templates.bind(served.TOKENIZER)) is None
+  assert voiced(templates.bind(served.TOKENIZER)) is None
   response = served.chat(served.client(template=None), tools=served.TOOLS)
   assert response.status_code == 400
   assert "tools" in response.json()["error"]["message"]
