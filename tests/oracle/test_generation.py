@@ -73,7 +73,7 @@ def test_the_repetition_penalty_is_that_of_transformers():
     torch.from_numpy(text), torch.from_numpy(logits.copy())
   )
   how = sampling.Rows.of([sampling.Sampling(repetition_penalty=1.3)] * 4)
-  found = sampling.penalised(jnp.asarray(logits), text, np.full(4, 40), how)
+  found = sampling.penalised(jnp.asarray(logits), text, np.full(4, 40), np.zeros(4, int), how)
   np.testing.assert_allclose(found, expected.numpy(), rtol=1e-6)
 
 
@@ -115,7 +115,7 @@ def test_what_the_engine_draws_is_what_a_plain_decode_draws_token_by_token(famil
       logits = forward(padded)[len(text) - 1][None]
       heat = request.sampling.temperature or 1.0
       logp = jax.nn.log_softmax(logits[0] / heat)[token]
-      logits = sampling.penalised(logits, padded, np.array([len(text)]), how)
+      logits = sampling.penalised(logits, padded, np.array([len(text)]), np.array([place]), how)
       identity = jnp.asarray([request.seed, request.number, request.sample], jnp.uint32)
       drawn, _ = sampling.sample(sampling.key(identity, place)[None], logits, how)
       assert int(drawn[0]) == token, (i, place)
