@@ -15,7 +15,9 @@ from posttrain_jax.core.weight import Adapted
 from posttrain_jax.models import decoder
 
 
-def settled(params: Any, adapter: Any | None = None, *, rounded: bool = False) -> Any:
+def settled(
+  params: Any, adapter: Any | None = None, *, rounded: bool = False, platform: str | None = None
+) -> Any:
   """Parameters that compute what the bound tree computes, without dropout, at the least cost a token.
 
   A float32 matrix is merged.  In fewer bits a merged matrix forgets what is less than half a step of it: of a LoRA of
@@ -27,18 +29,21 @@ def settled(params: Any, adapter: Any | None = None, *, rounded: bool = False) -
 
   Args:
     rounded: matrices will be kept in fewer bits than they have here (`rollout.storage`).
+    platform: None for the default one.
   """
+  on_cpu = (platform or jax.default_backend()) == "cpu"
   bound = bind(params, adapter or {})
   if "lm_head" not in bound and isinstance(tree.get(bound, EMBEDDING), Adapted):
     bound = tree.put(bound, HEAD, decoder.head(bound))  # which does not see the update
-  return tree.unflatten((path, _one(path, leaf, rounded)) for path, leaf in tree.items(bound))
+  return tree.unflatten(
+    (path, _one(path, leaf, rounded, on_cpu)) for path, leaf in tree.items(bound)
+  )
 
 
-def _one(path: str, leaf: Any, rounded: bool) -> Any:
+def _one(path: str, leaf: Any, rounded: bool, on_cpu: bool) -> Any:
   if not isinstance(leaf, Adapted):
     return leaf
   is_plain = not isinstance(weight.unadapted(leaf), weight.Weight)
-  on_cpu = jax.default_backend() == "cpu"
   if leaf.dtype == jnp.float32 and not rounded and (is_plain or on_cpu):
     return jax.jit(weight.dense)(leaf)
   if isinstance(
@@ -53,4 +58,4 @@ def _base(path: str, base: Any, on_cpu: bool) -> Any:
     return base.node.settled(_base(path, base.base, on_cpu))
   if not on_cpu or not isinstance(base, weight.Weight) or isinstance(base, weight.Bfloat16):
     return base
-  return layout.frozen(path, jax.jit(weight.dense)(base))
+  return layout.frozen(path, jax.jit(weight.dense)(base), "cpu")
