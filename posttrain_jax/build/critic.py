@@ -64,7 +64,7 @@ def beside_actor(
   c = config.critic
   return ActorCritic(
     actor.model,
-    actor=actor,
+    part=actor,
     trunk=c.trunk,
     weight=float(c.weight),
     epsilon=c.epsilon,

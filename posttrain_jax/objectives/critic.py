@@ -16,6 +16,7 @@ from posttrain_jax.core.metrics import Mean
 from posttrain_jax.core.weight import linear32
 from posttrain_jax.losses import policy
 from posttrain_jax.losses.spans import Spans
+from posttrain_jax.objectives.around import Around
 from posttrain_jax.objectives.objective import (
   CRITIC,
   Batch,
@@ -23,7 +24,6 @@ from posttrain_jax.objectives.objective import (
   Forward,
   Memory,
   Metrics,
-  Scorer,
   Totals,
 )
 from posttrain_jax.objectives.rows import spans
@@ -37,8 +37,10 @@ ROUNDING = {"float32": 1e-4, "bfloat16": 0.05}
 
 
 @dataclasses.dataclass(frozen=True)
-class ActorCritic(Scorer):
+class ActorCritic(Around):
   """The actor's loss + weight * the mean of (V - R)^2 / 2 over the tokens of the whole optimizer batch.
+
+  The actor, its `part`, is `Grouped`, or a sum that begins with it.
 
   V is the critic's value of the text before a token, R the return that was collected from there on.  `trainable` and
   the context's `fixed` have a branch `critic`: a score head, and with trunk="own" what trains on a trunk of its own, an
@@ -49,7 +51,6 @@ class ActorCritic(Scorer):
   `old_values`, those of the critic as the answers were scored.  Schulman et al. 2017, arXiv 1707.06347, eq. 9.
   """
 
-  actor: Scorer | None = None  # `Grouped`, or a sum that begins with it
   trunk: str = "own"
   weight: float = 0.5  # of the critic's loss
   epsilon: float | None = 0.2  # how far a value may move from the old one; None: as it will
@@ -58,26 +59,10 @@ class ActorCritic(Scorer):
   def __post_init__(self) -> None:
     if self.trunk not in TRUNKS:
       raise ValueError(f"trunk={self.trunk!r}: known are {', '.join(TRUNKS)}")
-    if self.actor is None:
-      raise ValueError("actor=None: a critic stands beside a loss of the policy")
-
-  @property
-  def _actor(self) -> Scorer:
-    assert self.actor is not None
-    return self.actor
-
-  @property
-  def needs_reference(self) -> bool:
-    return self._actor.needs_reference
-
-  def start(self, trainable: Any) -> Memory:
-    return self._actor.start(trainable)
-
-  def context(self, context: Context, memory: Memory) -> Context:
-    return self._actor.context(context, memory)
+    super().__post_init__()
 
   def after_update(self, trainable: Any, memory: Memory, totals: Totals) -> Memory:
-    return self._actor.after_update(trainable, memory, totals["actor"])
+    return self.inner.after_update(trainable, memory, totals["actor"])
 
   def totals(
     self,
@@ -89,7 +74,7 @@ class ActorCritic(Scorer):
     memory: Memory,
     training: bool,
   ) -> Totals:
-    actor = self._actor.totals(trainable, context, batch, key, memory=memory, training=training)
+    actor = self.inner.totals(trainable, context, batch, key, memory=memory, training=training)
     return {"actor": actor, "count": actor["count"], "tokens": jnp.sum(spans(batch).mask)}
 
   def forward(
@@ -110,7 +95,7 @@ class ActorCritic(Scorer):
   def contribution(
     self, forward: Forward, context: Context, batch: Batch, totals: Totals, *, training: bool
   ) -> tuple[Array, Metrics]:
-    actor = self._actor.contribution
+    actor = self.inner.contribution
     loss, metrics = actor(forward, context, batch, totals["actor"], training=training)
     at = spans(batch)
     losses, is_clipped = self._value_losses(forward.values, batch, at)
@@ -137,7 +122,7 @@ class ActorCritic(Scorer):
 
   def check_start(self, metrics: Mapping[str, float]) -> None:
     """Before the first update the critic's values are those that the batch was made with."""
-    self._actor.check_start(metrics)
+    self.inner.check_start(metrics)
     moved = metrics.get("critic/moved", 0.0) / max(abs(metrics.get("critic/values/mean", 0.0)), 1.0)
     dtype = jnp.dtype(self.products or self.dtype or jnp.float32).name
     allowed = ROUNDING.get(dtype, ROUNDING["bfloat16"])

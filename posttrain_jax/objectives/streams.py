@@ -8,19 +8,18 @@ the share of a stream in the batch says nothing of its weight in the loss.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from posttrain_jax.objectives.around import Around
 from posttrain_jax.objectives.objective import (
   Batch,
   Context,
   Forward,
   Memory,
   Metrics,
-  Scorer,
   Totals,
 )
 
@@ -28,31 +27,8 @@ Array = jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
-class Written(Scorer):
+class Written(Around):
   """Another objective, on the answers that the policy wrote alone; gold ones are not there for it."""
-
-  part: Scorer | None = None
-
-  @property
-  def _part(self) -> Scorer:
-    assert self.part is not None
-    return self.part
-
-  @property
-  def needs_reference(self) -> bool:
-    return self._part.needs_reference
-
-  def start(self, trainable: Any) -> Memory:
-    return self._part.start(trainable)
-
-  def context(self, context: Context, memory: Memory) -> Context:
-    return self._part.context(context, memory)
-
-  def after_update(self, trainable: Any, memory: Memory, totals: Totals) -> Memory:
-    return self._part.after_update(trainable, memory, totals)
-
-  def check_start(self, metrics: Mapping[str, float]) -> None:
-    self._part.check_start(metrics)
 
   def totals(
     self,
@@ -65,12 +41,12 @@ class Written(Scorer):
     training: bool,
   ) -> Totals:
     seen = written(batch)
-    return self._part.totals(trainable, context, seen, key, memory=memory, training=training)
+    return self.inner.totals(trainable, context, seen, key, memory=memory, training=training)
 
   def contribution(
     self, forward: Forward, context: Context, batch: Batch, totals: Totals, *, training: bool
   ) -> tuple[Array, Metrics]:
-    return self._part.contribution(forward, context, written(batch), totals, training=training)
+    return self.inner.contribution(forward, context, written(batch), totals, training=training)
 
 
 def written(batch: Batch) -> Batch:

@@ -53,7 +53,7 @@ def lora(trunk):
   critic, fixed = {}, {}
   if trunk == "own":
     critic, fixed = jax.tree.map(lambda x: 0.7 * x, trainable), context.fixed
-  objective = ActorCritic(model, actor=Grouped(model, **HOW), trunk=trunk)
+  objective = ActorCritic(model, part=Grouped(model, **HOW), trunk=trunk)
   trainable = {**trainable, CRITIC: with_head(critic)}
   fixed = {**context.fixed, CRITIC: {**fixed, "score": {"weight": None}}}
   return objective, trainable, dataclasses.replace(context, fixed=fixed)
@@ -94,7 +94,7 @@ def test_eight_devices_are_one(trunk, sizes):
 def small(trunk="own", **options):
   """(objective, trainable) of the bigram model in full fine-tuning."""
   actor = Grouped(MODEL, **HOW)
-  objective = ActorCritic(MODEL, actor=actor, trunk=trunk, **options)
+  objective = ActorCritic(MODEL, part=actor, trunk=trunk, **options)
   policy, other = bigram.params(0, 0.5), bigram.params(2, 0.5)
   trunk_of = {"embed_tokens": other["embed_tokens"]} if trunk == "own" else {}
   return objective, {**policy, CRITIC: with_head(trunk_of, size=bigram.EMBED)}
@@ -108,7 +108,7 @@ def test_the_loss_is_the_actors_and_half_the_squared_error_of_values(trunk, epsi
   objective, trainable = small(trunk, weight=0.7, epsilon=epsilon)
   batch = given()
   measure = lambda o, t: read(jax.jit(evaluation(o))(t, Context(), None, batch))
-  told, alone = measure(objective, trainable), measure(objective.actor, of_policy(trainable))
+  told, alone = measure(objective, trainable), measure(objective.inner, of_policy(trainable))
   at = spans(jax.tree.map(jnp.asarray, batch))
   table = (trainable[CRITIC] if trunk == "own" else trainable)["embed_tokens"]["weight"]
   values = np.float64(table)[batch["tokens"]] @ np.float64(trainable[CRITIC]["score"]["weight"])
@@ -133,7 +133,7 @@ def test_a_critic_reaches_the_policy_by_a_shared_trunk_alone(trunk, monkeypatch)
   objective, trainable = small(trunk)
   batch = given()
   both, _ = batches.gradient(objective, trainable, Context(), batch)
-  actor, _ = batches.gradient(objective.actor, of_policy(trainable), Context(), batch)
+  actor, _ = batches.gradient(objective.inner, of_policy(trainable), Context(), batch)
   apart = lambda name: float(jnp.abs(both[name]["weight"] - actor[name]["weight"]).max())
   assert apart("lm_head") == 0
   assert (apart("embed_tokens") > 1e-4) == (trunk == "shared")
@@ -146,7 +146,7 @@ def test_an_advantage_is_of_its_token(monkeypatch):
   objective, trainable = small()
   batch = given()
   of = lambda changed: batches.gradient(
-    objective.actor, of_policy(trainable), Context(), batch | changed
+    objective.inner, of_policy(trainable), Context(), batch | changed
   )[1]["loss"]
   assert of({"advantage": batch["advantage"] + 3}) == of({})
   assert of({"advantages": -batch["advantages"]}) != pytest.approx(of({}), rel=1e-2)
@@ -163,6 +163,6 @@ def test_values_that_are_not_those_of_the_batch_are_refused_at_the_start():
 
 def test_what_is_no_critic_is_refused():
   with pytest.raises(ValueError, match="known are own, shared"):
-    ActorCritic(MODEL, actor=Grouped(MODEL), trunk="both")
-  with pytest.raises(ValueError, match="stands beside a loss"):
+    ActorCritic(MODEL, part=Grouped(MODEL), trunk="both")
+  with pytest.raises(ValueError, match="stands around another objective"):
     ActorCritic(MODEL)
