@@ -12,7 +12,7 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
-from scipy import optimize, special, stats
+from scipy import special
 
 LEVEL = 0.95  # of intervals
 POWER = 0.8  # with which a drop is called one that could have been seen
@@ -193,6 +193,8 @@ def score_interval(gained: float, lost: float, count: float, *, z: float) -> tup
   >>> [round(x, 4) for x in score_interval(0, 0, 96.159, z=1.96)]
   [-0.0384, 0.0384]
   """
+  from scipy import optimize  # half a second of a start that needs no interval
+
   centre = (gained - lost) / count
   over = lambda sign: lambda d: float(score_statistic(gained, lost, count, d)) - sign * z
   ends = [
@@ -208,7 +210,7 @@ def mcnemar(lost: int, gained: int) -> float:
   >>> round(mcnemar(9, 1), 4), mcnemar(0, 0)
   (0.0215, 1.0)
   """
-  return 1.0 if lost + gained == 0 else float(stats.binomtest(lost, lost + gained).pvalue)
+  return min(1.0, 2 * float(special.bdtr(min(lost, gained), lost + gained, 0.5)))
 
 
 def holm(ps: Sequence[float]) -> list[float]:
