@@ -401,11 +401,10 @@ class Online:
     written = {number: one for share, _ in shares for number, one in share.items()}
     for group in groups:
       group.written, group.texts = written[group.number]
-    by_share = [scored for _, scored in shares]
     results = [
-      self._compared(name, groups, ledger, spent)
-      if by_share[0][name] is None
-      else reward_lib.together([scored[name] for scored in by_share])
+      reward_lib.together([scored[name] for _, scored in shares])
+      if name in shares[0][1]
+      else self._compared(name, groups, ledger, spent)
       for name in self._rewards
     ]
     if self.turns is not None:
@@ -425,19 +424,17 @@ class Online:
     journal: completions.Journal,
     ledger: Ledger | None,
     spent: dict[str, float],
-  ) -> tuple[dict[int, tuple[dict[int, Written], list[str]]], dict[str, Result | None]]:
+  ) -> tuple[dict[int, tuple[dict[int, Written], list[str]]], dict[str, Result]]:
     """({number: (answers, texts)} of this process's groups, their scores by each reward).
 
     A reward that compares answers has no scores yet where other processes have some of them.
     """
-    began, rewards = time.monotonic(), self._rewards
-    is_one = jax.process_count() == 1
-    waits = [name for name, reward in rewards.items() if not (is_one or reward.is_per_answer)]
+    began, is_one = time.monotonic(), jax.process_count() == 1
     with contextlib.ExitStack() as open_ones:
       scores = {
         name: open_ones.enter_context(Overlapped(reward, ledger, name, self._trainer_state))
-        for name, reward in rewards.items()
-        if name not in waits
+        for name, reward in self._rewards.items()
+        if is_one or reward.is_per_answer
       }
       total = len(groups) * self.config.online.samples
       written_so_far = progress.lines("writing", self.say)
@@ -450,8 +447,7 @@ class Online:
             one.put(group.number, answers)
       spent["writing"] += time.monotonic() - began
       results = self._results(scores, spent)
-    answered = {group.number: (group.written, group.texts) for group in groups}
-    return answered, {**results, **dict.fromkeys(waits)}
+    return {group.number: (group.written, group.texts) for group in groups}, results
 
   def _compared(
     self, name: str, groups: Sequence[Group], ledger: Ledger | None, spent: dict[str, float]
