@@ -25,10 +25,6 @@ READS = {
   "grouped": ("scored", "prompts"),
   "distil": ("text", "prompts"),
 }
-ONE_ENGINE = (
-  "online.engine is asked by one process; start the run on one host, or leave the field empty: each process then writes"
-  " its share of the answers itself"
-)
 
 
 def check(config: Config) -> None:
@@ -51,8 +47,6 @@ def sections(config: Config) -> None:
 
 def alone(config: Config) -> str:
   """Why a run of this config is one process; "" where it may be several."""
-  if "online" in config and config.online.engine:
-    return ONE_ENGINE
   if not decisions.asks(config):
     return ""
   return (

@@ -102,7 +102,7 @@ class Online:
     # of the batch under way: place of a prompt among all that were asked -> which one it is
     self._chosen: dict[int, int] = {}
     self.writer = (
-      Elsewhere(config, model, self.prompts, lambda: self.folder, lambda: self._stopping())
+      Elsewhere(config, model, self.prompts, lambda: self.folder, lambda: self._stopping(), mesh)
       if o.engine
       else Writer(config, model, self.prompts, mesh)
     )
@@ -298,7 +298,7 @@ class Online:
     chosen = self.order.choose(numbers, ())  # prompts in turn: a curriculum does not go with this
     self.writer.ahead(
       self.writer.request(self.prompts[i], number, sample)
-      for number, i in zip(numbers, chosen)
+      for number, i in distributed.part([*zip(numbers, chosen)])
       for sample in range(o.samples)
     )
 

@@ -1,6 +1,6 @@
 """One of several processes that runs commands one after the other, since joining takes longer than what is tested.
 
-python -m tests.commands.processes COMMANDS, a JSON list of commands; it ends with the code of the first that fails.
+python -m tests.commands.processes COMMANDS, a JSON list of pairs: a command, and the exit code that it is to end with.
 """
 
 import json
@@ -14,12 +14,13 @@ LAUNCH = "import sys; from launch import local; sys.exit(local.run(sys.argv[2:],
 
 
 def launched(commands, count, environment):
-  """What `count` processes say that run the commands together.
+  """What `count` processes say that run the commands (or pairs of a command and its exit code) together.
 
   Raises:
     AssertionError: with what they said, where one fails.
   """
-  here = [sys.executable, "-m", "tests.commands.processes", json.dumps(commands)]
+  pairs = [one if isinstance(one, tuple) else (one, 0) for one in commands]
+  here = [sys.executable, "-m", "tests.commands.processes", json.dumps(pairs)]
   done = subprocess.run(
     [sys.executable, "-c", LAUNCH, str(count), *here],
     capture_output=True,
@@ -44,9 +45,9 @@ def run(commands):
   distributed.initialize()
   for name in (distributed.COORDINATOR, distributed.PROCESSES, distributed.PROCESS_ID):
     del os.environ[name]  # it has joined
-  for command in commands:
-    if code := main(command):
-      return code
+  for command, code in commands:
+    if (found := main(command)) != code:
+      return found or 1
   return 0
 
 

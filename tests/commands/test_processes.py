@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 
 from posttrain_jax.__main__ import main
+from posttrain_jax.core.ending import PREEMPTED
 from posttrain_jax.models import decoder, hf
 from posttrain_jax.runs import completions
 from tests import tiny
 from tests.commands import test_rl, test_train_answers
 from tests.commands.processes import launched
-from tests.commands.test_train import environment, lines, weights
+from tests.commands.test_train import assert_equal, environment, lines, weights
 
 pytestmark = pytest.mark.usefixtures("in_float32")
 
@@ -29,7 +30,6 @@ COMMON = {
 OF_DATA = {"data.eval_rows": 4, "eval.rows": 4, "eval.every": 2}
 ONLINE = {"online.samples": 3, "online.max_new_tokens": 6, "checkpoint.every": 0}
 PPO = {"online.passes": 2, "online.kl_in_reward": 0.1, "online.kl_target": 0.5}
-OWN = "{folder}/verify.py"
 # {name: (config, its arguments, fields)}
 CASES = {
   "sft": ("sft", "data={folder}/rows.jsonl", OF_DATA),
@@ -48,9 +48,20 @@ CASES = {
   "ppo": ("rl", "method=ppo,reward={folder}/verify.py:early", {**ONLINE, **PPO}),
   "online_dpo": ("rl", "method=online_dpo,reward={folder}/verify.py:listed", ONLINE),
 }
-LISTED = """
+OTHERS = """
+import os, pathlib, signal
+
+def stops(prompt, completion, example):  # one of the processes, once, in the second batch of 12
+  if "completion_ids" in example:  # not one that is tried before the run
+    here = pathlib.Path(__file__)
+    with here.with_name("calls").open("a") as calls:
+      calls.write("x")
+    if here.with_name("calls").stat().st_size == 18:
+      os.kill(os.getppid(), signal.SIGTERM)
+  return early(prompt, completion, example)
+
 def listed(prompts, completions, completion_ids, **columns):  # of the whole batch
-  values = [sum(map(ord, completion)) % 97 for completion in completions]
+  values = [sum(map(ord, str(completion))) % 97 for completion in completions]
   return [value / max([*values, 1]) for value in values]
 """
 
@@ -74,7 +85,7 @@ def folder(tmp_path_factory):
     tiny.write_jsonl(made / f"{kind}.jsonl", [make(i) for i in range(20)])
   prompts = [{"prompt": f"Say {word}", "answer": word} for word in test_rl.WORDS]
   tiny.write_jsonl(made / "prompts.jsonl", prompts)
-  (made / "verify.py").write_text(test_rl.VERIFIERS + LISTED)
+  (made / "verify.py").write_text(test_rl.VERIFIERS + OTHERS)
   return made
 
 
@@ -139,6 +150,31 @@ def test_two_processes_write_and_learn_what_one_does(folder, tmp_path):
     header, *written = (tmp_path / "2" / "grpo" / "completions" / name).read_text().splitlines()
     assert len(written) == 2 * 3, name
     assert "writer" in journal(header)
+
+
+@pytest.mark.slow
+def test_a_run_of_two_that_is_stopped_or_goes_on_in_one_ends_as_one_that_is_not(folder, tmp_path):
+  """Where one process is asked to stop, both do, with the answers that they have written."""
+  CASES["stopped"] = ("rl", "method=grpo,reward={folder}/verify.py:stops", CASES["grpo"][2])
+  run = lambda where, case="grpo", **more: command(
+    folder, case, tmp_path / where, **{"mesh.fsdp": -1, "steps": 3, "checkpoint.every": 1, **more}
+  )
+  commands = [
+    run("whole"),
+    run("one", steps=1),
+    run("parts", steps=1),
+    run("parts"),
+    (run("stopped", "stopped"), PREEMPTED),
+    run("stopped", "stopped"),
+  ]
+  said = launched(commands, 2, environment() | {"POSTTRAIN_CACHE": str(tmp_path / "cache")})
+  assert said.count("SIGTERM: stopping after this step") == 1
+  assert "stopped at step 1 of 3, saved, with the answers of the next batch" in said
+  assert main(run("one")) == 0
+  assert_equal(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+  assert_equal(weights(tmp_path / "stopped"), weights(tmp_path / "whole"))
+  assert_learned_alike(tmp_path / "whole", tmp_path / "one")
+  assert asked(tmp_path / "stopped") == asked(tmp_path / "parts") == asked(tmp_path / "whole")
 
 
 @pytest.mark.slow
