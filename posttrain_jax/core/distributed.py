@@ -7,6 +7,7 @@ are `here`, and what it found it tells the others by `exchanged`.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import pickle
 import signal
@@ -187,6 +188,7 @@ def whole(arrays: Any, mesh: Mesh | None) -> Any:
   return jax.device_get(jax.jit(memory.fetch, out_shardings=everywhere)(arrays))
 
 
+@functools.cache
 def block(mesh: Mesh) -> Mesh:
   """The part of the mesh that this process has, with the same axes; all of it where there is one process.
 
