@@ -132,6 +132,9 @@ def train(
     if told := run_length.told(Path(folder), config):
       say(told)
     with run_folder.claimed(Path(folder), config, **pieces.identity()):
+      distributed.exchanged(
+        None
+      )  # no other process writes to a folder that the main one has yet to claim
       pieces = pieces.with_reference(say)
       started.ends("reference" if pieces.objective.needs_reference else "adapter")
       return _Training(pieces, Path(folder), say, started).to_the_end()

@@ -49,15 +49,16 @@ CASES = {
   "online_dpo": ("rl", "method=online_dpo,reward={folder}/verify.py:listed", ONLINE),
 }
 OTHERS = """
-import os, pathlib, signal
+import contextlib, os, pathlib, signal
 
 def stops(prompt, completion, example):  # one of the processes, once, in the second batch of 12
   if "completion_ids" in example:  # not one that is tried before the run
     here = pathlib.Path(__file__)
     with here.with_name("calls").open("a") as calls:
       calls.write("x")
-    if here.with_name("calls").stat().st_size == 18:
-      os.kill(os.getppid(), signal.SIGTERM)
+    if here.with_name("calls").stat().st_size >= 18:
+      with contextlib.suppress(FileExistsError), here.with_name("asked").open("x"):
+        os.kill(os.getppid(), signal.SIGTERM)
   return early(prompt, completion, example)
 
 def listed(prompts, completions, completion_ids, **columns):  # of the whole batch
