@@ -6,6 +6,8 @@ programs that are compiled without a weight.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from posttrain_jax.adapters.bind import SHARED_PATH
-from posttrain_jax.core import memory, sharding, tree, weight
+from posttrain_jax.core import distributed, memory, sharding, tree, weight
 from posttrain_jax.core.leaf import Leaf
 from posttrain_jax.models import partition
 
@@ -107,6 +109,28 @@ def abstract(
     )
 
   return tree.unflatten((path, one(path, leaf)) for path, leaf in tree.items(params))
+
+
+def gathered(make: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+  """make, whose parameters each of several processes is given as arrays of its own: whole along the axes of rows.
+
+  Along `tensor` and `expert` they are cut, where the axis lies within a process.
+  """
+
+  program: Any = None
+
+  def made(*trees: Any) -> Any:
+    nonlocal program
+    if program is None:
+      shapes = jax.eval_shape(make, *trees)
+      where = tree.unflatten(
+        (path, shardings(path, leaf, mesh)) for path, leaf in tree.items(shapes)
+      )
+      kept = jax.tree.map(functools.partial(distributed.kept_here, mesh), where)
+      program = jax.jit(make, out_shardings=kept)
+    return distributed.here(mesh, program(*trees))
+
+  return made
 
 
 def hosted(params: Any) -> Any:

@@ -25,7 +25,6 @@ READS = {
   "grouped": ("scored", "prompts"),
   "distil": ("text", "prompts"),
 }
-ONE_HOST = "online learning writes its answers in one process; start it on one host"
 
 
 def check(config: Config) -> None:
@@ -48,8 +47,6 @@ def sections(config: Config) -> None:
 
 def alone(config: Config) -> str:
   """Why a run of this config is one process; "" where it may be several."""
-  if "online" in config:
-    return ONE_HOST
   if not decisions.asks(config):
     return ""
   return (
@@ -253,11 +250,6 @@ def _distillation(config: Config) -> None:
       )
     if online is not None and online.kl_in_reward:
       raise ConfigError("online.kl_in_reward: this run has no reward to take it off; write 0.0")
-  if decisions.keeps_teacher(config) and jax.process_count() > 1:
-    raise ConfigError(
-      f"objective.top_k={o.top_k}: several processes keep nothing with the data; write 0, so that the teacher stands"
-      " beside the student"
-    )
   if online is None:
     return
   if online.dynamic and not config.reward.parts:

@@ -206,7 +206,7 @@ def has_reference(config: ml_collections.ConfigDict) -> bool:
 
 def caches_reference(config: ml_collections.ConfigDict) -> bool:
   """Whether the reference's log-probabilities are computed once, before training."""
-  return has_reference(config) and config.objective.cache_reference and jax.process_count() == 1
+  return has_reference(config) and config.objective.cache_reference
 
 
 def compares_with_base(config: ml_collections.ConfigDict) -> bool:

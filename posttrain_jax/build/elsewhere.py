@@ -1,11 +1,13 @@
-"""config.online.engine: answers are written by a server, which is given the adapter by name whenever it has learned."""
+"""config.online.engine: answers are written by a server, which is given the adapter by name whenever it has learned.
+
+Several processes ask it for the answers to their own prompts each; the main one gives it the adapters.
+"""
 
 from __future__ import annotations
 
 import collections
 import dataclasses
 import functools
-import hashlib
 import itertools
 import logging
 import shutil
@@ -18,14 +20,13 @@ from typing import Any
 
 import jax
 import ml_collections
-import numpy as np
 
 from posttrain_jax.adapters import over
 from posttrain_jax.build.adapter import Trees
 from posttrain_jax.build.model import Model
 from posttrain_jax.build.prompts import Prompt
 from posttrain_jax.build.writer import Writer
-from posttrain_jax.core import progress, tree
+from posttrain_jax.core import distributed, progress, tree
 from posttrain_jax.environments.episodes import Sampler
 from posttrain_jax.objectives import of_policy
 from posttrain_jax.rollout.remote import Address, Once, Refused
@@ -102,16 +103,18 @@ class Elsewhere(Writer):
     prompts: Sequence[Prompt],
     home: Callable[[], Path | None],
     stopping: Callable[[], bool],
+    mesh: jax.sharding.Mesh | None = None,
   ) -> None:
     """home: the run's folder, once there is one."""
-    super().__init__(config, model, prompts)
+    super().__init__(config, model, prompts, mesh)
     o = config.online
+    self.rows = -(-o.rows // jax.process_count())
     self._home = home
     try:
       self.address = Address(o.engine, o.engine_key, o.engine_patience, stopping=stopping)
     except ValueError as error:
       raise ConfigError(f"online.engine: {error}") from error
-    self._threads = futures.ThreadPoolExecutor(o.rows, "engine")
+    self._threads = futures.ThreadPoolExecutor(self.rows, "engine")
     self._versions: collections.deque[_Version] = collections.deque()
     self._tickets = itertools.count()
     self._under_way: dict[int, futures.Future[Answer]] = {}
@@ -130,14 +133,10 @@ class Elsewhere(Writer):
   def sampler(self) -> Sampler:
     return self
 
-  @property
-  def rows(self) -> int:
-    return self.config.online.rows
-
   def load(self, trainable: Any, carried: Any) -> None:
     """Writes the adapter for the server and gives it to it, unless it has these weights."""
     trainable, carried = of_policy(trainable), of_policy(carried)
-    name = f"posttrain-{_digest(trainable)}"
+    name = f"posttrain-{tree.digest(trainable)[:16]}"
     number = self._versions[-1].number + 1 if self._versions else 0
     if (known := next((one for one in self._versions if one.name == name), None)) is not None:
       if known is not self._versions[-1]:  # as before a check by other weights
@@ -145,25 +144,40 @@ class Elsewhere(Writer):
         self._versions.append(dataclasses.replace(known, number=number))
       return
     folder = self._folder() / name
-    base = self.model
-    under = () if base.earlier is None else base.earlier.under
-    nodes = jax.device_get(tree.combine(trainable, carried))
+    nodes = jax.device_get(distributed.whole(tree.combine(trainable, carried), self.mesh))
+    give = functools.partial(self._give, name, folder)
     with progress.phase("giving the engine its adapter"):
-      shutil.rmtree(folder, ignore_errors=True)
-      over.save(
-        folder,
-        [*under, (nodes, self._adapter_config)],
-        base.config,
-        base_name=self.config.model.name,
-      )
-      give = functools.partial(self.address.load, name, str(folder.absolute()))
-      give()
+      if distributed.is_main():
+        self._save(folder, nodes)
+        give()
       self._versions.append(_Version(name, folder, number, Once(give)))
-      self._check_moved()
+      if distributed.is_main():
+        self._check_moved()
+      distributed.exchanged(None)  # nobody asks for it before it is there
     while len(self._versions) > KEPT:
       old = self._versions.popleft()
-      self.address.unload(old.name)
-      shutil.rmtree(old.folder, ignore_errors=True)
+      if distributed.is_main():
+        self.address.unload(old.name)
+        shutil.rmtree(old.folder, ignore_errors=True)
+
+  def _save(self, folder: Path, nodes: Any) -> None:
+    base = self.model
+    under = () if base.earlier is None else base.earlier.under
+    shutil.rmtree(folder, ignore_errors=True)
+    over.save(
+      folder,
+      [*under, (nodes, self._adapter_config)],
+      base.config,
+      base_name=self.config.model.name,
+    )
+
+  def _give(self, name: str, folder: Path) -> None:
+    """The adapter to the server, unless another process was quicker."""
+    try:
+      self.address.load(name, str(folder.absolute()))
+    except Refused:
+      if jax.process_count() == 1 or name not in self.address.models():
+        raise
 
   def _folder(self) -> Path:
     """Where the server reads adapters."""
@@ -251,10 +265,3 @@ class Elsewhere(Writer):
     """How many adapters old answers were since the last time that somebody asked."""
     behind, self._behind = self._behind, []
     return {"sampling/staleness": statistics.fmean(behind)} if behind else {}
-
-
-def _digest(arrays: Any) -> str:
-  digest = hashlib.blake2b(digest_size=8)
-  for leaf in jax.tree.leaves(arrays):
-    digest.update(np.asarray(leaf).tobytes())
-  return digest.hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import ml_collections
 
 from posttrain_jax.build import critic, decisions
@@ -18,13 +19,13 @@ OF_ANSWERS = (
 )  # losses of a whole answer, in which advantages of tokens have no place
 
 
-def make(config: Config, vocab: int) -> Updates:
+def make(config: Config, vocab: int, mesh: jax.sharding.Mesh | None = None) -> Updates:
   """The batches of a run's updates."""
   if critic.has(config):
-    return Returns(config, vocab)
+    return Returns(config, vocab, mesh)
   if config.objective.name == "preference":
-    return Paired(config, vocab)
-  return Updates(config, vocab)
+    return Paired(config, vocab, mesh)
+  return Updates(config, vocab, mesh)
 
 
 def check_advantage(config: Config) -> None:

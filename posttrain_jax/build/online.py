@@ -2,6 +2,9 @@
 
 Online learning is the ordinary loop with this source of batches.  A batch depends on the weights that wrote it, on the
 seed and on how many were written before, so that a run that is killed anywhere writes the same ones again.
+
+Each of several processes writes and scores the answers to its own prompts, alone; then all are told of all answers and
+scores, make the same batch of them and take their own rows.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import ml_collections
@@ -32,7 +35,7 @@ from posttrain_jax.build.model import Model
 from posttrain_jax.build.teacher import Teacher
 from posttrain_jax.build.turns import Turns
 from posttrain_jax.build.writer import Writer
-from posttrain_jax.core import progress, words
+from posttrain_jax.core import distributed, progress, tree, words
 from posttrain_jax.environments.episode import Episode, restored
 from posttrain_jax.objectives import Scorer
 from posttrain_jax.rewards import alarm, section, selftest
@@ -50,6 +53,7 @@ from posttrain_jax.train.signals import Stopped
 from posttrain_jax.train.state import State
 
 Config = ml_collections.ConfigDict
+T = TypeVar("T")
 UNSCORED = 3  # batches in a row without any score after which the run ends
 NOT_WRITTEN_BY = (
   *scoring.SECTIONS,
@@ -75,12 +79,15 @@ class Online:
     model: Model,
     data: Data,
     say: Callable[[str], None],
+    mesh: jax.sharding.Mesh | None = None,
   ) -> None:
     self.config, self.model, self.prompts, self.say = config, model, data.examples, say
+    self.mesh = mesh
     columns = dict.fromkeys(name for prompt in self.prompts for name in prompt.row)
     columns |= dict.fromkeys(turns_lib.COLUMNS if tools.is_on(config) else ())
     self._stopping: Callable[[], bool] = lambda: False
-    self.reward, self.holdout = scoring.make(config, list(columns), lambda: self._stopping())
+    with distributed.alone(mesh):  # each has the reward models that it scores with
+      self.reward, self.holdout = scoring.make(config, list(columns), lambda: self._stopping())
     if config.objective.get("advantage") == "max_rl":
       scoring.check_not_negative(self.reward)
     outcome = config.online.outcome
@@ -95,14 +102,14 @@ class Online:
     # of the batch under way: place of a prompt among all that were asked -> which one it is
     self._chosen: dict[int, int] = {}
     self.writer = (
-      Elsewhere(config, model, self.prompts, lambda: self.folder, lambda: self._stopping())
+      Elsewhere(config, model, self.prompts, lambda: self.folder, lambda: self._stopping(), mesh)
       if o.engine
-      else Writer(config, model, self.prompts)
+      else Writer(config, model, self.prompts, mesh)
     )
     self.turns = Turns(config, model) if tools.is_on(config) else None
     if self.turns is not None:
       self.turns.check_reward(self.reward.names, say)
-    self.updates = methods.make(config, model.config.vocab_size)
+    self.updates = methods.make(config, model.config.vocab_size, mesh)
     self.updates.gold = gold.rows(config, model, self.updates.of_data)
     self.folder: Path | None = None
     self._batches = 0  # written
@@ -125,7 +132,7 @@ class Online:
   def batch(
     self, state: State | None, stopping: Callable[[], bool] = lambda: False
   ) -> Mapping[str, Any]:
-    """The next one, written by this state's weights unless some of the last are left.
+    """The next one, written by this state's weights unless some of the last are left; this process's rows of it.
 
     state: None for a batch of the largest shape, for a program that is compiled and not run.
 
@@ -143,12 +150,26 @@ class Online:
       except Stopped:
         self._batches, self._asked = before
         raise
-    return self._left.pop(0)
+    return distributed.own_rows(self.mesh, self._left.pop(0))
 
   def _go_on(self) -> None:
     """Raises Stopped where the run is to stop."""
     if self._stopping():
       raise Stopped("saved, with the answers of the next batch that are written")
+
+  def _together(self, work: Callable[[], T]) -> list[T]:
+    """What each process's work gives.  Raises Stopped in all of them where it does in one."""
+    done: T | Stopped
+    try:
+      with distributed.alone(self.mesh):
+        done = work()
+    except Stopped as error:
+      done = error
+    every = distributed.exchanged(done)
+    for one in every:
+      if isinstance(one, Stopped):
+        raise one
+    return [one for one in every if not isinstance(one, Stopped)]
 
   def told(self, step: int) -> Mapping[str, float]:
     del step
@@ -232,7 +253,9 @@ class Online:
     for section_name, reward in zip(scoring.SECTIONS, (self.reward, self.holdout), strict=True):
       if reward is not None:
         tried = turns_lib.testable(reward)
-        for sentence in selftest.check(tried, some, section=section_name) if tried else ():
+        with distributed.alone(self.mesh):
+          told = selftest.check(tried, some, section=section_name) if tried else ()
+        for sentence in told:
           self.say(sentence)
     self.writer.check(state)
 
@@ -249,12 +272,14 @@ class Online:
     self._chosen = {}
     with progress.announced("updating", self.say):
       jax.block_until_ready(state.trainable)  # of the last update
-    self._go_on()
+    self._together(self._go_on)
     began = time.monotonic()
     self.writer.load(state.trainable, state.carried)
     asked = self.order.get_state()
-    writer = f"{_digest(state.trainable)} {self._asks}{f' {_named(asked)}' if asked else ''}"
-    journal = completions.Journal(self.folder, self._batches, writer, last=self._goes_back)
+    writer = f"{tree.digest(state.trainable)} {self._asks}{f' {_named(asked)}' if asked else ''}"
+    journal = completions.Journal(
+      self.folder, self._batches, writer, last=self._goes_back, process=jax.process_index()
+    )
     spent: dict[str, float] = {"writing": 0.0, "scoring": 0.0}
     with contextlib.closing(journal):
       with self._ledger() as ledger:
@@ -273,7 +298,7 @@ class Online:
     chosen = self.order.choose(numbers, ())  # prompts in turn: a curriculum does not go with this
     self.writer.ahead(
       self.writer.request(self.prompts[i], number, sample)
-      for number, i in zip(numbers, chosen)
+      for number, i in distributed.part([*zip(numbers, chosen)])
       for sample in range(o.samples)
     )
 
@@ -305,10 +330,11 @@ class Online:
     beside |= self._scores_told([reward_lib.together(rounds) for rounds in zip(*results)])
     self._check_scored(every)
     self._tell(every, spent, beside)
-    table = groups_lib.table(self._batches, every, kept, self.outcome)
-    completions.write(self.folder, self._batches, table)
-    if len(batches) > 1:
-      completions.keep(self.folder, self._batches, batches, last=self._goes_back)
+    if distributed.is_main():
+      table = groups_lib.table(self._batches, every, kept, self.outcome)
+      completions.write(self.folder, self._batches, table)
+      if len(batches) > 1:
+        completions.keep(self.folder, self._batches, batches, last=self._goes_back)
     return batches
 
   def _rounds(
@@ -334,7 +360,9 @@ class Online:
     """Of the batch's scores.  It outlives the batch, which is written again where no checkpoint came behind it."""
     if self.folder is None:
       return contextlib.nullcontext()
-    return Ledger(completions.scores(self.folder, self._batches, last=self._goes_back))
+    last, process = self._goes_back, jax.process_index()
+    path = completions.scores(self.folder, self._batches, last=last, process=process)
+    return Ledger(path, completions.of_all(path))
 
   @property
   def _goes_back(self) -> int | None:
@@ -362,39 +390,26 @@ class Online:
 
     A group is scored as soon as it is whole, while others are written, where each answer is judged alone.
     """
-    o, began = self.config.online, time.monotonic()
+    o = self.config.online
     numbers = range(self._asked, self._asked + count)
     self._asked += count
     chosen = self.order.choose(numbers, {*self._chosen.values()})
     self._chosen |= zip(numbers, chosen)
     groups = [Group(number, self.prompts[i]) for number, i in zip(numbers, chosen)]
-    with contextlib.ExitStack() as open_ones:
-      scores = [
-        open_ones.enter_context(Overlapped(reward, ledger, identity, self._trainer_state))
-        for identity, reward in self._rewards.items()
-      ]
-      total = count * o.samples
-      written_so_far = progress.lines("writing", self.say)
-      for done, (group, sample, written) in enumerate(self._written(groups, journal), 1):
-        written_so_far(done, total)
-        group.written[sample] = written
-        if len(group.written) == o.samples:
-          answers = self._answers(group)
-          for one in scores:
-            one.put(group.number, answers)
-      spent["writing"] += time.monotonic() - began
-      began = time.monotonic()
-      with progress.announced("scoring", self.say):
-        try:
-          results = [one.result() for one in scores]
-          if self.turns is not None:
-            every = [answer for group in groups for answer in group.answers]
-            results = [turns_lib.settled(one, every, o.unparsed) for one in results]
-        except Interrupted:  # scores that were there before stay in their file
-          self._go_on()
-          raise
-    self._go_on()
-    spent["scoring"] += time.monotonic() - began
+    own = distributed.part(groups)
+    shares = self._together(lambda: self._answered(own, journal, ledger, spent))
+    written = {number: one for share, _ in shares for number, one in share.items()}
+    for group in groups:
+      group.written, group.texts = written[group.number]
+    results = [
+      reward_lib.together([scored[name] for _, scored in shares])
+      if name in shares[0][1]
+      else self._compared(name, groups, ledger, spent)
+      for name in self._rewards
+    ]
+    if self.turns is not None:
+      every = [answer for group in groups for answer in group.answers]
+      results = [turns_lib.settled(one, every, o.unparsed) for one in results]
     for i, group in enumerate(groups):
       here = slice(i * o.samples, (i + 1) * o.samples)
       group.scored, *others = [result.answers[here] for result in results]
@@ -402,6 +417,67 @@ class Online:
       for prefix, result in zip(("", "holdout/"), results):
         group.columns |= {f"{prefix}{name}": x[here] for name, x in result.columns.items()}
     return groups, results
+
+  def _answered(
+    self,
+    groups: Sequence[Group],
+    journal: completions.Journal,
+    ledger: Ledger | None,
+    spent: dict[str, float],
+  ) -> tuple[dict[int, tuple[dict[int, Written], list[str]]], dict[str, Result]]:
+    """({number: (answers, texts)} of this process's groups, their scores by each reward).
+
+    A reward that compares answers has no scores yet where other processes have some of them.
+    """
+    began, is_one = time.monotonic(), jax.process_count() == 1
+    with contextlib.ExitStack() as open_ones:
+      scores = {
+        name: open_ones.enter_context(Overlapped(reward, ledger, name, self._trainer_state))
+        for name, reward in self._rewards.items()
+        if is_one or reward.is_per_answer
+      }
+      total = len(groups) * self.config.online.samples
+      written_so_far = progress.lines("writing", self.say)
+      for done, (group, sample, written) in enumerate(self._written(groups, journal), 1):
+        written_so_far(done, total)
+        group.written[sample] = written
+        if len(group.written) == self.config.online.samples:
+          answers = self._answers(group)
+          for one in scores.values():
+            one.put(group.number, answers)
+      spent["writing"] += time.monotonic() - began
+      results = self._results(scores, spent)
+    return {group.number: (group.written, group.texts) for group in groups}, results
+
+  def _compared(
+    self, name: str, groups: Sequence[Group], ledger: Ledger | None, spent: dict[str, float]
+  ) -> Result:
+    """What a reward that compares answers says of those of all processes: the main one asks it."""
+
+    def asked() -> Result:
+      if not distributed.is_main():
+        return reward_lib.together([])
+      with Overlapped(self._rewards[name], ledger, name, self._trainer_state) as scores:
+        for group in groups:
+          scores.put(group.number, self._answers(group))
+        return self._results({name: scores}, spent)[name]
+
+    return self._together(asked)[0]
+
+  def _results(
+    self, scores: Mapping[str, Overlapped], spent: dict[str, float]
+  ) -> dict[str, Result]:
+    """What rewards say of all answers that they were given."""
+    began = time.monotonic()
+    with progress.announced("scoring", self.say):
+      try:
+        results = {name: one.result() for name, one in scores.items()}
+      except Interrupted:  # scores that were there before stay in their file
+        self._go_on()
+        raise
+    self._go_on()
+    spent["scoring"] += time.monotonic() - began
+    return results
 
   @property
   def _trainer_state(self) -> TrainerState:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 
+import jax
 import ml_collections
 import numpy as np
 
@@ -22,8 +23,10 @@ OF_PAIR = 2
 class Paired(Updates):
   """The batches of a preference loss, a row a pair; it is empty where a group has none."""
 
-  def __init__(self, config: ml_collections.ConfigDict, vocab: int) -> None:
-    super().__init__(config, vocab)
+  def __init__(
+    self, config: ml_collections.ConfigDict, vocab: int, mesh: jax.sharding.Mesh | None = None
+  ) -> None:
+    super().__init__(config, vocab, mesh)
     self.slots = OF_PAIR
 
   def of(

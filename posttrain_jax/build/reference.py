@@ -106,8 +106,6 @@ def scored(
 ) -> Data:
   """data with the reference's log-probabilities, where they are to be computed once."""
   if not objective.needs_reference or not decisions.caches_reference(config):
-    if objective.needs_reference and config.objective.cache_reference:
-      say("reference: computed at each step, since several processes keep no cache")
     return data
   score = functools.partial(
     reference_cache.scored,

@@ -25,9 +25,11 @@ BY_TOKEN = ("advantages", "returns", "old_values")  # what a batch has beside th
 class Returns(Updates):
   """The batches of PPO's updates, a row a group; what is said of a token stands at the position before it."""
 
-  def __init__(self, config: ml_collections.ConfigDict, vocab: int) -> None:
-    super().__init__(config, vocab)
-    self._known = jax.jit(self._of_tokens)
+  def __init__(
+    self, config: ml_collections.ConfigDict, vocab: int, mesh: jax.sharding.Mesh | None = None
+  ) -> None:
+    super().__init__(config, vocab, mesh)
+    self._known = self._read(self._of_tokens)
 
   def of(
     self, groups: Sequence[Group], state: State, number: int
@@ -36,10 +38,7 @@ class Returns(Updates):
     examples = [self._example(group, np.zeros(len(group.written))) for group in groups]
     packed = self._packed(examples, np.arange(len(examples)))
     context = state.context(self.context)
-    known = [
-      {name: np.asarray(x) for name, x in self._known(state.trainable, context, batch).items()}
-      for batch in packed
-    ]
+    known = [self._known(state.trainable, context, batch) for batch in packed]
     whole, of_tokens = _joined(packed), _joined(known)
     collected, told = self._collected(whole, of_tokens, self._rewards_of_rows(groups))
     whole |= collected

@@ -10,7 +10,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -115,7 +115,8 @@ def train(
     say(f"mesh: {dict(devices.shape)}")
   ambient = contextlib.nullcontext() if devices is None else jax.set_mesh(devices)
   products, why = _products(config, None if dry_run else Path(folder))
-  with ambient, signals.exiting():
+  quiet = contextlib.nullcontext() if distributed.is_main() else progress_lib.muted()
+  with ambient, quiet, signals.exiting():
     pieces = build(config, devices, sys.stdout, products, started)
     config = pieces.config
     if not dry_run and _is_complete(Path(folder), config, say):
@@ -131,6 +132,9 @@ def train(
     if told := run_length.told(Path(folder), config):
       say(told)
     with run_folder.claimed(Path(folder), config, **pieces.identity()):
+      distributed.exchanged(
+        None
+      )  # no other process writes to a folder that the main one has yet to claim
       pieces = pieces.with_reference(say)
       started.ends("reference" if pieces.objective.needs_reference else "adapter")
       return _Training(pieces, Path(folder), say, started).to_the_end()
@@ -157,14 +161,6 @@ def _is_complete(folder: Path, config: ml_collections.ConfigDict, say: Say) -> b
 
 def _print(text: str) -> None:
   print(text, flush=True)  # whoever reads a log file sees it when it is said
-
-
-@contextlib.contextmanager
-def _phase(doing: str, stream: TextIO | None) -> Generator[None]:
-  """Said by one process of a run."""
-  said = contextlib.nullcontext() if distributed.is_main() else progress_lib.muted()
-  with said, progress_lib.phase(doing, stream=stream):
-    yield
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,17 +239,20 @@ def build(
     started: what is told how long each took.
   """
   started = started or Started()
-  with _phase(f"reading {config.model.name}", stream):
+  with progress_lib.phase(f"reading {config.model.name}", stream=stream):
     base = model.load(config, devices, products)
   started.ends("model")
-  with _phase("reading the data", stream):
+  with progress_lib.phase("reading the data", stream=stream):
     rows = prompts.read(config, base) if online.is_online(config) else data.read(config, base)
   started.ends("data")
-  written = online.Online(config, base, rows, _print) if online.is_online(config) else None
+  say = _print if distributed.is_main() else lambda _: None
+  written = online.Online(config, base, rows, say, devices) if online.is_online(config) else None
   batches = data.stream(config, rows, devices) if written is None else written
   config = run_length.of_data(config, batches)
   with (
-    _phase("reading the teacher", stream) if decisions.teacher(config) else contextlib.nullcontext()
+    progress_lib.phase("reading the teacher", stream=stream)
+    if decisions.teacher(config)
+    else contextlib.nullcontext()
   ):
     taught = teacher.load(config, base, devices)
   read_by = None if taught is None else (taught.reader, taught.vocab)
@@ -262,7 +261,7 @@ def build(
   if loss.needs_reference:
     reference.check(config, base)
   other = reference.in_step(config, base, devices) if loss.needs_reference else None
-  with _phase("making what trains", stream), settings.section("adapter"):
+  with progress_lib.phase("making what trains", stream=stream), settings.section("adapter"):
     trees = adapter.make(config, base, other, devices)
     trees = dataclasses.replace(trees, context=teacher.beside(config, trees.context, taught))
   started.ends("adapter")
@@ -405,7 +404,7 @@ class _Training:
         self.say(
           f"{record.METRICS} goes to step {told} and no checkpoint is there: beginning again"
         )
-      with _phase("checking what the run starts from", sys.stdout):
+      with progress_lib.phase("checking what the run starts from", stream=sys.stdout):
         self_checks.fresh_adapter(self.pieces, self.say)
         if isinstance(self.pieces.batches, online.Online):
           self.pieces.batches.check(state)
@@ -495,8 +494,8 @@ class _Training:
   def _export(self, state: State, name: str) -> None:
     """The adapter as a PEFT folder, or (full fine-tuning) the model as a Hugging Face folder."""
     pieces, base = self.pieces, self.pieces.model
-    trained = _whole(of_policy(state.trainable), pieces.mesh)
-    carried = _whole(of_policy(state.carried), pieces.mesh)
+    trained = distributed.whole(of_policy(state.trainable), pieces.mesh)
+    carried = distributed.whole(of_policy(state.carried), pieces.mesh)
     if not distributed.is_main():
       return
     adapter_config = pieces.trees.adapter_config
@@ -653,7 +652,7 @@ class _Training:
         if not _aside(exported).exists():
           exported.rename(_aside(exported))
         self.say(f"lowest eval_loss {value}: kept as {_aside(exported)}")
-    with _phase("writing what was trained", sys.stdout):
+    with progress_lib.phase("writing what was trained", stream=sys.stdout):
       self._export(state, "adapter")
     self._evaluate_task("after", state)
     self._measure_suite("after", state, progress.step)
@@ -672,7 +671,7 @@ class _Training:
         **self._compare_suite(),
       },
     }
-    with _phase("drawing the report", sys.stdout):
+    with progress_lib.phase("drawing the report", stream=sys.stdout):
       page = report.write(self.folder, done=done)
     files.write_json(self.folder / record.DONE, done)
     rich.print(report.summary_table(self.folder))
@@ -701,7 +700,7 @@ def _on_its_base(pieces: Pieces, state: State) -> Pieces:
   if pieces.model.started is None:
     return pieces
   of_state = (of_policy(state.trainable), of_policy(state.carried))
-  trained, carried = (_whole(part, pieces.mesh) for part in of_state)
+  trained, carried = (distributed.whole(part, pieces.mesh) for part in of_state)
   # a product of sharded factors is added up otherwise
   nodes = tree.flatten(jax.device_get(tree.combine(trained, carried)))
   context = adapter.resumed(pieces.model, pieces.trees.context, nodes, pieces.mesh)
@@ -711,11 +710,3 @@ def _on_its_base(pieces: Pieces, state: State) -> Pieces:
 def abstract(state: State) -> Any:
   """The shapes of a state, and where it lies."""
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-
-
-def _whole(arrays: Any, devices: jax.sharding.Mesh | None) -> Any:
-  """Every shard of every array on this host."""
-  if jax.process_count() == 1 or devices is None:
-    return arrays
-  replicated = jax.sharding.NamedSharding(devices, jax.sharding.PartitionSpec())
-  return jax.device_get(jax.jit(memory.fetch, out_shardings=replicated)(arrays))

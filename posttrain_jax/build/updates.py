@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ from posttrain_jax.build.adapter import Trees
 from posttrain_jax.build.gold import Gold
 from posttrain_jax.build.groups import Group
 from posttrain_jax.build.teacher import Teacher
-from posttrain_jax.core import bits
+from posttrain_jax.core import bits, distributed
 from posttrain_jax.data import answers
 from posttrain_jax.data.encoded import Example
 from posttrain_jax.data.packing import pack_answers
@@ -37,16 +37,22 @@ EDGES = 8  # lengths of rows, each of them a program
 class Updates:
   """The batches of a run's updates, a row a group."""
 
-  def __init__(self, config: Config, vocab: int) -> None:
-    self.config = config
+  def __init__(self, config: Config, vocab: int, mesh: jax.sharding.Mesh | None = None) -> None:
+    self.config, self.mesh = config, mesh
     whole = writer.sampling(config).is_whole
     self.words = 0 if whole else bits.words(vocab)  # that say what a token was drawn among
     self.slots = int(config.online.samples)  # answers of a row
-    self._old_logps, self._kl = jax.jit(self._logps), jax.jit(self._kl_of_answers)
-    self._of_teacher = jax.jit(self._teacher_logps)
+    self._old_logps, self._kl = self._read(self._logps), self._read(self._kl_of_answers)
+    self._of_teacher = self._read(self._teacher_logps)
     self.teacher: Teacher | None = None
     self.gold = Gold((), 0, config.seed)
     self.kl_coefficient = float(config.online.kl_in_reward)  # which an adaptive one changes
+
+  def _read(self, compute: Callable[..., Any]) -> Callable[..., Any]:
+    """compute, jitted, with what it gives on this host."""
+    jitted = jax.jit(compute)
+    on_host = lambda made: jax.tree.map(np.asarray, distributed.whole(made, self.mesh))
+    return lambda *args: on_host(jitted(*args))
 
   def bind(self, trees: Trees, objective: Scorer, teacher: Teacher | None = None) -> None:
     """What computes log-probabilities; teacher: whose are taken off the advantages, where there is one."""
@@ -86,12 +92,12 @@ class Updates:
       for batch in self._packed(examples, order, self.gold.of(number))
     ]
     if (teacher := self.teacher) is not None:
-      theirs = lambda batch: np.asarray(self._of_teacher(teacher.params, batch))
+      theirs = functools.partial(self._of_teacher, teacher.params)
       packed = [{**batch, "teacher_logps": theirs(batch)} for batch in packed]
     if len(packed) == 1 or self.config.objective.name != "grouped":
       return packed, told
     context = state.context(self.context)
-    old = lambda batch: np.asarray(self._old_logps(state.trainable, context, batch))
+    old = functools.partial(self._old_logps, state.trainable, context)
     return [{**batch, "old_logps": old(batch)} for batch in packed], told
 
   def rewards(self, groups: Sequence[Group]) -> np.ndarray:
@@ -173,7 +179,7 @@ class Updates:
     examples = [self._example(group, np.zeros(len(group.written))) for group in groups]
     context = state.context(self.context)
     sums = [
-      np.asarray(self._kl(state.trainable, context, batch))
+      self._kl(state.trainable, context, batch)
       for batch in self._packed(examples, np.arange(len(examples)))
     ]
     divergences = np.zeros((len(groups), self.config.online.samples), np.float32)

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import ml_collections
 
 from posttrain_jax import adapters
+from posttrain_jax.adapters import layout
 from posttrain_jax.build import tools
 from posttrain_jax.build.adapter import Trees
 from posttrain_jax.build.model import Model
 from posttrain_jax.build.prompts import Prompt
-from posttrain_jax.core import progress, tree
+from posttrain_jax.core import distributed, progress, tree
 from posttrain_jax.environments.episodes import InEngine, Sampler
 from posttrain_jax.models import before, decoder
 from posttrain_jax.objectives import of_policy
@@ -39,9 +40,14 @@ class Writer:
   """Writes answers with the weights that were loaded last."""
 
   def __init__(
-    self, config: ml_collections.ConfigDict, model: Model, prompts: Sequence[Prompt]
+    self,
+    config: ml_collections.ConfigDict,
+    model: Model,
+    prompts: Sequence[Prompt],
+    mesh: jax.sharding.Mesh | None = None,
   ) -> None:
-    self.config, self.model, self.prompts = config, model, prompts
+    """mesh: of the run; each of several processes writes on the part of it that it has."""
+    self.config, self.model, self.prompts, self.mesh = config, model, prompts, mesh
     self.sampling = sampling(config)
     self._engine: engine_lib.Engine | None = None
 
@@ -50,16 +56,21 @@ class Writer:
     self._base, self._is_full = trees.context.base, trees.adapter_config is None
 
   def load(self, trainable: Any, carried: Any) -> None:
+    """Other weights; each of several processes calls it, and has all of them then."""
     ready = self._ready(self._base, of_policy(trainable), of_policy(carried))
-    if self._engine is not None:
-      self._engine.load(ready)
-      return
+    with distributed.alone(self.mesh):
+      if self._engine is None:
+        self._begin(ready)
+      else:
+        self._engine.load(ready)
+
+  def _begin(self, ready: engine_lib.Ready) -> None:
     o = self.config.online
     answers = self.config.batch.rows * o.minibatches * o.samples
     self._engine = engine_lib.Engine(
       ready,
       self.model.config,
-      rows=min(o.rows, answers),
+      rows=-(-min(o.rows, answers) // jax.process_count()),
       length=before.slots(ready.stacked) + self._longest + o.max_new_tokens,
       dtype=self.model.dtype,
       records_kept=not self.sampling.is_whole,
@@ -113,7 +124,8 @@ class Writer:
     read = []
     for trainable in (state.trainable, moved):
       self.load(trainable, state.carried)
-      ((_, answer),) = self.run([Request(probe, 1, stop_tokens=())])
+      with distributed.alone(self.mesh):
+        ((_, answer),) = self.run([Request(probe, 1, stop_tokens=())])
       read.append(float(answer.logps[0]))
     if read[0] == read[1]:
       raise ValueError(
@@ -130,14 +142,22 @@ class Writer:
     """(base, trainable, carried) -> what the engine reads, one program."""
     storage = self.config.online.storage
 
-    def ready(base: Any, trainable: Any, carried: Any) -> engine_lib.Ready:
-      params = (
-        decoder.multiplied_in(trainable, self.model.products)
-        if self._is_full
-        else adapters.settled(
-          base, tree.combine(trainable, carried), rounded=storage != stores.AUTO
-        )
-      )
+    def settled(base: Any, trainable: Any, carried: Any) -> Any:
+      if self._is_full:
+        return decoder.multiplied_in(trainable, self.model.products)
+      nodes = tree.combine(trainable, carried)
+      return adapters.settled(base, nodes, rounded=storage != stores.AUTO)
+
+    def ready(params: Any) -> engine_lib.Ready:
       return engine_lib.prepare(params, self.model.config, storage)
 
-    return jax.jit(ready)
+    if self.mesh is None or jax.process_count() == 1:
+      return jax.jit(lambda *trees: ready(settled(*trees)))
+    gathered, own = layout.gathered(settled, self.mesh), jax.jit(ready)
+
+    def ready_here(*trees: Any) -> engine_lib.Ready:
+      params = gathered(*trees)
+      with distributed.alone(self.mesh):
+        return own(params)
+
+    return ready_here

@@ -1,19 +1,30 @@
-"""Several processes as one program: start-up, this process's share of the rows, one global batch."""
+"""Several processes as one program: start-up, this process's share of the rows, one global batch.
+
+What a process does alone (writes answers, scores them) it does on the `block` of the mesh that it has, with arrays that
+are `here`, and what it found it tells the others by `exchanged`.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
+import pickle
 import signal
 import threading
 import time
-from typing import Any
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from posttrain_jax.core import sharding
+from posttrain_jax.core import memory, sharding
+
+T = TypeVar("T")
 
 COORDINATOR = "POSTTRAIN_COORDINATOR"  # host:port of process 0
 PROCESSES = "POSTTRAIN_PROCESSES"
@@ -124,3 +135,108 @@ def _rows(mesh: Mesh) -> NamedSharding:
 def broadcast(tree: Any) -> Any:
   """The main process's tree of numbers or arrays in every process (a seed, a start time)."""
   return multihost_utils.broadcast_one_to_all(tree) if jax.process_count() > 1 else tree
+
+
+def own_rows(mesh: Mesh | None, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+  """This process's rows (`shard`) of a batch that every process has whole."""
+  index, count = (0, 1) if mesh is None else shard(mesh)
+  if count == 1:
+    return batch
+
+  def part(x: Any) -> Any:
+    each = len(x) // count
+    return x[index * each : (index + 1) * each]
+
+  return jax.tree.map(part, batch)
+
+
+def placed(mesh: Mesh | None, batch: Mapping[str, Any]) -> Any:
+  """`global_batch` of a batch that every process has whole; without a mesh as it is."""
+  return batch if mesh is None else global_batch(mesh, own_rows(mesh, batch))
+
+
+def part(items: Sequence[T]) -> Sequence[T]:
+  """This process's of the items, dealt in order: the first have one more each where they do not divide."""
+  each, more = divmod(len(items), jax.process_count())
+  starts = [i * each + min(i, more) for i in range(jax.process_count() + 1)]
+  return items[starts[jax.process_index()] : starts[jax.process_index() + 1]]
+
+
+def exchanged(value: T) -> list[T]:
+  """What every process has, in their order; each calls it, with anything that pickle takes."""
+  if jax.process_count() == 1:
+    return [value]
+  packed = np.frombuffer(zlib.compress(pickle.dumps(value), 1), np.uint8)
+  lengths = multihost_utils.process_allgather(np.asarray([len(packed)], np.int32)).ravel()
+  padded = np.zeros(max(lengths), np.uint8)
+  padded[: len(packed)] = packed
+  every = multihost_utils.process_allgather(padded)
+  return [pickle.loads(zlib.decompress(bytes(one[:length]))) for one, length in zip(every, lengths)]
+
+
+def from_main(value: T) -> T:
+  """What the main process has, in every process; each calls it, with anything that pickle takes."""
+  told: list[Any] = exchanged(value if is_main() else None)
+  return told[0]
+
+
+def whole(arrays: Any, mesh: Mesh | None) -> Any:
+  """The program's arrays with every shard on this host; each process calls it.  As they are where there is one."""
+  if jax.process_count() == 1 or mesh is None:
+    return arrays
+  everywhere = NamedSharding(mesh, PartitionSpec())
+  return jax.device_get(jax.jit(memory.fetch, out_shardings=everywhere)(arrays))
+
+
+@functools.cache
+def block(mesh: Mesh) -> Mesh:
+  """The part of the mesh that this process has, with the same axes; all of it where there is one process.
+
+  Raises:
+    ValueError: its devices are no block.
+  """
+  mine = np.vectorize(lambda device: device.process_index == jax.process_index())(mesh.devices)
+  places = np.nonzero(mine)
+  part = mesh.devices[np.ix_(*map(np.unique, places))]
+  if part.size != len(places[0]):
+    raise ValueError(
+      f"mesh {dict(mesh.shape)} gives this process {len(places[0])} devices that are no block of it; choose sizes so"
+      " that each axis divides, or is a multiple of, the devices of one process"
+    )
+  return Mesh(part, mesh.axis_names, axis_types=mesh.axis_types)
+
+
+def alone(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+  """Inside, this process computes on its own block of the mesh, and waits for no other."""
+  if mesh is None or jax.process_count() == 1:
+    return contextlib.nullcontext()
+  own = block(mesh)
+  return jax.set_mesh(own if own.size > 1 else None)
+
+
+def kept_here(mesh: Mesh, where: NamedSharding) -> NamedSharding:
+  """where without the axes along which another process would have a part, and without those that rows lie along."""
+  own = block(mesh)
+  axes = [a for a in mesh.axis_names if own.shape[a] == mesh.shape[a] and a in ("expert", "tensor")]
+
+  def kept(entry: Any) -> Any:
+    names = entry if isinstance(entry, tuple) else (entry,)
+    left = tuple(name for name in names if name in axes)
+    return left if len(left) > 1 else next(iter(left), None)
+
+  return NamedSharding(mesh, PartitionSpec(*map(kept, where.spec)))
+
+
+def here(mesh: Mesh, arrays: Any) -> Any:
+  """Arrays of this process alone, of the shards that it has: each array lies as `kept_here` says."""
+  own = block(mesh)
+
+  def one(x: Any) -> jax.Array:
+    shards = [shard.data for shard in x.addressable_shards]
+    if own.size == 1:
+      return shards[0]
+    return jax.make_array_from_single_device_arrays(
+      x.shape, NamedSharding(own, x.sharding.spec), shards
+    )
+
+  return jax.tree.map(one, arrays)

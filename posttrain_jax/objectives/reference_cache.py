@@ -35,19 +35,21 @@ def scored(
 
   Args:
     cache: a folder; the file in it is named by what it depends on: tokens, parameters, dtype.  Its content is verified,
-      and a damaged file is made again.
+      and a damaged file is made again.  Of several processes the main one reads and writes it, and each computes the
+      rows of its devices.
   """
   every = [*examples, *(e.companion for e in examples if e.companion is not None)]
   digest = _digest(every, f"{tree.digest(params)} {scorer.dtype} {scorer.products} {scorer.model}")
   path = cache / f"reference-{digest}.safetensors"
   ends = np.cumsum([len(e.tokens) for e in every])
   flat = None
-  if path.exists():
+  if distributed.is_main() and path.exists():
     try:
       flat = _read(path, digest, int(ends[-1]))
       say(f"reference: log-probabilities of {len(examples):,} examples read from {path}")
     except ValueError as error:
       say(f"reference: {error}; made again")
+  flat = distributed.from_main(flat)
   if flat is None:
     say(f"reference: computing log-probabilities of {len(examples):,} examples")
     flat = np.concatenate(_computed(every, scorer, params, mesh))
@@ -57,7 +59,8 @@ def scored(
         f"objective.reference: its log-probabilities of {every[bad].origin or f'example {bad}'} are not finite; a"
         " policy cannot be compared with it"
       )
-    _write(path, digest, flat)
+    if distributed.is_main():
+      _write(path, digest, flat)
   per_example = np.split(flat, ends[:-1])
   of_examples, of_companions = per_example[: len(examples)], iter(per_example[len(examples) :])
   with_logps = []
@@ -129,8 +132,8 @@ def _computed(
 
   computed: list[Any] = [None] * len(examples)
   for rows, batch in _batches(examples, mesh):
-    placed = batch if mesh is None else distributed.global_batch(mesh, batch)
-    values = np.roll(np.asarray(logps(params, placed)), 1, axis=1)  # where the token stands
+    made = distributed.whole(logps(params, distributed.placed(mesh, batch)), mesh)
+    values = np.roll(np.asarray(made), 1, axis=1)  # where the token stands
     for row, i in enumerate(rows):
       computed[i] = values[row, : len(examples[i].tokens)]
   return computed

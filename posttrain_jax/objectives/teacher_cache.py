@@ -47,7 +47,7 @@ def taught(
 
   Args:
     cache: a folder; the file in it is named by what it depends on.  Its content is verified, and a damaged file is made
-      again.
+      again.  Of several processes the main one reads and writes it, and each computes the rows of its devices.
   """
   if not examples:
     return []
@@ -55,7 +55,7 @@ def taught(
   path = cache / f"teacher-{digest}.safetensors"
   ends = np.cumsum([len(example) for example in examples])
   flat = None
-  if path.exists():
+  if distributed.is_main() and path.exists():
     try:
       flat = _read(path, digest, int(ends[-1]), asked.k)
       say(
@@ -63,6 +63,7 @@ def taught(
       )
     except ValueError as error:
       say(f"teacher: {error}; made again")
+  flat = distributed.from_main(flat)
   if flat is None:
     say(f"teacher: computing the {asked.k} most likely tokens in {len(examples):,} examples")
     each = _computed(examples, asked, params, mesh)
@@ -73,7 +74,8 @@ def taught(
       raise ValueError(
         f"objective.teacher: what it says of {bad.origin or 'an example'} is not finite; nothing can be learned of it"
       )
-    _write(path, digest, *flat)
+    if distributed.is_main():
+      _write(path, digest, *flat)
   ids, logps = (np.split(array, ends[:-1]) for array in flat)
   return [
     dataclasses.replace(example, teacher_ids=i, teacher_logps=p)
@@ -102,8 +104,7 @@ def _computed(
 
   computed: list[Any] = [None] * len(examples)
   for rows, batch in _batches(examples, mesh):
-    placed = batch if mesh is None else distributed.global_batch(mesh, batch)
-    said = top(params, placed)
+    said = distributed.whole(top(params, distributed.placed(mesh, batch)), mesh)
     ids, logps = (np.roll(np.asarray(x), 1, axis=1) for x in (said.ids, said.logps))
     for row, i in enumerate(rows):
       here = np.s_[row, : len(examples[i])]

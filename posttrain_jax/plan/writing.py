@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from posttrain_jax import adapters
 from posttrain_jax.adapters import layout
 from posttrain_jax.build import adapter, decisions
-from posttrain_jax.core import sharding, tree
+from posttrain_jax.core import distributed, sharding, tree
 from posttrain_jax.models import cache, decoder
 from posttrain_jax.objectives import of_policy
 from posttrain_jax.plan.program import Compiled, Program, compiled
@@ -62,7 +62,7 @@ def _compiled(built: Program, rows: int, length: int) -> dict[str, Compiled]:
 
 
 def parameters(built: Program) -> Any:
-  """What writes, as `engine.prepare` lays it out: settled, whole along fsdp."""
+  """What writes, as `engine.prepare` lays it out: settled, whole along fsdp, and on several hosts whole on each."""
   how = built.config.online.storage
   if built.context.fixed is None:
     shapes = decoder.abstract(built.model, decisions.products(built.config))
@@ -77,10 +77,7 @@ def parameters(built: Program) -> Any:
 
   def one(path: str, leaf: Any) -> Any:
     specs = sharding.specs(leaf, sharding.spec_for(path, layout.RULES))
-    whole = lambda x, spec: _placed(
-      x, PartitionSpec(*[a if a != "fsdp" else None for a in spec]), built
-    )
-    return jax.tree.map(whole, leaf, specs)
+    return jax.tree.map(lambda x, spec: _whole(_placed(x, spec, built), built), leaf, specs)
 
   return tree.unflatten((path, one(path, leaf)) for path, leaf in tree.items(shapes))
 
@@ -91,6 +88,12 @@ def _placed(x: Any, spec: PartitionSpec, built: Program) -> jax.ShapeDtypeStruct
   else:
     where = NamedSharding(built.mesh, sharding.fitted(spec, x.shape, built.mesh))
   return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+
+def _whole(x: jax.ShapeDtypeStruct, built: Program) -> jax.ShapeDtypeStruct:
+  if built.mesh is None:
+    return x
+  return x.update(sharding=distributed.kept_here(built.mesh, x.sharding))
 
 
 def _pieces(size: int) -> programs.Pieces:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -23,10 +23,12 @@ class Ledger:
   A score is taken up where the reward goes by the same identity, and answers, prompt and row are the same.
   """
 
-  def __init__(self, path: Path) -> None:
+  def __init__(self, path: Path, others: Iterable[Path] = ()) -> None:
+    """others: files of scores that other processes write, or have written; they are read."""
     path.parent.mkdir(parents=True, exist_ok=True)
     self._journal = Journal(path).begin({"scores": 1})
-    every = self._journal.each(lambda line: list(_read(line)))
+    journals = [*(Journal(other) for other in others if other != path), self._journal]
+    every = (call for one in journals for call in one.each(lambda line: list(_read(line))))
     self._known = {key: result for call in every for key, result in call}
 
   def known(self, reward: str, group: int, answers: Sequence[Answer]) -> Result | None:

@@ -2,7 +2,8 @@
 
 `completions/completions_00012.parquet` has a row an answer.  The journal `answers_00012.jsonl` keeps each answer as
 soon as it is whole and `scores_00012.jsonl` what scoring gave, for as long as the run may go back to a checkpoint
-before that batch: what was written or scored before a kill is not again.
+before that batch: what was written or scored before a kill is not again.  Of several processes each has its own of the
+two (`answers-1_00012.jsonl`), and reads those of all.
 """
 
 from __future__ import annotations
@@ -94,9 +95,9 @@ def keep(
   _forget(whole, last)
 
 
-def scores(folder: Path, number: int, *, last: int | None) -> Path:
+def scores(folder: Path, number: int, *, last: int | None, process: int = 0) -> Path:
   """The file of a batch's scores; those of the `last` before (None: all) stay, as a run may go back to them."""
-  path = folder / FOLDER / f"scores_{number:05d}.jsonl"
+  path = _of_process(folder, "scores", number, process)
   _forget(path, last)
   return path
 
@@ -105,15 +106,30 @@ def forget_scores(folder: Path | None, numbers: Iterable[int]) -> None:
   """The scores of these batches, which are to be asked for anew."""
   for number in numbers:
     if folder is not None:
-      (folder / FOLDER / f"scores_{number:05d}.jsonl").unlink(missing_ok=True)
+      for path in of_all(_of_process(folder, "scores", number, 0)):
+        path.unlink(missing_ok=True)
+
+
+def _of_process(folder: Path, kind: str, number: int, process: int) -> Path:
+  own = f"-{process}" if process else ""
+  return folder / FOLDER / f"{kind}{own}_{number:05d}.jsonl"
+
+
+def of_all(path: Path) -> list[Path]:
+  """The files of that kind and number that there are, of any process."""
+  kind, _, number = path.stem.rpartition("_")
+  kind = kind.partition("-")[0]
+  return sorted(path.parent.glob(f"{kind}_{number}{path.suffix}")) + sorted(
+    path.parent.glob(f"{kind}-*_{number}{path.suffix}")
+  )
 
 
 def _forget(path: Path, last: int | None) -> None:
   """Files of the path's kind, of batches more than `last` before it."""
   kind, _, number = path.stem.rpartition("_")
-  for old in path.parent.glob(f"{kind}_*{path.suffix}"):
+  for old in path.parent.glob(f"{kind.partition('-')[0]}*_*{path.suffix}"):
     if last is not None and int(old.stem.rpartition("_")[2]) < int(number) - last:
-      old.unlink()
+      old.unlink(missing_ok=True)  # another process may have been quicker
 
 
 def arrays(folder: Path, number: int) -> list[dict[str, Any]]:
@@ -144,29 +160,45 @@ class Journal:
 
   writer: names what an answer depends on, the weights above all; those of another writer are dropped.
   last: how many batches before it keep theirs, as a run may go back to them; None: all.
+  process: of several, which write a file each and know what is in all of them.
   """
 
   def __init__(
-    self, folder: Path | None, number: int, writer: str, *, last: int | None = None
+    self,
+    folder: Path | None,
+    number: int,
+    writer: str,
+    *,
+    last: int | None = None,
+    process: int = 0,
   ) -> None:
     self._answers: dict[tuple[int, int], dict[str, Any]] = {}
     self._file = None
     if folder is None:
       return
-    self._path = folder / FOLDER / f"answers_{number:05d}.jsonl"
-    self._path.parent.mkdir(parents=True, exist_ok=True)
-    _forget(self._path, last)
-    began = json.dumps({"writer": writer}) + "\n"
-    if self._path.exists() and self._path.read_bytes().startswith(began.encode()):
-      self._read(len(began.encode()))
+    path = _of_process(folder, "answers", number, process)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _forget(path, last)
+    began = (json.dumps({"writer": writer}) + "\n").encode()
+    for other in of_all(path):
+      if other != path:
+        self._read(other, began)
+    whole = self._read(path, began)
+    if whole:
+      with path.open("rb+") as file:
+        file.truncate(whole)
     else:
-      self._path.write_text(began)
-    self._file = self._path.open("a")
+      path.write_bytes(began)
+    self._file = path.open("a")
 
-  def _read(self, whole: int) -> None:
-    """What stands behind the first `whole` bytes."""
-    with self._path.open("rb") as lines:
-      lines.seek(whole)
+  def _read(self, path: Path, began: bytes) -> int:
+    """How many bytes of a file that begins so can be read; 0 where none does."""
+    if not path.exists():
+      return 0
+    with path.open("rb") as lines:
+      if lines.read(len(began)) != began:
+        return 0
+      whole = len(began)
       for line in lines:
         try:
           said = json.loads(line)
@@ -180,8 +212,7 @@ class Journal:
         except (ValueError, KeyError, TypeError, zlib.error):
           break  # cut short by the kill, or damaged: what stands behind it is written again
         whole += len(line)
-    with self._path.open("rb+") as file:
-      file.truncate(whole)
+    return whole
 
   def written(self, number: int, sample: int) -> Mapping[str, Any] | None:
     """tokens, logps, ended and kept of an answer that is there, and what was put beside them."""

@@ -315,7 +315,9 @@ FIELDS: Mapping[str, Field] = {
     _whole(1, MOST_ROWS),
   ),
   "online.passes": Field("times that a written batch is used", _whole(1, MOST_ROWS)),
-  "online.rows": Field("answers that are under way at once", _whole(1, MOST_ROWS)),
+  "online.rows": Field(
+    "answers that are under way at once, in all processes together", _whole(1, MOST_ROWS)
+  ),
   "online.storage": Field(
     "how weights are kept while answers are written: as the model has them, or in fewer bits, which are faster",
     Choice(("auto", "bfloat16", "int8")),

@@ -15,6 +15,8 @@ import pytest
 from posttrain_jax.__main__ import main
 from posttrain_jax.build import elsewhere
 from tests import tiny
+from tests.commands.processes import launched
+from tests.commands.test_processes import assert_learned_alike
 from tests.commands.test_rl import WORDS, lines
 from tests.commands.test_train import environment
 
@@ -139,6 +141,23 @@ def test_a_batch_is_written_while_another_is_learned_from(folder, tmp_path, serv
   assert apart[0] < 1e-4 < min(apart[1:])  # by weights of the batch before, for which is corrected
   table = pyarrow.parquet.read_table(tmp_path / "run" / "completions" / "completions_00004.parquet")
   assert len(table) == 6
+
+
+@pytest.mark.slow
+def test_two_processes_ask_a_server_for_their_own_prompts_each(folder, tmp_path, serve):
+  """The main one gives it the adapters; after its death whoever comes first does."""
+  alike = ["optimizer.name=sgd", "optimizer.lr=0.1"]
+  assert main(command(folder, tmp_path / "one", serve().url, *alike, "online.ahead=0")) == 0
+  server = serve(lives=2, dies_after=14)  # in the second batch
+  two = command(folder, tmp_path / "two", server.url, *alike, "online.ahead=0", "mesh.fsdp=-1")
+  ahead = command(folder, tmp_path / "ahead", server.url, *alike, "mesh.fsdp=-1")
+  launched([two, ahead], 2, environment())
+  assert server.started == 2
+  assert_learned_alike(tmp_path / "one", tmp_path / "two")
+  assert [line["sampling/staleness"] for line in lines(tmp_path / "ahead")] == [0, 1, 1]
+  assert (
+    len([name for name in server.names() if name.startswith("posttrain-")]) <= 2 * elsewhere.KEPT
+  )
 
 
 def test_a_server_that_leaves_the_adapter_out_is_refused(

@@ -75,6 +75,11 @@ def test_one_process_holds_every_row():
   assert {shard.data.shape for shard in batch["x"].addressable_shards} == {(2, 3)}
   assert jax.tree.all(jax.tree.map(np.array_equal, batch, local_rows))
   assert distributed.broadcast(3) == 3
+  assert distributed.exchanged(mesh) == [mesh]  # as it is
+  assert distributed.part("abc") == "abc"
+  assert distributed.block(mesh) == mesh
+  assert distributed.own_rows(mesh, local_rows) is local_rows
+  assert distributed.whole(batch, mesh) is batch
 
 
 TWO = """
@@ -102,6 +107,34 @@ assert [int(s) for s in jax.jit(lambda x: x.sum(0))(batch)] == rows.sum(0).tolis
 for shard in batch.addressable_shards:
   assert np.array_equal(shard.data, rows[shard.index])
 assert int(distributed.broadcast(np.int32(10 + me))) == 10
+
+# what one has is told to all; what all have is dealt
+assert distributed.exchanged({"me": me, "long": "x" * 1000 * me})[1] == {"me": 1, "long": "x" * 1000}
+assert distributed.from_main(f"of {me}") == "of 0"
+assert distributed.part("abc") == ["ab", "c"][me]
+assert distributed.part("") == ""
+assert np.array_equal(distributed.own_rows(mesh, {"x": rows})["x"], rows[4 * me : 4 * me + 4])
+assert np.array_equal(distributed.whole(distributed.placed(mesh, {"x": rows}), mesh)["x"], rows)
+
+# arrays and programs of one alone
+for sizes, kept in (
+  (dict(fsdp=2, tensor=2), P("expert", "tensor")),
+  (dict(tensor=4), P("expert", None)),
+  (dict(expert=2, tensor=2), P(None, "tensor")),
+  (dict(data=2, expert=2), P("expert", "tensor")),
+):
+  some = sharding.mesh(**sizes)
+  cut = NamedSharding(some, P(("expert", "fsdp"), "tensor"))
+  assert distributed.kept_here(some, cut).spec == kept, sizes
+  make = lambda: jnp.arange(32.0).reshape(4, 8)
+  own = distributed.here(some, jax.jit(make, out_shardings=distributed.kept_here(some, cut))())
+  assert own.is_fully_addressable and len(own.sharding.device_set) == 2
+  assert np.array_equal(own, np.arange(32.0).reshape(4, 8))
+  if me == 1:
+    with distributed.alone(some):
+      assert sharding.active() and jax.sharding.get_abstract_mesh().size == 2
+      assert float(jax.jit(lambda x: sharding.constrain(x, "- embed").sum())(own)) == 496
+assert not sharding.active()
 
 # one checkpoint that both write
 place = lambda spec: NamedSharding(mesh, spec)

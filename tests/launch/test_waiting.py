@@ -116,15 +116,13 @@ def test_what_would_wait_in_vain_is_said(to, options, said, here):  # noqa: F811
     ("skypilot", {}),
   ],
 )
-@pytest.mark.parametrize(
-  ("config", "said"),
-  [("rl", "start it on one host"), ("sft", "eval.samples generates text in one")],
-)
-def test_what_runs_in_one_process_is_launched_on_one_host(to, options, config, said, here):  # noqa: F811
+@pytest.mark.parametrize("config", ["rl", "sft"])
+def test_what_runs_in_one_process_is_launched_on_one_host(to, options, config, here):  # noqa: F811
   asked = Options(**{**ASKED[to], **options})
   samples = ["--config.eval.samples=2"]
-  with pytest.raises(ConfigError, match=said):
+  with pytest.raises(ConfigError, match=r"eval\.samples generates text in one process"):
     start.prepare(config, "/runs/a", to=to, overrides=samples, options=asked)
+  assert start.prepare(config, "/runs/a", to=to, options=asked)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +135,8 @@ def test_what_runs_in_one_process_is_launched_on_one_host(to, options, config, s
   ],
 )
 def test_one_host_takes_what_runs_in_one_process(to, options, here):  # noqa: F811
-  assert start.prepare("rl", "/runs/a", to=to, options=Options(**{**ASKED[to], **options}))
+  asked, samples = Options(**{**ASKED[to], **options}), ["--config.eval.samples=2"]
+  assert start.prepare("rl", "/runs/a", to=to, overrides=samples, options=asked)
 
 
 def test_sections_that_do_not_fit_are_refused_before_they_wait(here):  # noqa: F811

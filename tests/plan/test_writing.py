@@ -45,11 +45,12 @@ def test_what_writes_is_counted_beside_what_trains(folder):
   assert "does not run" not in printed
 
 
-def test_a_pod_that_no_run_can_write_on_is_told(folder, monkeypatch):
+def test_a_pod_that_a_run_does_not_start_on_is_told(folder, monkeypatch):
   assert estimate.hosts(jax.devices()) == 1
   monkeypatch.setattr(estimate, "hosts", lambda devices: 2)
-  found = estimate.figures(config(folder), devices=1)
-  told = "does not run on these 2 hosts: online learning writes its answers in one process"
+  assert "does not run" not in report.written(estimate.figures(config(folder), devices=1))
+  found = estimate.figures(config(folder, **{"eval.samples": 2}), devices=1)
+  told = "does not run on these 2 hosts: eval.samples generates text in one process"
   assert told in report.written(found)
 
 

@@ -45,6 +45,20 @@ def alone(dice):
   return lambda prompt, completion, example: dice.scores([Answer("", completion, {})], Context())[0]
 
 
+def test_what_another_process_has_scored_is_not_scored_again(tmp_path):
+  dice = Dice()
+  reward = Reward([Part("dice", alone(dice))])
+  others = scored(tmp_path / "scores-1", reward, GROUPS)
+  asked = len(dice.asked)
+  paths = [tmp_path / "scores", tmp_path / "scores-1"]
+  with Ledger(paths[0], paths) as ledger, Overlapped(reward, ledger, "dice") as scores:
+    for number, answers in GROUPS.items():
+      scores.put(number, answers)
+    assert scores.result() == others
+  assert len(dice.asked) == asked
+  assert len(paths[0].read_text().splitlines()) == 1  # which is what a new file begins with
+
+
 def test_a_list_that_was_scored_is_not_scored_again(tmp_path):
   """With what is missing, what does not apply, what was logged, and how often it was asked again."""
   dice = Dice()

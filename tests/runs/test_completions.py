@@ -37,3 +37,36 @@ def test_a_line_that_is_no_answer_ends_what_is_read_of_a_journal(tmp_path, line)
   again = completions.Journal(tmp_path, 1, "abc")
   assert again.written(0, 0)["tokens"] == [4]
   assert path.read_text() == text
+
+
+def test_each_process_writes_its_own_journal_and_knows_what_is_in_all(tmp_path):
+  put = dict(tokens=[7], logps=np.zeros(1), ended="stop_token", kept=None)
+  both = [completions.Journal(tmp_path, 3, "abc", process=i) for i in range(2)]
+  for i, journal in enumerate(both):
+    journal.put(i, 0, **put)
+  both[1].put(5, 0, **put)
+  for journal in both:
+    journal.close()
+  second = tmp_path / completions.FOLDER / "answers-1_00003.jsonl"
+  cut = second.read_bytes()[:-9]
+  second.write_bytes(cut)  # killed as it wrote its last line
+  one = completions.Journal(tmp_path, 3, "abc")
+  assert [bool(one.written(number, 0)) for number in (0, 1, 5)] == [True, True, False]
+  one.close()
+  assert second.read_bytes() == cut  # which is another's to mend
+  completions.Journal(tmp_path, 3, "abc", process=1).close()
+  assert second.read_bytes() < cut
+  assert completions.Journal(tmp_path, 3, "xyz", process=2).written(0, 0) is None
+  completions.Journal(tmp_path, 9, "abc", last=2).close()
+  assert not second.exists()
+
+
+def test_the_scores_of_all_processes_are_forgotten_together(tmp_path):
+  paths = [completions.scores(tmp_path, 3, last=None, process=i) for i in range(2)]
+  other = completions.scores(tmp_path, 4, last=None, process=1)
+  for path in (*paths, other):
+    path.parent.mkdir(exist_ok=True)
+    path.touch()
+  assert completions.of_all(paths[1]) == paths
+  completions.forget_scores(tmp_path, [3])
+  assert [path.exists() for path in (*paths, other)] == [False, False, True]
