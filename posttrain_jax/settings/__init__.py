@@ -310,15 +310,18 @@ def search(config: str) -> dict[str, Any]:
     return dict(space())
 
 
-def stages(config: str) -> list[dict[str, Any]]:
-  """What a chain's file says of its stages, `stages(arg)`: dicts, in their order; see `build.chain`.
+def stages(config: str) -> list[Any]:
+  """What a chain's file says of its stages, `stages(arg)`: dicts, in their order, as `build.chain` checks.
 
   Raises:
     ConfigError: no such file, an unknown argument, or it has no `stages`.
   """
   path, _, arguments = config.partition(":")
   with _opened(path, needs="stages") as loaded:
-    return [dict(stage) for stage in loaded.stages(arguments or None)]
+    given = loaded.stages(arguments or None)
+    if given is None:
+      raise ConfigError(f"{path}: stages(arg) returns None; write `yield` before each stage, or return a list")
+    return list(given)
 
 
 def _how_to_sweep(path: str, file: Path) -> str:
