@@ -226,16 +226,31 @@ def _online(config: Config) -> None:
     raise ConfigError("objective.importance_low must be below objective.importance_high")
   if o.name == "grouped":
     methods.check_advantage(config)
-  if config.online.kl_in_reward and o.get("advantage") == "max_rl":
+  if o.get("advantage") == "max_rl" and (field := _may_be_negative(config.online)):
     raise ConfigError(
-      "online.kl_in_reward: advantage=max_rl divides by the mean reward, which this may make negative; write"
-      " --config.objective.kl_weight"
+      f"online.{field}: advantage=max_rl divides by the mean reward, which this may make negative; write"
+      f" --config.{_NEVER_NEGATIVE[field]}"
     )
   if config.online.storage != "auto" and o.get("importance") == "none":
     raise ConfigError(
       f"online.storage={config.online.storage}: answers are then drawn from another distribution than the one that"
       " learns; write --config.objective.importance=token too, which weighs each token by the ratio of the two"
     )
+
+
+# of config.online what may make a reward negative: what to write in its place
+_NEVER_NEGATIVE = {
+  "kl_in_reward": "objective.kl_weight",
+  "cut_penalty": "online.mask_cut=true",
+  "unparsed": "online.unparsed=0.0",
+}
+
+
+def _may_be_negative(online: Config) -> str:
+  """The field that may make a reward negative whose parts are not; "" where none does."""
+  is_so = lambda field, value: value < 0 if field == "unparsed" else value > 0
+  # runs of older versions lack some
+  return next((field for field in _NEVER_NEGATIVE if is_so(field, online.get(field, 0.0))), "")
 
 
 def _distillation(config: Config) -> None:

@@ -509,6 +509,16 @@ def test_a_sampler_of_fewer_bits_is_corrected_for(folder, tmp_path):
       "early",
       "advantage=max_rl divides by the mean reward",
     ),
+    (
+      ("online.cut_penalty=0.5", "objective.advantage=max_rl"),
+      "early",
+      "online.cut_penalty: advantage=max_rl divides",
+    ),
+    (
+      ("online.tools=('python',)", "online.unparsed=-1.0", "objective.advantage=max_rl"),
+      "early",
+      "online.unparsed: advantage=max_rl divides",
+    ),
     (("objective.advantage=max_rl",), "early", "nothing says that its scores are from 0 on"),
     (("online.kl_in_reward_estimator=k2",), "early", "k2 is of the KL's gradient in a loss"),
     (("data.replay=x.jsonl",), "early", "data.replay='x.jsonl'"),
