@@ -36,6 +36,7 @@ from posttrain_jax.core import progress, words
 from posttrain_jax.environments.episode import Episode, restored
 from posttrain_jax.objectives import Scorer
 from posttrain_jax.rewards import alarm, section, selftest
+from posttrain_jax.rewards import columns as columns_lib
 from posttrain_jax.rewards import reward as reward_lib
 from posttrain_jax.rewards.ledger import Ledger
 from posttrain_jax.rewards.overlapped import Overlapped
@@ -77,10 +78,10 @@ class Online:
     say: Callable[[str], None],
   ) -> None:
     self.config, self.model, self.prompts, self.say = config, model, data.examples, say
-    columns = dict.fromkeys(name for prompt in self.prompts for name in prompt.row)
-    columns |= dict.fromkeys(turns_lib.COLUMNS if tools.is_on(config) else ())
+    columns, partly = columns_lib.of([(prompt.row, prompt.origin) for prompt in self.prompts])
+    columns += turns_lib.COLUMNS if tools.is_on(config) else ()
     self._stopping: Callable[[], bool] = lambda: False
-    self.reward, self.holdout = scoring.make(config, list(columns), lambda: self._stopping())
+    self.reward, self.holdout = scoring.make(config, columns, partly, lambda: self._stopping())
     if config.objective.get("advantage") == "max_rl":
       scoring.check_not_negative(self.reward)
     outcome = config.online.outcome

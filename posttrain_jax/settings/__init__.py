@@ -240,10 +240,22 @@ def _shown(old: Any) -> str:
   return repr(plain(old) if isinstance(old, ml_collections.ConfigDict) else old)
 
 
+# sections that not all config files have: which one does
+_HAVE = {
+  "critic": "--config=rl:method=ppo",
+  "online": "--config=rl, or distil:on_policy=0.5,",
+  "reward": "--config=rl",
+  "holdout_reward": "--config=rl",
+}
+
+
 def _unknown(name: str, text: str, config: ml_collections.ConfigDict) -> str:
   if fields.known_as(name) in fields.FIELDS and (why := fields.unread(plain(config), name)):
     return f"--config.{why}"
   there = flat(plain(config))
+  if fields.known_as(name) in fields.FIELDS:
+    by = _HAVE.get(name.partition(".")[0], "")
+    return f"unknown config key {name!r}: this config does not have it{by and f'; {by} has'}"
   meant = names.elsewhere(name)
   if meant and not names.ending(name, there):
     return f"unknown config key {name!r}: {_here(meant, text, config)}"
@@ -320,7 +332,9 @@ def stages(config: str) -> list[Any]:
   with _opened(path, needs="stages") as loaded:
     given = loaded.stages(arguments or None)
     if given is None:
-      raise ConfigError(f"{path}: stages(arg) returns None; write `yield` before each stage, or return a list")
+      raise ConfigError(
+        f"{path}: stages(arg) returns None; write `yield` before each stage, or return a list"
+      )
     return list(given)
 
 

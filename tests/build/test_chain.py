@@ -260,9 +260,8 @@ def test_an_option_that_a_stage_s_command_refuses_is_told_with_the_stage(
   tmp_path, capsys, option, sentence
 ):
   file = tmp_path / "mine.py"
-  file.write_text(
-    'def stages(arg=None):\n  yield {"name": "a", "sample": {"model": "m", %s}}\n' % option
-  )
+  sample = f'{{"model": "m", {option}}}'
+  file.write_text(f'def stages(arg=None):\n  yield {{"name": "a", "sample": {sample}}}\n')
   assert main(["chain", f"--config={file}", f"--workdir={tmp_path / 'runs'}"]) == 1
   assert f"stage 'a': posttrain sample: {sentence}" in " ".join(capsys.readouterr().err.split())
   assert not (tmp_path / "runs").exists()
