@@ -214,6 +214,12 @@ def _online(config: Config) -> None:
       "objective.cache_reference: answers that are yet to be written have no log-probabilities to cache; write false"
     )
   elsewhere.check(config)
+  scored = (*config.reward.parts, *config.reward.gates, *config.holdout_reward.parts)
+  if "environment" in scored and not tools.is_on(config):
+    raise ConfigError(
+      "reward.parts: environment is what an answer's environment gave itself, and this run has none; write"
+      " environment=sql (python, or FILE.py:Class) after the config's colon, or another verifier"
+    )
   part, titles = config.online.outcome, named.titles((*config.reward.parts, *config.reward.gates))
   if part not in ("", TOTAL, *titles, *titles.values()):
     raise ConfigError(

@@ -102,6 +102,7 @@ class Online:
     )
     self.turns = Turns(config, model) if tools.is_on(config) else None
     if self.turns is not None:
+      self.turns.check_columns(columns, partly)
       self.turns.check_reward(self.reward.names, say)
     self.updates = methods.make(config, model.config.vocab_size)
     self.updates.gold = gold.rows(config, model, self.updates.of_data)

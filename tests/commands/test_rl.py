@@ -522,6 +522,7 @@ def test_a_sampler_of_fewer_bits_is_corrected_for(folder, tmp_path):
     (("objective.advantage=max_rl",), "early", "nothing says that its scores are from 0 on"),
     (("online.kl_in_reward_estimator=k2",), "early", "k2 is of the KL's gradient in a loss"),
     (("data.replay=x.jsonl",), "early", "data.replay='x.jsonl'"),
+    (("reward.parts=('environment',)",), "early", "this run has none; write environment=sql"),
     (("online.storage=int8",), "early", "write --config.objective.importance=token too"),
     ((), "raises", "on all 8 rows that were tried"),
     ((), "too_few", "returned 1 reward for 8 completions"),

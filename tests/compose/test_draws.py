@@ -7,7 +7,7 @@ from tests.compose.run import ROOT
 from tests.marks import slow
 
 SEEDS = (slow(61), 77)
-ONLINE = (slow(3), 5)
+ONLINE = (slow(3), slow(5))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
