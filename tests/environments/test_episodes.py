@@ -258,6 +258,6 @@ def test_what_cannot_be_had_is_refused_with_the_line(tmp_path):
     host_lib.describe(Source(f"{FILE}:Neither"))
   with pytest.raises(
     EnvironmentFailed,
-    match="the tool bare cannot be told to a model: .*; write type hints, and a docstring",
+    match=r"the tool bare cannot be told to a model: .*; write type hints, and a docstring",
   ):
     host_lib.describe(Source(tools=(f"{FILE}:bare",)))
