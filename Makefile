@@ -75,8 +75,8 @@ test-newest: ## the fast suite on the newest jax, where a Python >= 3.12 is foun
 fuzz: .venv/ready ## 2,000 spoiled inputs of every kind: read right or refused in a sentence; INPUT=rows:123 repeats one
 	$(BIN)/python -m tests.fuzz.run $(if $(INPUT),--input=$(INPUT))
 
-compose: .venv/ready ## 500 random combinations of everything: run, learn, shard, resume, export; DRAW=123 repeats one
-	$(BIN)/python -m tests.compose.run $(if $(DRAW),--draw=$(DRAW),--draws=$(DRAWS) --workers=$(WORKERS))
+compose: .venv/ready ## 500 random combinations of everything: run, learn, shard, resume, export; DRAW=123 repeats one; ONLINE=1: of runs that write
+	$(BIN)/python -m tests.compose.run $(if $(ONLINE),--online) $(if $(DRAW),--draw=$(DRAW),--draws=$(DRAWS) --workers=$(WORKERS))
 
 check: .venv/ready ## format, lint, types, examples in docstrings
 	$(BIN)/ruff format --check .

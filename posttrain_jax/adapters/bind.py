@@ -184,12 +184,12 @@ def hooks(config: AnyConfig | None, steps: int) -> Hooks | None:
 
 
 def merge(params: Any, adapter: Any | None = None) -> Any:
-  """Plain weights that compute what the bound tree computes; quantised bases become dense.
+  """Plain weights that compute what the bound tree computes, on the device; quantised bases become dense.
 
   A head tied to an adapted embedding does not see the update: the merged tree has a head of its own.  (PEFT merges in
   place there, which changes the head with the embedding and with it the outputs.)
   """
-  bound = bind(params, adapter or {})
+  bound = bind(memory.fetch(params), memory.fetch(adapter or {}))
   if "lm_head" not in bound and isinstance(tree.get(bound, EMBEDDING), Adapted):
     bound = tree.put(bound, HEAD, decoder.head(bound))
   dense = jax.jit(weight.dense)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from posttrain_jax.adapters import layout
 from posttrain_jax.adapters.bind import EMBEDDING, HEAD, bind
 from posttrain_jax.adapters.replaced import Replaced
-from posttrain_jax.core import tree, weight
+from posttrain_jax.core import memory, tree, weight
 from posttrain_jax.core.weight import Adapted
 from posttrain_jax.models import decoder
 
@@ -18,7 +18,7 @@ from posttrain_jax.models import decoder
 def settled(
   params: Any, adapter: Any | None = None, *, rounded: bool = False, platform: str | None = None
 ) -> Any:
-  """Parameters that compute what the bound tree computes, without dropout, at the least cost a token.
+  """Parameters that compute what the bound tree computes, without dropout, at the least cost a token; on the device.
 
   A float32 matrix is merged.  In fewer bits a merged matrix forgets what is less than half a step of it: of a LoRA of
   SmolLM2-135M after three updates, merged into bfloat16, 57 % reaches the log-probabilities.  So such a matrix stays as
@@ -32,7 +32,7 @@ def settled(
     platform: None for the default one.
   """
   on_cpu = (platform or jax.default_backend()) == "cpu"
-  bound = bind(params, adapter or {})
+  bound = bind(memory.fetch(params), memory.fetch(adapter or {}))
   if "lm_head" not in bound and isinstance(tree.get(bound, EMBEDDING), Adapted):
     bound = tree.put(bound, HEAD, decoder.head(bound))  # which does not see the update
   return tree.unflatten(

@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from posttrain_jax import settings
-from posttrain_jax.build import sweep
-from posttrain_jax.core import files
+from posttrain_jax.build import checks, sweep
+from posttrain_jax.core import files, words
 from posttrain_jax.evals import chain_page
 from posttrain_jax.runs import record
 from posttrain_jax.settings import ConfigError
@@ -115,7 +115,8 @@ def expand(given: Iterable[Mapping[str, Any]], folder: Path) -> list[Stage]:
   """The stages with paths in the place of names, each training's config resolved.
 
   Raises:
-    ConfigError: a stage without a name or a verb, a name twice, a reference to none that is before it.
+    ConfigError: a stage without a name or a verb, a name twice, a reference to none that is before it, or a training
+      that its command would refuse by its config.
   """
   if set(str(folder)) & set(",{}*+"):
     raise ConfigError(
@@ -131,7 +132,12 @@ def expand(given: Iterable[Mapping[str, Any]], folder: Path) -> list[Stage]:
 
 
 def _stage(one: Mapping[str, Any], place: int, folder: Path, made: Mapping[str, str]) -> Stage:
-  name, where = one.get("name"), f"stage {place}"
+  where = f"stage {place}"
+  if not isinstance(one, Mapping) or not isinstance(one.get("fields", {}), Mapping):
+    raise ConfigError(
+      f"{where} is {words.shown(one)}; write a dict of its name and what it does, fields of a training as a dict, too"
+    )
+  name = one.get("name")
   if not isinstance(name, str) or not NAME.fullmatch(name):
     raise ConfigError(f"{where}: name={name!r}; write letters, digits, _ and -, a letter first")
   if name in made:
@@ -151,8 +157,10 @@ def _stage(one: Mapping[str, Any], place: int, folder: Path, made: Mapping[str, 
     text, fields = told(str(one[verb])), one.get("fields", {})
     overrides = [settings.override(field, told_in(value, told)) for field, value in fields.items()]
     with _said_of(name):
-      config = settings.plain(settings.load(text, overrides))
+      loaded = settings.load(text, overrides)
+      config = settings.plain(loaded)
       settings.fields.check(config, settings.given(overrides))
+      checks.sections(loaded)
     return Stage(
       name, verb, (verb, f"--config={text}", *overrides, f"--workdir={home}"), home, config
     )
@@ -161,11 +169,19 @@ def _stage(one: Mapping[str, Any], place: int, folder: Path, made: Mapping[str, 
     raise ConfigError(
       f"stage {name!r}: {verb} takes a dict of the options of `posttrain {verb}`, without out"
     )
-  flags = [
-    f"--{key}" if value is True else f"--{key}={told_in(value, told)}"
-    for key, value in options.items()
-  ]
+  flags = [flag for key, value in options.items() for flag in _flags(key, told_in(value, told))]
   return Stage(name, verb, (verb, *flags, f"--out={out}"), out)
+
+
+def _flags(key: str, value: Any) -> list[str]:
+  """An option as a command line has it.
+
+  >>> _flags("n", 4), _flags("merge", True), _flags("merge", False), _flags("stop", ["a", "b"])
+  (['--n=4'], ['--merge'], [], ['--stop=a', '--stop=b'])
+  """
+  if isinstance(value, bool):
+    return [f"--{key}"] * value
+  return [f"--{key}={one}" for one in (value if isinstance(value, list | tuple) else [value])]
 
 
 def told_in(value: Any, told: Callable[[str], str]) -> Any:

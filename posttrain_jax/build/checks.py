@@ -211,6 +211,12 @@ def _online(config: Config) -> None:
       "objective.cache_reference: answers that are yet to be written have no log-probabilities to cache; write false"
     )
   elsewhere.check(config)
+  scored = (*config.reward.parts, *config.reward.gates, *config.holdout_reward.parts)
+  if "environment" in scored and not tools.is_on(config):
+    raise ConfigError(
+      "reward.parts: environment is what an answer's environment gave itself, and this run has none; write"
+      " environment=sql (python, or FILE.py:Class) after the config's colon, or another verifier"
+    )
   part, titles = config.online.outcome, named.titles((*config.reward.parts, *config.reward.gates))
   if part not in ("", TOTAL, *titles, *titles.values()):
     raise ConfigError(
@@ -223,16 +229,31 @@ def _online(config: Config) -> None:
     raise ConfigError("objective.importance_low must be below objective.importance_high")
   if o.name == "grouped":
     methods.check_advantage(config)
-  if config.online.kl_in_reward and o.get("advantage") == "max_rl":
+  if o.get("advantage") == "max_rl" and (field := _may_be_negative(config.online)):
     raise ConfigError(
-      "online.kl_in_reward: advantage=max_rl divides by the mean reward, which this may make negative; write"
-      " --config.objective.kl_weight"
+      f"online.{field}: advantage=max_rl divides by the mean reward, which this may make negative; write"
+      f" --config.{_NEVER_NEGATIVE[field]}"
     )
   if config.online.storage != "auto" and o.get("importance") == "none":
     raise ConfigError(
       f"online.storage={config.online.storage}: answers are then drawn from another distribution than the one that"
       " learns; write --config.objective.importance=token too, which weighs each token by the ratio of the two"
     )
+
+
+# of config.online what may make a reward negative: what to write in its place
+_NEVER_NEGATIVE = {
+  "kl_in_reward": "objective.kl_weight",
+  "cut_penalty": "online.mask_cut=true",
+  "unparsed": "online.unparsed=0.0",
+}
+
+
+def _may_be_negative(online: Config) -> str:
+  """The field that may make a reward negative whose parts are not; "" where none does."""
+  is_so = lambda field, value: value < 0 if field == "unparsed" else value > 0
+  # runs of older versions lack some
+  return next((field for field in _NEVER_NEGATIVE if is_so(field, online.get(field, 0.0))), "")
 
 
 def _distillation(config: Config) -> None:

@@ -39,6 +39,7 @@ from posttrain_jax.core import distributed, progress, tree, words
 from posttrain_jax.environments.episode import Episode, restored
 from posttrain_jax.objectives import Scorer
 from posttrain_jax.rewards import alarm, section, selftest
+from posttrain_jax.rewards import columns as columns_lib
 from posttrain_jax.rewards import reward as reward_lib
 from posttrain_jax.rewards.ledger import Ledger
 from posttrain_jax.rewards.overlapped import Overlapped
@@ -83,11 +84,11 @@ class Online:
   ) -> None:
     self.config, self.model, self.prompts, self.say = config, model, data.examples, say
     self.mesh = mesh
-    columns = dict.fromkeys(name for prompt in self.prompts for name in prompt.row)
-    columns |= dict.fromkeys(turns_lib.COLUMNS if tools.is_on(config) else ())
+    columns, partly = columns_lib.of([(prompt.row, prompt.origin) for prompt in self.prompts])
+    columns += turns_lib.COLUMNS if tools.is_on(config) else ()
     self._stopping: Callable[[], bool] = lambda: False
     with distributed.alone(mesh):  # each has the reward models that it scores with
-      self.reward, self.holdout = scoring.make(config, list(columns), lambda: self._stopping())
+      self.reward, self.holdout = scoring.make(config, columns, partly, lambda: self._stopping())
     if config.objective.get("advantage") == "max_rl":
       scoring.check_not_negative(self.reward)
     outcome = config.online.outcome
@@ -108,6 +109,7 @@ class Online:
     )
     self.turns = Turns(config, model) if tools.is_on(config) else None
     if self.turns is not None:
+      self.turns.check_columns(columns, partly)
       self.turns.check_reward(self.reward.names, say)
     self.updates = methods.make(config, model.config.vocab_size, mesh)
     self.updates.gold = gold.rows(config, model, self.updates.of_data)

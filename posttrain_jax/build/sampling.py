@@ -20,6 +20,7 @@ from posttrain_jax.data import questions as questions_lib
 from posttrain_jax.evals import keeping, samples, tasks
 from posttrain_jax.evals.keeping import Keep, Summary
 from posttrain_jax.evals.samples import Drawn, Plan, Question, Sample
+from posttrain_jax.rewards import columns as columns_lib
 from posttrain_jax.rewards import section, selftest
 from posttrain_jax.rewards.reward import Reward, Scored
 from posttrain_jax.rewards.verifier import Answer
@@ -80,7 +81,8 @@ def write(wanted: Wanted, load: Callable[[], use.Used | Address]) -> Summary:
   _check(wanted)
   source, asked, longest = _who_answers_what(load(), wanted)
   with scoring.told_of_files(wanted.scored_by):
-    reward = scoring.of(wanted.scored_by, _columns(asked), partly=_partly(asked))
+    columns, partly = columns_lib.of([(example(q), q["origin"]) for q in asked])
+    reward = scoring.of(wanted.scored_by, columns, partly=partly)
   with scoring.told_of_files(wanted.scored_by):
     for sentence in selftest.check(reward, _references(asked, source.tokenizer)):
       log.info(sentence)
@@ -256,20 +258,6 @@ def example(question: Question) -> dict[str, Any]:
   if question["gold"] is not None:
     row.setdefault("gold", question["gold"])
   return row
-
-
-def _columns(asked: Sequence[Question]) -> list[str]:
-  """The columns that every row has."""
-  rows = [example(question) for question in asked]
-  return [column for column in rows[0] if all(column in row for row in rows)]
-
-
-def _partly(asked: Sequence[Question]) -> dict[str, str]:
-  """{column that some rows have and not all: the first row without it}."""
-  rows = [(example(question), question["origin"]) for question in asked]
-  every = dict.fromkeys(column for row, _ in rows for column in row)
-  without = {column: next((at for row, at in rows if column not in row), "") for column in every}
-  return {column: at for column, at in without.items() if at}
 
 
 def _references(asked: Sequence[Question], tokenizer: Any) -> list[Answer]:

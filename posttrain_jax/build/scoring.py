@@ -34,12 +34,13 @@ SILENT = Part("none", lambda *_: 0.0, range=(0.0, 1.0), untested=True)
 def make(
   config: ml_collections.ConfigDict,
   columns: Collection[str],
+  partly: Mapping[str, str],
   stopping: Callable[[], bool] = lambda: False,
 ) -> tuple[Reward, Reward | None]:
   """The reward of a run, and what scores the same answers and is not trained on, if anything does.
 
   Args:
-    columns: that the rows have.
+    columns, partly: see `rewards.section.make`.
     stopping: see `rewards.workers.Workers`.
 
   Raises:
@@ -49,7 +50,9 @@ def make(
     stopping=stopping
   )  # one call at a time: what times out says something of the verifier
   sections = (settings.plain(config[name]) for name in SECTIONS)
-  reward, other = (of(spec, columns, workers) if spec["parts"] else None for spec in sections)
+  reward, other = (
+    of(spec, columns, workers, partly=partly) if spec["parts"] else None for spec in sections
+  )
   if reward is None:
     if not decisions.teacher(config):
       raise ConfigError("reward.parts is empty: nothing says how good an answer is")

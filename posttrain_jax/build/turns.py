@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -31,6 +31,7 @@ from posttrain_jax.settings import ConfigError
 
 Config = ml_collections.ConfigDict
 COLUMNS = (COLUMN, LEFT)  # that rows of an environment have beside their own
+PROMPT = "prompt"  # what a row is told by beside its own columns
 CALLS = 4  # processes of tools that keep nothing, at most
 
 
@@ -41,7 +42,7 @@ class Turns:
     """Raises ConfigError where a turn of the template ends with no token of its own."""
     self.config, self.model = config, model
     o, about = config.online, tools.described(config)
-    self.acts, self.scores = about.acts, about.scores
+    self.acts, self.scores, self.needs = about.acts, about.scores, about.needs
     try:
       self.rules = Rules(
         about,
@@ -70,6 +71,14 @@ class Turns:
     own = " Its own reward is the verifier environment." if self.scores else ""
     bound = f"at most {o.max_turns} turns an answer, which online.max_new_tokens bounds as a whole"
     return f"\nturns: {what}; {bound}.{own}"
+
+  def check_columns(self, columns: Collection[str], partly: Mapping[str, str]) -> None:
+    """Raises ConfigError where the environment is reset with what the rows do not have; see `rewards.columns.of`."""
+    if absent := [name for name in self.needs if name not in (PROMPT, *columns)]:
+      raise ConfigError(
+        f"online.environment: reset() of {self.config.online.environment} takes {absent[0]!r},"
+        f" {trl.absent(absent[0], columns, partly)}"
+      )
 
   def check_reward(self, parts: Sequence[str], say: Callable[[str], None]) -> None:
     """Says where the environment has a reward that this run does not read."""
@@ -118,7 +127,7 @@ class Turns:
 
   def _asked(self, request: Request, prompt: Prompt) -> Asked:
     return Asked(
-      request, {"prompt": prompt.asked, **prompt.row}, functools.partial(self._opening, prompt)
+      request, {PROMPT: prompt.asked, **prompt.row}, functools.partial(self._opening, prompt)
     )
 
   def _opening(self, prompt: Prompt, said: str) -> list[int]:

@@ -44,9 +44,18 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     if stage.verb in VERBS:
       parser = _Parser(prog=f"stage {stage.name!r}: posttrain {stage.verb}", add_help=False)
       VERBS[stage.verb].add(parser)
-      parser.parse_args(list(stage.line[1:]))
+      _check_repeated(parser, stage.line[1:])
 
   return chain.run(args.config, args.workdir, check=check, say=lambda text: print(text, flush=True))
+
+
+def _check_repeated(parser: argparse.ArgumentParser, line: Sequence[str]) -> None:
+  """Raises ConfigError for a line that its command would refuse, or of which it would read a part."""
+  parsed = vars(parser.parse_args(line))
+  names = [flag.removeprefix("--").partition("=")[0] for flag in line]
+  for name in names:
+    if names.count(name) > 1 and not isinstance(parsed[name], list):
+      parser.error(f"{name} is a list and takes one value; write a text")
 
 
 class _Parser(argparse.ArgumentParser):

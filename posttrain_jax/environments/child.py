@@ -40,10 +40,8 @@ class Served:
     return {"scores": self.shape.scores, "acts": self.shape.acts, "tools": [*self._tools]}
 
   def describe(self) -> dict[str, Any]:
-    """The schema of each tool, as Transformers makes it of its hints and docstring."""
-    from transformers.utils import get_json_schema
-
-    return {"schemas": [get_json_schema(tool) for tool in self.shape.tools()]}
+    """The schema of each tool, as Transformers makes it of its hints and docstring, and what a row must have."""
+    return {"schemas": [_schema(tool) for tool in self.shape.tools()], "needs": self.shape.needs()}
 
   def reset(self, row: dict[str, Any], seed: int, episode: str) -> dict[str, Any]:
     return {"said": self.shape.reset(row, seed, episode)}
@@ -69,6 +67,20 @@ class Served:
 
   def end(self) -> dict[str, Any]:
     return {"reward": self.shape.reward(), "left": self.shape.left()}
+
+
+def _schema(tool: Callable[..., Any]) -> dict[str, Any]:
+  from transformers.utils import get_json_schema
+
+  from posttrain_jax.environments import shapes
+
+  try:
+    return get_json_schema(tool)
+  except Exception as error:
+    raise shapes.WrongShape(
+      f"the tool {shapes.name_of(tool)} cannot be told to a model: {error}; write type hints, and a docstring that says"
+      " what it does and under Args: what each argument is"
+    ) from error
 
 
 def serve(asked: Any, answer: Callable[[Any], None]) -> None:

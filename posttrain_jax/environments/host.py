@@ -220,11 +220,15 @@ def wait(hosts: Iterable[Host], seconds: float = LOOKS) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Described:
-  """What an environment offers: tools as templates are told of them, and whether it acts on turns and scores itself."""
+  """What an environment offers: tools as templates are told of them, and whether it acts on turns and scores itself.
+
+  needs: columns of the rows without which it cannot be reset.
+  """
 
   schemas: tuple[Mapping[str, Any], ...]
   acts: bool
   scores: bool
+  needs: tuple[str, ...] = ()
 
 
 def describe(source: Source, seconds: float = LOADING) -> Described:
@@ -242,4 +246,6 @@ def describe(source: Source, seconds: float = LOADING) -> Described:
     host.end()
   if isinstance(said, Failed):
     raise EnvironmentFailed(f"{source.name}: {said.reason}")
-  return Described(tuple(said["schemas"]), host.loaded["acts"], host.loaded["scores"])
+  return Described(
+    tuple(said["schemas"]), host.loaded["acts"], host.loaded["scores"], tuple(said["needs"])
+  )

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 NOT_TOOLS = ("reset", "get_reward", "step")
+BESIDE = ("seed", "episode_id")  # what reset is given beside the row's columns
 DONE, REWARD, METADATA = "done", "reward", "metadata"
 MOST_LEFT = 100_000  # characters of what an environment leaves for reward functions
 
@@ -44,6 +45,10 @@ class Shape:
   def reset(self, row: Mapping[str, Any], seed: int, episode: str) -> str | None:
     """Begins an episode for a row; what is said to the model before its first turn."""
     return None
+
+  def needs(self) -> list[str]:
+    """The columns of a row without which it cannot be reset."""
+    return []
 
   def act(self, text: str) -> Stepped:
     raise NotImplementedError
@@ -85,6 +90,9 @@ class Methods(Shape):
   def reset(self, row: Mapping[str, Any], seed: int, episode: str) -> str | None:
     return _said(_awaited(_taken(self.held.reset, row, seed=seed, episode_id=episode)))
 
+  def needs(self) -> list[str]:
+    return _needed_of(self.held.reset)
+
   @property
   def scores(self) -> bool:
     return callable(getattr(self.held, "get_reward", None))
@@ -114,6 +122,9 @@ class Actions(Shape):
   def reset(self, row: Mapping[str, Any], seed: int, episode: str) -> str | None:
     self._sum = None
     return self._read(_awaited(_taken(self.held.reset, row, seed=seed, episode_id=episode))).said
+
+  def needs(self) -> list[str]:
+    return _needed_of(self.held.reset)
 
   def act(self, text: str) -> Stepped:
     stepped = self._read(_awaited(self.held.step(self._action(text))))
@@ -205,6 +216,17 @@ def _taken(function: Callable[..., Any], row: Mapping[str, Any], **beside: Any) 
   every = any(p.kind is p.VAR_KEYWORD for p in parameters)
   given = {k: v for k, v in row.items() if every or k in named}
   return function(**given, **{k: v for k, v in beside.items() if k in named and k not in given})
+
+
+def _needed_of(reset: Callable[..., Any]) -> list[str]:
+  """What it takes without a default, but for what it is given beside a row.
+
+  >>> _needed_of(lambda answer, seed, level=1, **row: None)
+  ['answer']
+  """
+  parameters = inspect.signature(reset).parameters.values()
+  named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+  return [p.name for p in named if p.default is p.empty and p.name not in BESIDE]
 
 
 def _number(value: Any) -> float | None:

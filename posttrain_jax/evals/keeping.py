@@ -8,6 +8,7 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+from posttrain_jax.core import words
 from posttrain_jax.evals.samples import Sample
 from posttrain_jax.rewards import reward as rewards
 from posttrain_jax.rewards.reward import Scored
@@ -213,12 +214,12 @@ class Summary:
   )
 
   def __str__(self) -> str:
-    lines = [f"{self.answers} answers to {self.prompts} prompts"]
+    lines = [f"{words.count(self.answers, 'answer')} to {words.count(self.prompts, 'prompt')}"]
     if self.mean is not None:
       lines[0] += f", mean score {self.mean:.3g}"
     if self.passes:
       told = ", ".join(f"pass@{k} {value:.1%}" for k, value in self.passes.items())
-      lines.append(f"{told}; {self.none_right} prompts had no right answer")
+      lines.append(f"{told}; {words.count(self.none_right, 'prompt')} had no right answer")
     why = ", ".join(f"{count} {reason}" for reason, count in self.left_out.items())
     if self.gold is None:
       lines.append(f"{self.kept} kept" + (f"; left out: {why}" if why else ""))

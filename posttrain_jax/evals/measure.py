@@ -19,6 +19,7 @@ from posttrain_jax.evals.likelihood import Scores
 from posttrain_jax.evals.samples import Writer
 from posttrain_jax.evals.suite import Part, Suite
 from posttrain_jax.models import before
+from posttrain_jax.rewards import columns as columns_lib
 from posttrain_jax.rewards import section
 from posttrain_jax.rewards.compared import Compared
 from posttrain_jax.rewards.matching import RIGHT
@@ -254,11 +255,8 @@ def reward(one: Asked, unsafe_code: bool = False) -> Reward:
   spec = {"parts": (metric,)} if isinstance(metric, str) else dict(metric)
   spec = {**spec, "unsafe_code": unsafe_code or bool(spec.get("unsafe_code"))}
   examples = [{**asked_lib.example(question), FINISHED: True} for question in one.questions]
-  columns = [name for name in examples[0] if all(name in row for row in examples)]
-  partly = {
-    name: next(q["origin"] for q, row in zip(one.questions, examples) if name not in row)
-    for name in {name for row in examples for name in row} - {*columns}
-  }
+  origins = [question["origin"] for question in one.questions]
+  columns, partly = columns_lib.of([*zip(examples, origins, strict=True)])
   try:
     made = section.make(spec, columns, partly=partly, given={suite.STOPS: _stops})
   except ConfigError as error:

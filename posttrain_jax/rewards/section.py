@@ -130,6 +130,11 @@ def _read(spec: Mapping[str, Any]) -> _Spec:
       f"reward.weights={words.shown(tuple(asked.weights))}: there {_are(len(asked.parts), 'part')}"
       f" ({', '.join(asked.parts)}); write one weight for each, or none for 1 each"
     )
+  twice = [name for name in asked.parts if asked.parts.count(name) > 1]
+  if twice:
+    raise ConfigError(
+      f"reward.parts: {twice[0]!r} is there twice; name it once, with reward.weights for how much each part counts"
+    )
   both = [name for name in asked.gates if name in asked.parts]
   if both:
     raise ConfigError(
@@ -330,7 +335,10 @@ class _Room:
       options["column"] = built_in.column
     absent = [option for option in built_in.needed if option not in options]
     if absent:
-      raise ConfigError(f"reward.options: {name} needs {' and '.join(absent)}")
+      values = ", ".join(f"{option!r}: ..." for option in built_in.needed)
+      raise ConfigError(
+        f"reward.options: {name} needs {' and '.join(absent)}; write reward.options={{{name!r}: {{{values}}}}}"
+      )
     for option, kind in built_in.kinds.items():
       if option in options and not _is_a(options[option], kind):
         value = words.shown(options[option])
@@ -358,7 +366,7 @@ class _Room:
     what = f"{' and '.join(there)} may be it" if there else "none has a name that says so"
     raise ConfigError(
       f"reward.options: {name} compares with the expected answer, and of the data's columns ({listed}) {what}; write"
-      f" options={{{name!r}: {{'column': NAME}}}}"
+      f" reward.options={{{name!r}: {{'column': NAME}}}}"
     )
 
   def _has(self, name: str, column: str) -> str:

@@ -72,11 +72,14 @@ def _can_read(part: Part, references: Sequence[Answer], retries: int) -> None:
 def _check_there(part: Part, scores: Sequence[Score], rows: int) -> None:
   """Raises ConfigError where no answer has a score: what failed has not said that it cannot tell right from wrong."""
   if scores and all(map(_has_none, scores)):
-    place, was_raised, error = scores[0].reason.partition(": raised ")
+    reason = scores[0].reason
+    place, was_raised, error = reason.partition(": raised ")
+    is_no_number = reason.startswith("returned") and "not within" not in reason
+    wanted = "; a verifier returns a finite number, true or false" if is_no_number else ""
     raise ConfigError(
       f"reward: {part.name} raised {error}, at {place}, on all {rows} rows that were tried"
       if was_raised
-      else f"reward: {part.name} has no score for any of the {rows} rows that were tried: {scores[0].reason}"
+      else f"reward: {part.name} has no score for any of the {rows} rows that were tried: {reason}{wanted}"
     )
 
 

@@ -240,10 +240,22 @@ def _shown(old: Any) -> str:
   return repr(plain(old) if isinstance(old, ml_collections.ConfigDict) else old)
 
 
+# sections that not all config files have: which one does
+_HAVE = {
+  "critic": "--config=rl:method=ppo",
+  "online": "--config=rl, or distil:on_policy=0.5,",
+  "reward": "--config=rl",
+  "holdout_reward": "--config=rl",
+}
+
+
 def _unknown(name: str, text: str, config: ml_collections.ConfigDict) -> str:
   if fields.known_as(name) in fields.FIELDS and (why := fields.unread(plain(config), name)):
     return f"--config.{why}"
   there = flat(plain(config))
+  if fields.known_as(name) in fields.FIELDS:
+    by = _HAVE.get(name.partition(".")[0], "")
+    return f"unknown config key {name!r}: this config does not have it{by and f'; {by} has'}"
   meant = names.elsewhere(name)
   if meant and not names.ending(name, there):
     return f"unknown config key {name!r}: {_here(meant, text, config)}"
@@ -310,15 +322,20 @@ def search(config: str) -> dict[str, Any]:
     return dict(space())
 
 
-def stages(config: str) -> list[dict[str, Any]]:
-  """What a chain's file says of its stages, `stages(arg)`: dicts, in their order; see `build.chain`.
+def stages(config: str) -> list[Any]:
+  """What a chain's file says of its stages, `stages(arg)`: dicts, in their order, as `build.chain` checks.
 
   Raises:
     ConfigError: no such file, an unknown argument, or it has no `stages`.
   """
   path, _, arguments = config.partition(":")
   with _opened(path, needs="stages") as loaded:
-    return [dict(stage) for stage in loaded.stages(arguments or None)]
+    given = loaded.stages(arguments or None)
+    if given is None:
+      raise ConfigError(
+        f"{path}: stages(arg) returns None; write `yield` before each stage, or return a list"
+      )
+    return list(given)
 
 
 def _how_to_sweep(path: str, file: Path) -> str:

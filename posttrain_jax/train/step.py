@@ -234,7 +234,7 @@ def _accumulated(one, trainable, batch, accumulate):
 
   def body(carry, xs):
     grads, metrics = one(*xs)
-    return (offload.add(carry[0], grads), jax.tree.map(jnp.add, carry[1], metrics)), None
+    return (offload.add(carry[0], grads), metrics_lib.add(carry[1], metrics)), None
 
   (grads, metrics), _ = jax.lax.scan(body, start, (microbatches, jnp.arange(accumulate)))
   return grads, metrics

@@ -9,7 +9,7 @@ import pytest
 
 from posttrain_jax import adapters, quant
 from posttrain_jax.adapters import AdapterConfig
-from posttrain_jax.core import tree
+from posttrain_jax.core import memory, tree
 from posttrain_jax.core.weight import Adapted
 from posttrain_jax.models import decoder
 from posttrain_jax.models.config import from_hf
@@ -102,6 +102,21 @@ def test_a_quantised_base_is_bound_merged_and_counted():
   bound = logits(adapters.bind(params, adapter), tokens, model)
   close(logits(adapters.merge(params, adapter), tokens, model), bound, rtol=2e-5)
   assert adapters.summary(params, adapter) == adapters.summary(dense, adapter)
+
+
+@pytest.mark.parametrize("storage", ["dense", "nf4"])
+@pytest.mark.parametrize("joined", [adapters.merge, adapters.settled])
+def test_what_lies_on_the_host_is_joined_on_the_device(storage, joined):
+  """Base and adapter there: what writes during a run with model.offload=layers reads the joined tree."""
+  model = families.config("llama", hidden_size=64, intermediate_size=64, head_dim=16)
+  params = families.params(model)
+  params = quant.quantize_params(params) if storage == "nf4" else params
+  _, adapter = adapters.init(KEY, params, AdapterConfig(r=3))
+  away = lambda x: jax.device_put(x, memory.host(x.sharding))
+  there = {**params, "layers": jax.tree.map(away, params["layers"])}
+  found = joined(there, jax.tree.map(away, adapter))
+  assert not memory.any_on_host(found)
+  jax.tree.map(np.testing.assert_array_equal, found, joined(params, adapter))
 
 
 def test_binds_nest():

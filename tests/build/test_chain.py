@@ -12,6 +12,7 @@ import time
 import pytest
 
 from posttrain_jax import settings
+from posttrain_jax.__main__ import main
 from posttrain_jax.build import chain
 from posttrain_jax.evals import chain_page
 from posttrain_jax.settings import ConfigError
@@ -225,6 +226,16 @@ WRONG = {
   ),
   "an unknown argument": ('  yield {"name": "a", "train": "sft:dat=x"}', "stage 'a': .*'dat'"),
   "out": ('  yield {"name": "a", "sample": {"out": "x"}}', "without out"),
+  "no stage": ('  yield "sft"', "stage 1 is 'sft'; write a dict of its name"),
+  "nothing": ('  return {"name": "a"}.clear()', r"stages\(arg\) returns None; write `yield`"),
+  "fields in a list": (
+    '  yield {"name": "a", "train": "sft", "fields": ["steps=1"]}',
+    "write a dict .* fields of a training as a dict",
+  ),
+  "a training that its command refuses": (
+    '  yield {"name": "a", "train": "rl:data=sql,reward=sql", "fields": {"online.samples": 1}}',
+    "stage 'a': online.samples=1: an answer is compared with others",
+  ),
 }
 
 
@@ -236,6 +247,30 @@ def test_what_is_not_understood_is_refused_before_anything_runs(wrong, tmp_path)
   with pytest.raises(ConfigError, match=sentence):
     chain.run(str(file), tmp_path / "runs")
   assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+  ("option", "sentence"),
+  [
+    ('"nn": 2', "unrecognized arguments: --nn=2"),
+    ('"reward": ["number", "length"]', "reward is a list and takes one value; write a text"),
+  ],
+)
+def test_an_option_that_a_stage_s_command_refuses_is_told_with_the_stage(
+  tmp_path, capsys, option, sentence
+):
+  file = tmp_path / "mine.py"
+  sample = f'{{"model": "m", {option}}}'
+  file.write_text(f'def stages(arg=None):\n  yield {{"name": "a", "sample": {sample}}}\n')
+  assert main(["chain", f"--config={file}", f"--workdir={tmp_path / 'runs'}"]) == 1
+  assert f"stage 'a': posttrain sample: {sentence}" in " ".join(capsys.readouterr().err.split())
+  assert not (tmp_path / "runs").exists()
+
+
+def test_a_list_is_an_option_many_times_and_what_is_false_is_left_out(tmp_path):
+  asked = {"model": "m", "stop": ["\n", "###"], "unsafe_code": False}
+  (stage,) = chain.expand([{"name": "a", "sample": asked}], tmp_path)
+  assert stage.line[:-1] == ("sample", "--model=m", "--stop=\n", "--stop=###")
 
 
 def test_a_folder_of_something_else_is_left_alone(made):

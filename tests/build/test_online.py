@@ -44,10 +44,12 @@ class Writes:
       yield place, Answer(request, [55], np.zeros(1, np.float32), "stop_token")
 
 
-def source(folder, gold, **fields):
+def source(folder, gold, *, without=(), **fields):
+  """without: places of rows that have no answer."""
   small = {"batch.rows": 2, "online.samples": 2, "steps": 9} | fields
   config = settings.load(str(CONFIG), [settings.override(k, v) for k, v in small.items()])
-  prompts = [Prompt(np.asarray([5, i]), "?", {"answer": gold}, f"row {i}") for i in range(4)]
+  rows = [{"id": i} if i in without else {"id": i, "answer": gold} for i in range(4)]
+  prompts = [Prompt(np.asarray([5, i]), "?", row, f"row {i}") for i, row in enumerate(rows)]
   model = types.SimpleNamespace(
     tokenizer=tiny.tokenizer(), config=types.SimpleNamespace(vocab_size=256)
   )
@@ -97,6 +99,16 @@ def test_batches_without_any_score_are_told_and_end_the_run(tmp_path):
     made.batch(STATE)
   assert not [*tmp_path.glob("completions/scores_*")]  # they are asked for anew
   assert len([*tmp_path.glob("completions/answers_*")]) == 3
+
+
+def test_a_column_that_a_verifier_reads_is_every_row_s(tmp_path):
+  """As `posttrain sample` has it: of rows without it a run would write answers that nothing scores."""
+  with pytest.raises(
+    ConfigError, match="column 'answer', which not all rows have; the first without it is row 2"
+  ):
+    source(tmp_path, "7", without=(2, 3))
+  with pytest.raises(ConfigError, match=r"of the data's columns \(id\) none has a name"):
+    source(tmp_path, "7", without=range(4))
 
 
 def test_what_ends_a_run_by_decision_is_told_in_its_own_words(capsys, monkeypatch):

@@ -24,6 +24,10 @@ class Echo:
     score = sum(map(ord, action)) % 97 / 97
     return "so", score, len(self.heard) == 3, False, {}
 
+class Asks(Echo):
+  def reset(self, level, seed, **row):
+    return ""
+
 class Raises(Echo):
   def step(self, action: str):
     raise ValueError("broken")
@@ -165,6 +169,7 @@ def test_answers_of_an_environment_that_raises_have_no_score(folder, tmp_path, c
     ({"name": "Nothing"}, "environment", "has no function 'Nothing'"),
     ({"name": "double", "reward": "environment"}, "tools", "has neither; name a verifier"),
     ({"name": "double", "reward": "number"}, "tools", "writes no calls of tools"),
+    ({"name": "Asks"}, "environment", "mine.py:Asks takes 'level', which the data does not have"),
   ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_written(

@@ -1,7 +1,8 @@
-"""What drawn runs train on: eight tiny models with a tokenizer each, and eight rows of every kind."""
+"""What drawn runs read: eight tiny models with a tokenizer each, eight rows of every kind, and what scores answers."""
 
 import contextlib
 import hashlib
+import json
 import pathlib
 import tempfile
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from typing import Any
 
 from posttrain_jax.models.config import FULL, SLIDING, ModelConfig
 from tests import tiny
-from tests.compose import draws, road
+from tests.compose import draws, online, road
 
 WINDOW = 16
 GEMMA = dict(
@@ -67,12 +68,64 @@ def _fill(folder: pathlib.Path) -> None:
       road.save_model(of, config(name), seed)
       tiny.tokenizer().save_pretrained(of)
     road.save_adapter(path.with_name(f"{name}-adapter"), path)
+    # so that an answer of random bytes ends now and then
+    ends = {"eos_token_id": [tiny.SIZES["eos_token_id"], *range(70, 84)]}
+    (path / "generation_config.json").write_text(json.dumps(ends))
+  asked = [_asked(word) for word in WORDS]
+  tiny.write_jsonl(folder / online.PROMPTS, asked)
+  (folder / online.FILE).write_text(SCORING)
   for kind, row in ROWS.items():
     for name, count, first in (("", 8, 0), ("-other", 4, 8)):
       some = [row(i, "") for i in range(first, first + count)]
       tiny.write_jsonl(folder / f"{kind}{name}.jsonl", some)
     long = [row(i, "now " * 40 if i == 5 else "") for i in range(8)]
     tiny.write_jsonl(folder / f"{kind}-long.jsonl", long)
+
+
+WORDS = ("one", "two", "red", "sky", "sea", "hat", "cat")
+SCORING = '''
+def early(prompt, completion, example) -> float:
+  return sum(map(ord, completion)) % 97 / 97
+
+def rare(prompt, completion, example) -> bool:
+  return sum(map(ord, completion)) % 3 == 0
+
+def missing(prompt, completion, example):
+  if sum(map(ord, completion)) % 3 == 0:
+    return float("nan")
+  return len(completion) % 2
+
+def listed(prompts, completions, answer, **columns):
+  return [float(len(str(one)) % 2) for one in completions]
+
+def empty(prompts, completions, **columns):
+  return [None if len(str(one)) % 2 else 0.5 for one in completions]
+
+def double(number: int) -> int:
+  """
+  Doubles a number.
+
+  Args:
+    number: The number.
+  """
+  return 2 * number
+
+class Echo:
+  def reset(self, answer, **row):
+    return ""
+
+  def step(self, action: str):
+    return "and?", float(len(action) % 2), len(action) % 3 == 0, False, {}
+'''
+
+
+def _asked(word: str) -> dict[str, Any]:
+  said = lambda role, content: [{"role": role, "content": content}]
+  return {
+    "prompt": said("user", f"say {word}"),
+    "completion": said("assistant", word),
+    "answer": word,
+  }
 
 
 def config(name: str) -> ModelConfig:

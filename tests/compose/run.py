@@ -3,7 +3,8 @@
   python -m tests.compose.run --draws=500 --workers=2 --out=.cache/compose/draws.jsonl
   python -m tests.compose.run --draw=123
 
-Run again it goes on: what `--out` holds is not drawn again (`--again` draws anew what failed).
+Run again it goes on: what `--out` holds is not drawn again (`--again` draws anew what failed).  With `--online` the
+draws are of runs that write their own answers (`tests/compose/online.py`).
 """
 
 import argparse
@@ -29,6 +30,11 @@ AXES = (
   *("packing", "share_prompt", "mesh", "mixture", "truncate", "evaluated", "held"),
   "attention",
 )
+ONLINE_AXES = (
+  *("kind", "method", "family", "adapter", "base", "optimizer", "storage", "score", "turns"),
+  "mesh",
+)
+ONLINE = "--online"
 
 
 def main() -> int:
@@ -36,17 +42,18 @@ def main() -> int:
   parser.add_argument("--draws", type=int, default=500, help="how many")
   parser.add_argument("--from", type=int, default=0, dest="first", help="the first seed")
   parser.add_argument("--workers", type=int, default=2, help="processes")
-  parser.add_argument("--out", default=".cache/compose/draws.jsonl", help="a line for each draw")
+  parser.add_argument("--out", help="a line for each draw; default .cache/compose/draws.jsonl")
+  parser.add_argument(ONLINE, action="store_true", help="runs that write their own answers")
   parser.add_argument("--draw", type=int, help="this draw alone, in this process")
   parser.add_argument("--again", action="store_true", help="draw anew what failed")
   parser.add_argument("--table", action="store_true", help="the table of --out, and no draw")
   parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
   given = parser.parse_args()
   if given.worker:
-    return _worker()
+    return _worker(given.online)
   if given.draw is not None:
-    return _alone(given.draw)
-  out = pathlib.Path(given.out)
+    return _alone(given.draw, given.online)
+  out = pathlib.Path(given.out or f".cache/compose/{'online' if given.online else 'draws'}.jsonl")
   out.parent.mkdir(parents=True, exist_ok=True)
   done = read(out)
   wanted = [
@@ -55,9 +62,9 @@ def main() -> int:
     if seed not in done or (given.again and done[seed]["outcome"] == "failed")
   ]
   if not given.table and wanted:
-    _all(wanted, given.workers, out)
+    _all(wanted, given.workers, out, given.online)
   results = read(out)
-  print(table(results.values()))
+  print(table(results.values(), given.online))
   return int(any(result["outcome"] == "failed" for result in results.values()))
 
 
@@ -71,7 +78,7 @@ def read(path: pathlib.Path) -> dict[int, dict[str, Any]]:
 # --- processes -------------------------------------------------------------------------------------------------------
 
 
-def _all(seeds: list[int], workers: int, out: pathlib.Path) -> None:
+def _all(seeds: list[int], workers: int, out: pathlib.Path, online: bool) -> None:
   waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
   for seed in seeds:
     waiting.put(seed)
@@ -92,20 +99,25 @@ def _all(seeds: list[int], workers: int, out: pathlib.Path) -> None:
 
   # made before there are several to make it
   subprocess.run(
-    [sys.executable, "-m", "tests.compose.run", "--worker"],
+    _line(online),
     input="",
     cwd=ROOT,
     text=True,
     check=True,
   )
-  threads = [threading.Thread(target=_serve, args=(waiting, ended)) for _ in range(workers)]
+  threads = [threading.Thread(target=_serve, args=(waiting, ended, online)) for _ in range(workers)]
   for thread in threads:
     thread.start()
   for thread in threads:
     thread.join()
 
 
-def _serve(waiting: "queue.SimpleQueue[int]", ended) -> None:
+def _line(online: bool) -> list[str]:
+  """The command of a worker."""
+  return [sys.executable, "-m", "tests.compose.run", "--worker", *([ONLINE] if online else [])]
+
+
+def _serve(waiting: "queue.SimpleQueue[int]", ended, online: bool) -> None:
   """One process after the other, each for some draws."""
   process, given = None, 0
   while True:
@@ -115,7 +127,7 @@ def _serve(waiting: "queue.SimpleQueue[int]", ended) -> None:
       break
     if process is None or given == DRAWS:
       _end(process)
-      process, given = _started(), 0
+      process, given = _started(online), 0
     given += 1
     asked, answered = process.stdin, process.stdout
     assert asked is not None
@@ -137,22 +149,28 @@ def _serve(waiting: "queue.SimpleQueue[int]", ended) -> None:
       _end(process)
       process = None
       ended(
-        {"draw": _drawn(seed), "outcome": "failed", "why": [why], "seconds": {"train": seconds}}
+        {
+          "draw": _drawn(seed, online),
+          "outcome": "failed",
+          "why": [why],
+          "seconds": {"train": seconds},
+        }
       )
       continue
     ended(json.loads(line))
   _end(process)
 
 
-def _drawn(seed: int) -> dict[str, Any]:
+def _drawn(seed: int, online: bool) -> dict[str, Any]:
   from tests.compose import draws
+  from tests.compose import online as online_lib
 
-  return draws.draw(seed)
+  return online_lib.draw(seed) if online else draws.draw(seed)
 
 
-def _started() -> subprocess.Popen:
+def _started(online: bool) -> subprocess.Popen:
   return subprocess.Popen(
-    [sys.executable, "-m", "tests.compose.run", "--worker"],
+    _line(online),
     stdin=subprocess.PIPE,
     stdout=subprocess.PIPE,
     stderr=subprocess.DEVNULL,
@@ -167,41 +185,44 @@ def _end(process: subprocess.Popen | None) -> None:
     process.wait()
 
 
-def _worker() -> int:
+def _worker(online: bool) -> int:
   """Seeds in, a line each; results go to the first stdout, whatever else is printed to none."""
   lines = os.fdopen(os.dup(1), "w")
   os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-  result_of = _checker()
+  result_of = _checker(online)
   for seed in sys.stdin:
     print(json.dumps(result_of(int(seed))), file=lines, flush=True)
   return 0
 
 
-def _checker():
+def _checker(online: bool):
   """seed -> result; jax starts here, with the tests' devices and compile cache."""
   import tests.conftest  # noqa: F401
-  from tests.compose import check, draws, folders
+  from tests.compose import check, check_online, folders
 
   shared = folders.make(ROOT / ".cache" / "compose")
+  checked = check_online.check if online else check.check
 
   def result_of(seed: int) -> dict[str, Any]:
-    d, began = draws.draw(seed), time.process_time()
+    d, began = _drawn(seed, online), time.process_time()
     with tempfile.TemporaryDirectory() as scratch:
-      result = check.check(d, shared, pathlib.Path(scratch))
+      result = checked(d, shared, pathlib.Path(scratch))
     return {"draw": d, **result, "core_seconds": round(time.process_time() - began, 1)}
 
   return result_of
 
 
-def _alone(seed: int) -> int:
+def _alone(seed: int, online: bool) -> int:
   import tests.conftest  # noqa: F401
   from tests.compose import draws, folders
+  from tests.compose import online as online_lib
 
-  d = draws.draw(seed)
+  d = _drawn(seed, online)
   print(draws.shown(d))
-  config, overrides = draws.command(d, folders.make(ROOT / ".cache" / "compose"))
+  command = online_lib.command if online else draws.command
+  config, overrides = command(d, folders.make(ROOT / ".cache" / "compose"))
   print(" ".join(["posttrain train", f"--config=configs/{config}", *overrides]), flush=True)
-  result = _checker()(seed)
+  result = _checker(online)(seed)
   print(f"{result['outcome']} {result['seconds']}")
   print("\n".join([*result["why"], result.get("trace", "")]))
   return int(result["outcome"] == "failed")
@@ -210,7 +231,7 @@ def _alone(seed: int) -> int:
 # --- the table -------------------------------------------------------------------------------------------------------
 
 
-def table(results: Iterable[Mapping[str, Any]]) -> str:
+def table(results: Iterable[Mapping[str, Any]], online: bool = False) -> str:
   """Counts by axis and value, the sentences of refusals, and each failure with the command that repeats it."""
   results = list(results)
   count = lambda some: " ".join(
@@ -218,7 +239,7 @@ def table(results: Iterable[Mapping[str, Any]]) -> str:
     for outcome in ("passed", "refused", "failed")
   )
   lines = [f"{'':34} {'passed':>8} {'refused':>8} {'failed':>8}", f"{'all':34} {count(results)}"]
-  for axis in AXES:
+  for axis in ONLINE_AXES if online else AXES:
     values = {str(r["draw"].get(axis)): None for r in results if axis in r["draw"]}
     lines.append(axis)
     for value in sorted(values):
@@ -230,7 +251,7 @@ def table(results: Iterable[Mapping[str, Any]]) -> str:
   lines.append("\nfailed")
   for r in results:
     if r["outcome"] == "failed":
-      lines.append(f"make compose DRAW={r['draw']['seed']}")
+      lines.append(f"make compose DRAW={r['draw']['seed']}{' ONLINE=1' if online else ''}")
       lines += [f"    {why}" for why in r["why"]]
   core = [r["core_seconds"] for r in results if "core_seconds" in r]
   lines.append(f"\n{len(results)} draws, {sum(core) / max(len(core), 1):.1f} s of a core each")

@@ -256,5 +256,8 @@ def test_what_cannot_be_had_is_refused_with_the_line(tmp_path):
     host_lib.describe(Source(f"{path}:Env"))
   with pytest.raises(EnvironmentFailed, match="no public method"):
     host_lib.describe(Source(f"{FILE}:Neither"))
-  with pytest.raises(EnvironmentFailed, match="bare"):
+  with pytest.raises(
+    EnvironmentFailed,
+    match=r"the tool bare cannot be told to a model: .*; write type hints, and a docstring",
+  ):
     host_lib.describe(Source(tools=(f"{FILE}:bare",)))

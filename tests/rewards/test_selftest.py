@@ -104,6 +104,7 @@ def test_what_is_not_about_rightness_is_not_tried():
     (lambda p, c, e: e["anwser"], r"mine raised KeyError: 'anwser', at .*\.py:\d+, on all 3 rows that were tried$"),
     (lambda p, c, e: score.missing("the judge at http://a does not answer: Connection refused"),
      "mine has no score for any of the 3 rows that were tried: the judge at http://a does not answer"),
+    (lambda p, c, e: "0.5", "returned '0.5', a str; a verifier returns a finite number, true or false$"),
   ],
 )  # fmt: skip
 def test_what_fails_is_not_said_to_be_unable_to_judge(verifier, message):

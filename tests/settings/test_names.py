@@ -104,6 +104,9 @@ def test_near_names_are_of_every_section(config, override, field):
     ("sft.py:adapter=none", "lora_r=8", "adapter.r, which this config does not have"),
     ("grouped.py", "beta=0.1", "the loss 'ppo' does not read it"),
     ("sft.py:optimizer=sgd", "adam_beta2=0.9", "optimizer.b2: optimizer.name='sgd' does not read"),
+    ("rl.py", "critic.gamma=0.9", "does not have it; --config=rl:method=ppo has"),
+    ("sft.py", "online.samples=4", "'online.samples': this config does not have it; --config=rl,"),
+    ("sft.py:adapter=ia3", "adapter.r=4", "'adapter.r': this config does not have it"),
   ],
 )
 def test_a_field_of_another_method_says_whose(config, override, said):

@@ -40,6 +40,17 @@ class Quadratic:
     return jnp.sum(each) / totals["rows"], {"loss": metrics_lib.mean(each)}
 
 
+class Measured(Quadratic):
+  """It tells of the targets above 0 the largest, the least and how they spread."""
+
+  def loss(self, trainable, context, batch, totals, key, *, training):
+    loss, told = super().loss(trainable, context, batch, totals, key, training=training)
+    x = batch["target"]
+    for of in (metrics_lib.largest, metrics_lib.least, metrics_lib.deviation):
+      told[of.__name__] = of(x, x > 0)
+    return loss, told
+
+
 class Starting(Quadratic):
   def start(self, trainable):
     return None
@@ -49,6 +60,18 @@ def quadratic(optimizer="adamw", accumulate=1, **options):
   made, _ = chain.chain(optimizer, lr=0.1, steps=100, schedule="constant")
   run = jax.jit(step.make(Quadratic(), made, accumulate=accumulate, **options), donate_argnums=0)
   return run, state_lib.start({"x": jnp.asarray([1.0, 2.0, 3.0])}, made)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 4])
+def test_what_is_told_of_micro_batches_is_told_of_the_batch(accumulate):
+  """One of them has nothing to tell."""
+  made, _ = chain.chain("adamw", lr=0.1, steps=100, schedule="constant")
+  run = jax.jit(step.make(Measured(), made, accumulate=accumulate))
+  state = state_lib.start({"x": jnp.asarray([1.0, 2.0, 3.0])}, made)
+  _, metrics = run(state, Context(), targets(3.0, -1.0, 2.0, 5.0))
+  told = metrics_lib.read(metrics)
+  assert [told[name] for name in ("largest", "least")] == [5, 2]
+  assert told["deviation"] == pytest.approx(np.std([3, 2, 5]))
 
 
 def targets(*values):
