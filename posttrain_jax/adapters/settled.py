@@ -48,7 +48,7 @@ def _one(path: str, leaf: Any, rounded: bool, on_cpu: bool) -> Any:
     return jax.jit(weight.dense)(leaf)
   if isinstance(
     leaf.node, Replaced
-  ):  # a matrix that trains is rounded for its products anyway, a vector is not
+  ):  # a matrix is rounded for its products anyway, a vector is not
     return jax.jit(weight.dense)(leaf) if tree.turned(path) or path == EMBEDDING else leaf
   return leaf.node.settled(_base(path, leaf.base, on_cpu))
 
