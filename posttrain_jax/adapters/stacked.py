@@ -251,6 +251,9 @@ def entry(adapter: Any, params: Any, room: Room, like: Mapping[str, Any]) -> dic
   nodes = tree.flatten(adapter)
   for path, node in nodes.items():
     _check_room(path, node, room)
+  rank = max((node.a.shape[-1] for node in nodes.values() if hasattr(node, "a")), default=0)
+  if rank > room.rank:
+    raise ValueError(too_large("rank", rank, room.rank))
   stacked = tree.flatten(stack([adapter], params))
   made: dict[str, Any] = {}
   for path, slots in like.items():
@@ -283,17 +286,25 @@ def _check_room(path: str, node: Any, room: Room) -> None:
   if path in (before.PROMPT, before.PREFIX):
     kind, most = ("prompt", room.prompt) if path == before.PROMPT else ("prefix", room.prefix)
     if node.slots > most:
-      raise ValueError(
-        f"it is a {'soft prompt' if kind == 'prompt' else 'prefix'} of {node.slots} slots; there is room for {most}"
-      )
+      raise ValueError(too_large(f"{kind}_slots", node.slots, most))
     return
   _check(path, 0, node)
   if path not in room.paths:
     raise ValueError(
       f"it has a {type(node).__name__} at {path}; there is room at {', '.join(room.paths)} alone"
     )
-  if (rank := node.a.shape[-1]) > room.rank:
-    raise ValueError(f"its rank at {path} is {rank}; there is room for rank {room.rank}")
+
+
+def too_large(kind: str, size: int, room: int) -> str:
+  """Why an adapter has no place in a stack; kind: rank, prompt_slots or prefix_slots."""
+  what, option = {
+    "rank": (f"its rank is {size}", "max_rank"),
+    "prompt_slots": (f"it is a soft prompt of {size} slots", "prompt_slots"),
+    "prefix_slots": (f"it is a prefix of {size} slots", "prefix_slots"),
+  }[kind]
+  return (
+    f"{what}; there is room for {room} (posttrain serve --{option}={size} has it in every slot)"
+  )
 
 
 def _arrays(node: Any) -> dict[str, Array]:

@@ -229,9 +229,10 @@ class Engine:
     at = next(self._tickets)
     bound = self._bound if request.bound is None else request.bound
     requests.check(request, self.config, self.length, bound, self._bound_rows)
-    if request.stop_strings and self.tokenizer is None:
+    tokenizer = self._tokenizer(request)
+    if request.stop_strings and tokenizer is None:
       raise ValueError("a request with stop_strings needs an engine with tokenizer=")
-    requests.check_strings(request.stop_strings, self.tokenizer)
+    requests.check_strings(request.stop_strings, tokenizer)
     if self.records_kept and request.sampling.is_penalised:
       raise ValueError(
         f"{_penalties(request.sampling)} with records_kept: the log-probabilities would be"
@@ -699,13 +700,18 @@ class Engine:
     request, tokens = row.request, row.tokens
     if request.stop_strings:
       least = request.min_new_tokens
-      length = requests.string_end(tokens, read, least, request.stop_strings, self.tokenizer)
+      tokenizer = self._tokenizer(request)
+      length = requests.string_end(tokens, read, least, request.stop_strings, tokenizer)
       if length is not None:
         return requests.STRING, length
     if is_live:
       return None
     stopped = tokens[-1] in request.stop_tokens
     return (requests.STOPPED if stopped else requests.FULL), len(tokens)
+
+  def _tokenizer(self, request: Request) -> Any:
+    """What stop strings are looked for with."""
+    return self.tokenizer if request.tokenizer is None else request.tokenizer
 
   def _wants_top(self, request: Request) -> bool:
     return self.top > 0 and request.top != 0

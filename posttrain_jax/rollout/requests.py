@@ -13,7 +13,7 @@ from posttrain_jax.core import bits, seeds, words
 from posttrain_jax.models.config import ModelConfig
 from posttrain_jax.rollout.sampling import GREEDY, Sampling
 
-MOST_STOPS = 16  # stop tokens of a request
+MOST_STOPS = 64  # stop tokens of a request
 STOPPED, STRING, FULL = "stop_token", "stop_string", "max_new_tokens"
 
 
@@ -25,6 +25,7 @@ class Request:
   min_new_tokens: so many are drawn before one that ends the text, a stop token or the end of a stop string.
   stop_tokens: ids that end the text; the one drawn is its last token.
   stop_strings: the text ends with the token by which it holds one of them.
+  tokenizer: writes the text that those are looked for in; None: the engine's.
   seed, number, sample: each from 0 to 2^32 - 1; the latter two say which prompt of a run it is, and which of the
     answers to it.
   row: which entry of the parameters' rows it is for, where they are bound with rows; else 0.
@@ -51,6 +52,7 @@ class Request:
   top: int | None = None
   scores_prompt: bool = False
   allowed: Callable[[Sequence[int]], np.ndarray] | None = None
+  tokenizer: Any = None
 
   @property
   def known_by(self) -> Hashable:

@@ -82,7 +82,7 @@ class Registry:
 
     Args:
       entry: an adapter's tree -> what a slot takes; raises ValueError for what has no place in one.
-      params: the base's.
+      params: the base's, as it is served: what an adapter is read against is kept once.
       root: the one folder whose folders, adapters or runs, may be used by their names.
       reserved: the base's own names.
       entry_context: what a thread enters to compute an entry: the mesh.

@@ -150,7 +150,7 @@ class Answering:
       choice.every.append(token)
       if token.id in choice.asked.stop_ids and choice.drawn >= choice.asked.min_new:
         break
-      text += choice.spelling.feed(token.id)
+      text += choice.spelling.feed(token.id, may_end=choice.drawn > choice.asked.min_new)
       tokens.append(token)
       if choice.spelling.matched is not None:
         break

@@ -72,6 +72,11 @@ class App:
     made = Router(routes, redirect_slashes=False)
     return guard.Guard(made, keys=keys, local=local, limits=self.limits, metrics=self.metrics)
 
+  def close(self) -> None:
+    """What waits for a thread is not begun any more."""
+    for threads in (self._threads, self._readers):
+      threads.shutdown(wait=False, cancel_futures=True)
+
   async def in_thread(self, work: Callable[..., Any], *args: Any) -> Any:
     loop = asyncio.get_running_loop()
     return await loop.run_in_executor(self._threads, functools.partial(work, *args))
@@ -211,6 +216,7 @@ class App:
       min_new=min(wanted.min_new, new),
       stop_ids=frozenset(ends),
       stop_strings=wanted.stops,
+      tokenizer=model.voice.tokenizer,
       adapter=model.adapter,
       top=wanted.top or 0,
       echo_logprobs=echo and wanted.top is not None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -27,6 +28,7 @@ class Asked:
   stop_ids: ids that end the text; the one drawn is its last token.
   stop_strings: the text ends with the token by which it holds one.  One that is the text of a special token ends it by
     that token's id; one that no text can hold ends nothing.
+  tokenizer: writes the text that they are looked for in; None: the worker's.
   adapter: the name of a registered adapter, or of a folder under the root; None is the base.
   top: so many most likely tokens are told with each token, at most `asked.MOST_TOP`.
   echo_logprobs: the log-probabilities of the prompt's tokens are told too (`Prompt`).
@@ -40,6 +42,7 @@ class Asked:
   min_new: int = 0
   stop_ids: frozenset[int] = frozenset()
   stop_strings: tuple[str, ...] = ()
+  tokenizer: Any = None
   adapter: str | None = None
   top: int = 0
   echo_logprobs: bool = False

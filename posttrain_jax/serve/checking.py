@@ -28,7 +28,8 @@ def request(asked: Asked, version: Version | None, engine: Engine) -> Request:
     raise ValueError("max_new=0 without echo_logprobs asks for nothing")
   if not 0 <= asked.top <= engine.top:
     raise ValueError(f"top={asked.top}: at most {engine.top} likely tokens are told")
-  ids, strings = stops(asked, engine.tokenizer)
+  tokenizer = engine.tokenizer if asked.tokenizer is None else asked.tokenizer
+  ids, strings = stops(asked, tokenizer)
   bound = 0 if version is None else version.bound
   made = Request(
     asked.prompt,
@@ -44,6 +45,7 @@ def request(asked: Asked, version: Version | None, engine: Engine) -> Request:
     whose=("base",) if version is None else ("adapter", version.digest),
     top=asked.top,
     scores_prompt=asked.echo_logprobs,
+    tokenizer=tokenizer,
   )
   requests.check(made, engine.config, engine.length, bound, None)
   return made

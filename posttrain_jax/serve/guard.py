@@ -8,6 +8,7 @@ requests whose Host is this machine are answered, so that a name that was made t
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import ipaddress
 import json
@@ -63,6 +64,8 @@ class Guard:
       await self.answer(_no_route(scope, error), send)
     except Refused as refused:
       if not started:
+        if refused.status == 413 and b"expect" not in dict(scope["headers"]):
+          await _dropped(receive, self._limits.unread_seconds)
         await self.answer(refused, send)
     except Gone:
       pass
@@ -102,6 +105,15 @@ class Guard:
         "is not one of this server's" if given else "is missing: write Authorization: Bearer KEY"
       )
       raise Refused(401, f"the key {what}", None, AUTHENTICATION, "invalid_api_key")
+
+
+async def _dropped(receive: Receive, seconds: float) -> None:
+  """Takes the rest of a body and keeps none: a connection closed amid it is all that its sender would hear."""
+  with contextlib.suppress(TimeoutError):
+    async with asyncio.timeout(seconds):
+      message = await receive()
+      while message["type"] == "http.request" and message.get("more_body", False):
+        message = await receive()
 
 
 def _no_route(scope: Scope, error: HTTPException) -> Refused:

@@ -15,12 +15,15 @@ class Limits:
   n: answers of a request, and prompts times answers.
   stops: stop strings, as OpenAI has them; lm-evaluation-harness sends as many.
   stop: characters of a stop string.
+  ends: ids that end an answer beside the model's own.
+  text: characters that /tokenize takes apart at once, while others wait for their prompts to be.
   top: alternatives that are told with each token.
   schema: bytes of a JSON schema.
   connections: open at once.
   head_seconds: until a connection's first byte has become a whole head.
   body_seconds: until the body has come.
   idle_seconds: of a connection between two requests.
+  unread_seconds: that the rest of a body which is refused is taken and dropped, so that its sender hears why.
   write_seconds: that a reader may take none of what waits for it before its connection is closed.
   """
 
@@ -30,10 +33,13 @@ class Limits:
   n: int = 64
   stops: int = 16
   stop: int = 256
+  ends: int = 32
+  text: int = 256 << 10
   top: int = 20
   schema: int = 64 << 10
   connections: int = 1024
   head_seconds: float = 15.0
   body_seconds: float = 60.0
   idle_seconds: float = 30.0
+  unread_seconds: float = 5.0
   write_seconds: float = 60.0

@@ -108,7 +108,9 @@ class Models:
   def bad(self, error: Exception, param: str) -> Refused:
     """An adapter that cannot be served; where the server has its folders is nobody's business."""
     root = self.worker.adapters.root
-    told = str(error) if root is None else str(error).replace(f"{root}{os.sep}", "")
+    told = str(error)
+    if root is not None:
+      told = told.replace(f"{root}{os.sep}", "").replace(str(root), "the folder of adapters")
     return wrong(f"cannot be served: {told}", param)
 
   def is_at_hand(self, name: str) -> bool:

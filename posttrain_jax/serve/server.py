@@ -1,7 +1,8 @@
 """The process that serves: a socket, connections with bounds in time, and an end that loses no answer.
 
 SIGTERM and Ctrl-C: no more requests; the answers under way are finished, or cut when the time for that is over; exit
-code 0.  A second signal ends it at once.
+code 0.  What has not ended a few seconds later, such as an adapter that is being read, is left.  A second signal ends
+it at once.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from posttrain_jax.serve.guard import dumps
 from posttrain_jax.serve.limits import Limits
 
 log = logging.getLogger(__name__)
-AFTER = 5.0  # seconds in which the last answers are written to their sockets
+AFTER = 5.0  # seconds in which the last answers are written to their sockets, and threads end
 
 
 def listening(host: str, port: int) -> socket.socket:
@@ -62,7 +63,7 @@ def run(
 
   ready: called once requests are answered.
   """
-  server = Server(app, worker, limits, drain_seconds)
+  server = Server(app, worker, limits)
   asked, was_ready = 0, threading.Event()
 
   def receive(number: int, frame: FrameType | None) -> None:
@@ -76,8 +77,16 @@ def run(
   def drained() -> None:
     """The worker's end, on a thread of its own; the sockets are closed after it."""
     server.ends.wait()
+    bound = threading.Timer(drain_seconds + 3 * AFTER, late)
+    bound.daemon = True
+    bound.start()
     worker.drain(drain_seconds)
     server.should_exit = True
+
+  def late() -> None:
+    """What waits for the disk, or computes, is waited for no longer."""
+    ending.say("posttrain serve: ended by its deadline; what had not come to an end was left")
+    leave(0)
 
   def told() -> None:
     while worker.state == "warming":
@@ -87,9 +96,9 @@ def run(
       was_ready.set()
       ready()
 
-  for target in (drained, told):
-    threading.Thread(target=target, daemon=True).start()
   with ending.handling(receive, signal.SIGTERM, signal.SIGINT):
+    for target in (drained, told):
+      threading.Thread(target=target, daemon=True).start()
     server.run(sockets=[sock])
   if not was_ready.is_set() and worker.error is None:
     leave(0)  # its thread compiles, which nothing interrupts and nobody waits for
@@ -107,7 +116,7 @@ def leave(code: int) -> None:
 class Server(uvicorn.Server):
   """uvicorn's, which leaves signals to us: its own handling would end the process by the signal, and not with 0."""
 
-  def __init__(self, app: Any, worker: Any, limits: Limits, drain_seconds: float) -> None:
+  def __init__(self, app: Any, worker: Any, limits: Limits) -> None:
     logging.getLogger("uvicorn").setLevel(logging.ERROR)
     super().__init__(
       uvicorn.Config(
@@ -121,7 +130,7 @@ class Server(uvicorn.Server):
         proxy_headers=False,
         h11_max_incomplete_event_size=limits.header,
         timeout_keep_alive=int(limits.idle_seconds),
-        timeout_graceful_shutdown=int(drain_seconds + AFTER) or 1,
+        timeout_graceful_shutdown=int(AFTER),  # once it is drained
       )
     )
     self._worker = worker

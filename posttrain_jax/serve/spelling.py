@@ -105,12 +105,13 @@ class Spelling:
   def __init__(self, decoder: Decoder | None, stops: Sequence[str] = ()) -> None:
     self._decoder, self._stops = decoder, tuple(stops)
     self._held = ""  # told to nobody: it may be the beginning of a stop string
+    self._exempt = 0  # letters of it in which no stop string may end
     self.matched: str | None = None
 
-  def feed(self, token: int) -> str:
-    """The text that is certain by now and was not before."""
+  def feed(self, token: int, *, may_end: bool = True) -> str:
+    """The text that is certain by now and was not before; may_end: whether a stop string may end with this token."""
     assert self._decoder is not None
-    return self.add(self._decoder.feed(token))
+    return self.add(self._decoder.feed(token), may_end=may_end)
 
   def close(self) -> str:
     """The rest, where no more tokens come."""
@@ -121,18 +122,21 @@ class Spelling:
     rest, self._held = self._held, ""
     return text + (rest if self.matched is None else "")
 
-  def add(self, text: str) -> str:
+  def add(self, text: str, *, may_end: bool = True) -> str:
     if self.matched is not None or not text:
       return ""
     self._held += text
-    places = [(self._held.find(stop), stop) for stop in self._stops]
+    if not may_end:
+      self._exempt = len(self._held)
+    first = lambda stop: self._held.find(stop, max(0, self._exempt - len(stop) + 1))
+    places = [(first(stop), stop) for stop in self._stops]
     if there := [(at, -len(stop), stop) for at, stop in places if at >= 0]:
       at, _, self.matched = min(there)
       told, self._held = self._held[:at], ""
       return told
     keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
     told = self._held[: len(self._held) - keep]
-    self._held = self._held[len(told) :]
+    self._held, self._exempt = self._held[len(told) :], max(0, self._exempt - len(told))
     return told
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from posttrain_jax.adapters import peft_format
+from posttrain_jax.adapters import peft_format, stacked
 from posttrain_jax.build import mesh as meshes
 from posttrain_jax.build import use
 from posttrain_jax.core import files, progress
@@ -26,6 +27,8 @@ from posttrain_jax.settings import ConfigError
 
 log = logging.getLogger(__name__)
 RUN = "adapter"  # the name of a run's own adapter, where nobody gives it another
+# What a slot has room for on behalf of adapters that nobody named: every slot is as wide as the widest.
+LARGE = {"rank": 64, "prompt_slots": 128, "prefix_slots": 128}
 
 
 def serve(args: argparse.Namespace, *, keys: tuple[str, ...], named: Mapping[str, str]) -> int:
@@ -55,7 +58,7 @@ def serve(args: argparse.Namespace, *, keys: tuple[str, ...], named: Mapping[str
   used.check_writes()
   name = args.name or _name(model)
   length = min(args.length, used.config.max_length)
-  room = _room(args, [*homes.values(), *found.values()])
+  room = _room(args, homes.values(), found)
   with progress.phase("preparing the weights"):
     worker = Worker(
       used.params,
@@ -80,24 +83,47 @@ def serve(args: argparse.Namespace, *, keys: tuple[str, ...], named: Mapping[str
     with progress.phase(f"reading {adapter}"):
       worker.adapters.load(adapter, home)
   voice = _voice(used.tokenizer, used.template if used.manner.chat else None, used)
+  used = dataclasses.replace(used, params=None, bare=None)  # the worker's alone, as it stores them
   models = Models(worker, name, voice, length, Speech(used, voice, args.template).of)
   limits = Limits()
   app = App(models, limits=limits, metrics=Metrics(name), allow_loading=args.allow_loading)
   asgi = app.asgi(keys=keys, local=guard.is_local(args.host))
   worker.start()
-  ready = lambda: print(_opening(sock.getsockname(), models, keys), flush=True)
-  return server.run(asgi, worker, sock, limits=limits, drain_seconds=args.drain, ready=ready)
+  first = list(homes)[-1] if homes else name
+  ready = lambda: print(_opening(sock.getsockname(), models, keys, first), flush=True)
+  with contextlib.closing(app):
+    return server.run(asgi, worker, sock, limits=limits, drain_seconds=args.drain, ready=ready)
 
 
-def _room(args: argparse.Namespace, homes: Iterable[Path]) -> dict[str, int]:
-  """The largest adapter that a slot has room for: as the options say, else as those that there are need it."""
-  found = {"rank": 16, "prompt_slots": 0, "prefix_slots": 0}
-  for home in homes:
-    with contextlib.suppress(ValueError, OSError):  # told when it is asked for
-      for name, size in sizes(files.read_json(home / peft_format.CONFIG)).items():
-        found[name] = max(found[name], size)
+def _room(
+  args: argparse.Namespace, named: Iterable[Path], found: Mapping[str, Path]
+) -> dict[str, int]:
+  """The largest adapter that a slot has room for: as the options say, else as those that there are need it.
+
+  named: folders of adapters that the operator named; found: those of the folder, {name: folder}, which are refused
+  where they are larger than LARGE.
+  """
   asked = dict(rank=args.max_rank, prompt_slots=args.prompt_slots, prefix_slots=args.prefix_slots)
-  return {name: found[name] if size is None else size for name, size in asked.items()}
+  room = {"rank": 16, "prompt_slots": 0, "prefix_slots": 0}
+  for home in named:
+    for kind, size in _sizes_at(home).items():
+      room[kind] = max(room[kind], size)
+  for adapter, home in found.items():
+    for kind, size in _sizes_at(home).items():
+      if size <= LARGE[kind]:
+        room[kind] = max(room[kind], size)
+      elif asked[kind] is None and size > room[kind]:
+        log.warning(
+          "adapter %s is not served: %s", adapter, stacked.too_large(kind, size, LARGE[kind])
+        )
+  return {kind: room[kind] if size is None else size for kind, size in asked.items()}
+
+
+def _sizes_at(home: Path) -> dict[str, int]:
+  try:
+    return sizes(files.read_json(home / peft_format.CONFIG))
+  except (ValueError, OSError):  # told when it is asked for
+    return {}
 
 
 def sizes(described: Mapping[str, Any]) -> dict[str, int]:
@@ -145,7 +171,8 @@ def _voice(tokenizer: Any, template: Any, used: use.Used) -> Voice:
 
 
 def _ends(used: use.Used, tokenizer: Any, template: Any) -> tuple[int, ...]:
-  return use.ends(used.config, tokenizer, template, used.folder)[: engine.requests.MOST_STOPS]
+  most = engine.requests.MOST_STOPS - Limits.ends - Limits.stops  # which a request adds
+  return use.ends(used.config, tokenizer, template, used.folder)[:most]
 
 
 class Speech:
@@ -177,18 +204,18 @@ def _same_tokenizer(one: Any, other: Any) -> bool:
   return same and one.special_tokens_map == other.special_tokens_map
 
 
-def _opening(address: tuple, models: Models, keys: tuple[str, ...]) -> str:
-  """Where it listens, what it serves, and a first request."""
+def _opening(address: tuple, models: Models, keys: tuple[str, ...], first: str) -> str:
+  """Where it listens, what it serves, and a first request: of a model that was read, so that it is answered."""
   host, port = address[:2]
   host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
   key = " -H 'authorization: Bearer KEY'" if keys else ""
   names = models.names()
-  has_template = models.voice.template is not None
+  has_template = models.find(first).voice.template is not None
   route = "chat/completions" if has_template else "completions"
   text = '"messages": [{"role": "user", "content": "Hi!"}]' if has_template else '"prompt": "Once"'
   return (
     f"serving at http://{host}:{port}/v1\n"
     f"models: {', '.join(names)}\n"
     f"  curl http://{host}:{port}/v1/{route}{key} -H 'content-type: application/json' \\\n"
-    f'    -d \'{{"model": "{names[-1]}", {text}, "max_tokens": 64}}\''
+    f'    -d \'{{"model": "{first}", {text}, "max_tokens": 64}}\''
   )

@@ -83,6 +83,17 @@ class Voice:
     Raises:
       Refused: there is no template, it cannot take this conversation, or there is no room.
     """
+    text = self.written(messages, tools, generates=generates, **variables)
+    return self.encode(text, room, opening=False)
+
+  def written(
+    self, messages: Sequence[dict], tools: Sequence[dict], *, generates: bool, **variables: Any
+  ) -> str:
+    """A conversation as the template writes it.
+
+    Raises:
+      Refused: there is no template, or it cannot take this conversation.
+    """
     if self.template is None:
       raise wrong(
         "this model has no chat template, so that messages have no form: ask /v1/completions, or start the server with"
@@ -93,15 +104,11 @@ class Voice:
     if self.system and not any(one["role"] in ("system", "developer") for one in told):
       told = [{"role": "system", "content": self.system}, *told]
     try:
-      text = self.template.render(
+      return self.template.render(
         told, add_generation_prompt=generates, tools=list(tools) or None, **variables
       )
     except TemplateError as error:
       raise wrong(f"the chat template does not take these messages: {error}", "messages") from None
-    if len(text) > self.longest * room:
-      raise too_long(f"{len(text):,} characters, more than {room:,} tokens hold", room)
-    with self._lock:
-      return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
   def decoder(self, keep: frozenset[int] = frozenset()) -> spelling.Decoder:
     """What turns an answer's tokens into text; keep: special ids that are written all the same."""

@@ -66,7 +66,7 @@ def wanted(
     sampling=sampling(body, vocab),
     seed=body.whole("seed", int.from_bytes(os.urandom(8)), -(2**63), 2**64 - 1) % 2**64,
     stops=_stops(body, limits),
-    ends=_ends(body, vocab),
+    ends=_ends(body, limits, vocab),
     ignore_eos=body.flag("ignore_eos"),
     top=top,
     stream=stream,
@@ -123,10 +123,10 @@ def _stops(body: Fields, limits: Limits) -> tuple[str, ...]:
   return tuple(dict.fromkeys(given))
 
 
-def _ends(body: Fields, vocab: int) -> frozenset[int]:
+def _ends(body: Fields, limits: Limits, vocab: int) -> frozenset[int]:
   ids = body.listed("stop_token_ids")
-  if len(ids) > 8 or not all(is_id(one, vocab) for one in ids):
-    raise body.error("stop_token_ids", f"at most 8 tokens' ids from 0 to {vocab - 1}")
+  if len(ids) > limits.ends or not all(is_id(one, vocab) for one in ids):
+    raise body.error("stop_token_ids", f"at most {limits.ends} tokens' ids from 0 to {vocab - 1}")
   return frozenset(ids)
 
 

@@ -24,15 +24,23 @@ def tokenize(body: Fields, model: Model, limits: Limits) -> dict[str, Any]:
     variables = wire_chat.variables(body)
     if special:
       raise wrong("the template writes what special tokens there are", "add_special_tokens")
-    ids = voice.conversation(messages, [], limits.body, generates=generates, **variables)
+    written = voice.written(messages, [], generates=generates, **variables)
+    ids = voice.encode(_bounded(written, limits, "messages"), limits.body, opening=False)
   else:
     text = body.text("prompt")
     if text is None:
       raise wrong("there is neither prompt nor messages", "prompt")
-    ids = voice.encode(text, limits.body, opening=body.flag("add_special_tokens", True))
+    opening = body.flag("add_special_tokens", True)
+    ids = voice.encode(_bounded(text, limits, "prompt"), limits.body, opening=opening)
   body.close()
   told: dict[str, Any] = dict(tokens=ids, count=len(ids), max_model_len=model.room)
   return told | (dict(token_strs=voice.tokenizer.convert_ids_to_tokens(ids)) if names else {})
+
+
+def _bounded(text: str, limits: Limits, param: str) -> str:
+  if len(text) > limits.text:
+    raise wrong(f"a text of {len(text):,} characters, at most {limits.text:,} at once", param)
+  return text
 
 
 def detokenize(body: Fields, model: Model) -> dict[str, Any]:

@@ -167,7 +167,7 @@ class Worker:
         prefixes=Prefixes(prefix_bytes) if prefix_bytes else None,
       )
     self.adapters = Registry(
-      self._entry, params, config, root=root, reserved=reserved, entry_context=self._on_mesh
+      self._entry, base.stacked, config, root=root, reserved=reserved, entry_context=self._on_mesh
     )
     self.state = WARMING
     self.error: BaseException | None = None  # that ended the thread
@@ -408,7 +408,7 @@ class Worker:
       return Ended(asking.LENGTH)
     if answer.ended == requests.STOPPED:
       return Ended(asking.STOP)
-    text = requests.text_of(self.tokenizer, answer.tokens)
+    text = requests.text_of(ticket.request.tokenizer, answer.tokens)
     strings = ticket.request.stop_strings
     places = {text.find(string): string for string in strings if string in text}
     return Ended(asking.STOP, places[min(places)] if places else None)

@@ -404,6 +404,16 @@ def test_a_stop_string_ends_the_text_with_its_token(llama):
   assert answers[1].tokens == generate(llama, [PROMPTS[1]]).tokens[0]
 
 
+def test_a_request_may_bring_the_tokenizer_that_its_stop_strings_are_looked_for_with(llama):
+  free = generate(llama, [PROMPTS[0]]).tokens[0]
+  end, other = f"<{free[7]}>", tiny.tokenizer()
+  request = Request(PROMPTS[0], NEW, stop_strings=(end,), tokenizer=NUMBERS)
+  letters = dataclasses.replace(request, stop_strings=("never",), tokenizer=None)
+  first, second = written(llama, [request, letters], tokenizer=other)
+  assert (first.tokens, first.ended) == (free[: free.index(free[7]) + 1], "stop_string")
+  assert second.tokens == free
+
+
 def test_so_many_tokens_come_before_a_stop_string():
   """Of what is written before, only what a later token completes counts."""
   tokens = [1, 2, 3, 1, 2, 3]

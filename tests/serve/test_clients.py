@@ -1,6 +1,7 @@
 """Clients that go, stall, crowd and send nonsense: their own requests end, and nobody else's."""
 
 import contextlib
+import http.client
 import json
 import socket
 import threading
@@ -21,7 +22,7 @@ def listening(worker, **options):
   limits = options.get("limits") or Limits()
   sock = server.listening("127.0.0.1", 0)
   sock.listen(256)
-  running = server.Server(served.app(worker, **options).asgi(), worker, limits, 1.0)
+  running = server.Server(served.app(worker, **options).asgi(), worker, limits)
   thread = threading.Thread(target=running.run, kwargs=dict(sockets=[sock]))
   thread.start()
   try:
@@ -201,6 +202,32 @@ def test_requests_one_behind_another_on_a_connection_are_answered_in_order():
     sock = connected(address, request() + request(n=0) + request(close=True))
     answer = everything(sock)
     assert [part[:3] for part in answer.split(b"HTTP/1.1 ")[1:]] == [b"200", b"400", b"200"]
+
+
+@pytest.mark.parametrize("chunked", [False, True], ids=["length", "chunked"])
+def test_a_client_whose_body_is_too_large_hears_so_while_it_is_still_sending(chunked):
+  size = 40 << 20  # more than sockets hold
+  limits = Limits(unread_seconds=60)
+  with listening(fake.Worker(served.says("Hello")), limits=limits) as address:
+    connection = http.client.HTTPConnection(*address, timeout=60)
+    part = b"x" * (1 << 20)
+    body = (part for _ in range(size >> 20))
+    headers = {"content-type": "application/json"}
+    if not chunked:
+      headers["content-length"] = str(size)
+    connection.request("POST", "/v1/completions", body, headers, encode_chunked=chunked)
+    response = connection.getresponse()
+    assert (response.status, response.getheader("connection")) == (413, "close")
+    assert "more than" in json.loads(response.read())["error"]["message"]
+    assert is_served(address)
+
+
+def test_a_body_that_is_too_large_and_never_comes_is_refused_all_the_same():
+  with listening(fake.Worker(served.says("Hello")), limits=Limits(unread_seconds=0.2)) as address:
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    sock = connected(address, head + b"content-length: 99999999\r\n\r\n{")
+    assert b" 413 " in everything(sock)
+    assert is_served(address)
 
 
 def test_an_idle_connection_is_closed():

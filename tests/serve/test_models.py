@@ -1,5 +1,6 @@
 """The models that are served: names, adapters loaded by requests, and each spoken to in its own way."""
 
+import argparse
 import json
 import pathlib
 import shutil
@@ -7,6 +8,7 @@ import types
 
 import pytest
 
+from posttrain_jax.commands import serve as command
 from posttrain_jax.data import templates
 from posttrain_jax.serve import start
 from posttrain_jax.serve.voice import Voice
@@ -221,10 +223,6 @@ def test_no_path_leaves_the_root(tmp_path, how):
 
 
 def test_a_slot_has_room_for_the_largest_adapter_that_there_is(tmp_path):
-  import argparse
-
-  from posttrain_jax.commands import serve as command
-
   parser = argparse.ArgumentParser()
   command.add(parser)
   large, prompt = folder(tmp_path / "large"), folder(tmp_path / "prompt")
@@ -233,13 +231,50 @@ def test_a_slot_has_room_for_the_largest_adapter_that_there_is(tmp_path):
   )
   told = '{"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 20}'
   (prompt / "adapter_config.json").write_text(told)
-  room = lambda *argv: start._room(parser.parse_args(argv), (large, prompt))
+  found = {"large": large, "prompt": prompt}
+  room = lambda *argv: start._room(parser.parse_args(argv), (), found)
   assert room() == {"rank": 40, "prompt_slots": 20, "prefix_slots": 0}
   assert room("--max_rank=64", "--prompt_slots=0")["rank"] == 64
   assert room("--max_rank=64", "--prompt_slots=0")["prompt_slots"] == 0
-  assert start._room(parser.parse_args([]), ())["rank"] == 16
+  assert start._room(parser.parse_args([]), (), {})["rank"] == 16
   (large / "adapter_config.json").write_text("[1")  # is told when it is asked for
   assert room() == {"rank": 16, "prompt_slots": 20, "prefix_slots": 0}
+
+
+def test_an_adapter_of_huge_rank_that_lies_in_the_folder_widens_no_slot(tmp_path, caplog):
+  parser = argparse.ArgumentParser()
+  command.add(parser)
+  huge = folder(tmp_path / "huge")
+  (huge / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 512}')
+  room = lambda named, *argv: start._room(parser.parse_args(argv), named, {"huge": huge})
+  assert room(())["rank"] == 16
+  assert "adapter huge is not served" in caplog.text
+  assert "--max_rank=512" in caplog.text
+  assert room((huge,))["rank"] == 512  # the operator named it
+  caplog.clear()
+  assert room((), "--max_rank=512")["rank"] == 512
+  assert not caplog.text
+
+
+def test_the_first_request_that_is_printed_names_a_model_that_answers(tmp_path):
+  worker = fake.Worker(served.says("Hello"))
+  worker.adapters.folders |= {"zzz": folder(tmp_path / "zzz"), "read": folder(tmp_path / "read")}
+  worker.adapters.bad["zzz"] = "it is of another base"
+  of = served.app(worker).models
+  for first in ("base", "read"):
+    told = start._opening(("127.0.0.1", 80), of, (), first)
+    assert f'{{"model": "{first}", "messages"' in told
+    assert "models: base, read, zzz" in told
+
+
+def test_where_the_folder_of_adapters_lies_is_told_to_nobody(tmp_path):
+  client = served.client(worker := fake.Worker(served.says("Hello")))
+  worker.adapters.root = tmp_path
+  for text in (f"{tmp_path}/x/y has no tensors", f"{tmp_path} holds several adapters"):
+    worker.adapters.bad["x"] = text
+    response = served.chat(client, model="x")
+    assert response.status_code == 400
+    assert str(tmp_path) not in response.text
 
 
 def test_a_bases_name_is_its_own_or_its_folders():

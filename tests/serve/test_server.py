@@ -481,6 +481,29 @@ def test_a_base_that_is_cut_over_a_mesh_answers_as_on_one_device(folder, served)
     own.kill()
 
 
+HANGS = """
+import time, types
+from posttrain_jax.serve import server
+from posttrain_jax.serve.limits import Limits
+server.AFTER = 0.1
+worker = types.SimpleNamespace(state="ready", error=None, drain=lambda seconds: time.sleep(600))
+async def app(scope, receive, send): pass
+ready = lambda: print("ready", flush=True)
+server.run(app, worker, server.listening("127.0.0.1", 0), limits=Limits(), drain_seconds=0.1, ready=ready)
+"""
+
+
+def test_what_does_not_end_is_left_by_a_deadline():
+  env = dict(os.environ, PYTHONPATH=str(ROOT))
+  own = subprocess.Popen([sys.executable, "-c", HANGS], stdout=subprocess.PIPE, env=env)
+  try:
+    assert own.stdout.readline() == b"ready\n"
+    own.send_signal(signal.SIGTERM)
+    assert own.wait(60) == 0
+  finally:
+    own.kill()
+
+
 def test_the_port_of_another_is_refused_in_words(tmp_path):
   from posttrain_jax.serve import server
 

@@ -113,3 +113,19 @@ def test_a_text_is_cut_at_its_first_stop_string_however_it_is_parted(seed):
     assert text.startswith(told)  # nothing is told that is taken back
   assert told + by.close() == text[:cut]
   assert (by.matched is not None) == any(stop in text for stop in stops)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_a_stop_string_ends_no_text_within_what_must_come_first(seed):
+  draw = random.Random(seed)
+  text, least = draw.choices("ab", k=40), draw.randint(0, 30)
+  stops = ["".join(draw.choices("ab", k=draw.randint(1, 5))) for _ in range(3)]
+  ends = [n for n in range(least + 1, 41) for stop in stops if "".join(text[:n]).endswith(stop)]
+  by = spelling.Spelling(None, stops)
+  told = "".join(by.add(letter, may_end=at >= least) for at, letter in enumerate(text))
+  if ends:
+    whole = "".join(text[: ends[0]])
+    cut = max(len(stop) for stop in stops if whole.endswith(stop))
+    assert (told, by.matched) == (whole[: ends[0] - cut], whole[ends[0] - cut :])
+  else:
+    assert by.matched is None

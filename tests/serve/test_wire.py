@@ -1,11 +1,13 @@
 """What is asked over the wire, right and wrong: OpenAI's shapes, and whatever else a client may send."""
 
+import dataclasses
 import json
 
 import pytest
 
 from posttrain_jax.rollout.sampling import Sampling
 from posttrain_jax.serve.limits import Limits
+from tests import tiny
 from tests.serve import fake, served
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
@@ -320,6 +322,26 @@ def test_a_stop_string_is_cut_wherever_windows_end(window, stop):
   assert "".join(c["choices"][0]["delta"].get("content") or "" for c in chunks) == wanted
 
 
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_stop_string_among_the_tokens_that_must_come_is_text(stream):
+  client = served.client(fake.Worker(served.says("so so so"), window=1))
+  answer = served.chat(client, stop="s", min_tokens=4, stream=stream)
+  told = served.pieces(answer) if stream else [answer.json()]
+  of = lambda choice: choice.get("delta", choice.get("message")).get("content") or ""
+  assert "".join(of(one["choices"][0]) for one in told) == "so so "
+
+
+def test_stop_strings_are_looked_for_in_what_the_models_own_tokenizer_writes():
+  worker = fake.Worker(served.says("Hello"))
+  own = tiny.tokenizer()
+  speak = lambda home: dataclasses.replace(served.voice(), tokenizer=own)
+  worker.adapters.folders["other"] = served.folder()
+  client = served.client(worker, speak=speak)
+  for model, tokenizer in (("base", served.TOKENIZER), ("other", own)):
+    assert served.chat(client, model=model, stop="x").status_code == 200
+    assert worker.asked[-1].tokenizer is tokenizer
+
+
 def test_a_text_that_only_begins_a_stop_string_is_told_in_the_end():
   client = served.client(fake.Worker(served.says("so STO"), window=1))
   assert served.chat(client, stop="STOP").json()["choices"][0]["message"]["content"] == "so STO"
@@ -392,6 +414,22 @@ def test_tokens_and_texts_are_given_in_vllms_shapes(client):
   assert client.get("/tokenizer_info").json()["eos_token"] == "<|im_end|>"
   refused(client.post("/detokenize", json={"tokens": [999]}), 400)
   refused(client.post("/tokenize", json={}), 400, "neither")
+
+
+def test_a_text_that_would_keep_others_waiting_is_not_taken_apart():
+  client = served.client(limits=Limits(text=100))
+  said = [{"role": "user", "content": "x" * 90}]  # with what the template writes
+  for asked in ({"prompt": "x" * 101}, {"messages": said}):
+    refused(client.post("/tokenize", json=asked), 400, "at most 100 at once")
+  assert client.post("/tokenize", json={"prompt": "x" * 100}).json()["count"] == 100
+
+
+def test_as_many_ends_as_a_model_has_are_taken():
+  worker = fake.Worker(served.says("Hello"))
+  client = served.client(worker)
+  assert served.chat(client, stop_token_ids=list(range(32))).status_code == 200
+  assert worker.asked[-1].stop_ids == {*range(32), served.END}
+  refused(served.chat(client, stop_token_ids=list(range(33))), 400, "at most 32")
 
 
 def test_a_conversation_without_a_template_is_refused_and_a_text_is_continued():

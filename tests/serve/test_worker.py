@@ -1,9 +1,12 @@
 """The worker: each answer as if it were alone, whatever is asked beside it."""
 
 import functools
+import gc
 import itertools
 import shutil
 import threading
+import weakref
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +20,7 @@ from posttrain_jax.models import decoder
 from posttrain_jax.rollout import requests
 from posttrain_jax.rollout.sampling import Sampling
 from posttrain_jax.serve import asked as asking
+from posttrain_jax.serve import worker as workers
 from posttrain_jax.serve.asked import Asked, Closed, Ended, Failed, Full, Tokens, UnknownAdapter
 from tests import tiny
 from tests.marks import few
@@ -409,6 +413,17 @@ def test_any_base_serves_what_it_says_with_the_adapter_bound(base, root):
     np.testing.assert_allclose(
       told, logits.max(axis=1), atol=0.02
     )  # two may be as close as rounding
+
+
+def test_a_base_that_is_kept_in_8_bits_is_kept_in_nothing_else():
+  params = decoder.init(models.KEY, models.CONFIG)
+  matrix = weakref.ref(params["layers"]["self_attn"]["q_proj"]["weight"])
+  settings: Any = dict(tokenizer=tiny.tokenizer(), rows=1, length=32, slots=1, rank=2)
+  worker = workers.Worker(params, models.CONFIG, storage="int8", **settings)
+  del params
+  gc.collect()
+  assert matrix() is None
+  assert worker.adapters.names() == []
 
 
 @pytest.mark.slow
