@@ -74,6 +74,8 @@ def place(path: str, leaf: Any, *, mesh: Mesh | None = None, on_host: bool = Fal
 
 
 def _put(x: Any, where: jax.sharding.Sharding) -> jax.Array:
+  if isinstance(x, jax.Array) and not x.is_fully_addressable:  # made of what all processes have
+    return jax.jit(lambda x: x, out_shardings=where)(x)
   if isinstance(where, SingleDeviceSharding):
     # what is there already is not copied, nor on a CPU what `files.room` made
     return jax.device_put(x)
