@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import math
+import posixpath
 import shlex
 from collections.abc import Mapping
 from pathlib import PurePosixPath
@@ -53,6 +54,7 @@ def files(job: Job) -> dict[str, str]:
   o = job.options
   if not o.image:
     raise ConfigError("--to=gke needs --image=NAME: a container in which posttrain is installed")
+  _check_outlives(job)
   written = {}
   for number in sorted(job.points):
     written[f"{_name(job, number)}.yaml"] = jobs.as_yaml(
@@ -63,6 +65,25 @@ def files(job: Job) -> dict[str, str]:
     **written,
     jobs.SUBMIT: f'#!/bin/bash\nset -u\ncd "$(dirname "$0")" || exit\nkubectl apply {listed}\n',
   }
+
+
+def _volume(o: Options) -> tuple[str, str]:
+  """(claim, path) of --volume."""
+  claim, _, path = (o.volume or "").partition(":")
+  if not claim or not path.startswith("/") or not path.strip("/"):
+    asked = f"--volume={o.volume}" if o.volume else "--to=gke needs a --volume for its runs"
+    raise ConfigError(f"{asked}: write CLAIM:/path, a volume claim and where it is")
+  return claim, posixpath.normpath(path)
+
+
+def _check_outlives(job: Job) -> None:
+  """Raises ConfigError for a workdir that is in a pod's own files, which go with it."""
+  claim, path = _volume(job.options)
+  if not PurePosixPath(posixpath.normpath(job.root)).is_relative_to(path):
+    inside = posixpath.join(path, PurePosixPath(job.root).name)
+    raise ConfigError(
+      f"--workdir={job.root} is not on --volume={claim}:{path}, and would go with its pod; write --workdir={inside}"
+    )
 
 
 def _name(job: Job, number: int) -> str:
@@ -135,12 +156,9 @@ def _pod(job: Job, number: int, processes: int) -> dict[str, Any]:
     {"name": "memory", "emptyDir": {"medium": "Memory"}},
   ]
   mounts.append({"name": "memory", "mountPath": "/dev/shm"})
-  if o.volume:
-    claim, _, path = o.volume.partition(":")
-    if not claim or not path.startswith("/"):
-      raise ConfigError(f"--volume={o.volume}: write CLAIM:/path, a volume claim and where it is")
-    volumes.append({"name": "runs", "persistentVolumeClaim": {"claimName": claim}})
-    mounts.append({"name": "runs", "mountPath": path})
+  claim, path = _volume(o)
+  volumes.append({"name": "runs", "persistentVolumeClaim": {"claimName": claim}})
+  mounts.append({"name": "runs", "mountPath": path})
   selector = dict(line.split("=", 1) for line in o.site)
   resource, chips = _accelerator(job)
   if o.accelerator:

@@ -46,7 +46,7 @@ def here(tmp_path, monkeypatch):
   return tmp_path
 
 
-def prepared(to, config="sft", workdir="runs/it's here", is_sweep=False, **options):
+def prepared(to, config="sft", workdir="/runs/it's here", is_sweep=False, **options):
   options = Options(**{**ASKED[to], **options})
   return start.prepare(config, workdir, to=to, is_sweep=is_sweep, options=options)
 
@@ -160,7 +160,23 @@ def test_a_finished_run_is_not_launched(here, capsys):
     ("gke", dict(topology="16"), "--topology=16: write the slice"),
     ("gke", dict(accelerator="tpu-v9"), "GKE's TPUs here are"),
     ("gke", dict(nodes=4), "follow from --topology"),
-    ("gke", dict(volume="claim"), "write CLAIM:/path"),
+    ("gke", dict(volume="claim"), "--volume=claim: write CLAIM:/path"),
+    ("gke", dict(volume=None), "--to=gke needs a --volume for its runs: write CLAIM:/path"),
+    ("gke", dict(volume="claim:/"), "--volume=claim:/: write CLAIM:/path"),
+    (
+      "gke",
+      dict(volume="claim:/data", workdir="/runs/a"),
+      "--workdir=/runs/a is not on --volume=claim:/data, .*write --workdir=/data/a",
+    ),
+    (
+      "gke",
+      dict(volume="claim:/data", workdir="/data/../runs"),
+      "is not on --volume=claim:/data, .*write --workdir=/data/runs",
+    ),
+    *(
+      (to, dict(workdir="runs/a"), f"--workdir=runs/a: a host of {to} has no.*--workdir=/runs/a")
+      for to in ("gke", "tpu-vm", "skypilot")
+    ),
     ("gke", dict(accelerator="nvidia-h100-80gb:8"), "are a TPU's"),
     ("tpu-vm", dict(zone=None), "needs --zone"),
     ("skypilot", dict(restarts=3), "--restarts is of no use to --to=skypilot"),
@@ -286,7 +302,7 @@ def test_a_container_is_posttrain_and_knows_its_coordinator(here):
   said = shell.communicate()[0].split()
   assert said[:4] == [str(shell.pid), "it-s-here-slice-0-0.it-s-here:8476", "1", "train"]
   (name,) = next(d for d in manifests(texts) if d["kind"] == "ConfigMap")["data"]
-  assert said[4:] == [f"--config=/posttrain/points/{name}", "--workdir=runs/it's", "here"]
+  assert said[4:] == [f"--config=/posttrain/points/{name}", "--workdir=/runs/it's", "here"]
 
 
 def test_a_tpus_hosts_follow_from_its_topology(here):
@@ -325,8 +341,12 @@ GCLOUD = """
 cd "$FAKE" || exit 1
 echo "$*" >> calls
 case "$*" in
-  *describe*) cat STATE 2>/dev/null ;;
-  *" create "*) [ -e full ] && exit 1; echo READY > STATE ;;
+  *describe*) [ -e STATE ] && echo "$(cat STATE),$(cat LABEL 2>/dev/null)" ;;
+  *" create "*)
+    [ -e full ] && exit 1
+    label="$*"; label="${label##*posttrain-job=}"; echo "${label%% *}" > LABEL
+    if [ -e slow ]; then echo CREATING > STATE; rm slow; exit 1; fi
+    echo READY > STATE ;;
   *" delete "*) rm -f STATE ;;
   *"run.sh"*"--command"*|*"--command=bash"*)
     n=$(grep -c 'command=bash' calls); line=$(sed -n "${n}p" CODES)
@@ -350,13 +370,23 @@ esac
   ],
 )
 def test_a_tpu_vm_is_looked_after(starts, ends, creations, here):
-  job, _ = written("tpu-vm", restarts=2)
+  done, fake = looked_after(here, starts, [] if starts else ["full"])
+  calls = (fake / "calls").read_text()
+  assert done.returncode == ends, done.stdout + done.stderr + calls
+  assert calls.count("tpu-vm create") == max(creations, 1)
+  assert calls.count("command=bash") == len(starts)
+  assert not (fake / "STATE").exists()  # nothing is paid for after the end
+
+
+def looked_after(here, starts, there=(), **options):
+  """(what became of submit.sh, the folder of a gcloud that does as it is told): starts as in CODES, files there."""
+  job, _ = written("tpu-vm", **{"restarts": 2, **options})
   bin, fake = here / "bin", here / "fake"
   bin.mkdir()
   fake.mkdir()
   (fake / "CODES").write_text("\n".join(starts) + "\n")
-  if not starts:
-    (fake / "full").touch()
+  for name in there:
+    (fake / name.partition("=")[0]).write_text(name.partition("=")[2])
   tool(bin, "gcloud", GCLOUD)
   environment = {
     **os.environ,
@@ -364,11 +394,29 @@ def test_a_tpu_vm_is_looked_after(starts, ends, creations, here):
     "FAKE": str(fake),
     "POSTTRAIN_PAUSE": "0",
   }
-  done = subprocess.run(
-    ["bash", str(job.folder / jobs.SUBMIT)], env=environment, capture_output=True, text=True
-  )
-  calls = (fake / "calls").read_text()
-  assert done.returncode == ends, done.stdout + done.stderr + calls
-  assert calls.count("tpu-vm create") == max(creations, 1)
-  assert calls.count("command=bash") == len(starts)
-  assert not (fake / "STATE").exists()  # nothing is paid for after the end
+  script = ["bash", str(job.folder / jobs.SUBMIT)]
+  return subprocess.run(script, env=environment, capture_output=True, text=True), fake
+
+
+@pytest.mark.parametrize("state", ["READY", "CREATING", "STOPPED"])
+@pytest.mark.parametrize("label", ["", "0123456789abcdef"])
+def test_a_tpu_vm_of_somebody_else_is_left_alone(label, state, here):
+  done, fake = looked_after(here, ["0 0"], [f"STATE={state}", f"LABEL={label}"])
+  assert done.returncode == 1
+  assert "the TPU VM it-s-here was not made from this folder and is left alone" in done.stdout
+  assert all("describe" in call for call in (fake / "calls").read_text().splitlines())
+
+
+def test_a_tpu_vm_that_was_made_and_not_said_to_be_is_not_left_to_be_paid(here):
+  done, fake = looked_after(here, ["0 0"], ["slow"])
+  assert done.returncode == 1
+  assert "the slice could not be made" in done.stdout
+  assert not (fake / "STATE").exists()
+
+
+def test_labels_of_the_sites_own_stay_beside_the_jobs(here):
+  done, fake = looked_after(here, ["0 0"], site=("labels=team=it's",))
+  (created,) = [c for c in (fake / "calls").read_text().splitlines() if "tpu-vm create" in c]
+  assert done.returncode == 0
+  key = (here / "jobs/it-s-here/slice-key").read_text()
+  assert created.endswith(f"--labels=team=it's,posttrain-job={key} --zone=us-west4-a")
