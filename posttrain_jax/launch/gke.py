@@ -38,13 +38,14 @@ PLATFORM = Platform(
 )
 GO_ON = (*jobs.LEFT_BEHIND, jobs.KILLED, jobs.TERMINATED)
 CONFIGS = "/posttrain"
-# chips of a host, by GKE's name of the TPU; a slice of fewer chips is one host
-TPU_HOST = {
-  "tpu-v4-podslice": 4,
-  "tpu-v5-lite-podslice": 4,
-  "tpu-v5p-slice": 4,
-  "tpu-v6e-slice": 4,
-  "tpu7x": 4,
+TPU_HOST = 4  # chips of a host; a slice of fewer chips is one host
+# GKE's names of TPUs, and a slice of each: those that fill space have three numbers, and wait for ever for two
+TPUS = {
+  "tpu-v4-podslice": "2x2x2",
+  "tpu-v5-lite-podslice": "4x4",
+  "tpu-v5p-slice": "2x2x2",
+  "tpu-v6e-slice": "4x4",
+  "tpu7x": "2x2x2",
 }
 LARGEST = 900_000  # bytes; a ConfigMap holds 1 MiB
 
@@ -214,7 +215,7 @@ def _accelerator(job: Job) -> tuple[str, int]:
   if not accelerator:
     return "", 0
   if _is_tpu(job.options):
-    return "google.com/tpu", min(_chips(job.options), _host(accelerator))
+    return "google.com/tpu", min(_chips(job.options), TPU_HOST)
   count = accelerator.rpartition(":")[2]
   if not count.isdecimal() or not int(count):
     raise ConfigError(f"--accelerator={accelerator}: write nvidia-h100-80gb:8, GPUs of a host")
@@ -243,17 +244,18 @@ def _hosts(o: Options) -> int:
     return o.nodes or 1
   if o.nodes:
     raise ConfigError("--nodes: the hosts of a TPU slice follow from --topology; leave it out")
-  return math.ceil(_chips(o) / _host(o.accelerator or ""))
-
-
-def _host(accelerator: str) -> int:
-  if accelerator not in TPU_HOST:
-    raise ConfigError(f"--accelerator={accelerator}: GKE's TPUs here are {', '.join(TPU_HOST)}")
-  return TPU_HOST[accelerator]
+  return math.ceil(_chips(o) / TPU_HOST)
 
 
 def _chips(o: Options) -> int:
+  """Of a slice."""
+  if (example := TPUS.get(o.accelerator or "")) is None:
+    raise ConfigError(f"--accelerator={o.accelerator}: GKE's TPUs here are {', '.join(TPUS)}")
   sizes = (o.topology or "").split("x")
-  if len(sizes) < 2 or not all(size.isdecimal() and int(size) for size in sizes):
-    raise ConfigError(f"--topology={o.topology}: write the slice of {o.accelerator}, as in 4x4")
-  return math.prod(map(int, sizes))
+  is_like = len(sizes) == example.count("x") + 1
+  chips = math.prod(map(int, sizes)) if is_like and all(map(str.isdecimal, sizes)) else 0
+  if not chips or (chips > TPU_HOST and chips % TPU_HOST):
+    raise ConfigError(
+      f"--topology={o.topology}: write the slice of {o.accelerator}, whole hosts of {TPU_HOST} chips, as in {example}"
+    )
+  return chips

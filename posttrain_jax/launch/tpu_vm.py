@@ -32,7 +32,7 @@ SUBMIT = """\
 # Written by posttrain launch.  75 (stopped when asked) and a lost slice go on, another code stops.
 set -u
 cd "$(dirname "$0")" || exit
-if [ ! -s {key} ]; then od -An -N8 -tx1 /dev/urandom | tr -d ' \n' > {key} || exit; fi
+if [ ! -s {key} ]; then od -An -N8 -tx1 /dev/urandom | tr -d '[:space:]' > {key} || exit; fi
 key=$(cat {key})
 # what is launched from here later changes nothing of this job
 files=$(mktemp --directory) || exit
@@ -122,8 +122,13 @@ def processes(options: jobs.Options) -> int:
   >>> processes(jobs.Options(accelerator="v5litepod-8")), processes(jobs.Options(accelerator="v5p-16"))
   (1, 2)
   """
-  count = (options.accelerator or "").rpartition("-")[2]
-  return max(1, int(count) // HOST) if count.isdecimal() else 1
+  return max(1, _count(options.accelerator or "") // HOST)
+
+
+def _count(accelerator: str) -> int:
+  """What the accelerator's name counts; 0 where it counts nothing."""
+  count = accelerator.rpartition("-")[2]
+  return int(count) if count.isdecimal() else 0
 
 
 def files(job: Job) -> dict[str, str]:
@@ -136,6 +141,10 @@ def files(job: Job) -> dict[str, str]:
   ):
     if not value:
       raise ConfigError(f"--to=tpu-vm needs --{name}, as in {example}")
+  if not _count(o.accelerator or ""):
+    raise ConfigError(
+      f"--accelerator={o.accelerator}: write the slice, with its chips or cores, as in v5litepod-16"
+    )
   create = ["tpu", "create", job.name, f"--accelerator-type={o.accelerator}"]
   create += [f"--version={o.image}", *(["--spot"] if o.spot else [])]
   labels = [line.removeprefix("labels=") for line in o.site if line.startswith("labels=")]

@@ -46,7 +46,8 @@ def here(tmp_path, monkeypatch):
   return tmp_path
 
 
-def prepared(to, config="sft", workdir="/runs/it's here", is_sweep=False, **options):
+def prepared(to, config="sft", workdir=None, is_sweep=False, **options):
+  workdir = workdir or ("runs/it's here" if to in start.SHARED else "/runs/it's here")
   options = Options(**{**ASKED[to], **options})
   return start.prepare(config, workdir, to=to, is_sweep=is_sweep, options=options)
 
@@ -156,6 +157,14 @@ def test_a_finished_run_is_not_launched(here, capsys):
     ("slurm", dict(nodes=0), "--nodes=0: write at least 1"),
     ("slurm", dict(at_once=2), "write --sweep beside it"),
     ("slurm", dict(site=("gpu",)), "write --site=KEY=VALUE"),
+    ("slurm", dict(site=("=gpu",)), "write --site=KEY=VALUE"),
+    ("slurm", dict(site=("--partition=gpu",)), "write --site=KEY=VALUE"),
+    ("slurm", dict(setup='echo "it'), '--setup=echo "it: bash cannot read it: .*unexpected EOF'),
+    ("gke", dict(topology="4x4x4"), "--topology=4x4x4: write the slice of tpu-v5-lite.*as in 4x4$"),
+    ("gke", dict(topology="3x5"), "--topology=3x5: write the slice of .* hosts of 4 chips"),
+    ("gke", dict(accelerator="tpu-v5p-slice"), "--topology=4x4: write .*, as in 2x2x2"),
+    ("tpu-vm", dict(accelerator="v5litepod"), "--accelerator=v5litepod: write the slice"),
+    ("tpu-vm", dict(accelerator="v5p-0"), "--accelerator=v5p-0: write the slice"),
     ("gke", dict(image=None), "needs --image"),
     ("gke", dict(topology="16"), "--topology=16: write the slice"),
     ("gke", dict(accelerator="tpu-v9"), "GKE's TPUs here are"),
@@ -188,6 +197,13 @@ def test_what_cannot_be_meant_is_said(to, options, said, here):
   with pytest.raises(ConfigError, match=said.replace("(", r"\(")):
     written(to, **options)
   assert not (here / "jobs").exists()
+
+
+def test_an_image_is_a_container_of_docker_once(here):
+  for image in ("us/posttrain:1", "docker:us/posttrain:1"):
+    _, texts = written("skypilot", image=image)
+    (task,) = manifests(texts)
+    assert task["resources"]["image_id"] == "docker:us/posttrain:1"
 
 
 def test_a_folder_of_something_else_is_left_alone(here):
