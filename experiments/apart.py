@@ -33,6 +33,11 @@ def measured(measure: Callable[..., dict], case: tuple, limit: int = LIMIT) -> d
   return {"unfinished": f"the compiler ended its process with {how}"}
 
 
+def processor_time(facts: dict) -> str:
+  """Of the whole case, for a table: seconds on the wall are those of what else runs."""
+  return f"{facts['processor_seconds']:.0f} s" if "processor_seconds" in facts else ""
+
+
 def _run(measure: Callable[..., dict], case: tuple, limit: int, path: Path) -> None:
   resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
   resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5))
