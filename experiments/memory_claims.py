@@ -12,11 +12,12 @@ import compile_70b  # before jax: it keeps jax from looking for a device
 
 # isort: split
 import functools
-import gc
 import json
 import math
 import sys
 from pathlib import Path
+
+import apart
 
 from posttrain_jax import settings
 from posttrain_jax.core import files, tree
@@ -85,9 +86,9 @@ def main() -> int:
   compiled = {} if fresh else json.loads(path.read_text())["compiled"]
   for name in CASES:
     if name not in compiled:
-      compiled[name] = measure(name)
+      compiled[name] = facts = apart.measured(measure, (name,))
+      print(name, facts.get("peak_gib"), facts.get("unfinished"), flush=True)
       write(compiled)
-      gc.collect()
   write(compiled)
   return 0
 
@@ -99,9 +100,7 @@ def measure(name: str) -> dict:
   given = {"data.length": 2048, "batch.rows": 1, "eval.rows": 1, **fields}
   overrides = [settings.override(field, value) for field, value in given.items()]
   loaded = settings.load(f"{ROOT}/configs/{file}.py:{arguments}", overrides)
-  facts = estimate.figures(loaded, topology=topology, devices=devices)
-  print(name, facts.get("peak_gib"), facts["fits"], flush=True)
-  return facts
+  return estimate.figures(loaded, topology=topology, devices=devices)
 
 
 def write(compiled: dict) -> None:
@@ -271,6 +270,8 @@ def _kept() -> int:
 def _peak(compiled: dict, name: str) -> str:
   if (facts := compiled.get(name)) is None:
     return "not yet"
+  if why := facts.get("unfinished"):
+    return why
   if facts["compiled"] is None:
     return "does not fit"
   host = facts["by_kind_gib"]["host"]
@@ -278,16 +279,17 @@ def _peak(compiled: dict, name: str) -> str:
 
 
 def _parameters(compiled: dict, name: str) -> str:
-  facts = compiled.get(name)
-  return (
-    "not yet"
-    if facts is None
-    else f"{facts['by_kind_gib']['parameters'] * 2**30 / GB:.1f} GB of parameters"
-  )
+  if not _has_figures(compiled, name):
+    return "not yet"
+  return f"{compiled[name]['by_kind_gib']['parameters'] * 2**30 / GB:.1f} GB of parameters"
+
+
+def _has_figures(compiled: dict, name: str) -> bool:
+  return compiled.get(name, {}).get("compiled") is not None
 
 
 def _ratio(compiled: dict, a: str, b: str, kind: str | None) -> str:
-  if not {a, b} <= compiled.keys() or None in (compiled[a]["compiled"], compiled[b]["compiled"]):
+  if not (_has_figures(compiled, a) and _has_figures(compiled, b)):
     return "not yet"
   first, second = (compiled[name]["peak_gib" if kind is None else "by_kind_gib"] for name in (a, b))
   if kind is not None:

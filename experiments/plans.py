@@ -12,10 +12,11 @@ from __future__ import annotations
 import compile_70b  # before jax: it keeps jax from looking for a device
 
 # isort: split
-import gc
 import json
 import sys
 from pathlib import Path
+
+import apart
 
 from posttrain_jax import settings
 from posttrain_jax.core import files
@@ -35,9 +36,9 @@ TRAININGS = {
 # name -> (topology, devices)
 PLACES = {
   "one H100": ("h100:1x1", 1),
-  "eight H100": ("h100:1x8", 8),
   "one B200": ("b200:1x1", 1),
   "one v5p": ("v5p:2x2x1", 1),
+  "eight H100": ("h100:1x8", 8),
   "16 v5e": ("v5e:4x4", 16),
   "64 v5p": ("v5p:4x4x4", 64),
   "256 v6e": ("v6e:16x16", 256),
@@ -54,15 +55,16 @@ def main() -> int:
     for training, (model, _) in TRAININGS.items():
       if (training, place) in done or model not in SHAPES:
         continue
-      results.append(measure(training, place))
+      facts = apart.measured(measure, (training, place))
+      print(training, place, facts.get("peak_gib"), facts.get("unfinished"), flush=True)
+      results.append({"training": training, "place": place, **facts})
       write(results)
-      gc.collect()
   write(results)
   return 0
 
 
 def measure(training: str, place: str) -> dict:
-  """What `posttrain plan` says, with the names of the case."""
+  """What `posttrain plan` says."""
   (model, arguments), (topology, devices) = TRAININGS[training], PLACES[place]
   name, _, given = arguments.partition(":")
   fields = {
@@ -73,9 +75,7 @@ def measure(training: str, place: str) -> dict:
   }
   overrides = [settings.override(field, value) for field, value in fields.items()]
   config = settings.load(f"{ROOT}/configs/{name}.py:model={model},{given}", overrides)
-  facts = estimate.figures(config, topology=topology, devices=devices)
-  print(training, place, facts.get("peak_gib"), facts["fits"], flush=True)
-  return {"training": training, "place": place, **facts}
+  return estimate.figures(config, topology=topology, devices=devices)
 
 
 def write(results: list[dict]) -> None:
@@ -86,12 +86,13 @@ def write(results: list[dict]) -> None:
 
 def page(results: list[dict]) -> str:
   """The figures as a Markdown page, a table for each training."""
-  compilers = ", ".join(sorted({r["compiler"] for r in results}))
+  finished = [r for r in results if "unfinished" not in r]
+  compilers = ", ".join(sorted({r["compiler"] for r in finished}))
   lines = [
     "# What fits where: rows of 2,048 tokens, one for each device, remat full",
     "",
     "Written by `make plans`; compiled from shapes alone, nothing was run on an accelerator.",
-    f"jax {results[0]['jax'] if results else ''}, {compilers}, {compile_70b.machine()}.",
+    f"jax {finished[0]['jax'] if finished else ''}, {compilers}, {compile_70b.machine()}.",
     "",
     "GiB a device. Lies between: activations, gradients' sums, dequantised matrices. Sent: MB of a device in a step.",
     "Least time: the longest of products, memory and links at the vendors' peaks, which no program reaches; tokens a",
@@ -105,7 +106,7 @@ def page(results: list[dict]) -> str:
       continue
     lines += [
       "| on | of | parameters | adapter | gradients | optimizer | lies between | peak | fits | TFLOP | sent "
-      "| least time | tokens/s | compiled in |",
+      "| least time | tokens/s | processor time |",
       "|" + "---|" * 14,
       *map(row, rows),
     ]
@@ -121,6 +122,8 @@ def page(results: list[dict]) -> str:
 
 
 def row(r: dict) -> str:
+  if why := r.get("unfinished"):
+    return f"| {r['place']} | | {why}" + " |" * 12
   head = f"| {r['place']} | {r['device_gib']:g} |"
   if r["compiled"] is None:
     first = r["advice"][0] if r["advice"] else None
@@ -136,7 +139,7 @@ def row(r: dict) -> str:
   return (
     f"{head} {sizes} | {r['peak_gib']:.1f} | {'yes' if r['fits'] else 'no'} | {r['flops']['computed'] / 1e12:.0f} | "
     f"{sent:.0f} | {time['step_seconds']:.3f} s ({time['bound']}) | {time['tokens_per_second']:.0f} | "
-    f"{r['compiled']['compile_seconds']:.0f} s |"
+    f"{apart.processor_time(r)} |"
   )
 
 

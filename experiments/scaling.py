@@ -12,10 +12,11 @@ from __future__ import annotations
 import compile_70b  # before jax: it keeps jax from looking for a device
 
 # isort: split
-import gc
 import json
 import sys
 from pathlib import Path
+
+import apart
 
 from posttrain_jax import settings
 from posttrain_jax.core import files
@@ -44,15 +45,19 @@ def main() -> int:
   done = {(r["training"], r["devices"], r["fsdp"]) for r in results}
   for case in CASES:
     if case not in done:
-      results.append(measure(*case))
+      training, devices, fsdp = case
+      facts = apart.measured(measure, case)
+      print(
+        *case, facts.get("peak_gib"), facts.get("roofline"), facts.get("unfinished"), flush=True
+      )
+      results.append({**facts, "training": training, "devices": devices, "fsdp": fsdp})
       write(results)
-      gc.collect()
   write(results)
   return 0
 
 
 def measure(training: str, devices: int, fsdp: int) -> dict:
-  """What `posttrain plan` says, with the names of the case."""
+  """What `posttrain plan` says."""
   name, _, given = TRAININGS[training].partition(":")
   fields = {
     "data.length": LENGTH,
@@ -64,9 +69,7 @@ def measure(training: str, devices: int, fsdp: int) -> dict:
   }
   overrides = [settings.override(field, value) for field, value in fields.items()]
   config = settings.load(f"{ROOT}/configs/{name}.py:{given}", overrides)
-  facts = estimate.figures(config, topology=SLICES[devices])
-  print(training, devices, fsdp, facts.get("peak_gib"), facts.get("roofline"), flush=True)
-  return {"training": training, "fsdp": fsdp, **facts}
+  return estimate.figures(config, topology=SLICES[devices])
 
 
 def break_even(r: dict) -> float:
@@ -88,7 +91,7 @@ def write(results: list[dict]) -> None:
   OUT.parent.mkdir(exist_ok=True)
   files.write_json(OUT.with_suffix(".json"), {"machine": compile_70b.machine(), "results": results})
   files.write_text(OUT.with_suffix(".md"), page(results))
-  figure([r for r in results if r["compiled"]])
+  figure([r for r in results if r.get("compiled")])
 
 
 def page(results: list[dict]) -> str:
@@ -97,8 +100,7 @@ def page(results: list[dict]) -> str:
     "# What a step sends on 8 to 4,096 TPUs v5p: a row of 2,048 tokens a device, remat full",
     "",
     "Written by `make scaling`; compiled from shapes alone, nothing was run on a TPU.",
-    ", ".join([*(f"jax {r['jax']}, {r['compiler']}" for r in results[:1]), compile_70b.machine()])
-    + ".",
+    ", ".join([*_compilers(results), compile_70b.machine()]) + ".",
     "",
     "MB: what a device sends in a step. Products, links: seconds at the vendor's peaks, which no program reaches.",
     "Even at: the tokens a device, in one forward pass of an optimizer batch, at which both take as long; with more of",
@@ -114,7 +116,7 @@ def page(results: list[dict]) -> str:
       f"## {training}",
       "",
       "| devices | data x fsdp | peak GiB | along fsdp: collectives | MB | along data: collectives | MB | products "
-      "| links | even at | compiled in |",
+      "| links | even at | processor time |",
       "|" + "---|" * 11,
       *map(row, sorted(rows, key=lambda r: (r["devices"], r["fsdp"]))),
     ]
@@ -128,15 +130,19 @@ def page(results: list[dict]) -> str:
   return "\n".join(lines) + "\n"
 
 
+def _compilers(results: list[dict]) -> list[str]:
+  return sorted({f"jax {r['jax']}, {r['compiler']}" for r in results if "jax" in r})
+
+
 def row(r: dict) -> str:
   head = f"| {r['devices']:,} | {r['devices'] // r['fsdp']} x {r['fsdp']} |"
-  if r["compiled"] is None:
-    return f"{head} the compiler refuses |" + " |" * 8
+  if r.get("compiled") is None:
+    return f"{head} {r.get('unfinished', 'the compiler refuses')} |" + " |" * 8
   seconds = r["roofline"]["seconds"]
   sent = " | ".join(f"{n} | {size / 1e6:,.1f}" for n, size in (along(r, "fsdp"), along(r, "data")))
   return (
     f"{head} {r['peak_gib']:.2f} | {sent} | {seconds['products']:.4f} s | {seconds['links']:.4f} s | "
-    f"{break_even(r):,.0f} tokens | {r['compiled']['compile_seconds']:.0f} s |"
+    f"{break_even(r):,.0f} tokens | {apart.processor_time(r)} |"
   )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 
 from posttrain_jax.commands import common
@@ -60,8 +61,9 @@ def _search(config, args: argparse.Namespace) -> int:
   from posttrain_jax.plan import search
   from posttrain_jax.plan.topology import target
 
+  tell = lambda line: print(line, file=sys.stderr, flush=True)
   with progress.phase("compiling"):
-    tried = search.search(config, target(args.topology, args.devices, args.slices))
+    tried = search.search(config, target(args.topology, args.devices, args.slices), tell)
   print(search.written(config, tried))
   if args.json is not None:
     files.write_json(args.json, tried)

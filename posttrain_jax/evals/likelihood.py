@@ -86,7 +86,7 @@ def _logps(params, tokens, segments, labels, wanted, *, config, dtype):
   hidden = decoder.hidden(
     params, tokens, config, positions=positions, segment_ids=segments, dtype=dtype
   )
-  head = decoder.head(params)
+  head = decoder.whole_head(params)
   scores = logprob.score(hidden, head, labels, mask=wanted, softcap=config.final_softcap)
   return zigzag.whole(scores.logp, time), zigzag.whole(scores.correct, time)
 

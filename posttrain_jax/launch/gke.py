@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import math
+import posixpath
 import shlex
 from collections.abc import Mapping
 from pathlib import PurePosixPath
@@ -37,13 +38,14 @@ PLATFORM = Platform(
 )
 GO_ON = (*jobs.LEFT_BEHIND, jobs.KILLED, jobs.TERMINATED)
 CONFIGS = "/posttrain"
-# chips of a host, by GKE's name of the TPU; a slice of fewer chips is one host
-TPU_HOST = {
-  "tpu-v4-podslice": 4,
-  "tpu-v5-lite-podslice": 4,
-  "tpu-v5p-slice": 4,
-  "tpu-v6e-slice": 4,
-  "tpu7x": 4,
+TPU_HOST = 4  # chips of a host; a slice of fewer chips is one host
+# GKE's names of TPUs, and a slice of each: those that fill space have three numbers, and wait for ever for two
+TPUS = {
+  "tpu-v4-podslice": "2x2x2",
+  "tpu-v5-lite-podslice": "4x4",
+  "tpu-v5p-slice": "2x2x2",
+  "tpu-v6e-slice": "4x4",
+  "tpu7x": "2x2x2",
 }
 LARGEST = 900_000  # bytes; a ConfigMap holds 1 MiB
 
@@ -53,6 +55,7 @@ def files(job: Job) -> dict[str, str]:
   o = job.options
   if not o.image:
     raise ConfigError("--to=gke needs --image=NAME: a container in which posttrain is installed")
+  _check_outlives(job)
   written = {}
   for number in sorted(job.points):
     written[f"{_name(job, number)}.yaml"] = jobs.as_yaml(
@@ -63,6 +66,25 @@ def files(job: Job) -> dict[str, str]:
     **written,
     jobs.SUBMIT: f'#!/bin/bash\nset -u\ncd "$(dirname "$0")" || exit\nkubectl apply {listed}\n',
   }
+
+
+def _volume(o: Options) -> tuple[str, str]:
+  """(claim, path) of --volume."""
+  claim, _, path = (o.volume or "").partition(":")
+  if not claim or not path.startswith("/") or not path.strip("/"):
+    asked = f"--volume={o.volume}" if o.volume else "--to=gke needs a --volume for its runs"
+    raise ConfigError(f"{asked}: write CLAIM:/path, a volume claim and where it is")
+  return claim, posixpath.normpath(path)
+
+
+def _check_outlives(job: Job) -> None:
+  """Raises ConfigError for a workdir that is in a pod's own files, which go with it."""
+  claim, path = _volume(job.options)
+  if not PurePosixPath(posixpath.normpath(job.root)).is_relative_to(path):
+    inside = posixpath.join(path, PurePosixPath(job.root).name)
+    raise ConfigError(
+      f"--workdir={job.root} is not on --volume={claim}:{path}, and would go with its pod; write --workdir={inside}"
+    )
 
 
 def _name(job: Job, number: int) -> str:
@@ -135,12 +157,9 @@ def _pod(job: Job, number: int, processes: int) -> dict[str, Any]:
     {"name": "memory", "emptyDir": {"medium": "Memory"}},
   ]
   mounts.append({"name": "memory", "mountPath": "/dev/shm"})
-  if o.volume:
-    claim, _, path = o.volume.partition(":")
-    if not claim or not path.startswith("/"):
-      raise ConfigError(f"--volume={o.volume}: write CLAIM:/path, a volume claim and where it is")
-    volumes.append({"name": "runs", "persistentVolumeClaim": {"claimName": claim}})
-    mounts.append({"name": "runs", "mountPath": path})
+  claim, path = _volume(o)
+  volumes.append({"name": "runs", "persistentVolumeClaim": {"claimName": claim}})
+  mounts.append({"name": "runs", "mountPath": path})
   selector = dict(line.split("=", 1) for line in o.site)
   resource, chips = _accelerator(job)
   if o.accelerator:
@@ -196,7 +215,7 @@ def _accelerator(job: Job) -> tuple[str, int]:
   if not accelerator:
     return "", 0
   if _is_tpu(job.options):
-    return "google.com/tpu", min(_chips(job.options), _host(accelerator))
+    return "google.com/tpu", min(_chips(job.options), TPU_HOST)
   count = accelerator.rpartition(":")[2]
   if not count.isdecimal() or not int(count):
     raise ConfigError(f"--accelerator={accelerator}: write nvidia-h100-80gb:8, GPUs of a host")
@@ -225,17 +244,18 @@ def _hosts(o: Options) -> int:
     return o.nodes or 1
   if o.nodes:
     raise ConfigError("--nodes: the hosts of a TPU slice follow from --topology; leave it out")
-  return math.ceil(_chips(o) / _host(o.accelerator or ""))
-
-
-def _host(accelerator: str) -> int:
-  if accelerator not in TPU_HOST:
-    raise ConfigError(f"--accelerator={accelerator}: GKE's TPUs here are {', '.join(TPU_HOST)}")
-  return TPU_HOST[accelerator]
+  return math.ceil(_chips(o) / TPU_HOST)
 
 
 def _chips(o: Options) -> int:
+  """Of a slice."""
+  if (example := TPUS.get(o.accelerator or "")) is None:
+    raise ConfigError(f"--accelerator={o.accelerator}: GKE's TPUs here are {', '.join(TPUS)}")
   sizes = (o.topology or "").split("x")
-  if len(sizes) < 2 or not all(size.isdecimal() and int(size) for size in sizes):
-    raise ConfigError(f"--topology={o.topology}: write the slice of {o.accelerator}, as in 4x4")
-  return math.prod(map(int, sizes))
+  is_like = len(sizes) == example.count("x") + 1
+  chips = math.prod(map(int, sizes)) if is_like and all(map(str.isdecimal, sizes)) else 0
+  if not chips or (chips > TPU_HOST and chips % TPU_HOST):
+    raise ConfigError(
+      f"--topology={o.topology}: write the slice of {o.accelerator}, whole hosts of {TPU_HOST} chips, as in {example}"
+    )
+  return chips

@@ -9,6 +9,8 @@ import dataclasses
 import hashlib
 import json
 import re
+import shutil
+import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -114,8 +116,20 @@ def check(to: str, platform: Platform, options: Options) -> None:
       if name != "setup" and isinstance(text, str) and not text.isprintable():
         raise ConfigError(f"--{name}={text!r}: write it without line breaks and control characters")
   for line in options.site:
-    if "=" not in line:
+    if not re.fullmatch(r"[A-Za-z0-9][^\s=]*=.*", line):
       raise ConfigError(f"--site={line}: write --site=KEY=VALUE, as in --site=account=me")
+  if why := _unreadable(options.setup or ""):
+    raise ConfigError(f"--setup={options.setup}: bash cannot read it: {why}")
+
+
+def _unreadable(shell: str) -> str:
+  """What bash says of a text that it cannot read; nothing where it can, or where there is no bash to ask."""
+  if (bash := shutil.which("bash")) is None:
+    return ""
+  done = subprocess.run(
+    [bash, "-n"], input=f"{shell}\n", capture_output=True, text=True, check=False
+  )
+  return done.stderr.strip()
 
 
 def nodes(options: Options) -> int:

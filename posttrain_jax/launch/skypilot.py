@@ -43,7 +43,7 @@ def _task(job: Job, number: int, name: str) -> dict[str, Any]:
     },
   }
   if o.image:
-    resources["image_id"] = f"docker:{o.image}"
+    resources["image_id"] = f"docker:{o.image.removeprefix('docker:')}"
   for line in o.site:
     key, _, value = line.partition("=")
     resources[key] = value

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from posttrain_jax import settings
 from posttrain_jax.build import checks, sweep
@@ -52,6 +52,11 @@ def prepare(
   if options.at_once and not is_sweep:
     raise ConfigError("--at_once is of points: write --sweep beside it")
   home, is_shared = Path.cwd(), to in SHARED
+  if not is_shared and not PurePosixPath(workdir).is_absolute():
+    raise ConfigError(
+      f"--workdir={workdir}: a host of {to} has no folder of yours to begin from; write the whole path of what all"
+      f" hosts see and what outlives them, as in --workdir=/runs/{PurePosixPath(workdir).name}"
+    )
   root = str(home / Path(workdir).expanduser()) if is_shared else workdir
   points = sweep.expand(config, overrides) if is_sweep else [_single(config, overrides)]
   points = [sweep.fitting(point) for point in points]

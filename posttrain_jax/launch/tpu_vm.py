@@ -1,8 +1,11 @@
 """Cloud TPU VMs: `submit.sh` makes the slice, runs a point on all its hosts, and makes it anew after a preemption.
 
-It runs on the machine that launches, for as long as the points do.  Each host writes down the code that its process
-ended with: `gcloud ... ssh` has no code of its own for several hosts.  JAX finds the hosts in the TPU's metadata
-(`POSTTRAIN_DISTRIBUTED=auto`).  `--workdir` lies on a disk that outlives the slice (a mounted bucket or file store).
+It runs on the machine that launches, for as long as the points do.  A slice has a label by which the folder of files
+that made it knows it again: one of the same name that somebody else made is left alone.
+
+Each host writes down the code that its process ended with: `gcloud ... ssh` has no code of its own for several hosts.
+JAX finds the hosts in the TPU's metadata (`POSTTRAIN_DISTRIBUTED=auto`).  `--workdir` lies on a disk that outlives the
+slice (a mounted bucket or file store).
 """
 
 from __future__ import annotations
@@ -20,21 +23,39 @@ PLATFORM = Platform(
 )
 HOST = 8  # of what an accelerator's name counts
 THERE = "posttrain-job"  # in the home of each host
+LABEL, KEY = (
+  "posttrain-job",
+  "slice-key",
+)  # of a slice, and the file that holds what it is for those that are made here
 SUBMIT = """\
 #!/bin/bash
 # Written by posttrain launch.  75 (stopped when asked) and a lost slice go on, another code stops.
 set -u
 cd "$(dirname "$0")" || exit
+if [ ! -s {key} ]; then od -An -N8 -tx1 /dev/urandom | tr -d '[:space:]' > {key} || exit; fi
+key=$(cat {key})
 # what is launched from here later changes nothing of this job
 files=$(mktemp --directory) || exit
 trap 'rm -rf "$files"' EXIT
 cp -R {points} run.sh "$files" && cd "$files" || exit
-tpu() {{ gcloud compute tpus tpu-vm "$@" --zone={zone}; }}
-state() {{ tpu describe {name} --format='value(state)' 2>/dev/null; }}
+zone={zone}
+tpu() {{ gcloud compute tpus tpu-vm "$@" --zone="$zone"; }}
+found() {{ # sets state, and whose: nothing where there is no slice of that name
+  IFS=, read -r state whose < <(
+    tpu describe {name} --format='csv[no-heading](state,labels.{label})' 2>/dev/null
+    echo # a line where there is none
+  )
+}}
 on_all() {{ tpu ssh {name} --worker=all --command="$1"; }}
 
 ready() {{
-  case "$(state)" in
+  found
+  if [ -n "$state" ] && [ "$whose" != "$key" ]; then
+    echo "the TPU VM {name} was not made from this folder and is left alone: launch with another --name, or delete it"
+    echo "by gcloud compute tpus tpu-vm delete {name} --zone=$zone"
+    exit 1
+  fi
+  case "$state" in
     READY) ;;
     "") {create} || return 1 ;;
     *) tpu delete {name} --quiet; {create} || return 1 ;;
@@ -73,7 +94,8 @@ for point in "${{points[@]}}"; do
   if [ "$ended" -ne 0 ]; then code=$ended; fi
   echo "point $point ended with $ended"
 done
-if [ -n "$made" ]; then tpu delete {name} --quiet; fi
+found
+if [ -n "$state" ] && [ "$whose" = "$key" ]; then tpu delete {name} --quiet; fi
 exit "$code"
 """
 RUN = """\
@@ -100,8 +122,13 @@ def processes(options: jobs.Options) -> int:
   >>> processes(jobs.Options(accelerator="v5litepod-8")), processes(jobs.Options(accelerator="v5p-16"))
   (1, 2)
   """
-  count = (options.accelerator or "").rpartition("-")[2]
-  return max(1, int(count) // HOST) if count.isdecimal() else 1
+  return max(1, _count(options.accelerator or "") // HOST)
+
+
+def _count(accelerator: str) -> int:
+  """What the accelerator's name counts; 0 where it counts nothing."""
+  count = accelerator.rpartition("-")[2]
+  return int(count) if count.isdecimal() else 0
 
 
 def files(job: Job) -> dict[str, str]:
@@ -114,9 +141,15 @@ def files(job: Job) -> dict[str, str]:
   ):
     if not value:
       raise ConfigError(f"--to=tpu-vm needs --{name}, as in {example}")
+  if not _count(o.accelerator or ""):
+    raise ConfigError(
+      f"--accelerator={o.accelerator}: write the slice, with its chips or cores, as in v5litepod-16"
+    )
   create = ["tpu", "create", job.name, f"--accelerator-type={o.accelerator}"]
   create += [f"--version={o.image}", *(["--spot"] if o.spot else [])]
-  create += [f"--{line}" for line in o.site]
+  labels = [line.removeprefix("labels=") for line in o.site if line.startswith("labels=")]
+  create += [f"--{line}" for line in o.site if not line.startswith("labels=")]
+  labelled = f'--labels={"".join(f"{shlex.quote(one)}," for one in labels)}{LABEL}="$key"'
   cases = "\n".join(
     f"  {number}) command=({_there(job, number)}) ;;" for number in sorted(job.points)
   )
@@ -130,7 +163,9 @@ def files(job: Job) -> dict[str, str]:
     jobs.SUBMIT: SUBMIT.format(
       zone=shlex.quote(o.zone or ""),
       name=job.name,
-      create=shlex.join(create),
+      create=f"{shlex.join(create)} {labelled}",
+      label=LABEL,
+      key=KEY,
       points=jobs.POINTS,
       there=THERE,
       numbers=" ".join(map(str, sorted(job.points))),

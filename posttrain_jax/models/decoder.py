@@ -382,6 +382,11 @@ def head(params: Params) -> Any:
   return Transposed(unadapted(params["embed_tokens"]["weight"]))
 
 
+def whole_head(params: Params) -> Any:
+  """`head`, gathered along fsdp: for a loop over tokens, which a TPU's compiler has gather it at every turn."""
+  return _whole(head(params), sharding.spec_for("lm_head/weight", RULES))
+
+
 def scored(
   key: Array, params: Params, config: ModelConfig, count: int = 1, *, writes: bool = False
 ) -> tuple[Params, ModelConfig]:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import filelock
@@ -119,8 +120,16 @@ def _checksums(folder: Path) -> dict[str, str]:
   return {path.name: digest(path) for path in sorted(folder.iterdir()) if path.name != CHECKSUMS}
 
 
-def resolve(name_or_dir: str | Path, *, cache_dir: str | Path | None = None) -> Path:
-  """The folder meant by a path, the name of a built-in model, or a name on the hub."""
+def resolve(
+  name_or_dir: str | Path,
+  *,
+  cache_dir: str | Path | None = None,
+  patterns: Sequence[str] = _HUB_FILES,
+) -> Path:
+  """The folder meant by a path, the name of a built-in model, or a name on the hub.
+
+  patterns: of the names of what is downloaded from the hub, where it is not in its cache.
+  """
   path = Path(name_or_dir).expanduser()
   if path.is_dir():
     return path
@@ -138,7 +147,9 @@ def resolve(name_or_dir: str | Path, *, cache_dir: str | Path | None = None) -> 
     raise FileNotFoundError(f"model {name!r}: {known}, nor a possible name on the hub") from e
   try:
     return Path(
-      huggingface_hub.snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_NEVER)
+      huggingface_hub.snapshot_download(
+        name, allow_patterns=list(patterns), ignore_patterns=_HUB_NEVER
+      )
     )
   except hub_errors.GatedRepoError as e:
     raise PermissionError(

@@ -212,8 +212,8 @@ class Scorer(abc.ABC):
     )
 
   def head(self, forward: Forward) -> Any:
-    """The weight that gives logits."""
-    return decoder.head(decoder.multiplied_in(forward.params, self.products))
+    """The weight that gives logits, whole on every device."""
+    return decoder.whole_head(decoder.multiplied_in(forward.params, self.products))
 
   def scores(self, forward: Forward, batch: Batch, mask: Array, **options: Any) -> logprob.Scores:
     """The scores of the token after each position, where the mask says so; [rows, time]."""

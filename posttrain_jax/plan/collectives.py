@@ -104,10 +104,11 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
       name = match[2]
       bodies[name] = []
       entry = name if match[1] else entry
-    elif line.startswith("}"):
-      name = ""
-    elif name:
+    elif name and line.startswith("  "):
       bodies[name].append(line)
+    elif name and bodies[name]:
+      # attributes of a kernel go on at the margin, and may begin with a brace there
+      bodies[name][-1] += line
   return bodies, entry
 
 

@@ -93,10 +93,19 @@ class Compiled:
 
 
 def shape(name: str) -> ModelConfig:
-  """The ModelConfig of a folder, a built-in or hub model, or a name in `SHAPES`; reads config.json alone."""
+  """The ModelConfig of a folder, a built-in or hub model, or a name in `SHAPES`; config.json alone is fetched and read.
+
+  Raises:
+    FileNotFoundError, ConnectionError: there is no such model, or the hub does not answer; with the names in `SHAPES`.
+  """
   if name in SHAPES and not Path(name).is_dir():
     return SHAPES[name]
-  return hf.read_config(fetch.resolve(name))
+  try:
+    folder = fetch.resolve(name, patterns=("config.json",))
+  except (FileNotFoundError, ConnectionError) as problem:
+    sizes = f"sizes that are planned without a file of theirs: {', '.join(SHAPES)}"
+    raise type(problem)(f"{problem}\n{sizes}") from problem
+  return hf.read_config(folder)
 
 
 def resolved(config: ml_collections.ConfigDict, platform: str) -> ml_collections.ConfigDict:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from posttrain_jax.build import decisions
@@ -10,13 +11,20 @@ from posttrain_jax.plan import estimate
 from posttrain_jax.plan.topology import Target
 
 REMATS = ("none", "dots", "names", "full")  # what recomputes least, first
-MOST = 4096  # rows for each unit
+MOST = 6  # batches that are compiled with each mode
+BEYOND = 1.1  # times the memory: a batch that needs as much by those before it is not compiled
 
 
-def search(config: Any, chips: Target) -> list[dict[str, Any]]:
+def search(
+  config: Any, chips: Target, tell: Callable[[str], None] = lambda line: None
+) -> list[dict[str, Any]]:
   """[{remat, rows, facts}] of the modes that fit, best first: the most tokens a second, then the largest batch.
 
-  Rows are the config's unit (what the mesh and batch.accumulate divide) times a power of two, each one compiled.
+  Rows are the config's unit (what the mesh and batch.accumulate divide) times a power of two, each one compiled; a mode
+  that recomputes more begins where the one before it ended, as it needs less.
+
+  Args:
+    tell: is told of each batch that is tried.
 
   Raises:
     ValueError: the memory of these devices is not known.
@@ -25,10 +33,11 @@ def search(config: Any, chips: Target) -> list[dict[str, Any]]:
     raise ValueError(
       f"{chips.name}: its memory is not known, and so not what fits; give a topology"
     )
-  fitting = []
+  fitting, rows = [], unit(config, chips)
   for remat in REMATS:
-    if (best := _largest(config, chips, remat)) is not None:
+    if (best := _largest(config, chips, remat, rows, tell)) is not None:
       fitting.append(best)
+      rows = best["rows"]
   speed = lambda one: one["facts"]["roofline"]["tokens_per_second"]
   return sorted(fitting, key=lambda one: (-speed(one), -one["rows"]))
 
@@ -41,16 +50,40 @@ def unit(config: Any, chips: Target) -> int:
   return shares * config.batch.accumulate
 
 
-def _largest(config: Any, chips: Target, remat: str) -> dict[str, Any] | None:
-  """The largest power of two of units that fits; a second try stops at the first that does not."""
-  best, rows = None, unit(config, chips)
-  for _ in range(MOST.bit_length()):
+def _largest(
+  config: Any, chips: Target, remat: str, rows: int, tell: Callable[[str], None]
+) -> dict[str, Any] | None:
+  """The largest batch that fits, from `rows` on, or fewer where these do not."""
+  tried: list[dict[str, Any]] = []
+  while len(tried) < MOST and not _is_beyond(tried, rows, chips):
     facts = estimate.of(_with(config, remat, rows), chips, advise=False)
-    if not facts["fits"]:
-      return best
-    best = {"remat": remat, "rows": rows, "facts": facts}
-    rows *= _step(facts, chips)
-  return best
+    tell(_said(remat, rows, facts, chips))
+    if facts["fits"]:
+      tried.append({"remat": remat, "rows": rows, "facts": facts})
+      rows *= _step(facts, chips)
+    elif tried or rows == unit(config, chips):
+      break
+    else:
+      rows = unit(config, chips)
+  return tried[-1] if tried else None
+
+
+def _is_beyond(tried: list[dict[str, Any]], rows: int, chips: Target) -> bool:
+  """Whether the line through the peaks of the last two batches says that rows do not fit by far."""
+  if len(tried) < 2:
+    return False
+  (few, low), (many, high) = ((one["rows"], one["facts"]["peak_gib"]) for one in tried[-2:])
+  return high + (high - low) / (many - few) * (rows - many) > BEYOND * (chips.memory or 0)
+
+
+def _said(remat: str, rows: int, facts: dict[str, Any], chips: Target) -> str:
+  if facts["compiled"] is None:
+    return f"remat {remat}, {rows} rows: the compiler refuses"
+  verdict = "fits" if facts["fits"] else "does not fit"
+  return (
+    f"remat {remat}, {rows} rows: {facts['peak_gib']:.2f} of {chips.memory:g} GiB, {verdict}; compiled in "
+    f"{facts['compiled']['compile_seconds']:.0f} s"
+  )
 
 
 def _step(facts: dict[str, Any], chips: Target) -> int:

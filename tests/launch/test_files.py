@@ -46,7 +46,8 @@ def here(tmp_path, monkeypatch):
   return tmp_path
 
 
-def prepared(to, config="sft", workdir="runs/it's here", is_sweep=False, **options):
+def prepared(to, config="sft", workdir=None, is_sweep=False, **options):
+  workdir = workdir or ("runs/it's here" if to in start.SHARED else "/runs/it's here")
   options = Options(**{**ASKED[to], **options})
   return start.prepare(config, workdir, to=to, is_sweep=is_sweep, options=options)
 
@@ -156,11 +157,35 @@ def test_a_finished_run_is_not_launched(here, capsys):
     ("slurm", dict(nodes=0), "--nodes=0: write at least 1"),
     ("slurm", dict(at_once=2), "write --sweep beside it"),
     ("slurm", dict(site=("gpu",)), "write --site=KEY=VALUE"),
+    ("slurm", dict(site=("=gpu",)), "write --site=KEY=VALUE"),
+    ("slurm", dict(site=("--partition=gpu",)), "write --site=KEY=VALUE"),
+    ("slurm", dict(setup='echo "it'), '--setup=echo "it: bash cannot read it: .*unexpected EOF'),
+    ("gke", dict(topology="4x4x4"), "--topology=4x4x4: write the slice of tpu-v5-lite.*as in 4x4$"),
+    ("gke", dict(topology="3x5"), "--topology=3x5: write the slice of .* hosts of 4 chips"),
+    ("gke", dict(accelerator="tpu-v5p-slice"), "--topology=4x4: write .*, as in 2x2x2"),
+    ("tpu-vm", dict(accelerator="v5litepod"), "--accelerator=v5litepod: write the slice"),
+    ("tpu-vm", dict(accelerator="v5p-0"), "--accelerator=v5p-0: write the slice"),
     ("gke", dict(image=None), "needs --image"),
     ("gke", dict(topology="16"), "--topology=16: write the slice"),
     ("gke", dict(accelerator="tpu-v9"), "GKE's TPUs here are"),
     ("gke", dict(nodes=4), "follow from --topology"),
-    ("gke", dict(volume="claim"), "write CLAIM:/path"),
+    ("gke", dict(volume="claim"), "--volume=claim: write CLAIM:/path"),
+    ("gke", dict(volume=None), "--to=gke needs a --volume for its runs: write CLAIM:/path"),
+    ("gke", dict(volume="claim:/"), "--volume=claim:/: write CLAIM:/path"),
+    (
+      "gke",
+      dict(volume="claim:/data", workdir="/runs/a"),
+      "--workdir=/runs/a is not on --volume=claim:/data, .*write --workdir=/data/a",
+    ),
+    (
+      "gke",
+      dict(volume="claim:/data", workdir="/data/../runs"),
+      "is not on --volume=claim:/data, .*write --workdir=/data/runs",
+    ),
+    *(
+      (to, dict(workdir="runs/a"), f"--workdir=runs/a: a host of {to} has no.*--workdir=/runs/a")
+      for to in ("gke", "tpu-vm", "skypilot")
+    ),
     ("gke", dict(accelerator="nvidia-h100-80gb:8"), "are a TPU's"),
     ("tpu-vm", dict(zone=None), "needs --zone"),
     ("skypilot", dict(restarts=3), "--restarts is of no use to --to=skypilot"),
@@ -172,6 +197,13 @@ def test_what_cannot_be_meant_is_said(to, options, said, here):
   with pytest.raises(ConfigError, match=said.replace("(", r"\(")):
     written(to, **options)
   assert not (here / "jobs").exists()
+
+
+def test_an_image_is_a_container_of_docker_once(here):
+  for image in ("us/posttrain:1", "docker:us/posttrain:1"):
+    _, texts = written("skypilot", image=image)
+    (task,) = manifests(texts)
+    assert task["resources"]["image_id"] == "docker:us/posttrain:1"
 
 
 def test_a_folder_of_something_else_is_left_alone(here):
@@ -286,7 +318,7 @@ def test_a_container_is_posttrain_and_knows_its_coordinator(here):
   said = shell.communicate()[0].split()
   assert said[:4] == [str(shell.pid), "it-s-here-slice-0-0.it-s-here:8476", "1", "train"]
   (name,) = next(d for d in manifests(texts) if d["kind"] == "ConfigMap")["data"]
-  assert said[4:] == [f"--config=/posttrain/points/{name}", "--workdir=runs/it's", "here"]
+  assert said[4:] == [f"--config=/posttrain/points/{name}", "--workdir=/runs/it's", "here"]
 
 
 def test_a_tpus_hosts_follow_from_its_topology(here):
@@ -325,8 +357,12 @@ GCLOUD = """
 cd "$FAKE" || exit 1
 echo "$*" >> calls
 case "$*" in
-  *describe*) cat STATE 2>/dev/null ;;
-  *" create "*) [ -e full ] && exit 1; echo READY > STATE ;;
+  *describe*) [ -e STATE ] && echo "$(cat STATE),$(cat LABEL 2>/dev/null)" ;;
+  *" create "*)
+    [ -e full ] && exit 1
+    label="$*"; label="${label##*posttrain-job=}"; echo "${label%% *}" > LABEL
+    if [ -e slow ]; then echo CREATING > STATE; rm slow; exit 1; fi
+    echo READY > STATE ;;
   *" delete "*) rm -f STATE ;;
   *"run.sh"*"--command"*|*"--command=bash"*)
     n=$(grep -c 'command=bash' calls); line=$(sed -n "${n}p" CODES)
@@ -350,13 +386,23 @@ esac
   ],
 )
 def test_a_tpu_vm_is_looked_after(starts, ends, creations, here):
-  job, _ = written("tpu-vm", restarts=2)
+  done, fake = looked_after(here, starts, [] if starts else ["full"])
+  calls = (fake / "calls").read_text()
+  assert done.returncode == ends, done.stdout + done.stderr + calls
+  assert calls.count("tpu-vm create") == max(creations, 1)
+  assert calls.count("command=bash") == len(starts)
+  assert not (fake / "STATE").exists()  # nothing is paid for after the end
+
+
+def looked_after(here, starts, there=(), **options):
+  """(what became of submit.sh, the folder of a gcloud that does as it is told): starts as in CODES, files there."""
+  job, _ = written("tpu-vm", **{"restarts": 2, **options})
   bin, fake = here / "bin", here / "fake"
   bin.mkdir()
   fake.mkdir()
   (fake / "CODES").write_text("\n".join(starts) + "\n")
-  if not starts:
-    (fake / "full").touch()
+  for name in there:
+    (fake / name.partition("=")[0]).write_text(name.partition("=")[2])
   tool(bin, "gcloud", GCLOUD)
   environment = {
     **os.environ,
@@ -364,11 +410,29 @@ def test_a_tpu_vm_is_looked_after(starts, ends, creations, here):
     "FAKE": str(fake),
     "POSTTRAIN_PAUSE": "0",
   }
-  done = subprocess.run(
-    ["bash", str(job.folder / jobs.SUBMIT)], env=environment, capture_output=True, text=True
-  )
-  calls = (fake / "calls").read_text()
-  assert done.returncode == ends, done.stdout + done.stderr + calls
-  assert calls.count("tpu-vm create") == max(creations, 1)
-  assert calls.count("command=bash") == len(starts)
-  assert not (fake / "STATE").exists()  # nothing is paid for after the end
+  script = ["bash", str(job.folder / jobs.SUBMIT)]
+  return subprocess.run(script, env=environment, capture_output=True, text=True), fake
+
+
+@pytest.mark.parametrize("state", ["READY", "CREATING", "STOPPED"])
+@pytest.mark.parametrize("label", ["", "0123456789abcdef"])
+def test_a_tpu_vm_of_somebody_else_is_left_alone(label, state, here):
+  done, fake = looked_after(here, ["0 0"], [f"STATE={state}", f"LABEL={label}"])
+  assert done.returncode == 1
+  assert "the TPU VM it-s-here was not made from this folder and is left alone" in done.stdout
+  assert all("describe" in call for call in (fake / "calls").read_text().splitlines())
+
+
+def test_a_tpu_vm_that_was_made_and_not_said_to_be_is_not_left_to_be_paid(here):
+  done, fake = looked_after(here, ["0 0"], ["slow"])
+  assert done.returncode == 1
+  assert "the slice could not be made" in done.stdout
+  assert not (fake / "STATE").exists()
+
+
+def test_labels_of_the_sites_own_stay_beside_the_jobs(here):
+  done, fake = looked_after(here, ["0 0"], site=("labels=team=it's",))
+  (created,) = [c for c in (fake / "calls").read_text().splitlines() if "tpu-vm create" in c]
+  assert done.returncode == 0
+  key = (here / "jobs/it-s-here/slice-key").read_text()
+  assert created.endswith(f"--labels=team=it's,posttrain-job={key} --zone=us-west4-a")

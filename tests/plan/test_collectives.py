@@ -64,6 +64,19 @@ def test_loops_and_what_crosses_slices_are_counted():
   assert Collective("send all-reduce", "slices", 1, 0, 7 * 8 * 4) in found
 
 
+def test_what_follows_a_kernel_in_a_loop_is_counted():
+  """Attributes of a kernel, as libtpu prints those of splash: over several lines, which begin with a brace too."""
+  kernel = [
+    "  %splash = bf16[2,8]{1,0} custom-call(%x), frontend_attributes={kernel_metadata={",
+    '"xprof_metadata":"{\\"block_q\\": 512}"',
+    '}}, metadata={op_name="jit(step)/while/body/splash"}',
+  ]
+  body = "%body (p: (s32[], bf16[4,8])) -> (s32[], bf16[4,8]) {\n"
+  assert body in LOOP
+  behind = LOOP.replace(body, "\n".join([body.strip(), *kernel, ""]))
+  assert collectives.read(behind, MESH()) == collectives.read(LOOP, MESH())
+
+
 def test_parts_of_one_transfer_are_one_and_those_of_a_shard_map_are_several():
   """As libtpu prints them: a chain of three parts; two gathers that share channel 1, as all of a shard_map do."""
   gather = "  %%g.%d = bf16[4,8]{1,0} all-gather(%%x), channel_id=%d, replica_groups={{0,1},{2,3},{4,5},{6,7}}%s"

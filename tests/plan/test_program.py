@@ -1,10 +1,13 @@
 """The planned program is the one that runs: state, context and batch of every config, shape by shape."""
 
 import pathlib
+import types
 
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import pytest
+from huggingface_hub import errors as hub_errors
 
 from posttrain_jax import settings
 from posttrain_jax.build import reference, teacher
@@ -136,3 +139,24 @@ def test_what_lies_on_the_host_is_counted_there(folder, fields, kinds):
   arrays = jax.tree.leaves((built.state, built.context))
   hosted = [x for x in arrays if x.sharding.memory_kind == "pinned_host"]
   assert sum(by_kind.values()) == program.bytes_a_device(hosted)
+
+
+def test_of_a_model_on_the_hub_its_config_alone_is_fetched(folder, monkeypatch):
+  asked = {}
+  fetched = lambda name, **kw: asked.update(kw, name=name) or str(folder / "model")
+  monkeypatch.setattr(huggingface_hub, "snapshot_download", fetched)
+  assert program.shape("org/model") == program.shape(str(folder / "model"))
+  assert (asked["name"], asked["allow_patterns"]) == ("org/model", ["config.json"])
+
+
+@pytest.mark.parametrize("failure", [hub_errors.RepositoryNotFoundError, hub_errors.HfHubHTTPError])
+def test_a_model_that_is_not_found_is_answered_with_the_sizes_that_are_known(failure, monkeypatch):
+  def fail(*_, **__):
+    raise failure("said no", response=types.SimpleNamespace(headers={}, request=None))
+
+  monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+  with pytest.raises(
+    (FileNotFoundError, ConnectionError), match=r"llama-3-8b.*\n.*llama3-8b, "
+  ) as error:
+    program.shape("meta/llama-3-8b")
+  assert all(name in str(error.value) for name in ("qwen3-0.6b", "gemma3-27b", "qwen3-30b-a3b"))

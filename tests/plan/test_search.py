@@ -18,30 +18,35 @@ def facts(changed, target, *, advise):
   between = NEEDS[remat] * rows
   return {
     "fits": 5 + between <= target.memory,
+    "compiled": {"compile_seconds": 40},
     "peak_gib": 5 + between,
     "by_kind_gib": {"activations": between},
     "roofline": {"tokens_per_second": SPEED[remat]},
   }
 
 
-@pytest.mark.parametrize(("memory", "wanted"), [
-  (16.0, [("names", 2), ("dots", 2), ("none", 1), ("full", 8)]),
-  (7.0, [("full", 2)]),
-  (5.5, []),
+@pytest.mark.parametrize(("memory", "wanted", "compiled"), [
+  # none 1, 2; dots 1, 2, not 4 as the line says 21; names 2, 4; full 2, 4, 8, and not 16
+  (16.0, [("names", 2), ("dots", 2), ("none", 1), ("full", 8)], 9),
+  (7.0, [("full", 2)], 5),
+  (5.5, [], 4),
 ])  # fmt: skip
-def test_the_largest_batch_of_each_mode(memory, wanted, monkeypatch):
+def test_the_largest_batch_of_each_mode(memory, wanted, compiled, monkeypatch):
   monkeypatch.setattr(estimate, "of", facts)
   target = dataclasses.replace(topology.target(count=1), memory=memory, chip=chips.TPUS["v5e"])
-  tried = search.search(config(), target)
+  said = []
+  tried = search.search(config(), target, said.append)
+  assert len(said) == compiled
   assert sorted((one["remat"], one["rows"]) for one in tried) == sorted(wanted)
   assert [one["remat"] for one in tried[-1:]] == [mode for mode, _ in wanted[-1:]]
-  said = search.written(config(), tried)
+  answer = search.written(config(), tried)
   if wanted:
     assert (
-      f"--config.model.remat={tried[0]['remat']} --config.batch.rows={tried[0]['rows']}" in said
+      f"--config.model.remat={tried[0]['remat']} --config.batch.rows={tried[0]['rows']}" in answer
     )
   else:
-    assert "nothing fits" in said
+    assert "nothing fits" in answer
+  assert "GiB, does not fit; compiled in 40 s" in "\n".join(said)
 
 
 @pytest.mark.parametrize(

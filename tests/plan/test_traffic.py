@@ -10,6 +10,7 @@ import jax
 import pytest
 
 from posttrain_jax.core import sharding, tree
+from posttrain_jax.losses import logprob
 from posttrain_jax.models import decoder, hf
 from posttrain_jax.plan import collectives, program, topology
 from tests import tiny
@@ -22,6 +23,8 @@ ARRAY = (
 )  # bytes of the activations between layers, of all devices together
 TOKEN = ROWS * LENGTH * 4  # of a number for each token
 NUMBERS = 12  # for each token: ids, positions, segments, log-probabilities, masks
+# what all turns of a loop gather alike stays in it, as a TPU's compiler leaves it
+AS_WRITTEN = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
 SMALL = 2048  # bytes of sums of metrics and norms, a number each
 # name -> (config, arguments, fields, forward passes beside that of what trains)
 OBJECTIVES = {
@@ -42,6 +45,7 @@ ADAPTED = (
   "grpo",
   "rl",
 )  # whose other forward pass has the adapter, which a reference has not
+BRANCHED = ("grpo", "rl")
 FAST = {"fsdp": "dpo, reference in the step", "slices": "sft", "expert": "sft"}
 MESHES = {
   "fsdp": (dict(fsdp=8), 1),
@@ -107,9 +111,9 @@ class Step:
     layers = sum(cut(leaf) for path, leaf in leaves.items() if path.startswith("layers/"))
     heads = sum(cut(leaf) for path, leaf in leaves.items() if "head" in path or "score" in path)
     adapter = 0 if base is None else sum(map(cut, jax.tree.leaves(state.trainable)))
-    # forward and, since nothing is kept, backward again; a head that trains is multiplied again too
+    # forward and, since nothing is kept, backward again; the head once for all passes, on each side of a branch
     with_adapter = 2 + forward * (self.name in ADAPTED)
-    return (2 + forward) * layers + with_adapter * adapter + (1 + forward + (base is None)) * heads
+    return (2 + forward) * layers + with_adapter * adapter + (1 + (self.name in BRANCHED)) * heads
 
   @property
   def trained(self):
@@ -128,7 +132,7 @@ def cut(leaf):
   return leaf.size * leaf.dtype.itemsize * is_cut
 
 
-def compiled(folder, name, mesh, **fields):
+def compiled(folder, name, mesh, options=None, **fields):
   config, arguments, more, forward = OBJECTIVES[name]
   sizes, slices = MESHES[mesh]
   given = {
@@ -141,7 +145,9 @@ def compiled(folder, name, mesh, **fields):
   }
   target = topology.target(f"cpu:{DEVICES // slices}", slices=slices)
   built = program.build(load(folder, config, "rows", arguments, given), target)
-  text = program.compile(built).executable.as_text()
+  with jax.set_mesh(built.mesh):
+    lowered = built.step.lower(built.state, built.context, built.batch)
+    text = lowered.compile(compiler_options=options).as_text()
   return Step(name, built, collectives.read(text, built.mesh, target.slice_of)), forward
 
 
@@ -167,6 +173,14 @@ def test_along_fsdp_weights_travel_once_a_pass_and_gradients_once(name, folders)
   assert step.large() <= wanted
 
 
+def test_the_head_is_gathered_once_for_all_chunks_of_tokens(folders, monkeypatch):
+  monkeypatch.setattr(logprob, "CHUNK", LENGTH // 4)
+  step, forward = compiled(folders["dense"], "sft", "fsdp", AS_WRITTEN)
+  _, gathered = step.along("all-gather", "fsdp")
+  weights = step.gathered(forward) * 7 / 8
+  between(weights, gathered, weights + NUMBERS * TOKEN * 7 / 8)
+
+
 @each("context")
 def test_along_context_keys_and_values_travel_too(name, folders):
   step, forward = compiled(folders["dense"], name, "context")
@@ -180,7 +194,10 @@ def test_along_context_keys_and_values_travel_too(name, folders):
   assert scattered == LAYERS * keys * share
   wanted = {(kind, "context") for kind in ("all-gather", "reduce-scatter", "all-reduce")}
   wanted |= {("all-to-all", "context"), ("all-reduce", "data")}
-  assert step.large() <= wanted
+  # the gradient of a head that trains is summed over all devices at once
+  summed = step.along("all-reduce", "data+context")[1]
+  assert step.large() <= wanted | {("all-reduce", "data+context")}
+  between(0, summed, 2 * (7 / 8) * step.table + SMALL)
   between(0, step.along("all-reduce", "data")[1], step.trained + SMALL)
 
 
