@@ -109,18 +109,18 @@ class Actions(Shape):
 
   The action is the model's turn: as text where `step` takes a text or says nothing of what it takes, else an object of
   the class that it names, made of the text where that has one field to be filled, else of a JSON object.
-  The reward of an episode is the sum of its steps'.
+  The reward of an episode is the sum of its steps': 0 where it was cut before the first, None where no step told any.
   """
 
   acts = True
 
   def __init__(self, held: Any) -> None:
     self.held = held
-    self._sum: float | None = None
+    self._rewards: list[float | None] = []  # of each step
     self._action = _action_of(held.step)
 
   def reset(self, row: Mapping[str, Any], seed: int, episode: str) -> str | None:
-    self._sum = None
+    self._rewards = []
     return self._read(_awaited(_taken(self.held.reset, row, seed=seed, episode_id=episode))).said
 
   def needs(self) -> list[str]:
@@ -128,8 +128,7 @@ class Actions(Shape):
 
   def act(self, text: str) -> Stepped:
     stepped = self._read(_awaited(self.held.step(self._action(text))))
-    if stepped.reward is not None:
-      self._sum = (self._sum or 0.0) + stepped.reward
+    self._rewards.append(stepped.reward)
     return stepped
 
   def _read(self, given: Any) -> Stepped:
@@ -154,7 +153,8 @@ class Actions(Shape):
   def reward(self) -> float | None:
     if callable(getattr(self.held, "get_reward", None)):
       return _number(_awaited(self.held.get_reward()))
-    return self._sum
+    told = [reward for reward in self._rewards if reward is not None]
+    return sum(told, 0.0) if told or not self._rewards else None
 
   def left(self) -> dict[str, Any]:
     return _attributes(self.held)

@@ -23,6 +23,7 @@ from posttrain_jax.rewards.verifier import OUTSIDE, Answer, Context, raised
 from posttrain_jax.rewards.workers import SECONDS, Failed, Workers
 
 GIVEN = ("prompts", "completions", "completion_ids")
+GOLD = "gold"  # the column with the text of the row's own answer
 HELPERS = ("trainer_state", "log_extra", "log_metric")
 ENVIRONMENTS = "environments"  # what is left of each answer's environment: its public attributes
 NOT_PASSED = {"prompt", "completion", "completion_ids", LEFT}  # columns that others stand for
@@ -70,7 +71,9 @@ def absent(column: str, columns: Collection[str], partly: Mapping[str, str]) -> 
   """What is said of a column that no row has, or not every one; see `check`."""
   if column in partly:
     return f"which not all rows have; the first without it is {partly[column]}"
-  return f"which the data does not have; its columns are {', '.join(columns)}"
+  listed = ", ".join(sorted(columns, key=GOLD.__eq__))
+  known = ", which is the row's own answer" if GOLD in columns else ""
+  return f"which the data does not have; its columns are {listed}{known}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -215,6 +215,11 @@ def test_an_answer_that_has_no_room_for_another_turn_has_no_last_words(episodes)
   assert one.reward == 0.0  # of the steps that there were
 
 
+def test_an_answer_that_is_cut_before_it_acts_has_earned_nothing(episodes):
+  (one,) = episodes(Source(f"{FILE}:Texts"), Scripted([["no end of words"]]), room=3)
+  assert (one.ended, one.turns, one.final, one.reward) == ("max_new_tokens", 1, "", 0.0)
+
+
 def test_an_environment_that_raises_leaves_no_reward_and_says_where(episodes):
   sampler = Scripted([["x"], ["x"]])
   one, other = episodes(Source(f"{FILE}:Raises"), sampler, rows=({"fine": True}, {}))

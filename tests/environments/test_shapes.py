@@ -48,6 +48,14 @@ def test_typed_actions_are_made_of_a_turn_and_observations_are_read():
   assert shape.act("red") == shapes.Stepped("right", 1.0, True)
   assert shape.reward() == 0.75
   shape.reset({}, 0, "b")
+  assert shape.reward() == 0.0  # of no steps: an answer that was cut within its first turn
+
+
+def test_steps_that_tell_no_reward_are_no_reward_of_zero():
+  silent = types.SimpleNamespace(reset=lambda: None, step=lambda action: "heard")
+  shape = shapes.of(lambda: silent, ())
+  shape.reset({}, 0, "a")
+  shape.act("x")
   assert shape.reward() is None
 
 

@@ -216,6 +216,15 @@ def test_mistakes_in_ones_own_functions_are_told_before_anything_runs(file, name
     make({"parts": (f"{file}:{name}",)})
 
 
+def test_who_asks_for_the_rows_own_answer_by_another_name_hears_what_it_is_called(tmp_path):
+  file = tmp_path / "own.py"
+  file.write_text("def same(completions, completion):\n  return [0.0]\n")
+  with pytest.raises(
+    ConfigError, match=r"its columns are channel, gold, which is the row's own answer$"
+  ):
+    make({"parts": (f"{file}:same",)}, ("channel", "gold"))
+
+
 def test_a_schema_is_read_from_the_column_of_that_name():
   pytest.importorskip("jsonschema", reason="schema needs an extra")
   column = lambda spec, columns: make(spec, columns).parts[0].verifier.verifier.column
