@@ -77,8 +77,8 @@ def get_config(arg=None):
   n.minibatches = 1  # updates that a written batch is cut into
   n.passes = 1  # times that a written batch is used
   n.rows = 16  # answers under way at once
-  # how the weights are kept meanwhile: auto, bfloat16 or int8, the fastest on a CPU; its KL is 0.007 nats a token,
-  # and the log-probability of a token is off by 0.09 on average
+  # how the weights are kept meanwhile: auto, bfloat16 or int8, the fastest on a CPU of float32 products; its KL is
+  # 0.007 nats a token, and the log-probability of a token is off by 0.09 on average
   n.storage = arg.storage
   n.dynamic = arg.method == "dapo"  # groups whose answers agree are replaced by others
   n.most_rounds = 10  # times that prompts are asked for one batch, with dynamic
@@ -110,7 +110,7 @@ def get_config(arg=None):
   # batches that are written while one is learned from, by weights that are as many batches old
   n.ahead = int(bool(arg.engine) and not (arg.environment or arg.tools))
   # nats a token between sampler and trainer above which the run ends.  In float32 they differ by 1e-6; in bfloat16 by
-  # 0.014 on average over 384 tokens of SmolLM2-135M (0.16 at most), and 0.017 where the sampler has an adapter merged
+  # 0.014 on average over 384 tokens of SmolLM2-135M (0.16 at most)
   n.most_drift = 0.05 if is_same else 0.5
   if (arg.environment or arg.tools) and arg.model == "smollm2":
     c.model.template = "chatml"  # its own has no tools

@@ -14,6 +14,7 @@ from posttrain_jax.adapters.bind import (
 from posttrain_jax.adapters.combination import AnyConfig, Combination, parts_of, together
 from posttrain_jax.adapters.config import AdapterConfig, depth_ranks
 from posttrain_jax.adapters.config_section import from_section
+from posttrain_jax.adapters.settled import settled
 from posttrain_jax.adapters.stacked import stack
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
   "original",
   "parts_of",
   "peft_format",
+  "settled",
   "stack",
   "summary",
   "together",

@@ -10,6 +10,7 @@ where ||W|| is a field of the node and the rest are products of rank r, so that 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from posttrain_jax.adapters.dropout import dropout
+from posttrain_jax.adapters.ia3 import IA3
 from posttrain_jax.adapters.lora import LoRA, of_rows
 from posttrain_jax.core import sharding, struct, weight
 from posttrain_jax.core.weight import Adapted, embed, linear, linear32
@@ -98,6 +100,16 @@ class DoRA(LoRA):
     if self.mask is not None:
       scaled = jnp.where(jnp.any(self.mask > 0, axis=-1)[..., None, None], scaled, wide)
     return scaled.astype(dtype or w.dtype)
+
+  def settled(self, base: Any) -> Adapted:
+    """A LoRA whose columns are scaled, by factors that are computed once; of experts, itself."""
+    if self.a.ndim > 3:
+      return super().settled(base)
+    factor = lambda pair: pair[0].factor(pair[1], jnp.float32)
+    find = factor if self.a.ndim == 2 else functools.partial(jax.lax.map, factor)
+    gain = jax.jit(find)((self, base))
+    lora = LoRA(**{f.name: vars(self)[f.name] for f in dataclasses.fields(LoRA)})
+    return Adapted(Adapted(base, lora), IA3(gain))
 
   def size(self) -> int:
     return super().size() + int(np.sum(self.ranks() > 0)) * self.b.shape[-1]

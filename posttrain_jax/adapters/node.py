@@ -19,6 +19,7 @@ from typing import Any, Self
 import jax
 
 from posttrain_jax.core.leaf import Leaf
+from posttrain_jax.core.weight import Adapted
 
 Array = jax.Array
 
@@ -51,6 +52,10 @@ class Change(Node):
   def dense(self, base: Any, dtype: Any = None) -> Array:
     """The changed base, [..., in, out], summed in float32 and rounded once."""
     raise TypeError(f"{type(self).__name__} has no dense form")
+
+  def settled(self, base: Any) -> Any:
+    """The changed base as what multiplies cheapest where nothing trains; plain, or with the change beside it."""
+    return Adapted(base, self)
 
   def completed(self, adapter: Any) -> Self:
     """The node with what it reads elsewhere in its own tree."""

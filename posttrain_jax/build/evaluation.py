@@ -300,7 +300,7 @@ def _answered(
   is_ensemble = len(used.nodes) > 1
   with progress.counter("answering") as count:
     answered = tasks.evaluate(
-      used.params if is_ensemble else used.written,
+      used.params if is_ensemble else used.written(),
       used.config,
       used.tokenizer,
       task=task,

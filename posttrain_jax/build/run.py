@@ -551,7 +551,7 @@ class _Training:
     if pieces.trees.adapter_config is None:
       return decoder.multiplied_in(memory.fetch(of_policy(state.trainable)), pieces.model.products)
     nodes = tree.combine(of_policy(state.trainable), of_policy(state.carried))
-    return use.for_writing(pieces.trees.context.base, nodes)
+    return adapters.settled(pieces.trees.context.base, nodes)
 
   def _measure_suite(self, when: str, state: State, step: int) -> None:
     """What the suite says of a state, kept in the run's folder."""

@@ -193,7 +193,7 @@ def _who_answers_what(
   if isinstance(loaded, Address):
     return traces.Remote(loaded), *_asked_of_address(wanted)
   requests.check_strings(wanted.stop_strings, loaded.tokenizer)
-  return traces.Local(loaded), *_asked(loaded, wanted)
+  return traces.Local(loaded, wanted.storage), *_asked(loaded, wanted)
 
 
 def _asked_of_address(wanted: Wanted) -> tuple[list[Question], int]:

@@ -61,7 +61,7 @@ def _read(
     run = manner.is_run(name)
     used = use.load(name if run else None, None if run else name, base=_given(storage))
     home = peft_format.locate(path / "adapter" if run else path) if used.nodes else None
-    params = layout.laid_out(used.written, mesh)
+    params = layout.laid_out(used.written(), mesh)
     return params, used.config, used.products, use.tokenizer_folder(used.folder, home)
   folder = fetch.resolve(name)
   place = lambda path, leaf: layout.place(path, leaf, mesh=mesh)

@@ -44,8 +44,8 @@ class Source(Protocol):
 class Local:
   """A model that is loaded here."""
 
-  def __init__(self, used: use.Used) -> None:
-    self._used, self._writer = used, use.writer(used)
+  def __init__(self, used: use.Used, storage: str) -> None:
+    self._used, self._writer = used, use.writer(used, storage)
 
   @property
   def tokenizer(self) -> Any:

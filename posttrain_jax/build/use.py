@@ -27,6 +27,7 @@ from posttrain_jax.evals.samples import Writer
 from posttrain_jax.models import decoder, fetch, hf, quantised, rotary
 from posttrain_jax.models.config import ModelConfig
 from posttrain_jax.rollout import engine, requests
+from posttrain_jax.rollout import storage as stores
 from posttrain_jax.rollout.sampling import Sampling
 from posttrain_jax.rollout.speaker import Speaker
 from posttrain_jax.runs import manner as manners
@@ -60,15 +61,17 @@ class Used:
     """The parameters that were trained: the base with its one adapter bound, as training computes with it."""
     return adapters.bind(self.params, self._node()) if self.nodes else self.params
 
-  @property
-  def written(self) -> Any:
-    """The same for writing text.
+  def written(self, storage: str = stores.AUTO) -> Any:
+    """The same for writing text, with matrices that will be kept as `storage` says (`rollout.storage`).
 
     Raises:
       ConfigError: it was trained to score answers alone, and what it writes is noise.
     """
     self.check_writes()
-    return for_writing(self.params, self._node()) if self.nodes else self.params
+    rounded = storage != stores.AUTO
+    return (
+      adapters.settled(self.params, self._node(), rounded=rounded) if self.nodes else self.params
+    )
 
   @property
   def members(self) -> list[Any]:
@@ -176,16 +179,6 @@ def _loaded(
   return over.bound(params, each[0][:-1] if each else ()), [levels[-1] for levels in each]
 
 
-def for_writing(params: Any, nodes: Any) -> Any:
-  """A base with its adapter, merged once, which saves products at each token.
-
-  On an accelerator a quantised base stays as it is, since plain it takes four times the room; on a CPU a token of
-  SmolLM2-135M takes 0.07 s of processor time merged and 0.26 s in NF4.
-  """
-  stays = _stored(params) != quantised.DENSE and jax.default_backend() != "cpu"
-  return adapters.bind(params, nodes) if stays else adapters.merge(params, nodes)
-
-
 def ends(
   config: ModelConfig, tokenizer: Any, template: Template | None, folder: Path
 ) -> tuple[int, ...]:
@@ -197,13 +190,15 @@ def ends(
   return tuple(sorted(stops))
 
 
-def writer(used: Used) -> Writer:
-  """What draws answers.
+def writer(used: Used, storage: str = stores.AUTO) -> Writer:
+  """What draws answers, with matrices that will be kept as `storage` says.
 
   Raises:
     ConfigError: it was trained to score answers alone.
   """
-  return Writer(used.written, used.config, used.tokenizer, used.template, used.ends, used.dtype)
+  return Writer(
+    used.written(storage), used.config, used.tokenizer, used.template, used.ends, used.dtype
+  )
 
 
 def speaker(
@@ -240,7 +235,7 @@ def speaker(
   elif system is None and used.manner.system:
     system = used.manner.system
     log.info("system message: the one of its training, %r (--system='' leaves it out)", system)
-  ready = engine.prepare(used.written, used.config, storage)
+  ready = engine.prepare(used.written(storage), used.config, storage)
   made = Speaker(
     ready,
     used.config,

@@ -1,4 +1,4 @@
-"""The engine of a run that writes its own answers: the trained weights, merged, and what is asked of them."""
+"""The engine of a run that writes its own answers: the trained weights, settled, and what is asked of them."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from posttrain_jax.environments.episodes import InEngine, Sampler
 from posttrain_jax.models import before, decoder
 from posttrain_jax.objectives import of_policy
 from posttrain_jax.rollout import engine as engine_lib
+from posttrain_jax.rollout import storage as stores
 from posttrain_jax.rollout.requests import Answer, Request
 from posttrain_jax.rollout.sampling import Sampling
 from posttrain_jax.train.state import State
@@ -127,13 +128,16 @@ class Writer:
   @functools.cached_property
   def _ready(self) -> Any:
     """(base, trainable, carried) -> what the engine reads, one program."""
+    storage = self.config.online.storage
 
     def ready(base: Any, trainable: Any, carried: Any) -> engine_lib.Ready:
       params = (
         decoder.multiplied_in(trainable, self.model.products)
         if self._is_full
-        else adapters.merge(base, tree.combine(trainable, carried))
+        else adapters.settled(
+          base, tree.combine(trainable, carried), rounded=storage != stores.AUTO
+        )
       )
-      return engine_lib.prepare(params, self.model.config, self.config.online.storage)
+      return engine_lib.prepare(params, self.model.config, storage)
 
     return jax.jit(ready)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from posttrain_jax import adapters
 from posttrain_jax.adapters import layout
 from posttrain_jax.build import adapter, decisions
 from posttrain_jax.core import sharding, tree
 from posttrain_jax.models import cache, decoder
+from posttrain_jax.objectives import of_policy
 from posttrain_jax.plan.program import Compiled, Program, compiled
 from posttrain_jax.rollout import engine, piecewise, programs, requests, sampling, storage
 
@@ -59,9 +62,16 @@ def _compiled(built: Program, rows: int, length: int) -> dict[str, Compiled]:
 
 
 def parameters(built: Program) -> Any:
-  """What writes, as `engine.prepare` lays it out: merged, whole along fsdp."""
-  shapes = decoder.abstract(built.model, decisions.products(built.config))
+  """What writes, as `engine.prepare` lays it out: settled, whole along fsdp."""
   how = built.config.online.storage
+  if built.context.fixed is None:
+    shapes = decoder.abstract(built.model, decisions.products(built.config))
+  else:
+    settle = functools.partial(
+      adapters.settled, rounded=how != storage.AUTO, platform=built.device.platform
+    )
+    nodes = tree.combine(of_policy(built.state.trainable), of_policy(built.context.fixed))
+    shapes = jax.eval_shape(settle, built.context.base, nodes)
   if how != storage.AUTO:
     shapes = jax.eval_shape(lambda params: storage.store(params, built.model, how), shapes)
 
