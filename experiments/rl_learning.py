@@ -193,6 +193,9 @@ def score(command: list[str], folder: Path, step: int, metric: str) -> float:
     (point / "checkpoints").mkdir(parents=True)
     shutil.copytree(folder / "checkpoints" / str(step), point / "checkpoints" / str(step))
     shutil.copy(folder / record.CONFIG, point / record.CONFIG)
+    (point / "completions").mkdir()  # a checkpoint may stand between two updates of a batch
+    for batch in (folder / "completions").glob("batches_*"):
+      shutil.copy(batch, point / "completions")
     lines = (folder / record.METRICS).read_text().splitlines(keepends=True)
     until = [line for line in lines if json.loads(line)["step"] <= step]
     files.write_text(point / record.METRICS, "".join(until))
