@@ -6,6 +6,7 @@ SmolLM2-135M-Instruct, LoRA rank 16.  `sql` is the built-in task; in `reverse` t
 task so short that a trainer which does not learn it is broken.  A short fine-tuning run is the start of every arm:
 
   grpo         GRPO
+  ppo          PPO with a critic of its own (four passes over a batch, as its config has it)
   dapo         DAPO, groups that agree replaced
   dapo-static  DAPO without that
   rft          two rounds of: the model's own right answers (`posttrain sample`), and fine-tuning on them
@@ -13,8 +14,7 @@ task so short that a trainer which does not learn it is broken.  A short fine-tu
 
 An arm ends when its processes have spent the seconds of CPU that it is given, which counts all they do: starting,
 compiling, writing, scoring, updating, saving.  Held-out questions are answered greedily afterwards, by other processes
-whose time is not counted, at the end and at some steps before it.  The first three write with weights in 8 bits and
-correct for it (`online.storage`, `objective.importance`).  Arms differ in their learning rates alone (ARMS).
+whose time is not counted, at the end and at some steps before it.  Arms differ in their learning rates alone (ARMS).
 A finished arm and seed is skipped, one that was killed begins anew.
 Results: experiments/results/rl_learning-PROCESSOR.json as they come, and .md.
 """
@@ -53,7 +53,7 @@ MANY = 400  # steps: none comes so far; the rate rises over the first eight
 START_LR = 2e-3
 # Learning rates, constant behind eight steps; all else of a method is its config's.  At 5e-4 from the first step on,
 # sixteen steps of GRPO took the start from 0.460 to 0.305.
-ARMS = {"grpo": 2e-4, "dapo": 2e-4, "dapo-static": 2e-4, "rft": 5e-4, "sft": 5e-4}
+ARMS = {"grpo": 2e-4, "ppo": 2e-4, "dapo": 2e-4, "dapo-static": 2e-4, "rft": 5e-4, "sft": 5e-4}
 SFT = ("data.length=256", "data.eval_rows=0", "batch.rows=4")
 ROUNDS, ASKED, ANSWERS = 2, 48, 8  # of rft: prompts of a round, answers to each
 TICK = os.sysconf("SC_CLK_TCK")
@@ -193,6 +193,9 @@ def score(command: list[str], folder: Path, step: int, metric: str) -> float:
     (point / "checkpoints").mkdir(parents=True)
     shutil.copytree(folder / "checkpoints" / str(step), point / "checkpoints" / str(step))
     shutil.copy(folder / record.CONFIG, point / record.CONFIG)
+    (point / "completions").mkdir()  # a checkpoint may stand between two updates of a batch
+    for batch in (folder / "completions").glob("batches_*"):
+      shutil.copy(batch, point / "completions")
     lines = (folder / record.METRICS).read_text().splitlines(keepends=True)
     until = [line for line in lines if json.loads(line)["step"] <= step]
     files.write_text(point / record.METRICS, "".join(until))
@@ -217,6 +220,7 @@ class Plan:
   points: int  # of a curve, within the run
   asked: int  # held-out questions
   every: int  # steps from one checkpoint to the next
+  storage: str  # of what writes
 
   @property
   def start(self) -> Path:
@@ -238,7 +242,7 @@ class Plan:
     return train(f"sft:data={self.task.train}", self.start, self.fields(START_LR, *more))
 
   def rl_command(self, arm: str, seed: int, workdir: Path) -> list[str]:
-    config = f"rl:method={arm.partition('-')[0]},data={self.task.train},reward={self.task.reward},storage=int8"
+    config = f"rl:method={arm.partition('-')[0]},data={self.task.train},reward={self.task.reward},storage={self.storage}"
     static = ["online.dynamic=False"] if arm == "dapo-static" else []
     more = [*self.task.rl, "online.rows=32", f"seed={seed}", *static, *self.onwards(self.start)]
     return train(config, workdir, self.fields(ARMS[arm], *more))
@@ -392,6 +396,9 @@ def main() -> int:
   parser.add_argument("--points", type=int, default=2, help="of a curve, before its end")
   parser.add_argument("--asked", type=int, default=200, help="held-out questions")
   parser.add_argument("--every", type=int, default=4, help="steps from checkpoint to checkpoint")
+  parser.add_argument(
+    "--storage", default="auto", help="of what writes; int8 is faster where products are in float32"
+  )
   parser.add_argument("--out", type=Path, default=Path("runs/rl_learning"))
   parser.add_argument("--report", action="store_true", help="of what is finished; trains nothing")
   args = parser.parse_args()
@@ -401,7 +408,9 @@ def main() -> int:
     return 0
   out = args.out.absolute() / args.task
   out.mkdir(parents=True, exist_ok=True)
-  plan = Plan(task(args.task, out), out, args.seconds, args.points, args.asked, args.every)
+  plan = Plan(
+    task(args.task, out), out, args.seconds, args.points, args.asked, args.every, args.storage
+  )
   if not (plan.start / record.DONE).exists():
     subprocess.run(plan.start_command(), check=True, cwd=ROOT, env=environment())
   found = known()
