@@ -298,13 +298,12 @@ def _check_room(path: str, node: Any, room: Room) -> None:
 def too_large(kind: str, size: int, room: int) -> str:
   """Why an adapter has no place in a stack; kind: rank, prompt_slots or prefix_slots."""
   what, option = {
-    "rank": (f"its rank is {size}", "max_rank"),
-    "prompt_slots": (f"it is a soft prompt of {size} slots", "prompt_slots"),
-    "prefix_slots": (f"it is a prefix of {size} slots", "prefix_slots"),
+    "rank": (f"its rank is {size}", "--max_rank"),
+    "prompt_slots": (f"it is a soft prompt of {size} slots", "--prompt_slots"),
+    "prefix_slots": (f"it is a prefix of {size} slots", "--prefix_slots"),
   }[kind]
-  return (
-    f"{what}; there is room for {room} (posttrain serve --{option}={size} has it in every slot)"
-  )
+  more = f"start the server with {option}={size}, which every slot has then"
+  return f"{what}; there is room for {room}: {more}"
 
 
 def _arrays(node: Any) -> dict[str, Array]:

@@ -605,7 +605,7 @@ def test_the_kept_tokens_and_the_most_likely_are_recorded(llama):
       "prompt 0 has 40 tokens; with max_new_tokens=20 .* the engine's length=48 ",
     ),
     (Request([1], 3, row=1), "asks for row 1, the parameters have 1"),
-    (Request([1], 3, stop_tokens=range(17)), "17 stop tokens: a request has 16 at most"),
+    (Request([1], 3, stop_tokens=range(65)), "65 stop tokens: a request has 64 at most"),
     (Request([1], 3, stop_tokens=(5, 9999, -5)), r"stop_tokens .9999, -5., which are none of"),
     (Request([1], 3, stop_strings=("a",)), "needs an engine with tokenizer="),
     (Request([1], 3, stop_strings="ab"), r"stop_strings='ab': write several, as \('ab',\)"),

@@ -172,7 +172,7 @@ def test_no_link_leads_out_of_the_root(root, tmp_path):
 REFUSED = {
   "rank": (
     AdapterConfig(r=12),
-    r"its rank is 12; there is room for 8 \(posttrain serve --max_rank=12",
+    r"its rank is 12; there is room for 8: start the server with --max_rank=12",
   ),
   "vera": (AdapterConfig(method="vera", r=4), "a VeRA at|VeRA"),
   "ia3": (
