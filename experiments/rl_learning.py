@@ -242,9 +242,10 @@ class Plan:
     return train(f"sft:data={self.task.train}", self.start, self.fields(START_LR, *more))
 
   def rl_command(self, arm: str, seed: int, workdir: Path) -> list[str]:
-    config = f"rl:method={arm.partition('-')[0]},data={self.task.train},reward={self.task.reward},storage={self.storage}"
+    method, task = arm.partition("-")[0], self.task
+    config = f"rl:method={method},data={task.train},reward={task.reward},storage={self.storage}"
     static = ["online.dynamic=False"] if arm == "dapo-static" else []
-    more = [*self.task.rl, "online.rows=32", f"seed={seed}", *static, *self.onwards(self.start)]
+    more = [*task.rl, "online.rows=32", f"seed={seed}", *static, *self.onwards(self.start)]
     return train(config, workdir, self.fields(ARMS[arm], *more))
 
   def sft_command(self, arm: str, data: str, seed: int, adapter: Path, workdir: Path) -> list[str]:
