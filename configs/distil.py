@@ -57,8 +57,9 @@ def get_config(arg=None):
   if arg.on_policy:
     n = c.online
     n.samples = 1  # answers to a prompt
-    # rows of an update that are the data's answers; the student writes the others
-    n.gold_rows = min(c.batch.rows - round(arg.on_policy * c.batch.rows), c.batch.rows - 1)
+    # rows of an update that are the data's answers; the student writes the others, `on_policy` of batch.rows
+    rows = c.batch.get_ref("rows")
+    n.gold_rows = rows - (rows * arg.on_policy + 0.5).to_int()
   else:
     c.data = common.text(arg)
   if arg.adapter == "none":

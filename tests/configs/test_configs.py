@@ -126,6 +126,16 @@ def test_the_points_of_its_sweep_differ(name):
   assert len({*resolved}) == len(resolved) > 1
 
 
+@pytest.mark.parametrize(
+  ("overrides", "gold"),
+  [((), 4), (("batch.rows=16",), 8), (("online.gold_rows=3", "batch.rows=16"), 3)],
+)
+def test_a_share_of_the_students_own_rows_follows_the_batch(overrides, gold):
+  told = [f"--config.{field}" for field in overrides]
+  config = settings.load("distil:teacher=small,on_policy=0.5", told)
+  assert config.online.gold_rows == gold
+
+
 def test_a_config_is_named_without_its_path(tmp_path, monkeypatch):
   """Whatever folder it is asked from; one that is not there gets the names."""
   monkeypatch.chdir(tmp_path)
