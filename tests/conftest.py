@@ -70,6 +70,13 @@ def in_float32(monkeypatch):
   monkeypatch.setattr(decisions, "processor", lambda: None)
 
 
+@pytest.fixture
+def one_device(monkeypatch):
+  """A command sees the first of the eight devices alone."""
+  devices = jax.devices()[:1]
+  monkeypatch.setattr(jax, "devices", lambda *args: devices)
+
+
 engine.Engine.is_strict = True  # a program that is compiled after the warm-up is an error
 
 

@@ -13,13 +13,7 @@ from posttrain_jax.models import decoder, hf
 from posttrain_jax.runs import record
 from tests import tiny
 
-pytestmark = pytest.mark.usefixtures("in_float32")
-
-
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-  devices = jax.devices()[:1]
-  monkeypatch.setattr(jax, "devices", lambda *args: devices)
+pytestmark = pytest.mark.usefixtures("in_float32", "one_device")
 
 
 @pytest.fixture(scope="module")

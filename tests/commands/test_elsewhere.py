@@ -8,7 +8,6 @@ import threading
 import time
 import urllib.request
 
-import jax
 import pyarrow.parquet
 import pytest
 
@@ -20,17 +19,11 @@ from tests.commands.test_processes import assert_learned_alike
 from tests.commands.test_rl import WORDS, lines
 from tests.commands.test_train import environment
 
-pytestmark = pytest.mark.usefixtures("in_float32")
+pytestmark = pytest.mark.usefixtures("in_float32", "one_device")
 VERIFIER = """
 def early(prompt, completion, example):
   return sum(ord(letter) for letter in completion) % 97 / 97
 """
-
-
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-  devices = jax.devices()[:1]
-  monkeypatch.setattr(jax, "devices", lambda *args: devices)
 
 
 @pytest.fixture(scope="module")

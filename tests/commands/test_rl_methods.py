@@ -1,6 +1,5 @@
 """PPO, online DPO and a curriculum on a tiny model, as a user runs them: they learn, and go on bit by bit."""
 
-import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -10,16 +9,10 @@ from posttrain_jax.runs import completions
 from tests import tiny
 from tests.commands.test_rl import VERIFIERS, WORDS, adapter, command, lines, same
 
-pytestmark = pytest.mark.usefixtures("in_float32")
+pytestmark = pytest.mark.usefixtures("in_float32", "one_device")
 
 PPO = ("online.passes=2", "critic.warmup=1", "online.kl_in_reward=0.1", "online.kl_target=0.5")
 PPO = (*PPO, "online.kl_horizon=10.0", "online.cut_penalty=0.5")
-
-
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-  devices = jax.devices()[:1]
-  monkeypatch.setattr(jax, "devices", lambda *args: devices)
 
 
 @pytest.fixture(scope="module")

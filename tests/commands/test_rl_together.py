@@ -8,7 +8,6 @@ import sys
 import threading
 import time
 
-import jax
 import numpy as np
 import pytest
 
@@ -20,7 +19,7 @@ from tests.commands.test_elsewhere import Server
 from tests.commands.test_rl import adapter, lines, same
 from tests.commands.test_train import environment
 
-pytestmark = pytest.mark.usefixtures("in_float32")
+pytestmark = pytest.mark.usefixtures("in_float32", "one_device")
 MINE = """
 class Echo:
   def reset(self, seed=None):
@@ -47,12 +46,6 @@ def double(number: int) -> int:
   \"\"\"
   return 2 * number
 """
-
-
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-  devices = jax.devices()[:1]
-  monkeypatch.setattr(jax, "devices", lambda *args: devices)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import json
 
-import jax
 import numpy as np
 import pyarrow.parquet
 import pytest
@@ -12,7 +11,7 @@ from posttrain_jax.build import online, turns
 from tests import tiny
 from tests.commands.test_rl import adapter, lines, same
 
-pytestmark = pytest.mark.usefixtures("in_float32")
+pytestmark = pytest.mark.usefixtures("in_float32", "one_device")
 ENVIRONMENT = """
 class Echo:
   def reset(self, seed=None):
@@ -46,12 +45,6 @@ def double(number: int) -> int:
   \"\"\"
   return 2 * number
 """
-
-
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-  devices = jax.devices()[:1]
-  monkeypatch.setattr(jax, "devices", lambda *args: devices)
 
 
 @pytest.fixture(scope="module")
