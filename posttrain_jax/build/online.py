@@ -583,8 +583,8 @@ class Online:
     completions.forget_scores(self.folder, range(first, self._batches + 1))
     raise Unscored(
       f"no answer of the batches {first} to {self._batches} has a score, the last time as {why}; nothing was learned"
-      " from them. With the verifier mended, run the same command again: it goes on from the last checkpoint, and what"
-      " is written is kept"
+      " from them. With the verifier mended, or a higher reward.seconds where it is slow, run the same command again:"
+      " it goes on from the last checkpoint, and what is written is kept"
     )
 
   def _of_answers(self, every: Sequence[Group]) -> dict[str, float]:

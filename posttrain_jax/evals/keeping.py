@@ -89,7 +89,8 @@ def kept(keep: Keep, samples: Sequence[Sample], right: Right | None) -> Kept:
   left_out: Counter[str] = Counter()
   fit = []
   seen: set[tuple[int, ...] | str] = set()
-  for sample in samples:
+  # of the same tokens a copy that has a score stands for one that has none
+  for sample in sorted(samples, key=lambda sample: sample.score is None):
     why = _unfit(keep, sample, seen)
     seen.add(sample.drawn.said)
     if why:

@@ -110,8 +110,8 @@ class Scored:
 class Result:
   """answers: in order.  columns: what functions log of each answer, None where they logged nothing of it.
 
-  logged: the numbers that functions log of all of them, by the names that they give; as metrics they are
-    LOGGED/NAME, which no metric of a run is called.  retried: how often a part was asked again.
+  logged: the numbers that functions log of all of them, by the names that they give; as metrics LOGGED/NAME, which no
+    metric of a run is called, is the mean of the finite ones.  retried: how often a part was asked again.
   """
 
   answers: tuple[Scored, ...]
@@ -131,9 +131,10 @@ class Result:
 
   @property
   def metrics(self) -> dict[str, float]:
+    finite = {name: [*filter(math.isfinite, values)] for name, values in self.logged.items()}
     return _metrics(self.answers) | {
       "rewards/retried": float(self.retried),
-      **{f"{LOGGED}/{name}": statistics.fmean(values) for name, values in self.logged.items()},
+      **{f"{LOGGED}/{name}": statistics.fmean(some) for name, some in finite.items() if some},
     }
 
 
@@ -237,7 +238,7 @@ class Reward:
   @property
   def is_per_answer(self) -> bool:
     """Whether each answer is judged alone, so that some can be scored while others are not there yet."""
-    return all(callable(p.verifier) or isinstance(p.verifier, Apart | Judge) for p in self.parts)
+    return all(map(_is_per_answer, self.parts))
 
   def score(self, answers: Sequence[Answer], *, trainer_state: Any = OUTSIDE) -> Result:
     """Each answer's total and parts, in order.
@@ -263,19 +264,25 @@ class Reward:
   def _part(
     self, part: Part, answers: Sequence[Answer], context: Context
   ) -> tuple[list[Score], int]:
-    """The part's scores, and how many of them had to be asked for again."""
+    """The part's scores, and how many of them had to be asked for again.
+
+    What compares answers is given all of them again: a rank among those that are missing would be another one.
+    """
     scores, retried = scores_of(part, answers, context), 0
     for _ in range(self.retries):
       again = [i for i, given in enumerate(scores) if given.is_missing and given.applies]
       if not again:
         break
       retried += len(again)
-      some = Context(context.trainer_state)
-      for i, given in zip(again, scores_of(part, [answers[i] for i in again], some), strict=True):
-        scores[i] = given
+      some, asked = Context(context.trainer_state), again
+      if not _is_per_answer(part):
+        asked = [*range(len(answers))]
+      for i, given in zip(asked, scores_of(part, [answers[i] for i in asked], some), strict=True):
+        if i in again:
+          scores[i] = given
       for name, values in some.columns.items():
         context.columns.setdefault(name, {}).update(
-          {again[i]: value for i, value in values.items()}
+          {asked[i]: value for i, value in values.items() if asked[i] in again}
         )
       for name, numbers in some.metrics.items():
         context.metrics.setdefault(name, []).extend(numbers)
@@ -297,6 +304,11 @@ class Reward:
     gates = [values[part.name] for part in self.parts if part.gate and part.name in values]
     total = sum(terms)
     return Scored(score.of(min(total, total * math.prod(gates))), parts)
+
+
+def _is_per_answer(part: Part) -> bool:
+  """Whether it judges each answer alone."""
+  return callable(part.verifier) or isinstance(part.verifier, Apart | Judge)
 
 
 def scores_of(part: Part, answers: Sequence[Answer], context: Context) -> list[Score]:

@@ -19,13 +19,14 @@ from posttrain_jax.runs import lock, provenance, record, trackers
 from posttrain_jax.settings import ConfigError
 
 LOCK = ".lock"
+MAY_CHANGE = (*settings.LENGTH, *settings.PATIENCE)
 STARTED = (record.CONFIG, "checkpoints")  # what a folder has before any work is done in it
 
 
 def check(workdir: str | Path, config: ml_collections.ConfigDict) -> Path:
   """The folder that this run may have: absent, empty, one of the same config, or one in which no step was taken.
 
-  A config that differs in its length alone is the same: a run may go on to more steps.
+  A config that differs in its length and patience alone is the same: a run may go on to more steps, and wait longer.
 
   Raises:
     ConfigError: the folder holds a run of another config (the differences are shown) or something else, or another
@@ -42,7 +43,7 @@ def check(workdir: str | Path, config: ml_collections.ConfigDict) -> Path:
         f"{folder} is not empty and holds no run (no {record.CONFIG}); name another --workdir"
       )
     return folder
-  changed = settings.differences(record.config(folder), _plain(config), but=settings.LENGTH)
+  changed = settings.differences(record.config(folder), _plain(config), but=MAY_CHANGE)
   if changed and record.is_begun(folder):
     listed = "\n  ".join(changed)
     raise ConfigError(
@@ -61,7 +62,7 @@ def is_complete(folder: Path, config: Mapping[str, Any]) -> bool:
   if not (folder / record.DONE).exists():
     return False
   was = (record.read_json(folder / record.CONFIG) or {}).get("config", {})
-  if settings.differences(was, config, but=settings.LENGTH):
+  if settings.differences(was, config, but=MAY_CHANGE):
     return False
   name = "epochs" if config.get("steps") is None else "steps"
   return was.get(name) == config.get(name)
@@ -109,12 +110,12 @@ def claimed(folder: Path, config: ml_collections.ConfigDict, **about: Any) -> Ge
   with lock.held(folder / LOCK):
     written = folder / record.CONFIG
     is_begun = record.is_begun(folder)
-    if is_begun and settings.differences(
-      record.config(folder), _plain(config), but=settings.LENGTH
-    ):
+    if is_begun and settings.differences(record.config(folder), _plain(config), but=MAY_CHANGE):
       raise ConfigError(f"{folder} has been claimed by a run of another config meanwhile")
     if (former := former_length(folder, config)) is not None:
       _change_length(folder, config, former)
+    elif is_begun and settings.differences(record.config(folder), _plain(config)):
+      _change(folder, config, {})
     described = {"config": _plain(config), **about}
     if (
       not is_begun
@@ -167,12 +168,13 @@ def _change_length(
   history = written.get(record.HISTORY, [])
   if former["steps"] != config.steps:
     history = [*history, former]
-  changed = {
-    "config": _plain(config),
-    "command": provenance.command(sys.argv),
-    record.HISTORY: history,
-  }
-  files.write_json(folder / record.CONFIG, {**written, **changed})
+  _change(folder, config, {record.HISTORY: history})
+
+
+def _change(folder: Path, config: ml_collections.ConfigDict, beside: Mapping[str, Any]) -> None:
+  """The record of a run that goes on with this config; beside: what else it says from now on."""
+  now = {"config": _plain(config), "command": provenance.command(sys.argv), **beside}
+  files.write_json(folder / record.CONFIG, {**files.read_json(folder / record.CONFIG), **now})
 
 
 def _plain(config: ml_collections.ConfigDict) -> dict[str, Any]:

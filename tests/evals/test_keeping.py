@@ -60,6 +60,14 @@ def test_rules(rule, kept):
   assert few.samples[0].drawn.sample == (5 if rule == "all" else 1)  # the best
 
 
+@pytest.mark.parametrize("rule", ["all", "all_right"])
+def test_a_copy_that_has_a_score_stands_for_one_that_has_none(rule):
+  group = [sample(0, None, tokens=[7]), sample(1, 1.0, tokens=[7]), sample(2, None)]
+  result = keeping.kept(keeping.parse(rule), group, keeping.from_on(1.0))
+  assert [s.drawn.sample for s in result.samples] == ([1, 2] if rule == "all" else [1])
+  assert result.left_out[keeping.SAME] == 1
+
+
 @pytest.mark.parametrize(
   "text", ["right", "top", "top:0", "top:1.5", "above:", "above:nan", "best:2", "top:inf", ""]
 )

@@ -217,8 +217,22 @@ def test_what_is_asked_again_keeps_its_place():
     return [math.nan if len(calls) == 1 and c == "3" else 1.0 for c in completions]
 
   result = Reward([Part("f", trl.Function(second_time, "f"))], retries=1).score(ANSWERS)
-  assert calls == [["2", "3"], ["3"]]
+  assert calls == [["2", "3"]] * 2  # a function may compare what it is given
   assert result.columns == {"n": [1, 2]}
+
+
+def test_a_score_that_was_there_stays_when_others_are_asked_for_again():
+  calls = []
+
+  def best(completions, **columns):
+    calls.append(completions)
+    return [
+      math.nan if len(calls) == 1 and c == "2" else len(calls) + float(c == max(completions))
+      for c in completions
+    ]
+
+  result = Reward([Part("f", trl.Function(best, "f"))], retries=1).score(ANSWERS)
+  assert [one.total.value for one in result.answers] == [2, 2]
 
 
 def test_columns_do_not_stand_for_what_is_given():
@@ -247,6 +261,18 @@ def logs_as_we_do(completions, log_metric, **columns):
   for name in ("loss", "reward", "step", "rewards/f/mean", "skipped_in_a_row"):
     log_metric(name, 777)
   return [0.25] * len(completions)
+
+
+def test_what_is_logged_and_not_finite_is_in_no_mean():
+  def logs(completions, log_metric, **columns):
+    for value in (1.0, math.nan, 3.0, math.inf):
+      log_metric("some", value)
+    log_metric("none", math.nan)
+    return [0.25] * len(completions)
+
+  metrics = scored(logs, ANSWERS).metrics
+  assert metrics["logged/some"] == 2
+  assert all(map(math.isfinite, metrics.values()))  # a checkpoint has them as JSON
 
 
 def test_what_a_function_logs_stands_for_no_metric_of_the_run():

@@ -49,6 +49,24 @@ def test_another_config_is_refused_with_the_differences(tmp_path):
   assert json.loads((tmp_path / "config.json").read_text())["config"]["optimizer"]["lr"] == 0.1
 
 
+def test_a_begun_run_may_wait_longer_for_its_verifiers(tmp_path):
+  waits = lambda seconds, **other: ml_collections.ConfigDict(
+    {"steps": 3, "reward": {"seconds": seconds, "weights": (1,)}, **other}
+  )
+  claim(tmp_path, waits(10.0))
+  (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+  claim(tmp_path, waits(60.0))
+  assert record.config(tmp_path)["reward"] == {"seconds": 60.0, "weights": [1]}
+  assert record.read_json(tmp_path / "config.json")["versions"]
+  with pytest.raises(ConfigError, match=r"another config:\n  seed: '\(absent\)' -> 1\n"):
+    claim(tmp_path, waits(90.0, seed=1))
+  assert record.config(tmp_path)["reward"]["seconds"] == 60.0
+  (tmp_path / record.DONE).touch()
+  assert workdir.is_complete(
+    tmp_path, waits(90.0).to_dict() | {"reward": {"seconds": 90.0, "weights": [1]}}
+  )
+
+
 def test_somebody_elses_folder_is_refused(tmp_path):
   (tmp_path / ".hidden").touch()
   workdir.check(tmp_path, CONFIG)
