@@ -335,7 +335,8 @@ def _drawn(
     if not (0 <= number < len(prompts) and 0 <= sample < plan.samples):
       raise ValueError(f"there is no answer {sample} to a prompt {number}")
     text = line["text"] if "text" in line else source.text(line["ids"])
-    return Drawn(number, sample, line["ids"], text, line["finished"])
+    is_stopped = line.get("ended") == requests.STRING
+    return Drawn(number, sample, line["ids"], text, line["finished"], is_stopped)
 
   there = [one for one in journal.each(read) if one is not None]
   every = {(one.number, one.sample): one for one in there}
@@ -348,7 +349,9 @@ def _drawn(
     for one in source.draw(prompts, plan, every.keys()):
       at = (one.number, one.sample)
       said = {} if one.tokens else {"text": one.text}  # of an address, which tells no tokens
-      journal.write({"answer": at, "ids": one.tokens, **said, "finished": one.finished})
+      journal.write(
+        {"answer": at, "ids": one.tokens, **said, "finished": one.finished, **_end(one)}
+      )
       every[at] = one
       count(len(every), total)
   return _in_order(every, len(prompts), plan)
@@ -393,6 +396,11 @@ def _scored(
   ]
 
 
+def _end(drawn: Drawn) -> dict[str, str]:
+  """What is said of an answer that no token of its own ends."""
+  return {chat.ENDED: requests.STRING} if drawn.is_stopped else {}
+
+
 def _said(question: Question, text: str) -> Any:
   """An answer as the prompt is: a string to a string, else a message."""
   return text if isinstance(question["prompt"], str) else [{"role": "assistant", "content": text}]
@@ -410,6 +418,7 @@ def _row(question: Question, sample: Sample, seed: int, weights: str) -> dict[st
     "parts": {name: given.value for name, given in scored.parts.items()},
     **({"missing": missing} if missing else {}),
     "finished": drawn.finished,
+    **_end(drawn),
     "weights": weights,
     "seed": seed,
     "number": drawn.number,

@@ -23,6 +23,10 @@ TRUNCATE = ("error", "keep_start", "drop", "split")
 TRAIN_ON = ("assistant", "last")
 DROP = "drop (they are left out and counted)"
 IDS = "completion_ids"  # the column with an answer's tokens, as they were drawn
+ENDED, STRING = (
+  "ended",
+  "stop_string",
+)  # the column, and what it says where they end in no token that ends an answer
 CHARACTERS = 64  # of a token, where texts are held to be too long by their beginning
 _BATCH = 1000  # rows tokenised together
 
@@ -154,6 +158,7 @@ class _Encoder:
     }.get(truncate, ())
     self.bos = [tokenizer.bos_token_id] if templates.adds_bos(tokenizer) else []
     self.eos = tokenizer.eos_token_id
+    self.end_of_turn = None if template is None else templates.end_of_turn(tokenizer, template)
 
   def batch(self, rows: list[Row]) -> list[list[Example] | RowError]:
     plans = [self._bounded(row, plan) for row, plan in zip(rows, self.planner.plans(rows))]
@@ -214,7 +219,10 @@ class _Encoder:
     return [Example(tokens, mask, channel, row.origin, plan.is_chat, spans=tuple(spans))]
 
   def _of_ids(self, row, prompt, *, is_chat):
-    """The example of an answer that brings its tokens: those, and no others that say the same."""
+    """The example of an answer that brings its tokens: those, and no others that say the same.
+
+    Behind one that a stop string ended stands what ends an answer: that is where the model is to end.
+    """
     ids, said = row.fields[IDS], row.fields["completion"]
     if not _are_ids(ids):
       raise messages.wrong_type(IDS, ids, "a list of token ids, at least one", row.origin)
@@ -227,10 +235,12 @@ class _Encoder:
         f"its {IDS} say {read[:60]!r}, and the completion is {said[:60]!r}",
         f"leave the column {IDS} out where the text is to be tokenised anew, as for another tokenizer",
       )
-    tokens = np.asarray([*prompt, *ids], np.int32)
+    is_stopped = row.fields.get(ENDED) == STRING
+    end = [self.end_of_turn] if is_stopped and is_chat and self.end_of_turn is not None else []
+    tokens = np.asarray([*prompt, *ids, *end], np.int32)
     mask = np.arange(len(tokens)) >= len(prompt)
     if not is_chat:
-      tokens, mask, _ = self._framed(tokens, mask, row, ends=False)
+      tokens, mask, _ = self._framed(tokens, mask, row, ends=is_stopped)
     mask[0] = False
     is_cut = row.fields.get("finished") is False  # as `posttrain sample` says it
     channel = row.fields.get("channel")

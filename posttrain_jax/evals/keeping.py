@@ -118,8 +118,9 @@ def paired(
   """(the pair that a prompt's answers make, or None and why there is none).
 
   Chosen is the best right answer, the first of equals; where none is right the expected one, and without that the best
-  of all, if it is better than another.  Rejected is the worst wrong answer that ended by itself, or else the worst
-  wrong one.  What has no score and what is empty is in no pair.
+  of all, if it is better than another; one that ended by itself comes before all that were cut.  Rejected is the worst
+  answer that is wrong, and no better than what is chosen, that ended by itself, or else the worst such one.  What has
+  no score and what is empty is in no pair.
 
   Args:
     right: whether an answer is right; None where nothing says so: then the best and the worst make the pair.
@@ -133,13 +134,12 @@ def paired(
   if not wrong:
     return None, NO_WRONG
   fits = [s for s in some if is_right(s, right)]
-  worst = min(wrong, key=lambda s: (not s.drawn.finished, value(s)))
+  worst = lambda some: min(some, key=lambda s: (not s.drawn.finished, value(s)))
   if not fits and right is not None and has_gold:
-    return Pair(None, worst), ""
+    return Pair(None, worst(wrong)), ""
   best = max(fits or wrong, key=lambda s: (s.drawn.finished, value(s)))
-  if not fits and value(best) <= value(worst):
-    return None, NO_BETTER
-  return Pair(best, worst), ""
+  lower = wrong if fits else [s for s in wrong if value(s) < value(best)]
+  return (Pair(best, worst(lower)), "") if lower else (None, NO_BETTER)
 
 
 def _unfit(keep: Keep, sample: Sample, seen: set[tuple[int, ...] | str]) -> str:

@@ -13,7 +13,7 @@ from posttrain_jax.models import before
 from posttrain_jax.models.config import ModelConfig
 from posttrain_jax.rewards.reward import Reward, Scored
 from posttrain_jax.rewards.verifier import Answer
-from posttrain_jax.rollout import engine
+from posttrain_jax.rollout import engine, requests
 from posttrain_jax.rollout.requests import Request
 from posttrain_jax.rollout.sampling import Sampling
 
@@ -76,6 +76,7 @@ class Drawn:
   [] where only the text is known.
 
   finished: whether it came to an end of its own, not to that of its room.
+  is_stopped: whether that end is a stop string, behind which no token ends it.
   """
 
   number: int
@@ -83,6 +84,7 @@ class Drawn:
   tokens: list[int]
   text: str
   finished: bool
+  is_stopped: bool = False
 
   @property
   def said(self) -> tuple[int, ...] | str:
@@ -145,7 +147,8 @@ def draw(
   )
   for place, answer in machine.run(asked):
     number, sample = order[place]
-    yield Drawn(number, sample, answer.tokens, writer.text(answer.tokens), answer.finished)
+    text, is_stopped = writer.text(answer.tokens), answer.ended == requests.STRING
+    yield Drawn(number, sample, answer.tokens, text, answer.finished, is_stopped)
 
 
 def score(

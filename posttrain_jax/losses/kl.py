@@ -44,18 +44,19 @@ ESTIMATES = {"k1": k1, "k2": k2, "k3": k3}
 def adapted(
   coefficient: float, found: float, *, target: float, horizon: float, answers: int
 ) -> float:
-  """coefficient * (1 + clip(found / target - 1, -0.2, 0.2) * answers / horizon).
+  """coefficient * (1 + clip(found / target - 1, -0.2, 0.2) * min(answers / horizon, 1)).
 
-  It grows while the KL is above its target; both are nats an answer.  Ziegler et al. 2019, arXiv 1909.08593, 2.2.
+  It grows while the KL is above its target; both are nats an answer.  Ziegler et al. 2019, arXiv 1909.08593, 2.2, where
+  a batch of five horizons without a KL would leave a coefficient of 0, and a larger one a reward for going far.
 
   Args:
-    horizon: answers over which an error of 0.2 changes it by that part.
+    horizon: answers over which an error of 0.2 changes it by that part, the most for one batch.
 
   >>> adapted(0.1, 12.0, target=6.0, horizon=100, answers=10), adapted(0.1, 6.0, target=6.0, horizon=9, answers=9)
   (0.10200000000000001, 0.1)
   """
   error = min(max(found / target - 1, -0.2), 0.2)
-  return coefficient * (1 + error * answers / horizon)
+  return coefficient * (1 + error * min(answers / horizon, 1))
 
 
 def _log_ratio(logps: Array, ref_logps: Array, mask: Array | None) -> Array:

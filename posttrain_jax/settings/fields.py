@@ -365,7 +365,7 @@ FIELDS: Mapping[str, Field] = {
     ("online.kl_in_reward", bool, "above 0"),
   ),
   "online.kl_horizon": Field(
-    "answers over which an error of a fifth or more changes the weight by a fifth",
+    "answers over which an error of a fifth or more changes the weight by a fifth, the most for a batch",
     _POSITIVE,
     ("online.kl_target", lambda target: target is not None, "a number"),
   ),

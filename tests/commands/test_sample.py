@@ -350,6 +350,12 @@ def test_fine_tuning_takes_the_tokens_that_were_drawn(place, used, tmp_path):
   )
   assert example.tokens[example.mask].tolist() == apart
   assert example.is_cut
+  stopped = {**row, "completion_ids": apart, "ended": "stop_string"}
+  for template, ending in ((used.template, 258), (None, used.tokenizer.eos_token_id)):
+    rows = [stopped if template else {**stopped, "prompt": "say", "completion": "hello"}]
+    (example,) = chat.encode_all(schema.read(rows).rows, used.tokenizer, template, max_length=64)
+    assert example.tokens[example.mask].tolist() == [*apart, ending]
+    assert not example.is_cut
   for ids, said in (
     ([1, 2], "row 0: its completion_ids say"),
     ([], "expected a list of token ids"),
@@ -393,6 +399,7 @@ def test_how_answers_are_drawn_and_end_is_of_the_command(place, used, tmp_path):
   letter = next(text[3] for text in free if len(text) > 6)
   stopped = list(samples.draw(writer, prompts, dataclasses.replace(plan, stop_strings=(letter,))))
   assert all(d.finished for d in stopped if letter in d.text)
+  assert all(d.is_stopped == (letter in d.text) for d in stopped)
   assert any(letter in d.text for d in stopped)
   assert sum(len(d.tokens) for d in stopped) < 6 * 12
   with pytest.raises(ValueError, match="cannot make the stop string"):

@@ -120,6 +120,9 @@ def test_a_pair_without_an_expected_answer_or_a_bar():
     pair, _ = keeping.paired(group, right, has_gold=False)
     assert (pair.chosen.drawn.sample, pair.rejected.drawn.sample) == (1, 0)
     assert keeping.paired(group[:1], right, has_gold=False) == (None, keeping.NO_BETTER)
+    cut = [sample(0, 0.4), sample(1, 0.9, finished=False), sample(2, 0.2, finished=False)]
+    pair, _ = keeping.paired(cut, right, has_gold=False)  # what ended is not held against itself
+    assert (pair.chosen.drawn.sample, pair.rejected.drawn.sample) == (0, 2)
   with_gold, _ = keeping.paired(group, None, has_gold=True)  # nothing says that it is better
   assert with_gold.chosen.drawn.sample == 1
 

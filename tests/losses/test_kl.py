@@ -83,3 +83,12 @@ def test_a_coefficient_follows_the_kl_to_its_target(found, factor):
   """By a tenth of what the KL is off, at most a fifth, for as many answers as the horizon has."""
   moved = kl.adapted(0.05, found, target=6.0, horizon=3200, answers=32)
   assert moved == pytest.approx(0.05 * factor, rel=1e-12)
+
+
+@pytest.mark.parametrize("answers", [32, 320, 3200])
+def test_a_coefficient_moves_by_a_fifth_of_itself_a_batch_at_most(answers):
+  """Ziegler's line alone would be 0 at five horizons of answers and negative beyond: a KL that is paid for."""
+  for found, most in ((0.0, 0.8), (60.0, 1.2)):
+    assert kl.adapted(0.05, found, target=6.0, horizon=8, answers=answers) == pytest.approx(
+      0.05 * most
+    )
