@@ -120,7 +120,7 @@ def paired(
   Chosen is the best right answer, the first of equals; where none is right the expected one, and without that the best
   of all, if it is better than another; one that ended by itself comes before all that were cut.  Rejected is the worst
   answer that is wrong, and no better than what is chosen, that ended by itself, or else the worst such one.  What has
-  no score and what is empty is in no pair.
+  no score and what is empty is in no pair, and a text is no pair with itself.
 
   Args:
     right: whether an answer is right; None where nothing says so: then the best and the worst make the pair.
@@ -138,7 +138,8 @@ def paired(
   if not fits and right is not None and has_gold:
     return Pair(None, worst(wrong)), ""
   best = max(fits or wrong, key=lambda s: (s.drawn.finished, value(s)))
-  lower = wrong if fits else [s for s in wrong if value(s) < value(best)]
+  other = [s for s in wrong if s.drawn.text != best.drawn.text]  # which a judge may score unlike
+  lower = other if fits else [s for s in other if value(s) < value(best)]
   return (Pair(best, worst(lower)), "") if lower else (None, NO_BETTER)
 
 

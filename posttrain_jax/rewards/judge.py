@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent import futures
 from typing import Any
 
@@ -18,6 +18,7 @@ from posttrain_jax.data import questions
 from posttrain_jax.rewards import score
 from posttrain_jax.rewards.score import Score
 from posttrain_jax.rewards.verifier import Answer, Context
+from posttrain_jax.rewards.workers import Interrupted
 
 TEMPLATE = """Judge an answer to a question.
 
@@ -46,6 +47,7 @@ class Judge:
     seconds: for one answer, with all tries.
     tries: at most; the wait between them doubles, or is what the server asks for.
     at_once: requests that are open at a time.
+    stopping: asked while replies are waited for; once it says so, nobody waits for them.
   """
 
   url: str
@@ -61,6 +63,7 @@ class Judge:
   wait: float = 1.0
   at_once: int = 8
   max_tokens: int = 512
+  stopping: Callable[[], bool] = lambda: False
 
   def __post_init__(self):
     try:
@@ -80,12 +83,20 @@ class Judge:
     return Api(self.url, self.key, self.seconds, LARGEST)
 
   def scores(self, answers: Sequence[Answer], context: Context) -> list[Score]:
-    with futures.ThreadPoolExecutor(self.at_once) as threads:
-      return list(threads.map(self.judged, answers))
+    """Raises Interrupted where `stopping` says so; a run is saved before the replies under way are there."""
+    threads = futures.ThreadPoolExecutor(self.at_once)
+    try:
+      asked = [threads.submit(self.judged, answer) for answer in answers]
+      while futures.wait(asked, timeout=api.LOOKS).not_done:
+        if self.stopping():
+          raise Interrupted("ended while a judge was asked")
+      return [one.result() for one in asked]
+    finally:
+      threads.shutdown(wait=False, cancel_futures=True)
 
   def judged(self, answer: Answer) -> Score:
     """What the judge says of one answer."""
-    patience = Patience(tries=self.tries, seconds=self.seconds, cuts=True, wait=self.wait)
+    patience = Patience(self.tries, self.seconds, cuts=True, wait=self.wait, stopping=self.stopping)
     body = self._asked(answer)
     try:
       return self.api.asked("/chat/completions", body, self._score, patience, "chat completion")

@@ -18,7 +18,7 @@ from posttrain_jax.core import words
 from posttrain_jax.rewards import named, score, trl
 from posttrain_jax.rewards.judge import Judge
 from posttrain_jax.rewards.reward import Part, Reward
-from posttrain_jax.rewards.table import UNSAFE, VERIFIERS, BuiltIn
+from posttrain_jax.rewards.table import STOPPING, UNSAFE, VERIFIERS, BuiltIn
 from posttrain_jax.rewards.verifier import Answer, Batch, Known, Prompt, Tried, Verifier
 from posttrain_jax.rewards.workers import SECONDS, Apart, Workers
 from posttrain_jax.settings import ConfigError
@@ -346,6 +346,8 @@ class _Room:
     self._has_one(name, built_in.reads)
     if built_in.runs_code:
       options[UNSAFE] = asked.unsafe_code
+    if built_in.waits:
+      options[STOPPING] = self.workers.stopping
     made = built_in.make(**options)
     known = tuple(made.known()) if isinstance(made, Tried) else ()
     if not built_in.apart:

@@ -27,7 +27,8 @@ from posttrain_jax.rewards.length import SoftOverlong
 from posttrain_jax.rewards.manners import Language, Refusal, Words
 from posttrain_jax.rewards.workers import SECONDS
 
-UNSAFE = "unsafe_code"  # what a verifier that runs programs is told; of the reward, not of one part
+# what a verifier that runs programs, and one that waits for others, is told; of the reward, not of one part
+UNSAFE, STOPPING = "unsafe_code", "stopping"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,7 @@ class BuiltIn:
 
   @property
   def options(self) -> tuple[str, ...]:
-    return tuple(name for name in self._parameters if name != UNSAFE)
+    return tuple(name for name in self._parameters if name not in (UNSAFE, STOPPING))
 
   @property
   def kinds(self) -> Mapping[str, Any]:
@@ -67,6 +68,11 @@ class BuiltIn:
   def runs_code(self) -> bool:
     """Whether it runs what the model wrote, and is told whether that may be without isolation."""
     return UNSAFE in self._parameters
+
+  @property
+  def waits(self) -> bool:
+    """Whether it waits for others, and is told when nobody waits for it any more."""
+    return STOPPING in self._parameters
 
   @property
   def needed(self) -> tuple[str, ...]:

@@ -68,7 +68,7 @@ class Workers:
     if count is not None and not 1 <= count <= cores:
       raise ValueError(f"workers={count}: there are {cores} cores; name a number from 1 to {cores}")
     self._slots = [_Slot(memory) for _ in range(count or cores)]
-    self._stopping = stopping
+    self.stopping = stopping
     self._tasks: dict[bytes, int] = {}
     self._lock = threading.Lock()
     self._ending = weakref.finalize(self, _end_all, self._slots)
@@ -90,7 +90,7 @@ class Workers:
       body = _pickled(task)
       key = self._tasks.setdefault(body, len(self._tasks))
       try:
-        return _Round(self._slots, key, body, calls, seconds, self._stopping).results()
+        return _Round(self._slots, key, body, calls, seconds, self.stopping).results()
       except BaseException:  # an interrupt: nobody asks for what they would answer
         _end_all([slot for slot in self._slots if slot.state != IDLE])
         raise

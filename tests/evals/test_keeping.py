@@ -11,8 +11,9 @@ from posttrain_jax.rewards import score
 from posttrain_jax.rewards.reward import Scored
 
 
-def sample(number, value, *, tokens=None, text="x", finished=True):
+def sample(number, value, *, tokens=None, text=None, finished=True):
   given = score.missing("no idea") if value is None else score.Score(value)
+  text = f"x{number}" if text is None else text
   drawn = Drawn(0, number, [number] if tokens is None else tokens, text, finished)
   return Sample(drawn, Scored(given, {"part": given}))
 
@@ -98,6 +99,14 @@ PAIRED = {
   ),
   "the expected answer where none is right": ([sample(0, 0.0), sample(1, 0.5)], (None, 0)),
   "no wrong one": ([sample(0, 1.0), sample(1, 1.0)], keeping.NO_WRONG),
+  "one text that was scored twice": (
+    [sample(0, 1.0, text="x"), sample(1, 0.0, text="x")],
+    keeping.NO_BETTER,
+  ),
+  "another text beside it": (
+    [sample(0, 1.0, text="x"), sample(1, 0.0, text="x"), sample(2, 0.5)],
+    (0, 2),
+  ),
   "missing is not wrong": ([sample(0, 1.0), sample(1, None)], keeping.NO_WRONG),
   "nothing known": ([sample(0, None), sample(1, 0.0, text=" ")], keeping.NO_SCORES),
 }

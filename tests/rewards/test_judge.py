@@ -8,9 +8,11 @@ import time
 
 import pytest
 
+from posttrain_jax.rewards import section
 from posttrain_jax.rewards.judge import Judge
 from posttrain_jax.rewards.reward import Part, Reward
 from posttrain_jax.rewards.verifier import Answer
+from posttrain_jax.rewards.workers import Interrupted, Workers
 
 TALK = [
   {"role": "system", "content": "Be short."},
@@ -129,6 +131,28 @@ def test_a_deadline_is_one_of_all_of_it(server, drops):
   given = judge(server, seconds=0.2).judged(answer())
   assert given.reason == "the judge took longer than 0.2 s"
   assert time.monotonic() - began < 3
+
+
+def test_whoever_is_to_stop_does_not_wait_for_a_judge(server):
+  asked, goes_on = threading.Event(), threading.Event()
+
+  def waits(handler, text):
+    asked.set()
+    goes_on.wait(20)
+    with contextlib.suppress(OSError):
+      handler.say("Score: 5")
+
+  server.answer = waits
+  host, port = server.server_address
+  options = {"judge": {"url": f"http://{host}:{port}/v1", "model": "m", "at_once": 1}}
+  spec = {"parts": ("judge",), "options": options}
+  reward = section.make(spec, [], workers=Workers(stopping=asked.is_set))
+  began = time.monotonic()
+  with pytest.raises(Interrupted):
+    reward.score([answer("a"), answer("b")])
+  assert time.monotonic() - began < 10
+  goes_on.set()
+  assert len(server.asked) == 1
 
 
 def test_several_answers_are_judged_at_once(server):
