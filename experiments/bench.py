@@ -4,6 +4,7 @@ On a GPU, LoRA and QLoRA steps of an 8B model too.
 
   make bench                 (POSTTRAIN_DATA names the folder that holds gsm8k/, for the second comparison)
   .venv/bin/python experiments/bench.py --device=gpu      the same rows on JAX's accelerator, in bfloat16
+  ... experiments/bench.py --before=FOLDER                a checkout of an earlier version takes its turn beside both
 
 Each row is told as a ratio, and as a share of the product rate of the machine (`limits.py`, measured first and last).
 Where PyTorch is not installed, or sees no such accelerator, the rows are ours alone, and it is said.
@@ -41,6 +42,7 @@ GSM8K_ROWS = 4 * ROWS  # as many examples as these rows hold, so that no batch h
 RESULTS = Path(__file__).parent / "results"
 SINGLE = ("fixed", "dora", "mixed")  # jobs of one step
 DTYPE = "POSTTRAIN_BENCH_DTYPE"  # likewise: float32 or bfloat16
+BEFORE = "before"  # the worker of an earlier version
 DEVICE = "POSTTRAIN_BENCH_DEVICE"  # in the environment of a worker: cpu, gpu or tpu
 
 
@@ -265,9 +267,14 @@ def work(jobs: Jobs) -> None:
 
 
 class Worker:
-  def __init__(self, library: str, script: str = __file__, *more: str):
-    command = [sys.executable, script, f"--worker={library}", *more]
+  def __init__(self, library: str, script: str | Path = __file__, *more: str):
+    command = [sys.executable, str(script), f"--worker={library}", *more]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    # of the version that the script is of, whatever is installed
+    version = str(Path(script).resolve().parent.parent)
+    environment["PYTHONPATH"] = os.pathsep.join(
+      [version, *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
     if library == "torch" or device() == "cpu":
       environment["JAX_PLATFORMS"] = "cpu"
     if library == "torch":  # large pages, which make sets, are a gain here and none there
@@ -311,10 +318,9 @@ def turn(worker: Worker, job: str) -> dict:
 
 
 def compare(
-  repeats: int, libraries: Sequence[str], machine: limits.Limits, only: Sequence[str]
+  repeats: int, workers: dict[str, Worker], machine: limits.Limits, only: Sequence[str]
 ) -> dict:
   """{job: {library: tokens/s, ...}}: first runs (compilation) apart, then `repeats` rounds in turn."""
-  workers = {library: Worker(library) for library in libraries}
   results: dict[str, dict[str, Any]] = {}
   for job in [job for job in workers["jax"].jobs if not only or job in only]:
     first = {library: worker.run(job) for library, worker in workers.items()}
@@ -356,10 +362,11 @@ def row(
     "peak_gb": {lib: round(rounds[-1][lib]["peak"] / 1e9, 2) for lib in first},
     "repeats": len(rounds),
   }
-  if "torch" in first:
-    ratios = [ours / theirs for ours, theirs in zip(rate["jax"], rate["torch"])]
-    result["ratio"] = round(statistics.median(ratios), 3)
-    result["ratio_range"] = [round(min(ratios), 3), round(max(ratios), 3)]
+  for other, name in (("torch", "ratio"), (BEFORE, "over_before")):
+    if other in first:
+      ratios = [ours / theirs for ours, theirs in zip(rate["jax"], rate[other])]
+      result[name] = round(statistics.median(ratios), 3)
+      result[f"{name}_range"] = [round(min(ratios), 3), round(max(ratios), 3)]
   return result
 
 
@@ -372,6 +379,9 @@ def show(job: str, r: dict) -> None:
     low, high = r["ratio_range"]
     over = f"(range {low} to {high} over {r['repeats']} pairs)"
     said[0] += f", {rate['torch']} in PyTorch + PEFT: ratio {r['ratio']} {over}"
+  if "over_before" in r:
+    low, high = r["over_before_range"]
+    said.append(f"{rate[BEFORE]} before: now {r['over_before']} times that ({low} to {high})")
   said.append(f"{both(share)} of the product rate")
   said.append(f"first run with compilation {both(first, ' s')}")
   said.append(f"peak memory of the host {both(peak, ' GB')}")
@@ -461,6 +471,9 @@ def main() -> None:
   parser.add_argument("--repeats", type=int, default=5)
   parser.add_argument("--jobs", default="", help="fixed, gsm8k, dora, mixed; all by default")
   parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of products")
+  parser.add_argument(
+    "--before", type=Path, help="a checkout of an earlier version, to compare with"
+  )
   parser.add_argument("--device", choices=("cpu", "gpu", "tpu"), default=device())
   args = parser.parse_args()
   if args.worker:
@@ -483,7 +496,9 @@ def main() -> None:
     print("POSTTRAIN_DATA is not set: the comparison on GSM8K is left out")
   machine = limits.measured(args.device)
   print(machine.told(), flush=True)
-  libraries = ("jax",) if why else ("jax", "torch")
+  workers = {library: Worker(library) for library in ("jax", *(() if why else ("torch",)))}
+  if args.before:
+    workers[BEFORE] = Worker("jax", args.before / "experiments" / Path(__file__).name)
   packages = ("jax", "jaxlib", *(() if why else ("torch", "peft", "transformers")))
   record = {
     "machine": machine.to_json(),
@@ -491,7 +506,7 @@ def main() -> None:
     "load": os.getloadavg()[0],
     "date": time.strftime("%Y-%m-%d"),
     "versions": versions(*packages),
-    "rows": compare(args.repeats, libraries, machine, args.jobs.split(",") if args.jobs else ()),
+    "rows": compare(args.repeats, workers, machine, args.jobs.split(",") if args.jobs else ()),
   }
   if args.device == "gpu":
     record["8b"] = gpu()
