@@ -69,10 +69,10 @@ CASES = {
     H100, f"{_PPO},adapter=lora", {**_WRITTEN, "critic.trunk": "shared"},
   ),
   "7B PPO, full, 8 devices": (
-    H100S, f"{_PPO},adapter=none", {**_WRITTEN, "online.kl_in_reward": 0.05, "batch.rows": 8},
+    H100S, f"{_PPO},adapter=none", {**_WRITTEN, "online.kl_in_reward": 0.05},
   ),
   "7B GRPO, full, 8 devices": (
-    H100S, "rl:model=llama2-7b,adapter=none,reward=number", {**_WRITTEN, "batch.rows": 8},
+    H100S, "rl:model=llama2-7b,adapter=none,reward=number", _WRITTEN,
   ),
   "70B QLoRA, adapter and inputs on the host, v5p": (V5P, _QLORA, _HOST),
   "70B QLoRA, base on the host, v5p": (V5P, _QLORA, {**_HOST, "model.offload": "layers"}),
@@ -97,7 +97,7 @@ def measure(name: str) -> dict:
   """What `posttrain plan` says of a case."""
   (topology, devices), config, fields = CASES[name]
   file, _, arguments = config.partition(":")
-  given = {"data.length": 2048, "batch.rows": 1, "eval.rows": 1, **fields}
+  given = {"data.length": 2048, "batch.rows": devices, "eval.rows": devices, **fields}
   overrides = [settings.override(field, value) for field, value in given.items()]
   loaded = settings.load(f"{ROOT}/configs/{file}.py:{arguments}", overrides)
   return estimate.figures(loaded, topology=topology, devices=devices)

@@ -37,8 +37,8 @@ TRAININGS = {
 PLACES = {
   "one H100": ("h100:1x1", 1),
   "one B200": ("b200:1x1", 1),
-  "one v5p": ("v5p:2x2x1", 1),
   "eight H100": ("h100:1x8", 8),
+  "one v5p": ("v5p:2x2x1", 1),
   "16 v5e": ("v5e:4x4", 16),
   "64 v5p": ("v5p:4x4x4", 64),
   "256 v6e": ("v6e:16x16", 256),
@@ -99,7 +99,9 @@ def page(results: list[dict]) -> str:
     "second are at most.",
   ]
   for training in TRAININGS:
-    rows = [r for r in results if r["training"] == training]
+    rows = [
+      r for place in PLACES for r in results if (r["training"], r["place"]) == (training, place)
+    ]
     lines += ["", f"## {training}", ""]
     if not rows:
       lines.append("Not compiled yet.")

@@ -7,24 +7,25 @@ Axis names used across the project: `batch group pair time vocab embed in out ra
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from posttrain_jax.core import ragged as ragged_lib
 from posttrain_jax.core import sharding, struct
 from posttrain_jax.core.leaf import Leaf
+from posttrain_jax.core.product import BITS as BITS
+from posttrain_jax.core.product import PRODUCT as PRODUCT
+from posttrain_jax.core.product import multiplied as multiplied
+from posttrain_jax.core.product import operand
+from posttrain_jax.core.product import product as product
 
 Array = jax.Array
 # A Weight or a plain array; shapes alone stand for either in programs compiled without weights.
 AnyWeight = Any
-BITS = jnp.uint16  # of numbers in bfloat16
-PRODUCT = "product"
 
 
 class Weight(Leaf):
@@ -90,112 +91,6 @@ def linear32(x: Array, w: AnyWeight) -> Array:
   if isinstance(w, Weight):
     return w.apply32(x)
   return product(x, w, 0, jnp.float32)
-
-
-def product(x: Array, w: Array, contract: int, dtype: Any = None, operands: Any = None) -> Array:
-  """x @ w (contract=0) or x @ w.T (contract=1), in dtype; None for x's.
-
-  A float32 x is rounded to bfloat16 where w is bfloat16; sums and results are float32, and gradients too, whose
-  cotangents are rounded before their products.  So a CPU computes in bfloat16: its matrices are bfloat16 and what lies
-  between products is float32, since XLA:CPU has no other arithmetic.  1024 x 576 x 1536 on a core with AMX takes 2.6 ms
-  so, 12 in float32, and 40 where the result is bfloat16.
-
-  Without a mesh x is flattened to two dimensions: on XLA:CPU the gradient of a low-rank factor from a three-dimensional
-  operand measured 9x slower.  On a mesh it must not be, where time sharding would add an all-gather.
-
-  A policy of what is kept for the backward pass sees no product within a derivative of its own: it is named PRODUCT.
-
-  Args:
-    w: a matrix, or the bits of one in bfloat16.
-    operands: what x and w are rounded to where x is float32; None: `multiplied`.
-  """
-  lead = x.shape[:-1]
-  if x.ndim > 2 and not sharding.active():
-    x = x.reshape(-1, x.shape[-1])
-  if x.dtype == jnp.float32:
-    y = _product32(x, w, multiplied(x.dtype, _held(w)) if operands is None else operands, contract)
-    y = checkpoint_name(y, PRODUCT)
-  else:
-    y = _dot(x, _operand(w, x.dtype), contract, dtype)
-  return y.reshape(*lead, y.shape[-1])
-
-
-def multiplied(x: Any, w: Any) -> Any:
-  """What a product of dtypes x and w is computed in: bfloat16 where x is float32 and w bfloat16, else x's."""
-  return w if x == jnp.float32 and w == jnp.bfloat16 else x
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _product32(x: Array, w: Array, dtype: Any, contract: int) -> Array:
-  """float32 x @ w or x @ w.T, of operands in dtype.  For the backward pass w is kept as it came, bits as bits."""
-  return _dot(x.astype(dtype), _operand(w, dtype), contract, jnp.float32)
-
-
-def _product32_forward(
-  x: Any, w: Any, dtype: Any, contract: int
-) -> tuple[Array, tuple[Array | None, Array]]:
-  """x is kept for the gradient of w alone: of a frozen w none exists, however it is traced."""
-  y = _product32(x.value, w.value, dtype, contract)
-  return y, (x.value if w.perturbed else None, w.value)
-
-
-def _product32_backward(
-  dtype: Any, contract: int, kept: tuple[Array | None, Array], g: Any
-) -> tuple[Array | None, Array | None]:
-  x, w = kept
-  if isinstance(g, jax.custom_derivatives.SymbolicZero):
-    return None, None
-  g = g.astype(dtype)
-  d_x = _dot(g, _operand(w, dtype), 1 - contract, jnp.float32)
-  if x is None:
-    return d_x, None
-  x = x.astype(dtype)
-  one, other = (x, g) if contract == 0 else (g, x)
-  if other.shape[-1] < one.shape[-1]:
-    # The gradient of a narrow factor, [in, rank], is computed transposed: six times as fast on XLA:CPU, which would
-    # turn it back without the barrier.
-    d_w = jax.lax.optimization_barrier(_over_rows(other, one)).T
-  else:
-    d_w = _over_rows(one, other)
-  return d_x, d_w.astype(w.dtype)
-
-
-def _over_rows(x: Array, g: Array) -> Array:
-  """float32 sum over rows of x[row, i] g[row, o].
-
-  XLA:CPU would multiply x as it lies, [1024, 576] by [1024, 1536] in 11 ms of bfloat16 and 10 of float32, and takes
-  back a transpose that it is told.  As pairs of numbers in an integer x.T lies as it is written: 3.5 ms.
-  """
-  rows = tuple(range(x.ndim - 1))
-  if x.dtype != jnp.bfloat16 or x.ndim != 2 or len(x) % 2 or jax.default_backend() != "cpu":
-    return jax.lax.dot_general(x, g, ((rows, rows), ((), ())), preferred_element_type=jnp.float32)
-  cast, (count, columns) = jax.lax.bitcast_convert_type, x.shape
-  pairs = cast(cast(x, BITS).T.reshape(columns, count // 2, 2), jnp.uint32)
-  turned = jax.lax.optimization_barrier(pairs)
-  turned = cast(cast(turned, BITS).reshape(columns, count), jnp.bfloat16)
-  return _dot(turned, g, 0, jnp.float32)
-
-
-_product32.defvjp(_product32_forward, _product32_backward, symbolic_zeros=True)
-
-
-def _held(w: Array) -> Any:
-  """The dtype of the numbers that w holds."""
-  return jnp.bfloat16 if w.dtype == BITS else w.dtype
-
-
-def _operand(w: Array, dtype: Any) -> Array:
-  return (jax.lax.bitcast_convert_type(w, jnp.bfloat16) if w.dtype == BITS else w).astype(dtype)
-
-
-def _dot(x: Array, w: Array, contract: int, dtype: Any) -> Array:
-  """One row is two: XLA:CPU has no bfloat16 product of one, and sixty of 576 x 1536 took 66 ms for 9."""
-  alone = x.dtype == jnp.bfloat16 and x.size == x.shape[-1] and jax.default_backend() == "cpu"
-  rows = jnp.concatenate([x, x], axis=-2) if alone and x.ndim > 1 else x
-  y = jax.lax.dot_general(
-    rows, w, (((x.ndim - 1,), (contract,)), ((), ())), preferred_element_type=dtype
-  )
-  return y if rows is x else y[..., :1, :]
 
 
 def embed(ids: Array, w: AnyWeight) -> Array:
@@ -358,10 +253,10 @@ class Bfloat16(Weight):
   def rows(self, ids: Array) -> Array:
     """Those of a table that trains are not rounded: nothing is multiplied."""
     rows = jnp.take(self.stored, ids, axis=0, mode="clip")
-    return _operand(rows, self.dtype) if rows.dtype == BITS else rows
+    return operand(rows, self.dtype) if rows.dtype == BITS else rows
 
   def dense(self, dtype: Any = None) -> Array:
-    return _operand(self.stored, self.dtype if dtype is None else dtype)
+    return operand(self.stored, self.dtype if dtype is None else dtype)
 
   def like(self, w: Array) -> Bfloat16:
     """The matrix w frozen."""

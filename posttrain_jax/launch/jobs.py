@@ -112,6 +112,7 @@ def check(to: str, platform: Platform, options: Options) -> None:
   if options.restarts < 0:
     raise ConfigError(f"--restarts={options.restarts}: write 0 or more")
   for name, value in vars(options).items():
+    check_filled(name, value)
     for text in value if isinstance(value, tuple) else (value,):
       if name != "setup" and isinstance(text, str) and not text.isprintable():
         raise ConfigError(f"--{name}={text!r}: write it without line breaks and control characters")
@@ -120,6 +121,12 @@ def check(to: str, platform: Platform, options: Options) -> None:
       raise ConfigError(f"--site={line}: write --site=KEY=VALUE, as in --site=account=me")
   if why := _unreadable(options.setup or ""):
     raise ConfigError(f"--setup={options.setup}: bash cannot read it: {why}")
+
+
+def check_filled(name: str, value: Any) -> None:
+  """Raises ConfigError for an option with nothing in it, as a variable of a shell that is not set gives."""
+  if isinstance(value, str) and not value.strip():
+    raise ConfigError(f"--{name}={value}: nothing is in it; write a value, or leave --{name} out")
 
 
 def _unreadable(shell: str) -> str:
@@ -142,8 +149,15 @@ def label(text: str) -> str:
 
   >>> label("runs/LoRA_r=4"), label("7b")
   ('runs-lora-r-4', 'p7b')
+
+  Raises:
+    ConfigError: nothing is left of it.
   """
-  name = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40].strip("-") or "run"
+  name = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40].strip("-")
+  if not name:
+    raise ConfigError(
+      f"no job can be called {text!r}: schedulers take letters a to z and digits; write --name=NAME"
+    )
   return name if name[0].isalpha() else f"p{name}"
 
 

@@ -126,7 +126,7 @@ def seconds(time: str) -> int:
 
 
 def _directive(text: str) -> str:
-  """A path as an #SBATCH line has it: sbatch takes quotes as a shell does, and \\ for what makes the next one plain.
+  """A value as an #SBATCH line has it: sbatch takes quotes as a shell does, and \\ for what makes the next one plain.
 
   >>> _directive("/a b"), _directive("/a/b")
   ('"/a b"', '/a/b')
@@ -139,6 +139,11 @@ def _directive(text: str) -> str:
 def _log(job: Job, name: str) -> str:
   """Where output goes; what of the path could be one of Slurm's own patterns is written double."""
   return _directive(f"{str(job.folder).replace('%', '%%')}/{name}")
+
+
+def _of_site(o: jobs.Options) -> list[str]:
+  pairs = (line.partition("=") for line in o.site)
+  return [f"--{key}={_directive(value)}" for key, _, value in pairs]
 
 
 def _script(job: Job) -> str:
@@ -156,11 +161,11 @@ def _script(job: Job) -> str:
     lines.append(f"--time={o.time}")
   gpus = _gpus(o.accelerator)
   if o.accelerator:
-    lines.append(f"--gpus-per-node={o.accelerator}")
+    lines.append(f"--gpus-per-node={_directive(o.accelerator)}")
   if job.summary:
     at_once = f"%{o.at_once}" if o.at_once else ""
     lines.append(f"--array={ranges(sorted(job.points))}{at_once}")
-  lines += [f"--{line}" for line in o.site]
+  lines += _of_site(o)
   return SCRIPT.format(
     directives="\n".join(f"#SBATCH {line}" for line in lines),
     home=shlex.quote(str(job.home)),
@@ -203,7 +208,7 @@ def _summary(job: Job) -> str:
     f"--job-name={job.name}-summary",
     "--ntasks=1",
     f"--output={_log(job, 'summary.txt')}",
-    *(f"--{line}" for line in job.options.site),
+    *_of_site(job.options),
   ]
   directives = "\n".join(f"#SBATCH {line}" for line in lines)
   setup = f"{job.options.setup}\n" if job.options.setup else ""

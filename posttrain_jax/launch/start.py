@@ -49,6 +49,8 @@ def prepare(
   """
   platform, _, processes = PLATFORMS[to]
   jobs.check(to, platform, options)
+  for flag, given in (("name", name), ("out", out)):
+    jobs.check_filled(flag, given)
   if options.at_once and not is_sweep:
     raise ConfigError("--at_once is of points: write --sweep beside it")
   home, is_shared = Path.cwd(), to in SHARED
@@ -70,7 +72,7 @@ def prepare(
   }
   if not left:
     return None
-  name = jobs.label(name or Path(workdir).name)
+  name = jobs.label(name or Path(root).name)
   program = [sys.executable, "-m", "posttrain_jax"] if is_shared else ["posttrain"]
   summary = None
   if is_sweep:

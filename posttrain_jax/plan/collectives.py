@@ -20,8 +20,8 @@ BITS = {"pred": 8, "bf16": 16, "c64": 64, "c128": 128, "token": 0}
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
 _SHAPE = re.compile(r"\b(pred|token|[suf]\d+\w*|bf16|c64|c128)\[([\d,]*)\]")
-_CALLED = re.compile(r"\b(body|calls|to_apply|called_computations?)=\{?%?([\w.\-]+)")
-_BRANCHES = re.compile(r"\b(?:branch_computations|true_computation|false_computation)=\{?([^}=]*)")
+# whatever an attribute names may be a computation: body=%a, branch_computations={%a, %b}, ...
+_NAMED = re.compile(r"\b\w+=\{?(%?[\w.\-]+(?:, ?%[\w.\-]+)*)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +33,9 @@ class Collective:
   count: int
   sent: int  # bytes of a device, over the links of its slice
   network: int  # bytes of a device that cross from slice to slice
+  exact: bool = (
+    True  # False: how often some of it is done the program does not tell, and it is counted once
+  )
 
 
 def read(
@@ -48,8 +51,9 @@ def read(
   devices = [0] if mesh is None else [device.id for device in mesh.devices.flat]
   slices = np.asarray([(slice_of or {}).get(device, 0) for device in devices])
   sums: dict[tuple[str, str], list[int]] = {}
+  guessed: set[tuple[str, str]] = set()
   seen: set[tuple[str, str]] = set()
-  for kind, times, line in _instructions(text):
+  for kind, (times, exact), line in _instructions(text):
     if (transfer := _transfer(line)) is not None:
       if (kind, transfer) in seen:
         continue
@@ -60,7 +64,9 @@ def read(
     total = sums.setdefault((kind, axis), [0, 0, 0])
     for place, value in enumerate((1, sent, network)):
       total[place] += times * value
-  found = [Collective(kind, axis, *total) for (kind, axis), total in sums.items()]
+    if not exact:
+      guessed.add((kind, axis))
+  found = [Collective(*key, *total, exact=key not in guessed) for key, total in sums.items()]
   return sorted(found, key=lambda one: -(one.sent + one.network))
 
 
@@ -77,13 +83,11 @@ def _transfer(line: str) -> str | None:
   return None if chain is None else f"chain {chain[1]}"
 
 
-def _instructions(text: str) -> Iterator[tuple[str, int, str]]:
-  """(kind, how often a step does it, its line) of everything that is sent."""
+def _instructions(text: str) -> Iterator[tuple[str, tuple[int, bool], str]]:
+  """(kind, how often a step does it and whether that is known, its line) of everything that is sent."""
   bodies, entry = _computations(text)
   times = _times(bodies, entry)
   for name, lines in bodies.items():
-    if not times.get(name):
-      continue
     for line in lines:
       if (match := _INSTRUCTION.match(line)) is None:
         continue
@@ -112,35 +116,42 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
   return bodies, entry
 
 
-def _times(bodies: Mapping[str, list[str]], entry: str) -> dict[str, int]:
-  """{computation: how often a step runs it}; both sides of a branch count."""
-  calls: dict[str, list[tuple[str, int]]] = {name: [] for name in bodies}
+def _times(bodies: Mapping[str, list[str]], entry: str) -> dict[str, tuple[int, bool]]:
+  """{computation: (how often a step runs it, whether that is known)}; both sides of a branch count.
+
+  What no call that is understood leads to, and a loop whose end is not read, run once and are not known.
+  """
+  calls: dict[str, list[tuple[str, int | None]]] = {name: [] for name in bodies}
   for name, lines in bodies.items():
     for line in lines:
       trips = _trips(line, bodies) if " while(" in line else 1
-      called = [match[2] for match in _CALLED.finditer(line)]
-      for match in _BRANCHES.finditer(line):
-        called += re.findall(
-          r"[\w.\-]+", match[1].split(" ")[0] if "," not in match[1] else match[1]
-        )
-      calls[name] += [(other, trips) for other in called if other in bodies]
-  times: dict[str, int] = {}
-  todo = [(entry, 1)]
-  while todo:  # the calls have no cycle
-    name, count = todo.pop()
-    times[name] = times.get(name, 0) + count
-    todo += [(other, count * trips) for other, trips in calls.get(name, [])]
+      named = (one.lstrip("% ") for group in _NAMED.findall(line) for one in group.split(","))
+      calls[name] += [(other, trips) for other in named if other in bodies]
+  times: dict[str, tuple[int, bool]] = {}
+
+  def run(name: str, count: int, exact: bool) -> None:  # the calls have no cycle
+    before, was_exact = times.get(name, (0, True))
+    times[name] = before + count, exact and was_exact
+    for other, trips in calls[name]:
+      run(other, count * (trips or 1), exact and trips is not None)
+
+  if entry:
+    run(entry, 1, True)
+  left = bodies.keys() - times.keys()
+  called = {other for name in left for other, _ in calls[name]}
+  for name in left - called:
+    run(name, 1, False)
   return times
 
 
-def _trips(line: str, bodies: Mapping[str, list[str]]) -> int:
-  """How often a loop runs: as the compiler says, or the constant that its counter is compared with."""
+def _trips(line: str, bodies: Mapping[str, list[str]]) -> int | None:
+  """How often a loop runs: as the compiler says, or the constant that its counter is compared with; None: neither."""
   if (known := re.search(r'known_trip_count":\{"n":"(\d+)"', line)) is not None:
     return int(known[1])
   condition = re.search(r"condition=%?([\w.\-]+)", line)
   lines = bodies.get(condition[1], []) if condition is not None else []
   bounds = [re.search(r"s32\[\]\S* constant\((\d+)\)", one) for one in lines]
-  return max((int(bound[1]) for bound in bounds if bound is not None), default=1)
+  return max((int(bound[1]) for bound in bounds if bound is not None), default=None)
 
 
 def _sizes(kind: str, line: str, mesh: Any, slices: np.ndarray) -> tuple[str, int, int]:

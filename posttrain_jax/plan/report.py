@@ -57,7 +57,8 @@ def _sent(collectives: Sequence[dict[str, Any]]) -> list[str]:
   lines = ["sent by a device in a step, MB (over the network: between slices or hosts):"]
   for one in collectives:
     sizes = f"{one['sent'] / 1e6:>12.3f}{one['network'] / 1e6:>12.3f}"
-    lines.append(f"  {one['kind']:<20}{one['axis']:<14}{one['count']:>6} x{sizes}")
+    least = "" if one["exact"] else "  at least: the program does not tell how often"
+    lines.append(f"  {one['kind']:<20}{one['axis']:<14}{one['count']:>6} x{sizes}{least}")
   network = sum(one["network"] for one in collectives)
   return [*lines, f"  over the network together {network / 1e6:.3f} MB", ""]
 

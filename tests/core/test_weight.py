@@ -206,6 +206,29 @@ def test_a_product_in_float32_stays_one(columns):
   near(back(g)[1], wide(x).T @ wide(g))
 
 
+@pytest.mark.parametrize("columns", [NARROW, 2 * WIDE])
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_gradient_of_a_float32_matrix_is_not_rounded_to_16_bits_of_x(columns, turned):
+  x, g = (drawn(2, ROWS, n, seed=n).astype(jnp.bfloat16) for n in (WIDE, columns))
+  w = drawn(columns, WIDE, seed=1) if turned else drawn(WIDE, columns, seed=1)
+  y, back = jax.vjp(lambda x, w: weight.linear(x, Transposed(w) if turned else w), x, w)
+  d_x, d_w = back(g)
+  assert (y.dtype, d_x.dtype, d_w.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
+  wide = lambda z: np.asarray(z, np.float64).reshape(-1, z.shape[-1])
+  of_w = rounded(w).T if turned else rounded(w)
+  step = 2**-8  # of bfloat16
+  np.testing.assert_allclose(wide(y), wide(x) @ of_w, rtol=step, atol=step)
+  np.testing.assert_allclose(wide(d_x), wide(g) @ of_w.T, rtol=step, atol=step)
+  expected = wide(x).T @ wide(g)
+  np.testing.assert_allclose(d_w, expected.T if turned else expected, rtol=1e-5, atol=1e-5)
+
+
+def test_of_a_frozen_float32_matrix_nothing_is_kept_but_itself():
+  x, w = drawn(2, WIDE).astype(jnp.bfloat16), drawn(WIDE, NARROW)
+  _, back = jax.vjp(lambda x: weight.linear(x, w), x)
+  assert [leaf.shape for leaf in jax.tree.leaves(back)] == [w.shape]
+
+
 def test_bits_are_the_matrix():
   w = drawn(3, IN, OUT)
   kept, near = weight.bits(w), w.astype(jnp.bfloat16)

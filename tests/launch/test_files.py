@@ -3,6 +3,8 @@
 import json
 import os
 import pathlib
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -156,6 +158,8 @@ def test_a_finished_run_is_not_launched(here, capsys):
     ("slurm", dict(accelerator="h100"), "--accelerator=h100: write GPUs"),
     ("slurm", dict(nodes=0), "--nodes=0: write at least 1"),
     ("slurm", dict(at_once=2), "write --sweep beside it"),
+    ("slurm", dict(accelerator=""), "--accelerator=: nothing is in it; write a value, or leave"),
+    ("tpu-vm", dict(zone=" "), "--zone= : nothing is in it"),
     ("slurm", dict(site=("gpu",)), "write --site=KEY=VALUE"),
     ("slurm", dict(site=("=gpu",)), "write --site=KEY=VALUE"),
     ("slurm", dict(site=("--partition=gpu",)), "write --site=KEY=VALUE"),
@@ -197,6 +201,26 @@ def test_what_cannot_be_meant_is_said(to, options, said, here):
   with pytest.raises(ConfigError, match=said.replace("(", r"\(")):
     written(to, **options)
   assert not (here / "jobs").exists()
+
+
+@pytest.mark.parametrize(("flag", "said"), [
+  ("--name=", "--name=: nothing is in it"), ("--out=", "--out=: nothing is in it"),
+  ("--name=模型", "no job can be called '模型': .*write --name=NAME"),
+  ("--workdir=runs/ü", "no job can be called 'ü': .*write --name=NAME"),
+])  # fmt: skip
+def test_a_name_that_no_scheduler_has_is_no_other_name(flag, said, here, capsys):
+  asked = ["launch", "--config=sft", "--workdir=runs/a", "--to=slurm", "--dry_run", flag]
+  assert program.main(asked) == 1
+  assert re.search(said, capsys.readouterr().err)
+  assert not (here / "jobs").exists()
+
+
+def test_a_value_of_the_sites_is_one_word_to_sbatch(here):
+  values = ("two words", 'a "b" #c \\ d', "gpu")
+  _, texts = written("slurm", site=[f"comment={value}" for value in values])
+  lines = [line.removeprefix("#SBATCH ") for line in texts["job.sh"].splitlines()]
+  words = [shlex.split(line, comments=True) for line in lines if line.startswith("--comment")]
+  assert words == [[f"--comment={value}"] for value in values]
 
 
 def test_an_image_is_a_container_of_docker_once(here):

@@ -104,6 +104,15 @@ def test_a_folder_of_any_name_is_launched_from(nodes, slurm, tmp_path):
   assert [path.name for path in tmp_path.iterdir()] == [folder.name]
 
 
+def test_what_the_site_is_told_arrives_as_it_was_written(slurm, tmp_path):
+  told = """two  words, 'one' "of" them #1 \\ 100%j"""
+  job, number = submitted(slurm, tmp_path, ["done"], site=(f"comment={told}", "partition=high"))
+  said = slurm.run("scontrol", "show", "job", number)
+  assert f"\n   Comment={told}" in said
+  assert "Partition=high" in said
+  cluster.until(lambda: slurm.jobs()[number]["JobState"] == "COMPLETED", 60, "it ended")
+
+
 def test_the_signal_before_the_time_limit_lets_every_process_save(slurm, tmp_path):
   job, number = submitted(slurm, tmp_path, ["save"], nodes=2)
   cluster.until(lambda: starts(job) and starts(job, process=1), 30, "both have started")

@@ -64,7 +64,7 @@ def test_a_folder_of_any_name_is_a_word_in_the_scripts(name, here):  # noqa: F81
 
 
 def test_what_kubernetes_expands_reaches_the_shell_as_it_was(here):  # noqa: F811
-  workdir = "/runs/$(POSTTRAIN_DEADLINE)/$$"
+  workdir = "/runs/$(POSTTRAIN_DEADLINE)/$$a"
   _, texts = written("gke", workdir=workdir, setup='echo "$(id -u)"')
   (jobset,) = [d for d in manifests(texts) if d["kind"] == "JobSet"]
   (container,) = pod(jobset)["containers"]

@@ -1,5 +1,6 @@
 """Bytes that a program sends: from its text, and equal to arithmetic where the program is known."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,7 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from posttrain_jax.core import sharding
-from posttrain_jax.plan import collectives
+from posttrain_jax.plan import collectives, report
 from posttrain_jax.plan.collectives import Collective
 
 MESH = functools.partial(sharding.mesh, data=2, fsdp=2, tensor=2)
@@ -62,6 +63,21 @@ def test_loops_and_what_crosses_slices_are_counted():
   # the groups are (0, 2), (4, 6), ...
   assert Collective("all-gather", "fsdp", 5, 5 * 4 * 8 * 2 // 2, 0) in found
   assert Collective("send all-reduce", "slices", 1, 0, 7 * 8 * 4) in found
+
+
+@pytest.mark.parametrize(("old", "new", "times", "exact"), [
+  # the name of an attribute is the compiler's to choose
+  ("condition=%cond, body=%body", 'async_calls={%cond, %body}, backend_config={"known_trip_count":{"n":"7"}}', 7, True),
+  # no call that leads there, and a loop that ends when it likes: it is counted once, and said
+  ("condition=%cond, body=%body", "", 1, False),
+  ("constant(5)", "parameter(0)", 1, False),
+])  # fmt: skip
+def test_what_no_known_call_leads_to_is_counted_and_said(old, new, times, exact):
+  assert old in LOOP
+  found = collectives.read(LOOP.replace(old, new), MESH())
+  assert Collective("all-gather", "fsdp", times, times * 4 * 8 * 2 // 2, 0, exact) in found
+  sent = [dataclasses.asdict(one) for one in found]
+  assert ("at least" in "\n".join(report._sent(sent))) == (not exact)
 
 
 def test_what_follows_a_kernel_in_a_loop_is_counted():
