@@ -6,6 +6,13 @@ import importlib.metadata
 import importlib.util
 import os
 import pathlib
+import signal
+
+# What a shell's background or nohup has ignored, the processes of tests would ignore too: a signal that is caught here
+# is an ordinary one to them.
+for number in (signal.SIGINT, signal.SIGHUP):
+  if signal.getsignal(number) is signal.SIG_IGN:
+    signal.signal(number, lambda *_: None)
 
 # Each of several processes of tests has its own part of the cores: two that share two take a fifth more of their time.
 if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):

@@ -143,7 +143,7 @@ class Online:
       Unscored: no answer of the last batches has a score.
     """
     if state is None:
-      return self.updates.blank()
+      return distributed.own_rows(self.mesh, self.updates.blank())
     if not self._left:
       before = self._batches, self._asked
       self._stopping = stopping

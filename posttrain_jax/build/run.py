@@ -367,6 +367,8 @@ def _explain_memory(pieces: Pieces, say: Say) -> None:
   """Compiles the step and says what it needs; nothing is run."""
   batch = reference.blank(pieces.config, pieces.batches.batch(None), pieces.objective)
   batch = teacher.blank(pieces.config, batch)
+  if pieces.mesh is not None:
+    batch = distributed.global_batch(pieces.mesh, batch)
   began = time.monotonic()
   lowered = pieces.step.lower(pieces.abstract_state(), pieces.trees.context, batch)
   needed = lowered.compile().memory_analysis()

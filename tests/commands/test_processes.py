@@ -155,6 +155,23 @@ def test_two_processes_write_and_learn_what_one_does(folder, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_dry_run_of_two_tells_the_memory_of_the_rows_of_both(
+  folder, tmp_path, monkeypatch, capsys
+):
+  two = jax.local_devices()[:2]
+  monkeypatch.setattr(jax, "devices", lambda *args: two)
+  many = {"mesh.fsdp": 2, "batch.rows": 64, "data.length": 512}
+  told = lambda said: re.findall(r"memory a device: .*(?=; compiled)", said)
+  dry = [[*command(folder, case, tmp_path / case, **many), "--dry_run"] for case in ("sft", "grpo")]
+  for one in dry:
+    assert main(one) == 0
+  found = told(launched(dry, 2, environment() | {"POSTTRAIN_CACHE": str(tmp_path / "cache")}))
+  assert found == told(capsys.readouterr().out)
+  assert len(found) == 2
+  assert not any("0.00 GB of temporaries" in line for line in found)
+
+
+@pytest.mark.slow
 def test_a_run_of_two_that_is_stopped_or_goes_on_in_one_ends_as_one_that_is_not(
   folder, tmp_path, monkeypatch
 ):

@@ -106,7 +106,7 @@ def test_a_folder_of_any_name_is_launched_from(nodes, slurm, tmp_path):
 
 def test_what_the_site_is_told_arrives_as_it_was_written(slurm, tmp_path):
   told = """two  words, 'one' "of" them #1 \\ 100%j"""
-  job, number = submitted(slurm, tmp_path, ["done"], site=(f"comment={told}", "partition=high"))
+  _, number = submitted(slurm, tmp_path, ["done"], site=(f"comment={told}", "partition=high"))
   said = slurm.run("scontrol", "show", "job", number)
   assert f"\n   Comment={told}" in said
   assert "Partition=high" in said
