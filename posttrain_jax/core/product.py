@@ -25,7 +25,8 @@ def product(x: Array, w: Array, contract: int, dtype: Any = None, operands: Any 
   so, 12 in float32, and 40 where the result is bfloat16.
 
   The gradient of a float32 w is float32 of a 16-bit x too: rounded, devices would add up what is rounded, of which 64
-  lose a hundredth, and XLA would send it whole to each before a device takes its share.
+  lose a hundredth.  XLA scatters it then on GPUs too, where it would send a rounded one whole: the bytes are the same
+  there, and twice as many on TPUs.
 
   Without a mesh x is flattened to two dimensions: on XLA:CPU the gradient of a low-rank factor from a three-dimensional
   operand measured 9x slower.  On a mesh it must not be, where time sharding would add an all-gather.

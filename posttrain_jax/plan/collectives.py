@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+SCATTERED = "all-reduce-scatter"  # libtpu's fusion of a sum and of what a device takes of it: a reduce-scatter
 ACROSS = "slices"  # the axis of what XLA itself sends from slice to slice
 BITS = {"pred": 8, "bf16": 16, "c64": 64, "c128": 128, "token": 0}
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
@@ -92,7 +93,9 @@ def _instructions(text: str) -> Iterator[tuple[str, tuple[int, bool], str]]:
       if (match := _INSTRUCTION.match(line)) is None:
         continue
       opcode = match[3].removesuffix("-start")
-      if opcode in KINDS:
+      if opcode == "all-reduce" and name.startswith(SCATTERED):
+        yield "reduce-scatter", times[name], line
+      elif opcode in KINDS:
         yield opcode, times[name], line
       elif opcode == "send" and "megascale" in line:
         kind = re.search(r'transfer_type="(\w+)"', line)
@@ -159,13 +162,14 @@ def _sizes(kind: str, line: str, mesh: Any, slices: np.ndarray) -> tuple[str, in
   match = _INSTRUCTION.match(line)
   assert match is not None
   size = _bytes(_result(match[2], match[3]))
+  is_share = match[3].startswith("reduce-scatter")  # that it is printed with, and not the whole
   if kind.startswith("send"):
     return ACROSS, 0, size
   groups = _groups(line, len(slices))
   axis = _axis(groups, mesh)
   members = groups.shape[1]
   parts = len(set(slices[groups[0]].tolist()))
-  factor = {"all-reduce": 2.0, "reduce-scatter": float(members), "collective-permute": 1.0}
+  factor = {"all-reduce": 2.0, "reduce-scatter": float(members) if is_share else 1.0}
   whole = size * factor.get(kind, 1.0)  # bytes that would be sent to infinitely many
   if kind == "collective-permute":
     crosses = any(slices[a] != slices[b] for a, b in groups)

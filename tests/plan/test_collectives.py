@@ -104,6 +104,24 @@ def test_parts_of_one_transfer_are_one_and_those_of_a_shard_map_are_several():
   assert one == Collective("all-gather", "tensor", 5, 5 * 4 * 8 * 2 // 2, 0)
 
 
+def test_a_sum_of_which_each_takes_a_part_sends_half_of_one():
+  """As libtpu prints it: a fusion by that name of the sum of the whole and of the slice of it."""
+  text = """
+%NAME.1.clone.1 (input: f32[16,8]) -> f32[8,8] {
+  %sum = f32[16,8]{1,0} all-reduce(%input), channel_id=9, replica_groups={{0,2},{1,3},{4,6},{5,7}}, to_apply=%add
+  ROOT %slice = f32[8,8]{1,0} dynamic-slice(%sum, %index, %zero), dynamic_slice_sizes={8,8}
+}
+
+ENTRY %main (x: f32[16,8]) -> f32[8,8] {
+  ROOT %fusion = f32[8,8]{1,0} fusion(%x), kind=kCustom, calls=%NAME.1.clone.1
+}
+"""
+  read = lambda name: collectives.read(text.replace("NAME", name), MESH())
+  size = 16 * 8 * 4
+  assert read("all-reduce-scatter") == [Collective("reduce-scatter", "fsdp", 1, size // 2, 0)]
+  assert read("fused_computation") == [Collective("all-reduce", "fsdp", 1, size, 0)]
+
+
 @pytest.mark.parametrize(("text", "groups"), [
   ("replica_groups={{0,2},{1,3}}, x", [[0, 2], [1, 3]]),
   ("replica_groups=[2,2]<=[4], x", [[0, 1], [2, 3]]),
