@@ -231,7 +231,7 @@ def test_a_run_that_is_killed_anywhere_ends_as_one_that_is_not(folder, tmp_path)
   files = lambda: {*(tmp_path / "killed").glob("completions/*")}
   kills = 0
   for _ in range(20):
-    before, more = files(), rng.integers(1, 6)
+    before, more = files(), rng.integers(2, 9)
     run = subprocess.Popen([*arguments, *killed], stdout=subprocess.DEVNULL, env=env)
     # by what it has written, not by the clock: it may be done in three seconds, or have just begun
     while run.poll() is None and len(files() - before) < more:
