@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.core import Tracer
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from posttrain_jax.core.leaf import Leaf
@@ -94,7 +95,11 @@ def _arranged(devices: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
   if devices[0].device_kind == "TPU v4" and any(device.core_on_chip for device in devices):
     return devices.reshape(shape)
   types = (AxisType.Auto,) * len(AXES)
-  return jax.make_mesh(shape, AXES, axis_types=types, devices=list(devices)).devices
+  try:
+    return jax.make_mesh(shape, AXES, axis_types=types, devices=list(devices)).devices
+  except NotImplementedError:  # an axis that is no product of the torus's own: 8 x 8 on 4 x 4 x 4
+    arranged = mesh_utils.create_device_mesh
+    return arranged(shape, devices=list(devices), allow_split_physical_axes=True)
 
 
 def row_shares(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:

@@ -247,6 +247,13 @@ def test_compiles_for_a_tpu_that_is_not_here():
   assert found["compiled"]["temporaries_gib"] > 0
 
 
+@pytest.mark.skipif(not topology.has_libtpu(), reason="libtpu is not installed")
+def test_axes_that_are_no_product_of_a_torus_split_it():
+  chips = topology.target("v5p:4x4x4").devices
+  mesh = sharding.mesh(data=8, fsdp=8, devices=chips)
+  assert {device.id for device in mesh.devices.flat} == {device.id for device in chips}
+
+
 def test_how_many_steps_epochs_are_changes_nothing_of_what_is_needed(capsys):
   """No data is read, which would say."""
   by_steps, by_epochs = (
