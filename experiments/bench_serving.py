@@ -100,8 +100,7 @@ def started(args: argparse.Namespace, root: pathlib.Path | None, slots: int) -> 
     length=256,
     dtype=jnp.dtype(decisions.between(products)),
     slots=slots,
-    rank=args.rank,
-    modules=MODULES[args.modules],
+    rank=max(16, args.rank),  # as `posttrain serve` has it, which has room on every matrix, too
     root=root,
     waiting=4096,
   )

@@ -221,7 +221,7 @@ class Engine:
   def swap(self, ready: Ready, row: int) -> None:
     """The same parameters but for those of `row`, which no request under way has: what was read is kept.
 
-    A request says by `known_by` which parameters its row has; what was read under a name is read again under no other.
+    A request says by `whose` which parameters its row has; what was read under a name is read again under no other.
     """
     self._ready = ready
     if self._nodes:
@@ -229,7 +229,8 @@ class Engine:
     self._seated = [None if seated == row else seated for seated in self._seated]
 
   def _leave_seats(self) -> None:
-    self._seats = jax.jit(seats.empty, static_argnums=1)(self._nodes, self.rows)
+    make = jax.jit(seats.empty, static_argnums=(1, 2))
+    self._seats = make(self._nodes, self.rows, seats.NARROW)
     self._seated: list[int | None] = [None] * self.rows  # whose adapter each seat has
 
   def _seat(self, index: int, row: int) -> None:
