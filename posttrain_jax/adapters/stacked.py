@@ -24,7 +24,7 @@ from posttrain_jax.adapters.node import Change, PerRow, Standing
 from posttrain_jax.adapters.prefix import Prefix
 from posttrain_jax.adapters.prompt import SoftPrompt
 from posttrain_jax.adapters.seated import Seated
-from posttrain_jax.core import struct, tree, weight
+from posttrain_jax.core import sharding, struct, tree, weight
 from posttrain_jax.core.weight import Adapted, Rows, embed
 from posttrain_jax.models import attention, before
 
@@ -271,7 +271,12 @@ def is_seatable(leaf: Any) -> bool:
 
 
 def taken(params: Any, rows: Array) -> Any:
-  """params bound for those rows of its batch, and in the layers each row's factors beside it: gathered once."""
+  """params bound for those rows of its batch, and in the layers each row's factors beside it: gathered once.
+
+  On a mesh, where nobody measured that, they are gathered in each product.
+  """
+  if sharding.active():
+    return weight.take_rows(params, rows)
 
   def one(leaf: Any) -> Any:
     leaf = weight.take_rows(leaf, rows)
