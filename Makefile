@@ -112,8 +112,8 @@ bench: .venv-oracle/ready ## speed and memory beside PyTorch + PEFT and TRL, on 
 	.venv-oracle/bin/python experiments/bench_dpo.py
 	.venv-oracle/bin/python experiments/bench_grpo.py
 	.venv-oracle/bin/python experiments/bench_generation.py
-	.venv-oracle/bin/python experiments/bench_serving.py
-	.venv-oracle/bin/python experiments/bench_serving.py --peer
+	for modules in default all; do for more in "" --peer; do \
+	  .venv-oracle/bin/python experiments/bench_serving.py --modules $$modules $$more || exit 1; done; done
 
 compile-70b: .venv-tpu/ready ## Llama-3-70B QLoRA compiled for TPUs that are not here
 	PYTHONPATH=.venv-tpu/site $(BIN)/python experiments/compile_70b.py

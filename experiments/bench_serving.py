@@ -1,22 +1,25 @@
 """Serving adapters beside their base: requests and tokens a second, times to a token, what a swap takes.
 
-  .venv/bin/python experiments/bench_serving.py --out=experiments/results/serving.json
-  .venv-oracle/bin/python experiments/bench_serving.py --peer --out=experiments/results/serving.json
+  .venv/bin/python experiments/bench_serving.py --modules all
+  .venv-oracle/bin/python experiments/bench_serving.py --modules all --peer
 
 The load is closed: `--clients` clients, each of which asks again as soon as it has its answer.  A prompt is a system
-message of 64 tokens that all share and a question of 24; answers have 48 tokens.  Adapters are LoRA of rank 8 on every
-matrix of the layers unless --rank and --modules say otherwise, drawn alike or by Zipf's law (share of the i-th: 1 / i).
-Base and adapters take turns, round by round, so that whatever else the machine does falls on both; ratios count, and a
-CPU second a token is beside each.
+message of 64 tokens that all share and a question of 24; answers have 48 tokens.  Adapters are LoRA of rank 8 on q_proj
+and v_proj, which PEFT takes by default of a Llama, or on all seven matrices of a layer, drawn alike or by Zipf's law
+(share of the i-th: 1 / i).  What an adapter has of the system message is in the prefix cache before anything is
+counted, as the base's is.  Base and adapters take turns, round by round, so that whatever else the machine does falls
+on both; ratios count, and CPU seconds a token are beside each.
 
 `swap`: seconds until the first token of a request alone whose adapter is in a slot (hot), on the host (warm) or on the
 disk (cold).  `peer`: the same requests through transformers + PEFT one by one, each adapter loaded once beforehand.
+Results: experiments/results/bench-serving-PROCESSOR.json, to which a call adds what it measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import pathlib
 import queue
 import statistics
@@ -24,10 +27,16 @@ import tempfile
 import time
 from typing import Any
 
+import bench
+import limits
 import numpy as np
 
 SHARED, ASKED, NEW = 64, 24, 48
-MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+SERVING = "bench-serving"
+MODULES = {
+  "default": ("q_proj", "v_proj"),
+  "all": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+}
 
 
 def requests(count: int, adapters: int, law: str, seed: int) -> list[tuple[list[int], int | None]]:
@@ -91,8 +100,7 @@ def started(args: argparse.Namespace, root: pathlib.Path | None, slots: int) -> 
     length=256,
     dtype=jnp.dtype(decisions.between(products)),
     slots=slots,
-    rank=args.rank,
-    modules=tuple(args.modules),
+    rank=max(16, args.rank),  # as `posttrain serve` has it, which has room on every matrix, too
     root=root,
     waiting=4096,
   )
@@ -174,11 +182,16 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
   told: dict[str, Any] = {}
   with tempfile.TemporaryDirectory() as folder:
     root = pathlib.Path(folder)
-    write(root, most + 1, args.rank, tuple(args.modules))
+    write(root, most + 1, args.rank, MODULES[args.modules])
     base = started(args, None, 0)
     served = started(args, root, args.slots)
+    for worker, count in ((base, 0), (served, 0), (served, most)):
+      each = range(count) if count else (None,)
+      (prompt, _), *_ = requests(1, 0, "uniform", 5)
+      load(worker, [(prompt, at) for at in each], args.clients, new=1)
     jobs = {("base", "none"): (base, 0)}
-    jobs |= {(f"{n} adapters", law): (served, n) for n in args.adapters for law in args.laws}
+    laws = lambda n: args.laws if n > 1 else args.laws[:1]  # of one they are the same
+    jobs |= {(f"{n} adapters", law): (served, n) for n in args.adapters for law in laws(n)}
     jobs["base among slots", "none"] = (served, 0)
     for round_ in range(args.rounds):
       for (what, law), (worker, count) in jobs.items():
@@ -200,7 +213,9 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
     for what, values in told.items()
   }
   medians = {what: {k: statistics.median(v) for k, v in of.items()} for what, of in told.items()}
-  return dict(figures=medians, ratios=ratios, swap=swaps, programs=programs, settings=vars(args))
+  names = ("rank", "slots", "rows", "clients", "requests", "rounds", "dtype")
+  settings = {name: getattr(args, name) for name in names}
+  return dict(figures=medians, ratios=ratios, swap=swaps, programs=programs, settings=settings)
 
 
 def peer(args: argparse.Namespace) -> dict[str, Any]:
@@ -214,11 +229,11 @@ def peer(args: argparse.Namespace) -> dict[str, Any]:
   with tempfile.TemporaryDirectory() as folder:
     root = pathlib.Path(folder)
     most = max(args.adapters)
-    write(root, most, args.rank, tuple(args.modules))
+    write(root, most, args.rank, MODULES[args.modules])
     params, config = hf.load("smollm2", dtype=np.float32)
     hf.save(root / "base", params, config)
     del params
-    dtype = torch.bfloat16 if args.peer_dtype == "bfloat16" else torch.float32
+    dtype = getattr(torch, args.peer_dtype)
     model = transformers.AutoModelForCausalLM.from_pretrained(root / "base", dtype=dtype)
     model = peft.PeftModel.from_pretrained(model, root / name(0), adapter_name=name(0))
     for number in range(1, most):
@@ -235,7 +250,6 @@ def peer(args: argparse.Namespace) -> dict[str, Any]:
     requests_per_second=len(asked) / seconds,
     tokens_per_second=tokens / seconds,
     cpu_ms_per_token=1e3 * cpu / tokens,
-    dtype=args.peer_dtype,
   )
 
 
@@ -250,17 +264,18 @@ def main() -> None:
   parser.add_argument("--requests", type=int, default=64)
   parser.add_argument("--rounds", type=int, default=3)
   parser.add_argument("--rank", type=int, default=8)
-  parser.add_argument("--modules", nargs="+", default=MODULES)
+  parser.add_argument("--modules", choices=MODULES, default="default")
   parser.add_argument("--dtype", default="auto")
-  parser.add_argument("--peer_dtype", default="float32")
+  parser.add_argument("--peer_dtype", choices=("float32", "bfloat16"), default="float32")
   parser.add_argument("--peer_requests", type=int, default=8)
-  parser.add_argument("--out", type=pathlib.Path)
   args = parser.parse_args()
-  told = {"peer": peer(args)} if args.peer else ours(args)
-  print(json.dumps(told, indent=2, default=str))
-  if args.out is not None:
-    before = json.loads(args.out.read_text()) if args.out.exists() else {}
-    args.out.write_text(json.dumps({**before, **told}, indent=2, default=str) + "\n")
+  told = {f"peer, {args.peer_dtype}": peer(args)} if args.peer else ours(args)
+  print(json.dumps(told, indent=2))
+  path = bench.beside(SERVING, limits.processor())
+  written = json.loads(path.read_text()) if path.exists() else {}
+  written |= {"processor": limits.processor(), "cores": os.cpu_count()}
+  written[args.modules] = written.get(args.modules, {}) | told
+  path.write_text(json.dumps(written, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -86,15 +86,15 @@ def data(name: str) -> Path:
   return Path(folder) / "demo_pairs" / name
 
 
-def train(workdir: Path, arm: Arm, seed: int) -> None:
+def train(workdir: Path, arm: Arm, seed: int, steps: int, rows: int) -> None:
   folder = folder_of(workdir, arm, seed)
   if arm.of:
     return interpolate(workdir, arm, seed)
   source = TRAINED if arm.method == "sft" else data("dpo_en_demo.json")
   fields = {
     "seed": seed,
-    "steps": STEPS,
-    "batch.rows": ROWS,
+    "steps": steps,
+    "batch.rows": rows,
     "data.length": 512,
     "eval.every": 0,
     "checkpoint.keep": 1,
@@ -177,11 +177,11 @@ def spread(values: Sequence[float], form: str) -> str:
   return mean + (f" ± {statistics.stdev(values):.3g}" if len(values) > 1 else "")
 
 
-def report(results: Sequence[Mapping[str, Any]], limit: int) -> None:
+def report(results: Sequence[Mapping[str, Any]], limit: int, steps: int, rows: int) -> None:
   lines = [
     "# What a narrow fine-tune forgets",
     "",
-    f"Written by `experiments/forgetting.py`: {STEPS} steps of {ROWS} rows; the suite `core`, at most {limit} items of"
+    f"Written by `experiments/forgetting.py`: {steps} steps of {rows} rows; the suite `core`, at most {limit} items of"
     " a part. Differences are to the base on the same items, above 0 is better; ± is the standard deviation of seeds.",
     "",
     "| arm | seeds | gain on SQL, bits per byte | general text, bits per byte | scores, points | right to wrong | wrong"
@@ -235,6 +235,8 @@ def main() -> int:
   parser.add_argument("--only", default="", metavar="NAME", help="arms whose names hold this")
   parser.add_argument("--seeds", type=int, default=len(SEEDS), help="so many of them")
   parser.add_argument("--limit", type=int, default=40, help="items of each part of the suite")
+  parser.add_argument("--steps", type=int, default=STEPS, help="of training")
+  parser.add_argument("--rows", type=int, default=ROWS, help="of a batch, of 512 tokens each")
   parser.add_argument("--report", action="store_true", help="of what is finished; trains nothing")
   args = parser.parse_args()
   args.workdir.mkdir(parents=True, exist_ok=True)
@@ -242,10 +244,10 @@ def main() -> int:
   told = lambda: [m for arm, seed in every if (m := measured(args.workdir, arm, seed)) is not None]
   for arm, seed in every:
     if not args.report and args.only in arm.name:
-      train(args.workdir, arm, seed)
+      train(args.workdir, arm, seed, args.steps, args.rows)
       compared(args.workdir, arm, seed, args.limit)
-      report(told(), args.limit)
-  report(told(), args.limit)
+      report(told(), args.limit, args.steps, args.rows)
+  report(told(), args.limit, args.steps, args.rows)
   return 0
 
 

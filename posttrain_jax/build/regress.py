@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import tempfile
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,10 @@ def run(wanted: Wanted) -> Found:
       "write --after=NAME_OR_DIR: what is compared, a run, a model or MODEL+ADAPTER"
     )
   asked = suite.load(wanted.suite, limit=wanted.limit)
+  measure.check(asked, unsafe_code=wanted.unsafe_code)
   before = wanted.before or _began_with(wanted.after[0])
+  for side in (before, *wanted.after):  # before the first of them is measured, which takes minutes
+    _check_there(side)
   trained = [_trained(wanted, side, stage) for stage, side in enumerate(wanted.after, 1)]
   asked = asked.with_parts([part for parts in trained for part in parts])
   with _folder(wanted) as folder:
@@ -90,9 +93,10 @@ def run(wanted: Wanted) -> Found:
       (f"after-{i}" if len(wanted.after) > 1 else "after", side)
       for i, side in enumerate(wanted.after, 1)
     ]
-    measured = [_measured(wanted, asked, side, folder / f"{name}{KEPT}") for name, side in sides]
-    for other in measured[1:]:
-      verdicts.check(measured[0], other)
+    measured: list[Measured] = []
+    for name, side in sides:
+      first = measured[0].header if measured else None
+      measured.append(_measured(wanted, asked, side, folder / f"{name}{KEPT}", first))
     found = verdicts.compare(asked, measured[0], measured[-1])
     over = _over(asked, measured, trained) if len(measured) > 2 else None
     if not _is_kept(wanted):
@@ -141,14 +145,27 @@ def parted(side: str) -> tuple[str | None, str | None]:
   return side, None
 
 
+def _check_there(side: str) -> None:
+  """Raises what reading it would, where there is none."""
+  if side.endswith(KEPT):
+    measure.read(side)
+  else:
+    use.found(*parted(side))
+
+
 def _used(wanted: Wanted, side: str) -> use.Used:
   model, adapter = parted(side)
   return use.load(model, adapter, base=wanted.base, template=wanted.template)
 
 
-def _measured(wanted: Wanted, asked: Suite, side: str, path: Path) -> Measured:
+def _measured(
+  wanted: Wanted, asked: Suite, side: str, path: Path, beside: Mapping[str, Any] | None
+) -> Measured:
   if side.endswith(KEPT):
-    return measure.read(side)
+    kept = measure.read(side)
+    if beside is not None:
+      measure.check_alike(beside, kept.header)
+    return kept
   used = _used(wanted, side)
   used.check_writes()
   log.info("measuring %s", side)
@@ -161,6 +178,7 @@ def _measured(wanted: Wanted, asked: Suite, side: str, path: Path) -> Measured:
     seed=wanted.seed,
     rows=wanted.rows,
     unsafe_code=wanted.unsafe_code,
+    beside=beside,
   )
 
 
@@ -231,6 +249,7 @@ def of_run(config: ml_collections.ConfigDict, model: Model, data: data_lib.Data)
       "eval.suite is measured by one process; measure with `posttrain regress --after=RUN`"
     )
   asked = suite.load(name, limit=config.eval.suite_limit)
+  measure.check(asked)
   if config.data.kind != "text" or not data.eval:
     return asked
   rows = data_lib.held_out_rows(config, model, data.eval)

@@ -104,6 +104,20 @@ class Used:
     return self.nodes[0]
 
 
+def found(model: str | None, adapter: str | None) -> tuple[str, Path, list[Path]]:
+  """(the model's name, its folder, the adapters' folders), before anything of them is read; a run is what it produced.
+
+  Raises:
+    ConfigError, ValueError, OSError: as `load`, where there is none.
+  """
+  if model is not None and adapter is None and manners.is_run(model):
+    model, adapter = produced(Path(model).expanduser())
+  names = adapter.split(",") if adapter else []
+  homes = [peft_format.locate(Path(name).expanduser()) for name in names]
+  name = model or _base_of(homes)
+  return name, fetch.resolve(name), homes
+
+
 def load(
   model: str | None = None,
   adapter: str | None = None,
@@ -132,12 +146,7 @@ def load(
   """
   if model is not None and adapter is None and manners.is_run(model):
     manner = manner or of_run(Path(model).expanduser())
-    model, adapter = produced(Path(model).expanduser())
-  homes = (
-    [peft_format.locate(Path(name).expanduser()) for name in adapter.split(",")] if adapter else []
-  )
-  name = model or _base_of(homes)
-  folder = fetch.resolve(name)
+  name, folder, homes = found(model, adapter)
   manner = _manner([*homes] or [folder], manner)
   storage = base or manner.storage
   products = decisions.dtype(dtype or manner.dtype)
@@ -150,7 +159,8 @@ def load(
     params, loaded = _loaded(homes, params, config)
   lengths = {adapter_config.context_length for _, adapter_config in loaded}
   if len(lengths) > 1:
-    raise ConfigError(f"{adapter}: the adapters are made for contexts of different lengths")
+    named = ",".join(map(str, homes))
+    raise ConfigError(f"{named}: the adapters are made for contexts of different lengths")
   config = rotary.stretched(config, max(lengths, default=0))
   if homes:
     _say_base(folder, homes[0], storage, manner)

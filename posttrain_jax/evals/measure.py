@@ -11,6 +11,7 @@ import numpy as np
 
 from posttrain_jax.core import progress, words
 from posttrain_jax.core.journal import Journal
+from posttrain_jax.data import questions
 from posttrain_jax.data.errors import RowError
 from posttrain_jax.evals import asked as asked_lib
 from posttrain_jax.evals import likelihood, suite
@@ -98,6 +99,7 @@ def measure(
   seed: int = 0,
   rows: int = 16,
   unsafe_code: bool = False,
+  beside: Mapping[str, Any] | None = None,
 ) -> Measured:
   """The result of every item; goes on where the same measurement was ended.
 
@@ -107,15 +109,22 @@ def measure(
     seed: of answers that are drawn.
     rows: answers that are written at once.
     unsafe_code: run programs that the model wrote where nothing isolates them.
+    beside: the header of the measurement that it will be compared with.
 
   Raises:
-    ConfigError: the file is of another measurement, or a metric does not suit its rows.
+    ConfigError: the file is of another measurement, a metric does not suit its rows, or it would not compare.
     RowError: a row has no prompt, no room for an answer, or an expected answer that cannot be compared with.
   """
   longest = writer.config.max_length - before.slots(writer.params)
   each = [asked_lib.of(part, writer, longest) for part in wanted.parts]
-  rewards = {a.part.name: reward(a, unsafe_code) for a in each if a.part.kind == suite.ANSWERS}
+  rewards = {
+    a.part.name: reward(a.part, a.questions, unsafe_code)
+    for a in each
+    if a.part.kind == suite.ANSWERS
+  }
   header = identity(writer, each, model, weights, seed)
+  if beside is not None:
+    check_alike(beside, header)
   path.parent.mkdir(parents=True, exist_ok=True)
   _check(path, header)
   with Journal(path).begin(header) as journal:
@@ -126,6 +135,13 @@ def measure(
       writer, [a for a in each if a.part.name in rewards], rewards, left, journal, seed, rows
     )
   return read(path)
+
+
+def check(wanted: Suite, *, unsafe_code: bool = False) -> None:
+  """Raises what `measure` would of rows and metrics by themselves: before a model is read."""
+  for part in wanted.parts:
+    if part.kind == suite.ANSWERS:
+      reward(part, [questions.of(row, None) for row in part.rows], unsafe_code)
 
 
 def identity(
@@ -166,6 +182,15 @@ def obstacles(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     said.get(n, f"{n} differs").format(names(n) if isinstance(one[n], Mapping) else "")
     for n in differing
   ]
+
+
+def check_alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+  """Raises ConfigError where the measurements of two headers do not compare."""
+  if said := obstacles(one, other):
+    raise ConfigError(
+      f"{one['model']} and {other['model']} are not comparable: {'; '.join(said)}. Have both asked alike:"
+      " --template=NAME gives both one chat template, and a kept measurement of the other is to be made anew"
+    )
 
 
 def _check(path: Path, header: Mapping[str, Any]) -> None:
@@ -244,32 +269,40 @@ def _stops(prompt: Any, completion: str, example: Mapping[str, Any]) -> Score:
   return Score(1.0, RIGHT) if example[FINISHED] else Score(0.0, "no end")
 
 
-def reward(one: Asked, unsafe_code: bool = False) -> Reward:
+def reward(part: Part, asked: Sequence[Mapping[str, Any]], unsafe_code: bool = False) -> Reward:
   """What scores the answers of a part, tried on its rows' own.
+
+  Args:
+    asked: its rows, as `data.questions` makes them.
 
   Raises:
     ConfigError: there is no such metric, or rows have not what it reads.
     RowError: an expected answer is not right by the metric, or cannot be compared with.
   """
-  metric = one.part.metric
+  metric = part.metric
   spec = {"parts": (metric,)} if isinstance(metric, str) else dict(metric)
   spec = {**spec, "unsafe_code": unsafe_code or bool(spec.get("unsafe_code"))}
-  examples = [{**asked_lib.example(question), FINISHED: True} for question in one.questions]
-  origins = [question["origin"] for question in one.questions]
+  examples = [{**asked_lib.example(question), FINISHED: True} for question in asked]
+  origins = [question["origin"] for question in asked]
   columns, partly = columns_lib.of([*zip(examples, origins, strict=True)])
   try:
     made = section.make(spec, columns, partly=partly, given={suite.STOPS: _stops})
   except ConfigError as error:
-    raise ConfigError(f"the part {one.part.name}: {error}") from error
-  _try(one, made, examples)
+    raise ConfigError(f"the part {part.name}: {error}") from error
+  _try(part, asked, made, examples)
   return made
 
 
-def _try(one: Asked, made: Reward, examples: Sequence[Mapping[str, Any]]) -> None:
+def _try(
+  part: Part,
+  asked: Sequence[Mapping[str, Any]],
+  made: Reward,
+  examples: Sequence[Mapping[str, Any]],
+) -> None:
   """Every expected answer, where the metric does nothing but compare with it."""
   if not all(isinstance(p.verifier, Compared) and not p.verifier.within for p in made.parts):
     return
-  own = [(q, row) for q, row in zip(one.questions, examples) if q["gold"] is not None]
+  own = [(q, row) for q, row in zip(asked, examples) if q["gold"] is not None]
   scored = (
     made.score([Answer(q["prompt"], q["gold"], row) for q, row in own]).answers if own else ()
   )
@@ -278,7 +311,7 @@ def _try(one: Asked, made: Reward, examples: Sequence[Mapping[str, Any]]) -> Non
       raise RowError(
         "nothing to compare with",
         question["origin"],
-        f"the expected answer {words.shown(question['gold'], 60)} is not right by the metric of {one.part.name}:"
+        f"the expected answer {words.shown(question['gold'], 60)} is not right by the metric of {part.name}:"
         f" {_reason(given)}",
         "mend the row, or name another metric",
       )

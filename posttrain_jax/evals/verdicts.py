@@ -15,7 +15,6 @@ from posttrain_jax.evals import intervals, measure, paired, stages, suite
 from posttrain_jax.evals.measure import Measured, Result
 from posttrain_jax.evals.paired import Difference
 from posttrain_jax.evals.suite import Part, Suite
-from posttrain_jax.settings import ConfigError
 
 DROP, PASS, UNKNOWN = "drop", "pass", "cannot tell"
 ALPHA = 0.05  # of the whole suite
@@ -131,7 +130,7 @@ def compare(asked: Suite, before: Measured, after: Measured, *, alpha: float = A
   Raises:
     ConfigError: the two do not compare: other rows, prompts, templates or decoding.
   """
-  check(before, after)
+  measure.check_alike(before.header, after.header)
   paired_up = [_pairs(before.results[part.name], after.results[part.name]) for part in asked.parts]
   differences = [_difference(part, pairs) for part, (pairs, _) in zip(asked.parts, paired_up)]
   judged = [i for i, p in enumerate(asked.parts) if not (p.trained or p.every)]
@@ -143,15 +142,6 @@ def compare(asked: Suite, before: Measured, after: Measured, *, alpha: float = A
     for i, (part, (pairs, missing)) in enumerate(zip(asked.parts, paired_up))
   )
   return Comparison(asked.name, before.header, after.header, verdicts, _tax(verdicts))
-
-
-def check(before: Measured, after: Measured) -> None:
-  """Raises ConfigError where two measurements do not compare."""
-  if said := measure.obstacles(before.header, after.header):
-    raise ConfigError(
-      f"{before.name} and {after.name} are not comparable: {'; '.join(said)}. Have both asked alike: --template=NAME"
-      " gives both one chat template, and a kept measurement of the other is to be made anew"
-    )
 
 
 Pair = tuple[int, Result, Result]

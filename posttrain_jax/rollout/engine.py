@@ -22,7 +22,7 @@ from posttrain_jax.adapters import layout
 from posttrain_jax.core import bits, files, sharding, struct, tree, weight
 from posttrain_jax.models import before, cache, decoder
 from posttrain_jax.models.config import ModelConfig, as_ids
-from posttrain_jax.rollout import piecewise, programs, requests
+from posttrain_jax.rollout import piecewise, programs, requests, seats
 from posttrain_jax.rollout import prefixes as kept_prefixes
 from posttrain_jax.rollout import sampling as samplers
 from posttrain_jax.rollout import storage as storage_lib
@@ -45,7 +45,8 @@ class Ready:
 
   # reads prompts: a scan compiles in a tenth of the time that separate layers take
   stacked: Params
-  layers_apart: Params  # draws
+  # draws; where it is another form than `stacked`, without the layers' adapters, which have their seats (`seats`)
+  layers_apart: Params
 
 
 @dataclasses.dataclass
@@ -207,18 +208,37 @@ class Engine:
     ready = prepare(params, self.config)
     decoder.check(ready.stacked, self.config)
     self._ready = ready
+    self._nodes = {} if ready.layers_apart is ready.stacked else seats.nodes(ready.stacked)
+    self._leave_seats()
+    for index, row in self._busy.items():
+      self._seat(index, row.request.row)
     self._held = [None] * self.rows
     if self.prefixes is not None:
       self.prefixes.clear()
     self._bound = before.slots(self._ready.stacked)
     self._bound_rows = weight.batch_rows(self._ready.stacked)
 
-  def swap(self, ready: Ready) -> None:
-    """The same parameters but for those of some rows that no request under way has: what was read is kept.
+  def swap(self, ready: Ready, row: int) -> None:
+    """The same parameters but for those of `row`, which no request under way has: what was read is kept.
 
     A request says by `whose` which parameters its row has; what was read under a name is read again under no other.
     """
     self._ready = ready
+    if self._nodes:
+      self._nodes = seats.nodes(ready.stacked)
+    self._seated = [None if seated == row else seated for seated in self._seated]
+
+  def _leave_seats(self) -> None:
+    make = jax.jit(seats.empty, static_argnums=(1, 2))
+    self._seats = make(self._nodes, self.rows, seats.NARROW)
+    self._seated: list[int | None] = [None] * self.rows  # whose adapter each seat has
+
+  def _seat(self, index: int, row: int) -> None:
+    """The row of that index with the adapter of the parameters' row."""
+    if self._nodes and self._seated[index] != row:
+      args = (self._seats, self._nodes, np.int32(index), np.int32(row))
+      self._seats = self._call(seats.seat, "seating of an adapter", *args)
+      self._seated[index] = row
 
   def submit(self, request: Request) -> int:
     """The ticket of a request, by which its answer is known; it waits until a row is free.
@@ -336,6 +356,7 @@ class Engine:
       self._busy, self._held, self._readings = {}, [None] * self.rows, {}
       self._cut, self._spoilt = set(), set()
       self._slots = self._empty()
+      self._leave_seats()
       if self.prefixes is not None:  # whose blocks may have been on their way
         self.prefixes.make(self._slots.cache, self.pieces[0])
       raise
@@ -365,6 +386,7 @@ class Engine:
       self.top,
       allowed,
       self.serves,
+      self._seats,
     )
     return jax.device_get(drawn)
 
@@ -436,6 +458,7 @@ class Engine:
       raise ValueError(f"{len(self._busy)} rows are under way: warm an engine up while it is idle")
     self._held = [None] * self.rows
     self._window(0)  # first, so that the others are given what a program left, as they are later on
+    self._seat(0, 0)
     if self._bound:
       self._begin(0, 0)
       self._begin_bare(0)
@@ -499,6 +522,7 @@ class Engine:
     for index, request in chosen.items():
       lengths[index], last[index] = len(request.prompt) - 1, request.prompt[-1]
       text[index, : len(request.prompt)] = request.prompt
+      self._seat(index, request.row)
     mask = np.isin(np.arange(self.rows), list(chosen))
     args = (self._slots, mask, lengths, text, last, self._plan(chosen))
     self._slots = self._call(programs.admit, "admission", *args)
@@ -915,7 +939,7 @@ def prepare(params: Params | Ready, config: ModelConfig, storage: str = storage_
   if jax.default_backend() != "cpu" or isinstance(params["layers"], tuple):
     return Ready(params, params)
   params = tree.unflatten((path, layout.frozen(path, leaf)) for path, leaf in tree.items(params))
-  return Ready(params, storage_lib.drawing(params, config))
+  return Ready(params, storage_lib.drawing(seats.bare(params), config))
 
 
 def stop_tokens(

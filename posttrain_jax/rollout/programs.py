@@ -14,12 +14,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from posttrain_jax.adapters import stacked
 from posttrain_jax.core import bits, struct, weight
 from posttrain_jax.core.sharding import constrain, pinned
 from posttrain_jax.models import decoder
 from posttrain_jax.models.cache import Cache
 from posttrain_jax.models.config import ModelConfig
 from posttrain_jax.rollout import sampling
+from posttrain_jax.rollout import seats as seats_lib
+from posttrain_jax.rollout.seats import Seats
 
 Array = jax.Array
 Params = Any
@@ -144,7 +147,7 @@ def _read(
   take = lambda x, axis: jnp.take(x, index, axis=axis, mode="clip")
   lengths = take(slots.begins, 0) + pieces.start
   some = Cache(take(slots.cache.k, 2), take(slots.cache.v, 2), lengths)
-  rows = weight.take_rows(params, pieces.row)
+  rows = stacked.taken(params, pieces.row)
   x, some = decoder.step(rows, pieces.tokens, config, some, counts=pieces.counts, dtype=dtype)
   put = lambda x, part: x.at[:, :, index].set(part, mode="drop", unique_indices=True)
   cache = Cache(put(slots.cache.k, some.k), put(slots.cache.v, some.v), slots.cache.lengths)
@@ -253,14 +256,16 @@ def window(
   top: int,
   allowed: Allowed | None = None,
   of_model: bool = False,
+  seats: Seats = (),
 ) -> tuple[Slots, Drawn]:
   """`most` tokens of every live row, at most `steps`; fewer where `enough` rows have ended, or all.
 
   keeps: what the filters kept is told, and log-probabilities are those among the kept.
   of_model: log-probabilities are the model's own at temperature 1, and not those of the request's temperature.
+  seats: the rows' adapters, where the layers are apart.
   """
   rows = slots.live.shape[0]
-  params = weight.take_rows(params, slots.plan.row)
+  params = seats_lib.bound(stacked.taken(params, slots.plan.row), seats, slots.live)
   lived, before = slots.live, slots.drawn
   words = bits.words(config.vocab_size)
   empty = Drawn(

@@ -71,7 +71,7 @@ def run(
     asked += 1
     if asked > 1:
       ending.say("posttrain serve: ended at once; answers under way are lost")
-      raise SystemExit(128 + number)
+      os._exit(128 + number)  # an exception would wait for what reads adapters, and for the worker
     server.ends.set()
 
   def drained() -> None:

@@ -22,8 +22,8 @@ LAYERS = "layers/"
 class Slots:
   """The base with a stack of adapters bound: row i of the parameters has the adapter in slot i, the last row none.
 
-  Two stacks where the engine has two forms of the parameters: one of stacked layers that reads, one of layers apart
-  that draws.
+  Where the engine has two forms of the parameters they are bound in that which reads: what draws has them by row
+  (`rollout.seats`).
   """
 
   def __init__(
@@ -46,18 +46,14 @@ class Slots:
     if mesh is not None:
       nodes = tree.flatten(layout.laid_out(tree.unflatten(nodes), mesh))
     self._nodes = nodes
-    is_apart = isinstance(base.layers_apart["layers"], tuple)
-    self._apart = jax.jit(self._taken_apart)(nodes) if is_apart else None
     self._put = _jitted(stacked.put, nodes, mesh)
-    self._put_apart = _jitted(_put_apart, self._apart, mesh)
     self._index = weight.Rows(jnp.arange(room.adapters + 1, dtype=jnp.int32))
     self.ready = self._bound()
 
   @property
   def slot_bytes(self) -> int:
     """Of one adapter on the device."""
-    every = jax.tree.leaves(self._nodes) + jax.tree.leaves(self._apart)
-    return sum(x.nbytes for x in every) // (self.room.adapters + 1)
+    return sum(x.nbytes for x in jax.tree.leaves(self._nodes)) // (self.room.adapters + 1)
 
   def entry(self, adapter: Any, params: Any) -> dict[str, Any]:
     """The adapter on the host as `put` takes it.
@@ -69,37 +65,19 @@ class Slots:
 
   def put(self, slot: int, entry: dict[str, Any]) -> Ready:
     """The parameters with that adapter in a slot that no row under way has; those before are gone."""
-    whole = jax.device_put(entry)
-    at = np.int32(slot)
-    self._nodes = self._put(self._nodes, at, whole)
-    if self._apart is not None:
-      self._apart = self._put_apart(self._apart, at, whole)
+    self._nodes = self._put(self._nodes, np.int32(slot), jax.device_put(entry))
     self.ready = self._bound()
     return self.ready
 
   def programs(self) -> int:
     """How many were compiled to put adapters in."""
-    return self._put._cache_size() + self._put_apart._cache_size()
-
-  def _taken_apart(self, nodes: dict[str, Any]) -> tuple[dict[str, Any], ...]:
-    """The stack layer by layer, and last what belongs to none."""
-    of_layers = {path: node for path, node in nodes.items() if path.startswith(LAYERS)}
-    others = {path: node for path, node in nodes.items() if path not in of_layers}
-    at = lambda i: {p: jax.tree.map(lambda x: x[i], node) for p, node in of_layers.items()}
-    return (*(at(i) for i in range(self.config.num_layers)), others)
+    return self._put._cache_size()
 
   def _bound(self) -> Ready:
     with_index = lambda node: dataclasses.replace(node, index=self._index)
     whole = _bind(self.base.stacked, {p: with_index(node) for p, node in self._nodes.items()})
-    if self._apart is None:
-      return Ready(whole, whole)
-    *per_layer, others = self._apart
-    params = _bind(self.base.layers_apart, {p: with_index(n) for p, n in others.items()})
-    layers = tuple(
-      _bind(layer, {p.removeprefix(LAYERS): with_index(n) for p, n in nodes.items()})
-      for layer, nodes in zip(params["layers"], per_layer)
-    )
-    return Ready(whole, {**params, "layers": layers})
+    is_one = self.base.layers_apart is self.base.stacked
+    return Ready(whole, whole if is_one else self.base.layers_apart)
 
 
 def paths(params: Any, names: tuple[str, ...] | None = None) -> tuple[str, ...]:
@@ -132,17 +110,3 @@ def _jitted(put: Any, nodes: Any, mesh: jax.sharding.Mesh | None) -> Any:
     return jax.jit(put, donate_argnums=0)
   where = jax.tree.map(lambda x: x.sharding, nodes)
   return jax.jit(put, donate_argnums=0, out_shardings=where)
-
-
-def _put_apart(
-  layers: tuple[dict[str, Any], ...], index: Any, entry: dict[str, Any]
-) -> tuple[dict[str, Any], ...]:
-  *of_layers, others = layers
-  at = lambda i: {
-    p: {name: x[i] for name, x in arrays.items()}
-    for p, arrays in entry.items()
-    if p.startswith(LAYERS)
-  }
-  rest = {path: arrays for path, arrays in entry.items() if not path.startswith(LAYERS)}
-  put = [stacked.put(nodes, index, at(i)) for i, nodes in enumerate(of_layers)]
-  return (*put, stacked.put(others, index, rest))

@@ -317,7 +317,7 @@ class Worker:
     if (
       self._slots is not None
     ):  # put into once, so that the programs are given slots as they come from then on
-      self.engine.swap(self._slots.put(0, self._slots.entry({}, self.adapters.params)))
+      self.engine.swap(self._slots.put(0, self._slots.entry({}, self.adapters.params)), 0)
     self.engine.warm_up()
 
   def _listen(self) -> None:
@@ -353,7 +353,7 @@ class Worker:
         assert self._slots is not None
         assert turn.slot is not None
         assert ticket.version is not None
-        self.engine.swap(self._slots.put(turn.slot, ticket.version.entry))
+        self.engine.swap(self._slots.put(turn.slot, ticket.version.entry), turn.slot)
       self._turns.begin(turn, now)
       self._waiting.remove(ticket)
       row = 0 if self._slots is None else self._slots.none if turn.slot is None else turn.slot

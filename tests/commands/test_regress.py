@@ -1,6 +1,7 @@
 """`posttrain regress` on tiny models: sides, exit codes, what is kept, stages; and a run that measures a suite."""
 
 import json
+import shutil
 
 import jax
 import pytest
@@ -55,18 +56,27 @@ def test_a_worse_model_exits_1_and_names_the_part_and_the_same_model_exits_0(pla
   assert command(place, kept, f"--after={place / 'one'}", "--strict") == 1
 
 
-def test_another_template_is_refused_as_not_comparable(place, capsys):
-  assert (
-    command(
-      place, f"--before={place / 'one'}", f"--after={place / 'one'}", f"--out={place / 'kept'}"
-    )
-    == 0
-  )
-  kept = f"--before={place / 'kept' / 'before.jsonl'}"
-  assert command(place, kept, f"--after={place / 'one'}", "--template=none") == 1
-  said = capsys.readouterr().err
-  assert "not comparable" in said
-  assert "--template=NAME" in said
+def test_another_template_or_way_of_decoding_is_refused_before_it_is_measured(
+  place, capsys, tmp_path, monkeypatch
+):
+  one = [f"--{side}={place / 'one'}" for side in ("before", "after")]
+  assert command(place, *one, f"--out={tmp_path / 'kept'}") == 0
+  monkeypatch.setattr(measure, "_likely", lambda *a: pytest.fail("it was measured"))
+  monkeypatch.setattr(measure, "_written", lambda *a: pytest.fail("it was measured"))
+  kept = f"--before={tmp_path / 'kept' / 'before.jsonl'}"
+  drawn = shutil.copytree(place / "suite", tmp_path / "drawn")
+  parts = [PARTS[0], {**PARTS[1], "temperature": 0.7}]
+  (drawn / "suite.json").write_text(json.dumps({"name": "small", "parts": parts}))
+  for more, said in (
+    (["--template=none"], "the chat templates differ"),
+    ([f"--suite={drawn}"], "the suite's rows or settings differ in end"),
+    (["--seed=1"], "answers were drawn with other seeds"),
+  ):
+    assert command(place, kept, one[1], *more) == 1
+    told = capsys.readouterr().err
+    assert "not comparable" in told
+    assert said in told
+    assert "--template=NAME" in told
 
 
 def test_several_stages_are_told_beside_each_other(place):
@@ -85,6 +95,21 @@ def test_what_is_missing_is_said(place, capsys):
   assert "write --after=NAME_OR_DIR" in capsys.readouterr().err
   assert command(place, f"--after={place / 'one'}") == 1
   assert "write --before=NAME_OR_DIR" in capsys.readouterr().err
+
+
+def test_what_is_wrong_is_said_before_a_model_is_read(place, capsys, monkeypatch, tmp_path):
+  monkeypatch.setattr(regress.use, "load", lambda *a, **k: pytest.fail("a model was read"))
+  one = f"--before={place / 'one'}"
+  rows = [{"prompt": "1 + 1", "completion": "2"}, {"prompt": "1 + 2", "completion": "three"}]
+  tiny.write_jsonl(tmp_path / "sums.jsonl", rows)
+  part = {"name": "sums", "kind": "answers", "rows": "sums.jsonl", "metric": "number"}
+  (tmp_path / "suite.json").write_text(json.dumps({"parts": [part]}))
+  suite = f"--suite={tmp_path}"
+  assert main(["regress", suite, one, f"--after={place / 'other'}"]) == 1
+  assert "sums.jsonl:2: the expected answer 'three' is not right" in capsys.readouterr().err
+  for side in ("nowhere", "nowhere.jsonl", f"{place / 'one'}+nowhere"):
+    assert command(place, one, f"--after={side}") == 1
+    assert "nowhere" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

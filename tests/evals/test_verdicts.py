@@ -69,6 +69,31 @@ def test_a_model_that_is_as_good_fails_in_5_of_100_resamples_at_most():
   assert failed <= 5
 
 
+def test_the_built_in_suite_fails_a_model_that_is_as_good_in_5_of_100_at_most():
+  """Its own parts, numbers of items and tolerances; an eighth of all items come out otherwise on either side."""
+  rng = np.random.default_rng(1)
+  parts = suite.load("core").parts
+  rates = {p.name: rng.uniform(0.1, 0.9) for p in parts}
+
+  def draw(p, level):
+    if p.kind == suite.TEXT:
+      return level + rng.normal(0, 0.02, len(p.rows))
+    return np.where(rng.uniform(size=len(p.rows)) < 1 / 8, ~level, level)
+
+  failed = 0
+  for _ in range(100):
+    levels = {
+      p.name: rng.uniform(0.5, 1.5, len(p.rows))
+      if p.kind == suite.TEXT
+      else rng.uniform(size=len(p.rows)) < rates[p.name]
+      for p in parts
+    }
+    some = [p for p in parts if not p.every]
+    sides = [{p.name: draw(p, levels[p.name]) for p in some} for _ in range(2)]
+    failed += bool(compared(some, *sides).dropped)
+  assert failed <= 5
+
+
 def test_an_identical_model_passes():
   parts = [part("sums"), part("text", suite.TEXT), part("canaries", every=True)]
   values = {p.name: [1, 0] * (ITEMS // 2) for p in parts}

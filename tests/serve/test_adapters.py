@@ -114,6 +114,21 @@ def test_a_folder_that_broke_leaves_what_it_was(root, caplog):
     known.acquire("new")
 
 
+def test_a_folder_that_is_deleted_serves_what_it_was_for_as_long_as_that_is_held(root):
+  known = registry(root)
+  version = known.acquire("one")
+  shutil.rmtree(root / "one")
+  assert known.acquire("one") is version
+  assert known.is_at_hand("one")
+  assert known.describe("one")["state"] == "in use"
+  models.write(root / "one", "lora", seed=3)
+  assert known.acquire("one") is not version
+  shutil.rmtree(root / "one")
+  known.unload("one")
+  with pytest.raises(UnknownAdapter):
+    known.acquire("one")
+
+
 def test_unloading_forgets_the_name_alone(root):
   known = registry()
   version = known.load("mine", root / "one")

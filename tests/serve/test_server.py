@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 
+import httpx
 import openai
 import pytest
 
@@ -453,6 +454,23 @@ def test_sigterm_finishes_what_is_under_way_and_leaves_with_0(folder):
   assert rest[-1].choices[0].finish_reason == "length"
   assert first.choices[0].finish_reason is None
   assert own.end() == 0
+
+
+@pytest.mark.slow
+def test_a_second_signal_does_not_wait_for_what_is_under_way(folder):
+  own = Served(folder, "--drain=3000")
+  stream = own.client().completions.create(
+    model="base", prompt="abc", max_tokens=90, stream=True, n=60, temperature=0,
+    extra_body={"ignore_eos": True},
+  )  # fmt: skip
+  next(iter(stream))
+  own.process.send_signal(signal.SIGTERM)
+  time.sleep(0.05)
+  own.process.send_signal(signal.SIGTERM)
+  assert own.end() == 128 + signal.SIGTERM
+  assert own.said().count("ended at once; answers under way are lost") == 1
+  with pytest.raises((openai.APIConnectionError, httpx.HTTPError)):
+    list(stream)
 
 
 @pytest.mark.slow
