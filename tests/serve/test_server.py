@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 
-import httpx
+import httpx2
 import openai
 import pytest
 
@@ -469,7 +469,7 @@ def test_a_second_signal_does_not_wait_for_what_is_under_way(folder):
   own.process.send_signal(signal.SIGTERM)
   assert own.end() == 128 + signal.SIGTERM
   assert own.said().count("ended at once; answers under way are lost") == 1
-  with pytest.raises((openai.APIConnectionError, httpx.HTTPError)):
+  with pytest.raises((openai.APIConnectionError, httpx2.HTTPError)):
     list(stream)
 
 
