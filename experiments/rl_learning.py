@@ -6,7 +6,8 @@ SmolLM2-135M-Instruct, LoRA rank 16.  `sql` is the built-in task; in `reverse` t
 task so short that a trainer which does not learn it is broken.  A short fine-tuning run is the start of every arm:
 
   grpo         GRPO
-  ppo          PPO with a critic of its own (four passes over a batch, as its config has it)
+  ppo          PPO, as many answers a batch but to four times the prompts, with a critic of its own
+  ppo-shared   PPO, to twice the prompts, its critic a head on the policy
   dapo         DAPO, groups that agree replaced
   dapo-static  DAPO without that
   rft          two rounds of: the model's own right answers (`posttrain sample`), and fine-tuning on them
@@ -53,7 +54,34 @@ MANY = 400  # steps: none comes so far; the rate rises over the first eight
 START_LR = 2e-3
 # Learning rates, constant behind eight steps; all else of a method is its config's.  At 5e-4 from the first step on,
 # sixteen steps of GRPO took the start from 0.460 to 0.305.
-ARMS = {"grpo": 2e-4, "ppo": 2e-4, "dapo": 2e-4, "dapo-static": 2e-4, "rft": 5e-4, "sft": 5e-4}
+ARMS = {
+  "grpo": 2e-4,
+  "ppo": 2e-4,
+  "ppo-shared": 2e-4,
+  "dapo": 2e-4,
+  "dapo-static": 2e-4,
+  "rft": 5e-4,
+  "sft": 5e-4,
+}
+# a critic learns of prompts: more of them, each with fewer answers; one update a batch, as GRPO
+OWN = {
+  "ppo": (
+    "batch.rows=16",
+    "online.samples=2",
+    "online.passes=1",
+    "critic.lr=1e-3",
+    "data.length=256",
+  ),
+  "ppo-shared": (
+    "batch.rows=8",
+    "online.samples=4",
+    "online.passes=1",
+    "critic.trunk=shared",
+    "critic.lr=1e-3",
+    "data.length=384",
+  ),
+  "dapo-static": ("online.dynamic=False",),
+}
 SFT = ("data.length=256", "data.eval_rows=0", "batch.rows=4")
 ROUNDS, ASKED, ANSWERS = 2, 48, 8  # of rft: prompts of a round, answers to each
 TICK = os.sysconf("SC_CLK_TCK")
@@ -244,8 +272,8 @@ class Plan:
   def rl_command(self, arm: str, seed: int, workdir: Path) -> list[str]:
     method, task = arm.partition("-")[0], self.task
     config = f"rl:method={method},data={task.train},reward={task.reward},storage={self.storage}"
-    static = ["online.dynamic=False"] if arm == "dapo-static" else []
-    more = [*task.rl, "online.rows=32", f"seed={seed}", *static, *self.onwards(self.start)]
+    more = [*task.rl, "online.rows=32", f"seed={seed}", *OWN.get(arm, ())]
+    more += self.onwards(self.start)
     return train(config, workdir, self.fields(ARMS[arm], *more))
 
   def sft_command(self, arm: str, data: str, seed: int, adapter: Path, workdir: Path) -> list[str]:
