@@ -97,7 +97,7 @@ def get_config(arg=None):
   # answers of several turns: an environment (sql, python or FILE.py:Class), and tools (python or FILE.py:function, "+"
   # between two)
   n.environment = arg.environment
-  n.tools = tuple(filter(None, arg.tools.split("+")))
+  n.tools = common.names(arg.tools)
   n.max_turns = 4  # of an answer, which max_new_tokens bounds as a whole, with what tools say
   n.tool_tokens = 128  # of what is said to the model at once; beyond, it is cut
   n.tool_seconds = 30.0  # for one answer of a tool or an environment

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 HEADER = struct.Struct("<Q")  # the length of a pickled message
+MOST_SAID = 1_000_000  # characters that are said at once; a run cuts them further, by tokens
 
 
 class Served:
@@ -44,7 +45,7 @@ class Served:
     return {"schemas": [_schema(tool) for tool in self.shape.tools()], "needs": self.shape.needs()}
 
   def reset(self, row: dict[str, Any], seed: int, episode: str) -> dict[str, Any]:
-    return {"said": self.shape.reset(row, seed, episode)}
+    return {"said": _told(self.shape.reset(row, seed, episode))}
 
   def call(self, calls: list[dict[str, Any]]) -> dict[str, Any]:
     return {"results": [self._called(one) for one in calls]}
@@ -55,18 +56,27 @@ class Served:
     tool = self._tools.get(one["name"])
     if tool is None:
       return str({"error": f"Tool {one['name']} not found."}), True
-    return shapes.called(tool, one["arguments"])
+    said, failed = shapes.called(tool, one["arguments"])
+    return _told(said), failed
 
   def act(self, text: str) -> dict[str, Any]:
     from posttrain_jax.environments import shapes
 
     try:
-      return dataclasses.asdict(self.shape.act(text))
+      stepped = self.shape.act(text)
+      return {**dataclasses.asdict(stepped), "said": _told(stepped.said)}
     except shapes.ActionError as error:
       return {"unreadable": str(error)}
 
   def end(self) -> dict[str, Any]:
     return {"reward": self.shape.reward(), "left": self.shape.left()}
+
+
+def _told(said: str | None) -> str | None:
+  """What is told to the model: text that a tokenizer reads, and no more of it than a run can take at once."""
+  from posttrain_jax.core import words
+
+  return None if said is None else words.whole(said[:MOST_SAID])
 
 
 def _schema(tool: Callable[..., Any]) -> dict[str, Any]:

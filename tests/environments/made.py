@@ -126,5 +126,25 @@ def sleeps() -> str:
   return ""
 
 
+def half() -> str:
+  """Says half of a surrogate pair."""
+  return "a\ud83d"
+
+
+def floods() -> str:
+  """Says more than anybody reads."""
+  return "word " * 20_000_000
+
+
+def echo(text: str) -> str:
+  """
+  Says what it is told.
+
+  Args:
+    text: What to say.
+  """
+  return text
+
+
 def bare(number):
   return number
