@@ -123,6 +123,8 @@ def get_config(arg=None):
   c.checkpoint.every = 5  # a step is a batch that was written, which takes longer than saving
   c.optimizer.lr = 5e-5 if arg.adapter != "none" else 1e-6
   c.optimizer.schedule = "constant"
+  if arg.environment or arg.tools:
+    n.max_new_tokens, c.data.length = 192, 3072  # of all turns, and what is said between them
   if arg.method == "ppo":
     n.passes = 4
   if arg.smoke:
