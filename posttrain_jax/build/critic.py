@@ -79,7 +79,5 @@ def told(config: Config, trainable: Any) -> str:
   of = "a trunk of its own" if c.trunk == "own" else "the policy's trunk"
   waits = f"; it learns alone for the first {c.warmup} updates" if c.warmup else ""
   if c.warmup >= config.steps:
-    waits += (
-      f", and the run has {config.steps}: the policy stays as it is; lower critic.warmup or raise steps"
-    )
+    waits += f", and the run has {config.steps}: the policy stays as it is; lower critic.warmup or raise steps"
   return f"critic: a score head on {of}, {count:,} parameters, learning rate {c.lr:g}{waits}"

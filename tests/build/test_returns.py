@@ -203,7 +203,9 @@ def test_a_run_whose_critic_learns_alone_to_its_end_says_so():
   config = made(**{"critic.warmup": 4, "steps": 9}).config
   assert "policy stays" not in critic.told(config, OTHER)
   config = made(**{"critic.warmup": 4, "steps": 4}).config
-  assert "the run has 4: the policy stays as it is; lower critic.warmup" in critic.told(config, OTHER)
+  assert "the run has 4: the policy stays as it is; lower critic.warmup" in critic.told(
+    config, OTHER
+  )
 
 
 def test_one_answer_a_prompt_is_enough():

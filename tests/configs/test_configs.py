@@ -144,7 +144,10 @@ def test_a_plus_in_a_path_is_none_between_names(tmp_path):
   loaded = settings.load(f"rl:reward=number+{mine}+{folder}+{mine},tools=python+{mine}", [])
   assert loaded.reward.parts == ("number", mine, folder, mine)
   assert loaded.online.tools == ("python", mine)
-  assert settings.load("rl:reward=number+gone/c+/x.py:f", []).reward.parts[1:] == ("gone/c", "/x.py:f")
+  assert settings.load("rl:reward=number+gone/c+/x.py:f", []).reward.parts[1:] == (
+    "gone/c",
+    "/x.py:f",
+  )
 
 
 def test_a_config_is_named_without_its_path(tmp_path, monkeypatch):
