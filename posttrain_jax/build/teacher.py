@@ -122,8 +122,8 @@ def check_room(config: Config, teacher: Teacher | None, data: Data) -> None:
     cure = "online.max_new_tokens" if written else "data.length"
     behind = f", with {written} of an answer behind it" if written else ""
     raise ConfigError(
-      f"objective.teacher={decisions.teacher(config)}: it reads {room} tokens, and {longest.origin} has {len(longest)}{behind};"
-      f" lower {cure}, leave such rows out, or name another teacher"
+      f"objective.teacher={decisions.teacher(config)}: it reads {room} tokens, and {longest.origin} has"
+      f" {len(longest)}{behind}; lower {cure}, leave such rows out, or name another teacher"
     )
 
 

@@ -45,7 +45,8 @@ class Served:
     return {"schemas": [_schema(tool) for tool in self.shape.tools()], "needs": self.shape.needs()}
 
   def reset(self, row: dict[str, Any], seed: int, episode: str) -> dict[str, Any]:
-    return {"said": _told(self.shape.reset(row, seed, episode))}
+    said = self.shape.reset(row, seed, episode)
+    return {"said": said and said[:MOST_SAID]}
 
   def call(self, calls: list[dict[str, Any]]) -> dict[str, Any]:
     return {"results": [self._called(one) for one in calls]}
@@ -57,26 +58,19 @@ class Served:
     if tool is None:
       return str({"error": f"Tool {one['name']} not found."}), True
     said, failed = shapes.called(tool, one["arguments"])
-    return _told(said), failed
+    return said[:MOST_SAID], failed
 
   def act(self, text: str) -> dict[str, Any]:
     from posttrain_jax.environments import shapes
 
     try:
       stepped = self.shape.act(text)
-      return {**dataclasses.asdict(stepped), "said": _told(stepped.said)}
+      return {**dataclasses.asdict(stepped), "said": stepped.said and stepped.said[:MOST_SAID]}
     except shapes.ActionError as error:
       return {"unreadable": str(error)}
 
   def end(self) -> dict[str, Any]:
     return {"reward": self.shape.reward(), "left": self.shape.left()}
-
-
-def _told(said: str | None) -> str | None:
-  """What is told to the model: text that a tokenizer reads, and no more of it than a run can take at once."""
-  from posttrain_jax.core import words
-
-  return None if said is None else words.whole(said[:MOST_SAID])
 
 
 def _schema(tool: Callable[..., Any]) -> dict[str, Any]:
@@ -142,7 +136,9 @@ def main() -> None:
   def answer(value: Any) -> None:
     if os.getpid() != own:  # a child of the environment's that came back with our pipes
       os._exit(0)
-    rest = memoryview(json.dumps(value, default=str).encode() + b"\n")
+    line = json.dumps(value, default=str, ensure_ascii=False) + "\n"
+    # half of a surrogate pair becomes ?: no tokenizer reads it, and no table of answers holds it
+    rest = memoryview(line.encode("utf-8", "replace"))
     while rest:
       rest = rest[os.write(replies, rest) :]
 

@@ -92,6 +92,18 @@ class Raises:
     raise ValueError("out of order")
 
 
+class Half:
+  """Whatever it says has half of a surrogate pair."""
+
+  def reset(self):
+    return "say \ud83d"
+
+  def step(self, action: str):
+    if action == "raise":
+      raise ValueError("no \ud83d")
+    return "heard \ud83d", 1.0, False, False, {}
+
+
 class Hangs:
   def reset(self):
     return None

@@ -201,6 +201,13 @@ def test_half_a_letter_is_no_text_whoever_wrote_it(episodes, name):
   json.dumps(one.messages, ensure_ascii=False).encode()  # as tables of answers keep it
 
 
+def test_an_environment_may_say_half_a_letter_and_fail_with_one(episodes):
+  (one,) = episodes(Source(f"{FILE}:Half"), Scripted([["go", "raise"]]))
+  assert one.request.prompt == [5, *ids("say ?"), 6]
+  assert one.messages[1]["content"] == "heard ?"
+  assert one.problem.endswith("raised ValueError: no ?")
+
+
 def test_a_tool_that_says_too_much_is_cut_before_it_is_read(episodes):
   (one,) = episodes(
     Source(tools=(f"{FILE}:floods",)), Scripted([[call("floods"), "so"]]), tool_tokens=8
