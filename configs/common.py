@@ -4,6 +4,7 @@ What each field means and may hold is in `posttrain_jax.settings.fields`.
 """
 
 import difflib
+import os
 
 import ml_collections
 from ml_collections import config_dict
@@ -258,6 +259,22 @@ def reference(o):
   o.cache_reference = True  # its log-probabilities are computed once, before training
 
 
+def names(text):
+  """The names of a text with "+" between them; one within a path that is there is a part of that path."""
+  pieces, found = text.split("+"), []
+  while pieces:
+    paths = ["+".join(pieces[:count]) for count in range(len(pieces), 1, -1)]
+    found.append(next(filter(_is_there, paths), pieces[0]))
+    pieces = pieces[found[-1].count("+") + 1 :]
+  return tuple(filter(None, found))
+
+
+def _is_there(name):
+  """Whether the file of FILE.py:name, or a folder, is on this machine, and has each "+" in its path."""
+  path = name.rpartition(":")[0] or name
+  return path.count("+") == name.count("+") and os.path.exists(os.path.expanduser(path))
+
+
 def reward(parts):
   """What scores the answers that a model writes.
 
@@ -266,7 +283,7 @@ def reward(parts):
   """
   r = ml_collections.ConfigDict()
   # verifiers whose scores are added: built in, FILE.py:name, or a reward model's folder
-  r.parts = tuple(filter(None, parts.split("+")))
+  r.parts = names(parts)
   r.weights = ()  # one for each of them; (): 1 each
   r.gates = ()  # verifiers that multiply the sum
   r.options = ml_collections.ConfigDict()  # part or gate -> its options

@@ -97,7 +97,7 @@ def get_config(arg=None):
   # answers of several turns: an environment (sql, python or FILE.py:Class), and tools (python or FILE.py:function, "+"
   # between two)
   n.environment = arg.environment
-  n.tools = tuple(filter(None, arg.tools.split("+")))
+  n.tools = common.names(arg.tools)
   n.max_turns = 4  # of an answer, which max_new_tokens bounds as a whole, with what tools say
   n.tool_tokens = 128  # of what is said to the model at once; beyond, it is cut
   n.tool_seconds = 30.0  # for one answer of a tool or an environment
@@ -123,6 +123,8 @@ def get_config(arg=None):
   c.checkpoint.every = 5  # a step is a batch that was written, which takes longer than saving
   c.optimizer.lr = 5e-5 if arg.adapter != "none" else 1e-6
   c.optimizer.schedule = "constant"
+  if arg.environment or arg.tools:
+    n.max_new_tokens, c.data.length = 192, 3072  # of all turns, and what is said between them
   if arg.method == "ppo":
     n.passes = 4
   if arg.smoke:

@@ -38,7 +38,8 @@ LOCK, STATE, LOG = ".chain", chain_page.STATE, record.LOG
 MADE = {"sample": "answers.jsonl", "pairs": "pairs.jsonl", "student": "model", "export": "model"}
 VERBS = ("train", *MADE)
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
-REFERENCE = re.compile(r"\{([^{}]*)\}")
+# braces around other things, as of a pattern (\d{2}) or a dict, are the stage's own
+REFERENCE = re.compile(r"\{([A-Za-z][\w -]*)\}")
 POLL = 0.2  # seconds
 
 Say = Callable[[str], None]
@@ -228,17 +229,33 @@ def _check_folder(folder: Path) -> None:
 
 
 def _check_same(folder: Path, stages: Sequence[Stage]) -> None:
-  """Raises where a stage that has begun is another one now; those that have not may still be changed."""
+  """Raises where a stage that has begun is another one now, unless its folder and all that was made of it are gone."""
   now = {stage.name: stage.record for stage in stages}
-  for was in chain_page.read(folder):
+  known = [was for was in chain_page.read(folder) if was.get("began")]
+  for was in known:
     there = now.get(was["name"])
-    same = there is not None and all(there[key] == was[key] for key in there)
-    if was.get("began") and not same:
+    if _is_same(was, there):
+      continue
+    if left := [str(path) for path in _made_of(folder, was["name"], known) if path.exists()]:
       line = lambda of: "(none)" if of is None else shlex.join(of["line"])
       raise ConfigError(
         f"{folder} holds a chain whose stage {was['name']!r} has begun as\n  {line(was)}\nand is now\n  {line(there)}\n"
-        "Name another --workdir, or restore it."
+        f"Name another --workdir, or restore it, or remove what was made so: {', '.join(left)}"
       )
+
+
+def _is_same(was: Mapping[str, Any], now: Mapping[str, Any] | None) -> bool:
+  return now is not None and all(now[key] == was.get(key) for key in now)
+
+
+def _made_of(folder: Path, name: str, stages: Sequence[Mapping[str, Any]]) -> list[Path]:
+  """The folders of a stage and of all that name it or one of these; stages are in their order."""
+  made = [folder / name]
+  for one in stages:
+    of_these = re.compile("|".join(rf"{re.escape(str(path))}(?![\w-])" for path in made))
+    if one["name"] != name and any(map(of_these.search, one["line"])):
+      made.append(folder / one["name"])
+  return made
 
 
 @dataclasses.dataclass
@@ -250,7 +267,8 @@ class _State:
 
   def __post_init__(self) -> None:
     was = {one["name"]: one for one in chain_page.read(self.folder)}
-    self._all = {stage.name: {**was.get(stage.name, {}), **stage.record} for stage in self.stages}
+    noted = lambda now: was.get(now["name"], {}) if _is_same(was.get(now["name"], {}), now) else {}
+    self._all = {stage.name: {**noted(stage.record), **stage.record} for stage in self.stages}
     self._write()
 
   def _write(self) -> None:

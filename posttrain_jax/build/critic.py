@@ -78,4 +78,6 @@ def told(config: Config, trainable: Any) -> str:
   c, count = config.critic, sum(x.size for x in jax.tree.leaves(trainable[objectives.CRITIC]))
   of = "a trunk of its own" if c.trunk == "own" else "the policy's trunk"
   waits = f"; it learns alone for the first {c.warmup} updates" if c.warmup else ""
+  if c.warmup >= config.steps:
+    waits += f", and the run has {config.steps}: the policy stays as it is; lower critic.warmup or raise steps"
   return f"critic: a score head on {of}, {count:,} parameters, learning rate {c.lr:g}{waits}"

@@ -255,6 +255,7 @@ def build(
     else contextlib.nullcontext()
   ):
     taught = teacher.load(config, base, devices)
+    teacher.check_room(config, taught, rows)
   read_by = None if taught is None else (taught.reader, taught.vocab)
   with settings.section("objective"):
     loss = objective.make(config, base, rows.channels, teacher=read_by)

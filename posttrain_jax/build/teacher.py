@@ -12,11 +12,11 @@ import ml_collections
 import numpy as np
 
 from posttrain_jax.adapters import layout, peft_format
-from posttrain_jax.build import attention, decisions, use
+from posttrain_jax.build import attention, decisions, tools, use
 from posttrain_jax.build.data import Data
 from posttrain_jax.build.model import Model
 from posttrain_jax.data import chat
-from posttrain_jax.models import fetch, hf
+from posttrain_jax.models import before, fetch, hf
 from posttrain_jax.models.config import ModelConfig
 from posttrain_jax.objectives import Scorer, Sft, teacher_cache
 from posttrain_jax.runs import manner
@@ -108,6 +108,23 @@ def _check_vocabulary(name: str, theirs: Any, model: Model) -> None:
     " learned from a teacher of the same tokenizer alone; from this one take its answers: posttrain sample --model="
     f"{name} --out=FILE.jsonl, then posttrain train --config=sft:data=FILE.jsonl"
   )
+
+
+def check_room(config: Config, teacher: Teacher | None, data: Data) -> None:
+  """Raises ConfigError where a text, or an answer that is yet to be written, has more tokens than the teacher reads."""
+  if teacher is None:
+    return
+  room = teacher.reader.model.max_length - before.slots(teacher.params)
+  longest, written = max((*data.examples, *data.eval), key=len), 0
+  if "online" in config:
+    written = tools.room(config) + config.online.max_new_tokens
+  if len(longest) + written > room:
+    cure = "online.max_new_tokens" if written else "data.length"
+    behind = f", with {written} of an answer behind it" if written else ""
+    raise ConfigError(
+      f"objective.teacher={decisions.teacher(config)}: it reads {room} tokens, and {longest.origin} has"
+      f" {len(longest)}{behind}; lower {cure}, leave such rows out, or name another teacher"
+    )
 
 
 def beside(config: Config, context: Any, teacher: Teacher | None) -> Any:

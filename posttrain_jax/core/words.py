@@ -32,6 +32,15 @@ def cut(text: str, length: int) -> str:
   return text if len(text) <= length else text[: length - 3] + "..."
 
 
+def whole(text: str) -> str:
+  """The text with ? for each half of a surrogate pair, which no tokenizer reads and no file holds.
+
+  >>> whole("a\\ud83d"), whole("\\U0001f600") == "\\U0001f600"
+  ('a?', True)
+  """
+  return text.encode("utf-8", "replace").decode()
+
+
 def count(number: int, what: str) -> str:
   """So many of what is counted.
 

@@ -105,7 +105,11 @@ class Form:
       raise _NoCall(
         f"a call has an object as {self.arguments!r}: {words.shown(value.get(self.arguments), 80)}"
       )
-    return {"name": value[self.name], "arguments": arguments}
+    return json.loads(
+      words.whole(
+        json.dumps({"name": value[self.name], "arguments": arguments}, ensure_ascii=False)
+      )
+    )
 
 
 class _NoCall(ValueError):

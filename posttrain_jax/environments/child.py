@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 HEADER = struct.Struct("<Q")  # the length of a pickled message
+MOST_SAID = 1_000_000  # characters that are said at once; a run cuts them further, by tokens
 
 
 class Served:
@@ -44,7 +45,8 @@ class Served:
     return {"schemas": [_schema(tool) for tool in self.shape.tools()], "needs": self.shape.needs()}
 
   def reset(self, row: dict[str, Any], seed: int, episode: str) -> dict[str, Any]:
-    return {"said": self.shape.reset(row, seed, episode)}
+    said = self.shape.reset(row, seed, episode)
+    return {"said": said and said[:MOST_SAID]}
 
   def call(self, calls: list[dict[str, Any]]) -> dict[str, Any]:
     return {"results": [self._called(one) for one in calls]}
@@ -55,13 +57,15 @@ class Served:
     tool = self._tools.get(one["name"])
     if tool is None:
       return str({"error": f"Tool {one['name']} not found."}), True
-    return shapes.called(tool, one["arguments"])
+    said, failed = shapes.called(tool, one["arguments"])
+    return said[:MOST_SAID], failed
 
   def act(self, text: str) -> dict[str, Any]:
     from posttrain_jax.environments import shapes
 
     try:
-      return dataclasses.asdict(self.shape.act(text))
+      stepped = self.shape.act(text)
+      return {**dataclasses.asdict(stepped), "said": stepped.said and stepped.said[:MOST_SAID]}
     except shapes.ActionError as error:
       return {"unreadable": str(error)}
 
@@ -132,7 +136,9 @@ def main() -> None:
   def answer(value: Any) -> None:
     if os.getpid() != own:  # a child of the environment's that came back with our pipes
       os._exit(0)
-    rest = memoryview(json.dumps(value, default=str).encode() + b"\n")
+    line = json.dumps(value, default=str, ensure_ascii=False) + "\n"
+    # half of a surrogate pair becomes ?: no tokenizer reads it, and no table of answers holds it
+    rest = memoryview(line.encode("utf-8", "replace"))
     while rest:
       rest = rest[os.write(replies, rest) :]
 

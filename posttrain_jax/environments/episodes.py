@@ -26,6 +26,7 @@ from posttrain_jax.rollout.requests import Answer, Request
 
 TURN_BITS = 20  # a request's sample is that of its episode in the low bits, and its turn above
 MOST_TURNS = 1 << (32 - TURN_BITS)
+LETTERS = 128  # of what is said that are read for each token of the bound: few tokens are as long
 
 
 class Sampler(Protocol):
@@ -113,8 +114,9 @@ class Rules:
 
   def cut(self, said: str) -> str:
     """What is said to the model, at most `tool_tokens` of it."""
-    ids = self.tokenizer(said, add_special_tokens=False)["input_ids"]
-    if len(ids) <= self.tool_tokens:
+    some = said[: LETTERS * self.tool_tokens]
+    ids = self.tokenizer(some, add_special_tokens=False)["input_ids"]
+    if len(ids) <= self.tool_tokens and some == said:
       return said
     return self.tokenizer.decode(ids[: self.tool_tokens]) + "..."
 

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -143,6 +144,37 @@ def test_a_stage_that_has_begun_may_not_be_changed_and_a_later_one_may(made):
   path.write_text(STAGES.replace('"steps": 4', '"steps": 5'))
   assert run(*made)[0] == 0
   assert "--config.steps=5" in (folder / "calls.txt").read_text().splitlines()[-1]
+
+
+def test_a_stage_that_has_begun_may_be_changed_once_what_was_made_so_is_gone(made):
+  file, folder, _command = made
+  folder.mkdir()
+  (folder / "chain.json").write_text('{"stages": []}')
+  (folder / "fail").write_text("again")
+  assert run(*made)[0] == 1
+  path = pathlib.Path(file)
+  path.write_text(STAGES.replace('"n": 2', '"n": 3'))
+  (folder / "fail").unlink()
+  gone = [folder / "answers", folder / "again"]
+  with pytest.raises(ConfigError, match=f"made so: {gone[0]}, {gone[1]}$"):
+    run(*made)
+  shutil.rmtree(gone[0])
+  with pytest.raises(ConfigError, match=f"made so: {gone[1]}$"):  # of answers that are gone
+    run(*made)
+  shutil.rmtree(gone[1])
+  code, said = run(*made)
+  assert (code, said[0]) == (0, "cold (train, 1 of 3): finished before")
+  assert calls(folder) == ["cold", "answers", "again", "answers", "again"]
+  assert "--n=3" in (folder / "calls.txt").read_text().splitlines()[3]
+
+
+def test_braces_around_what_is_no_name_are_the_stages_own(tmp_path):
+  options = {"regex": {"pattern": r"\d{2} {1,3}"}}
+  fields = {"reward.options": options, "reward.untested": ("regex",)}
+  (stage,) = chain.expand(
+    [{"name": "a", "train": "rl:data=sql,reward=regex+sql", "fields": fields}], tmp_path
+  )
+  assert stage.config["reward"]["options"] == options
 
 
 def hanging(made, tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from posttrain_jax import settings
-from posttrain_jax.build import methods, objective
+from posttrain_jax.build import critic, methods, objective
 from posttrain_jax.build.model import Model
 from posttrain_jax.models import decoder
 from posttrain_jax.objectives import CRITIC, Context
@@ -197,6 +197,15 @@ def test_the_weight_of_the_kl_is_moved_for_the_next_batch():
   assert updates.kl_coefficient == pytest.approx(0.2 * (1 + 0.2 * 5 / 10))  # five answers
   _, told = updates.of(GROUPS, STATE, 2)
   assert told["reward_kl_coefficient"] == pytest.approx(0.22)
+
+
+def test_a_run_whose_critic_learns_alone_to_its_end_says_so():
+  config = made(**{"critic.warmup": 4, "steps": 9}).config
+  assert "policy stays" not in critic.told(config, OTHER)
+  config = made(**{"critic.warmup": 4, "steps": 4}).config
+  assert "the run has 4: the policy stays as it is; lower critic.warmup" in critic.told(
+    config, OTHER
+  )
 
 
 def test_one_answer_a_prompt_is_enough():

@@ -178,6 +178,24 @@ def test_a_teacher_of_another_vocabulary_is_refused_with_the_first_difference(
   assert "posttrain sample" in told
 
 
+@pytest.mark.parametrize(
+  ("arguments", "says"),
+  [
+    ({}, "it reads 24 tokens, and .*rows.jsonl:.* has 3[0-9]; lower data.length"),
+    ({"on_policy": 0.5}, "with 6 of an answer behind it; lower online.max_new_tokens"),
+  ],
+)
+def test_a_teacher_that_reads_less_than_the_student_is_refused(
+  folder, tmp_path, capsys, arguments, says
+):
+  short = tiny.config(max_position_embeddings=24)
+  hf.save(tmp_path / "short", decoder.init(jax.random.key(0), short, std=0.1), short)
+  tiny.tokenizer().save_pretrained(tmp_path / "short")
+  assert main(train(folder, tmp_path / "run", teacher=tmp_path / "short", **arguments)) in (1, 2)
+  assert any_match(says, capsys.readouterr().err)
+  assert not (tmp_path / "run").exists()
+
+
 def test_a_student_of_some_layers_is_a_model_that_learns(folder, tmp_path, capsys):
   out = tmp_path / "small"
   teacher = folder / "teacher"

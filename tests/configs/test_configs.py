@@ -136,6 +136,20 @@ def test_a_share_of_the_students_own_rows_follows_the_batch(overrides, gold):
   assert config.online.gold_rows == gold
 
 
+def test_a_plus_in_a_path_is_none_between_names(tmp_path):
+  path = tmp_path / "c++" / "mine.py"
+  path.parent.mkdir()
+  path.write_text("def f(prompt, completion, example): ...\n")
+  mine, folder = f"{path}:f", str(path.parent)
+  loaded = settings.load(f"rl:reward=number+{mine}+{folder}+{mine},tools=python+{mine}", [])
+  assert loaded.reward.parts == ("number", mine, folder, mine)
+  assert loaded.online.tools == ("python", mine)
+  assert settings.load("rl:reward=number+gone/c+/x.py:f", []).reward.parts[1:] == (
+    "gone/c",
+    "/x.py:f",
+  )
+
+
 def test_a_config_is_named_without_its_path(tmp_path, monkeypatch):
   """Whatever folder it is asked from; one that is not there gets the names."""
   monkeypatch.chdir(tmp_path)

@@ -25,6 +25,7 @@ ORDER = (
   "preferences",
   "adapters",
   "rl",
+  "turns",
   "distillation",
   "chain",
   "reports",
@@ -48,6 +49,7 @@ ELSEWHERE = {  # what is not run here -> why
   "posttrain student": "half of thirty layers, of a model that has two here; tests/commands/test_distil.py",
   "model=small": "the same",
   "posttrain chain": "minutes; tests/build/test_chain.py",
+  "engine=http": "a server; tests/commands/test_elsewhere.py",
   "traces.jsonl": "two steps teach no right answer, and so nothing is kept",
 }
 LAYERS = dict(

@@ -92,6 +92,18 @@ class Raises:
     raise ValueError("out of order")
 
 
+class Half:
+  """Whatever it says has half of a surrogate pair."""
+
+  def reset(self):
+    return "say \ud83d"
+
+  def step(self, action: str):
+    if action == "raise":
+      raise ValueError("no \ud83d")
+    return "heard \ud83d", 1.0, False, False, {}
+
+
 class Hangs:
   def reset(self):
     return None
@@ -124,6 +136,26 @@ def sleeps() -> str:
   """Sleeps."""
   time.sleep(60)
   return ""
+
+
+def half() -> str:
+  """Says half of a surrogate pair."""
+  return "a\ud83d"
+
+
+def floods() -> str:
+  """Says more than anybody reads."""
+  return "word " * 20_000_000
+
+
+def echo(text: str) -> str:
+  """
+  Says what it is told.
+
+  Args:
+    text: What to say.
+  """
+  return text
 
 
 def bare(number):

@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import json
 import time
 
 import numpy as np
@@ -188,6 +189,30 @@ def test_what_a_tool_says_is_cut_and_makes_no_special_tokens(episodes, tmp_path)
   between = [t for t, wrote in zip(one.tokens, one.written, strict=True) if not wrote]
   assert between.count(END) == 1  # the template's own
   assert TOKENIZER.decode(between).count("a") < 20
+
+
+@pytest.mark.parametrize("name", ["half", "echo"])
+def test_half_a_letter_is_no_text_whoever_wrote_it(episodes, name):
+  """A model may escape one in the JSON of a call, and a tool cut a text in the middle of a pair."""
+  asked = f'<tool_call>{{"name": "{name}", "arguments": {{%s}}}}</tool_call>'
+  asked %= {"half": "", "echo": r'"text": "a\ud83d"'}[name]
+  (one,) = episodes(Source(tools=(f"{FILE}:{name}",)), Scripted([[asked, "so"]]))
+  assert (one.final, one.failures, one.messages[1]["content"]) == ("so", 0, "a?")
+  json.dumps(one.messages, ensure_ascii=False).encode()  # as tables of answers keep it
+
+
+def test_an_environment_may_say_half_a_letter_and_fail_with_one(episodes):
+  (one,) = episodes(Source(f"{FILE}:Half"), Scripted([["go", "raise"]]))
+  assert one.request.prompt == [5, *ids("say ?"), 6]
+  assert one.messages[1]["content"] == "heard ?"
+  assert one.problem.endswith("raised ValueError: no ?")
+
+
+def test_a_tool_that_says_too_much_is_cut_before_it_is_read(episodes):
+  (one,) = episodes(
+    Source(tools=(f"{FILE}:floods",)), Scripted([[call("floods"), "so"]]), tool_tokens=8
+  )
+  assert (one.final, one.messages[1]["content"]) == ("so", "word wor...")
 
 
 def test_an_environment_speaks_first_and_keeps_its_state(episodes):
