@@ -15,7 +15,8 @@ task so short that a trainer which does not learn it is broken.  A short fine-tu
 
 An arm ends when its processes have spent the seconds of CPU that it is given, which counts all they do: starting,
 compiling, writing, scoring, updating, saving.  Held-out questions are answered greedily afterwards, by other processes
-whose time is not counted, at the end and at some steps before it.  Arms differ in their learning rates alone (ARMS).
+whose time is not counted, at the end and at some steps before it.  Arms differ in their learning rates (ARMS), and
+those of PPO in how many prompts and answers a batch has (OWN).
 A finished arm and seed is skipped, one that was killed begins anew.
 Results: experiments/results/rl_learning-PROCESSOR.json as they come, and .md.
 """
@@ -52,8 +53,8 @@ RESULTS = bench.beside(
 )  # equal seconds are equal on one machine alone
 MANY = 400  # steps: none comes so far; the rate rises over the first eight
 START_LR = 2e-3
-# Learning rates, constant behind eight steps; all else of a method is its config's.  At 5e-4 from the first step on,
-# sixteen steps of GRPO took the start from 0.460 to 0.305.
+# Learning rates, constant behind eight steps; all else of a method is its config's, or OWN's.  At 5e-4 from the first
+# step on, sixteen steps of GRPO took the start from 0.460 to 0.305.
 ARMS = {
   "grpo": 2e-4,
   "ppo": 2e-4,

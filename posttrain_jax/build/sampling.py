@@ -335,7 +335,7 @@ def _drawn(
     if not (0 <= number < len(prompts) and 0 <= sample < plan.samples):
       raise ValueError(f"there is no answer {sample} to a prompt {number}")
     text = line["text"] if "text" in line else source.text(line["ids"])
-    is_stopped = line.get("ended") == requests.STRING
+    is_stopped = line.get(chat.ENDED) == chat.STRING
     return Drawn(number, sample, line["ids"], text, line["finished"], is_stopped)
 
   there = [one for one in journal.each(read) if one is not None]
@@ -398,7 +398,7 @@ def _scored(
 
 def _end(drawn: Drawn) -> dict[str, str]:
   """What is said of an answer that no token of its own ends."""
-  return {chat.ENDED: requests.STRING} if drawn.is_stopped else {}
+  return {chat.ENDED: chat.STRING} if drawn.is_stopped else {}
 
 
 def _said(question: Question, text: str) -> Any:

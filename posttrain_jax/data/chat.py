@@ -23,10 +23,8 @@ TRUNCATE = ("error", "keep_start", "drop", "split")
 TRAIN_ON = ("assistant", "last")
 DROP = "drop (they are left out and counted)"
 IDS = "completion_ids"  # the column with an answer's tokens, as they were drawn
-ENDED, STRING = (
-  "ended",
-  "stop_string",
-)  # the column, and what it says where they end in no token that ends an answer
+ENDED = "ended"  # the column of an answer's end, where no token of its own ends it
+STRING = "stop_string"  # what that column says of one that a stop string ended
 CHARACTERS = 64  # of a token, where texts are held to be too long by their beginning
 _BATCH = 1000  # rows tokenised together
 

@@ -66,6 +66,13 @@ class Served:
   def client(self, kind=openai.OpenAI, **options):
     return kind(base_url=f"{self.url}/v1", api_key="none", max_retries=0, **options)
 
+  def streamed(self, tokens, **options):
+    """The chunks of answers of so many tokens."""
+    return self.client().completions.create(
+      model="base", prompt="abc", max_tokens=tokens, stream=True, temperature=0,
+      extra_body={"ignore_eos": True}, **options,
+    )  # fmt: skip
+
   def metric(self, name):
     text = self.client()._client.get(f"{self.url}/metrics").text
     (line,) = re.findall(rf"^posttrain:{name}{{[^}}]*}} (\S+)$", text, re.MULTILINE)
@@ -444,10 +451,7 @@ def _status(port):
 @pytest.mark.slow
 def test_sigterm_finishes_what_is_under_way_and_leaves_with_0(folder):
   own = Served(folder, "--drain=60")
-  stream = own.client().completions.create(
-    model="base", prompt="abc", max_tokens=60, stream=True, temperature=0,
-    extra_body={"ignore_eos": True},
-  )  # fmt: skip
+  stream = own.streamed(60)
   first = next(iter(stream))
   own.process.send_signal(signal.SIGTERM)
   rest = list(stream)
@@ -459,10 +463,7 @@ def test_sigterm_finishes_what_is_under_way_and_leaves_with_0(folder):
 @pytest.mark.slow
 def test_a_second_signal_does_not_wait_for_what_is_under_way(folder):
   own = Served(folder, "--drain=3000")
-  stream = own.client().completions.create(
-    model="base", prompt="abc", max_tokens=90, stream=True, n=60, temperature=0,
-    extra_body={"ignore_eos": True},
-  )  # fmt: skip
+  stream = own.streamed(90, n=60)
   next(iter(stream))
   own.process.send_signal(signal.SIGTERM)
   time.sleep(0.05)
@@ -476,10 +477,7 @@ def test_a_second_signal_does_not_wait_for_what_is_under_way(folder):
 @pytest.mark.slow
 def test_what_is_not_done_by_the_deadline_is_cut_and_says_so(folder):
   own = Served(folder, "--drain=0")
-  stream = own.client().completions.create(
-    model="base", prompt="abc", max_tokens=90, stream=True, n=30, temperature=0,
-    extra_body={"ignore_eos": True},
-  )  # fmt: skip
+  stream = own.streamed(90, n=30)
   next(iter(stream))
   own.process.send_signal(signal.SIGTERM)
   reasons = [chunk.choices[0].finish_reason for chunk in stream]
