@@ -60,6 +60,24 @@ def device() -> str:
   return os.environ.get(DEVICE, "cpu")
 
 
+def use(device: str) -> None:
+  """Has both libraries, here and in workers, use a CPU or JAX's accelerator; called before they begin."""
+  os.environ[DEVICE] = device
+  # a few rows share an accelerator: none may take three quarters of its memory at once
+  os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+  if device == "cpu":
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    return
+  import jax
+
+  if jax.default_backend() != device:
+    sys.exit(f"--device={device}: JAX finds {jax.default_backend()}, install jax for it")
+
+
+def torch_device() -> str:
+  return "cpu" if device() == "cpu" else "cuda"
+
+
 def dtype() -> str:
   """What both libraries multiply in."""
   return os.environ.get(DTYPE) or ("float32" if device() == "cpu" else "bfloat16")
@@ -167,7 +185,7 @@ def torch_jobs() -> Jobs:
   from posttrain_jax.models import fetch
 
   torch.set_num_threads(os.cpu_count() or 1)
-  where = "cpu" if device() == "cpu" else "cuda"
+  where = torch_device()
   base = lambda: transformers.AutoModelForCausalLM.from_pretrained(
     fetch.fetch(), dtype=getattr(torch, dtype())
   ).to(where)
@@ -261,9 +279,21 @@ def work(jobs: Jobs) -> None:
     began = time.perf_counter()
     done = jobs[line.strip()]()
     seconds = time.perf_counter() - began
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    told = {"tokens": done.count, "flops": done.flops, "seconds": seconds, "peak": peak}
+    told = {"tokens": done.count, "flops": done.flops, "seconds": seconds, "peak": peak()}
     print(json.dumps(told), file=out, flush=True)
+
+
+def peak() -> int:
+  """The most bytes that this worker has had: of the accelerator's memory where it has one, else of the host's."""
+  if device() == "cpu":
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+  if os.environ.get("JAX_PLATFORMS") == "cpu":  # PyTorch's
+    import torch
+
+    return torch.cuda.max_memory_allocated()
+  import jax
+
+  return jax.devices()[0].memory_stats()["peak_bytes_in_use"]
 
 
 class Worker:
@@ -384,7 +414,7 @@ def show(job: str, r: dict) -> None:
     said.append(f"{rate[BEFORE]} before: now {r['over_before']} times that ({low} to {high})")
   said.append(f"{both(share)} of the product rate")
   said.append(f"first run with compilation {both(first, ' s')}")
-  said.append(f"peak memory of the host {both(peak, ' GB')}")
+  said.append(f"peak memory {both(peak, ' GB')}")
   print("; ".join(said), flush=True)
 
 
@@ -416,19 +446,20 @@ def gpu() -> dict:
 
   peak_flops = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
   device = jax.devices()[0]
-  known = next((flops for name, flops in peak_flops.items() if name in device.device_kind), None)
+  known = next((flops for card, flops in peak_flops.items() if card in device.device_kind), None)
   config = shapes.SHAPES["llama3-8b"]
   rows, length, results = 4, 2048, {}
-  for base in ("dense", "nf4"):
-    params = decoder.init(jax.random.key(0), config, jnp.bfloat16)
-    if base == "nf4":
-      params = quant.quantize_params(params)
+  base = decoder.init(jax.random.key(0), config, jnp.bfloat16)
+  for name, attention in (("dense", "xla"), ("dense, cudnn", "cudnn"), ("nf4, cudnn", "cudnn")):
+    if name.startswith("nf4"):
+      base = quant.quantize_params(base)
     params, adapter = adapters.init(
-      jax.random.key(1), params, adapters.AdapterConfig(r=RANK, lora_alpha=ALPHA)
+      jax.random.key(1), base, adapters.AdapterConfig(r=RANK, lora_alpha=ALPHA)
     )
     trainable, fixed = tree.partition(adapter)
     optimizer, _ = chain.chain("adamw", lr=LR, steps=1000, schedule="constant")
-    objective = objectives.Sft(config, dtype=jnp.bfloat16, remat="names")
+    how: dict[str, Any] = dict(dtype=jnp.bfloat16, remat="names", attention_by=attention)
+    objective = objectives.Sft(config, **how)
     state, context = state_lib.start(trainable, optimizer), Context(params, fixed)
     tokens = (
       np.random.default_rng(0).integers(0, config.vocab_size, (rows, length)).astype(np.int32)
@@ -448,6 +479,8 @@ def gpu() -> dict:
       .compile()
     )
     compiled, seconds = time.perf_counter() - began, []
+    memory: Any = update.memory_analysis()
+    needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     for _ in range(8):
       began = time.perf_counter()
       state, _ = update(state, context, batch)
@@ -455,13 +488,13 @@ def gpu() -> dict:
       seconds.append(time.perf_counter() - began)
     rate = tokens.size / statistics.median(seconds[2:])
     used = 4 * (tree.size(params) - tree.size(params["embed_tokens"])) * rate
-    results[base] = {
+    results[name] = {
       "tokens_per_second": round(rate),
       "mfu_at_4N": round(used / known, 3) if known else None,
       "compile_seconds": round(compiled, 1),
-      "peak_gb": round(device.memory_stats()["peak_bytes_in_use"] / 1e9, 2),
+      "peak_gb": round(needed / 1e9, 2),  # of this step, and not of all that the process has done
     }
-    print(f"llama3-8b {base}: {results[base]}", flush=True)
+    print(f"llama3-8b {name}: {results[name]}", flush=True)
   return results
 
 
@@ -479,17 +512,9 @@ def main() -> None:
   if args.worker:
     work({"jax": jax_jobs, "torch": torch_jobs}[args.worker]())
     return
-  os.environ[DEVICE] = args.device
   if args.dtype:
     os.environ[DTYPE] = args.dtype
-  # a few rows share an accelerator: none may take three quarters of its memory at once
-  os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
-  if args.device == "cpu":
-    os.environ["JAX_PLATFORMS"] = "cpu"
-  import jax
-
-  if args.device != "cpu" and jax.default_backend() != args.device:
-    sys.exit(f"--device={args.device}: JAX finds {jax.default_backend()}, install jax for it")
+  use(args.device)
   if why := peer():
     print(f"{why}: the rows are ours alone, without a ratio")
   if not os.environ.get("POSTTRAIN_DATA"):

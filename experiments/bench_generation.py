@@ -1,6 +1,6 @@
 """Generation of SmolLM2-135M-Instruct here and by transformers, in turn on the same cores.
 
-  .venv-oracle/bin/python experiments/bench_generation.py --repeats=3
+  .venv-oracle/bin/python experiments/bench_generation.py --repeats=3        (--device=gpu: both sides on JAX's GPU)
 
 `equal`: 1, 16 and 64 answers of 128 tokens each. `unequal`: 64 answers of 16 to 256 tokens; here a row that ends is
 given the next prompt, there a batch of 16 goes on until its longest answer is whole. Here in float32, with products
@@ -76,14 +76,16 @@ def theirs(dtype: str) -> dict[str, Job]:
 
   from posttrain_jax.models import fetch
 
+  where = bench.torch_device()
   model = transformers.AutoModelForCausalLM.from_pretrained(
     fetch.resolve("smollm2"), dtype=getattr(torch, dtype)
-  ).eval()
+  ).to(where)
+  model.eval()
 
   def write(ids: list[list[int]], new: int) -> None:
-    some = torch.tensor(ids)
+    some = torch.tensor(ids).to(where)
     how = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False)
-    model.generate(some, attention_mask=torch.ones_like(some), **how)
+    model.generate(some, attention_mask=torch.ones_like(some), **how).cpu()
 
   def equal(count: int) -> int:
     write(prompts(count), NEW)
@@ -119,11 +121,13 @@ def main() -> None:
   parser.add_argument("--jobs", default=",".join(ROWS))
   parser.add_argument("--peers", default="float32", help="dtypes of transformers")
   parser.add_argument("--storages", default=",".join(BITS))
+  parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
   args = parser.parse_args()
+  bench.use(args.device)
   mine = {storage: ours(storage) for storage in args.storages.split(",")}
   there = {f"transformers {dtype}": theirs(dtype) for dtype in args.peers.split(",")}
   everyone = {**mine, **there}
-  reached = limits.measured()
+  reached = limits.measured(args.device)
   print(reached.told(), flush=True)
   machine = {
     "machine": reached.to_json(),

@@ -1,6 +1,6 @@
 """A GRPO step with LoRA, here and in TRL's GRPOTrainer, in turn on the same cores: seconds of writing and of updating.
 
-  .venv-oracle/bin/python experiments/bench_grpo.py        (`make bench` runs it too)
+  .venv-oracle/bin/python experiments/bench_grpo.py        (`make bench` runs it too; --device=gpu: both on JAX's GPU)
 
 SmolLM2-135M-Instruct, LoRA of rank 16 on every matrix, both in float32, or with --dtype=bfloat16 both with products of
 bfloat16 (TRL by autocast); 4 prompts of the built-in task with 8 answers each, all
@@ -133,7 +133,7 @@ def torch_jobs(told: Path) -> bench.Jobs:
       save_strategy="no",
       logging_strategy="no",
       report_to=[],
-      use_cpu=True,
+      use_cpu=bench.device() == "cpu",
       bf16=bench.dtype() == "bfloat16",
       gradient_checkpointing=False,
       seed=0,
@@ -211,13 +211,15 @@ def main() -> None:
   parser.add_argument("--told", type=Path)
   parser.add_argument("--repeats", type=int, default=3)
   parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of products")
+  parser.add_argument("--device", choices=("cpu", "gpu"), default=bench.device())
   args = parser.parse_args()
   if args.dtype:
     os.environ[bench.DTYPE] = args.dtype
   if args.worker:
     bench.work({"jax": jax_jobs, "torch": torch_jobs}[args.worker](args.told))
     os._exit(0)  # TRL's loop waits for a step that nobody asks for
-  machine = limits.measured()
+  bench.use(args.device)
+  machine = limits.measured(args.device)
   print(machine.told(), flush=True)
   record = {
     "machine": machine.to_json(),

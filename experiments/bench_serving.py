@@ -1,7 +1,7 @@
 """Serving adapters beside their base: requests and tokens a second, times to a token, what a swap takes.
 
   .venv/bin/python experiments/bench_serving.py --modules all
-  .venv-oracle/bin/python experiments/bench_serving.py --modules all --peer
+  .venv-oracle/bin/python experiments/bench_serving.py --modules all --peer        (--device=gpu: on JAX's GPU)
 
 The load is closed: `--clients` clients, each of which asks again as soon as it has its answer.  A prompt is a system
 message of 64 tokens that all share and a question of 24; answers have 48 tokens.  Adapters are LoRA of rank 8 on q_proj
@@ -235,6 +235,7 @@ def peer(args: argparse.Namespace) -> dict[str, Any]:
     del params
     dtype = getattr(torch, args.peer_dtype)
     model = transformers.AutoModelForCausalLM.from_pretrained(root / "base", dtype=dtype)
+    model = model.to(bench.torch_device())
     model = peft.PeftModel.from_pretrained(model, root / name(0), adapter_name=name(0))
     for number in range(1, most):
       model.load_adapter(root / name(number), adapter_name=name(number))
@@ -242,8 +243,9 @@ def peer(args: argparse.Namespace) -> dict[str, Any]:
     began, cpu = time.perf_counter(), time.process_time()
     for prompt, adapter in asked:
       model.set_adapter(name(adapter or 0))
-      ids = torch.tensor([prompt])
-      model.generate(input_ids=ids, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False)
+      ids = torch.tensor([prompt]).to(model.device)
+      how = dict(max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False)
+      model.generate(input_ids=ids, **how).cpu()
     seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
   tokens = NEW * len(asked)
   return dict(
@@ -268,12 +270,15 @@ def main() -> None:
   parser.add_argument("--dtype", default="auto")
   parser.add_argument("--peer_dtype", choices=("float32", "bfloat16"), default="float32")
   parser.add_argument("--peer_requests", type=int, default=8)
+  parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
   args = parser.parse_args()
+  bench.use(args.device)
   told = {f"peer, {args.peer_dtype}": peer(args)} if args.peer else ours(args)
   print(json.dumps(told, indent=2))
-  path = bench.beside(SERVING, limits.processor())
+  processor = limits.name(args.device)
+  path = bench.beside(SERVING, processor)
   written = json.loads(path.read_text()) if path.exists() else {}
-  written |= {"processor": limits.processor(), "cores": os.cpu_count()}
+  written |= {"processor": processor, "cores": os.cpu_count()}
   written[args.modules] = written.get(args.modules, {}) | told
   path.write_text(json.dumps(written, indent=2) + "\n")
 

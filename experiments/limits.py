@@ -104,12 +104,21 @@ def measured(device: str = "cpu", *, sizes: tuple[tuple[int, int, int], ...] = (
     import jax
 
     products = _products(("float32", "bfloat16"), sizes or ON_A_DEVICE)
-    return Limits(jax.devices()[0].device_kind, len(jax.devices()), products, _device_reads())
+    return Limits(name(device), len(jax.devices()), products, _device_reads())
   dtypes = ["float32", "int8"]
   if NATIVE_BF16 & flags():
     dtypes.insert(1, "bfloat16")
   cores = len(os.sched_getaffinity(0))
   return Limits(processor(), cores, _products(dtypes, sizes or SIZES), _reads(cores))
+
+
+def name(device: str) -> str:
+  """The CPU's own name, or that of JAX's first device."""
+  if device == "cpu":
+    return processor()
+  import jax
+
+  return jax.devices()[0].device_kind
 
 
 def processor() -> str:

@@ -2,6 +2,7 @@
 
   pip install -U 'jax[cuda12]'
   python experiments/peaks.py        (one GPU; some minutes; the figures go to experiments/results/peaks.{md,json})
+  python experiments/peaks.py --at_once        (a GPU of 140 GB has room for all cases, and a minute is enough)
 
 Each case is planned in a process that sees no GPU, and run in another for two steps, on parameters of zeros: their
 peak is that of JAX's allocator.  The two may differ by a tenth.  Without a GPU the script says so and ends with 1.
@@ -9,10 +10,12 @@ peak is that of JAX's allocator.  The two may differ by a tenth.  Without a GPU 
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
 import sys
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +37,7 @@ NONE = (
 
 
 def main() -> int:
-  if len(sys.argv) == 3:
+  if len(sys.argv) == 3:  # in a process of a case
     print(
       "\n" + json.dumps(predicted(*sys.argv[1:]) if sys.argv[2] != "run" else real(sys.argv[1]))
     )
@@ -54,14 +57,18 @@ def main() -> int:
       f"{card} is in no table of `posttrain plan`: nothing was compared. Add it to posttrain_jax/plan/chips.py"
     )
     return 1
-  results = []
-  for name in CASES:
-    planned = _part(name, f"{topology}:1x1", JAX_PLATFORMS="cpu")
-    ran = _part(name, "run")
-    results.append({"case": name, "planned_gib": planned["peak_gib"], **ran})
-    print(line(results[-1]), flush=True)
+  at_once = len(CASES) if "--at_once" in sys.argv else 1
+  with futures.ThreadPoolExecutor(at_once) as pool:
+    results = list(pool.map(functools.partial(both, topology), CASES))
   write(card, results)
   return int(any(abs(apart(r)) > MOST for r in results))
+
+
+def both(topology: str, name: str) -> dict[str, Any]:
+  planned = _part(name, f"{topology}:1x1", JAX_PLATFORMS="cpu")
+  found = {"case": name, "planned_gib": planned["peak_gib"], **_part(name, "run")}
+  print(line(found), flush=True)
+  return found
 
 
 def _told(program: str) -> str:

@@ -19,6 +19,7 @@ from posttrain_jax.adapters.config import AdapterConfig
 from posttrain_jax.adapters.dropout import dropout
 from posttrain_jax.adapters.node import Change
 from posttrain_jax.core import sharding, struct, weight
+from posttrain_jax.core.product import exact
 from posttrain_jax.core.weight import embed, linear
 
 Array = jax.Array
@@ -65,7 +66,7 @@ class AdaLoRA(Change):
   def dense(self, base: Any, dtype: Any = None) -> Array:
     """W + scale a diag(e) b, summed in float32 and rounded once."""
     w = weight.dense(base)
-    update = (self.a * self._values()[..., None, :]) @ self.b
+    update = exact(self.a * self._values()[..., None, :], self.b)
     return (w.astype(jnp.float32) + update).astype(dtype or w.dtype)
 
   def _values(self) -> Array:

@@ -19,6 +19,7 @@ from posttrain_jax.adapters.config import AdapterConfig
 from posttrain_jax.adapters.dora import DoRA
 from posttrain_jax.adapters.lora import LoRA
 from posttrain_jax.core import tree, weight
+from posttrain_jax.core.product import exact
 
 Array = jax.Array
 # ([arrays of one shape], weights) -> array: an operator of `merge`, its options bound
@@ -158,8 +159,8 @@ def _truncated(node: LoRA, rank: int) -> LoRA:
   def one(a, b):
     q, r = jnp.linalg.qr(a)
     p, s = jnp.linalg.qr(b.T)
-    u, values, v = jnp.linalg.svd(r @ s.T, full_matrices=False)
-    return _halves(q @ u, values, v @ p.T, rank)
+    u, values, v = jnp.linalg.svd(exact(r, s.T), full_matrices=False)
+    return _halves(exact(q, u), values, exact(v, p.T), rank)
 
   return _layered(one, node.a, node.b)
 
@@ -191,7 +192,7 @@ def _stacked(pairs: Sequence[tuple[Array, Array]], lead: tuple[int, ...]) -> LoR
 def _change(node: LoRA, base: Any) -> Array:
   if not isinstance(node, DoRA):
     a, b = _plain(node)
-    return a @ b
+    return exact(a, b)
   return node.dense(base, jnp.float32) - weight.dense(base).astype(jnp.float32)
 
 

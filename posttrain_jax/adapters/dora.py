@@ -23,6 +23,7 @@ from posttrain_jax.adapters.dropout import dropout
 from posttrain_jax.adapters.ia3 import IA3
 from posttrain_jax.adapters.lora import LoRA, of_rows
 from posttrain_jax.core import sharding, struct, weight
+from posttrain_jax.core.product import exact
 from posttrain_jax.core.weight import Adapted, embed, linear, linear32
 
 Array = jax.Array
@@ -82,7 +83,7 @@ class DoRA(LoRA):
     a, b = self.a, self._scales()[:, None] * self.b
     across = linear32(a.T.astype(dtype), _still(base))
     unit = jnp.square(self.norm) + TINY**2
-    update = jnp.sum(b * ((a.T @ a) @ b), axis=0) / unit
+    update = jnp.sum(b * exact(exact(a.T, a), b), axis=0) / unit
     # in units of ||W||: a fresh factor is 1 to the bit, whether root and quotient are rounded once or twice
     square = 1 + 2 * jnp.sum(b * across, axis=0) / unit + update
     square = jnp.maximum(square, FLOOR * (1 + update))
@@ -94,7 +95,7 @@ class DoRA(LoRA):
     """magnitude * V / ||V||, in float32 and rounded once."""
     w = weight.dense(base)
     wide = w.astype(jnp.float32)
-    direction = wide + (self.a * self._scales()[..., None, :]) @ self.b
+    direction = wide + exact(self.a * self._scales()[..., None, :], self.b)
     square = jnp.sum(jnp.square(direction), axis=-2, keepdims=True)
     scaled = self.magnitude[..., None, :] / jnp.sqrt(square + TINY**2) * direction
     if self.mask is not None:

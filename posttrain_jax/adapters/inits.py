@@ -19,6 +19,7 @@ import numpy as np
 from posttrain_jax.adapters import dora, lora
 from posttrain_jax.adapters.config import AdapterConfig
 from posttrain_jax.core import weight
+from posttrain_jax.core.product import exact
 
 Array = jax.Array
 Store = Callable[[Array], Any]  # a matrix -> the weight that it is kept as
@@ -132,11 +133,11 @@ def pissa(w: Array, rank: int, scale: Any, *, iterations: int = 0, key: Any = No
   """
   if iterations:
     size = min(rank + OVERSAMPLING, *w.shape)
-    basis = jnp.linalg.qr(w @ jax.random.normal(key, (w.shape[1], size)))[0]
-    turn = lambda _, basis: jnp.linalg.qr(w @ jnp.linalg.qr(w.T @ basis)[0])[0]
+    basis = jnp.linalg.qr(exact(w, jax.random.normal(key, (w.shape[1], size))))[0]
+    turn = lambda _, basis: jnp.linalg.qr(exact(w, jnp.linalg.qr(exact(w.T, basis))[0]))[0]
     basis = jax.lax.fori_loop(0, iterations, turn, basis)
-    left, values, right = jnp.linalg.svd(basis.T @ w, full_matrices=False)
-    left = basis @ left
+    left, values, right = jnp.linalg.svd(exact(basis.T, w), full_matrices=False)
+    left = exact(basis, left)
   else:
     left, values, right = jnp.linalg.svd(w, full_matrices=False)
   root = jnp.sqrt(values[:rank] / scale)
@@ -173,7 +174,7 @@ def _wide(w):
 def _residual(w, a, b, scale):
   """w - scale a b, in w's dtype."""
   dense = weight.dense(w)
-  return (dense.astype(jnp.float32) - scale * (a @ b)).astype(dense.dtype)
+  return (dense.astype(jnp.float32) - scale * exact(a, b)).astype(dense.dtype)
 
 
 def _stacked(matrices, lead):

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec
 
 from posttrain_jax.adapters.node import Change
 from posttrain_jax.core import struct
+from posttrain_jax.core.product import precision
 from posttrain_jax.core.weight import linear
 
 Array = jax.Array
@@ -72,7 +73,8 @@ class Seated(Change):
 
   def _product(self, x: Array) -> Array:
     a, b = self.a.astype(x.dtype), self.b.astype(x.dtype)
-    return jnp.einsum("n...r,nro->n...o", jnp.einsum("n...i,nir->n...r", x, a), b)
+    down = jnp.einsum("n...i,nir->n...r", x, a, precision=precision(x, a))
+    return jnp.einsum("n...r,nro->n...o", down, b, precision=precision(down, b))
 
   def scaled(self, y: Array, dtype: Any) -> Array:
     """y: [rows, ..., out], times the columns, in dtype."""

@@ -25,6 +25,7 @@ from posttrain_jax.adapters.prefix import Prefix
 from posttrain_jax.adapters.prompt import SoftPrompt
 from posttrain_jax.adapters.seated import Seated
 from posttrain_jax.core import sharding, struct, tree, weight
+from posttrain_jax.core.product import precision
 from posttrain_jax.core.weight import Adapted, Rows, embed
 from posttrain_jax.models import attention, before
 
@@ -69,7 +70,9 @@ class Stacked(Change, PerRow):
     index = _rows_of(self.index, ids.shape[0])
     embedded = embed(ids, base)
     down = self.a[index.reshape(-1, *[1] * (ids.ndim - 1)), ids]
-    y = embedded + jnp.einsum("n...r,nro->n...o", down, self.b[index])
+    y = embedded + jnp.einsum(
+      "n...r,nro->n...o", down, self.b[index], precision=precision(down, self.b)
+    )
     return self._whole(base).seated().scaled(y, embedded.dtype)
 
   def _whole(self, base: Any) -> Stacked:

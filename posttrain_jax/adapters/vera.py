@@ -19,6 +19,7 @@ from posttrain_jax.adapters.config import AdapterConfig
 from posttrain_jax.adapters.dropout import dropout
 from posttrain_jax.adapters.node import Change, Common
 from posttrain_jax.core import struct, weight
+from posttrain_jax.core.product import exact
 from posttrain_jax.core.weight import Shared, embed, linear
 
 Array = jax.Array
@@ -76,7 +77,7 @@ class VeRA(Change):
     """W + A diag(lambda_d) B diag(lambda_b), summed in float32 and rounded once."""
     w = weight.dense(base)
     a, b = self._corners(w.shape[-2])
-    update = (a * self.lambda_d[..., None, :]) @ b * self._gain()[..., None, :]
+    update = exact(a * self.lambda_d[..., None, :], b) * self._gain()[..., None, :]
     return (w.astype(jnp.float32) + update).astype(dtype or w.dtype)
 
   def _corners(self, rows: int) -> tuple[Array, Array]:

@@ -16,6 +16,17 @@ BITS = jnp.uint16  # of numbers in bfloat16
 PRODUCT = "product"
 
 
+def precision(*operands: Any) -> jax.lax.Precision | None:
+  """HIGHEST where all are float32: left to themselves a GPU rounds those to TF32, and a TPU to bfloat16."""
+  is_float32 = all(x.dtype == jnp.float32 for x in operands)
+  return jax.lax.Precision.HIGHEST if is_float32 else None
+
+
+def exact(x: Array, w: Array) -> Array:
+  """x @ w, of float32 as a CPU computes it."""
+  return jnp.matmul(x, w, precision=precision(x, w))
+
+
 def product(x: Array, w: Array, contract: int, dtype: Any = None, operands: Any = None) -> Array:
   """x @ w (contract=0) or x @ w.T (contract=1), in dtype; None for x's.
 
@@ -134,7 +145,9 @@ def _over_rows(x: Array, g: Array) -> Array:
 
 def _sum(x: Array, g: Array) -> Array:
   rows = tuple(range(x.ndim - 1))
-  return jax.lax.dot_general(x, g, ((rows, rows), ((), ())), preferred_element_type=jnp.float32)
+  return jax.lax.dot_general(
+    x, g, ((rows, rows), ((), ())), precision(x, g), preferred_element_type=jnp.float32
+  )
 
 
 _product32.defvjp(_product32_forward, _product32_backward, symbolic_zeros=True)
@@ -154,7 +167,6 @@ def _dot(x: Array, w: Array, contract: int, dtype: Any) -> Array:
   """One row is two: XLA:CPU has no bfloat16 product of one, and sixty of 576 x 1536 took 66 ms for 9."""
   alone = x.dtype == jnp.bfloat16 and x.size == x.shape[-1] and jax.default_backend() == "cpu"
   rows = jnp.concatenate([x, x], axis=-2) if alone and x.ndim > 1 else x
-  y = jax.lax.dot_general(
-    rows, w, (((x.ndim - 1,), (contract,)), ((), ())), preferred_element_type=dtype
-  )
+  dimensions = (((x.ndim - 1,), (contract,)), ((), ()))
+  y = jax.lax.dot_general(rows, w, dimensions, precision(x, w), preferred_element_type=dtype)
   return y if rows is x else y[..., :1, :]

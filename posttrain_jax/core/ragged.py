@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from posttrain_jax.core import struct
+from posttrain_jax.core.product import precision
 
 Array = jax.Array
 SMALLEST, LARGEST = (
@@ -64,7 +65,8 @@ def dot(x: Array, w: Array, sizes: Array, operands: Any) -> Array:
     x.astype(operands),
     w.astype(operands),
     sizes.astype(jnp.int32),
-    preferred_element_type=jnp.float32,
+    jax.lax.Precision.HIGHEST if operands == jnp.float32 else None,
+    jnp.float32,
   )
 
 
@@ -79,7 +81,9 @@ def _backward(operands: Any, kept: Any, g: Array) -> tuple[Array, Array, None]:
     group, begin = of.at(i)
     some, of_some = (jax.lax.dynamic_slice_in_dim(a, begin, of.block) for a in (rows, slopes))
     of_some = jnp.where(of.rows(begin, group), of_some, 0)
-    product = jnp.matmul(some.T, of_some, preferred_element_type=jnp.float32)
+    product = jnp.matmul(
+      some.T, of_some, precision=precision(some, of_some), preferred_element_type=jnp.float32
+    )
     return sums.at[group].add(product)
 
   d_w = jax.lax.fori_loop(0, of.first[-1], body, jnp.zeros(w.shape, jnp.float32))

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from posttrain_jax.core import sharding, struct
+from posttrain_jax.core import product, sharding, struct
 from posttrain_jax.models import across, cache
 
 Array = jax.Array
@@ -480,7 +480,10 @@ def _folded(x):
   return x.reshape(*x.shape[:2], -1, x.shape[-1])
 
 
-_products = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+def _products(subscripts: str, x: Array, y: Array) -> Array:
+  return jnp.einsum(
+    subscripts, x, y, precision=product.precision(x, y), preferred_element_type=jnp.float32
+  )
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from posttrain_jax.core import metrics as metrics_lib
 from posttrain_jax.core import struct, zigzag
 from posttrain_jax.core.metrics import Mean
+from posttrain_jax.core.product import precision
 from posttrain_jax.core.weight import linear32
 from posttrain_jax.losses import logprob, preference, supervised
 from posttrain_jax.losses.spans import Spans
@@ -351,7 +352,9 @@ class Preference(Compared):
       return None
     where = jax.nn.one_hot(at.answer, at.present.shape[1], dtype=forward.hidden.dtype)
     where = where * at.mask[..., None] / at.lengths[:, None, :]
-    means = jnp.einsum("rts,rte->rse", zigzag.cut(where), forward.hidden)
+    means = jnp.einsum(
+      "rts,rte->rse", zigzag.cut(where), forward.hidden, precision=precision(where, forward.hidden)
+    )
     return jnp.mean(linear32(means, self.head(forward)), axis=-1)
 
   def _sums(self, logps: Array, at: Spans) -> Array:

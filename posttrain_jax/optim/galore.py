@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,6 +18,10 @@ PROJECTIONS = ("std", "reverse_std", "right", "left", "full")
 LAYERS = r"layers/.*"
 
 
+# of float32 gradients, as they are: an accelerator rounds its own
+_product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+
+
 @struct.dataclass
 class Subspace:
   """low = left^T G right^T, with left: [..., in, rank] and right: [..., rank, out]; None: that side stays whole."""
@@ -26,13 +31,13 @@ class Subspace:
 
   def project(self, g: Array) -> Array:
     if self.left is not None:
-      g = jnp.einsum("...ir,...io->...ro", self.left, g)
-    return g if self.right is None else jnp.einsum("...io,...ro->...ir", g, self.right)
+      g = _product("...ir,...io->...ro", self.left, g)
+    return g if self.right is None else _product("...io,...ro->...ir", g, self.right)
 
   def back(self, low: Array) -> Array:
     if self.left is not None:
-      low = jnp.einsum("...ir,...ro->...io", self.left, low)
-    return low if self.right is None else jnp.einsum("...ir,...ro->...io", low, self.right)
+      low = _product("...ir,...ro->...io", self.left, low)
+    return low if self.right is None else _product("...ir,...ro->...io", low, self.right)
 
   def of(self, g: Array, rank: int) -> Subspace:
     """The leading singular vectors of g, float32, one layer after the other.

@@ -30,7 +30,10 @@ ENVIRONMENT = {
 }
 # libtpu that jax 0.10.2 pins: with 0.0.52 programs of v6e cannot be printed, and so their collectives not be read
 LIBTPU = "libtpu==0.0.42.*"
-CUDA = "jax_cuda12_plugin"
+CUDA = (
+  "jax_cuda13_plugin",
+  "jax_cuda12_plugin",
+)  # the plugin for either CUDA; the first that is there compiles
 CHIPS_A_HOST = 4
 FLAT = {"v5e": "4x4", "v6e": "4x4"}  # whose slices lie in a plane; those of the others fill space
 LARGEST_FLAT = 16  # chips along a side of them
@@ -160,7 +163,8 @@ def _tpu(topology: str, chip: Chip, sizes: tuple[int, ...], slices: int) -> Targ
 
 def _gpu(topology: str, chip: Chip, sizes: tuple[int, int]) -> Target:
   """hosts x GPUs; the hosts are the slices."""
-  if not has_cuda():
+  plugin = cuda()
+  if plugin is None:
     raise ValueError(f"topology={topology}: jax's CUDA plugin is not installed; {INSTALL}")
   hosts, each = sizes
   # a backend has to be there before the plugin's topologies are: the CPU's, since looking for a card makes the plugin
@@ -173,7 +177,7 @@ def _gpu(topology: str, chip: Chip, sizes: tuple[int, int]) -> Target:
     topology=f"1x{hosts}x{each}",
     target_config=chips.target_config(chip),
   ).devices
-  version = f"{CUDA} {importlib.metadata.version(CUDA.replace('_', '-'))}"
+  version = f"{plugin} {importlib.metadata.version(plugin.replace('_', '-'))}"
   return _target(topology, "gpu", tuple(devices), chip, version, hosts)
 
 
@@ -195,5 +199,6 @@ def has_libtpu() -> bool:
   return importlib.util.find_spec("libtpu") is not None
 
 
-def has_cuda() -> bool:
-  return importlib.util.find_spec(CUDA) is not None
+def cuda() -> str | None:
+  """jax's CUDA plugin, where it is installed."""
+  return next((name for name in CUDA if importlib.util.find_spec(name) is not None), None)

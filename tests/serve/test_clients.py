@@ -157,7 +157,7 @@ NONSENSE = {
 @pytest.mark.parametrize("name", NONSENSE)
 def test_what_is_no_request_is_refused_in_json_and_the_next_is_served(name):
   data, status = NONSENSE[name]
-  limits = Limits(unread_seconds=0.2)  # well before this client gives up, which waits as long as the default
+  limits = Limits(unread_seconds=0.2)  # this client gives up after as long as the default
   with listening(fake.Worker(served.says("Hello")), limits=limits) as address:
     sock = connected(address)
     with contextlib.suppress(OSError):  # the server may close before all is sent
