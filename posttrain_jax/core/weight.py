@@ -21,6 +21,7 @@ from posttrain_jax.core.product import BITS as BITS
 from posttrain_jax.core.product import PRODUCT as PRODUCT
 from posttrain_jax.core.product import multiplied as multiplied
 from posttrain_jax.core.product import operand
+from posttrain_jax.core.product import precision as precision
 from posttrain_jax.core.product import product as product
 
 Array = jax.Array

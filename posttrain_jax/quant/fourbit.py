@@ -173,8 +173,11 @@ def _apply_backward(w, g):
 
 
 def _among_devices(x: Array, halves: Array, contract: Any) -> Array:
-  product = functools.partial(jax.lax.dot_general, preferred_element_type=x.dtype)
-  return product(x.astype(halves.dtype), halves, (contract, ((), ())))
+  rows = x.astype(halves.dtype)
+  told = weight.precision(rows, halves)
+  return jax.lax.dot_general(
+    rows, halves, (contract, ((), ())), told, preferred_element_type=x.dtype
+  )
 
 
 _apply.defvjp(_apply_forward, _apply_backward)
