@@ -82,7 +82,7 @@ def run(
   Raises:
     ConfigError: before anything runs: no stages, one that is not understood, or one that has begun otherwise.
   """
-  folder = Path(workdir).expanduser()
+  folder = Path(workdir).expanduser().absolute()  # the same chain, however its folder is written
   stages = expand(settings.stages(config), folder)
   for stage in stages:
     check(stage)

@@ -23,6 +23,17 @@ from posttrain_jax.models import fetch, hf
 from posttrain_jax.objectives import Scorer, reference_cache
 from posttrain_jax.settings import ConfigError
 
+# fields of a model's config that change no log-probability
+SAYS_NOTHING = (
+  "family",
+  "max_length",
+  "bos_token_id",
+  "eos_token_ids",
+  "pad_token_id",
+  "part_of",
+  "source",
+)
+
 
 def is_in_step(config: ml_collections.ConfigDict) -> bool:
   """Whether each step computes the reference's log-probabilities, of parameters that stay."""
@@ -75,7 +86,7 @@ def check(config: ml_collections.ConfigDict, model: Model) -> None:
   """Raises where config.objective.reference is no policy to compare with, before anything is written.
 
   Raises:
-    ConfigError: nothing is there, or a model of another vocabulary or shape.
+    ConfigError: nothing is there, or a model of another vocabulary or shape, or one that computes otherwise.
   """
   name = config.objective.reference
   if name == "base" or is_adapter(name):
@@ -93,6 +104,13 @@ def check(config: ml_collections.ConfigDict, model: Model) -> None:
   if shape(other_config) != shape(model.config):
     raise ConfigError(
       f"objective.reference={name}: it is of another shape than the model; the reference is a policy of the same family"
+    )
+  other, own = (dataclasses.asdict(c) for c in (other_config, model.config))
+  if unlike := [field for field in own if field not in SAYS_NOTHING and other[field] != own[field]]:
+    shown = ", ".join(f"{field} {other[field]} for {own[field]}" for field in unlike)
+    raise ConfigError(
+      f"objective.reference={name}: it computes otherwise than the model ({shown}), and a step computes both alike; the"
+      " reference is a policy of the same family"
     )
 
 

@@ -32,7 +32,7 @@ LENGTH = ("steps", "epochs")  # of which one says how long a run is
 # what ends a call or a run, and says nothing of what is computed: a run may go on with others
 PATIENCE = (
   *("reward.seconds", "reward.retries", "holdout_reward.seconds", "holdout_reward.retries"),
-  *("online.most_drift", "online.engine_patience"),
+  *("online.most_drift", "online.engine_patience", "checkpoint.keep"),
 )
 LISTED = "posttrain train --config=FILE --help lists all of them"
 # fields that decide which others a section has -> the argument of the config file that makes the section so

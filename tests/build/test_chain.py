@@ -120,6 +120,14 @@ def test_a_finished_stage_is_skipped_and_a_failed_one_goes_on(made):
   assert len(calls(folder)) == 4
 
 
+def test_a_chain_goes_on_however_its_folder_is_written(made, monkeypatch):
+  file, folder, command = made
+  assert run(*made)[0] == 0
+  monkeypatch.chdir(folder.parent)
+  assert run(file, pathlib.Path(folder.name), command)[0] == 0
+  assert calls(folder) == ["cold", "answers", "again"]
+
+
 def test_what_a_finished_stage_made_is_made_again_where_it_is_gone(made):
   _file, folder, _command = made
   run(*made)

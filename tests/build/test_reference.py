@@ -55,14 +55,20 @@ def test_what_trains_is_copied_where_a_loss_compares_with_it_and_nowhere_else(
 
 @pytest.mark.parametrize(
   ("name", "message"),
-  [("nowhere", "'nowhere'"), ("empty", "config.json"), ("other", "of another shape")],
+  [
+    ("nowhere", "'nowhere'"),
+    ("empty", "config.json"),
+    ("small", "of another shape"),
+    ("turned", r"computes otherwise than the model \(rope .*500.* for "),
+  ],
 )
 def test_a_reference_that_is_no_policy_of_the_family_is_refused_at_the_start(
   name, message, shared, tmp_path
 ):
   (tmp_path / "empty").mkdir()
-  small = tiny.config(num_hidden_layers=1)
-  hf.save(tmp_path / "other", decoder.init(KEY, small), small)
+  for folder, changed in (("small", {"num_hidden_layers": 1}), ("turned", {"rope_theta": 500.0})):
+    other = tiny.config(**changed)
+    hf.save(tmp_path / folder, decoder.init(KEY, other), other)
   path = name if name == "nowhere" else tmp_path / name
   fields = [f"--config.objective.reference={path}"]
   config = settings.load(f"{CONFIG}:model={shared / 'model'},data=x", fields)
