@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import bench
-import limits
 import numpy as np
 
 from posttrain_jax.core import files
@@ -150,29 +149,26 @@ def spent(trace: Path, known: Mapping[str, Mapping[str, Operation]]) -> dict[str
   return dict(total)
 
 
-def window() -> Any:
-  """Writes some answers; the rows of one window after another."""
+def window(dtype: str) -> Any:
+  """Writes some answers; on a CPU what lies between products is float32."""
   import jax.numpy as jnp
 
   from posttrain_jax.adapters import layout
-  from posttrain_jax.build import decisions
   from posttrain_jax.models import hf
   from posttrain_jax.rollout import engine
 
-  dtype = jnp.dtype(bench.dtype())
-  params, config = hf.load("smollm2", dtype=dtype, place=layout.place)
+  params, config = hf.load("smollm2", dtype=jnp.dtype(dtype), place=layout.place)
   ready = engine.prepare(params, config, "auto")
   prompts = np.random.default_rng(0).integers(1000, 40000, (ANSWERS, PROMPT)).tolist()
-  how: dict[str, Any] = dict(max_new_tokens=NEW, batch_size=ANSWERS)
-  how |= dict(dtype=decisions.between(dtype))
+  how: dict[str, Any] = dict(max_new_tokens=NEW, batch_size=ANSWERS, dtype=jnp.float32)
   return lambda: engine.generate(ready, config, prompts, **how)
 
 
-def work(job: str, dump: str) -> None:
-  """In a process of its own: what a job spends, as JSON."""
+def work(job: str, dtype: str, dump: str) -> None:
+  """In a process of its own, whose `bench` is that of the version it is of: what a job spends, as JSON."""
   import jax
 
-  do = bench.jax_jobs()["fixed"] if job == "step" else window()
+  do = bench.jax_jobs()["fixed"] if job == "step" else window(dtype)
   do()
   do()
   with tempfile.TemporaryDirectory() as folder:
@@ -182,14 +178,14 @@ def work(job: str, dump: str) -> None:
   print("\n" + json.dumps(found))
 
 
-def profiled(tree: Path, job: str) -> dict[str, float]:
+def profiled(tree: Path, job: str, dtype: str) -> dict[str, float]:
   with tempfile.TemporaryDirectory() as dump:
     flags = f"--xla_cpu_multi_thread_eigen=false --xla_dump_to={dump} --xla_dump_hlo_as_text"
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, bench.DTYPE: dtype}
     environment["PYTHONPATH"] = os.pathsep.join([str(tree), str(tree / "experiments")])
     core = {max(os.sched_getaffinity(0))}
     done = subprocess.run(
-      [sys.executable, "-P", __file__, f"--work={job}", f"--dump={dump}"],
+      [sys.executable, "-P", __file__, f"--work={job}", f"--dtype={dtype}", f"--dump={dump}"],
       env=environment,
       stdout=subprocess.PIPE,
       text=True,
@@ -221,14 +217,16 @@ def main() -> None:
   parser.add_argument("--dump", help=argparse.SUPPRESS)
   args = parser.parse_args()
   if args.work:
-    work(args.work, args.dump)
+    work(args.work, args.dtype, args.dump)
     return
-  os.environ[bench.DTYPE] = args.dtype
+  import limits
+
   trees = {**({"before": args.before.absolute()} if args.before else {}), "now": ROOT}
   path = bench.beside("parts", limits.processor())
   written = json.loads(path.read_text()) if path.exists() else {}
   found = {
-    job: {name: profiled(tree, job) for name, tree in trees.items()} for job in ("step", "window")
+    job: {name: profiled(tree, job, args.dtype) for name, tree in trees.items()}
+    for job in ("step", "window")
   }
   written |= {"processor": limits.processor(), args.dtype: found}
   lines = [
