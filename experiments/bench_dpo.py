@@ -2,11 +2,12 @@
 
   POSTTRAIN_DATA=... .venv-oracle/bin/python experiments/bench_dpo.py        (`make bench` runs it too)
 
-24 (or --pairs) of the 300 pairs of demo_pairs/dpo_en_demo.json, evenly by length, once through, four a step. Both
+24 (or --pairs) of the 300 pairs of demo_pairs/dpo_en_demo.json, evenly by length, once through, about four a step. Both
 compute the reference (the base without its adapter) in the time that counts: TRL at each step, here once before the
-steps. Here the prompt of a pair is computed once and pairs of like length share a batch. There the two sequences of a
-pair are padded to the longer, and four pairs are accumulated one by one: at once they end in 24 GiB of memory being
-full, and would be padded further. A worker is alone in memory, so they follow one another.
+steps. Here the prompt of a pair is computed once, and rows as long as the longest pair hold several, two rows a step,
+as `posttrain train` packs them. There the two sequences of a pair are padded to the longer, and four pairs are
+accumulated one by one: at once they end in 24 GiB of memory being full, and would be padded further. A worker is alone
+in memory, so they follow one another.
 
 The share of the product rate is by what we compute: one forward for the reference and a training step, over each
 pair's prompt, once, and its two answers.
@@ -26,7 +27,7 @@ from pathlib import Path
 import bench
 import limits
 
-A_STEP, BETA, LONGEST = 4, 0.1, 2048
+A_STEP, ROWS, BETA, LONGEST = 4, 2, 0.1, 2048  # pairs of a step there, rows of a step here
 ASKED = "POSTTRAIN_BENCH_PAIRS"  # in the environment of a worker
 PAIRS = int(os.environ.get(ASKED, "24"))
 DATA = "demo_pairs/dpo_en_demo.json"
@@ -84,9 +85,9 @@ def jax_jobs() -> bench.Jobs:
     nonlocal state
     with tempfile.TemporaryDirectory() as cache:  # empty: the reference is computed each time
       scored = reference_cache.scored(
-        examples, objective, params, cache=Path(cache), say=lambda _: None
+        examples, objective, params, cache=Path(cache), length=longest, say=lambda _: None
       )
-    batches = loader.Loader(scored, batch_size=A_STEP, length=longest, packing=False)
+    batches = loader.Loader(scored, batch_size=ROWS, length=longest)
     for _ in range(batches.batches()):
       state, _ = update(state, context, next(batches))
     jax.block_until_ready(state)

@@ -130,6 +130,7 @@ def scored(
     scorer=objective,
     params=params(config, model, mesh),
     cache=fetch.cache() / "reference",
+    length=config.data.length if config.data.packing else None,
     mesh=mesh,
     say=say,
   )

@@ -15,7 +15,7 @@ import safetensors
 
 from posttrain_jax.core import distributed, files, sharding, tree
 from posttrain_jax.data.answers import Answers
-from posttrain_jax.data.packing import bucket_edges, pack_answers
+from posttrain_jax.data.packing import best_fit, bucket_edges, pack_answers, slots
 from posttrain_jax.objectives.objective import Batch, Forward, Scorer
 from posttrain_jax.objectives.rows import spans
 
@@ -28,6 +28,7 @@ def scored(
   params: Any,
   *,
   cache: Path,
+  length: int | None = None,
   mesh: jax.sharding.Mesh | None = None,
   say: Callable[[str], None] = print,
 ) -> list[Answers]:
@@ -37,6 +38,7 @@ def scored(
     cache: a folder; the file in it is named by what it depends on: tokens, parameters, dtype.  Its content is verified,
       and a damaged file is made again.  Of several processes the main one reads and writes it, and each computes the
       rows of its devices.
+    length: of rows that hold several examples, as a training step's do; None: a row holds one, padded.
   """
   every = [*examples, *(e.companion for e in examples if e.companion is not None)]
   digest = _digest(every, f"{tree.digest(params)} {scorer.dtype} {scorer.products} {scorer.model}")
@@ -52,7 +54,7 @@ def scored(
   flat = distributed.from_main(flat)
   if flat is None:
     say(f"reference: computing log-probabilities of {len(examples):,} examples")
-    flat = np.concatenate(_computed(every, scorer, params, mesh))
+    flat = np.concatenate(_computed(every, scorer, params, length, mesh))
     if not np.isfinite(flat).all():
       bad = int(np.searchsorted(ends, np.flatnonzero(~np.isfinite(flat))[0], side="right"))
       raise ValueError(
@@ -121,7 +123,11 @@ def _digest(examples: Sequence[Answers], of: str) -> str:
 
 
 def _computed(
-  examples: Sequence[Answers], scorer: Scorer, params: Any, mesh: jax.sharding.Mesh | None
+  examples: Sequence[Answers],
+  scorer: Scorer,
+  params: Any,
+  length: int | None,
+  mesh: jax.sharding.Mesh | None,
 ) -> list[np.ndarray]:
   """float32 [time] each; 0 where a token is not scored."""
 
@@ -131,28 +137,31 @@ def _computed(
     return scorer.scores(forward, batch, spans(batch).mask).logp
 
   computed: list[Any] = [None] * len(examples)
-  for rows, batch in _batches(examples, mesh):
+  for rows, batch in _batches(examples, length, mesh):
     made = distributed.whole(logps(params, distributed.placed(mesh, batch)), mesh)
     values = np.roll(np.asarray(made), 1, axis=1)  # where the token stands
-    for row, i in enumerate(rows):
-      computed[i] = values[row, : len(examples[i].tokens)]
+    for row, of_row in zip(values, rows):
+      ends = np.cumsum([len(examples[i].tokens) for i in of_row])
+      for i, part in zip(of_row, np.split(row, ends)):
+        computed[i] = part
   return computed
 
 
 def _batches(
-  examples: Sequence[Answers], mesh: jax.sharding.Mesh | None
-) -> Iterator[tuple[list[int], Any]]:
-  """One example a row, rows of a length together."""
+  examples: Sequence[Answers], length: int | None, mesh: jax.sharding.Mesh | None
+) -> Iterator[tuple[list[list[int]], Any]]:
+  """(the examples of each row, the batch); rows of a length together."""
   bare = [dataclasses.replace(e, values={}, companion=None, steps=None) for e in examples]
   lengths = np.array([len(e.tokens) for e in bare])
-  edges = bucket_edges(lengths)
-  slots = max(e.count for e in bare)
+  # a companion may be longer than any example
+  edges = bucket_edges(lengths) if length is None else (max(length, int(lengths.max())),)
+  room = slots(bare, edges[-1], packing=length is not None)
   shares = 1 if mesh is None else sharding.row_shares(mesh)
   bucket = np.searchsorted(edges, lengths)
   for at, edge in enumerate(edges):
-    here = np.flatnonzero(bucket == at).tolist()
-    size = shares * max(1, TOKENS // edge // shares)
+    alone = [[i] for i in np.flatnonzero(bucket == at).tolist()]
+    here = alone if length is None else best_fit(lengths, edge)
+    size = shares * max(1, min(TOKENS // edge // shares, -(-len(here) // shares)))
     for start in range(0, len(here), size):
       rows = here[start : start + size]
-      filled = [[i] for i in rows] + [[]] * (size - len(rows))
-      yield rows, pack_answers(bare, filled, edge, slots)
+      yield rows, pack_answers(bare, rows + [[]] * (size - len(rows)), edge, room)

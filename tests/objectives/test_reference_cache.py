@@ -32,6 +32,17 @@ def test_a_cached_reference_is_the_base(name, tmp_path):
   assert "computing" in said[2]
 
 
+@pytest.mark.parametrize("name", ["dpo", "kto"])
+def test_several_examples_of_a_row_are_scored_as_each_alone(name, tmp_path):
+  objective, _, context, examples = setup(name)
+  how = dict(scorer=objective, params=context.base, say=lambda _: None)
+  alone = reference_cache.scored(examples, cache=tmp_path / "alone", **how)
+  together = reference_cache.scored(examples, cache=tmp_path / "together", length=40, **how)
+  for one, other in zip(alone, together):
+    np.testing.assert_allclose(one.ref_logps, other.ref_logps, rtol=1e-5, atol=1e-5)
+    assert np.any(one.ref_logps != 0)
+
+
 def flipped(path):
   data = bytearray(path.read_bytes())
   data[-9] ^= 1
