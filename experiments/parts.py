@@ -223,11 +223,11 @@ def main() -> None:
 
   trees = {**({"before": args.before.absolute()} if args.before else {}), "now": ROOT}
   path = bench.beside("parts", limits.processor())
-  written = json.loads(path.read_text()) if path.exists() else {}
   found = {
     job: {name: profiled(tree, job, args.dtype) for name, tree in trees.items()}
     for job in ("step", "window")
   }
+  written = json.loads(path.read_text()) if path.exists() else {}
   written |= {"processor": limits.processor(), args.dtype: found}
   lines = [
     "# Where the seconds go",
