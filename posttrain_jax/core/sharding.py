@@ -5,12 +5,14 @@ Models name logical axes (`constrain(x, "batch time embed")`), never meshes; wit
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.experimental import mesh_utils
@@ -152,20 +154,40 @@ def logical(axes: str) -> PartitionSpec:
   return PartitionSpec(*[ACTIVATIONS[name] for name in axes.split()])
 
 
-def gather(tree: Any, spec: PartitionSpec) -> Any:
+def gather(tree: Any, spec: PartitionSpec, *, in_parts: bool = True) -> Any:
   """The arrays of a parameter pinned to spec without its fsdp axes: whole on every device that computes with them.
 
   A quantised weight travels as it is stored: left to itself the compiler gathers the matrix that it decodes to.
+
+  Args:
+    in_parts: the gradient is pinned to spec, a part on each device: pinned as the array is, whole, a TPU's compiler
+      sums it whole, in twice the bytes.  False for what a loop reads at every turn, whose gradient is added up first.
   """
   if not active():
     return tree
-  spec = PartitionSpec(*[None if axis == "fsdp" else axis for axis in spec])
+  whole = PartitionSpec(*[None if axis == "fsdp" else axis for axis in spec])
   ambient = jax.sharding.get_abstract_mesh()
 
-  def pin(x: Any, spec: PartitionSpec) -> jax.Array:
-    return jax.lax.with_sharding_constraint(_movable(x, ambient), fitted(spec, x.shape, ambient))
+  def pin(x: Any, whole: PartitionSpec, part: PartitionSpec) -> jax.Array:
+    place = lambda spec: fitted(spec, x.shape, ambient)
+    x = _movable(x, ambient)
+    if in_parts and jnp.issubdtype(x.dtype, jnp.floating):
+      return _spread(x, place(whole), place(part))
+    return jax.lax.with_sharding_constraint(x, place(whole))
 
-  return jax.tree.map(pin, tree, specs(tree, spec))
+  return jax.tree.map(pin, tree, specs(tree, whole), specs(tree, spec))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _spread(x: jax.Array, whole: PartitionSpec, part: PartitionSpec) -> jax.Array:
+  """x pinned to whole, and its gradient to part."""
+  return jax.lax.with_sharding_constraint(x, whole)
+
+
+_spread.defvjp(
+  lambda x, whole, part: (jax.lax.with_sharding_constraint(x, whole), None),
+  lambda whole, part, _, g: (jax.lax.with_sharding_constraint(g, part),),
+)
 
 
 def _movable(x: Any, mesh: jax.sharding.AbstractMesh) -> Any:

@@ -384,7 +384,8 @@ def head(params: Params) -> Any:
 
 def whole_head(params: Params) -> Any:
   """`head`, gathered along fsdp: for a loop over tokens, which a TPU's compiler has gather it at every turn."""
-  return _whole(head(params), sharding.spec_for("lm_head/weight", RULES))
+  spec = sharding.spec_for("lm_head/weight", RULES)
+  return _whole(head(params), spec, in_parts=False)
 
 
 def scored(
@@ -565,10 +566,11 @@ def _gathered(p):
   return tree.unflatten((path, _whole(leaf, P(*specs[path][1:]))) for path, leaf in tree.items(p))
 
 
-def _whole(leaf, spec):
+def _whole(leaf, spec, *, in_parts=True):
   if isinstance(leaf, Adapted):
-    return leaf.replace(base=_whole(leaf.base, spec), node=_whole(leaf.node, spec))
-  return sharding.gather(leaf, spec)
+    base, node = (_whole(one, spec, in_parts=in_parts) for one in (leaf.base, leaf.node))
+    return leaf.replace(base=base, node=node)
+  return sharding.gather(leaf, spec, in_parts=in_parts)
 
 
 def _attention(h, p, window, cos, sin, config, extend, look):

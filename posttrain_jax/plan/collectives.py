@@ -21,6 +21,7 @@ BITS = {"pred": 8, "bf16": 16, "c64": 64, "c128": 128, "token": 0}
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
 _SHAPE = re.compile(r"\b(pred|token|[suf]\d+\w*|bf16|c64|c128)\[([\d,]*)\]")
+_COUNT = re.compile(r"[su]32\[\]\S* constant\((\d+)\)")
 # whatever an attribute names may be a computation: body=%a, branch_computations={%a, %b}, ...
 _NAMED = re.compile(r"\b\w+=\{?(%?[\w.\-]+(?:, ?%[\w.\-]+)*)")
 
@@ -148,13 +149,35 @@ def _times(bodies: Mapping[str, list[str]], entry: str) -> dict[str, tuple[int, 
 
 
 def _trips(line: str, bodies: Mapping[str, list[str]]) -> int | None:
-  """How often a loop runs: as the compiler says, or the constant that its counter is compared with; None: neither."""
+  """How often a loop runs: as the compiler says, or as its counter does, from 0 to a constant; None: neither."""
   if (known := re.search(r'known_trip_count":\{"n":"(\d+)"', line)) is not None:
     return int(known[1])
-  condition = re.search(r"condition=%?([\w.\-]+)", line)
-  lines = bodies.get(condition[1], []) if condition is not None else []
-  bounds = [re.search(r"s32\[\]\S* constant\((\d+)\)", one) for one in lines]
-  return max((int(bound[1]) for bound in bounds if bound is not None), default=None)
+  names = [re.search(rf"{part}=%?([\w.\-]+)", line) for part in ("condition", "body")]
+  condition, body = (bodies.get(name[1], []) if name is not None else [] for name in names)
+  bounds = [int(found[1]) for one in condition if (found := _COUNT.search(one)) is not None]
+  return math.ceil(max(bounds) / _step(condition, body)) if bounds else None
+
+
+def _step(condition: list[str], body: list[str]) -> int:
+  """What a turn adds to the counter that the condition reads: 2 where a turn does what two did; 1 if it is not read."""
+  asked, done = (
+    {match[1]: line for line in lines if (match := _INSTRUCTION.match(line))}
+    for lines in (condition, body)
+  )
+  results = dict(enumerate(_operands(body, "ROOT")))
+  for name in _operands(condition, "ROOT"):
+    if (place := re.search(r"\), index=(\d+)", asked.get(name, ""))) is not None:
+      added = results.get(int(place[1]), "")
+      parts = [_COUNT.search(done.get(one, "")) for one in _operands(body, f"%{added} =")]
+      return next((int(part[1]) for part in parts if part is not None), 1)
+  return 1
+
+
+def _operands(lines: list[str], begins: str) -> list[str]:
+  """The names that the instruction takes whose line begins like that."""
+  line = next((line for line in lines if line.lstrip().startswith(begins)), "")
+  match = _INSTRUCTION.match(line)
+  return [] if match is None else re.findall(r"%([\w.\-]+)", match[4].partition(")")[0])
 
 
 def _sizes(kind: str, line: str, mesh: Any, slices: np.ndarray) -> tuple[str, int, int]:

@@ -94,6 +94,30 @@ def test_constrain_does_nothing_without_a_mesh_and_places_with_one():
     assert not sharding.active()
 
 
+@pytest.mark.parametrize(("sizes", "rows"), [
+  (dict(fsdp=4, tensor=2), "fsdp"), (dict(data=2, fsdp=4), "fsdp"), (dict(fsdp=2, context=4), ("fsdp", "context")),
+])  # fmt: skip
+def test_of_what_is_gathered_whole_each_device_has_a_part_of_the_gradient(sizes, rows):
+  """Two constraints of the program: pinned whole, a TPU's compiler would sum the gradient whole."""
+  w = jnp.ones((16, 6))
+  loss = lambda w: jnp.sum(sharding.gather(w, P("fsdp", "tensor")) ** 2)
+  with jax.set_mesh(sharding.mesh(**sizes)):
+    pinned = [
+      equation.params["sharding"].spec
+      for equation in jax.make_jaxpr(jax.grad(loss))(w).eqns
+      if equation.primitive.name == "sharding_constraint"
+    ]
+    gradient = jax.jit(jax.grad(loss))(w)
+  assert pinned == [P(None, "tensor"), P(rows, "tensor")]
+  np.testing.assert_array_equal(gradient, 2 * w)
+
+
+def test_whole_numbers_are_gathered_too():
+  with jax.set_mesh(sharding.mesh(fsdp=8)):
+    found = jax.jit(lambda x: sharding.gather(x, P("fsdp")))(jnp.arange(16))
+  np.testing.assert_array_equal(found, np.arange(16))
+
+
 def test_an_unknown_axis_is_named():
   with (
     jax.set_mesh(sharding.mesh(fsdp=8)),

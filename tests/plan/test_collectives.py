@@ -80,6 +80,32 @@ def test_what_no_known_call_leads_to_is_counted_and_said(old, new, times, exact)
   assert ("at least" in "\n".join(report._sent(sent))) == (not exact)
 
 
+@pytest.mark.parametrize(("step", "times"), [(1, 8), (2, 4), (3, 3)])
+def test_a_loop_whose_turns_are_taken_together_is_counted_as_often_as_it_runs(step, times):
+  """As libtpu prints a product that passes its parts on while it multiplies: an unsigned counter, and turns by twos."""
+  text = f"""
+%body (p: (bf16[4,8], u32[])) -> (bf16[4,8], u32[]) {{
+  %two = u32[]{{:T(128)}} constant({step})
+  %start = (bf16[4,8], bf16[4,8], u32[]) collective-permute-start(%x), source_target_pairs={{{{0,2}},{{2,0}}}}
+  %one = u32[] get-tuple-element(%p), index=1
+  %next = u32[]{{:T(128)}} add(%one, %two)
+  ROOT %both = (bf16[4,8], u32[]) tuple(%start, /*index=1*/%next)
+}}
+
+%cond (p: (bf16[4,8], u32[])) -> pred[] {{
+  %bound = u32[]{{:T(128)}} constant(8)
+  %counter = u32[] get-tuple-element(%p), index=1
+  ROOT %less = pred[] compare(%counter, %bound), direction=LT
+}}
+
+ENTRY %main (x: bf16[4,8]) -> bf16[4,8] {{
+  %loop = (bf16[4,8], u32[]) while(%start), condition=%cond, body=%body
+}}
+"""
+  (one,) = collectives.read(text, MESH())
+  assert one == Collective("collective-permute", "fsdp", times, times * 4 * 8 * 2, 0)
+
+
 def test_what_follows_a_kernel_in_a_loop_is_counted():
   """Attributes of a kernel, as libtpu prints those of splash: over several lines, which begin with a brace too."""
   kernel = [

@@ -7,9 +7,12 @@ and values too; along tensor sums of activations, along expert rows; from slice 
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from posttrain_jax.core import sharding, tree
+from posttrain_jax.core.product import product
 from posttrain_jax.losses import logprob
 from posttrain_jax.models import decoder, hf
 from posttrain_jax.plan import collectives, program, topology
@@ -179,6 +182,39 @@ def test_the_head_is_gathered_once_for_all_chunks_of_tokens(folders, monkeypatch
   _, gathered = step.along("all-gather", "fsdp")
   weights = step.gathered(forward) * 7 / 8
   between(weights, gathered, weights + NUMBERS * TOKEN * 7 / 8)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+  not topology.has_libtpu(), reason="libtpu is not installed: PYTHONPATH=.venv-tpu/site"
+)
+def test_a_tpu_sends_the_gradient_of_a_layer_once():
+  """Each device is handed the part that is its own, while it multiplies; summed whole it would be sent twice."""
+  layers, width, tokens, devices = 2, 4096, 1024, 16
+  target = topology.target("v5e:4x4")
+  mesh = sharding.mesh(fsdp=devices, devices=target.devices)
+  stacked = P(None, "fsdp", None)
+  given = lambda shape, spec, dtype: jax.ShapeDtypeStruct(
+    shape, dtype, sharding=jax.NamedSharding(mesh, spec)
+  )
+
+  def loss(weights, x):
+    def layer(x, w):
+      return x + product(x, sharding.gather(w, P("fsdp")), 0), None
+
+    return jnp.square(jax.lax.scan(jax.checkpoint(layer), x, weights)[0].astype(jnp.float32)).sum()
+
+  weights = given((layers, width, width), stacked, jnp.float32)
+  x = given((devices, tokens, width), P("fsdp"), jnp.bfloat16)
+  with jax.set_mesh(mesh):
+    gradient = jax.jit(jax.grad(loss), out_shardings=weights.sharding)
+    text = gradient.lower(weights, x).compile().as_text()
+  kinds = {one.kind: one for one in collectives.read(text, mesh)}
+  assert "all-reduce" not in kinds
+  summed = sum(kinds[kind].sent for kind in kinds.keys() - {"all-gather", "all-to-all"})
+  whole = 4 * layers * width * width
+  between(whole * 15 / 16, summed, whole * 18 / 16)
+  assert all(one.exact for one in kinds.values())
 
 
 @each("context")
