@@ -31,6 +31,7 @@ from posttrain_jax.core import files
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY = "49152"
+OF_BASE, OF_ADAPTER = "products with the base", "products of the adapter"
 ANSWERS, PROMPT, NEW = 16, 40, 32
 # the innermost of our files that an operation came of -> what it is part of
 OF_FILES = {
@@ -75,7 +76,7 @@ class Operation:
     sizes = set(re.findall(r"\d+", " ".join(re.findall(r"\[([\d,]+)\]", self.text))))
     if VOCABULARY in sizes:
       return "products with the head"
-    return "products of the adapter" if str(bench.RANK) in sizes else "products with the base"
+    return OF_ADAPTER if str(bench.RANK) in sizes else OF_BASE
 
   @property
   def is_backward(self) -> bool:
@@ -130,8 +131,13 @@ def programs(folder: Path) -> dict[str, dict[str, Operation]]:
 # --- the time --------------------------------------------------------------------------------------------------------
 
 
-def spent(trace: Path, known: Mapping[str, Mapping[str, Operation]]) -> dict[str, float]:
-  """{part: milliseconds}, `, backward` behind a part's name where it is of the backward pass."""
+def spent(
+  trace: Path, known: Mapping[str, Mapping[str, Operation]], is_adapted: bool
+) -> dict[str, float]:
+  """{part: milliseconds}, `, backward` behind a part's name where it is of the backward pass.
+
+  is_adapted: whether there is an adapter, whose products are told by its rank: 16, which rows may be too.
+  """
   import jax
 
   (path,) = trace.rglob("*.xplane.pb")
@@ -144,6 +150,8 @@ def spent(trace: Path, known: Mapping[str, Mapping[str, Operation]]) -> dict[str
           continue
         operation = known.get(str(module), {}).get(event.name)
         part = "other" if operation is None else operation.part
+        if part == OF_ADAPTER and not is_adapted:
+          part = OF_BASE
         back = ", backward" if operation is not None and operation.is_backward else ""
         total[part + back] += event.duration_ns / 1e6
   return dict(total)
@@ -174,7 +182,7 @@ def work(job: str, dtype: str, dump: str) -> None:
   with tempfile.TemporaryDirectory() as folder:
     with jax.profiler.trace(folder):
       do()
-    found = spent(Path(folder), programs(Path(dump)))
+    found = spent(Path(folder), programs(Path(dump)), is_adapted=job == "step")
   print("\n" + json.dumps(found))
 
 
