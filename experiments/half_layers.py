@@ -10,8 +10,16 @@ Each arm trains all of the student for as many updates of as many rows:
   off_policy  the teacher's probabilities on the data's answers (forward KL)
   on_policy   half of the rows are the student's own answers (GKD, generalised JSD)
 
-`runs/half_layers/report.html` has the held-out accuracy of each.
+`runs/half_layers/report.html` has the held-out accuracy of each;
+
+  .venv/bin/python experiments/half_layers.py --workdir=runs/half_layers
+
+writes what its stages came to into experiments/results/half_layers-PROCESSOR.json and .md.
 """
+
+import argparse
+import sys
+from pathlib import Path
 
 from posttrain_jax.configs import common
 
@@ -45,3 +53,49 @@ def stages(arg=None):
     "train": f"distil:{taught},on_policy=0.5,loss=jsd",
     "fields": {**trained, "online.max_new_tokens": 48},
   }
+
+
+def main() -> int:
+  import bench
+  import limits
+
+  from posttrain_jax.core import files
+  from posttrain_jax.evals import chain_page
+  from posttrain_jax.runs import record
+
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--workdir", type=Path, required=True, help="of the chain")
+  folder = parser.parse_args().workdir
+  trained = [stage for stage in chain_page.read(folder) if stage["verb"] == "train"]
+  runs = [(stage, record.read(folder / stage["name"])) for stage in trained]
+  rows = [
+    {
+      "stage": stage["name"],
+      "updates": run.steps,
+      "rows": run.field("batch.rows"),
+      "right": run.after.correct,
+      "of": run.after.total,
+      "config": stage["line"][1].replace(f"{folder}/", "").removeprefix("--config="),
+    }
+    for stage, run in runs
+    if run.after is not None
+  ]
+  out = bench.beside("half_layers", limits.processor())
+  files.write_json(out, {"hardware": limits.processor(), "stages": rows})
+  lines = ["# A student with half the layers, recovered in several ways", ""]
+  lines += ["Written by `experiments/half_layers.py`, whose docstring says what the arms are.", ""]
+  lines += ["| stage | updates | rows of each | right | config |", "|---|---|---|---|---|"]
+  lines += [
+    f"| {row['stage']} | {row['updates']} | {row['rows']} | {row['right'] / row['of']:.3f} of {row['of']}"
+    f" | `{row['config']}` |"
+    for row in rows
+  ]
+  files.write_text(out.with_suffix(".md"), "\n".join([*lines, ""]))
+  print("\n".join(lines))
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())
