@@ -1,4 +1,4 @@
-r"""A student with half the layers, recovered in four ways from one teacher: what is it worth to see its probabilities?
+r"""A student with half the layers, recovered in several ways: what is it worth to see a teacher's probabilities?
 
   posttrain chain --config=experiments/half_layers.py --workdir=runs/half_layers
 
@@ -9,6 +9,12 @@ Each arm trains all of the student for as many updates of as many rows:
   traces      fine-tuning on the teacher's answers that a verifier finds right
   off_policy  the teacher's probabilities on the data's answers (forward KL)
   on_policy   half of the rows are the student's own answers (GKD, generalised JSD)
+
+A student that answers nothing has nothing to learn from in its own answers, so the two that matter go on from `traces`
+for `more` updates:
+
+  more_traces     as before
+  more_on_policy  half of the rows are the student's own answers (GKD, forward KL)
 
 `runs/half_layers/report.html` has the held-out accuracy of each;
 
@@ -25,7 +31,7 @@ from posttrain_jax.configs import common
 
 
 def stages(arg=None):
-  arg = common.parse(arg, model="smollm2", steps=150, questions=200, layers=15)
+  arg = common.parse(arg, model="smollm2", steps=150, more=100, questions=200, layers=15)
   asked = {"eval.task": "sql", "eval.task_limit": arg.questions, "eval.before": False}
   trained = {**asked, "steps": arg.steps, "batch.rows": 8, "optimizer.lr": 5e-4, "eval.every": 0}
   rows = {**trained, "data.length": 256, "data.packing": False}
@@ -52,6 +58,17 @@ def stages(arg=None):
     "name": "on_policy",
     "train": f"distil:{taught},on_policy=0.5,loss=jsd",
     "fields": {**trained, "online.max_new_tokens": 48},
+  }
+  onwards, begun = {"steps": arg.more, "seed": 1}, "model={traces}/model,adapter=none"
+  yield {
+    "name": "more_traces",
+    "train": f"sft:{begun},data={{right}}",
+    "fields": {**rows, **onwards},
+  }
+  yield {
+    "name": "more_on_policy",
+    "train": f"distil:{begun},teacher={{teacher}},data=sql,on_policy=0.5,loss=forward_kl",
+    "fields": {**trained, **onwards, "online.max_new_tokens": 48},
   }
 
 
