@@ -219,12 +219,12 @@ def result(args: argparse.Namespace, arm: str, seed: int) -> dict[str, Any]:
   log, start = folder.with_name(f"{folder.name}.log"), folder.with_name(f"{folder.name}-start")
   before, spent, unseen = (rl_learning.Spent() for _ in range(3))
   rl_learning.run(start_command(args, arm, seed, start), log, math.inf, before, start)
-  command = rl_command(args, arm, seed, start / "adapter", folder)
+  command = [*rl_command(args, arm, seed, start / "adapter", folder), "--config.eval.before=False"]
   # what GRPO starts from, by a run of one step beside it, whose time is nobody's
   first = folder.with_name(f"{folder.name}-first")
   looked = [*rl_command(args, arm, seed, start / "adapter", first), "--config.steps=1"]
   rl_learning.run(looked, log, math.inf, unseen, first)
-  rl_learning.run([*command, "--config.eval.before=False"], log, args.seconds, spent, folder)
+  rl_learning.run(command, log, args.seconds, spent, folder)
   last = rl_learning.checkpoints(folder)[-1]
   end = rl_learning.score(command, folder, last, f"eval_score/{METRIC}")
   run, started = record.read(folder), record.read(first).before
