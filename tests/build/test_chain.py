@@ -370,7 +370,14 @@ def test_the_page_says_what_each_stage_changed_of_what_it_was_made_of(tmp_path):
 
 def test_the_experiment_on_half_the_layers_is_understood(tmp_path):
   stages = chain.expand(settings.stages(str(ROOT / "experiments" / "half_layers.py")), tmp_path)
-  assert [stage.name for stage in stages[3:]] == ["gold", "traces", "off_policy", "on_policy"]
+  assert [stage.name for stage in stages[3:]] == [
+    "gold",
+    "traces",
+    "off_policy",
+    "on_policy",
+    "more_traces",
+    "more_on_policy",
+  ]
 
 
 REAL = """
