@@ -1,4 +1,4 @@
-r"""A student with half the layers, recovered in four ways from one teacher: what is it worth to see its probabilities?
+r"""A student with half the layers, recovered in several ways: what is it worth to see a teacher's probabilities?
 
   posttrain chain --config=experiments/half_layers.py --workdir=runs/half_layers
 
@@ -10,14 +10,28 @@ Each arm trains all of the student for as many updates of as many rows:
   off_policy  the teacher's probabilities on the data's answers (forward KL)
   on_policy   half of the rows are the student's own answers (GKD, generalised JSD)
 
-`runs/half_layers/report.html` has the held-out accuracy of each.
+A student that answers nothing has nothing to learn from in its own answers, so the two that matter go on from `traces`
+for `more` updates:
+
+  more_traces     as before
+  more_on_policy  half of the rows are the student's own answers (GKD, forward KL)
+
+`runs/half_layers/report.html` has the held-out accuracy of each;
+
+  .venv/bin/python experiments/half_layers.py --workdir=runs/half_layers
+
+writes what its stages came to into experiments/results/half_layers-PROCESSOR.json and .md.
 """
+
+import argparse
+import sys
+from pathlib import Path
 
 from posttrain_jax.configs import common
 
 
 def stages(arg=None):
-  arg = common.parse(arg, model="smollm2", steps=150, questions=200, layers=15)
+  arg = common.parse(arg, model="smollm2", steps=150, more=100, questions=200, layers=15)
   asked = {"eval.task": "sql", "eval.task_limit": arg.questions, "eval.before": False}
   trained = {**asked, "steps": arg.steps, "batch.rows": 8, "optimizer.lr": 5e-4, "eval.every": 0}
   rows = {**trained, "data.length": 256, "data.packing": False}
@@ -45,3 +59,60 @@ def stages(arg=None):
     "train": f"distil:{taught},on_policy=0.5,loss=jsd",
     "fields": {**trained, "online.max_new_tokens": 48},
   }
+  onwards, begun = {"steps": arg.more, "seed": 1}, "model={traces}/model,adapter=none"
+  yield {
+    "name": "more_traces",
+    "train": f"sft:{begun},data={{right}}",
+    "fields": {**rows, **onwards},
+  }
+  yield {
+    "name": "more_on_policy",
+    "train": f"distil:{begun},teacher={{teacher}},data=sql,on_policy=0.5,loss=forward_kl",
+    "fields": {**trained, **onwards, "online.max_new_tokens": 48},
+  }
+
+
+def main() -> int:
+  import bench
+  import limits
+
+  from posttrain_jax.core import files
+  from posttrain_jax.evals import chain_page
+  from posttrain_jax.runs import record
+
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--workdir", type=Path, required=True, help="of the chain")
+  folder = parser.parse_args().workdir
+  trained = [stage for stage in chain_page.read(folder) if stage["verb"] == "train"]
+  runs = [(stage, record.read(folder / stage["name"])) for stage in trained]
+  rows = [
+    {
+      "stage": stage["name"],
+      "updates": run.steps,
+      "rows": run.field("batch.rows"),
+      "right": run.after.correct,
+      "of": run.after.total,
+      "config": stage["line"][1].replace(f"{folder}/", "").removeprefix("--config="),
+    }
+    for stage, run in runs
+    if run.after is not None
+  ]
+  out = bench.beside("half_layers", limits.processor())
+  files.write_json(out, {"hardware": limits.processor(), "stages": rows})
+  lines = ["# A student with half the layers, recovered in several ways", ""]
+  lines += ["Written by `experiments/half_layers.py`, whose docstring says what the arms are.", ""]
+  lines += ["| stage | updates | rows of each | right | config |", "|---|---|---|---|---|"]
+  lines += [
+    f"| {row['stage']} | {row['updates']} | {row['rows']} | {row['right'] / row['of']:.3f} of {row['of']}"
+    f" | `{row['config']}` |"
+    for row in rows
+  ]
+  files.write_text(out.with_suffix(".md"), "\n".join([*lines, ""]))
+  print("\n".join(lines))
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -85,6 +85,13 @@ OWN = {
 }
 SFT = ("data.length=256", "data.eval_rows=0", "batch.rows=4")
 ROUNDS, ASKED, ANSWERS = 2, 48, 8  # of rft: prompts of a round, answers to each
+PLAIN = (
+  "grpo",
+  "ppo",
+  "ppo-shared",
+  "dapo-static",
+)  # a batch of these is so many answers, all of them
+WRITTEN, SPAN = 32, 8  # answers of a batch; batches whose rewards are told together
 TICK = os.sysconf("SC_CLK_TCK")
 
 # --- the second task -------------------------------------------------------------------------------------------------
@@ -394,10 +401,41 @@ def report(found: dict[str, Any]) -> str:
       if rows := sorted((r for r in some if r["arm"] == arm), key=lambda r: r["seed"]):
         lines.append(line(arm, start["score"], rows))
     lines.append("")
+    lines += equal_answers(some)
     lines += ["Curves, held-out score after so many seconds of CPU:", ""]
     lines += [f"- {r['arm']}, seed {r['seed']}: {curve(start['score'], r)}" for r in some]
     lines.append("")
   return "\n".join(lines)
+
+
+def equal_answers(runs: Sequence[dict[str, Any]]) -> list[str]:
+  """What the policy's own answers were worth, of which arms wrote equally many; every batch of these asks new prompts.
+
+  >>> equal_answers([{"arm": "grpo", "rewards": [0.25] * 4 + [0.75] * 12}])[-2]
+  '| grpo | 1 | 0.500 | 0.750 |'
+  """
+  lengths = [len(r["rewards"]) // SPAN for r in runs if r["arm"] in PLAIN]
+  if not any(lengths):
+    return []
+  ends = [SPAN * WRITTEN * (i + 1) for i in range(max(lengths))]
+  heads = [f"{end - SPAN * WRITTEN + 1} to {end}" for end in ends]
+  lines = [
+    "Mean reward of an arm's answers, drawn at temperature 1 to training prompts that it had not seen, over the seeds"
+    f" that wrote so many. Rejection sampling writes {ROUNDS * ASKED * ANSWERS} in all.",
+    "",
+    f"| arm | seeds | {' | '.join(heads)} |",
+    f"|---|---|{'---|' * len(heads)}",
+  ]
+  for arm in PLAIN:
+    each = [r["rewards"] for r in runs if r["arm"] == arm]
+    spans = [
+      [statistics.fmean(one[i : i + SPAN]) for one in each if len(one) >= i + SPAN]
+      for i in range(0, SPAN * len(heads), SPAN)
+    ]
+    cells = [f"{statistics.fmean(span):.3f}" if span else "" for span in spans]
+    if each:
+      lines.append(f"| {arm} | {len(each)} | {' | '.join(cells)} |")
+  return [*lines, ""]
 
 
 def line(arm: str, start: float, rows: list[dict[str, Any]]) -> str:

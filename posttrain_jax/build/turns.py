@@ -105,7 +105,7 @@ class Turns:
     batch_size: int,
     dtype: Any,
     progress: Callable[[int, int], None] | None,
-  ) -> list[tuple[str, bool, int]]:
+  ) -> list[tasks.Answered]:
     """Greedy answers to questions, as `evals.tasks.Turns` says."""
     prompts = _prompts(self.config, self.model, rows)
     most, room = self.config.online.max_new_tokens, tools.room(self.config)
@@ -118,9 +118,10 @@ class Turns:
       (Request(prompt.tokens.tolist(), most, stop_tokens=ends, number=i), prompt)
       for i, prompt in enumerate(prompts)
     )
-    answers: dict[int, tuple[str, bool, int]] = {}
+    answers: dict[int, tasks.Answered] = {}
     for place, one in self.run(InEngine(made), asked):
-      answers[place] = (one.final, one.finished, one.drawn)
+      problem = f"{one.ended}: {one.problem}" if one.problem else ""
+      answers[place] = tasks.Answered(one.final, one.finished, one.drawn, problem)
       if progress is not None:
         progress(len(answers), len(prompts))
     return [answers[i] for i in range(len(prompts))]

@@ -114,6 +114,11 @@ def _raised(error: BaseException) -> str:
 def _ends_with(parent: int) -> None:
   while os.getppid() == parent:
     time.sleep(1)
+  _end()
+
+
+def _end() -> None:
+  """Ends this process and what was started here, which nobody else does once the run is gone."""
   os.killpg(0, signal.SIGKILL)
 
 
@@ -139,10 +144,14 @@ def main() -> None:
     line = json.dumps(value, default=str, ensure_ascii=False) + "\n"
     # half of a surrogate pair becomes ?: no tokenizer reads it, and no table of answers holds it
     rest = memoryview(line.encode("utf-8", "replace"))
-    while rest:
-      rest = rest[os.write(replies, rest) :]
+    try:
+      while rest:
+        rest = rest[os.write(replies, rest) :]
+    except BrokenPipeError:
+      _end()
 
   serve(asked, answer)
+  _end()
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,8 @@ BODY = """
 {% endfor %}
 </table></div>
 <p class="note">A stage that trained has a report of its own behind its name. accuracy is of the questions of eval.task,
-before and after the stage; the change is from the last stage before that answered them: below 0 it forgot more than it
-learned.</p>
+before and after the stage; the change is from the last stage that answered them of those that it was made of: below 0
+it forgot more than it learned.</p>
 {% for row in rows if row.said %}
 <h3>{{ row.name }}</h3>
 <pre>{{ row.said }}</pre>
@@ -67,7 +68,7 @@ def write(folder: Path) -> Path:
   stages = read(folder)
   known = [scores(folder, stage) for stage in stages]
   columns = list(dict.fromkeys(name for one in known for name in one))
-  changes = _changes(known)
+  changes = _changes(folder, stages, known)
   rows = [
     {
       "name": stage["name"],
@@ -95,15 +96,30 @@ def write(folder: Path) -> Path:
   return out
 
 
-def _changes(known: Sequence[Mapping[str, float]]) -> list[str]:
-  """Of each stage that answered questions, how many more are right than after the last before it that did."""
-  changes, last = [], None
-  for one in known:
+def _changes(
+  folder: Path, stages: Sequence[Mapping[str, Any]], known: Sequence[Mapping[str, float]]
+) -> list[str]:
+  """Of each stage that answered questions, how many more are right than before it.
+
+  Before it are its own answers, else those after the last stage that answered of all that it was made of: two stages
+  made of the same one are both compared with that.
+  """
+  changes, made_of = [], {}
+  for place, (stage, one) in enumerate(zip(stages, known, strict=True)):
+    named = [other["name"] for other in stages[:place] if _names(folder, stage, other)]
+    made_of[stage["name"]] = {*named}.union(*(made_of[name] for name in named))
+    before = one.get("accuracy/before")
+    for other, its in zip(stages[:place], known) if before is None else ():
+      before = its.get(RIGHT, before) if other["name"] in made_of[stage["name"]] else before
     right = one.get(RIGHT)
-    begins = one.get("accuracy/before", last) if last is None else last
-    changes.append("" if right is None or begins is None else f"{right - begins:+.3f}")
-    last = last if right is None else right
+    changes.append("" if right is None or before is None else f"{right - before:+.3f}")
   return changes
+
+
+def _names(folder: Path, stage: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+  """Whether a stage's command reads what another made."""
+  path = re.compile(rf"{re.escape(str(folder / other['name']))}(?![\w-])")
+  return any(map(path.search, stage["line"]))
 
 
 def _verdict(stages: Sequence[Mapping[str, Any]], known: Sequence[Mapping[str, float]]) -> str:

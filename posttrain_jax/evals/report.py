@@ -15,7 +15,7 @@ import rich.table
 import rich.text
 import safetensors
 
-from posttrain_jax.core import files
+from posttrain_jax.core import files, words
 from posttrain_jax.data import questions
 from posttrain_jax.evals import (
   curve_advice,
@@ -409,6 +409,9 @@ def told(result: TaskResult, when: str) -> list[str]:
   cut = (
     f"; {result.cut} of {result.total} cut at {result.max_new_tokens} tokens" if result.cut else ""
   )
+  if problems := [answer["problem"] for answer in result.answers if answer.get("problem")]:
+    which = f"{len(problems)} of {result.total} ended before an answer"
+    cut += f"; {which}, the first by {words.shown(problems[0], 200)}"
   if not result.scores:
     return [f"answers {when} training: {result.total} written{cut}"]
   lines = [

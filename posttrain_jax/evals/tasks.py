@@ -25,6 +25,19 @@ from posttrain_jax.runs.record import TaskResult
 Params = Any
 
 
+@dataclasses.dataclass(frozen=True)
+class Answered:
+  """text: the words that it ends with.  finished: whether it came to an end of its own.  tokens: that the model wrote.
+
+  problem: why it is wrong whatever it says: its environment failed, a turn cannot be read.
+  """
+
+  text: str
+  finished: bool
+  tokens: int
+  problem: str = ""
+
+
 class Turns(Protocol):
   """What asks questions in turns, with tools or an environment."""
 
@@ -36,8 +49,8 @@ class Turns(Protocol):
     batch_size: int,
     dtype: Any,
     progress: Callable[[int, int], None] | None,
-  ) -> list[tuple[str, bool, int]]:
-    """(the words that each answer ends with, whether it came to an end of its own, tokens that the model wrote)."""
+  ) -> list[Answered]:
+    """An answer to each question."""
     ...
 
 
@@ -191,7 +204,8 @@ def regraded(result: TaskResult, task: Task) -> TaskResult:
   if [row["question"] for row in rows] != [a["question"] for a in result.answers]:
     raise ValueError("the answers are to other questions: answer them anew")
   answers = [
-    {**answer, **_graded(answer["answer"], row, task)} for answer, row in zip(result.answers, rows)
+    {**answer, **_graded(answer["answer"], row, task, answer.get("problem", ""))}
+    for answer, row in zip(result.answers, rows)
   ]
   return dataclasses.replace(
     result,
@@ -235,7 +249,7 @@ def answer(
         "several adapters answer in one turn alone: give one, or a task without tools"
       )
     given = asked.turns.answer(params, rows, batch_size=batch_size, dtype=dtype, progress=progress)
-    return rows, [_answered(row, *one, asked) for row, one in zip(rows, given, strict=True)]
+    return rows, [_answered(row, one, asked) for row, one in zip(rows, given, strict=True)]
   if not isinstance(template, Template) and any(not isinstance(r["prompt"], str) for r in rows):
     template = chat.template(tokenizer, template)
   spoken = template if isinstance(template, Template) else None
@@ -264,24 +278,29 @@ def answer(
 
 
 def _answer(row, ids, finished, tokenizer, task):
-  return _answered(row, tokenizer.decode(ids, skip_special_tokens=True), finished, len(ids), task)
+  text = tokenizer.decode(ids, skip_special_tokens=True)
+  return _answered(row, Answered(text, finished, len(ids)), task)
 
 
-def _answered(row, text, finished, tokens, task):
+def _answered(row, given, task):
   return dict(
     question=row["question"],
-    answer=text,
+    answer=given.text,
     gold=row["gold"],
     channel=row["channel"],
-    finished=finished,
-    tokens=tokens,
+    finished=given.finished,
+    tokens=given.tokens,
+    **({"problem": given.problem} if given.problem else {}),
     **({"origin": row["origin"]} if "origin" in row else {}),
-    **_graded(text, row, task),
+    **_graded(given.text, row, task, given.problem),
   )
 
 
-def _graded(text, row, task):
+def _graded(text, row, task, problem=""):
   """What the graders say of an answer; whether it is right, None where nobody says."""
+  if problem:
+    scores = {grader.name: 0.0 for grader in task.graders}
+    return dict(correct=False if scores else None, reason=problem, scores=scores)
   given = {grader.name: grader.score(text, row) for grader in task.graders}
   scores = {name: score for name, (score, _) in given.items()}
   if not scores:

@@ -120,19 +120,35 @@ def _checksums(folder: Path) -> dict[str, str]:
   return {path.name: digest(path) for path in sorted(folder.iterdir()) if path.name != CHECKSUMS}
 
 
+def _of_run(folder: Path) -> Path:
+  """The folder itself, or where a run that trained the whole model has left that."""
+  if any(folder.glob("*.safetensors")) or not (folder / "metrics.jsonl").exists():
+    return folder
+  if (folder / "adapter").is_dir():
+    raise FileNotFoundError(
+      f"model {str(folder)!r} is the folder of a run that trained an adapter: name its base, and the folder as"
+      f" --config.model.adapter={folder}"
+    )
+  if not (folder / "model").is_dir():
+    raise FileNotFoundError(
+      f"model {str(folder)!r} is the folder of a run that has exported nothing yet; run its command again to finish it"
+    )
+  return folder / "model"
+
+
 def resolve(
   name_or_dir: str | Path,
   *,
   cache_dir: str | Path | None = None,
   patterns: Sequence[str] = _HUB_FILES,
 ) -> Path:
-  """The folder meant by a path, the name of a built-in model, or a name on the hub.
+  """The folder meant by a path, the name of a built-in model, or a name on the hub; of a run the model that it trained.
 
   patterns: of the names of what is downloaded from the hub, where it is not in its cache.
   """
   path = Path(name_or_dir).expanduser()
   if path.is_dir():
-    return path
+    return _of_run(path)
   name = str(name_or_dir)
   if name in BUILT_IN:
     return fetch(name, cache_dir=cache_dir)

@@ -77,6 +77,11 @@ def _search(paths: list[str]) -> list[str]:
 def _ends_with(parent: int) -> None:
   while os.getppid() == parent:
     time.sleep(1)
+  _end()
+
+
+def _end() -> None:
+  """Ends this process and what was started here, which nobody else does once the run is gone."""
   os.killpg(0, signal.SIGKILL)
 
 
@@ -96,10 +101,14 @@ def main() -> None:
 
   def answer(value: Any) -> None:
     rest = memoryview(json.dumps(value, default=str).encode() + b"\n")
-    while rest:
-      rest = rest[os.write(replies, rest) :]
+    try:
+      while rest:
+        rest = rest[os.write(replies, rest) :]
+    except BrokenPipeError:
+      _end()
 
   serve(asked, answer)
+  _end()
 
 
 if __name__ == "__main__":

@@ -26,7 +26,8 @@ class TaskResult:
   by_channel: {channel: (correct, total)}.
   reasons: {verdict: count}, "ok" among them.
   answers: one dict a question, in the order of the task: question, answer, gold, correct (None where nobody graded
-    it), reason, channel, scores ({metric: value}), and `finished`, False where max_new_tokens cut the answer.
+    it), reason, channel, scores ({metric: value}), `finished`, False where max_new_tokens cut the answer, and of
+    several turns `problem`, which ended it before an answer.
   seconds: of generating and scoring, compilation included.
   by_member: of an ensemble, how many each adapter alone answered correctly; () where there was none.
   scores: {metric: {"mean", "low", "high", "count", "right"}}, as `evals.intervals.mean` gives them; `correct` is of the

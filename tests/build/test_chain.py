@@ -338,20 +338,46 @@ def test_a_config_of_a_run_is_no_chain_and_the_other_way_round(tmp_path):
     settings.load(str(ROOT / "configs" / "chain.py"))
 
 
-def test_the_page_says_what_each_stage_changed():
-  known = [
-    {"accuracy/before": 0.1, "accuracy/after": 0.4},
-    {},
-    {"accuracy/after": 0.35},
-    {"loss": 1.0},
-    {"accuracy/after": 0.6},
-  ]
-  assert chain_page._changes(known) == ["+0.300", "", "-0.050", "", "+0.250"]
+def test_the_page_says_what_each_stage_changed_of_what_it_was_made_of(tmp_path):
+  made = {
+    "cold": ({"accuracy/before": 0.1, "accuracy/after": 0.4}, []),
+    "small": ({}, ["cold"]),
+    "one": ({"accuracy/after": 0.35}, ["small"]),
+    "one-more": ({"accuracy/after": 0.5}, ["one"]),
+    "two": ({"accuracy/after": 0.6}, ["small"]),
+    "three": ({"loss": 1.0}, ["small"]),
+    "apart": ({"accuracy/after": 0.2}, []),
+    "asked": ({"accuracy/before": 0.3, "accuracy/after": 0.4}, ["two"]),
+    "last": ({"accuracy/after": 0.7}, ["cold", "one-more"]),
+  }
+  stages = [
+    {"name": name, "line": [f"--a={tmp_path / of}/b" for of in named] + [f"--workdir={tmp_path / name}"]}
+    for name, (_, named) in made.items()
+  ]  # fmt: skip
+  changes = chain_page._changes(tmp_path, stages, [known for known, _ in made.values()])
+  assert dict(zip(made, changes, strict=True)) == {
+    "cold": "+0.300",
+    "small": "",
+    "one": "-0.050",
+    "one-more": "+0.150",
+    "two": "+0.200",
+    "three": "",
+    "apart": "",
+    "asked": "+0.100",
+    "last": "+0.200",
+  }
 
 
 def test_the_experiment_on_half_the_layers_is_understood(tmp_path):
   stages = chain.expand(settings.stages(str(ROOT / "experiments" / "half_layers.py")), tmp_path)
-  assert [stage.name for stage in stages[3:]] == ["gold", "traces", "off_policy", "on_policy"]
+  assert [stage.name for stage in stages[3:]] == [
+    "gold",
+    "traces",
+    "off_policy",
+    "on_policy",
+    "more_traces",
+    "more_on_policy",
+  ]
 
 
 REAL = """

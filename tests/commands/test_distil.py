@@ -214,3 +214,15 @@ def test_a_student_of_some_layers_is_a_model_that_learns(folder, tmp_path, capsy
   assert "has 3; write from 1 to 3" in " ".join(capsys.readouterr().err.split())
   assert main(["student", f"--model={teacher}", f"--out={tmp_path / 'x'}", "--keep=2,1"]) in (1, 2)
   assert "in rising order" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_run_that_trained_the_whole_student_is_trained_on_by_its_folder(folder, tmp_path):
+  first, second = tmp_path / "first", tmp_path / "second"
+  rows = f"data={folder / 'rows.jsonl'},adapter=none"
+  small = ["steps=2", "batch.rows=4", "data.length=96", "eval.every=0", "data.eval_rows=2"]
+  flags = [f"--config.{change}" for change in small]
+  model = folder / "model"
+  assert main(["train", f"--config=sft:model={model},{rows}", f"--workdir={first}", *flags]) == 0
+  assert main(["train", f"--config=sft:model={first},{rows}", f"--workdir={second}", *flags]) == 0
+  assert lines(second)[0]["loss"] < lines(first)[0]["loss"]
+  assert main(["eval", f"--workdir={second}"]) == 0

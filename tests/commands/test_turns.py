@@ -139,8 +139,25 @@ def test_held_out_questions_are_asked_in_turns_too(folder, tmp_path, monkeypatch
   assert main(command(folder, tmp_path / "run", "steps=1", *asked)) == 0
   answers = json.loads((tmp_path / "run" / "evaluation-after.json").read_text())["answers"]
   assert [(one["answer"], one["finished"]) for one in answers] == [
-    (final, finished) for final, finished, _ in finals[0]
+    (one.text, one.finished) for one in finals[0]
   ]
+
+
+def test_a_held_out_answer_whose_environment_failed_is_wrong_and_says_why(folder, tmp_path, capsys):
+  rows = [{"prompt": [{"role": "user", "content": word}]} for word in ("sun", "sea")]
+  held = tiny.write_jsonl(tmp_path / "held.jsonl", rows)
+  (tmp_path / "grade.py").write_text("def kind(answer, row):\n  return 1.0\n")
+  asked = [f"eval.task={held}", f"eval.metric={tmp_path / 'grade.py'}:kind", "eval.before=true"]
+  main(command(folder, tmp_path / "run", "steps=1", *asked, name="Raises"))
+  said = json.loads((tmp_path / "run" / "evaluation-before.json").read_text())
+  failed = [one for one in said["answers"] if one["finished"]]
+  assert failed
+  for one in failed:
+    assert one["correct"] is False
+    assert one["reason"].startswith("environment: ")
+    assert "ValueError: broken" in one["reason"]
+  assert said["reasons"]["environment"] == len(failed)
+  assert "ended before an answer, the first by " in capsys.readouterr().out
 
 
 def test_reward_functions_of_trls_read_what_environments_were_left_as(folder, tmp_path):

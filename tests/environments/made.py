@@ -1,6 +1,7 @@
 """Environments and tools as people write them, for tests: TRL's, OpenEnv's, GEM's; and such as fail."""
 
 import dataclasses
+import subprocess
 import time
 
 
@@ -80,6 +81,16 @@ class Texts:
 
   def step(self, action):
     return f"heard {action}", float(action == "x"), action == "x", False, {}
+
+
+class Starts:
+  """Has a program of its own, as an environment that talks to a server may."""
+
+  def reset(self):
+    return str(subprocess.Popen(["sleep", "60"], stdout=subprocess.DEVNULL).pid)
+
+  def step(self, action: str):
+    return "", 0.0, True, False, {}
 
 
 class Raises:

@@ -1,5 +1,6 @@
 """Evaluation on a task: every question gets its own answer, whatever the batches; counts add up."""
 
+import dataclasses
 import json
 import types
 
@@ -138,3 +139,17 @@ def test_what_cannot_be_asked(tokenizer, config, options, message):
 
 def test_a_task_is_a_data_set_and_a_data_set_a_task():
   assert set(tasks.TASKS) == set(files.BUILT_IN)
+
+
+def test_an_answer_that_a_problem_ended_is_wrong_though_its_words_are_right(tokenizer, config):
+  def answer(params, rows, **how):
+    problems = [f"environment: the {i}th failed" * (i == 1) for i in range(len(rows))]
+    return [tasks.Answered(row["gold"], True, 3, p) for row, p in zip(rows, problems)]
+
+  task = dataclasses.replace(tasks.TASKS["sql"], turns=types.SimpleNamespace(answer=answer))
+  result = run(tokenizer, config, task=task)
+  assert (result.correct, result.total) == (22, 23)
+  assert result.reasons == {"ok": 22, "environment": 1}
+  assert result.answers[1]["reason"] == "environment: the 1th failed"
+  some = dataclasses.replace(task, examples=lambda split: tasks.TASKS["sql"].examples(split, n=23))
+  assert tasks.regraded(result, some).to_json() == result.to_json()

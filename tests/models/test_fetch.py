@@ -173,6 +173,17 @@ def test_folder_is_itself_even_with_a_built_in_name(tiny, tmp_path, monkeypatch)
   assert fetch.resolve("tiny").resolve() == tmp_path / "tiny"
 
 
+def test_a_run_is_the_model_that_it_trained(tmp_path):
+  (tmp_path / "metrics.jsonl").touch()
+  with pytest.raises(FileNotFoundError, match="exported nothing yet; run its command again"):
+    fetch.resolve(tmp_path)
+  (tmp_path / "model").mkdir()
+  assert fetch.resolve(tmp_path) == tmp_path / "model"
+  (tmp_path / "model").rename(tmp_path / "adapter")
+  with pytest.raises(FileNotFoundError, match=r"trained an adapter: name its base, and .*adapter="):
+    fetch.resolve(tmp_path)
+
+
 def test_names_that_mean_nothing_are_refused(tmp_path):
   with pytest.raises(ValueError, match="no built-in model 'nope'; built in: smollm2"):
     fetch.fetch("nope", cache_dir=tmp_path)

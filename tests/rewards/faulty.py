@@ -31,10 +31,16 @@ def told(prompt, completion, example):
   return float(completion) if completion.isdigit() else 0.5
 
 
-def leaves_a_child(prompt, completion, example):
-  """Starts a program that sleeps, writes its number to the file that the answer names, and hangs."""
+def keeps_a_child(prompt, completion, example):
+  """Starts a program that sleeps, and writes its number to the file that the answer names."""
   child = subprocess.Popen(["sleep", "600"])
   pathlib.Path(completion).write_text(f"{os.getpid()} {child.pid}")
+  return 1.0
+
+
+def leaves_a_child(prompt, completion, example):
+  """The same, and hangs."""
+  keeps_a_child(prompt, completion, example)
   time.sleep(600)
 
 

@@ -1,13 +1,16 @@
 """Workers: every call gets an answer or a reason, whatever the calls before it did."""
 
+import json
 import os
 import pathlib
+import pickle
 import subprocess
 import sys
 import time
 
 import pytest
 
+from posttrain_jax.rewards import worker
 from posttrain_jax.rewards import workers as workers_lib
 from posttrain_jax.rewards.reward import Part, Reward
 from posttrain_jax.rewards.verifier import Answer, Context
@@ -175,9 +178,9 @@ from posttrain_jax.rewards.verifier import Answer, Context
 from posttrain_jax.rewards.workers import Apart, Workers
 from tests.rewards import faulty
 
-verifier = {"length": faulty.length, "leaves_a_child": faulty.leaves_a_child}[sys.argv[1]]
-asked = [Answer("?", sys.argv[2], {})]
-print(Apart(verifier, Workers(1), 60.0).scores(asked, Context())[0].value)
+asked, workers = [Answer("?", sys.argv[2], {})], Workers(1)
+print(Apart(getattr(faulty, sys.argv[1]), workers, 60.0).scores(asked, Context())[0].value, flush=True)
+sys.stdin.read()
 """
 
 
@@ -188,6 +191,7 @@ def started(folder, *arguments):
   return subprocess.Popen(
     [sys.executable, str(folder / "run.py"), *arguments],
     env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    stdin=subprocess.PIPE,
     stdout=subprocess.PIPE,
     text=True,
   )
@@ -199,15 +203,36 @@ def test_a_file_beside_the_script_is_not_taken_for_one_of_pythons(tmp_path):
 
 
 @on_linux
-def test_workers_end_with_a_run_that_was_killed(tmp_path):
+@pytest.mark.parametrize("verifier", ["leaves_a_child", "keeps_a_child"])
+def test_workers_end_with_a_run_that_was_killed(verifier, tmp_path):
   told = tmp_path / "processes"
-  process = started(tmp_path, "leaves_a_child", str(told))
+  process = started(tmp_path, verifier, str(told))
   until = time.monotonic() + 30
   while not (told.exists() and told.read_text()) and time.monotonic() < until:
     time.sleep(0.02)
+  if verifier == "keeps_a_child":  # killed once its workers are at rest
+    assert process.stdout is not None
+    assert process.stdout.readline() == "1.0\n"
   process.kill()
   process.communicate()
   assert ended_within(map(int, told.read_text().split()), 5)
+
+
+def test_a_worker_ends_without_a_word_where_nobody_reads_its_answer():
+  settings = {"memory": 0, "paths": sys.path, "parent": os.getpid()}
+  process = subprocess.Popen(
+    [sys.executable, "-P", worker.__file__, json.dumps(settings)],
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    start_new_session=True,
+  )
+  assert process.stdout is not None
+  process.stdout.close()
+  body = pickle.dumps((1, "load", 0, b"no pickle", 0.0))
+  process.stdout = None
+  _, said = process.communicate(worker.HEADER.pack(len(body)) + body, timeout=60)
+  assert b"Traceback" not in said
 
 
 def load_of(count):
