@@ -49,9 +49,11 @@ def rows():
 
 def jax_jobs() -> bench.Jobs:
   import jax
-  import numpy as np
+  import jax.numpy as jnp
 
   from posttrain_jax import adapters, objectives
+  from posttrain_jax.adapters import layout
+  from posttrain_jax.build import decisions
   from posttrain_jax.core import tree
   from posttrain_jax.data import answers, chat, loader
   from posttrain_jax.models import fetch, hf
@@ -62,13 +64,15 @@ def jax_jobs() -> bench.Jobs:
 
   # as `posttrain train` does, in a folder of this process: the second run finds what the first compiled
   jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp())
-  params, config = hf.load("smollm2", dtype=np.float32)
+  products = jnp.dtype(bench.dtype())
+  between = decisions.between(products)
+  params, config = hf.load("smollm2", dtype=products, place=layout.place)
   tokenizer = chat.load_tokenizer(fetch.fetch())
   template = chat.template(tokenizer)
   examples = answers.encode_all(
     rows(), tokenizer, template, kind="pairs", max_length=2 * LONGEST, truncate="drop"
   ).examples
-  objective = objectives.Preference(config, beta=BETA, remat="names")
+  objective = objectives.Preference(config, beta=BETA, dtype=between, remat="names")
   chosen = adapters.AdapterConfig(r=bench.RANK, lora_alpha=bench.ALPHA)
   trainable, fixed = tree.partition(adapters.init(jax.random.key(0), params, chosen)[1])
   optimizer, _ = chain.chain("adamw", lr=bench.LR, steps=1000, schedule="constant", clip=None)
@@ -118,7 +122,7 @@ def torch_jobs() -> bench.Jobs:
       max_length=None,
       report_to=[],
       use_cpu=True,
-      bf16=False,
+      bf16=bench.dtype() == "bfloat16",
       gradient_checkpointing=False,
       seed=0,
     ),
@@ -133,7 +137,9 @@ def torch_jobs() -> bench.Jobs:
   def train() -> bench.Done:
     trainer.model.train()
     for i, batch in enumerate(batches, 1):
-      (trainer.compute_loss(trainer.model, batch) / A_STEP).backward()
+      with trainer.compute_loss_context_manager():  # autocast, where products are in bfloat16
+        loss = trainer.compute_loss(trainer.model, batch)
+      (loss / A_STEP).backward()
       if i % A_STEP == 0:
         optimizer.step()
         optimizer.zero_grad()
@@ -147,7 +153,10 @@ def main() -> int:
   parser.add_argument("--worker", choices=("jax", "torch"))
   parser.add_argument("--repeats", type=int, default=2)
   parser.add_argument("--pairs", type=int, default=PAIRS, help="a multiple of four")
+  parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of products, on both sides")
   args = parser.parse_args()
+  if args.dtype:
+    os.environ[bench.DTYPE] = args.dtype
   os.environ[ASKED] = str(args.pairs)
   if args.worker:
     bench.work({"jax": jax_jobs, "torch": torch_jobs}[args.worker]())
@@ -172,9 +181,10 @@ def main() -> int:
   rate = {lib: [p[lib]["tokens"] / p[lib]["seconds"] for p in pairs] for lib in ("jax", "torch")}
   ratios = [ours / theirs for ours, theirs in zip(rate["jax"], rate["torch"])]
   flops = pairs[0]["jax"]["flops"] / pairs[0]["jax"]["tokens"]
-  share = lambda lib: machine.of_products(flops * statistics.median(rate[lib]), 1)
+  share = lambda lib: machine.of_products(flops * statistics.median(rate[lib]), 1, bench.dtype())
   found = {
     "machine": machine.to_json(),
+    "dtype": bench.dtype(),
     "versions": bench.versions("jax", "torch", "peft", "trl"),
     "gflops_a_pair": round(flops / 1e9, 1),
     "pairs_per_second": {lib: round(statistics.median(r), 3) for lib, r in rate.items()},
@@ -194,7 +204,8 @@ def main() -> int:
     f" {found['ratio_range'][0]} to {found['ratio_range'][1]}); {parts['jax']} and"
     f" {parts['torch']} of the product rate; peak memory {peak['jax']} and {peak['torch']} GB"
   )
-  bench.write("bench-dpo", machine, found)
+  name = "bench-dpo" if bench.dtype() == "float32" else f"bench-dpo-{bench.dtype()}"
+  bench.write(name, machine, found)
   return 0
 
 

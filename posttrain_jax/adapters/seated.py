@@ -46,11 +46,15 @@ class Seated(Change):
   def parted(self, narrow: int) -> Seated:
     """The same with the ranks from `narrow` on beyond the others, and what each row needs found out."""
     if self.a.shape[-1] <= narrow:
-      return self if self.acts is not None else dataclasses.replace(self, acts=self._changes() * 1)
+      return (
+        self
+        if self.acts is not None
+        else dataclasses.replace(self, acts=self._changes().astype(jnp.int32))
+      )
     cut = lambda low, high: Seated(self.a[..., low:high], self.b[..., low:high, :])
     beyond = cut(narrow, None)
     first = dataclasses.replace(cut(0, narrow), columns=self.columns)
-    acts = jnp.where(beyond._changes(), 2, first._changes() * 1)
+    acts = jnp.where(beyond._changes(), 2, first._changes().astype(jnp.int32))
     return dataclasses.replace(first, beyond=beyond, acts=acts)
 
   def _changes(self) -> Array:

@@ -64,6 +64,15 @@ def test_a_row_has_the_adapter_of_its_request_and_of_none_before_it(model, narro
   assert [list(answers[i].tokens) for i in range(len(order))] == [expected[row] for row in order]
 
 
+@pytest.mark.parametrize("narrow", [16, 2])
+def test_empty_seats_have_the_types_that_seating_leaves(model, narrow, monkeypatch):
+  """A weak type among them was a second program, compiled at the first request of a server."""
+  monkeypatch.setattr(seats, "NARROW", narrow)
+  config, params = model
+  machine = engine.Engine(bound(params), config, rows=2, length=32)
+  assert not any(leaf.weak_type for leaf in jax.tree.leaves(machine._seats))
+
+
 def test_rows_under_way_go_on_with_weights_that_are_loaded(model):
   """As where what draws is what reads, and has no seats."""
   config, params = model
