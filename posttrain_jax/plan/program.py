@@ -222,6 +222,7 @@ def compile(program: Program) -> Compiled:
 
   Raises:
     OutOfMemory: the compiler found no way to fit the program into a device.
+    ValueError: the compiler fails otherwise.
   """
   there = on_host(program)
   args = (program.state, program.context, program.batch)
@@ -247,7 +248,10 @@ def compiled(program: Program, jitted: Any, *args: Any) -> Compiled:
       executable = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
       if "RESOURCE_EXHAUSTED" not in str(error):
-        raise
+        raise ValueError(
+          f"the compiler of {program.device.platform} fails at this step, by a fault of its own: "
+          f"{str(error).splitlines()[0]}; another base=, model.offload or model.remat may avoid it"
+        ) from error
       raise OutOfMemory(str(error)) from None
   seconds = time.monotonic() - began
   memory: Any = executable.memory_analysis()

@@ -197,6 +197,22 @@ def out_of_memory(_):
   raise program.OutOfMemory("too much")
 
 
+def test_a_compiler_that_fails_is_told_in_a_sentence():
+  built = program.build(config(), one_cpu())
+
+  class Lowered:
+    def lower(self, *_):
+      return self
+
+    def compile(self):
+      raise jax.errors.JaxRuntimeError("INTERNAL: Sublane slicing size\nand a trace")
+
+  with pytest.raises(
+    ValueError, match=r"compiler of cpu fails .*: INTERNAL: Sublane slicing size; "
+  ):
+    program.compiled(built, Lowered())
+
+
 def test_missing_libtpu_says_how_to_install_it(monkeypatch):
   monkeypatch.setattr(topology, "has_libtpu", lambda: False)
   with pytest.raises(ValueError, match=r"make \.venv-tpu/ready"):
