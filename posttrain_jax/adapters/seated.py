@@ -46,11 +46,8 @@ class Seated(Change):
   def parted(self, narrow: int) -> Seated:
     """The same with the ranks from `narrow` on beyond the others, and what each row needs found out."""
     if self.a.shape[-1] <= narrow:
-      return (
-        self
-        if self.acts is not None
-        else dataclasses.replace(self, acts=self._changes().astype(jnp.int32))
-      )
+      acts = self._changes().astype(jnp.int32) if self.acts is None else self.acts
+      return dataclasses.replace(self, acts=acts)
     cut = lambda low, high: Seated(self.a[..., low:high], self.b[..., low:high, :])
     beyond = cut(narrow, None)
     first = dataclasses.replace(cut(0, narrow), columns=self.columns)
