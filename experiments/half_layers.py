@@ -11,7 +11,8 @@ Each arm trains all of the student for as many updates of as many rows:
   on_policy   half of the rows are the student's own answers (GKD, generalised JSD)
 
 A student that answers nothing has nothing to learn from in its own answers, so the two that matter go on from `traces`
-for `more` updates:
+for `more` updates, at a lower rate (`more_lr`): at 5e-4 a step spoils what the student writes next, and it then learns
+from that:
 
   more_traces     as before
   more_on_policy  half of the rows are the student's own answers (GKD, forward KL)
@@ -31,7 +32,9 @@ from posttrain_jax.configs import common
 
 
 def stages(arg=None):
-  arg = common.parse(arg, model="smollm2", steps=150, more=100, questions=200, layers=15)
+  arg = common.parse(
+    arg, model="smollm2", steps=150, more=100, more_lr=1e-4, questions=200, layers=15
+  )
   asked = {"eval.task": "sql", "eval.task_limit": arg.questions, "eval.before": False}
   trained = {**asked, "steps": arg.steps, "batch.rows": 8, "optimizer.lr": 5e-4, "eval.every": 0}
   rows = {**trained, "data.length": 256, "data.packing": False}
@@ -59,7 +62,8 @@ def stages(arg=None):
     "train": f"distil:{taught},on_policy=0.5,loss=jsd",
     "fields": {**trained, "online.max_new_tokens": 48},
   }
-  onwards, begun = {"steps": arg.more, "seed": 1}, "model={traces}/model,adapter=none"
+  onwards = {"steps": arg.more, "seed": 1, "optimizer.lr": arg.more_lr}
+  begun = "model={traces}/model,adapter=none"
   yield {
     "name": "more_traces",
     "train": f"sft:{begun},data={{right}}",
