@@ -61,13 +61,8 @@ def dot(x: Array, w: Array, sizes: Array, operands: Any) -> Array:
 
   Cotangents are rounded to it too.  What is behind the last group means nothing.
   """
-  return jax.lax.ragged_dot(
-    x.astype(operands),
-    w.astype(operands),
-    sizes.astype(jnp.int32),
-    jax.lax.Precision.HIGHEST if operands == jnp.float32 else None,
-    jnp.float32,
-  )
+  x, w = x.astype(operands), w.astype(operands)
+  return jax.lax.ragged_dot(x, w, sizes.astype(jnp.int32), precision(x, w), jnp.float32)
 
 
 def _backward(operands: Any, kept: Any, g: Array) -> tuple[Array, Array, None]:
