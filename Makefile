@@ -14,7 +14,7 @@ export POSTTRAIN_DATA := $(abspath $(POSTTRAIN_DATA))
 endif
 WORKERS ?= 2# test processes; a file of tests stays in one, for what its tests share
 
-.PHONY: help quickstart test test-slow test-all test-newest check format oracle bench compile-70b plans scaling memory-claims offload optimizers mutate compose fuzz docs clean
+.PHONY: help quickstart test test-slow test-all test-compilers test-newest check format oracle bench compile-70b plans scaling memory-claims offload optimizers mutate compose fuzz docs clean
 help:
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 16
 
@@ -60,6 +60,9 @@ test: .venv/ready ## the fast suite
 
 test-slow: .venv/ready ## what the fast suite leaves out: the other cases of each kind, whole commands, every printed command
 	$(BIN)/python -m pytest -m "slow and not oracle" -n $(WORKERS) --dist loadfile
+
+test-compilers: .venv-tpu/ready ## what compiles for TPUs and NVIDIA's cards that are not here, the slow cases too
+	JAX_PLATFORMS=cpu PYTHONPATH=.venv-tpu/site $(BIN)/python -m pytest -m compilers -n $(WORKERS) --dist loadfile
 
 test-all: .venv/ready ## the fast suite and the slow tests
 	$(BIN)/python -m pytest -m "not oracle"

@@ -2,7 +2,8 @@
 
 The kernel masks inside a block by segments and by the order of tokens.  Which blocks it reads are tables: here they are
 of each row, so that a block that nobody sees into (another document, what is later or behind the window) is neither
-loaded nor multiplied.  Prefixes and segments that everyone sees have no place in it.
+loaded nor multiplied.  Prefixes and segments that everyone sees have no place in it.  Its products of float32 are asked
+for as `core.product.precision` asks for all others.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 
 from posttrain_jax.core import zigzag
+from posttrain_jax.core.product import precision
 from posttrain_jax.models import across, attention
 from posttrain_jax.models.attention import Places
 
@@ -98,18 +100,41 @@ def _own(lies, size, softcap, q, k, v, where):
   places = jax.tree.map(lambda x: _padded(x, 1, height), queries)
   numbers = _padded(numbers[None], 1, height)[0]
   is_local = window is not None and (isinstance(window, int) or window == size)
-  row = functools.partial(_row, (height, width), Sees(size), softcap, numbers, is_local, window)
-  out = jax.vmap(row)(flat, k, v, places, keys)[:, :, :time].reshape(q.shape)
+  told = jnp.where(is_local, -1 - numbers, numbers)
+  row = functools.partial(_row, (height, width), Sees(size), softcap)
+  rows = jax.vmap(row, in_axes=(*[0] * 5, *[None] * 3))
+  run = rows if precision(q, k, v) is None else _exact(rows)
+  out = run(flat, k, v, places, keys, numbers, told, window)[:, :, :time].reshape(q.shape)
   return jnp.where((queries.segments != 0)[:, None, None, :, None], out, 0)
 
 
-def _row(blocks, sees, softcap, numbers, is_local, window, q, k, v, queries, keys):
+def _exact(run):
+  """run with products of float32 forward and backward: the kernel, which has no argument for it, rounds to bfloat16."""
+  highest = jax.default_matmul_precision("highest")
+
+  @jax.custom_vjp
+  def exact(*inputs):
+    with highest:
+      return run(*inputs)
+
+  def forward(*inputs):
+    with highest:
+      return jax.vjp(run, *inputs)
+
+  def backward(pullback, gradient):
+    with highest:
+      return pullback(gradient)
+
+  exact.defvjp(forward, backward)
+  return exact
+
+
+def _row(blocks, sees, softcap, q, k, v, queries, keys, numbers, told, window):
   height, width = blocks
   alone = lambda places: jax.tree.map(lambda x: x[None], places)
   seen = attention.seen(alone(queries), alone(keys), window, height, width)
   # a query of padding sees something, too: its softmax is of no block otherwise
   seen |= numbers[::height, None] // width == jnp.arange(seen.shape[1])
-  told = jnp.where(is_local, -1 - numbers, numbers)
   by_row = _tables(seen, told)
   by_column = _tables(seen.T, told)
   turned = by_column._replace(

@@ -1,15 +1,22 @@
-"""What to change where a step does not fit: fields, and what arithmetic says that each saves."""
+"""What to change where a step does not fit, or is bound by links: fields, and what arithmetic says of each."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
+
+import jax
+import jax.numpy as jnp
 
 from posttrain_jax import settings
 from posttrain_jax.build import decisions
-from posttrain_jax.plan import program
-from posttrain_jax.plan.arithmetic import arithmetic
+from posttrain_jax.core import tree
+from posttrain_jax.plan import costs, program
+from posttrain_jax.plan.arithmetic import arithmetic, tokens
 from posttrain_jax.plan.chips import GIB
+from posttrain_jax.plan.program import Program
 from posttrain_jax.plan.topology import Target
+from posttrain_jax.train import state as state_lib
 
 
 def changes(config: Any, chips: Target) -> list[dict[str, Any]]:
@@ -20,11 +27,16 @@ def changes(config: Any, chips: Target) -> list[dict[str, Any]]:
   worth.sort(key=lambda pair: -pair[1])
   return [
     {
-      "field": " ".join(f"--config.{name}={value}" for name, value in fields.items()),
+      "field": _written(fields),
       "saves_gib": round(size / GIB, 2),
     }
     for fields, size in worth
   ]
+
+
+def _written(fields: dict[str, Any]) -> str:
+  """As they are typed."""
+  return " ".join(f"--config.{name}={value}" for name, value in fields.items())
 
 
 def _candidates(config: Any, chips: Target) -> list[dict[str, Any]]:
@@ -70,3 +82,52 @@ def _needs(config: Any, chips: Target) -> int:
   there = program.on_host(built)
   gradients = there["trained"]
   return sum(arithmetic(built).values()) - sum(there.values()) - gradients
+
+
+def lighter(built: Program, sent: float) -> list[dict[str, Any]]:
+  """[{field, sends (bytes)}], the size of mesh.expert with which a mixture's step sends the least; [] where it is that.
+
+  Args:
+    sent: bytes that a device sends in a step as it is.
+  """
+  if built.mesh is None or not built.model.experts:
+    return []
+  now = built.mesh.shape
+  spread = now["fsdp"] * now["expert"]
+  sizes = [
+    size
+    for size in range(1, spread + 1)
+    if spread % size == 0 and built.model.experts % (size * now["tensor"]) == 0
+  ]
+  best = min(sizes, key=lambda size: _of_experts(built, now, size))
+  would = sent - _of_experts(built, now, now["expert"]) + _of_experts(built, now, best)
+  if best == now["expert"] or would > 0.9 * sent:
+    return []
+  fields = {"mesh.expert": best}
+  if built.config.mesh.fsdp != -1:
+    fields["mesh.fsdp"] = spread // best
+  return [{"field": _written(fields), "sends": round(would)}]
+
+
+def _of_experts(built: Program, mesh: Mapping[str, int], size: int) -> float:
+  """Bytes that a device sends in a step because of experts that lie on so many: along fsdp weights, along expert rows.
+
+  Every pass over the layers gathers the weights, and the gradient of what trains is scattered.  Rows are gathered and
+  their sums scattered forward, again (the rows alone) and backward.
+  """
+  others = mesh["fsdp"] * mesh["expert"] // size * mesh["context"]
+  passes = 2 + costs.compares(built)
+  parts = decisions.micro_batches(built.config, state_lib.devices(built.state))
+  base, trained = _bytes(built.context.base), _bytes(built.state.trainable)
+  gathered = parts * passes * (base + trained) + trained
+  weights = gathered / (size * mesh["tensor"]) * (1 - 1 / others)
+  dtype = decisions.between(decisions.products(built.config), built.device.platform)
+  row = built.model.hidden_size * jnp.dtype(dtype).itemsize
+  times = built.model.num_layers * (2 * passes + 1)
+  return weights + times * tokens(built) * row * (size - 1)
+
+
+def _bytes(stored: Any) -> int:
+  """Of the experts among these weights, on all devices together."""
+  leaves = [leaf for path, leaf in tree.items(stored or {}) if "/experts/" in path]
+  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(leaves))

@@ -22,10 +22,7 @@ def arithmetic(built: Program) -> dict[str, int]:
   fixed = [built.context.base, built.state.carried]
   dtype = decisions.between(decisions.products(built.config), built.device.platform)
   parts = decisions.micro_batches(built.config, state_lib.devices(built.state))
-  rows = math.ceil(built.config.batch.rows / parts / _row_shards(built))
-  tokens = rows * built.config.data.length
-  if built.mesh is not None:
-    tokens = math.ceil(tokens / built.mesh.shape["context"])
+  count = tokens(built, parts)
   other = built.context.reference
   compared = {} if other is None else {"reference": program.bytes_a_device(other)}
   return {
@@ -34,10 +31,17 @@ def arithmetic(built: Program) -> dict[str, int]:
     "trained": program.bytes_a_device(built.state.trainable),
     "optimizer": program.bytes_a_device(built.state.optimizer),
     "gradients": program.bytes_a_device(built.state.trainable),
-    "activations": saved(built.model, built.config.model.remat, jnp.dtype(dtype).itemsize) * tokens,
+    "activations": saved(built.model, built.config.model.remat, jnp.dtype(dtype).itemsize) * count,
     "dense weights": largest_dense(built, dtype),
-    "logits": logits(built.model, tokens),
+    "logits": logits(built.model, count),
   }
+
+
+def tokens(built: Program, parts: int = 1) -> int:
+  """Of a device, in one of so many micro-batches."""
+  rows = math.ceil(built.config.batch.rows / parts / _row_shards(built))
+  count = rows * built.config.data.length
+  return count if built.mesh is None else math.ceil(count / built.mesh.shape["context"])
 
 
 def saved(model: ModelConfig, remat: str, itemsize: int) -> int:

@@ -35,19 +35,24 @@ def flops(built: Program) -> dict[str, float]:
   matrices = _matrices(built)
   adapter = 0.0 if full else float(numbers(built.state.trainable))
   passes = 3 if full else 2
-  compares = int(built.context.reference is not None or _asks_base(built))
+  compared = compares(built)
   again = int(config.model.remat in AGAIN)
   keys = config.data.length
   visible = sum(min(keys / 2, model.window or keys) if model.sliding(i) else keys / 2
                 for i in range(model.num_layers))  # fmt: skip
   attention = 4.0 * model.num_heads * model.head_dim
-  useful = 2 * matrices * (passes + compares) + 6 * adapter + attention * visible * (3 + compares)
+  useful = 2 * matrices * (passes + compared) + 6 * adapter + attention * visible * (3 + compared)
   every = attention * keys * model.num_layers
   computed = (
-    2 * matrices * (passes + compares + again) + (6 + 2 * again) * adapter
-    + every * (3 + compares + again)
+    2 * matrices * (passes + compared + again) + (6 + 2 * again) * adapter
+    + every * (3 + compared + again)
   )  # fmt: skip
   return {"model": useful * tokens, "computed": computed * tokens}
+
+
+def compares(built: Program) -> int:
+  """How many forward passes a step has beside that of what trains: of a reference, in the step."""
+  return int(built.context.reference is not None or _asks_base(built))
 
 
 def numbers(arrays: Any) -> int:

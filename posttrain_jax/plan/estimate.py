@@ -59,7 +59,12 @@ def of(config: Any, chips: Target, *, advise: bool = True) -> dict[str, Any]:
   facts["by_kind_gib"] = {name: size / GIB for name, size in by_kind(built, compiled).items()}
   facts["collectives"] = [dataclasses.asdict(one) for one in sent]
   facts["network_bytes"] = sum(one.network for one in sent)
-  facts["roofline"] = chips.chip and costs.roofline(built, chips.chip, compiled, sent)
+  facts["roofline"] = None
+  facts["lighter"] = []
+  if chips.chip is not None:
+    facts["roofline"] = costs.roofline(built, chips.chip, compiled, sent)
+    if facts["roofline"]["bound"] == "links":
+      facts["lighter"] = advice.lighter(built, sum(one.sent for one in sent))
   # between updates what trains stays where it is, and the engine comes beside it
   peaks = [compiled.peak / GIB]
   if writes := facts.get("writing"):

@@ -40,7 +40,7 @@ def written(facts: dict[str, Any]) -> str:
       "the same by what it is for (activations: with all that lies between):",
       *_rows(facts["by_kind_gib"]),
       "",
-      *_sent(facts["collectives"]),
+      *_sent(facts["collectives"], facts["lighter"]),
       *_time(facts),
       *_writing(facts),
       verdict[facts["fits"]]
@@ -50,8 +50,8 @@ def written(facts: dict[str, Any]) -> str:
   )
 
 
-def _sent(collectives: Sequence[dict[str, Any]]) -> list[str]:
-  """What a device sends in a step."""
+def _sent(collectives: Sequence[dict[str, Any]], lighter: Sequence[dict[str, Any]]) -> list[str]:
+  """What a device sends in a step, and with what it would send less."""
   if not collectives:
     return []
   lines = ["sent by a device in a step, MB (over the network: between slices or hosts):"]
@@ -60,7 +60,12 @@ def _sent(collectives: Sequence[dict[str, Any]]) -> list[str]:
     least = "" if one["exact"] else "  at least: the program does not tell how often"
     lines.append(f"  {one['kind']:<20}{one['axis']:<14}{one['count']:>6} x{sizes}{least}")
   network = sum(one["network"] for one in collectives)
-  return [*lines, f"  over the network together {network / 1e6:.3f} MB", ""]
+  lines.append(f"  over the network together {network / 1e6:.3f} MB")
+  for one in lighter:
+    lines.append(
+      f"  links bind it: with {one['field']} it would send {one['sends'] / 1e6:.3f} MB by arithmetic"
+    )
+  return [*lines, ""]
 
 
 def _time(facts: dict[str, Any]) -> list[str]:

@@ -11,6 +11,7 @@ from jax.sharding import SingleDeviceSharding
 from posttrain_jax.core import grouped, ragged
 from posttrain_jax.plan import topology
 from tests.core.test_grouped import OUT, ROWS, SIZES, drawn, plain
+from tests.marks import needs_libtpu
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -42,9 +43,7 @@ def test_gradients_have_the_dtypes_of_what_they_are_of():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-  not topology.has_libtpu(), reason="libtpu is not installed: PYTHONPATH=.venv-tpu/site"
-)
+@needs_libtpu
 @pytest.mark.parametrize("chips", ["v5e:2x2", "v5p:2x2x1"])
 def test_no_product_of_a_tpu_is_of_every_row_with_every_matrix(chips):
   """64 groups of 1,024 rows: each row's own products forward and backward, and blocks for the matrices' gradient."""

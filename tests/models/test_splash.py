@@ -4,16 +4,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend import core as jax_core
 from jax.sharding import NamedSharding, PartitionSpec
 
 from posttrain_jax.core import sharding, zigzag
 from posttrain_jax.models import attention, splash
 from posttrain_jax.models.attention import Places
 from posttrain_jax.plan import topology
-from tests.marks import few
+from tests.marks import few, needs_libtpu
 from tests.models.test_attention import drawn, packed_rows, pairs_that_share
 
 WINDOW = 70
+HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def run(attend, places, softcap, **options):
@@ -31,6 +33,14 @@ def assert_close(found, wanted):
   for one, expected in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
     error = np.linalg.norm(np.asarray(one) - np.asarray(expected))
     assert error < 3e-6 * np.linalg.norm(expected)
+
+
+def equations(jaxpr):
+  """Of a program and of all that are within it, kernels too."""
+  for one in jaxpr.eqns:
+    yield one
+    for inner in jax_core.jaxprs_in_params(one.params):
+      yield from equations(inner)
 
 
 def interpreted(monkeypatch):
@@ -83,6 +93,21 @@ def test_blocks_that_nobody_sees_into_are_left_out():
     assert set(blocks[int(runs.sum()) :]) <= {blocks[int(runs.sum()) - 1]}  # nothing more is loaded
 
 
+@pytest.mark.parametrize(("dtype", "asked"), [(jnp.float32, HIGHEST), (jnp.bfloat16, None)])
+def test_products_of_float32_are_asked_for_as_such(dtype, asked):
+  """By the kernels themselves, forward and backward: a TPU rounds float32 to bfloat16 where nothing is asked for."""
+  places = jax.tree.map(jnp.asarray, packed_rows(250))
+  inputs = [x.astype(dtype) for x in drawn(250, heads=4, kv_heads=2, dim=16)]
+  program = jax.make_jaxpr(run(splash.attend, places, None))(*inputs, None)
+  asks = [
+    one.params["precision"] for one in equations(program.jaxpr) if "dot" in one.primitive.name
+  ]
+  assert (
+    len(asks) > 2 + 3 + 4
+  )  # of the three kernels: forward, and the gradients of queries and of keys and values
+  assert set(asks) == {asked and (asked, asked)}
+
+
 def test_tokens_that_several_documents_see_are_refused():
   q, k, v = drawn(22)
   places = pairs_that_share(22)
@@ -94,26 +119,29 @@ def test_tokens_that_several_documents_see_are_refused():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-  not topology.has_libtpu(), reason="libtpu is not installed: PYTHONPATH=.venv-tpu/site"
-)
+@needs_libtpu
 @pytest.mark.parametrize(
-  ("chips", "sizes", "dim", "softcap"),
+  ("chips", "sizes", "dim", "softcap", "dtype"),
   [
-    ("v5e:2x2", dict(fsdp=2, context=2), 128, 30.0),
-    ("v5p:2x2x1", dict(context=4), 128, None),
-    ("v6e:2x2", dict(fsdp=2, tensor=2), 64, None),
-    ("v6e:2x2", dict(data=4), 256, 50.0),
+    ("v5e:2x2", dict(fsdp=2, context=2), 128, 30.0, jnp.bfloat16),
+    ("v5p:2x2x1", dict(context=4), 128, None, jnp.bfloat16),
+    ("v6e:2x2", dict(fsdp=2, tensor=2), 64, None, jnp.bfloat16),
+    ("v6e:2x2", dict(data=4), 256, 50.0, jnp.float32),
+    ("v4:2x2x1", dict(fsdp=8), 128, None, jnp.bfloat16),
+    ("tpu7x:2x2x1", dict(fsdp=-1), 128, None, jnp.bfloat16),
   ],
 )
-def test_it_compiles_for_a_tpu(chips, sizes, dim, softcap):
-  """Forward and backward of two rows of 8,192 tokens a device, in less than a tenth of the memory of their scores."""
+def test_it_compiles_for_a_tpu(chips, sizes, dim, softcap, dtype):
+  """Forward and backward of two rows of 8,192 tokens a device, in less than a tenth of the memory of their scores.
+
+  Of float32 twice that.
+  """
   time, heads, kv_heads = 8192, 8, 2
   mesh = sharding.mesh(**sizes, devices=topology.target(chips).devices)
   rows = 2 * mesh.shape["data"] * mesh.shape["fsdp"]
   with jax.set_mesh(mesh):
 
-    def shape(axes, *sizes, dtype=jnp.bfloat16):
+    def shape(axes, *sizes, dtype=dtype):
       spec = sharding.fitted(sharding.logical(axes), sizes, mesh)
       return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, spec))
 
@@ -128,5 +156,7 @@ def test_it_compiles_for_a_tpu(chips, sizes, dim, softcap):
 
     program = jax.jit(jax.grad(loss, (0, 1, 2)))
     compiled = program.lower(*arrays, places, places, window).compile()
-  own = 2 * heads / mesh.shape["tensor"] * time**2 / mesh.shape["context"] * 4
+  own = (
+    2 * heads / mesh.shape["tensor"] * time**2 / mesh.shape["context"] * 2 * dtype.dtype.itemsize
+  )
   assert compiled.memory_analysis().temp_size_in_bytes < own / 10

@@ -15,7 +15,7 @@ from posttrain_jax.models import decoder, shapes
 from posttrain_jax.objectives import Context
 from posttrain_jax.plan import arithmetic, estimate, program, report, topology
 from posttrain_jax.train import state as state_lib
-from tests.marks import slow
+from tests.marks import needs_cuda, needs_libtpu, slow
 
 pytestmark = pytest.mark.usefixtures("in_float32")
 
@@ -237,9 +237,7 @@ def test_llama_shapes_have_the_published_sizes():
   assert count("llama3-70b") == 70_553_706_496
 
 
-@pytest.mark.skipif(
-  not topology.has_libtpu(), reason="libtpu is not installed: PYTHONPATH=.venv-tpu/site"
-)
+@needs_libtpu
 @pytest.mark.parametrize(
   ("name", "devices", "memory"),
   [("v5e:1x1", 1, 16), ("v6e:1x2", 2, 32), ("v5p:1x1x1", 1, 95), ("v4:2x2x1", 8, 16)],
@@ -252,9 +250,7 @@ def test_a_part_of_a_host_and_a_chip_of_two_cores(name, devices, memory):
   assert shape["fsdp"] == devices
 
 
-@pytest.mark.skipif(
-  not topology.has_libtpu(), reason="libtpu is not installed: PYTHONPATH=.venv-tpu/site"
-)
+@needs_libtpu
 def test_compiles_for_a_tpu_that_is_not_here():
   found = estimate.figures(config(",base=nf4"), topology="v5e:2x2")
   assert found["devices"] == 4
@@ -263,7 +259,7 @@ def test_compiles_for_a_tpu_that_is_not_here():
   assert found["compiled"]["temporaries_gib"] > 0
 
 
-@pytest.mark.skipif(not topology.has_libtpu(), reason="libtpu is not installed")
+@needs_libtpu
 def test_axes_that_are_no_product_of_a_torus_split_it():
   chips = topology.target("v5p:4x4x4").devices
   mesh = sharding.mesh(data=8, fsdp=8, devices=chips)
@@ -291,9 +287,7 @@ def test_how_many_steps_epochs_are_changes_nothing_of_what_is_needed(capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-  topology.cuda() is None, reason="jax's CUDA plugin is not installed: PYTHONPATH=.venv-tpu/site"
-)
+@needs_cuda
 def test_compiles_for_gpus_that_are_not_here():
   """Between the two hosts an adapter's gradient travels, and no weight."""
   fields = {"mesh.data": 2, "adapter.target_modules": ".*q_proj"}

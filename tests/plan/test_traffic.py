@@ -17,7 +17,7 @@ from posttrain_jax.losses import logprob
 from posttrain_jax.models import decoder, hf
 from posttrain_jax.plan import collectives, program, topology
 from tests import tiny
-from tests.marks import slow
+from tests.marks import needs_libtpu, slow
 from tests.plan.test_program import load
 
 ROWS, LENGTH, DEVICES, WIDTH, LAYERS = 8, 128, 8, 64, 2
@@ -185,9 +185,7 @@ def test_the_head_is_gathered_once_for_all_chunks_of_tokens(folders, monkeypatch
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-  not topology.has_libtpu(), reason="libtpu is not installed: PYTHONPATH=.venv-tpu/site"
-)
+@needs_libtpu
 def test_a_tpu_sends_the_gradient_of_a_layer_once():
   """Each device is handed the part that is its own, while it multiplies; summed whole it would be sent twice."""
   layers, width, tokens, devices = 2, 4096, 1024, 16
