@@ -18,7 +18,7 @@ from typing import Any
 
 import ml_collections
 
-from posttrain_jax.settings import fields, listing, names
+from posttrain_jax.settings import fields, later, listing, names
 from posttrain_jax.settings.domains import Number, Text
 from posttrain_jax.settings.errors import ConfigError
 
@@ -580,8 +580,12 @@ def _plain(value: Any) -> Any:
 def differences(
   old: Mapping[str, Any], new: Mapping[str, Any], but: Collection[str] = ()
 ) -> list[str]:
-  """`field: old -> new` for every field, but some, in which two resolved configs differ."""
+  """`field: old -> new` for every field, but some, in which two resolved configs differ.
+
+  old may be of a version that had fewer fields: it did what `later.LATER` says.
+  """
   a, b = ({k: v for k, v in flat(config).items() if k not in but} for config in (old, new))
+  a = {**{name: value for name, value in later.LATER.items() if name in b}, **a}
   missing = "(absent)"
   return [
     f"{key}: {a.get(key, missing)!r} -> {b.get(key, missing)!r}"

@@ -49,6 +49,17 @@ def test_another_config_is_refused_with_the_differences(tmp_path):
   assert json.loads((tmp_path / "config.json").read_text())["config"]["optimizer"]["lr"] == 0.1
 
 
+def test_a_run_of_a_version_with_fewer_fields_goes_on_where_they_change_nothing(tmp_path):
+  now = lambda context: ml_collections.ConfigDict(
+    {**CONFIG.to_dict(), "mesh": {"fsdp": 2, "context": context}, "epochs": None}
+  )
+  claim(tmp_path, ml_collections.ConfigDict({**CONFIG.to_dict(), "mesh": {"fsdp": 2}}))
+  (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+  claim(tmp_path, now(1))
+  with pytest.raises(ConfigError, match="another config:\n  mesh.context: 1 -> 4\n"):
+    claim(tmp_path, now(4))
+
+
 def test_a_begun_run_may_wait_longer_for_its_verifiers(tmp_path):
   waits = lambda seconds, **other: ml_collections.ConfigDict(
     {"steps": 3, "reward": {"seconds": seconds, "weights": (1,)}, **other}

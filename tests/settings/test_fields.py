@@ -14,7 +14,7 @@ from posttrain_jax.models import backends, decoder
 from posttrain_jax.objectives import groups, preference
 from posttrain_jax.optim import chain, galore, offload, schedules
 from posttrain_jax.quant import STORAGES
-from posttrain_jax.settings import ConfigError, fields
+from posttrain_jax.settings import ConfigError, fields, later
 from posttrain_jax.settings.domains import Choice, Expression, Number
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -66,6 +66,14 @@ def test_the_table_knows_nothing_else():
     known |= {fields.known_as(name) for name, _ in fields.items(settings.plain(load(config)))}
   unset = {"adapter.total_step"}  # which no config writes: the run's steps
   assert set(fields.FIELDS) == known | unset
+
+
+def test_what_came_later_does_by_default_what_runs_did_before():
+  for config in METHODS:
+    values = dict(fields.items(settings.plain(load(config))))
+    for name in later.LATER.keys() & values.keys():
+      assert values[name] == later.LATER[name], (config, name)
+  assert later.LATER.keys() <= fields.FIELDS.keys()
 
 
 def test_its_choices_are_the_codes():
