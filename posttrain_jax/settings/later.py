@@ -1,7 +1,6 @@
 """Fields that came after 0.1.0, with the value by which a run does what it did before them.
 
-A begun run whose record lacks one goes on where the config has that value.  A field that always changed what is computed
-has no line.
+A begun run whose record lacks one goes on where the config has that value.  A field without such a value has no line.
 """
 
 from typing import Any

@@ -56,7 +56,7 @@ def test_a_run_of_a_version_with_fewer_fields_goes_on_where_they_change_nothing(
   claim(tmp_path, ml_collections.ConfigDict({**CONFIG.to_dict(), "mesh": {"fsdp": 2}}))
   (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
   claim(tmp_path, now(1))
-  with pytest.raises(ConfigError, match="another config:\n  mesh.context: 1 -> 4\n"):
+  with pytest.raises(ConfigError, match=r"another config:\n  mesh.context: 1 -> 4\n"):
     claim(tmp_path, now(4))
 
 
