@@ -41,6 +41,8 @@ OBJECTIVES = {
   "steps": ("reward", ",kind=steps", {}, 0),
   # the other side of their branch, where no answer teaches, is counted too
   "grpo": ("grouped", "", {}, 1),
+  "distil": ("distil", ",teacher={folder}/model", {}, 1),
+  "distil, likeliest tokens": ("distil", ",teacher={folder}/model,top_k=4", {}, 0),
   "rl": ("rl", ",reward=number", {"online.samples": 4, "online.max_new_tokens": 16}, 1),
 }
 ADAPTED = (
@@ -114,9 +116,11 @@ class Step:
     layers = sum(cut(leaf) for path, leaf in leaves.items() if path.startswith("layers/"))
     heads = sum(cut(leaf) for path, leaf in leaves.items() if "head" in path or "score" in path)
     adapter = 0 if base is None else sum(map(cut, jax.tree.leaves(state.trainable)))
-    # forward and, since nothing is kept, backward again; the head once for all passes, on each side of a branch
+    # forward and, since nothing is kept, backward again
     with_adapter = 2 + forward * (self.name in ADAPTED)
-    return (2 + forward) * layers + with_adapter * adapter + (1 + (self.name in BRANCHED)) * heads
+    # the head once for all passes, a teacher's too, and on each side of a branch
+    times = 1 + (self.name in BRANCHED) + (self.built.context.teacher is not None)
+    return (2 + forward) * layers + with_adapter * adapter + times * heads
 
   @property
   def trained(self):
@@ -137,6 +141,7 @@ def cut(leaf):
 
 def compiled(folder, name, mesh, options=None, **fields):
   config, arguments, more, forward = OBJECTIVES[name]
+  arguments = arguments.format(folder=folder)
   sizes, slices = MESHES[mesh]
   given = {
     **{f"mesh.{axis}": sizes.get(axis, 1) for axis in sharding.AXES},
