@@ -204,7 +204,7 @@ def _coarser(logits: Array, ids: Array) -> Array:
   The others are summed by themselves: 1 less the mass of the ids would cancel where they hold nearly all of it.
   """
   among = jnp.take_along_axis(logits, ids, axis=-1)
-  # compared: devices that share a batch would gather the indices of a scatter; 32 of 49,152 take a CPU as long either way
+  # compared: devices that share a batch would gather the indices of a scatter; 32 of 49,152 take a CPU as long
   is_among = jnp.any(jnp.arange(logits.shape[-1])[:, None] == ids[..., None, :], axis=-1)
   others = jnp.where(is_among, -jnp.inf, logits)
   rest = jax.nn.logsumexp(others, axis=-1, keepdims=True)

@@ -63,7 +63,8 @@ def _sent(collectives: Sequence[dict[str, Any]], lighter: Sequence[dict[str, Any
   lines.append(f"  over the network together {network / 1e6:.3f} MB")
   for one in lighter:
     lines.append(
-      f"  links bind it: with {one['field']} it would send {one['sends'] / 1e6:.3f} MB by arithmetic"
+      f"  links bind it: with {one['field']} it would send {one['sends'] / 1e6:.0f} MB by arithmetic, and a device have"
+      " the rows of others beside its own; plan that"
     )
   return [*lines, ""]
 

@@ -6,7 +6,7 @@ import pytest
 
 from posttrain_jax import settings
 from posttrain_jax.models import shapes
-from posttrain_jax.plan import advice, chips, collectives, estimate, program, topology
+from posttrain_jax.plan import advice, chips, collectives, estimate, program, report, topology
 
 MIXTURE = dataclasses.replace(
   shapes.SHAPES["qwen3-30b-a3b"],
@@ -63,7 +63,9 @@ def test_what_is_advised_sends_as_much_as_was_said(fields):
   """And the plan says so where links bind the step."""
   more = {"model.remat": "full", "batch.rows": 16, **fields}
   target = dataclasses.replace(eight(), chip=SLOW_LINKS)
-  (one,) = estimate.of(config(**more), target)["lighter"]
+  facts = estimate.of(config(**more), target)
+  (one,) = facts["lighter"]
+  assert f"links bind it: with {one['field']} it would send" in report.written(facts)
   size = int(one["field"].removeprefix("--config.mesh.expert="))
   changed = program.build(config(**more, **{"mesh.expert": size}), target)
   text = program.compile(changed).executable.as_text()

@@ -220,6 +220,22 @@ def test_a_tpu_sends_the_gradient_of_a_layer_once():
   assert all(one.exact for one in kinds.values())
 
 
+@pytest.mark.slow
+def test_a_critic_gathers_the_base_in_its_own_passes_and_no_more(folders, monkeypatch):
+  """Forward and again, as the policy does; the head is the policy's alone."""
+  ppo = ("rl", ",method=ppo,reward=number", {"online.max_new_tokens": 16}, 0)
+  monkeypatch.setitem(OBJECTIVES, "ppo", ppo)
+  step, _ = compiled(folders["dense"], "ppo", "fsdp")
+  base = tree.flatten(step.built.context.base)
+  layers = sum(cut(leaf) for path, leaf in base.items() if path.startswith("layers/"))
+  adapters = sum(map(cut, jax.tree.leaves(step.built.state.trainable)))
+  weights = (2 * 2 * layers + 2 * adapters + cut(base["lm_head/weight"])) * 7 / 8
+  _, gathered = step.along("all-gather", "fsdp")
+  between(weights, gathered, weights + NUMBERS * TOKEN * 7 / 8)
+  _, summed = step.along("all-reduce", "fsdp")
+  between(2 * step.trained * 7 / 8, summed, 2 * step.trained * 7 / 8 + SMALL)
+
+
 @each("context")
 def test_along_context_keys_and_values_travel_too(name, folders):
   step, forward = compiled(folders["dense"], name, "context")
