@@ -111,7 +111,8 @@ class Elsewhere(Writer):
     self.rows = -(-o.rows // jax.process_count())
     self._home = home
     try:
-      self.address = Address(o.engine, o.engine_key, o.engine_patience, stopping=stopping)
+      vocab = model.config.vocab_size
+      self.address = Address(o.engine, vocab, o.engine_key, o.engine_patience, stopping=stopping)
     except ValueError as error:
       raise ConfigError(f"online.engine: {error}") from error
     self._threads = futures.ThreadPoolExecutor(self.rows, "engine")

@@ -35,6 +35,7 @@ class Address:
   """A server of one base with adapters by name.
 
   url: of the API, as far as `/v1`.
+  vocab: tokens that the model has; an id beyond is of another one.
   key: the environment variable that holds the API's key; "": none is sent.
   patience: seconds for which one question is asked again, with what may pass.
   seconds: for one reply.
@@ -42,6 +43,7 @@ class Address:
   """
 
   url: str
+  vocab: int
   key: str = ""
   patience: float = 300.0
   seconds: float = 600.0
@@ -86,7 +88,7 @@ class Address:
     again: called where the server does not know the model any more; it gives it the adapter again.
     """
     body = asked(request, model)
-    read = lambda said: answered(request, json.loads(said))
+    read = lambda said: answered(request, json.loads(said), self.vocab)
     try:
       return self._asked("/completions", body, read)
     except Unknown:
@@ -160,11 +162,11 @@ def seed(request: Request) -> int:
   return int(mixed.generate_state(1, np.uint32)[0]) % SEEDS
 
 
-def answered(request: Request, said: Any) -> Answer:
+def answered(request: Request, said: Any, vocab: int) -> Answer:
   """The answer that a reply holds.
 
   Raises:
-    ValueError, KeyError, TypeError, IndexError: it holds none.
+    One of api.UNREADABLE: it holds none.
   """
   (choice,) = said["choices"]
   tokens = choice.get("token_ids")
@@ -178,6 +180,10 @@ def answered(request: Request, said: Any) -> Answer:
     raise Unread(f"{len(tokens)} token ids with {len(logps)} log-probabilities")
   if not all(isinstance(token, int) and not isinstance(token, bool) for token in tokens):
     raise Unread(f"token_ids are {words.shown(tokens, 60)}")
+  if beyond := [token for token in tokens if not 0 <= token < vocab]:
+    raise Unread(
+      f"token {beyond[0]} is none of the {vocab:,} of this run's model; does it serve another one?"
+    )
   if len(tokens) > request.max_new_tokens:
     raise Unread(f"{len(tokens)} tokens, where {request.max_new_tokens} were asked")
   values = np.asarray(logps, np.float32)

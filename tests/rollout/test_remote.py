@@ -62,7 +62,7 @@ def served():
 
 
 def at(url, **fields):
-  return Address(url, **{"patience": 5.0, "wait": 0.01} | fields)
+  return Address(url, **{"vocab": 10, "patience": 5.0, "wait": 0.01} | fields)
 
 
 def answer(url, **fields):
@@ -121,9 +121,14 @@ def test_a_connection_that_ends_is_asked_again(served):
   ("reply", "says"),
   [
     (b"<html>hello</html>", "JSONDecodeError"),
+    (b"[" * 100_000, "RecursionError"),
     ({"object": "list"}, "KeyError: 'choices'"),
+    ({"choices": ["x"]}, "AttributeError"),
     (said(token_ids=None), "it has no token_ids"),
     (said(token_ids=["a", "b"]), "token_ids are"),
+    (said([7, 10], "length"), "token 10 is none of the 10 of this run's model"),
+    (said([-1, 9]), "token -1 is none"),
+    (said([10**30, 9]), "is none of the 10"),
     (said(logprobs={"token_logprobs": [-1.0]}), "2 token ids with 1 log-probabilities"),
     (said(logprobs={"token_logprobs": [-1.0, None]}), "no numbers up to 0"),
     (said(logprobs={"token_logprobs": [-1.0, 0.5]}), "no numbers up to 0"),
