@@ -29,6 +29,7 @@ from posttrain_jax.build.writer import Writer
 from posttrain_jax.core import distributed, progress, tree
 from posttrain_jax.environments.episodes import Sampler
 from posttrain_jax.objectives import of_policy
+from posttrain_jax.rollout import wires
 from posttrain_jax.rollout.remote import Address, Once, Refused
 from posttrain_jax.rollout.requests import Answer, Request
 from posttrain_jax.rollout.sampling import Sampling
@@ -111,8 +112,14 @@ class Elsewhere(Writer):
     self.rows = -(-o.rows // jax.process_count())
     self._home = home
     try:
-      vocab = model.config.vocab_size
-      self.address = Address(o.engine, vocab, o.engine_key, o.engine_patience, stopping=stopping)
+      self.address = Address(
+        o.engine,
+        vocab=model.config.vocab_size,
+        wire=wires.WIRES[o.engine_wire],
+        key=o.engine_key,
+        patience=o.engine_patience,
+        stopping=stopping,
+      )
     except ValueError as error:
       raise ConfigError(f"online.engine: {error}") from error
     self._threads = futures.ThreadPoolExecutor(self.rows, "engine")

@@ -109,11 +109,13 @@ def command(folder, workdir, url, *changes):
   return ["train", f"--config={config}", f"--workdir={workdir}", *fields]
 
 
+@pytest.mark.parametrize("wire", ["openai", pytest.param("sglang", marks=pytest.mark.slow)])
 def test_a_server_that_dies_and_comes_back_amid_a_run_goes_on_with_its_adapter(
-  folder, tmp_path, serve
+  folder, tmp_path, serve, wire
 ):
   server = serve(lives=2, dies_after=14)  # in the second batch
-  assert main(command(folder, tmp_path / "run", server.url, "online.ahead=0")) == 0
+  changes = ["online.ahead=0", f"online.engine_wire={wire}"]
+  assert main(command(folder, tmp_path / "run", server.url, *changes)) == 0
   assert server.started == 2
   told = lines(tmp_path / "run")
   assert [line["step"] for line in told] == [1, 2, 3]
