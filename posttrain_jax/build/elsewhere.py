@@ -27,6 +27,7 @@ from posttrain_jax.build.model import Model
 from posttrain_jax.build.prompts import Prompt
 from posttrain_jax.build.writer import Writer
 from posttrain_jax.core import distributed, progress, tree
+from posttrain_jax.core.waiters import Waiters
 from posttrain_jax.environments.episodes import Sampler
 from posttrain_jax.objectives import of_policy
 from posttrain_jax.rollout import wires
@@ -122,7 +123,7 @@ class Elsewhere(Writer):
       )
     except ValueError as error:
       raise ConfigError(f"online.engine: {error}") from error
-    self._threads = futures.ThreadPoolExecutor(self.rows, "engine")
+    self._threads = Waiters(self.rows, "engine")
     self._versions: collections.deque[_Version] = collections.deque()
     self._tickets = itertools.count()
     self._under_way: dict[int, futures.Future[Answer]] = {}

@@ -8,6 +8,7 @@ import os
 import pathlib
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import jax.numpy as jnp
@@ -92,6 +93,8 @@ def handler(served, faults):
       count["asked"] += 1
       if faults.get("dies_after", 1 << 30) < count["asked"]:
         os._exit(9)
+      if faults.get("hangs_after", 1 << 30) < count["asked"]:
+        time.sleep(600)
       if self.path == "/generate":
         if (name := body["lora_path"]) not in served.ready:
           why = f"The following requested LoRA adapters are not loaded: {name}"
