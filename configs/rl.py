@@ -5,7 +5,7 @@ posttrain train --config=rl:method=grpo,data=sql,reward=sql --workdir=runs/rl
 data=sql is the built-in task; data=FILE.jsonl has rows with a prompt and the columns that the verifiers read.
 storage=int8 or bfloat16 keeps the sampler's weights so, and corrects for it token by token.
 teacher=NAME adds the reverse KL to a model of the same tokenizer to each token's advantage (on-policy distillation).
-engine=http://127.0.0.1:8000/v1: a server (vLLM, posttrain serve) writes the answers, one batch ahead.
+engine=http://127.0.0.1:8000/v1: a server (vLLM, SGLang, posttrain serve) writes the answers, one batch ahead.
 environment=sql or tools=python: answers of several turns, in which the model calls tools.
 method: grpo, dr_grpo, dapo, gspo, cispo, rloo, dppo, dppo_kl, reinforce, reinforce_pp, max_rl, centred; ppo, with a
 critic; online_dpo, whose pairs are the best and the worst answer to a prompt (and loss=ipo, or another of
@@ -104,6 +104,7 @@ def get_config(arg=None):
   n.unparsed = 0.0  # the score of an answer with a turn that cannot be read
   # the address of a server that writes, as http://127.0.0.1:8000/v1; "": this program does
   n.engine = arg.engine
+  n.engine_wire = "openai"  # how it is asked: openai (vLLM, posttrain serve) or sglang
   n.engine_folder = ""  # where the server reads adapters; "": engine/ in the run's folder
   n.engine_key = ""  # the environment variable that holds its key; "": none
   n.engine_patience = 300.0  # seconds for which it is asked again where it does not answer

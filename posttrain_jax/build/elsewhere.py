@@ -27,8 +27,10 @@ from posttrain_jax.build.model import Model
 from posttrain_jax.build.prompts import Prompt
 from posttrain_jax.build.writer import Writer
 from posttrain_jax.core import distributed, progress, tree
+from posttrain_jax.core.waiters import Waiters
 from posttrain_jax.environments.episodes import Sampler
 from posttrain_jax.objectives import of_policy
+from posttrain_jax.rollout import wires
 from posttrain_jax.rollout.remote import Address, Once, Refused
 from posttrain_jax.rollout.requests import Answer, Request
 from posttrain_jax.rollout.sampling import Sampling
@@ -111,10 +113,17 @@ class Elsewhere(Writer):
     self.rows = -(-o.rows // jax.process_count())
     self._home = home
     try:
-      self.address = Address(o.engine, o.engine_key, o.engine_patience, stopping=stopping)
+      self.address = Address(
+        o.engine,
+        vocab=model.config.vocab_size,
+        wire=wires.WIRES[o.engine_wire],
+        key=o.engine_key,
+        patience=o.engine_patience,
+        stopping=stopping,
+      )
     except ValueError as error:
       raise ConfigError(f"online.engine: {error}") from error
-    self._threads = futures.ThreadPoolExecutor(self.rows, "engine")
+    self._threads = Waiters(self.rows, "engine")
     self._versions: collections.deque[_Version] = collections.deque()
     self._tickets = itertools.count()
     self._under_way: dict[int, futures.Future[Answer]] = {}

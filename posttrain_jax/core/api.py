@@ -29,6 +29,8 @@ SLOWEST = 60.0  # seconds between two tries, at most
 LOOKS = 0.2  # seconds after which whoever waits looks whether it goes on
 # why nobody asks again
 REFUSED, UNREAD, SPENT, LATE, STOPPED = "refused", "unread", "spent", "late", "stopped"
+# what `read` may raise where a reply is none: it may hold anything, of any kind and nested as deeply as it likes
+UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 Read = TypeVar("Read")
 
 
@@ -121,7 +123,7 @@ class Api:
   ) -> Read:
     """What `read` makes of the reply to a POST, without a body to a GET.
 
-    read: it raises ValueError, KeyError, IndexError or TypeError where the reply is none.
+    read: it raises one of UNREADABLE where the reply is none.
     what: a reply is to be, as `chat completion`.
 
     Raises:
@@ -142,7 +144,7 @@ class Api:
         why = f"does not answer: {_why(error)}"
         if patience.cuts and time.monotonic() >= ends:
           raise Failed(why, LATE) from None
-      except (ValueError, KeyError, IndexError, TypeError) as error:
+      except UNREADABLE as error:
         unread += 1
         why = f"sent what is no {what}: {error if isinstance(error, Unread) else _kind(error)}"
         if unread >= patience.unread:
@@ -179,13 +181,13 @@ def completion(reply: bytes) -> tuple[str, str]:
   """(text, why it ended) of a chat completion.
 
   Raises:
-    ValueError, KeyError, TypeError, IndexError: it is none.
+    One of UNREADABLE: it is none.
   """
   choice = json.loads(reply)["choices"][0]
   text = choice["message"]["content"]
   if not isinstance(text, str):
     raise Unread(f"its content is {words.shown(text, 60)}")
-  return text, str(choice.get("finish_reason"))
+  return words.whole(text), str(choice.get("finish_reason"))
 
 
 def _left(ends: float) -> float:
@@ -200,7 +202,7 @@ def _said(error: urllib.error.HTTPError) -> str:
   text = ""
   with contextlib.suppress(OSError, http.client.HTTPException):
     text = error.read(4096).decode("utf-8", "replace")
-  with contextlib.suppress(ValueError, AttributeError):
+  with contextlib.suppress(*UNREADABLE):
     inner = json.loads(text)
     found = inner.get("error", inner)
     text = str(found.get("message", text) if isinstance(found, Mapping) else found)

@@ -184,9 +184,10 @@ class Hosts:
   def take(self) -> Host | None:
     """A process that nobody has; None where there are as many as there may be."""
     while self._free:
-      if (host := self._free.pop()).is_running:
+      if (host := self._free.pop()).process.poll() is None:
         self._taken.append(host)
         return host
+      host.end()  # it died meanwhile, and what it started may be left
     if len(self._taken) >= self.most:
       return None
     self._taken.append(Host(self.source, memory=self._memory))

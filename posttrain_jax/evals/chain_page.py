@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import quote
 
 from posttrain_jax.core import files
-from posttrain_jax.evals import compare, page
+from posttrain_jax.evals import compare, page, suites_page
 from posttrain_jax.runs import record
 
 STATE, PAGE = "chain.json", "report.html"
@@ -84,16 +84,23 @@ def write(folder: Path) -> Path:
   ]
   finished = sum(row["status"] == "finished" for row in rows)
   html = page.render(
-    BODY,
+    BODY + suites_page.BODY,
     title=f"Chain of {len(stages)} stages",
     state=f"{finished} of {len(stages)} stages are finished.",
     verdict=_verdict(stages, known),
     columns=columns,
     rows=rows,
+    suites=_suites(folder, stages),
   )
   out = folder / PAGE
   files.write_text(out, html)
   return out
+
+
+def _suites(folder: Path, stages: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+  """What stages with eval.suite kept and forgot, each of what it began with."""
+  names = [stage["name"] for stage in stages if (folder / stage["name"] / record.CONFIG).exists()]
+  return suites_page.section([record.read(folder / name) for name in names], names)
 
 
 def _changes(

@@ -103,23 +103,16 @@ class Asked:
     if room < 1:
       raise ConfigError(f"max_gen_toks={most}: the model reads {self.scores.longest} tokens in all")
     ids = self.writer.tokenizer(context, add_special_tokens=False)["input_ids"]
+    ends, strings = requests.parted(_until(how), self.writer.tokenizer)
     return Request(
       prompt=ids[-room:] or [likelihood.start_of(self.writer.tokenizer)],
       max_new_tokens=most,
       sampling=_sampling(how),
-      stop_tokens=self.writer.ends,
-      stop_strings=[text for text in _until(how) if self._is_text(text)],
+      stop_tokens=(*self.writer.ends, *sorted(ends.difference(self.writer.ends))),
+      stop_strings=strings,
       seed=self.seed,
       number=number,
     )
-
-  def _is_text(self, text: str) -> bool:
-    """Whether an answer can hold it: special tokens are no text, and end an answer by their id."""
-    try:
-      requests.check_strings([text], self.writer.tokenizer)
-    except ValueError:
-      return False
-    return True
 
 
 def _until(how: dict[str, Any]) -> list[str]:

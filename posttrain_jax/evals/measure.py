@@ -80,13 +80,21 @@ def read(path: str | Path) -> Measured:
   if not path.is_file():
     raise ConfigError(f"{path}: there is no such measurement")
   journal = Journal(path)
-  if not isinstance(journal.header, dict) or not {"version", "counts"} <= journal.header.keys():
+  if not _is_header(journal.header):
     raise ConfigError(f"{path} is no measurement of `posttrain regress`")
   there = _collected(journal, journal.header["counts"])
   for name, results in there.items():
     if None in results:
       raise ConfigError(f"{path} is not whole: {name} has not all of its items; measure it again")
   return Measured(journal.header, {n: [r for r in rs if r is not None] for n, rs in there.items()})
+
+
+def _is_header(value: Any) -> bool:
+  """Whether it has what a comparison reads of it; `check_alike` says what of it differs."""
+  if not isinstance(value, dict) or not {"version", "model", "weights"} <= value.keys():
+    return False
+  counts = value.get("counts")
+  return isinstance(counts, dict) and all(type(n) is int and n >= 0 for n in counts.values())
 
 
 def measure(

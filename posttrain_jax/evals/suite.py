@@ -29,6 +29,7 @@ from posttrain_jax.settings import ConfigError
 TEXT, ANSWERS, CHOICE = KINDS = ("text", "answers", "choice")
 FILE = "suite.json"
 BUILT_IN = Path(__file__).parent / "suites"
+OF_CHOICE = ("prompt", "choices", "answer")
 STOPS = "stops"  # the metric that an answer came to its end
 UNIT = {TEXT: "bits per byte", ANSWERS: "", CHOICE: ""}
 TOLERANCE = {TEXT: 0.02, ANSWERS: 0.05, CHOICE: 0.05}  # where a part says none
@@ -71,12 +72,18 @@ class Part:
   @property
   def ids(self) -> list[str]:
     """A name of each item: its row's `id`, or the file and line."""
-    return [str(row.raw.get("id", f"{Path(row.origin).name}")) for row in self.rows]
+    return [_said(row, "id", Path(row.origin).name) for row in self.rows]
 
   @property
   def groups(self) -> list[str]:
     """What each item has in common with others: its row's `group`, or nothing."""
-    return [str(row.raw.get("group", f"item {i}")) for i, row in enumerate(self.rows)]
+    return [_said(row, "group", f"item {i}") for i, row in enumerate(self.rows)]
+
+
+def _said(row: Row, column: str, otherwise: str) -> str:
+  """What a row has in a column; tables have null in those of other rows."""
+  value = row.raw.get(column)
+  return otherwise if value is None else str(value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,6 +173,9 @@ def _check_fields(written: Mapping[str, Any], known: Sequence[str], where: str) 
 
 
 _IS_NAME = ("a text", lambda value: isinstance(value, str) and bool(value.strip()))
+_IS_COLUMNS = lambda value: (
+  isinstance(value, str) or (isinstance(value, list) and all(isinstance(one, str) for one in value))
+)
 _IS_TRUE = ("true or false", lambda value: isinstance(value, bool))
 _is_count = lambda low: (f"a whole number from {low}", lambda v: type(v) is int and v >= low)
 _is_number = lambda value: isinstance(value, int | float) and not isinstance(value, bool)
@@ -185,7 +195,10 @@ _SHAPES: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "a list of whole numbers from 1",
     lambda v: isinstance(v, list | tuple) and all(type(k) is int and k >= 1 for k in v),
   ),
-  "columns": ("an object of column names", lambda v: isinstance(v, Mapping)),
+  "columns": (
+    "an object of parts and the columns that they stand in",
+    lambda v: isinstance(v, Mapping) and all(map(_IS_COLUMNS, v.values())),
+  ),
   "limit": _is_count(1),
 }
 _OF_ANSWERS = ("metric", "max_new_tokens", "samples", "temperature", "pass_at", "every")
@@ -243,23 +256,28 @@ def _rows(folder: Path, written: Mapping[str, Any], kind: str, where: str) -> tu
 def _check_ids(rows: Sequence[Row]) -> None:
   seen: dict[str, str] = {}
   for row in rows:
-    if "id" in row.raw and (name := str(row.raw["id"])) in seen:
+    name = _said(row, "id", row.origin)
+    if name in seen:
       raise RowError(
         "an id twice", row.origin, f"id {name!r} is that of {seen[name]}, too", "name it apart"
       )
-    seen[str(row.raw.get("id", row.origin))] = row.origin
+    seen[name] = row.origin
 
 
 def _choices(path: Path, columns: Mapping[str, str]) -> Sequence[Row]:
   """Rows {"prompt", "choices": [TEXT, ...], "answer": place from 0, letter from A, or the text}."""
   of = lambda name: columns.get(name, name)
+  if odd := [name for name, at in columns.items() if name not in OF_CHOICE or at != str(at)]:
+    raise ConfigError(
+      f"{path}: columns has {odd[0]!r}: choices have {', '.join(OF_CHOICE)}, each in one column"
+    )
   rows = []
   for origin, raw in data_files.raw_rows(path, "test"):
     if isinstance(raw, RowError):
       raise raw
     if not isinstance(raw, Mapping):
       raise RowError("no object", origin, f"expected an object, found {words.shown(raw, 40)}")
-    prompt, choices, answer = (raw.get(of(name)) for name in ("prompt", "choices", "answer"))
+    prompt, choices, answer = (raw.get(of(name)) for name in OF_CHOICE)
     if isinstance(choices, Mapping):  # as ARC has them
       choices = choices.get("text")
     if not isinstance(prompt, str) or not prompt.strip():

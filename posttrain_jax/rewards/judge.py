@@ -14,6 +14,7 @@ from typing import Any
 
 from posttrain_jax.core import api, patterns, words
 from posttrain_jax.core.api import Api, Patience
+from posttrain_jax.core.waiters import Waiters
 from posttrain_jax.data import questions
 from posttrain_jax.rewards import score
 from posttrain_jax.rewards.score import Score
@@ -84,7 +85,7 @@ class Judge:
 
   def scores(self, answers: Sequence[Answer], context: Context) -> list[Score]:
     """Raises Interrupted where `stopping` says so; a run is saved before the replies under way are there."""
-    threads = futures.ThreadPoolExecutor(self.at_once)
+    threads = Waiters(self.at_once, "judge")
     try:
       asked = [threads.submit(self.judged, answer) for answer in answers]
       while futures.wait(asked, timeout=api.LOOKS).not_done:
@@ -92,7 +93,7 @@ class Judge:
           raise Interrupted("ended while a judge was asked")
       return [one.result() for one in asked]
     finally:
-      threads.shutdown(wait=False, cancel_futures=True)
+      threads.close()
 
   def judged(self, answer: Answer) -> Score:
     """What the judge says of one answer."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
@@ -246,6 +247,28 @@ def check_strings(strings: Sequence[str], tokenizer: Any) -> None:
         f"the tokenizer cannot make the stop string {string!r}, so no text would end with it: give a string of its"
         " letters, or stop_tokens for a special token"
       )
+
+
+def parted(strings: Iterable[str], tokenizer: Any) -> tuple[set[int], list[str]]:
+  """(ids, strings) that end a text where any string is given: a special token ends it by its id, since no text has it,
+  and what the tokenizer cannot make is left out.
+
+  Raises:
+    ValueError: a string is empty.
+  """
+  special = {
+    token.content: at for at, token in tokenizer.added_tokens_decoder.items() if token.special
+  }
+  ids = {special[string] for string in strings if string in special}
+  made = []
+  for string in strings:
+    if not string:
+      raise ValueError("an empty stop string ends every text: leave it out")
+    if string not in special:
+      with contextlib.suppress(ValueError):
+        check_strings([string], tokenizer)
+        made.append(string)
+  return ids, made
 
 
 def _is_made(string: str, around: str, tokenizer: Any) -> bool:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import json
 import logging
 import re
 import threading
@@ -25,7 +24,7 @@ import numpy as np
 from posttrain_jax.adapters import over, peft_format
 from posttrain_jax.adapters.combination import parts_of
 from posttrain_jax.adapters.replaced import Replaced
-from posttrain_jax.core import tree
+from posttrain_jax.core import files, tree, words
 from posttrain_jax.models import before
 from posttrain_jax.models.config import ModelConfig
 from posttrain_jax.serve.asked import BadAdapter, UnknownAdapter
@@ -328,7 +327,10 @@ class Registry:
     file = peft_format.locate(path) / "tokenizer.json"
     if not file.exists():
       return
-    added = json.loads(file.read_text()).get("added_tokens", [])
+    added = files.read_json(file).get("added_tokens", [])
+    is_token = lambda one: isinstance(one, dict) and type(one.get("id")) is int and "content" in one
+    if not isinstance(added, list) or not all(map(is_token, added)):
+      raise ValueError(f"its {file.name} has added_tokens={words.shown(added, 60)}, which are none")
     beyond = [token["content"] for token in added if token["id"] >= self._config.vocab_size]
     if beyond:
       raise ValueError(

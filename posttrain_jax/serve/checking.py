@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -29,15 +27,15 @@ def request(asked: Asked, version: Version | None, engine: Engine) -> Request:
   if not 0 <= asked.top <= engine.top:
     raise ValueError(f"top={asked.top}: at most {engine.top} likely tokens are told")
   tokenizer = engine.tokenizer if asked.tokenizer is None else asked.tokenizer
-  ids, strings = stops(asked, tokenizer)
+  ids, strings = requests.parted(asked.stop_strings, tokenizer)
   bound = 0 if version is None else version.bound
   made = Request(
     asked.prompt,
     max(asked.max_new, 1),
     asked.min_new,
     asked.sampling,
-    tuple(sorted(ids)),
-    strings,
+    tuple(sorted(ids | asked.stop_ids)),
+    tuple(strings),
     asked.seed,
     asked.number,
     asked.sample,
@@ -49,22 +47,6 @@ def request(asked: Asked, version: Version | None, engine: Engine) -> Request:
   )
   requests.check(made, engine.config, engine.length, bound, None)
   return made
-
-
-def stops(asked: Asked, tokenizer: Any) -> tuple[set[int], tuple[str, ...]]:
-  """(ids, strings) that end the text: the text of a special token is its id, what no text holds is left out."""
-  ids, strings = set(asked.stop_ids), []
-  special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids))
-  for string in asked.stop_strings:
-    if string in special:
-      ids.add(special[string])
-      continue
-    if not string:
-      raise ValueError("an empty stop string ends every text: leave it out")
-    with contextlib.suppress(ValueError):
-      requests.check_strings([string], tokenizer)
-      strings.append(string)
-  return ids, tuple(strings)
 
 
 def guarded(

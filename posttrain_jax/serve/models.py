@@ -106,11 +106,9 @@ class Models:
       raise self.bad(error, "lora_path") from None
 
   def bad(self, error: Exception, param: str) -> Refused:
-    """An adapter that cannot be served; where the server has its folders is nobody's business."""
+    """An adapter that cannot be served."""
     root = self.worker.adapters.root
-    told = str(error)
-    if root is not None:
-      told = told.replace(f"{root}{os.sep}", "").replace(str(root), "the folder of adapters")
+    told = str(error) if root is None else _without(str(error), root)
     return wrong(f"cannot be served: {told}", param)
 
   def is_at_hand(self, name: str) -> bool:
@@ -157,7 +155,8 @@ class Models:
     try:
       voice = self._speak(home)
     except (ValueError, OSError) as error:
-      raise wrong(f"the adapter's tokenizer or template cannot be used: {error}", "model") from None
+      told = _without(str(error), folder.parent)
+      raise wrong(f"the adapter's tokenizer or template cannot be used: {told}", "model") from None
     with self._lock:
       self._voices[key] = self._latest[folder] = voice
       while len(self._voices) > KEPT:
@@ -165,6 +164,11 @@ class Models:
       while len(self._latest) > KEPT:
         self._latest.popitem(last=False)
     return voice
+
+
+def _without(told: str, root: Path) -> str:
+  """What is told of files under a root: where the server has its folders is nobody's business."""
+  return told.replace(f"{root}{os.sep}", "").replace(str(root), "the folder of adapters")
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:

@@ -141,11 +141,9 @@ def sizes(described: Mapping[str, Any]) -> dict[str, int]:
     return {"prompt_slots": tokens}
   if kind == "PREFIX_TUNING" and isinstance(tokens, int):
     return {"prefix_slots": tokens}
-  ranks = [
-    described.get("r"),
-    described.get("init_r"),
-    *(described.get("rank_pattern") or {}).values(),
-  ]
+  pattern = described.get("rank_pattern")
+  each = pattern.values() if isinstance(pattern, Mapping) else ()
+  ranks = [described.get("r"), described.get("init_r"), *each]
   return {"rank": max((rank for rank in ranks if isinstance(rank, int)), default=0)}
 
 

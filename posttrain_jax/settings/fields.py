@@ -397,8 +397,13 @@ FIELDS: Mapping[str, Field] = {
     _OF_TURNS,
   ),
   "online.engine": Field(
-    "address of a server that writes the answers, as far as /v1 (vLLM, posttrain serve); '': this program does",
+    "address of a server that writes the answers, as far as /v1 (vLLM, SGLang, posttrain serve); '': this program does",
     Text("http://HOST:PORT/v1", empty=True),
+  ),
+  "online.engine_wire": Field(
+    "how the server is asked: openai, as vLLM and posttrain serve, or sglang, by SGLang's own route",
+    Choice(("openai", "sglang")),
+    _OF_ENGINE,
   ),
   "online.engine_folder": Field(
     "folder that the server reads adapters from; '': engine/ in the run's folder",

@@ -13,6 +13,7 @@ import pytest
 
 from posttrain_jax.__main__ import main
 from posttrain_jax.build import elsewhere
+from posttrain_jax.train.signals import PREEMPTED
 from tests import tiny
 from tests.commands.processes import launched
 from tests.commands.test_processes import assert_learned_alike
@@ -109,11 +110,13 @@ def command(folder, workdir, url, *changes):
   return ["train", f"--config={config}", f"--workdir={workdir}", *fields]
 
 
+@pytest.mark.parametrize("wire", ["openai", pytest.param("sglang", marks=pytest.mark.slow)])
 def test_a_server_that_dies_and_comes_back_amid_a_run_goes_on_with_its_adapter(
-  folder, tmp_path, serve
+  folder, tmp_path, serve, wire
 ):
   server = serve(lives=2, dies_after=14)  # in the second batch
-  assert main(command(folder, tmp_path / "run", server.url, "online.ahead=0")) == 0
+  changes = ["online.ahead=0", f"online.engine_wire={wire}"]
+  assert main(command(folder, tmp_path / "run", server.url, *changes)) == 0
   assert server.started == 2
   told = lines(tmp_path / "run")
   assert [line["step"] for line in told] == [1, 2, 3]
@@ -123,6 +126,21 @@ def test_a_server_that_dies_and_comes_back_amid_a_run_goes_on_with_its_adapter(
   assert all(line["sampling/staleness"] == 0 for line in told)
   assert told[-1]["rollout_corr/rollout_is_mean"] == pytest.approx(1, abs=1e-3)
   assert len([name for name in server.names() if name.startswith("posttrain-")]) <= elsewhere.KEPT
+
+
+@pytest.mark.slow
+def test_who_is_told_to_stop_does_not_wait_for_a_server_that_hangs(folder, tmp_path, serve):
+  line = command(folder, tmp_path / "run", serve(lives=2, hangs_after=6).url, "online.ahead=0")
+  process = subprocess.Popen([sys.executable, "-m", "posttrain_jax", *line], env=environment())
+  try:
+    while not (tmp_path / "run" / "completions" / "answers_00001.jsonl").exists():
+      assert process.poll() is None
+      time.sleep(0.1)
+    time.sleep(1)
+    process.terminate()
+    assert process.wait(60) == PREEMPTED
+  finally:
+    process.kill()
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from posttrain_jax.core import api
+from posttrain_jax.core import api, words
 from posttrain_jax.core.api import Api, Failed, Patience
 
 
@@ -115,6 +115,28 @@ def test_what_cannot_be_read_is_asked_for_as_often_as_is_said():
   assert (len(paths), caught.value.ended) == (3, api.UNREAD)
 
 
+@pytest.mark.parametrize(
+  ("said", "kind"),
+  [
+    (b"[" * 100_000, "RecursionError"),
+    (b'{"choices": []}', "IndexError"),
+    (b'{"choices": [7]}', "TypeError"),
+    (b'{"choices": {}}', "KeyError"),
+    (b'{"choices": [{"message": {"content": [1]}}]}', "its content is"),
+  ],
+)
+def test_a_reply_may_be_anything(said, kind):
+  with server(sends(said)) as (url, _), pytest.raises(Failed, match=kind) as caught:
+    asked(url, Patience(tries=1), read=api.completion)
+  assert caught.value.ended == api.SPENT
+
+
+def test_a_text_with_half_of_a_character_is_one_that_files_hold():
+  said = b'{"choices": [{"message": {"content": "a\\ud83db"}, "finish_reason": "stop"}]}'
+  with server(sends(said)) as (url, _):
+    assert asked(url, Patience(tries=1), read=api.completion) == ("a?b", "stop")
+
+
 def test_a_reply_that_is_too_large_is_not_read():
   with server(sends(b"1" * 2000)) as (url, _), pytest.raises(Failed, match="more than 1,000 bytes"):
     asked(url, Patience(tries=1), largest=1000)
@@ -145,6 +167,7 @@ def test_a_wait_that_the_server_asks_for_is_kept_and_ends_where_nobody_waits():
     (b'{"error": "no"}', ": 'no'"),
     (b"[1]", ": '[1]'"),
     (b"\xff", ": '\ufffd'"),
+    (b"[" * 3000, f": {words.shown('[' * 3000, 200)}"),
     (b"", ""),
   ],
 )

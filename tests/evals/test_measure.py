@@ -129,10 +129,17 @@ def test_a_measurement_of_something_else_is_not_written_over(writer, place, meas
     run(writer, place, path, seed=1)
   with pytest.raises(ConfigError, match="there is no such measurement"):
     measure.read(path.with_name("none.jsonl"))
-  other = path.with_name("other.jsonl")
-  other.write_text('{"a": 1}\n')
-  with pytest.raises(ConfigError, match="is no measurement"):
-    measure.read(other)
+
+
+@pytest.mark.parametrize("counts", [None, 5, {"sums": "x"}, {"sums": -1}])
+def test_a_file_of_something_else_is_no_measurement(counts, tmp_path):
+  other = tmp_path / "other.jsonl"
+  header = {"version": 1, "model": "a", "weights": "b", "counts": counts}
+  for line in (header, {**header, "counts": {}, "model": None} if counts else {"a": 1}):
+    line = {name: value for name, value in line.items() if value is not None}
+    other.write_text(json.dumps(line) + "\n")
+    with pytest.raises(ConfigError, match="is no measurement"):
+      measure.read(other)
 
 
 def test_another_template_is_seen(writer, place, measured):

@@ -88,6 +88,7 @@ BROKEN_PARTS = [
   ({"samples": 4}, "4 samples at temperature 0 are one"),
   ({"samples": 4, "temperature": 1.0, "pass_at": [5]}, "pass@5 of 4 samples"),
   ({"every": True, "temperature": 1.0}, "answers are not drawn"),
+  ({"columns": {"prompt": 5}}, "columns={'prompt': 5}: it is an object of parts and the columns"),
   ({"kind": "text"}, "metric is of answers, and the kind is text"),
 ]
 
@@ -114,6 +115,22 @@ def test_a_choice_may_name_the_right_one_by_place_letter_or_text(tmp_path):
   (part,) = suite.load(written(tmp_path / "s", rows, kind="choice", metric=None)).parts
   assert [row.raw["answer"] for row in part.rows] == [1, 1, 1]
   assert {row.fields["completion"] for row in part.rows} == {"b"}
+
+
+def test_null_is_no_name_and_no_group(tmp_path):
+  """Tables have it in every row that says nothing; as a name it would be one twice, and as a group one of strangers."""
+  rows = [{**SUM, "id": None, "group": None}, {**SUM, "id": None, "group": None}]
+  (part,) = suite.load(written(tmp_path / "s", rows)).parts
+  assert part.ids == ["rows.jsonl:1", "rows.jsonl:2"]
+  assert part.groups == ["item 0", "item 1"]
+
+
+@pytest.mark.parametrize("columns", [{"promt": "x"}, {"prompt": ["x", "y"]}])
+def test_a_column_that_choices_have_not_is_refused(columns, tmp_path):
+  rows = [{"prompt": "x", "choices": ["a", "b"], "answer": 0}]
+  folder = written(tmp_path / "s", rows, kind="choice", metric=None, columns=columns)
+  with pytest.raises(ConfigError, match="choices have prompt, choices, answer, each in one column"):
+    suite.load(folder)
 
 
 def test_a_tolerance_changes_no_measurement_and_a_row_does(tmp_path):

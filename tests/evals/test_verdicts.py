@@ -8,12 +8,13 @@ import pytest
 
 from posttrain_jax.core import files
 from posttrain_jax.data.schema import Row
-from posttrain_jax.evals import gate, page, stages, suite, suites_page, verdicts
+from posttrain_jax.evals import chain_page, gate, page, stages, suite, suites_page, verdicts
 from posttrain_jax.evals.measure import Measured, Result
 from posttrain_jax.evals.suite import Part, Suite
 from posttrain_jax.runs import record
 from posttrain_jax.settings import ConfigError
 from tests import tiny
+from tests.evals import runs
 
 ITEMS = 80
 
@@ -236,22 +237,25 @@ def test_a_comparison_is_the_same_out_of_a_file():
   json.dumps(dataclasses.asdict(told), allow_nan=False)
 
 
+def measures(folder, after):
+  """A run's folder has what its suite came to, where all were right before."""
+  parts, home = [part("sums")], folder / "suite"
+  found = compared(parts, {"sums": [1] * ITEMS}, {"sums": after})
+  home.mkdir(parents=True)
+  files.write_json(home / verdicts.RESULTS, found.as_json())
+  side = measured(parts, {"sums": after}, counts={"sums": ITEMS})
+  lines = [
+    {"part": "sums", "number": i, "result": dataclasses.asdict(r)}
+    for i, r in enumerate(side.results["sums"])
+  ]
+  tiny.write_jsonl(home / "after.jsonl", [side.header, *lines])
+
+
 def test_runs_beside_each_other_show_what_each_forgot(tmp_path):
-  parts = [part("sums")]
-  runs = []
-  for name, after in (("kept", [1] * ITEMS), ("lost", [0] * ITEMS)):
-    found = compared(parts, {"sums": [1] * ITEMS}, {"sums": after})
-    folder = tmp_path / name / "suite"
-    folder.mkdir(parents=True)
-    files.write_json(folder / verdicts.RESULTS, found.as_json())
-    side = measured(parts, {"sums": after}, counts={"sums": ITEMS})
-    lines = [
-      {"part": "sums", "number": i, "result": dataclasses.asdict(r)}
-      for i, r in enumerate(side.results["sums"])
-    ]
-    tiny.write_jsonl(folder / "after.jsonl", [side.header, *lines])
-    runs.append(record.Run(folder.parent, {}, [], None, None, None))
-  told = suites_page.section(runs, ["kept", "lost"])
+  measures(tmp_path / "kept", [1] * ITEMS)
+  measures(tmp_path / "lost", [0] * ITEMS)
+  both = [record.Run(tmp_path / name, {}, [], None, None, None) for name in ("kept", "lost")]
+  told = suites_page.section(both, ["kept", "lost"])
   assert told["sentences"][0].startswith("kept forgot nothing")
   assert told["sentences"][1].startswith("lost forgot sums; its scores changed by -100.0 points")
   assert [row["cells"][0]["dropped"] for row in told["rows"]] == [False, True]
@@ -264,3 +268,16 @@ def test_runs_beside_each_other_show_what_each_forgot(tmp_path):
   html = page.render(suites_page.BODY, title="both", suites=told)
   assert "Items that some run lost" in html
   assert suites_page.section([record.Run(tmp_path, {}, [], None, None, None)], ["none"]) is None
+
+
+def test_the_page_of_a_chain_says_what_each_stage_forgot(tmp_path):
+  stages_ = [{"name": name, "verb": "train", "line": ["train"]} for name in ("cold", "rl")]
+  stages_.append({"name": "answers", "verb": "sample", "line": ["sample"]})
+  files.write_json(tmp_path / chain_page.STATE, {"stages": stages_})
+  for name, after in (("cold", [1] * ITEMS), ("rl", [0] * ITEMS)):
+    runs.write(tmp_path / name, config=runs.CONFIG, lines=runs.rows())
+    measures(tmp_path / name, after)
+  html = chain_page.write(tmp_path).read_text()
+  assert "cold forgot nothing" in html
+  assert "rl forgot sums; its scores changed by -100.0 points" in html
+  assert "Items that some run lost" in html

@@ -31,7 +31,8 @@ TASKS = {
   + "metric_list:\n  - metric: bits_per_byte\n  - metric: word_perplexity\n",
   "write": HEAD
   + "task: write\noutput_type: generate_until\ndoc_to_text: 'Q: {{{{q}}}}'\ndoc_to_target: '{{{{choices[0]}}}}'\n"
-  + "generation_kwargs:\n  until: ['\\n', 'Q:']\n  max_gen_toks: 12\nmetric_list:\n  - metric: exact_match\n",
+  + "generation_kwargs:\n  until: ['\\n', 'Q:', '<|endoftext|>']\n  max_gen_toks: 12\n"
+  + "metric_list:\n  - metric: exact_match\n",
 }
 
 

@@ -1,4 +1,4 @@
-"""A server as those that stand in for the engine: OpenAI's completions in token ids, adapters by name, of a tiny model.
+"""A server as those that stand in for the engine: OpenAI's completions in token ids, and SGLang's, of a tiny model.
 
 python -m tests.rollout.served MODEL PORT [faults as JSON: {"status": 500, "first": 3}]
 """
@@ -8,6 +8,7 @@ import os
 import pathlib
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import jax.numpy as jnp
@@ -49,6 +50,19 @@ class Served:
     logps = {"token_logprobs": np.asarray(answer.logps, float).tolist()}
     return {"choices": [{"token_ids": answer.tokens, "logprobs": logps, "finish_reason": reason}]}
 
+  def generate(self, body):
+    """SGLang's route by the other one."""
+    drawn = body["sampling_params"]
+    asked = dict(
+      prompt=body["input_ids"], model=body["lora_path"], max_tokens=drawn["max_new_tokens"]
+    )
+    asked |= dict(temperature=drawn["temperature"], stop_token_ids=drawn["stop_token_ids"])
+    (choice,) = self.complete({**asked, "seed": drawn["sampling_seed"]})["choices"]
+    logps = choice["logprobs"]["token_logprobs"]
+    each = [[logp, token, None] for logp, token in zip(logps, choice["token_ids"])]
+    reason = {"type": choice["finish_reason"]}
+    return {"meta_info": {"finish_reason": reason, "output_token_logprobs": each}}
+
 
 def handler(served, faults):
   count = {"asked": 0}
@@ -79,6 +93,13 @@ def handler(served, faults):
       count["asked"] += 1
       if faults.get("dies_after", 1 << 30) < count["asked"]:
         os._exit(9)
+      if faults.get("hangs_after", 1 << 30) < count["asked"]:
+        time.sleep(600)
+      if self.path == "/generate":
+        if (name := body["lora_path"]) not in served.ready:
+          why = f"The following requested LoRA adapters are not loaded: {name}"
+          return self.reply(400, {"error": {"message": why}})
+        return self.reply(200, served.generate(body))
       if body["model"] not in served.ready:
         return self.reply(404, {"error": {"message": f"no model {body['model']}"}})
       return self.reply(200, served.complete(body))

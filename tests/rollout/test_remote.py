@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 
-from posttrain_jax.rollout import remote
+from posttrain_jax.rollout import remote, wires
 from posttrain_jax.rollout.remote import Address, Refused, Unknown
 from posttrain_jax.rollout.requests import FULL, STOPPED, Request
 from posttrain_jax.rollout.sampling import Sampling
@@ -62,7 +62,7 @@ def served():
 
 
 def at(url, **fields):
-  return Address(url, **{"patience": 5.0, "wait": 0.01} | fields)
+  return Address(url, **{"vocab": 10, "patience": 5.0, "wait": 0.01} | fields)
 
 
 def answer(url, **fields):
@@ -83,6 +83,53 @@ def test_a_prompt_goes_as_ids_and_an_answer_comes_as_ids(served):
   assert (body["top_p"], body["top_k"], body["min_p"], body["repetition_penalty"]) == (1, 0, 0, 1)
 
 
+def said_by_sglang(tokens=(7, 9), reason="stop"):
+  each = [[-0.5, token, None] for token in tokens]
+  about = {"finish_reason": {"type": reason}, "output_token_logprobs": each}
+  return {"text": "", "output_ids": [*tokens[:-1]], "meta_info": about}
+
+
+def test_sglang_is_asked_by_its_own_route_above_v1(served):
+  url, asked = served((200, said_by_sglang()))
+  given = answer(url, wire=wires.SGLANG)
+  assert (given.tokens, given.ended) == ([7, 9], STOPPED)
+  np.testing.assert_array_equal(given.logps, np.float32([-0.5, -0.5]))
+  (path, body, _), *_ = asked
+  assert path == "/generate"
+  assert (body["input_ids"], body["lora_path"], body["return_logprob"]) == ([5, 6], "mine", True)
+  drawn = body["sampling_params"]
+  # ignore_eos would make it leave out stop_token_ids
+  assert (drawn["max_new_tokens"], drawn["stop_token_ids"], drawn["ignore_eos"]) == (4, [9], False)
+  assert (drawn["top_k"], drawn["top_p"], drawn["min_p"], drawn["temperature"]) == (-1, 1, 0, 1)
+
+
+def test_an_adapter_that_a_new_sglang_does_not_know_is_given_again(served):
+  none = "The following requested LoRA adapters are not loaded: mine"
+  url, asked = served((400, {"error": {"message": none}}), (200, said_by_sglang()))
+  given = []
+  at(url, wire=wires.SGLANG).answer(REQUEST, "mine", lambda: given.append(1))
+  assert given == [1]
+  at(url, wire=wires.SGLANG).load("mine", "/tmp/a")
+  assert asked[-1][0] == "/load_lora_adapter"
+  gone = {"success": False, "error_message": "LoRA with name mine does not exist."}
+  at(served((400, gone))[0], wire=wires.SGLANG).unload("mine")
+
+
+@pytest.mark.parametrize(
+  ("reply", "says"),
+  [
+    ({"text": "hello", "output_ids": [7, 9]}, "KeyError: 'meta_info'"),
+    ({"meta_info": {"output_token_logprobs": [7]}}, "TypeError"),
+    (said_by_sglang(reason="abort"), "finish_reason is 'abort'"),
+    (said_by_sglang((7, 10)), "token 10 is none"),
+    (said_by_sglang((7, 8)), "leaves out the token that ended"),
+  ],
+)
+def test_what_is_no_answer_of_sglang_is_told(served, reply, says):
+  with pytest.raises(Refused, match=says):
+    answer(served((200, reply))[0], wire=wires.SGLANG)
+
+
 def test_an_answer_that_was_cut_is_full(served):
   assert answer(served((200, said([7, 7, 7, 7], "length")))[0]).ended == FULL
 
@@ -91,7 +138,7 @@ def test_each_of_seed_number_and_sample_has_a_seed():
   some = [
     Request([1], 1, seed=s, number=n, sample=k) for s in (0, 1) for n in (0, 1) for k in (0, 1)
   ]
-  assert len({remote.seed(request) for request in some}) == 8
+  assert len({wires.seed(request) for request in some}) == 8
 
 
 @pytest.mark.parametrize("status", [500, 503, 408])
@@ -121,9 +168,14 @@ def test_a_connection_that_ends_is_asked_again(served):
   ("reply", "says"),
   [
     (b"<html>hello</html>", "JSONDecodeError"),
+    (b"[" * 100_000, "RecursionError"),
     ({"object": "list"}, "KeyError: 'choices'"),
+    ({"choices": ["x"]}, "AttributeError"),
     (said(token_ids=None), "it has no token_ids"),
     (said(token_ids=["a", "b"]), "token_ids are"),
+    (said([7, 10], "length"), "token 10 is none of the 10 of this run's model"),
+    (said([-1, 9]), "token -1 is none"),
+    (said([10**30, 9]), "is none of the 10"),
     (said(logprobs={"token_logprobs": [-1.0]}), "2 token ids with 1 log-probabilities"),
     (said(logprobs={"token_logprobs": [-1.0, None]}), "no numbers up to 0"),
     (said(logprobs={"token_logprobs": [-1.0, 0.5]}), "no numbers up to 0"),

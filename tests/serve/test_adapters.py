@@ -241,8 +241,9 @@ def spoil(root, how):
     record["base"]["fingerprint"] = "0" * 16
     (folder / peft_format.RECORD).write_text(json.dumps(record))
   else:
-    tokens = [dict(id=models.CONFIG.vocab_size, content="<new>")]
-    (folder / "tokenizer.json").write_text(json.dumps(dict(added_tokens=tokens)))
+    new = [dict(id=models.CONFIG.vocab_size, content="<new>")]
+    written = {"a list": [], "no list": dict(added_tokens=5), "no id": dict(added_tokens=[{}])}
+    (folder / "tokenizer.json").write_text(json.dumps(written.get(how, dict(added_tokens=new))))
 
 
 @pytest.mark.parametrize(
@@ -254,6 +255,9 @@ def spoil(root, how):
     ("pickle", "pickled"),
     ("no json", "adapter_config.json"),
     ("other base", "made for a base"),
+    ("a list", "tokenizer.json holds a list"),
+    ("no list", "added_tokens=5, which are none"),
+    ("no id", "added_tokens=.*, which are none"),
     ("new tokens", "1 tokens that the base has no rows for, such as '<new>'"),
   ],
 )

@@ -142,6 +142,16 @@ def test_an_adapter_whose_folder_is_gone_is_spoken_to_as_it_was(tmp_path, base):
   assert served.chat(client, model="b").status_code == 400
 
 
+def test_what_is_wrong_with_a_tokenizer_is_told_without_its_place(tmp_path, base):
+  worker = fake.Worker(served.says("Hello"))
+  worker.adapters.folders["broken"] = folder(tmp_path / "broken")
+  (tmp_path / "broken" / "tokenizer.json").write_text("{}")
+  response = served.complete(spoken(worker, base), model="broken")
+  assert response.status_code == 400
+  assert "broken: its tokenizer cannot be read" in response.json()["error"]["message"]
+  assert str(tmp_path) not in response.text
+
+
 def test_an_adapter_has_the_room_that_its_virtual_tokens_leave(monkeypatch, tmp_path):
   worker = fake.Worker(served.says("Hello"))
   worker.adapters.folders["a"] = folder(tmp_path / "a")
@@ -239,6 +249,10 @@ def test_a_slot_has_room_for_the_largest_adapter_that_there_is(tmp_path):
   assert start._room(parser.parse_args([]), (), {})["rank"] == 16
   (large / "adapter_config.json").write_text("[1")  # is told when it is asked for
   assert room() == {"rank": 16, "prompt_slots": 20, "prefix_slots": 0}
+  (large / "adapter_config.json").write_text(
+    '{"peft_type": "LORA", "r": 8, "rank_pattern": ["a", 40]}'
+  )
+  assert room()["rank"] == 16
 
 
 def test_an_adapter_of_huge_rank_that_lies_in_the_folder_widens_no_slot(tmp_path, caplog):
