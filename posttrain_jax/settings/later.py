@@ -17,6 +17,7 @@ LATER: dict[str, Any] = {
   "objective.kl_estimator": "k3",
   "mesh.context": 1,
   "mesh.expert": 1,
+  "online.engine_wire": "openai",
   "eval.best": "",
   "eval.max_new_tokens": 0,
   "eval.metric": "",
