@@ -33,7 +33,9 @@ from posttrain_jax.runs import record as runs
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "experiments" / "results" / "forgetting"
 BASE, TRAINED, SEEDS = "smollm2", "sql", (0, 1, 2)
-STEPS, ROWS = 60, 8
+STEPS, ROWS = 40, 2
+LR = {"lora": 1e-3, "none": 1e-4}  # of SFT, by adapter
+DPO_LR = 5e-5
 TEXTS = ("text/general", "text/code", "text/maths", "text/chat")
 
 
@@ -96,14 +98,16 @@ def train(workdir: Path, arm: Arm, seed: int, steps: int, rows: int) -> None:
     "steps": steps,
     "batch.rows": rows,
     "data.length": 512,
+    "data.eval_rows": 32,
     "eval.every": 0,
     "checkpoint.keep": 1,
+    "optimizer.lr": LR[arm.adapter] if arm.method == "sft" else DPO_LR,
     **arm.fields,
   }
   if "data.replay_fraction" in arm.fields:
     fields |= {"data.replay": data("alpaca_en_demo.json")}
   if arm.method == "preference":
-    fields |= {"data.on_error": "skip", "data.eval_rows": 32}
+    fields |= {"data.on_error": "skip"}
   posttrain(
     "train",
     f"--config={arm.method}:model={BASE},data={source},adapter={arm.adapter}",
@@ -181,8 +185,9 @@ def report(results: Sequence[Mapping[str, Any]], limit: int, steps: int, rows: i
   lines = [
     "# What a narrow fine-tune forgets",
     "",
-    f"Written by `experiments/forgetting.py`: {steps} steps of {rows} rows; the suite `core`, at most {limit} items of"
-    " a part. Differences are to the base on the same items, above 0 is better; ± is the standard deviation of seeds.",
+    f"Written by `experiments/forgetting.py`: {steps} steps of {rows} rows of 512 tokens, learning rates {LR['lora']:g}"
+    f" (SFT of an adapter), {LR['none']:g} (full) and {DPO_LR:g} (DPO); the suite `core`, at most {limit} items of a"
+    " part. Differences are to the base on the same items, above 0 is better; ± is the standard deviation of seeds.",
     "",
     "| arm | seeds | gain on SQL, bits per byte | general text, bits per byte | scores, points | right to wrong | wrong"
     " to right | pairs ordered right | dropped |",
@@ -234,7 +239,7 @@ def main() -> int:
   parser.add_argument("--workdir", type=Path, default=Path("runs/forgetting"))
   parser.add_argument("--only", default="", metavar="NAME", help="arms whose names hold this")
   parser.add_argument("--seeds", type=int, default=len(SEEDS), help="so many of them")
-  parser.add_argument("--limit", type=int, default=40, help="items of each part of the suite")
+  parser.add_argument("--limit", type=int, default=12, help="items of each part of the suite")
   parser.add_argument("--steps", type=int, default=STEPS, help="of training")
   parser.add_argument("--rows", type=int, default=ROWS, help="of a batch, of 512 tokens each")
   parser.add_argument("--report", action="store_true", help="of what is finished; trains nothing")
