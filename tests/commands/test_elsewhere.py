@@ -161,7 +161,9 @@ def test_two_processes_ask_a_server_for_their_own_prompts_each(folder, tmp_path,
   assert main(command(folder, tmp_path / "one", serve().url, *alike, "online.ahead=0")) == 0
   server = serve(lives=2, dies_after=14)  # in the second batch
   two = command(folder, tmp_path / "two", server.url, *alike, "online.ahead=0", "mesh.fsdp=-1")
-  ahead = command(folder, tmp_path / "ahead", server.url, *alike, "mesh.fsdp=-1")
+  ahead = command(
+    folder, tmp_path / "ahead", server.url, *alike, "optimizer.lr=0.01", "mesh.fsdp=-1"
+  )
   launched([two, ahead], 2, environment())
   assert server.started == 2
   assert_learned_alike(tmp_path / "one", tmp_path / "two")

@@ -77,7 +77,7 @@ def test_what_no_known_call_leads_to_is_counted_and_said(old, new, times, exact)
   found = collectives.read(LOOP.replace(old, new), MESH())
   assert Collective("all-gather", "fsdp", times, times * 4 * 8 * 2 // 2, 0, exact) in found
   sent = [dataclasses.asdict(one) for one in found]
-  assert ("at least" in "\n".join(report._sent(sent))) == (not exact)
+  assert ("at least" in "\n".join(report._sent(sent, []))) == (not exact)
 
 
 @pytest.mark.parametrize(("step", "times"), [(1, 8), (2, 4), (3, 3)])
