@@ -12,6 +12,9 @@ from posttrain_jax.plan.topology import Target
 
 REMATS = ("none", "dots", "names", "full")  # what recomputes least, first
 MOST = 6  # batches that are compiled with each mode
+CLOSER = (
+  2  # further ones between the largest that fits and the smallest that does not, with the best mode
+)
 BEYOND = 1.1  # times the memory: a batch that needs as much by those before it is not compiled
 
 
@@ -21,7 +24,8 @@ def search(
   """[{remat, rows, facts}] of the modes that fit, best first: the most tokens a second, then the largest batch.
 
   Rows are the config's unit (what the mesh and batch.accumulate divide) times a power of two, each one compiled; a mode
-  that recomputes more begins where the one before it ended, as it needs less.
+  that recomputes more begins where the one before it ended, as it needs less.  With the best mode the gap above its
+  batch is halved twice.
 
   Args:
     tell: is told of each batch that is tried.
@@ -33,13 +37,16 @@ def search(
     raise ValueError(
       f"{chips.name}: its memory is not known, and so not what fits; give a topology"
     )
-  fitting, rows = [], unit(config, chips)
+  fitting, beyond, rows = [], {}, unit(config, chips)
   for remat in REMATS:
-    if (best := _largest(config, chips, remat, rows, tell)) is not None:
+    best, beyond[remat] = _largest(config, chips, remat, rows, tell)
+    if best is not None:
       fitting.append(best)
       rows = best["rows"]
   speed = lambda one: one["facts"]["roofline"]["tokens_per_second"]
-  return sorted(fitting, key=lambda one: (-speed(one), -one["rows"]))
+  fitting.sort(key=lambda one: (-speed(one), -one["rows"]))
+  closer = lambda one: _closer(config, chips, one, beyond[one["remat"]], tell)
+  return [*map(closer, fitting[:1]), *fitting[1:]]
 
 
 def unit(config: Any, chips: Target) -> int:
@@ -52,20 +59,45 @@ def unit(config: Any, chips: Target) -> int:
 
 def _largest(
   config: Any, chips: Target, remat: str, rows: int, tell: Callable[[str], None]
-) -> dict[str, Any] | None:
-  """The largest batch that fits, from `rows` on, or fewer where these do not."""
+) -> tuple[dict[str, Any] | None, int]:
+  """The largest batch that fits, from `rows` on, or fewer where these do not; and the next, not tried or too large."""
   tried: list[dict[str, Any]] = []
   while len(tried) < MOST and not _is_beyond(tried, rows, chips):
-    facts = estimate.of(_with(config, remat, rows), chips, advise=False)
-    tell(_said(remat, rows, facts, chips))
-    if facts["fits"]:
-      tried.append({"remat": remat, "rows": rows, "facts": facts})
-      rows *= _step(facts, chips)
+    one = _tried(config, chips, remat, rows, tell)
+    if one["facts"]["fits"]:
+      tried.append(one)
+      rows *= _step(one["facts"], chips)
     elif tried or rows == unit(config, chips):
       break
     else:
       rows = unit(config, chips)
-  return tried[-1] if tried else None
+  return (tried[-1] if tried else None), rows
+
+
+def _closer(
+  config: Any, chips: Target, best: dict[str, Any], beyond: int, tell: Callable[[str], None]
+) -> dict[str, Any]:
+  """The best, or a larger batch below one that does not fit or was not tried."""
+  least = unit(config, chips)
+  low, high = best["rows"] // least, beyond // least
+  for _ in range(CLOSER):
+    if high - low < 2:
+      break
+    middle = (low + high) // 2
+    one = _tried(config, chips, best["remat"], middle * least, tell)
+    if one["facts"]["fits"]:
+      best, low = one, middle
+    else:
+      high = middle
+  return best
+
+
+def _tried(
+  config: Any, chips: Target, remat: str, rows: int, tell: Callable[[str], None]
+) -> dict[str, Any]:
+  facts = estimate.of(_with(config, remat, rows), chips, advise=False)
+  tell(_said(remat, rows, facts, chips))
+  return {"remat": remat, "rows": rows, "facts": facts}
 
 
 def _is_beyond(tried: list[dict[str, Any]], rows: int, chips: Target) -> bool:

@@ -27,8 +27,11 @@ def facts(changed, target, *, advise):
 
 @pytest.mark.parametrize(("memory", "wanted", "compiled"), [
   # none 1, 2; dots 1, 2, not 4 as the line says 21; names 2, 4; full 2, 4, 8, and not 16
-  (16.0, [("names", 2), ("dots", 2), ("none", 1), ("full", 8)], 9),
-  (7.0, [("full", 2)], 5),
+  # of dots, the best, 3 rows do not fit
+  (16.0, [("names", 2), ("dots", 2), ("none", 1), ("full", 8)], 10),
+  # names, the best: 2, 4, then not 6 but 5
+  (20.5, [("names", 5), ("dots", 2), ("none", 1), ("full", 8)], 12),
+  (7.0, [("full", 2)], 6),
   (5.5, [], 4),
 ])  # fmt: skip
 def test_the_largest_batch_of_each_mode(memory, wanted, compiled, monkeypatch):
