@@ -1,5 +1,8 @@
 """What is asked of cuDNN, answered by jax's own formula, is plain attention; the kernel itself needs a GPU."""
 
+import json
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,3 +42,33 @@ def test_what_its_call_cannot_say_is_refused():
   for places, options in ((shared, {}), (alone, dict(softcap=30.0))):
     with pytest.raises(ValueError, match="no soft-cap and no tokens that several documents see"):
       cudnn.attend(q, k, v, places, places, scale=1.0, **options)
+
+
+def test_what_a_gpu_is_given_says_the_mask_the_scale_and_the_window(monkeypatch):
+  """Lowered for CUDA without a card: forward and backward, near and whole."""
+  asks = "jax._src.cudnn.fused_attention_stablehlo."
+  monkeypatch.setattr(asks + "check_cudnn_version", lambda: 91100)
+  monkeypatch.setattr(asks + "check_compute_capability", lambda least: True)
+  monkeypatch.setattr(asks + "is_cuda_compute_capability_equal", lambda which: False)
+
+  def loss(q, k, v, segments, reach):
+    places = Places(jnp.broadcast_to(jnp.arange(256), (2, 256)), segments)
+    out = cudnn.attend(q, k, v, places, places, reach, windows=(64,), scale=0.3)
+    return jnp.sum(out, dtype=jnp.float32)
+
+  matrix = lambda heads: jax.ShapeDtypeStruct((2, 256, heads, 64), jnp.bfloat16)
+  given = (matrix(8), matrix(2), matrix(2), np.ones((2, 256), np.int32), jnp.int32(64))
+  traced = jax.jit(jax.value_and_grad(loss, (0, 1, 2))).trace(*given)
+  program = traced.lower(lowering_platforms=("cuda",)).as_text()
+  calls = re.findall(r"@__cudnn\$(fmhaSoftmax\w*)\(.*?backend_config = \"(.*?)\"", program)
+  told = [
+    json.loads(config.replace("\\22", '"'))["cudnn_fmha_backend_config"] for _, config in calls
+  ]
+  assert sorted((name, one["sliding_window_length"]) for (name, _), one in zip(calls, told)) == [
+    ("fmhaSoftmax", 0),
+    ("fmhaSoftmax", 64),
+    ("fmhaSoftmaxBackward", 0),
+    ("fmhaSoftmaxBackward", 64),
+  ]
+  assert {one["mask_type"] for one in told} == {"PADDING_CAUSAL"}
+  assert {one["fmha_scale"] for one in told} == {0.3}
