@@ -158,10 +158,13 @@ def _products(dtypes, sizes) -> dict[str, float]:
   import jax
   import jax.numpy as jnp
 
+  from posttrain_jax.core.product import precision
+
   def rate(dtype: str, rows: int, ins: int, outs: int) -> float:
     left, right = jnp.ones((rows, ins), dtype), jnp.ones((ins, outs), dtype)
     wide = jnp.int32 if dtype == "int8" else jnp.float32
-    product = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=wide))
+    how = precision(left, right)  # as in training: a GPU's float32 is no TF32
+    product = jax.jit(lambda a, b: jnp.matmul(a, b, precision=how, preferred_element_type=wide))
     seconds = fastest(lambda: jax.block_until_ready(product(left, right)))
     return 2e-9 * rows * ins * outs / seconds
 

@@ -24,13 +24,13 @@ Array = jax.Array
 
 @struct.dataclass
 class Seated(Change):
-  """y = x @ W + (x @ a[n]) @ b[n], then y * columns[n], where n is x's row.
+  """y = x @ W + (x @ a[n].T) @ b[n], then y * columns[n], where n is x's row.
 
   A matrix costs what its rows' adapters need, where `acts` says how much that is: what the base does where none changes
   anything, and what lies `beyond` where one has such ranks.
   """
 
-  a: Array  # [layers, rows, in, rank], or without layers
+  a: Array  # [layers, rows, rank, in], or without layers
   b: Array  # [layers, rows, rank, out], scales and masks multiplied in
   columns: Array | None = None  # [layers, rows, out]: DoRA's factors, 1 for other adapters
   # [layers, rows]: 0 where it changes nothing here, 1, or 2 where it has ranks beyond; None where that is not asked
@@ -45,10 +45,10 @@ class Seated(Change):
 
   def parted(self, narrow: int) -> Seated:
     """The same with the ranks from `narrow` on beyond the others, and what each row needs found out."""
-    if self.a.shape[-1] <= narrow:
+    if self.a.shape[-2] <= narrow:
       acts = self._changes().astype(jnp.int32) if self.acts is None else self.acts
       return dataclasses.replace(self, acts=acts)
-    cut = lambda low, high: Seated(self.a[..., low:high], self.b[..., low:high, :])
+    cut = lambda low, high: Seated(self.a[..., low:high, :], self.b[..., low:high, :])
     beyond = cut(narrow, None)
     first = dataclasses.replace(cut(0, narrow), columns=self.columns)
     acts = jnp.where(beyond._changes(), 2, first._changes().astype(jnp.int32))
@@ -74,7 +74,7 @@ class Seated(Change):
 
   def _product(self, x: Array) -> Array:
     a, b = self.a.astype(x.dtype), self.b.astype(x.dtype)
-    down = jnp.einsum("n...i,nir->n...r", x, a, precision=precision(x, a))
+    down = jnp.einsum("n...i,nri->n...r", x, a, precision=precision(x, a))
     return jnp.einsum("n...r,nro->n...o", down, b, precision=precision(down, b))
 
   def scaled(self, y: Array, dtype: Any) -> Array:
@@ -97,7 +97,7 @@ class Seated(Change):
     none, wide = PartitionSpec(), PartitionSpec(*lead, None, columns)
     return dataclasses.replace(
       self,
-      a=PartitionSpec(*lead, None, rows, None),
+      a=PartitionSpec(*lead, None, None, rows),
       b=PartitionSpec(*lead, None, None, columns),
       columns=None if self.columns is None else wide,
       acts=None if self.acts is None else none,

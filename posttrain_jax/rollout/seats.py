@@ -58,7 +58,7 @@ def empty(nodes: Nodes, rows: int, narrow: int = NARROW) -> Seats:
 def seat(seats: Seats, nodes: Nodes, index: Array, row: Array) -> Seats:
   """The row of that index with the adapter that is the parameters' of `row`."""
   put = lambda x, one: jax.lax.dynamic_update_slice_in_dim(x, one.astype(x.dtype), index, 0)
-  narrow = {path: seated.a.shape[-1] for path, seated in seats[0].items()}
+  narrow = {path: seated.a.shape[-2] for path, seated in seats[0].items()}
   each = {path: _of(node, row[None], narrow[path]) for path, node in nodes.items()}
   return jax.tree.map(put, seats, _apart(each))
 

@@ -143,6 +143,16 @@ def test_a_stored_base_serves_them():
       close(found[row], own, 2e-5)
 
 
+def test_a_stack_holds_the_ranks_that_its_adapters_have():
+  """And a block of zeros, however large the largest is."""
+  params = families.make("llama")[1]
+  ranks = (4, 32, 8)
+  made = several(params, [AdapterConfig(r=r, target_modules=("q_proj",)) for r in ranks])
+  node = adapters.stack(made)["layers"]["self_attn"]["q_proj"]["weight"]
+  layers, inputs, outputs = params["layers"]["self_attn"]["q_proj"]["weight"].shape
+  assert node.size() == layers * (sum(ranks) + 4) * (inputs + outputs)
+
+
 def test_rows_can_be_taken_and_reordered():
   _, params = families.make("llama")
   bound = adapters.bind(params, adapters.stack(several(params, SEVERAL[:2])), rows=[0, 1, NONE])

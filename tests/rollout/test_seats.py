@@ -109,7 +109,7 @@ def test_only_what_the_layers_multiply_with_has_a_seat(model):
   assert len(made) == config.num_layers
   assert all(isinstance(seated, Seated) for seated in made[0].values())
   assert "mlp/down_proj/weight" in made[0]
-  assert made[0]["self_attn/q_proj/weight"].a.shape == (3, config.hidden_size, 3)
+  assert made[0]["self_attn/q_proj/weight"].a.shape == (3, 3, config.hidden_size)
   assert isinstance(ready.layers_apart["embed_tokens"]["weight"], weight.Adapted)
   assert seats.empty({}, 3) == ()
 
@@ -121,6 +121,6 @@ def test_ranks_that_no_row_has_are_not_read(model):
   for row, expected in ((1, 1), (2, 0), (0, 2)):
     made = seats.seat(made, nodes, np.int32(0), np.int32(row))
     seated = made[0]["self_attn/q_proj/weight"]
-    assert (seated.a.shape[-1], seated.beyond.a.shape[-1]) == (2, 1)
+    assert (seated.a.shape[-2], seated.beyond.a.shape[-2]) == (2, 1)
     assert int(seated.acts[0]) == expected
     assert not np.any(seated.of_live(np.asarray([False, False])).acts)
