@@ -537,6 +537,10 @@ def main() -> None:
     record["8b"] = gpu()
   again = limits.measured(args.device)  # a machine that is not at rest shows here
   print(f"afterwards: {again.told()}")
+  if (apart := machine.apart(again)) > limits.RESTLESS:
+    print(
+      f"the machine changed {apart:.2f} times meanwhile: the shares are of the first; run it at rest"
+    )
   record["machine_afterwards"] = again.to_json()
   write("bench" if args.dtype is None else f"bench-{args.dtype}", machine, record)
 

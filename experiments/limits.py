@@ -41,6 +41,7 @@ NATIVE_BF16 = {
 }  # without one of them a product in bfloat16 is slow, and says nothing
 READ = 1 << 30  # bytes
 TIMES = 5  # the best of
+RESTLESS = 1.15  # times by which a machine's own rates differ where it is not at rest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +59,11 @@ class Limits:
 
   def to_json(self) -> dict[str, Any]:
     return dataclasses.asdict(self)
+
+  def apart(self, other: Limits) -> float:
+    """The most by which a rate differs in the other, as a ratio from 1 on."""
+    mine, theirs = (dict(one.products, reading=one.reading) for one in (self, other))
+    return max(max(mine[of] / theirs[of], theirs[of] / mine[of]) for of in mine)
 
   def of_products(self, flops: float, seconds: float, dtype: str = "float32") -> float:
     """The share of the product rate of that type that so many operations in so many seconds are."""
