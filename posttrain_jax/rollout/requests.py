@@ -249,7 +249,7 @@ def check_strings(strings: Sequence[str], tokenizer: Any) -> None:
       )
 
 
-def parted(strings: Iterable[str], tokenizer: Any) -> tuple[set[int], list[str]]:
+def parted(strings: Sequence[str], tokenizer: Any) -> tuple[set[int], list[str]]:
   """(ids, strings) that end a text where any string is given: a special token ends it by its id, since no text has it,
   and what the tokenizer cannot make is left out.
 
