@@ -12,9 +12,7 @@ from posttrain_jax.plan.topology import Target
 
 REMATS = ("none", "dots", "names", "full")  # what recomputes least, first
 MOST = 6  # batches that are compiled with each mode
-CLOSER = (
-  2  # further ones between the largest that fits and the smallest that does not, with the best mode
-)
+CLOSER = 2  # further ones above the largest that fits, with the best mode
 BEYOND = 1.1  # times the memory: a batch that needs as much by those before it is not compiled
 
 
