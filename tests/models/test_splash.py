@@ -99,12 +99,10 @@ def test_products_of_float32_are_asked_for_as_such(dtype, asked):
   places = jax.tree.map(jnp.asarray, packed_rows(250))
   inputs = [x.astype(dtype) for x in drawn(250, heads=4, kv_heads=2, dim=16)]
   program = jax.make_jaxpr(run(splash.attend, places, None))(*inputs, None)
-  asks = [
-    one.params["precision"] for one in equations(program.jaxpr) if "dot" in one.primitive.name
-  ]
-  assert (
-    len(asks) > 2 + 3 + 4
-  )  # of the three kernels: forward, and the gradients of queries and of keys and values
+  products = [one for one in equations(program.jaxpr) if "dot" in one.primitive.name]
+  asks = [one.params["precision"] for one in products]
+  # of the three kernels: forward, and the gradients of queries and of keys and values
+  assert len(asks) > 2 + 3 + 4
   assert set(asks) == {asked and (asked, asked)}
 
 
@@ -126,6 +124,7 @@ def test_tokens_that_several_documents_see_are_refused():
     ("v5e:2x2", dict(fsdp=2, context=2), 128, 30.0, jnp.bfloat16),
     ("v5p:2x2x1", dict(context=4), 128, None, jnp.bfloat16),
     ("v6e:2x2", dict(fsdp=2, tensor=2), 64, None, jnp.bfloat16),
+    ("v6e:2x2", dict(data=4), 256, 50.0, jnp.bfloat16),
     ("v6e:2x2", dict(data=4), 256, 50.0, jnp.float32),
     ("v4:2x2x1", dict(fsdp=8), 128, None, jnp.bfloat16),
     ("tpu7x:2x2x1", dict(fsdp=-1), 128, None, jnp.bfloat16),
@@ -156,7 +155,6 @@ def test_it_compiles_for_a_tpu(chips, sizes, dim, softcap, dtype):
 
     program = jax.jit(jax.grad(loss, (0, 1, 2)))
     compiled = program.lower(*arrays, places, places, window).compile()
-  own = (
-    2 * heads / mesh.shape["tensor"] * time**2 / mesh.shape["context"] * 2 * dtype.dtype.itemsize
-  )
+  scores = 2 * heads / mesh.shape["tensor"] * time**2 / mesh.shape["context"]
+  own = scores * 2 * dtype.dtype.itemsize
   assert compiled.memory_analysis().temp_size_in_bytes < own / 10
