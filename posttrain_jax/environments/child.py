@@ -1,24 +1,15 @@
-"""The program of a process that holds an environment: it answers each message with a line of JSON.
-
-What the environment prints goes to standard error.  The process ends with who started it, and what it started, too.
-"""
+"""What a process does that holds an environment: it answers messages by their names."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import pickle
-import signal
-import struct
-import sys
-import threading
-import time
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import Any, BinaryIO
 
-HEADER = struct.Struct("<Q")  # the length of a pickled message
+from posttrain_jax.core import apart_program
+
 MOST_SAID = 1_000_000  # characters that are said at once; a run cuts them further, by tokens
 
 
@@ -87,10 +78,9 @@ def _schema(tool: Callable[..., Any]) -> dict[str, Any]:
     ) from error
 
 
-def serve(asked: Any, answer: Callable[[Any], None]) -> None:
+def serve(asked: BinaryIO, answer: Callable[[Any], None]) -> None:
   served = Served()
-  while len(header := asked.read(HEADER.size)) == HEADER.size:
-    number, verb, arguments = pickle.loads(asked.read(*HEADER.unpack(header)))
+  for number, verb, arguments in apart_program.messages(asked):
     try:
       reply = getattr(served, verb)(*arguments)
     except (Exception, SystemExit) as error:
@@ -109,50 +99,3 @@ def _raised(error: BaseException) -> str:
   if kind in ("WrongShape", "ConfigError"):  # ours, in whole sentences
     return said
   return f"{place}raised {kind}: {said}"
-
-
-def _ends_with(parent: int) -> None:
-  while os.getppid() == parent:
-    time.sleep(1)
-  _end()
-
-
-def _end() -> None:
-  """Ends this process and what was started here, which nobody else does once the run is gone."""
-  os.killpg(0, signal.SIGKILL)
-
-
-def main() -> None:
-  settings = json.loads(sys.argv[1])
-  sys.path[:] = settings["paths"]
-  if (
-    settings["memory"] and sys.platform == "linux"
-  ):  # elsewhere the address space cannot be limited
-    import resource
-
-    resource.setrlimit(resource.RLIMIT_AS, (settings["memory"], settings["memory"]))
-  threading.Thread(target=_ends_with, args=(settings["parent"],), daemon=True).start()
-  signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for who asks
-  asked, replies = os.fdopen(os.dup(0), "rb"), os.dup(1)
-  os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-  os.dup2(2, 1)  # what an environment prints is no reply
-  own = os.getpid()
-
-  def answer(value: Any) -> None:
-    if os.getpid() != own:  # a child of the environment's that came back with our pipes
-      os._exit(0)
-    line = json.dumps(value, default=str, ensure_ascii=False) + "\n"
-    # half of a surrogate pair becomes ?: no tokenizer reads it, and no table of answers holds it
-    rest = memoryview(line.encode("utf-8", "replace"))
-    try:
-      while rest:
-        rest = rest[os.write(replies, rest) :]
-    except BrokenPipeError:
-      _end()
-
-  serve(asked, answer)
-  _end()
-
-
-if __name__ == "__main__":
-  main()

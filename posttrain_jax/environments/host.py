@@ -8,22 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-import os
-import pickle
 import selectors
-import signal
-import subprocess
-import sys
 import time
-import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from posttrain_jax.core import apart
+from posttrain_jax.core.apart import MEMORY
 from posttrain_jax.environments import child
 
 LOADING = 120.0  # seconds for a process to start and to load its environment
-MEMORY = 8 << 30  # bytes of address space of one process; 0: without a limit
 LOOKS = 0.2  # seconds after which whoever waits looks whether it goes on
 
 
@@ -59,28 +53,11 @@ class Host:
   def __init__(self, source: Source, *, memory: int = MEMORY) -> None:
     self.source = source
     self._number = 0
-    self._received = b""
     self._next: tuple[str, tuple[Any, ...], float] | None = None  # asked once it is loaded
     self._is_loaded = False
     self.asked = False
     self.loaded: Mapping[str, Any] = {}
-    settings = {
-      "memory": memory,
-      "paths": [p or os.getcwd() for p in sys.path],
-      "parent": os.getpid(),
-    }
-    self.process = subprocess.Popen(
-      [sys.executable, "-P", child.__file__, json.dumps(settings)],
-      stdin=subprocess.PIPE,
-      stdout=subprocess.PIPE,
-      start_new_session=True,  # what an environment starts ends with it
-      env={
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "JAX_PLATFORMS": "cpu",
-      },  # the accelerator is the trainer's
-    )
-    self._ending = weakref.finalize(self, _end, self.process)
+    self.process = apart.Process(child.__name__, memory)
     self._send("load", (source.environment, source.tools, dict(source.options)), LOADING)
 
   def ask(self, verb: str, *arguments: Any, seconds: float) -> None:
@@ -95,22 +72,18 @@ class Host:
   def _send(self, verb: str, arguments: Sequence[Any], seconds: float) -> None:
     self._number += 1
     self._seconds, self._deadline = seconds, time.monotonic() + seconds
-    message = pickle.dumps((self._number, verb, tuple(arguments)))
-    assert self.process.stdin is not None
     with contextlib.suppress(BrokenPipeError):  # it has died, which is read from its other pipe
-      self.process.stdin.write(child.HEADER.pack(len(message)) + message)
-      self.process.stdin.flush()
+      self.process.send(self._number, verb, tuple(arguments))
 
   def reply(self) -> Mapping[str, Any] | Failed | None:
     """The answer where there is one, Failed where none will come, None as long as neither is known."""
     while self._is_readable():
-      assert self.process.stdout is not None
-      some = os.read(self.process.stdout.fileno(), 1 << 16)
-      if not some:
-        return self._lost(Failed(f"its process died: {_status(self.end())}"))
-      *lines, self._received = (self._received + some).split(b"\n")
-      for line in lines:
-        if (answer := self._taken(json.loads(line))) is not None:
+      try:
+        replies = self.process.said()
+      except EOFError:
+        return self._lost(Failed(f"its process died: {apart.status(self.end())}"))
+      for reply in replies:
+        if (answer := self._taken(reply)) is not None:
           return answer
     if time.monotonic() >= self._deadline and (self.asked or not self._is_loaded):
       self.end()
@@ -119,10 +92,10 @@ class Host:
     return None
 
   def _is_readable(self) -> bool:
-    if self.process.stdout is None or self.process.stdout.closed:
+    if self.process.replies.closed:
       return False
     with selectors.DefaultSelector() as selector:
-      selector.register(self.process.stdout, selectors.EVENT_READ)
+      selector.register(self.process.replies, selectors.EVENT_READ)
       return bool(selector.select(0))
 
   def _taken(self, said: Mapping[str, Any]) -> Mapping[str, Any] | Failed | None:
@@ -146,31 +119,9 @@ class Host:
     self.asked = False
     return why
 
-  @property
-  def is_running(self) -> bool:
-    return self.process.returncode is None
-
   def end(self) -> int:
     """Ends the process and what it started; its status."""
-    self._ending()
-    return self.process.returncode
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-  ended = process.poll()
-  with contextlib.suppress(ProcessLookupError, PermissionError):
-    os.killpg(process.pid, signal.SIGKILL)
-  process.wait()
-  if ended is not None:
-    process.returncode = ended
-  for pipe in (process.stdin, process.stdout):
-    if pipe is not None:
-      with contextlib.suppress(BrokenPipeError):
-        pipe.close()
-
-
-def _status(status: int) -> str:
-  return f"signal {-status}" if status < 0 else f"exit status {status}"
+    return self.process.end()
 
 
 class Hosts:
@@ -184,7 +135,7 @@ class Hosts:
   def take(self) -> Host | None:
     """A process that nobody has; None where there are as many as there may be."""
     while self._free:
-      if (host := self._free.pop()).process.poll() is None:
+      if (host := self._free.pop()).process.is_running:
         self._taken.append(host)
         return host
       host.end()  # it died meanwhile, and what it started may be left
@@ -196,9 +147,9 @@ class Hosts:
   def give_back(self, host: Host) -> None:
     """One that is under a question is ended: nobody waits for what it would say."""
     self._taken.remove(host)
-    if host.asked:
+    if host.asked or not host.process.is_running:
       host.end()
-    if host.is_running:
+    else:
       self._free.append(host)
 
   def close(self) -> None:
@@ -211,8 +162,8 @@ def wait(hosts: Iterable[Host], seconds: float = LOOKS) -> None:
   """Until one of them says something, or so long."""
   with selectors.DefaultSelector() as selector:
     for host in hosts:
-      if host.is_running and host.process.stdout is not None:
-        selector.register(host.process.stdout, selectors.EVENT_READ)
+      if not host.process.replies.closed:
+        selector.register(host.process.replies, selectors.EVENT_READ)
     if selector.get_map():
       selector.select(seconds)
     else:

@@ -8,14 +8,11 @@ Alarms (SIGALRM) would do nothing off the main thread and nothing against a call
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
-import json
 import os
 import pickle
 import selectors
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -23,6 +20,8 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from posttrain_jax.core import apart
+from posttrain_jax.core.apart import MEMORY
 from posttrain_jax.rewards import score, worker
 from posttrain_jax.rewards.score import Score
 from posttrain_jax.rewards.verifier import Answer, Context, Verifier, called
@@ -31,7 +30,6 @@ SECONDS = 10.0  # for one call
 LOADING = 120.0  # seconds for a process to start and to import what it calls
 ENDS = 3  # processes a slot that may end before they call anything
 LOOKS = 0.3  # seconds after which it is looked whether anybody still waits for what runs
-MEMORY = 8 << 30  # bytes of address space of one process; 0: without a limit
 
 
 class WorkerError(RuntimeError):
@@ -109,71 +107,25 @@ class _Slot:
 
   def __init__(self, memory: int):
     self.memory = memory
-    self.process: subprocess.Popen[bytes] | None = None
+    self.process: apart.Process | None = None
     self.loaded: set[int] = set()
     self.state, self.key, self.call, self.deadline = IDLE, -1, -1, 0.0
     self.number = 0  # of the last message; a reply to another one is nobody's
-    self.received = b""
 
   def send(self, kind: str, key: int, body: bytes, seconds: float = 0.0) -> None:
     """Raises BrokenPipeError where the process has ended."""
-    process = self.process or self._start()
+    if self.process is None:
+      self.process = apart.Process(worker.__name__, self.memory)
     self.number += 1
-    message = pickle.dumps((self.number, kind, key, body, seconds))
-    assert process.stdin is not None
-    process.stdin.write(worker.HEADER.pack(len(message)) + message)
-    process.stdin.flush()
+    self.process.send(self.number, kind, key, body, seconds)
     self.state, self.key = LOADS_TASK if kind == "load" else SENT, key
     self.deadline = time.monotonic() + LOADING
-
-  def _start(self) -> subprocess.Popen[bytes]:
-    settings = {
-      "memory": self.memory,
-      "paths": [path or os.getcwd() for path in sys.path],
-      "parent": os.getpid(),
-    }
-    one_core = {"OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu"}  # the accelerator is the trainer's
-    self.process = subprocess.Popen(
-      [sys.executable, "-P", worker.__file__, json.dumps(settings)],
-      stdin=subprocess.PIPE,
-      stdout=subprocess.PIPE,
-      start_new_session=True,  # what a verifier starts ends with it
-      env={**os.environ, **one_core},
-    )
-    return self.process
-
-  def replies(self) -> list[Any]:
-    """The messages that have come whole.
-
-    Raises:
-      EOFError: the process has ended.
-    """
-    assert self.process is not None
-    assert self.process.stdout is not None
-    some = os.read(self.process.stdout.fileno(), 1 << 16)
-    if not some:
-      raise EOFError
-    *lines, self.received = (self.received + some).split(b"\n")
-    return [json.loads(line) for line in lines]
 
   def end(self) -> int:
     """Ends the process and what it started; its status."""
     process, self.process = self.process, None
-    self.loaded, self.state, self.call, self.received = set(), IDLE, -1, b""
-    return 0 if process is None else _end(process)
-
-
-def _end(process: subprocess.Popen[bytes]) -> int:
-  # read before the kill, which is for what is left of its group
-  ended = process.poll()
-  with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS refuses for dead processes
-    os.killpg(process.pid, signal.SIGKILL)
-  status = process.wait()
-  for pipe in (process.stdin, process.stdout):
-    if pipe is not None:
-      with contextlib.suppress(BrokenPipeError):  # half a message was left in it
-        pipe.close()
-  return status if ended is None else ended
+    self.loaded, self.state, self.call = set(), IDLE, -1
+    return 0 if process is None else process.end()
 
 
 def _end_all(slots: Sequence[_Slot]) -> None:
@@ -230,8 +182,7 @@ class _Round:
     with selectors.DefaultSelector() as selector:
       for slot in busy:
         assert slot.process is not None
-        assert slot.process.stdout is not None
-        selector.register(slot.process.stdout, selectors.EVENT_READ, slot)
+        selector.register(slot.process.replies, selectors.EVENT_READ, slot)
       first = min(slot.deadline for slot in busy)
       ready = selector.select(min(LOOKS, max(0.0, first - time.monotonic())))
     for key, _ in ready:
@@ -242,8 +193,9 @@ class _Round:
         self._late(slot)
 
   def _read(self, slot: _Slot) -> None:
+    assert slot.process is not None
     try:
-      replies = slot.replies()
+      replies = slot.process.said()
     except EOFError:
       self._died(slot)
       return
@@ -273,7 +225,7 @@ class _Round:
     self.given[call] = Failed(
       _late_after(self.seconds[call])
       if status == -signal.SIGALRM
-      else f"the worker died: {_said(status)}"
+      else f"the worker died: {apart.status(status)}"
     )
 
   def _late(self, slot: _Slot) -> None:
@@ -290,15 +242,11 @@ class _Round:
     status = slot.end()
     self.ended_early += 1
     if self.ended_early >= ENDS * len(self.slots):
-      raise WorkerError(f"workers end before they call anything: {reason or _said(status)}")
+      raise WorkerError(f"workers end before they call anything: {reason or apart.status(status)}")
 
 
 def _late_after(seconds: float) -> str:
   return f"timed out after {seconds:g} s"
-
-
-def _said(status: int) -> str:
-  return f"signal {-status}" if status < 0 else f"exit status {status}"
 
 
 def _pickled(task: Callable[..., Any]) -> bytes:

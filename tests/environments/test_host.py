@@ -28,4 +28,4 @@ def test_a_process_that_died_while_nobody_had_it_is_given_to_nobody():
     assert second is not None
     assert "schemas" in answered(second, "describe")
     assert second is not first
-    assert first.process.stdout.closed
+    assert first.process.replies.closed

@@ -1,16 +1,13 @@
 """Workers: every call gets an answer or a reason, whatever the calls before it did."""
 
-import json
 import os
 import pathlib
-import pickle
 import subprocess
 import sys
 import time
 
 import pytest
 
-from posttrain_jax.rewards import worker
 from posttrain_jax.rewards import workers as workers_lib
 from posttrain_jax.rewards.reward import Part, Reward
 from posttrain_jax.rewards.verifier import Answer, Context
@@ -216,23 +213,6 @@ def test_workers_end_with_a_run_that_was_killed(verifier, tmp_path):
   process.kill()
   process.communicate()
   assert ended_within(map(int, told.read_text().split()), 5)
-
-
-def test_a_worker_ends_without_a_word_where_nobody_reads_its_answer():
-  settings = {"memory": 0, "paths": sys.path, "parent": os.getpid()}
-  process = subprocess.Popen(
-    [sys.executable, "-P", worker.__file__, json.dumps(settings)],
-    stdin=subprocess.PIPE,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    start_new_session=True,
-  )
-  assert process.stdout is not None
-  process.stdout.close()
-  body = pickle.dumps((1, "load", 0, b"no pickle", 0.0))
-  process.stdout = None
-  _, said = process.communicate(worker.HEADER.pack(len(body)) + body, timeout=60)
-  assert b"Traceback" not in said
 
 
 def load_of(count):
