@@ -82,6 +82,11 @@ def sentences(found: Comparison) -> list[str]:
 
 
 def _dropped(one: Verdict) -> str:
+  if one.broken:
+    return (
+      f"{one.part} dropped: of {words.count(one.broken, 'item')} that had a score the model's log-probabilities are no"
+      " numbers any more: its weights or its adapter overflow."
+    )
   if one.every:
     lost = ", ".join(item.id for item in one.lost[:4])
     return f"{one.part} dropped: {words.count(len(one.lost), 'item')} right before and wrong after ({lost})."

@@ -34,6 +34,7 @@ from posttrain_jax.settings import ConfigError
 
 VERSION = 1  # of what results mean
 FINISHED = "finished"  # the column that the metric `stops` reads
+NO_NUMBERS = "the model's log-probabilities are no numbers"  # why a score is missing: of the model, not of its judge
 # what of a header may differ between two measurements that compare
 NAMES = ("model", "weights", "counts")
 BLOCK = 32  # items of texts and choices between two looks at the journal
@@ -256,7 +257,8 @@ def _likely(
 
 def _bits(one: Asked, i: int, logps: Sequence[np.ndarray]) -> Result:
   value = likelihood.bits(np.concatenate(logps))
-  return Result(one.part.ids[i], one.part.groups[i], value, float(sum(one.sizes[i])))
+  result = Result(one.part.ids[i], one.part.groups[i], value, float(sum(one.sizes[i])))
+  return result if np.isfinite(value) else _numberless(result)
 
 
 def _chosen(one: Asked, i: int, logps: Sequence[np.ndarray]) -> Result:
@@ -267,7 +269,14 @@ def _chosen(one: Asked, i: int, logps: Sequence[np.ndarray]) -> Result:
   right = best == row["answer"]
   said = "" if right else f"{row['choices'][row['answer']]!r} is less likely"
   result = Result(one.part.ids[i], one.part.groups[i], float(right), reason=said)
+  if not np.isfinite(rates).all():
+    return _numberless(result)
   return dataclasses.replace(result, answers=(row["choices"][best],))
+
+
+def _numberless(result: Result) -> Result:
+  """The result of a model whose weights overflow: whatever is read off such numbers says nothing."""
+  return dataclasses.replace(result, value=None, right=None, reason=NO_NUMBERS)
 
 
 # Answers
@@ -392,7 +401,7 @@ def _scored(one: Asked, i: int, drawn: Sequence[Any], made: Reward, writer: Writ
   value = sum(known) / len(known) if len(known) == len(values) else None
   outcome = made.outcome()
   right = sum(map(outcome.is_right, scored)) if outcome.has_most and value is not None else None
-  return Result(
+  result = Result(
     one.part.ids[i],
     one.part.groups[i],
     value,
@@ -400,6 +409,7 @@ def _scored(one: Asked, i: int, drawn: Sequence[Any], made: Reward, writer: Writ
     reason=next(filter(None, map(_reason, scored)), ""),
     right=right,
   )
+  return result if all(np.isfinite(a.logps).all() for a in drawn) else _numberless(result)
 
 
 def _reason(given: Scored) -> str:

@@ -2,7 +2,8 @@
 
 A part dropped where "it fell by no more than its tolerance" is refused, at 5 % over all parts (Holm): of models that
 are as good as before, at most 5 in 100 fail.  It passes where its whole 95 % interval is above minus the tolerance.
-What is neither cannot be told, and the drop that would have been seen is told beside it.
+What is neither cannot be told, and the drop that would have been seen is told beside it.  A model whose
+log-probabilities are no numbers any more has dropped, wherever it had some before.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class Verdict:
   p: of "it fell by no more than the tolerance", after Holm; None of a part that is not judged.
   visible: the drop that would have been told in 80 of 100 cases; None where none could.
   missing: items that one side or both have no score of.
+  broken: of those, items that had a score before, and of which the model's log-probabilities are no numbers after.
   lost, gained: items that became wrong, and right.
   pass_at: {"pass@k": (before, after)}.
   """
@@ -64,6 +66,7 @@ class Verdict:
   pass_at: Mapping[str, tuple[float, float]]
   trained: bool
   every: bool
+  broken: int = 0
 
   @property
   def is_better(self) -> bool:
@@ -131,14 +134,17 @@ def compare(asked: Suite, before: Measured, after: Measured, *, alpha: float = A
     ConfigError: the two do not compare: other rows, prompts, templates or decoding.
   """
   measure.check_alike(before.header, after.header)
-  paired_up = [_pairs(before.results[part.name], after.results[part.name]) for part in asked.parts]
+  sides = [(before.results[part.name], after.results[part.name]) for part in asked.parts]
+  paired_up = [_pairs(*side) for side in sides]
   differences = [_difference(part, pairs) for part, (pairs, _) in zip(asked.parts, paired_up)]
   judged = [i for i, p in enumerate(asked.parts) if not (p.trained or p.every)]
   ps = [_p(differences[i], asked.parts[i].tolerance) for i in judged]
   adjusted = dict(zip(judged, paired.holm(ps)))
   share = alpha / max(len(judged), 1)
   verdicts = tuple(
-    _verdict(part, pairs, missing, differences[i], adjusted.get(i), alpha, share)
+    _verdict(
+      part, pairs, missing, _broken(*sides[i]), differences[i], adjusted.get(i), alpha, share
+    )
     for i, (part, (pairs, missing)) in enumerate(zip(asked.parts, paired_up))
   )
   return Comparison(asked.name, before.header, after.header, verdicts, _tax(verdicts))
@@ -155,6 +161,15 @@ def _pairs(before: Sequence[Result], after: Sequence[Result]) -> tuple[list[Pair
     if one.value is not None and other.value is not None
   ]
   return known, len(before) - len(known)
+
+
+def _broken(before: Sequence[Result], after: Sequence[Result]) -> int:
+  """Items that had a score, and of which the model says no numbers any more."""
+  pairs = zip(before, after, strict=True)
+  return sum(
+    one.value is not None and other.reason == measure.NO_NUMBERS and other.value is None
+    for one, other in pairs
+  )
 
 
 def _values(part: Part, results: Sequence[Result]) -> list[float]:
@@ -183,6 +198,7 @@ def _verdict(
   part: Part,
   pairs: Sequence[Pair],
   missing: int,
+  broken: int,
   difference: Difference | None,
   p: float | None,
   alpha: float,
@@ -191,6 +207,8 @@ def _verdict(
   lost, gained = _changed(part, pairs, 1), _changed(part, pairs, -1)
   if part.trained:
     verdict = PASS if difference and (difference.low or 0) > 0 else UNKNOWN
+  elif broken:
+    verdict = DROP
   elif part.every:
     verdict = DROP if lost else UNKNOWN if missing or difference is None else PASS
   elif p is not None and p < alpha:
@@ -214,6 +232,7 @@ def _verdict(
     pass_at=_pass_at(part, pairs),
     trained=part.trained,
     every=part.every,
+    broken=broken,
   )
 
 

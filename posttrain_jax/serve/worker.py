@@ -33,6 +33,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from posttrain_jax.adapters.stacked import Room
 from posttrain_jax.models.config import ModelConfig
@@ -379,9 +380,10 @@ class Worker:
         self._tell(ticket, told)
 
   def _tell(self, ticket: Ticket, told: engines.Progress) -> None:
-    if ticket.error is not None:
+    error = ticket.error or _overflow(ticket, told)
+    if error is not None:
       self._drop(ticket)
-      self._end(ticket, Failed(ticket.error))
+      self._end(ticket, Failed(error))
       return
     if not ticket.is_told:
       ticket.is_told = True
@@ -449,6 +451,16 @@ class Worker:
       log.exception("an event was not taken; its request is cancelled")
       if not ticket.is_over:
         self._cancel(ticket)
+
+
+def _overflow(ticket: Ticket, told: engines.Progress) -> ArithmeticError | None:
+  """Why nothing of what is told is an answer: weights too large for float32 say no numbers, of which any token may be
+  the likeliest."""
+  each = (told.logps, None if told.prompt is None else told.prompt.logps)
+  if all(logps is None or np.isfinite(logps).all() for logps in each):
+    return None
+  name = "the base" if ticket.asked.adapter is None else repr(ticket.asked.adapter)
+  return ArithmeticError(f"the log-probabilities of {name} are no numbers: its weights overflow")
 
 
 def _narrowed(top: asking.Top | None, count: int) -> asking.Top | None:

@@ -26,7 +26,7 @@ def get_config(arg=None):
     raise ValueError(f"unknown config argument in {arg}")
   return ml_collections.ConfigDict(dict(
     model=args.get("model", "none"), adapter=dict(method=args.get("adapter", "none"), r=8),
-    smoke="smoke" in args, optimizer=dict(lr=1e-3), steps=4, behave="good", layers=(1,),
+    smoke="smoke" in args, optimizer=dict(lr=1e-3), steps=4, behave="good", layers=(1,), eval=dict(suite=""),
     objective=dict(name="preference", beta=float(args["beta"])) if "beta" in args else dict(name="sft")))
 
 def sweep():
@@ -67,6 +67,9 @@ if behave != "forget":
   if "beta" in config.objective and not config.smoke:  # accuracy and KL fall with beta
     beta = config.objective.beta
     final |= {"eval_loss": 1 - beta, "eval_rewards/accuracies": 1 - beta / 2, "eval_kl": 0.1 / beta}
+  if config.eval.suite:  # the larger the rate, the more is forgotten
+    lr = config.optimizer.lr
+    final |= {"eval_suite/sums": 0.9 - lr, "eval_bits_per_byte/code": 1 + lr, "eval_suite/change": -lr}
   done = {"steps": config.steps, "final": final}
   (folder / "done.json").write_text(json.dumps(done))
 """
@@ -370,6 +373,30 @@ def test_what_is_wrong_is_said_before_anything_runs(grid, points, overrides, mes
   with pytest.raises(ConfigError, match=message):
     grid.run(overrides=overrides)
   assert not grid.workdir.exists()
+
+
+def test_a_part_of_the_suite_that_runs_measure_is_a_metric(grid):
+  asked = ["--config.eval.suite=core"]
+  code, printed = grid.run(metric="eval_suite/sums", overrides=asked)
+  assert code == 0
+  assert re.search(r"lr +status +steps +eval_suite/sums +eval_suite/change", printed)
+  assert re.search(r"0\.01 +finished +4 +0\.89 \* +-0\.01", printed)
+  assert "eval_suite/sums: higher is better" in printed
+  _, printed = grid.run(metric="eval_bits_per_byte/code", overrides=asked)
+  assert re.search(r"0\.01 +finished +4 +1\.01 \* +-0\.01", printed)
+  _, printed = grid.run(metric="eval_suite/change", overrides=asked)
+  assert re.search(r"0\.01 +finished +4 +-0\.01 \*", printed)
+  code, printed = grid.run(metric="eval_suite/sum", overrides=asked)
+  assert code == 1
+  assert "no finished point has a metric 'eval_suite/sum'; they have " in printed
+  assert "eval_suite/sums" in printed
+
+
+def test_parts_of_unequal_suites_are_shown_and_not_ranked(grid):
+  grid.points([("", {"eval.suite": name}) for name in ("core", "shop")])
+  _, printed = grid.run(metric="eval_suite/sums")
+  assert "eval_suite/sums is shown, not ranked: the points differ in eval.suite" in printed
+  assert " * " not in printed
 
 
 def test_points_that_are_spelt_alike_have_folders_of_their_own(grid):

@@ -1,5 +1,6 @@
 """A tiny model on a suite: texts, choices and answers, kept as they come."""
 
+import dataclasses
 import json
 import math
 
@@ -10,7 +11,7 @@ import pytest
 
 from posttrain_jax.data import chat
 from posttrain_jax.data.errors import RowError
-from posttrain_jax.evals import likelihood, measure, suite
+from posttrain_jax.evals import likelihood, measure, suite, verdicts
 from posttrain_jax.evals.samples import Writer
 from posttrain_jax.models import decoder
 from posttrain_jax.settings import ConfigError
@@ -105,6 +106,19 @@ def test_answers_are_scored_and_their_ends_too(measured):
   assert [one.answers for one in said] == [one.answers for one in ended], "greedy ones, alike"
   assert {one.value for one in said} <= {0.0, 1.0}
   assert {one.id for one in said} == {"say.jsonl:1", "say.jsonl:2", "say.jsonl:3"}
+
+
+def test_a_model_that_overflows_has_no_score_of_anything(writer, place, measured, tmp_path):
+  """An empty answer is no refusal, and the first of several choices no choice."""
+  params = {
+    **writer.params,
+    "norm": {"weight": jnp.full_like(writer.params["norm"]["weight"], 3e38)},
+  }
+  side = run(dataclasses.replace(writer, params=params), place, tmp_path / "side.jsonl")
+  for results in side.results.values():
+    assert {(one.value, one.reason) for one in results} == {(None, measure.NO_NUMBERS)}
+  found = verdicts.compare(suite.load(str(place)), measured[0], side)
+  assert found.dropped == ["text", "pick", "say", "end"]
 
 
 def test_a_measurement_goes_on_where_it_was_ended(writer, place, measured, monkeypatch):

@@ -8,7 +8,16 @@ import pytest
 
 from posttrain_jax.core import files
 from posttrain_jax.data.schema import Row
-from posttrain_jax.evals import chain_page, gate, page, stages, suite, suites_page, verdicts
+from posttrain_jax.evals import (
+  chain_page,
+  gate,
+  measure,
+  page,
+  stages,
+  suite,
+  suites_page,
+  verdicts,
+)
 from posttrain_jax.evals.measure import Measured, Result
 from posttrain_jax.evals.suite import Part, Suite
 from posttrain_jax.runs import record
@@ -137,6 +146,19 @@ def test_a_score_that_is_missing_is_left_out_and_counted_and_never_0():
   nothing = compared([part("sums")], before, {"sums": [None] * ITEMS})
   assert nothing.verdicts[0].verdict == verdicts.UNKNOWN
   assert gate.rows(nothing)[0][2] == gate.NONE
+
+
+@pytest.mark.parametrize("kind", [suite.TEXT, suite.CHOICE, suite.ANSWERS])
+def test_a_model_whose_numbers_overflow_on_one_item_has_dropped(kind):
+  parts, values = [part("sums", kind)], {"sums": [1] * ITEMS}
+  before, after = measured(parts, values), measured(parts, values, "b")
+  broken = dataclasses.replace(after.results["sums"][0], value=None, reason=measure.NO_NUMBERS)
+  after = dataclasses.replace(after, results={"sums": [broken, *after.results["sums"][1:]]})
+  found = verdicts.compare(Suite("s", tuple(parts)), before, after)
+  assert found.dropped == ["sums"]
+  assert "of 1 item that had a score" in gate.sentences(found)[0]
+  assert verdicts.Comparison.from_json(json.loads(json.dumps(found.as_json()))) == found
+  assert verdicts.compare(Suite("s", tuple(parts)), after, after).dropped == []
 
 
 def test_more_bits_per_byte_are_a_drop():

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from posttrain_jax import adapters, quant
-from posttrain_jax.adapters import layout
+from posttrain_jax.adapters import layout, peft_format
 from posttrain_jax.core import bits, sharding
 from posttrain_jax.models import decoder
 from posttrain_jax.rollout import requests
@@ -225,6 +225,23 @@ def test_a_grammar_that_fails_ends_its_request_and_no_other(allowed, said, worke
     ask(worker, Asked(prompt(0), NEW, allowed=allowed)).end()
   beside.end()
   assert beside.ids == alone("lora").ids
+
+
+@pytest.mark.parametrize("asks", [dict(max_new=NEW), dict(max_new=0, echo_logprobs=True)])
+def test_an_adapter_whose_numbers_overflow_fails_its_requests_and_no_other(
+  asks, worker, root, alone
+):
+  huge = jax.tree.map(lambda x: 1e20 * x, models.made("lora"))
+  peft_format.save(root / "huge", huge, models.KINDS["lora"], models.CONFIG)
+  expected = {kind: alone(kind).ids for kind in (None, "dora", "lora")}
+  beside = {kind: ask(worker, Asked(prompt(0), NEW, adapter=kind)) for kind in expected}
+  for _ in range(2):
+    with pytest.raises(ArithmeticError, match="log-probabilities of 'huge' are no numbers"):
+      ask(worker, Asked(prompt(0), adapter="huge", **asks)).end()
+  for heard in beside.values():
+    heard.end()
+  assert {kind: heard.ids for kind, heard in beside.items()} == expected
+  assert answer(worker, Asked(prompt(0), NEW, adapter="lora")).ids == expected["lora"]
 
 
 def test_penalties_and_biases_are_each_requests_own(worker, alone):
