@@ -183,7 +183,7 @@ def cache_compilations() -> None:
   """
   import jax
 
-  from posttrain_jax.core import files
+  from posttrain_jax.core import compiled, files
   from posttrain_jax.models import fetch
 
   if os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS") is None:
@@ -191,4 +191,5 @@ def cache_compilations() -> None:
   if os.environ.get("JAX_COMPILATION_CACHE_DIR") is None:
     folder = fetch.cache() / "compiled"
     files.prune(folder, ROOM)
+    compiled.drop_cut(folder)
     jax.config.update("jax_compilation_cache_dir", str(folder))
