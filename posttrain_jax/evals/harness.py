@@ -47,23 +47,21 @@ class Asked:
     tokenizer = self.writer.tokenizer
     if context:
       ids, count = likelihood.parts(tokenizer, context, continuation)
+      began = len(templates.opening(tokenizer, context + continuation)) - len(ids)
+      ids, count = [tokenizer.bos_token_id] * began + ids, count + began
     else:
-      start = likelihood.start_of(tokenizer)
-      ids = [start, *tokenizer(continuation, add_special_tokens=False)["input_ids"]]
-      count = 1
+      start = [likelihood.start_of(tokenizer)]
+      ids = tokenizer(continuation, add_special_tokens=False)["input_ids"]
+      ids, count = ids if ids[:1] == start else start + ids, 1
     return likelihood.continued(ids, count, self.scores.longest)
 
   def rolling(self, texts: Sequence[str]) -> list[float]:
     """sum of log p of every token of a text, each scored once behind as many as the model can read."""
     tokenizer = self.writer.tokenizer
     start = likelihood.start_of(tokenizer)
+    longest = self.scores.longest
     each = [
-      list(
-        likelihood.windows(
-          tokenizer(t, add_special_tokens=False)["input_ids"], start, self.scores.longest
-        )
-      )
-      for t in texts
+      list(likelihood.windows(templates.opening(tokenizer, text), start, longest)) for text in texts
     ]
     with progress.counter("scoring texts") as count:
       found = iter(self.scores.of([row for rows in each for row in rows], count))
@@ -102,7 +100,7 @@ class Asked:
     room = self.scores.longest - most
     if room < 1:
       raise ConfigError(f"max_gen_toks={most}: the model reads {self.scores.longest} tokens in all")
-    ids = self.writer.tokenizer(context, add_special_tokens=False)["input_ids"]
+    ids = templates.opening(self.writer.tokenizer, context)
     ends, strings = requests.parted(_until(how), self.writer.tokenizer)
     return Request(
       prompt=ids[-room:] or [likelihood.start_of(self.writer.tokenizer)],
@@ -145,6 +143,23 @@ def _up_to(text: str, until: Sequence[str]) -> str:
   return text
 
 
+def _open(text: str, last: str) -> str:
+  """A rendered conversation up to the end of what its last message says, which the answer goes on (`gen_prefix`).
+
+  >>> _open("<user>Hi<end><model>Well,<end>", "Well, ")
+  '<user>Hi<end><model>Well,'
+
+  Raises:
+    ConfigError: the template does not write that message as it is.
+  """
+  said = last.strip()
+  before, found, _ = text.rpartition(said)
+  if not found:
+    raise ConfigError(f"the chat template does not write {said!r}, which an answer is to go on")
+  kept = last.lstrip()  # with the white space at its end, where the template writes it
+  return before + (kept if text.startswith(kept, len(before)) else said)
+
+
 def language_model(writer: Writer, *, rows: int = 16, seed: int = 0) -> Any:
   """An `lm_eval.api.model.LM` of a model.
 
@@ -184,7 +199,7 @@ def language_model(writer: Writer, *, rows: int = 16, seed: int = 0) -> Any:
       (text,) = writer.template.render_all([job])
       if isinstance(text, Exception):
         raise text
-      return text
+      return text if add_generation_prompt else _open(text, chat_history[-1]["content"])
 
     def chat_template(self, chat_template=False):
       return writer.template.text if chat_template and writer.template is not None else ""
