@@ -28,6 +28,7 @@ ITEMS = [
 TASKS = {
   "choice": {
     "output_type": "multiple_choice",
+    "fewshot_split": "test",
     "doc_to_text": "{{question}}",
     "doc_to_target": "{{label}}",
     "doc_to_choice": "{{choices}}",
@@ -35,6 +36,7 @@ TASKS = {
   },
   "written": {
     "output_type": "generate_until",
+    "fewshot_split": "test",
     "doc_to_text": "{{question}}",
     "doc_to_target": "{{choices[0]}}",
     "generation_kwargs": {"until": ["\n"], "max_gen_toks": 8, "do_sample": False},
@@ -93,8 +95,8 @@ def address(place):
       assert server.wait(60) == 0
 
 
-def measured(place, kind, **options):
-  """{task: what was answered to each item} by one of the harness's models."""
+def measured(place, kind, how=None, tasks=TASKS, **options):
+  """{task: what was answered to each item} by one of the harness's models; how: of `simple_evaluate`."""
   lm_eval = pytest.importorskip("lm_eval", reason="pip install 'lm-eval[api]' beside the others")
   os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
   from lm_eval.tasks import TaskManager
@@ -102,10 +104,11 @@ def measured(place, kind, **options):
   told = lm_eval.simple_evaluate(
     model=kind,
     model_args=options,
-    tasks=[*TASKS],
+    tasks=[*tasks],
     task_manager=TaskManager(include_path=str(place), include_defaults=False),
     log_samples=True,
     bootstrap_iters=0,
+    **(how or {}),
   )
   return {
     name: [sample["filtered_resps"] for sample in sorted(samples, key=lambda one: one["doc_id"])]
@@ -134,6 +137,37 @@ def test_the_harness_measures_through_the_server_what_it_measures_with_transform
     max(range(len(one)), key=lambda at: float(one[at][0])) for one in told["choice"]
   ]
   assert chosen(ours) == chosen(theirs)
+
+
+SHOTS = dict(num_fewshot=2, limit=3)
+CHAT = dict(apply_chat_template=True, system_instruction="Be brief.")
+WAYS = {
+  "shots": SHOTS,
+  "chat": {**SHOTS, **CHAT},
+  "turns": {**SHOTS, **CHAT, "fewshot_as_multiturn": True},
+  "longer": dict(gen_kwargs="max_gen_toks=14,until=a"),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_options_of_the_harness_change_no_number_of_the_server(way, place, address):
+  folder, how = str(place / "model"), WAYS[way]
+  local = dict(model="model", tokenizer_backend="huggingface", tokenizer=folder, max_length=128)
+  theirs = measured(
+    place, "hf", how, pretrained=folder, dtype="float32", device="cpu", max_length=128
+  )
+  ours = measured(
+    place, "local-completions", how, base_url=f"{address}/v1/completions", batch_size=3, **local
+  )
+  assert ours["written"] == theirs["written"]
+  for name in ("choice", "bits"):
+    assert _numbers(ours[name]) == pytest.approx(_numbers(theirs[name]), rel=1e-4)
+  if (
+    "apply_chat_template" in how
+  ):  # its other client, which sends messages and has the server render them
+    url = f"{address}/v1/chat/completions"
+    said = measured(place, "local-chat-completions", how, ["written"], base_url=url, model="model")
+    assert said["written"] == theirs["written"]
 
 
 def _numbers(answers):
