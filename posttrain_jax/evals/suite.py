@@ -30,6 +30,7 @@ TEXT, ANSWERS, CHOICE = KINDS = ("text", "answers", "choice")
 FILE = "suite.json"
 BUILT_IN = Path(__file__).parent / "suites"
 OF_CHOICE = ("prompt", "choices", "answer")
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # what choices are called where they bring no labels
 STOPS = "stops"  # the metric that an answer came to its end
 UNIT = {TEXT: "bits per byte", ANSWERS: "", CHOICE: ""}
 TOLERANCE = {TEXT: 0.02, ANSWERS: 0.05, CHOICE: 0.05}  # where a part says none
@@ -248,6 +249,8 @@ def _rows(folder: Path, written: Mapping[str, Any], kind: str, where: str) -> tu
         raise RowError(
           "another kind", row.origin, f"{where} takes {', '.join(kinds)}, found {row.kind}"
         )
+      if kind == ANSWERS and not str(row.fields.get("prompt", row)).strip():
+        raise RowError("no prompt", row.origin, "'prompt' is empty; there is nothing to answer")
   _check_ids(rows)
   limit = written.get("limit", 0)
   return tuple(held_out.limited(rows, limit, seed=0)) if limit else rows
@@ -278,25 +281,37 @@ def _choices(path: Path, columns: Mapping[str, str]) -> Sequence[Row]:
     if not isinstance(raw, Mapping):
       raise RowError("no object", origin, f"expected an object, found {words.shown(raw, 40)}")
     prompt, choices, answer = (raw.get(of(name)) for name in OF_CHOICE)
-    if isinstance(choices, Mapping):  # as ARC has them
-      choices = choices.get("text")
+    labels: Any = LETTERS
+    if isinstance(choices, Mapping):  # as ARC has them, which calls some 1 to 4
+      labels, choices = choices.get("label"), choices.get("text")
+      labels = labels if isinstance(labels, list) else LETTERS
     if not isinstance(prompt, str) or not prompt.strip():
       raise RowError("no prompt", origin, f"{of('prompt')}={words.shown(prompt, 40)}: write a text")
-    is_list = isinstance(choices, list) and len({*map(str, choices)}) == len(choices) > 1
-    if not is_list or not all(isinstance(choice, str) and choice for choice in choices):
+    is_list = isinstance(choices, list) and all(isinstance(c, str) and c.strip() for c in choices)
+    # white space before one is that behind the prompt
+    if not is_list or not len({choice.strip() for choice in choices}) == len(choices) > 1:
       raise RowError(
         "no choices",
         origin,
         f"{of('choices')}={words.shown(choices, 60)}: write a list of unequal texts",
       )
-    place = _place(answer, choices)
-    if place is None:
+    places = _places(answer, choices, labels)
+    if len(places) > 1:
+      text, label = sorted(places, key=lambda place: choices[place] != answer)
+      raise RowError(
+        "two answers",
+        origin,
+        f"{of('answer')}={words.shown(answer, 40)} is the text of choice {text} and the label of choice {label}",
+        "write the place of the right choice from 0",
+      )
+    if not places:
       raise RowError(
         "no answer",
         origin,
         f"{of('answer')}={words.shown(answer, 40)}: write the place of the right choice from 0 to {len(choices) - 1},"
         " its letter, or its text",
       )
+    (place,) = places
     fields = {"prompt": prompt, "completion": choices[place]}
     rows.append(
       Row(fields, origin, "prompt_completion", {**raw, "choices": choices, "answer": place})
@@ -306,17 +321,14 @@ def _choices(path: Path, columns: Mapping[str, str]) -> Sequence[Row]:
   return rows
 
 
-def _place(answer: Any, choices: Sequence[str]) -> int | None:
+def _places(answer: Any, choices: Sequence[str], labels: Sequence[Any]) -> set[int]:
+  """Where the right choice may be: by its place from 0, else by its text and by its label."""
   if type(answer) is int:
-    return answer if 0 <= answer < len(choices) else None
-  if answer in choices:
-    return choices.index(answer)
-  letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(choices)]
-  return (
-    letters.index(answer)
-    if isinstance(answer, str) and len(answer) == 1 and answer in letters
-    else None
-  )
+    return {answer} if 0 <= answer < len(choices) else set()
+  if not isinstance(answer, str):
+    return set()
+  named = [at for at, (_, label) in enumerate(zip(choices, labels)) if label == answer]
+  return {*named[:1], *(at for at, choice in enumerate(choices) if choice == answer)}
 
 
 # how data that many people have is asked: --suite=gsm8k:FILE

@@ -67,6 +67,18 @@ BROKEN_ROWS = [
     "rows.jsonl:1: prompt=None",
   ),
   (["[1]"], {"kind": "choice", "metric": None}, "rows.jsonl:1|not JSON|expected an object"),
+  *(
+    ([{"prompt": "x", "choices": choices, "answer": 0}], {"kind": "choice", "metric": None}, said)
+    for choices in (["a", " a"], ["a", "  "], ["a", 5])
+    for said in ["rows.jsonl:1: choices=.*write a list of unequal texts"]
+  ),
+  (
+    [{"prompt": "Which blood fits all?", "choices": ["AB", "B", "A", "O"], "answer": "B"}]
+    + [{"prompt": "Which blood takes all?", "choices": ["O", "A", "B", "AB"], "answer": "A"}],
+    {"kind": "choice", "metric": None},
+    "rows.jsonl:2: answer='A' is the text of choice 1 and the label of choice 0; write the place",
+  ),
+  ([SUM, {**SUM, "prompt": " "}], {}, "rows.jsonl:2: 'prompt' is empty"),
 ]
 
 
@@ -115,6 +127,16 @@ def test_a_choice_may_name_the_right_one_by_place_letter_or_text(tmp_path):
   (part,) = suite.load(written(tmp_path / "s", rows, kind="choice", metric=None)).parts
   assert [row.raw["answer"] for row in part.rows] == [1, 1, 1]
   assert {row.fields["completion"] for row in part.rows} == {"b"}
+
+
+def test_choices_may_bring_labels_as_arcs_do(tmp_path):
+  each = [("ABC", "C"), ("123", "3"), ("123", "q")]
+  rows = [
+    {"prompt": "x", "choices": {"text": ["o", "p", "q"], "label": [*labels]}, "answer": answer}
+    for labels, answer in each
+  ]
+  (part,) = suite.load(written(tmp_path / "s", rows, kind="choice", metric=None)).parts
+  assert [row.raw["answer"] for row in part.rows] == [2, 2, 2]
 
 
 def test_null_is_no_name_and_no_group(tmp_path):
