@@ -396,18 +396,20 @@ def test_loads_and_unloads_meanwhile_change_no_answer(worker, alone, tmp_path):
 @pytest.mark.parametrize(
   "base",
   ["nf4", "fp4", "int8", "bfloat16", "kept int8", "kept bfloat16", "data 4 tensor 2"]
-  + ["fsdp 4 tensor 2", "expert 2 tensor 4"],
+  + ["fsdp 4 tensor 2", "expert 2 tensor 4", "nf4 data 4 tensor 2", "fp4 fsdp 4 tensor 2", "int8 data 2 tensor 4"],
 )
 def test_any_base_serves_what_it_says_with_the_adapter_bound(base, root):
   params, mesh, storage = models.params(), None, "auto"
-  if base.startswith("kept"):
-    storage = base.split()[1]
-  elif base in quant.STORAGES:
-    params = quant.quantize_params(params, storage=base)
-  elif base == "bfloat16":
+  first, *words = base.split()
+  if first == "kept":
+    (storage,) = words
+  elif first in quant.STORAGES:
+    params = quant.quantize_params(params, storage=first)
+  elif first == "bfloat16":
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
   else:
-    words = base.split()
+    words = [first, *words]
+  if first != "kept" and words:
     mesh = sharding.mesh(**dict(zip(words[::2], map(int, words[1::2]))))
   placed = layout.laid_out(params, mesh)
   worker = models.worker(
