@@ -127,9 +127,8 @@ class App:
       ]
       keep = frozenset()
       if chat.calls is not None:  # their marks may be special tokens
-        marks = (chat.calls.begin, chat.calls.end)
-        ids = model.voice.tokenizer.convert_tokens_to_ids([mark for mark in marks if mark])
-        keep = frozenset(at for at in ids if at is not None)
+        marks = model.voice.marks
+        keep = frozenset(marks[at] for at in (chat.calls.begin, chat.calls.end) if at in marks)
       choices = [
         self._choice(model, chat.wanted, prompt, at, at, allowed=masks[at], keep=keep)
         for at in range(chat.wanted.n)

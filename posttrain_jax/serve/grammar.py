@@ -135,5 +135,5 @@ def _literal(voice: Voice, text: str) -> str:
   """A text in Lark's syntax: a special token by its id, since no text makes it."""
   if not text:
     return ""
-  token = voice.tokenizer.convert_tokens_to_ids(text)
-  return f"<[{token}]>" if token in voice.special else json.dumps(text)
+  token = voice.marks.get(text)
+  return json.dumps(text) if token is None else f"<[{token}]>"

@@ -38,8 +38,13 @@ class Voice:
   @functools.cached_property
   def special(self) -> frozenset[int]:
     """Ids that write nothing in an answer."""
+    return frozenset(self.marks.values())
+
+  @functools.cached_property
+  def marks(self) -> dict[str, int]:
+    """{name: id} of those; a text that is not among them is no such token, whatever the unknown token is."""
     added = self.tokenizer.added_tokens_decoder
-    return frozenset(at for at, token in added.items() if token.special)
+    return {token.content: at for at, token in added.items() if token.special}
 
   @functools.cached_property
   def longest(self) -> int:

@@ -56,8 +56,11 @@ def voice(template="chatml", **changes):
   return Voice(TOKENIZER, bound, (END,), 261, **changes)
 
 
-def app(worker, *, limits=None, allow_loading=False, speak=None, template="chatml", length=128):
-  models = Models(worker, "base", voice(template), length, speak or (lambda home: voice()))
+def app(
+  worker, *, limits=None, allow_loading=False, speak=None, template="chatml", length=128, own=None
+):
+  base = own or voice(template)
+  models = Models(worker, "base", base, length, speak or (lambda home: voice()))
   return App(
     models, limits=limits or Limits(), metrics=Metrics("base"), allow_loading=allow_loading
   )

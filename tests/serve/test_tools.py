@@ -13,6 +13,7 @@ from posttrain_jax.data.tool_calls import Form
 from posttrain_jax.serve.errors import Refused
 from posttrain_jax.serve.grammar import Grammars
 from posttrain_jax.serve.voice import Voice
+from tests import tiny
 from tests.serve import fake, served
 
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Bern"}}\n</tool_call>'
@@ -171,6 +172,32 @@ def test_a_tool_that_must_be_called_is_called(choice):
   jsonschema.validate(
     json.loads(call["function"]["arguments"]), served.TOOLS[0]["function"]["parameters"]
   )
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_marks_that_the_tokenizer_has_no_token_of_are_written_as_text(stream):
+  """SmolLM2 and Llama 2 have an unknown token; no mark is that."""
+  tokenizer = tiny.tokenizer()
+  tokenizer.unk_token = "<|endoftext|>"
+  assert tokenizer.convert_tokens_to_ids("<tool_call>") == tokenizer.unk_token_id
+  bound = templates.bind(tokenizer, "chatml")
+  spoken = Voice(tokenizer, bound, (served.END,), 261)
+  client = served.client(fake.Worker(greedy), length=1024, own=spoken)
+  asked = dict(tools=served.TOOLS, tool_choice="required", stream=stream)
+  response = served.chat(client, **asked)
+  if stream:
+    deltas = [piece["choices"][0]["delta"] for piece in served.pieces(response)]
+    assert not any(delta.get("content") for delta in deltas)
+    (call,) = [call for delta in deltas for call in delta.get("tool_calls", [])]
+  else:
+    (call,) = response.json()["choices"][0]["message"]["tool_calls"]
+  assert call["function"]["name"] == "weather"
+  said = f"so<|endoftext|>{CALL}"
+  client = served.client(fake.Worker(served.says(said)), length=1024, own=spoken)
+  told = served.chat(client, tools=served.TOOLS)
+  message = told.json()["choices"][0]["message"]
+  assert message["content"] == "so"
+  assert len(message["tool_calls"]) == 1
 
 
 def test_masks_are_those_of_the_tokens_drawn_so_far():

@@ -396,7 +396,13 @@ def test_loads_and_unloads_meanwhile_change_no_answer(worker, alone, tmp_path):
 @pytest.mark.parametrize(
   "base",
   ["nf4", "fp4", "int8", "bfloat16", "kept int8", "kept bfloat16", "data 4 tensor 2"]
-  + ["fsdp 4 tensor 2", "expert 2 tensor 4", "nf4 data 4 tensor 2", "fp4 fsdp 4 tensor 2", "int8 data 2 tensor 4"],
+  + [
+    "fsdp 4 tensor 2",
+    "expert 2 tensor 4",
+    "nf4 data 4 tensor 2",
+    "fp4 fsdp 4 tensor 2",
+    "int8 data 2 tensor 4",
+  ],
 )
 def test_any_base_serves_what_it_says_with_the_adapter_bound(base, root):
   params, mesh, storage = models.params(), None, "auto"
