@@ -8,7 +8,7 @@ from typing import Any
 
 from posttrain_jax.evals import gate, measure
 from posttrain_jax.evals.measure import Measured
-from posttrain_jax.evals.verdicts import DROP, Comparison, Item, Verdict
+from posttrain_jax.evals.verdicts import DROP, Comparison, Item, Verdict, is_right
 from posttrain_jax.runs.record import Run
 
 ITEMS = 12  # shown with every run's answer
@@ -109,7 +109,7 @@ def _item(
     elif side is not None:
       result = next(r for r in side.results[part] if r.id == name)
       text = "\n---\n".join(result.answers)[:LONGEST]
-      answers.append(dict(when=run, correct=result.value == 1, reason=result.reason, text=text))
+      answers.append(dict(when=run, correct=is_right(result), reason=result.reason, text=text))
   return dict(
     question=some.prompt, channel=f"{part}: {name}", gold=some.gold or gate.NONE, answers=answers
   )

@@ -251,13 +251,19 @@ def _changed(part: Part, pairs: Sequence[Pair], sign: int) -> tuple[Item, ...]:
   """Items that were right and are not (sign 1), or that were not and are (-1); of text none."""
   if part.kind == suite.TEXT:
     return ()
-  is_right = lambda r: r.value == 1 if r.right is None else r.right == max(len(r.answers), 1)
   wanted = (True, False) if sign > 0 else (False, True)
   return tuple(
     _item(part, i, one, other, sign)
     for i, one, other in pairs
     if (is_right(one), is_right(other)) == wanted
   )
+
+
+def is_right(result: Result) -> bool:
+  """Whether every answer to an item is, by its metric where that says so, else by its score."""
+  if result.right is None:
+    return result.value == 1
+  return result.right == max(len(result.answers), 1)
 
 
 def _item(part: Part, i: int, one: Result, other: Result, sign: int) -> Item:

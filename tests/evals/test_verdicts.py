@@ -259,15 +259,15 @@ def test_a_comparison_is_the_same_out_of_a_file():
   json.dumps(dataclasses.asdict(told), allow_nan=False)
 
 
-def measures(folder, after):
-  """A run's folder has what its suite came to, where all were right before."""
+def measures(folder, after, **more):
+  """A run's folder has what its suite came to, where all were right before; more: of each result after."""
   parts, home = [part("sums")], folder / "suite"
   found = compared(parts, {"sums": [1] * ITEMS}, {"sums": after})
   home.mkdir(parents=True)
   files.write_json(home / verdicts.RESULTS, found.as_json())
   side = measured(parts, {"sums": after}, counts={"sums": ITEMS})
   lines = [
-    {"part": "sums", "number": i, "result": dataclasses.asdict(r)}
+    {"part": "sums", "number": i, "result": {**dataclasses.asdict(r), **more}}
     for i, r in enumerate(side.results["sums"])
   ]
   tiny.write_jsonl(home / "after.jsonl", [side.header, *lines])
@@ -290,6 +290,15 @@ def test_runs_beside_each_other_show_what_each_forgot(tmp_path):
   html = page.render(suites_page.BODY, title="both", suites=told)
   assert "Items that some run lost" in html
   assert suites_page.section([record.Run(tmp_path, {}, [], None, None, None)], ["none"]) is None
+
+
+def test_an_answer_beside_others_is_right_by_its_metric_and_not_by_a_score_of_1(tmp_path):
+  """Of a reward of several parts the most may be 1.5."""
+  measures(tmp_path / "lost", [0] * ITEMS)
+  measures(tmp_path / "kept", [1] * ITEMS, value=1.5, right=1)
+  both = [record.Run(tmp_path / name, {}, [], None, None, None) for name in ("lost", "kept")]
+  first = suites_page.section(both, ["lost", "kept"])["lost"][0]
+  assert [a["correct"] for a in first["answers"]] == [True, False, True]
 
 
 def test_the_page_of_a_chain_says_what_each_stage_forgot(tmp_path):
