@@ -164,7 +164,8 @@ class App:
       for at, prompt in enumerate(prompts):
         for sample in range(wanted.n):
           index = at * wanted.n + sample
-          choices.append(self._choice(model, wanted, prompt, index, sample, echo=asked.echo))
+          one = self._choice(model, wanted, prompt, index, sample, echo=asked.echo, field="prompt")
+          choices.append(one)
       texts = {one.index: self._texts(one, asked, model) for one in choices}
       head = dict(_head("cmpl", model.name), object="text_completion")
       if not wanted.stream:
@@ -194,8 +195,12 @@ class App:
     allowed: Any = None,
     echo: bool = False,
     keep: frozenset[int] = frozenset(),
+    field: str = "messages",
   ) -> Choice:
-    """An answer to be written: sample s of a request is drawn by (its seed, s), whatever stands beside it."""
+    """An answer to be written: sample s of a request is drawn by (its seed, s), whatever stands beside it.
+
+    field: of the body, that has the prompt.
+    """
     left = model.room - len(prompt)
     new = left if wanted.max_new is None else wanted.max_new
     if new > left or (wanted.max_new is None and left < 1):
@@ -204,7 +209,7 @@ class App:
         400,
         f"the prompt has {len(prompt):,} tokens; with {asks} that is more than the {model.room:,} positions"
         f" of {model.name}",
-        "max_tokens" if left > 0 else "messages",
+        "max_tokens" if left > 0 else field,
         code="context_length_exceeded",
       )
     ends = wanted.ends if wanted.ignore_eos else wanted.ends | set(model.voice.ends)

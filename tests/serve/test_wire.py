@@ -167,7 +167,8 @@ PROMPTS = {
 @pytest.mark.parametrize("name", PROMPTS)
 def test_a_prompt_that_is_none_is_refused(client, name):
   prompt, word = PROMPTS[name]
-  refused(served.complete(client, prompt=prompt), 400, word)
+  error = refused(served.complete(client, prompt=prompt, max_tokens=1), 400, word)
+  assert error["param"] == "prompt"
 
 
 @pytest.mark.parametrize(
