@@ -33,7 +33,7 @@ def _is_whole(data: bytes) -> bool:
   """Whether compressed data comes to its end; of a kind that cannot be read here nothing is said against it."""
   if data.startswith(ZSTD):
     try:
-      from compression import zstd  # ty: ignore[unresolved-import]  (Python 3.14)
+      from compression import zstd  # ty: ignore[import-not-found]  (Python 3.14)
     except ImportError:
       return True
     reader, error = zstd.ZstdDecompressor(), zstd.ZstdError

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import hashlib
 import logging
+import os
 import re
 import threading
 import time
@@ -240,9 +241,9 @@ class Registry:
     return [name for name, home in folders(self.root).items() if self._inside(home)]
 
   def _inside(self, path: Path) -> bool:
-    """Whether a path under the root stays there once every link is followed."""
+    """Whether a path under the root stays there once every link is followed; one to itself leads nowhere."""
     assert self.root is not None
-    return path.resolve().is_relative_to(self.root)
+    return Path(os.path.realpath(path)).is_relative_to(self.root)  # `resolve` raises at the latter
 
   def _look(self, name: str) -> None:
     """The name's folder under the root, read where it is new or has changed."""

@@ -1,5 +1,6 @@
 """Names and contents: what is loaded, what is refused, what a name stands for while requests have it."""
 
+import errno
 import json
 import os
 import shutil
@@ -234,6 +235,9 @@ def spoil(root, how):
   elif how == "pickle":
     tensors.unlink()
     (folder / peft_format.PICKLED).write_bytes(b"\x80\x04.")
+  elif how == "a loop":
+    tensors.unlink()
+    tensors.symlink_to(tensors.name)
   elif how == "no json":
     config.write_text("{")
   elif how == "other base":
@@ -253,6 +257,7 @@ def spoil(root, how):
     ("shape", "q_proj|lora_A"),
     ("no tensors", "does not exist"),
     ("pickle", "pickled"),
+    ("a loop", "does not exist|symbolic links"),
     ("no json", "adapter_config.json"),
     ("other base", "made for a base"),
     ("a list", "tokenizer.json holds a list"),
@@ -265,6 +270,30 @@ def test_a_damaged_folder_is_refused_in_words(how, said, root):
   spoil(root, how)
   with pytest.raises(BadAdapter, match=said):
     registry(root).acquire("one")
+
+
+def test_a_link_to_itself_beside_an_adapter_is_no_matter(root):
+  (root / "one" / "again").symlink_to("again")
+  (root / "again").symlink_to("again")
+  names = registry(root)
+  assert names.acquire("one")
+  assert "again" not in names.names()
+
+
+def test_a_disk_that_fails_refuses_what_is_new_and_leaves_what_is_served(root, monkeypatch):
+  names = registry(root)
+  served = names.acquire("one")
+  broken = OSError(errno.EIO, "Input/output error")
+  monkeypatch.setattr(
+    "posttrain_jax.serve.adapters.over.load", lambda *_: (_ for _ in ()).throw(broken)
+  )
+  shutil.copytree(root / "one", root / "new")
+  with pytest.raises(BadAdapter, match=r"adapter 'new': .*Input/output error"):
+    names.acquire("new")
+  os.utime(root / "one" / peft_format.TENSORS, (1, 1))
+  assert names.acquire("one") is served
+  monkeypatch.undo()
+  assert names.acquire("new").digest == served.digest
 
 
 def test_two_loads_of_one_name_at_once_read_once(root):
