@@ -164,7 +164,7 @@ NOTE = (
 def table(found: Comparison) -> rich.table.Table:
   made = rich.table.Table(box=rich.box.SIMPLE_HEAD)
   for i, head in enumerate(HEADS):
-    made.add_column(head, justify="left" if i < 2 else "right")
+    made.add_column(head, justify="left" if i < 2 else "right", overflow="fold")
   for one, cells in zip(found.verdicts, rows(found)):
     colour = "" if one.trained else COLOURS[one.verdict]
     shown = [rich.text.Text(cell, style=colour if i == 1 else "") for i, cell in enumerate(cells)]

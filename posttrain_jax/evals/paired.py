@@ -71,14 +71,16 @@ class Difference:
     return 1.0 if self.error == 0 and self.mean == 0 else min(1.0, 2 * min(down, 1 - down))
 
   def visible(self, tolerance: float = 0.0, alpha: float = 0.05) -> float | None:
-    """The drop that would have been told from one within the tolerance in 80 of 100 cases; None for one group.
+    """The drop that would have been told from one within the tolerance in 80 of 100 cases; None for one group, and
+    where not even that of every item from right to wrong would have been.
 
     tolerance + (z_alpha + z_power) error, one-sided.  Where no item changed the error is that of the interval.
     """
     if self.low is None or self.high is None:
       return None
     error = max(self.error, (self.high - self.low) / (2 * self.quantile((1 + LEVEL) / 2)))
-    return tolerance + (self.quantile(1 - alpha) + self.quantile(POWER)) * error
+    drop = tolerance + (self.quantile(1 - alpha) + self.quantile(POWER)) * error
+    return None if self.is_binary and drop > 1 else drop
 
   @property
   def _freedom(self) -> float:

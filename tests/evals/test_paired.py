@@ -119,6 +119,12 @@ def test_nothing_that_changed_is_no_certainty():
   assert grouped.low < same.low, "ten facts, and not fifty"
 
 
+def test_two_items_could_show_no_drop_at_all():
+  """More than all of them cannot become wrong."""
+  assert paired.difference([1, 0], [1, 0]).visible(0.05, 0.004) is None
+  assert 0.05 < paired.difference([1, 0] * 40, [1, 0] * 40).visible(0.05, 0.004) < 1
+
+
 def test_one_group_says_nothing():
   one = paired.difference([1.0, 1.0], [0.0, 0.0], groups=["a", "a"])
   assert (one.low, one.high, one.p_of_drop(), one.visible()) == (None, None, 1.0, None)
