@@ -52,12 +52,12 @@ class Served:
     return said[:MOST_SAID], failed
 
   def act(self, text: str) -> dict[str, Any]:
-    from posttrain_jax.environments import shapes
+    from posttrain_jax.environments import actions
 
     try:
       stepped = self.shape.act(text)
       return {**dataclasses.asdict(stepped), "said": stepped.said and stepped.said[:MOST_SAID]}
-    except shapes.ActionError as error:
+    except actions.ActionError as error:
       return {"unreadable": str(error)}
 
   def end(self) -> dict[str, Any]:

@@ -9,20 +9,20 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import inspect
 import json
-import typing
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from posttrain_jax.environments import actions
+from posttrain_jax.environments.actions import WrongShape
 
 NOT_TOOLS = ("reset", "get_reward", "step")
 BESIDE = ("seed", "episode_id")  # what reset is given beside the row's columns
 DONE, REWARD, METADATA = "done", "reward", "metadata"
 MOST_LEFT = 100_000  # characters of what an environment leaves for reward functions
-
-
-class WrongShape(ValueError):
-  """What a file names is no environment and no tool."""
 
 
 @dataclasses.dataclass
@@ -107,8 +107,7 @@ class Methods(Shape):
 class Actions(Shape):
   """`reset()` and `step(action)`: OpenEnv's observations, results of its clients, or tuples of GEM and Gymnasium.
 
-  The action is the model's turn: as text where `step` takes a text or says nothing of what it takes, else an object of
-  the class that it names, made of the text where that has one field to be filled, else of a JSON object.
+  The action is the model's turn, as `actions.reader` reads it.
   The reward of an episode is the sum of its steps': 0 where it was cut before the first, None where no step told any.
   """
 
@@ -117,11 +116,14 @@ class Actions(Shape):
   def __init__(self, held: Any) -> None:
     self.held = held
     self._rewards: list[float | None] = []  # of each step
-    self._action = _action_of(held.step)
+    self._action = actions.reader(held)
 
   def reset(self, row: Mapping[str, Any], seed: int, episode: str) -> str | None:
     self._rewards = []
-    return self._read(_awaited(_taken(self.held.reset, row, seed=seed, episode_id=episode))).said
+    reset = self.held.reset
+    # a client hands on whatever it is given, which its signature does not name
+    row = {"seed": seed, "episode_id": episode, **row} if _takes_any(reset) else row
+    return self._read(_awaited(_taken(reset, row, seed=seed, episode_id=episode))).said
 
   def needs(self) -> list[str]:
     return _needed_of(self.held.reset)
@@ -201,21 +203,41 @@ def called(tool: Callable[..., Any], arguments: Mapping[str, Any]) -> tuple[str,
     return str({"error": str(error)}), True
 
 
+@functools.cache
+def _loop() -> asyncio.AbstractEventLoop:
+  """The loop of this process's coroutines.  It goes on between them: a connection belongs to it, and is kept alive."""
+  loop = asyncio.new_event_loop()
+  threading.Thread(target=loop.run_forever, daemon=True).start()
+  return loop
+
+
 def _awaited(value: Any) -> Any:
-  return asyncio.run(_result(value)) if inspect.isawaitable(value) else value
+  if not inspect.isawaitable(value):
+    return value
+  result, error = asyncio.run_coroutine_threadsafe(_outcome(value), _loop()).result()
+  if error is not None:
+    raise error
+  return result
 
 
-async def _result(awaitable: Any) -> Any:
-  return await awaitable
+async def _outcome(awaitable: Any) -> tuple[Any, BaseException | None]:
+  """(result, error): a SystemExit that left the coroutine would end the loop."""
+  try:
+    return await awaitable, None
+  except BaseException as error:
+    return None, error
 
 
 def _taken(function: Callable[..., Any], row: Mapping[str, Any], **beside: Any) -> Any:
   """The function called with what it takes of a row and of what is beside it; all of the row, where it has a `**`."""
   parameters = inspect.signature(function).parameters.values()
   named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-  every = any(p.kind is p.VAR_KEYWORD for p in parameters)
-  given = {k: v for k, v in row.items() if every or k in named}
+  given = {k: v for k, v in row.items() if k in named or _takes_any(function)}
   return function(**given, **{k: v for k, v in beside.items() if k in named and k not in given})
+
+
+def _takes_any(function: Callable[..., Any]) -> bool:
+  return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
 
 
 def _needed_of(reset: Callable[..., Any]) -> list[str]:
@@ -254,55 +276,6 @@ def _fields(value: Any) -> dict[str, Any] | None:
     return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
   if callable(getattr(value, "model_dump", None)):  # pydantic's
     return value.model_dump()
-  return None
-
-
-def _action_of(step: Callable[..., Any]) -> Callable[[str], Any]:
-  """What makes an action of a turn's text, as the annotation of step's first parameter says."""
-  first = next(iter(inspect.signature(step).parameters), None)
-  if first is None:
-    raise WrongShape("step() takes nothing: an environment's step takes the action")
-  try:
-    kind: Any = typing.get_type_hints(step).get(first, str)
-  except (NameError, TypeError):
-    kind = str
-  needed = _needed(kind)
-  if needed is None:
-    return lambda text: text
-  if len(needed) == 1:
-    return lambda text: kind(**{needed[0]: text})
-
-  def read(text: str) -> Any:
-    try:
-      value = json.loads(text)
-    except ValueError:
-      raise ActionError(f"an action is a JSON object with {', '.join(needed)}") from None
-    if not isinstance(value, dict):
-      raise ActionError(f"an action is a JSON object with {', '.join(needed)}")
-    try:
-      return kind(**value)
-    except (TypeError, ValueError) as error:
-      raise ActionError(" ".join(str(error).split())) from None
-
-  return read
-
-
-class ActionError(ValueError):
-  """A turn is no action of this environment."""
-
-
-def _needed(kind: Any) -> list[str] | None:
-  """The fields without a default of a class of actions; None where an action is text."""
-  if not isinstance(kind, type) or kind in (str, object):
-    return None
-  if dataclasses.is_dataclass(kind):
-    absent = dataclasses.MISSING
-    fields = dataclasses.fields(kind)
-    return [
-      f.name for f in fields if f.default is absent and f.default_factory is absent and f.init
-    ]
-  if (fields := getattr(kind, "model_fields", None)) is not None:
-    return [name for name, field in fields.items() if field.is_required()]
   return None
 
 

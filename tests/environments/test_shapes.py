@@ -1,11 +1,13 @@
 """Environments of TRL's, OpenEnv's and GEM's shapes behind the same verbs."""
 
+import asyncio
 import dataclasses
+import time
 import types
 
 import pytest
 
-from posttrain_jax.environments import shapes
+from posttrain_jax.environments import actions, shapes
 from tests.environments import made
 
 
@@ -101,7 +103,7 @@ def test_actions_of_several_fields_are_json():
   shape = shapes.of(Board, ())
   assert shape.act('{"x": 1, "y": 2}').said == "3"
   for text in ("left", "[1, 2]", '{"x": 1}', '{"x": 1, "y": 2, "z": 3}'):
-    with pytest.raises(shapes.ActionError):
+    with pytest.raises(actions.ActionError):
       shape.act(text)
 
 
@@ -121,3 +123,47 @@ def test_async_tools_are_awaited():
     return number + 1
 
   assert shapes.called(later, {"number": 1}) == ("2", False)
+
+
+def test_coroutines_of_a_process_share_a_loop_that_goes_on_between_them():
+  class Connected:
+    """As a client of a server: what it opened belongs to the loop that it was opened in."""
+
+    async def reset(self, **row):
+      self.loop, self.beats = asyncio.get_running_loop(), 0
+      self.heart = asyncio.ensure_future(self.beat())
+
+    async def beat(self):
+      while True:
+        self.beats += 1
+        await asyncio.sleep(0.001)
+
+    async def ask(self, text: str):
+      """Asks."""
+      if text == "leave":
+        raise SystemExit(3)
+      return self.loop is asyncio.get_running_loop()
+
+  shape = shapes.of(Connected, ())
+  shape.reset({}, 0, "a")
+  (ask,) = [tool for tool in shape.tools() if tool.__name__ == "ask"]
+  assert shapes.called(ask, {"text": "x"}) == ("True", False)
+  seen = shape.held.beats
+  time.sleep(0.05)
+  assert shape.held.beats > seen  # which answers a server's pings
+  with pytest.raises(SystemExit):
+    shapes.called(ask, {"text": "leave"})
+  assert shapes.called(ask, {"text": "x"}) == ("True", False)
+
+
+def test_a_client_is_given_seed_and_episode_with_the_row():
+  class Client:
+    def reset(self, **given):
+      return made.Seen(str(given))
+
+    def step(self, action: str):
+      return made.Seen("")
+
+  told = {"seed": 7, "episode_id": "1-2", "level": 3}
+  assert shapes.of(Client, ()).reset({"level": 3}, 7, "1-2") == str(told)
+  assert shapes.of(Client, ()).reset({"seed": 1}, 7, "1-2") == str({"seed": 1, "episode_id": "1-2"})
