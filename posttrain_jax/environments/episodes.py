@@ -277,6 +277,8 @@ class Episodes:
       assert one.pending is not None
       self._answered(one, [(str({"error": why.reason}), True)] * len(one.pending.calls))
       return
+    if verb == "reset" and one.host is not None:
+      one.host.end()  # what should bring it back did not: the next episode has another process
     one.problem = f"the environment {why.reason}" if why.is_late else why.reason
     one.ended = kinds.FAILED
     self._close(one, None, {})

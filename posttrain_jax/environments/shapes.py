@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import inspect
 import json
+import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -156,7 +157,7 @@ class Actions(Shape):
     if callable(getattr(self.held, "get_reward", None)):
       return _number(_awaited(self.held.get_reward()))
     told = [reward for reward in self._rewards if reward is not None]
-    return sum(told, 0.0) if told or not self._rewards else None
+    return math.fsum(told) if told or not self._rewards else None
 
   def left(self) -> dict[str, Any]:
     return _attributes(self.held)

@@ -103,6 +103,22 @@ class Raises:
     raise ValueError("out of order")
 
 
+class Closes:
+  """As a client whose connection is lost: it is of no use from then on."""
+
+  def __init__(self):
+    self.is_open = True
+
+  def reset(self):
+    self.step("reset")
+
+  def step(self, action: str):
+    self.is_open = self.is_open and action != "lose"
+    if not self.is_open:
+      raise ConnectionError("closed")
+    return "heard", 1.0, True, False, {}
+
+
 class Half:
   """Whatever it says has half of a surrogate pair."""
 

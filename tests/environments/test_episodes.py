@@ -254,6 +254,14 @@ def test_an_environment_that_raises_leaves_no_reward_and_says_where(episodes):
   assert (other.problem.endswith("raised RuntimeError: no room left"), other.turns) == (True, 0)
 
 
+def test_an_environment_that_cannot_be_reset_is_made_anew(episodes):
+  sampler = Scripted([["lose"], ["a"], ["b"], ["c"]])
+  sampler.rows = 0.5  # one after the other, all in the process that is free
+  told = episodes(Source(f"{FILE}:Closes"), sampler, rows=({}, {}, {}, {}))
+  assert [one.reward for one in told] == [None, None, 1.0, 1.0]
+  assert told[1].problem.endswith("raised ConnectionError: closed")
+
+
 def test_a_hanging_environment_is_ended_and_holds_up_nobody(episodes):
   began = time.monotonic()
   (one,) = episodes(Source(f"{FILE}:Hangs"), Scripted([["x"]]), seconds=0.5)

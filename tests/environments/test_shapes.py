@@ -61,6 +61,17 @@ def test_steps_that_tell_no_reward_are_no_reward_of_zero():
   assert shape.reward() is None
 
 
+def test_the_same_rewards_in_another_order_are_the_same_reward():
+  texts = types.SimpleNamespace(reset=lambda: None, step=lambda action: ("", float(action), 0, {}))
+  shape, totals = shapes.of(lambda: texts, ()), set()
+  for rewards in ("0.1 0.1 0.2 0.2", "0.1 0.2 0.1 0.2", "0.2 0.2 0.1 0.1"):
+    shape.reset({}, 0, "a")
+    for one in rewards.split():
+      shape.act(one)
+    totals.add(shape.reward())
+  assert len(totals) == 1  # as a group that agrees
+
+
 def test_results_of_a_client_hold_observation_reward_and_done():
   class Client:
     def reset(self):
