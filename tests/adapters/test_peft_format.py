@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from posttrain_jax import adapters, quant
 from posttrain_jax.adapters import AdapterConfig, peft_format, replaced
 from posttrain_jax.adapters.codecs import lora as codec
-from posttrain_jax.core import tree
+from posttrain_jax.core import memory, tree
 from tests.adapters.cases import lora_on_nf4, trained
 from tests.marks import few
 from tests.models import families
@@ -779,3 +779,18 @@ def test_a_saved_module_may_lie_in_the_file_three_times(saved):
   rewrite(folder, lambda t: {**t, f"{name}.modules_to_save.default.weight": 2 * value})
   with pytest.raises(ValueError, match=r"norm.weight.* differ, and are one module's"):
     peft_format.load(folder, params, model)
+
+
+@pytest.mark.parametrize("method", few(["olora", "lora", "dora"], "olora"))
+def test_what_trains_in_the_hosts_memory_is_written_as_it_is(tmp_path, method):
+  config = AdapterConfig(r=3, method=method, target_modules=("q_proj", "o_proj"))
+  model, _, adapter = make(config)
+  trainable, fixed = tree.partition(adapter)
+  away = jax.tree.map(lambda x: jax.device_put(x, memory.host(x.sharding)), trainable)
+  assert memory.any_on_host(away)
+  peft_format.save(tmp_path / "here", adapter, config, model)
+  peft_format.save(tmp_path / "away", tree.combine(away, fixed), config, model)
+  here, there = (
+    load_file(tmp_path / name / "adapter_model.safetensors") for name in ("here", "away")
+  )
+  equal(here, there)
