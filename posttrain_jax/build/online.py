@@ -36,7 +36,7 @@ from posttrain_jax.build.teacher import Teacher
 from posttrain_jax.build.turns import Turns
 from posttrain_jax.build.writer import Writer
 from posttrain_jax.core import distributed, progress, tree, words
-from posttrain_jax.environments.episode import Episode, restored
+from posttrain_jax.environments.episode import FAILED, Episode, restored
 from posttrain_jax.objectives import Scorer
 from posttrain_jax.rewards import alarm, section, selftest
 from posttrain_jax.rewards import columns as columns_lib
@@ -502,15 +502,16 @@ class Online:
           left.append((group, request))
     for at, answer in self._run(left):
       group, request = left[at]
-      journal.put(
-        group.number,
-        request.sample,
-        tokens=answer.tokens,
-        logps=answer.logps,
-        ended=answer.ended,
-        kept=answer.kept,
-        beside=answer.beside if isinstance(answer, Episode) else None,
-      )
+      if answer.ended != FAILED:  # which says nothing of what it would be another time
+        journal.put(
+          group.number,
+          request.sample,
+          tokens=answer.tokens,
+          logps=answer.logps,
+          ended=answer.ended,
+          kept=answer.kept,
+          beside=answer.beside if isinstance(answer, Episode) else None,
+        )
       yield group, request.sample, answer
 
   def _run(self, asked: Sequence[tuple[Group, Request]]) -> Iterator[tuple[int, Written]]:
@@ -581,9 +582,12 @@ class Online:
       return
     first = self._batches - UNSCORED + 1
     completions.forget_scores(self.folder, range(first, self._batches + 1))
+    ails = "verifier", "reward.seconds"
+    if any(isinstance(one, Episode) and one.ended == FAILED for g in every for one in g.answers):
+      ails = "environment", "online.tool_seconds"
     raise Unscored(
       f"no answer of the batches {first} to {self._batches} has a score, the last time as {why}; nothing was learned"
-      " from them. With the verifier mended, or a higher reward.seconds where it is slow, run the same command again:"
+      f" from them. With the {ails[0]} mended, or a higher {ails[1]} where it is slow, run the same command again:"
       " it goes on from the last checkpoint, and what is written is kept"
     )
 

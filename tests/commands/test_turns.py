@@ -31,6 +31,13 @@ class Raises(Echo):
   def step(self, action: str):
     raise ValueError("broken")
 
+class Down(Echo):
+  def reset(self, seed=None):
+    import pathlib
+    if pathlib.Path(__file__).with_name("down").exists():
+      raise ConnectionError("no server")
+    return super().reset(seed)
+
 def heard(environments, completions, **columns):
   for e, c in zip(environments, completions):  # a turn that was cut is heard by nobody
     assert 0 <= sum(m["role"] == "assistant" for m in c) - len(e.heard) <= 1
@@ -189,3 +196,18 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
   assert main(command(folder, tmp_path / "run", *extra, how=how, **changes)) == 1
   assert says in capsys.readouterr().err
   assert not (tmp_path / "run").exists()
+
+
+def test_a_run_goes_on_once_the_server_of_its_environment_is_back(folder, tmp_path, capsys):
+  """What could not be begun is no answer that is kept: the same command asks for it again."""
+  (folder / "down").touch()
+  ask = command(folder, tmp_path / "run", name="Down")
+  try:
+    assert main(ask) == 1
+  finally:
+    (folder / "down").unlink()
+  said = " ".join(capsys.readouterr().err.split())
+  assert "ConnectionError: no server" in said
+  assert "With the environment mended, or a higher online.tool_seconds where it is slow" in said
+  assert main(ask) == 0
+  assert all(row["turns"] for row in table(tmp_path / "run", 3))
