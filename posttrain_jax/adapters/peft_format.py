@@ -28,7 +28,7 @@ from posttrain_jax.adapters.codecs import adalora, fused, ia3, lora, naming, sta
 from posttrain_jax.adapters.codecs.codec import Codec, Folder, check_keys
 from posttrain_jax.adapters.combination import AnyConfig, parts_of, together
 from posttrain_jax.adapters.config import OPTIONS, AdapterConfig
-from posttrain_jax.core import files, memory, shards, tree, words
+from posttrain_jax.core import files, shards, tree, words
 from posttrain_jax.core.weight import Adapted
 from posttrain_jax.models import before, decoder, fetch
 from posttrain_jax.models.config import ModelConfig
@@ -69,7 +69,7 @@ def save(
     finish: called with the folder before it is there for others, to lay more into it.
   """
   first, *others = parts_of(config)
-  trees = _apart(memory.fetch(adapter), (first, *others), model_config)
+  trees = _apart(adapter, (first, *others), model_config)
   with files.publish(folder) as new:
     record = dict(with_methods=[other.method for other in others]) if others else {}
     _write(new, trees[0], first, model_config, base_name, record)

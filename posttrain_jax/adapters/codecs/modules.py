@@ -21,7 +21,7 @@ from posttrain_jax.adapters.bind import modules as modules_of
 from posttrain_jax.adapters.codecs import naming
 from posttrain_jax.adapters.codecs.codec import Folder
 from posttrain_jax.adapters.config import AdapterConfig, fits, full_name, is_saved
-from posttrain_jax.core import tree, weight
+from posttrain_jax.core import memory, tree, weight
 from posttrain_jax.models import decoder
 from posttrain_jax.models.config import ModelConfig
 
@@ -69,7 +69,7 @@ def collect(
       raise ValueError(
         f"adapter at {path} fits a base of {node_shape}, model_config says {base_shape}"
       )
-    for place, (name, tensors) in enumerate(zip(names_at[path], split(node))):
+    for place, (name, tensors) in enumerate(zip(names_at[path], split(memory.fetch(node)))):
       if tensors:
         parts[name], nodes[name] = tensors, (node, place)
   if not parts:
