@@ -33,6 +33,9 @@ from posttrain_jax.rollout.sampling import GREEDY, Sampling
 log = logging.getLogger(__name__)
 Params = Any
 WINDOW = 16  # tokens drawn between two looks of the host
+OVERFLOW = (
+  "what the model writes says nothing: its log-probabilities are no numbers; its weights overflow"
+)
 
 
 class CompilationError(RuntimeError):
@@ -207,7 +210,7 @@ class Engine:
     """
     ready = prepare(params, self.config)
     decoder.check(ready.stacked, self.config)
-    self._ready = ready
+    self._ready, self._tells_overflow = ready, True
     self._nodes = {} if ready.layers_apart is ready.stacked else seats.nodes(ready.stacked)
     self._leave_seats()
     for index, row in self._busy.items():
@@ -751,6 +754,9 @@ class Engine:
       if not all(np.isfinite(logps).all() for logps in row.logps):
         self._spoilt.add(index)
         self._held[index] = None
+        if self._tells_overflow:
+          log.warning("%s", OVERFLOW)
+          self._tells_overflow = False
       held = self._held[index]
       if held is not None and self.reuses_written:
         # the last token drawn was not read

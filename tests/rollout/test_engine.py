@@ -491,18 +491,21 @@ def test_other_weights_need_no_other_program(llama):
   assert [after[i].tokens for i in range(9)] == [answer.tokens for answer in expected]
 
 
-def test_what_is_not_finite_stays_with_its_text(llama):
+def test_what_is_not_finite_is_told_once_and_stays_with_its_text(llama, caplog):
   """A row that wrote with weights of NaN serves the next text as a fresh one does."""
   params, config = llama
   spoilt = jax.tree.map(lambda x: x * np.nan, params)
   engine_ = engine.Engine(spoilt, config, rows=1, length=48, window=4)
-  ((_, bad),) = engine_.run([Request(PROMPTS[0], 9)])
-  assert np.isnan(bad.logps).all()
+  for _ in range(2):
+    ((_, bad),) = engine_.run([Request(PROMPTS[0], 9)])
+    assert np.isnan(bad.logps).all()
+  assert caplog.messages == [engine.OVERFLOW]
   engine_.load(params)
   ((_, good),) = engine_.run([Request(PROMPTS[1], 9)])
   ((_, fresh),) = engine.Engine(*llama, rows=1, length=48, window=4).run([Request(PROMPTS[1], 9)])
   assert good.tokens == fresh.tokens
   np.testing.assert_array_equal(good.logps, fresh.logps)
+  assert len(caplog.messages) == 1
 
 
 def test_a_program_after_the_warm_up_is_told_and_an_error_under_test(llama, monkeypatch, caplog):
