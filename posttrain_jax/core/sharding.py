@@ -149,6 +149,37 @@ def pinned(x: jax.Array, axes: str) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, fitted(logical(axes), x.shape, ambient))
 
 
+def told_alike(tree: Any) -> Any:
+  """The same arrays, whose shardings name no axis of one device and end with no None.
+
+  What a program leaves lies where `pinned` says, and is told with such an axis or without, as it comes: to the next
+  program, which is compiled for what it is told, two tellings are two programs.
+  """
+
+  def one(x: Any) -> Any:
+    if not isinstance(x, jax.Array) or not isinstance(where := x.sharding, NamedSharding):
+      return x
+    spec = _wide(where)
+    if spec == where.spec:
+      return x
+    parts = [part.data for part in x.addressable_shards]
+    alike = NamedSharding(where.mesh, spec, memory_kind=where.memory_kind)
+    return jax.make_array_from_single_device_arrays(x.shape, alike, parts)
+
+  return jax.tree.map(one, tree) if active() else tree
+
+
+def _wide(where: NamedSharding) -> PartitionSpec:
+  kept: list[Any] = []
+  for axis in where.spec:
+    names = axis if isinstance(axis, tuple) else () if axis is None else (axis,)
+    wide = tuple(name for name in names if where.mesh.shape[name] > 1)
+    kept.append(wide if len(wide) > 1 else next(iter(wide), None))
+  while kept and kept[-1] is None:
+    kept.pop()
+  return PartitionSpec(*kept)
+
+
 def logical(axes: str) -> PartitionSpec:
   """Of an activation with those axes, `-` for one that lies whole on every device."""
   return PartitionSpec(*[ACTIVATIONS[name] for name in axes.split()])

@@ -784,7 +784,7 @@ class Engine:
   def _call(self, program: Any, name: str, *args: Any) -> Any:
     """A program's result; a new compilation is kept in `compiled`, and told once the engine is warm."""
     before_call = program._cache_size()
-    result = program(*args)
+    result = sharding.told_alike(program(*args))
     self.programs[name] = None
     if program._cache_size() > before_call:
       self.compiled.append(name)

@@ -118,6 +118,25 @@ def test_whole_numbers_are_gathered_too():
   np.testing.assert_array_equal(found, np.arange(16))
 
 
+def test_an_axis_of_one_device_is_not_told():
+  mesh = sharding.mesh(data=2, tensor=4)
+  specs = {
+    P(None, "fsdp"): P(),
+    P(("data", "fsdp"), None): P("data"),
+    P(("fsdp", "expert"), "tensor"): P(None, "tensor"),
+    P(("data", "tensor")): P(("data", "tensor")),
+  }
+  with jax.set_mesh(mesh):
+    for spec, alike in specs.items():
+      x = jax.device_put(jnp.arange(64.0).reshape(8, 8), jax.NamedSharding(mesh, spec))
+      told = sharding.told_alike({"x": x, "beside": 3})
+      assert told["x"].sharding == jax.NamedSharding(mesh, alike)
+      assert told["x"].sharding.is_equivalent_to(x.sharding, 2)
+      np.testing.assert_array_equal(told["x"], x)
+      assert told["beside"] == 3
+  assert sharding.told_alike(x) is x  # without a mesh
+
+
 def test_an_unknown_axis_is_named():
   with (
     jax.set_mesh(sharding.mesh(fsdp=8)),

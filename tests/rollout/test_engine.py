@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import NamedSharding, PartitionSpec
 
 from posttrain_jax import adapters
 from posttrain_jax.core import sharding, weight
@@ -560,6 +561,30 @@ def test_what_is_bound_before_the_tokens_is_warmed_up_too(llama):
   engine_ = engine.Engine(adapters.bind(base, node), config, rows=3, length=64, window=4)
   assert "beginning of a row" in engine_.warm_up()
   needs(engine_, (2, 17, 40, 50))
+
+
+def test_on_a_mesh_how_a_program_tells_where_its_rows_lie_is_no_other_program(llama, monkeypatch):
+  """An axis of one device, which XLA names or not as it comes; a prompt goes on in its row right behind a window."""
+  begun = families.tokens(16, seed=0).tolist()
+  mesh = sharding.mesh(tensor=2, devices=jax.devices()[:2])
+  names = NamedSharding(mesh, PartitionSpec(None, "fsdp"))
+  told = lambda x: jax.device_put(x, names) if x.ndim > 1 else x
+
+  class Window:
+    _cache_size = programs.window._cache_size
+
+    def __call__(self, *args):
+      slots, drawn = window(*args)
+      return dataclasses.replace(slots, text=told(slots.text)), drawn
+
+  window = programs.window
+  monkeypatch.setattr(programs, "window", Window())
+  with jax.set_mesh(mesh):
+    params, config = llama
+    engine_ = engine.Engine(params.stacked, config, rows=1, length=64, window=4, pieces=(16,))
+    engine_.warm_up()
+    for seed in range(3):
+      dict(engine_.run([Request([*begun, *families.tokens(9, seed=seed).tolist()], 2)]))
 
 
 def test_prompts_that_are_known_need_fewer_programs(llama):
