@@ -231,6 +231,12 @@ def test_a_deadline_is_missing_and_a_limit_is_an_answer(where):
   assert waits.seconds < 10
 
 
+def test_the_kernels_limit_is_told_as_such_however_little_was_counted(where):
+  code = "import os, signal; os.kill(os.getpid(), signal.SIGXCPU)"
+  outcome = sandbox.run(code, limits=QUICK, isolation=where)
+  assert (outcome.verdict, outcome.reason) == ("cpu", f"used its {QUICK.seconds} s of CPU time")
+
+
 def test_the_queue_is_not_run_time(where):
   """With one slot, twelve programs of which the last waits for all others have a deadline of their own each."""
   slot = slots.Slots(1, with_uids=os.geteuid() == 0)

@@ -70,7 +70,9 @@ class Child:
     """(verdict, reason) of how it ended."""
     self.ended(0)
     code = os.waitstatus_to_exitcode(self.status)
-    if code in (-signal.SIGXCPU, -signal.SIGKILL) and self.used > self.seconds - 0.5:
+    # the kernel's limit counts by ticks: among other work it may come well before so much has been used
+    is_limit = code == -signal.SIGXCPU
+    if is_limit or (code == -signal.SIGKILL and self.used > self.seconds - 0.5):
       return "cpu", f"used its {self.seconds} s of CPU time"
     if code < 0:
       return "failed", f"ended by {_signal(-code)}"
