@@ -322,7 +322,8 @@ def _base_of(homes: Sequence[Path]) -> str:
   name = peft_format.base_of(homes[0])
   if not name or not isinstance(name, str):
     raise ConfigError(
-      f"{homes[0] / peft_format.CONFIG} names no base (base_model_name_or_path): write --model=NAME_OR_DIR"
+      f"{homes[0] / peft_format.CONFIG} names no base: write its name or folder there, as base_model_name_or_path, or"
+      " --model=NAME_OR_DIR where the command has that"
     )
   return name
 
