@@ -17,11 +17,13 @@ from that:
   more_traces     as before
   more_on_policy  half of the rows are the student's own answers (GKD, forward KL)
 
-`runs/half_layers/report.html` has the held-out accuracy of each;
+`:seed=1` is another seed of all that is trained, `:arms=onwards` leaves out the arms that begin from nothing, but for
+`traces`.  `runs/half_layers/report.html` has the held-out accuracy of each;
 
-  .venv/bin/python experiments/half_layers.py --workdir=runs/half_layers
+  .venv/bin/python experiments/half_layers.py runs/half_layers runs/half_layers_1
 
-writes what its stages came to into experiments/results/half_layers-PROCESSOR.json and .md.
+writes what the stages of these chains (or single runs) came to into experiments/results/half_layers-PROCESSOR.json and
+.md.
 """
 
 import argparse
@@ -33,9 +35,23 @@ from posttrain_jax.configs import common
 
 def stages(arg=None):
   arg = common.parse(
-    arg, model="smollm2", steps=150, more=100, more_lr=1e-4, questions=200, layers=15
+    arg,
+    model="smollm2",
+    steps=150,
+    more=100,
+    more_lr=1e-4,
+    questions=200,
+    layers=15,
+    seed=0,
+    arms="all",
   )
-  asked = {"eval.task": "sql", "eval.task_limit": arg.questions, "eval.before": False}
+  everything = common.chosen("arms", arg.arms, ("all", "onwards")) == "all"
+  asked = {
+    "seed": arg.seed,
+    "eval.task": "sql",
+    "eval.task_limit": arg.questions,
+    "eval.before": False,
+  }
   trained = {**asked, "steps": arg.steps, "batch.rows": 8, "optimizer.lr": 5e-4, "eval.every": 0}
   rows = {**trained, "data.length": 256, "data.packing": False}
   student = "model={student},adapter=none"
@@ -53,16 +69,18 @@ def stages(arg=None):
   }
   yield {"name": "student", "student": {"model": "{teacher}", "layers": arg.layers}}
   yield {"name": "right", "sample": {"model": "{teacher}", "task": "sql", "n": 2, "limit": 600}}
-  yield {"name": "gold", "train": f"sft:{student},data=sql", "fields": rows}
+  if everything:
+    yield {"name": "gold", "train": f"sft:{student},data=sql", "fields": rows}
   yield {"name": "traces", "train": f"sft:{student},data={{right}}", "fields": rows}
-  taught = f"{student},teacher={{teacher}},data=sql"
-  yield {"name": "off_policy", "train": f"distil:{taught}", "fields": rows}
-  yield {
-    "name": "on_policy",
-    "train": f"distil:{taught},on_policy=0.5,loss=jsd",
-    "fields": {**trained, "online.max_new_tokens": 48},
-  }
-  onwards = {"steps": arg.more, "seed": 1, "optimizer.lr": arg.more_lr}
+  if everything:
+    taught = f"{student},teacher={{teacher}},data=sql"
+    yield {"name": "off_policy", "train": f"distil:{taught}", "fields": rows}
+    yield {
+      "name": "on_policy",
+      "train": f"distil:{taught},on_policy=0.5,loss=jsd",
+      "fields": {**trained, "online.max_new_tokens": 48},
+    }
+  onwards = {"steps": arg.more, "seed": arg.seed + 1, "optimizer.lr": arg.more_lr}
   begun = "model={traces}/model,adapter=none"
   yield {
     "name": "more_traces",
@@ -87,30 +105,36 @@ def main() -> int:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("--workdir", type=Path, required=True, help="of the chain")
-  folder = parser.parse_args().workdir
-  trained = [stage for stage in chain_page.read(folder) if stage["verb"] == "train"]
-  runs = [(stage, record.read(folder / stage["name"])) for stage in trained]
-  rows = [
-    {
-      "stage": stage["name"],
-      "updates": run.steps,
-      "rows": run.field("batch.rows"),
-      "right": run.after.correct,
-      "of": run.after.total,
-      "config": stage["line"][1].replace(f"{folder}/", "").removeprefix("--config="),
-    }
-    for stage, run in runs
-    if run.after is not None
-  ]
+  parser.add_argument("folders", type=Path, nargs="+", help="of chains, or of single runs")
+  rows = []
+  for folder in parser.parse_args().folders:
+    chain = (folder / chain_page.STATE).exists()
+    names = (
+      [one["name"] for one in chain_page.read(folder) if one["verb"] == "train"] if chain else ["."]
+    )
+    for name in names:
+      run = record.read(folder / name)
+      if run.after is None:
+        continue
+      rows.append(
+        {
+          "stage": name if chain else folder.name,
+          "seed": run.field("seed"),
+          "updates": run.steps,
+          "rows": run.field("batch.rows"),
+          "lr": run.field("optimizer.lr"),
+          "right": run.after.correct,
+          "of": run.after.total,
+        }
+      )
   out = bench.beside("half_layers", limits.processor())
   files.write_json(out, {"hardware": limits.processor(), "stages": rows})
   lines = ["# A student with half the layers, recovered in several ways", ""]
   lines += ["Written by `experiments/half_layers.py`, whose docstring says what the arms are.", ""]
-  lines += ["| stage | updates | rows of each | right | config |", "|---|---|---|---|---|"]
+  lines += ["| stage | seed | updates | rows of each | learning rate | right |", "|---" * 6 + "|"]
   lines += [
-    f"| {row['stage']} | {row['updates']} | {row['rows']} | {row['right'] / row['of']:.3f} of {row['of']}"
-    f" | `{row['config']}` |"
+    f"| {row['stage']} | {row['seed']} | {row['updates']} | {row['rows']} | {row['lr']:g} |"
+    f" {row['right'] / row['of']:.3f} of {row['of']} |"
     for row in rows
   ]
   files.write_text(out.with_suffix(".md"), "\n".join([*lines, ""]))
